@@ -1,0 +1,62 @@
+"""Batch arithmetic: how the token budget of a step is shared out among ranks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_gpt2.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """tokens_per_step = micro_batch x sequence_length x accumulation x world_size."""
+
+    micro_batch: int  # windows per forward/backward on one rank
+    sequence_length: int  # tokens per window that are predicted
+    accumulation: int  # micro-batches per step on one rank
+    world_size: int
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.windows_per_step * self.sequence_length
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_step:,} tokens a step = {self.micro_batch} windows x {self.sequence_length} tokens"
+            f" x {self.accumulation} micro-batches x {self.world_size} ranks"
+        )
+
+
+def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, world_size: int) -> BatchPlan:
+    """Derive the accumulation from the token budget.
+
+    Raises:
+        UserError: the budget is no multiple of what all ranks do at once; the message proposes budgets and
+            micro-batches that are.
+    """
+    at_once = micro_batch * sequence_length * world_size
+    if tokens_per_step % at_once == 0:
+        return BatchPlan(micro_batch, sequence_length, tokens_per_step // at_once, world_size)
+
+    below = tokens_per_step // at_once * at_once
+    budgets = [budget for budget in (below, below + at_once) if budget > 0]
+    proposal = "batch.tokens_per_step=" + " or ".join(str(budget) for budget in budgets)
+    fitting = _micro_batches_that_fit(tokens_per_step, sequence_length, world_size)
+    if fitting:
+        nearest = min(fitting, key=lambda size: (abs(size - micro_batch), -size))
+        proposal = f"batch.micro_batch={nearest}, or {proposal}"
+    raise UserError(
+        f"batch.tokens_per_step={tokens_per_step} cannot be divided by micro_batch {micro_batch} x sequence_length"
+        f" {sequence_length} x {world_size} ranks = {at_once}: set {proposal}"
+    )
+
+
+def _micro_batches_that_fit(tokens_per_step: int, sequence_length: int, world_size: int) -> list[int]:
+    if tokens_per_step % (sequence_length * world_size):
+        return []
+    windows = tokens_per_step // (sequence_length * world_size)
+    return [size for size in range(1, min(windows, 1024) + 1) if windows % size == 0]

@@ -1,0 +1,43 @@
+"""``./launch.sh VERB``, that is ``python -m ds_gpt2 VERB``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ds_gpt2 import __version__, outcome
+from ds_gpt2.commands import prepare, quickstart, tensorboard, train
+from ds_gpt2.errors import UserError
+
+_VERBS = {
+    "quickstart": (quickstart.run, quickstart.add_arguments, "sample data, then train a small GPT-2: five minutes"),
+    "prepare": (prepare.run, prepare.add_arguments, "text to token shards"),
+    "train": (train.run, train.add_arguments, "start a run"),
+    "resume": (train.resume, train.add_resume_arguments, "go on with a run"),
+    "tensorboard": (tensorboard.run, tensorboard.add_arguments, "see the curves"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(_VERBS[options.verb][0](options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return outcome.MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return outcome.CRASHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./launch.sh", description="Pre-train GPT-2 under DeepSpeed ZeRO-2.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (_, add_arguments, summary) in _VERBS.items():
+        add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
+    verbs.add_parser("test", help="install what the tests need and run them (done by launch.sh itself)")
+    return parser

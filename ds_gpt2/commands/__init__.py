@@ -1,0 +1,1 @@
+"""The verbs of ``./launch.sh``: each module adds its arguments and runs them."""

@@ -1,0 +1,53 @@
+"""``prepare sample`` and ``prepare text``: text to token shards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ds_gpt2 import outcome
+from ds_gpt2.config import PROJECT_DIR
+from ds_gpt2.data.dataset import Dataset, open_dataset
+from ds_gpt2.data.prepare import is_prepared, prepare
+from ds_gpt2.data.sources import find_text_files, python_documents, text_documents
+
+SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="sample|text")
+    sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
+    sample.add_argument("--out", type=Path, default=SAMPLE_DIR, metavar="DIR")
+    text = kinds.add_parser("text", help="your own .txt, .md, .rst or .jsonl files, or directories of them")
+    text.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    text.add_argument("--out", type=Path, default=PROJECT_DIR / "data" / "text", metavar="DIR")
+    for kind in (sample, text):
+        kind.add_argument("--workers", type=int, metavar="N", help="threads (default: every core)")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.kind == "sample":
+        prepare_sample(options.out, options.workers)
+    else:
+        files = find_text_files(options.files)
+        documents = text_documents(files)
+        source = ", ".join(file.name for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+        _say(prepare(documents, options.out.absolute(), source=source, workers=options.workers))
+    return outcome.DONE
+
+
+def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> None:
+    """Make the sample unless it is there already."""
+    if is_prepared(out):
+        _say(open_dataset(out))
+    else:
+        _say(
+            prepare(python_documents(), out.absolute(), source="Python's manual and standard library", workers=workers)
+        )
+
+
+def _say(dataset: Dataset) -> None:
+    print(
+        f"data in {dataset.dir}: {dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens"
+        f" from {dataset.source}"
+    )

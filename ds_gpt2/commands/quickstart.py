@@ -1,0 +1,49 @@
+"""``quickstart``: sample data, then a small GPT-2 on every rank there is."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint import files
+from ds_gpt2.commands import prepare
+from ds_gpt2.commands.train import find_config, start
+from ds_gpt2.config import load_settings, parse_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings laid over ds_configs/quickstart.yaml"
+    )
+    parser.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: every GPU, or 4 on the CPU)")
+
+
+def run(options: argparse.Namespace) -> int:
+    config = find_config("quickstart")
+    overrides = _under_a_free_name(parse_overrides(options.settings))
+    settings = load_settings(config, overrides)
+    if settings.data.dir == prepare.SAMPLE_DIR:
+        prepare.prepare_sample()
+    code = start(config, overrides, settings, options.num_gpus)
+    if code in (outcome.DONE, outcome.STOPPED):
+        name = settings.run.name
+        print("\nWhat to type next:")
+        print(f"  ./launch.sh tensorboard {name}                       see the curves and samples in a browser")
+        print(f"  ./launch.sh resume {name} schedule.steps=600         go on from the checkpoint, ten times as far")
+        print(
+            "  ./launch.sh prepare text FILE... --out data/mine     your own text; then: ./launch.sh train quickstart"
+            " data.dir=data/mine run.name=mine"
+        )
+    return code
+
+
+def _under_a_free_name(overrides: dict[str, str]) -> dict[str, str]:
+    """A second quickstart is a new run: quickstart-2, quickstart-3, ..."""
+    if "run.name" in overrides:
+        return overrides
+    for name in itertools.chain(["quickstart"], (f"quickstart-{number}" for number in itertools.count(2))):
+        named = {**overrides, "run.name": name}
+        if files.read_latest(load_settings(find_config("quickstart"), named).checkpoint_dir) is None:
+            return named
+    raise AssertionError("the names never end")

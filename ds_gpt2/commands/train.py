@@ -1,0 +1,103 @@
+"""``train`` and ``resume``: check what can be checked at once, then start the ranks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.checkpoint import files
+from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
+from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import choose_ranks, run_ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
+    _add_common(parser)
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory (default: the newest run)")
+    parser.add_argument("--from", dest="source", default="latest", metavar="latest|STEP|TAG", help="which checkpoint")
+    _add_common(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    config = find_config(options.config)
+    overrides = parse_overrides(options.settings)
+    settings = load_settings(config, overrides)
+    if latest := files.read_latest(settings.checkpoint_dir):
+        name = settings.run.name
+        raise UserError(
+            f"run {name} already has checkpoints (newest: {latest}): go on with `./launch.sh resume {name}`,"
+            " or start another with run.name=NAME"
+        )
+    return start(config, overrides, settings, options.num_gpus)
+
+
+def resume(options: argparse.Namespace) -> int:
+    words = ([options.run] if options.run else []) + options.settings
+    if words and "=" in words[0]:  # no RUN was given, the first setting took its place
+        options.run, options.settings = None, words
+    run_dir = find_run(options.run)
+    overrides = parse_overrides(options.settings)
+    settings = load_settings(run_dir / "config.yaml", overrides)
+    return start(run_dir / "config.yaml", overrides, settings, options.num_gpus, resume=options.source)
+
+
+def start(
+    config: Path, overrides: dict[str, str], settings: Settings, num_gpus: int | None, resume: str | None = None
+) -> int:
+    """Check the settings without the ranks, then run them; returns the exit code."""
+    load_deepspeed_file(settings.deepspeed)
+    accelerator, ranks = choose_ranks(settings, num_gpus)
+    batch = settings.batch
+    plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
+    open_dataset(settings.data.dir)
+    arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
+    if resume:
+        arguments += ["--resume", resume]
+    place = "GPUs" if accelerator == "cuda" else "the CPU"
+    print(f"starting {ranks} ranks on {place} (Ctrl+C saves and stops) ...", flush=True)
+    return run_ranks(arguments, accelerator, ranks)
+
+
+def find_config(name: str) -> Path:
+    """``name`` as a path, or as the name of a file in ``ds_configs/``.
+
+    Raises:
+        UserError: neither is there.
+    """
+    shipped = PROJECT_DIR / "ds_configs"
+    for path in (Path(name), PROJECT_DIR / name, shipped / name, shipped / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(path.stem for path in sorted(shipped.glob("*.yaml")))
+    raise UserError(f"no config file {name}: give a path, or one of {known}")
+
+
+def find_run(name: str | None) -> Path:
+    """The directory of a run by name, by path, or of the one started last.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    runs = PROJECT_DIR / "runs"
+    started = sorted(runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if name is None:
+        if not started:
+            raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
+        return started[-1].parent
+    for path in (runs / name, Path(name)):
+        if (path / "config.yaml").is_file():
+            return path
+    known = ", ".join(path.parent.name for path in started) or "none"
+    raise UserError(f"no run {name}: known in {runs} are {known}")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: every GPU, or 4 on the CPU)")

@@ -1,0 +1,320 @@
+"""The settings of a run: a YAML file plus ``key=value`` overrides, typed, checked once and frozen.
+
+Paths in a YAML file are relative to the project's directory, so that a run means the same from anywhere; paths in
+an override were typed by a person and are relative to where that person stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ds_gpt2.errors import UserError
+
+PROJECT_DIR = Path(__file__).resolve().parents[1]
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# (layers, heads, width). 124M to 1558M: OpenAI's GPT-2 checkpoints, Radford et al. 2019 table 2.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "7M": (4, 4, 128),
+    "30M": (6, 6, 384),
+    "124M": (12, 12, 768),
+    "350M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(_Section):
+    name: str = "run"  # directory below run.dir and checkpoint.dir
+    seed: Count = 1337  # initial weights, data order, dropout
+    dir: Path = Path("runs")
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("must be letters, digits, '.', '_' or '-', beginning with a letter or digit")
+        return name
+
+
+class ModelSettings(_Section):
+    preset: str | None = None  # one of PRESETS, or give layers, heads and width
+    layers: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    width: PositiveInt | None = None
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ModelSettings:
+        own = (self.layers, self.heads, self.width)
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"model.preset is {self.preset!r}: known are {', '.join(PRESETS)}")
+            if any(value is not None for value in own):
+                raise ValueError("model.preset and model.layers/heads/width exclude each other: remove one")
+        elif any(value is None for value in own):
+            raise ValueError(f"give model.preset ({', '.join(PRESETS)}) or all of model.layers, heads and width")
+        _, heads, width = self.shape
+        if width % heads:
+            raise ValueError(f"model.width {width} is not divisible by model.heads {heads}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, heads, width)."""
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        assert self.layers and self.heads and self.width
+        return self.layers, self.heads, self.width
+
+
+class DataSettings(_Section):
+    dir: Path  # a directory that `prepare` made, or one of llm.c's or build-nanogpt's shards
+
+
+class BatchSettings(_Section):
+    tokens_per_step: PositiveInt = 524_288  # over all ranks; the accumulation is derived from it
+    micro_batch: PositiveInt = 16  # windows per forward/backward on one rank
+    sequence_length: PositiveInt = 1024
+    reduce_once: bool = True  # reduce gradients once a step (full local fp32 gradients) or at every micro-batch
+
+
+class ScheduleSettings(_Section):
+    steps: PositiveInt | None = None  # give steps or epochs
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    warmup_steps: Count = 715
+    max_lr: Annotated[float, Field(gt=0)] = 6e-4
+    min_lr: Annotated[float, Field(ge=0)] = 6e-5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of schedule.steps and schedule.epochs")
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"schedule.min_lr {self.min_lr} is above schedule.max_lr {self.max_lr}")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must be below schedule.steps {self.steps}")
+        return self
+
+
+class OptimizerSettings(_Section):
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # on 2-D tensors only
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns clipping off
+
+
+class CheckpointSettings(_Section):
+    dir: Path = Path("checkpoints")
+    every: Count = 250  # steps; 0 saves at the end only
+    keep_last: PositiveInt = 10
+
+
+class ValidationSettings(_Section):
+    every: Count = 250
+    tokens: PositiveInt = 10_485_760  # size of the fixed validation set, rounded down to whole windows
+
+
+class SamplesSettings(_Section):
+    every: Count = 250
+    prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
+    tokens: PositiveInt = 48  # generated per prompt
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    top_k: PositiveInt = 50
+
+
+class MonitorSettings(_Section):
+    tensorboard: bool = True
+    dir: Path | None = None  # event files go below; default: the run's directory
+
+
+class Settings(_Section):
+    """Everything a run is told. Progress and live objects never live here."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    data: DataSettings
+    batch: BatchSettings = BatchSettings()
+    schedule: ScheduleSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    samples: SamplesSettings = SamplesSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    deepspeed: Path = Path("ds_configs/zero2_bf16.json")
+
+    @property
+    def run_dir(self) -> Path:
+        """``runs/<run>``: log, metrics, event files, what was started and how."""
+        return self.run.dir / self.run.name
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """``checkpoints/<run>``: this run's checkpoints and its ``latest`` pointer."""
+        return self.checkpoint.dir / self.run.name
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / "tensorboard"
+
+
+_PATH_KEYS = ("run.dir", "data.dir", "checkpoint.dir", "monitor.dir", "deepspeed")
+
+
+def load_settings(
+    path: Path, overrides: Mapping[str, str] | None = None, *, project_dir: Path = PROJECT_DIR, cwd: Path | None = None
+) -> Settings:
+    """Read a run's YAML, lay ``key=value`` overrides over it, check everything.
+
+    Args:
+        path: the YAML file; without a ``run.name`` in it, the file's stem names the run.
+        overrides: dotted key to the text typed for it (YAML syntax: ``3``, ``1e-4``, ``[a, b]``).
+        project_dir: what relative paths in the file are relative to.
+        cwd: what relative paths in overrides are relative to (default: the working directory).
+
+    Raises:
+        UserError: no such file, no valid YAML, an unknown key, a wrong type or an impossible value.
+    """
+    tree = _read_yaml(path)
+    _make_absolute(tree, project_dir)
+    typed: dict[str, Any] = {}
+    for key, text in (overrides or {}).items():
+        _set_dotted(typed, key, _parse_value(key, text))
+    _make_absolute(typed, cwd or Path.cwd())
+    tree = _merged(tree, typed)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", path.stem)
+        run.setdefault("dir", str(project_dir / "runs"))
+    _default_path(tree, "checkpoint", "dir", project_dir / "checkpoints")
+    tree.setdefault("deepspeed", str(project_dir / "ds_configs" / "zero2_bf16.json"))
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as YAML that ``load_settings`` reads back to an equal object."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
+    """Split ``key=value`` arguments.
+
+    Raises:
+        UserError: an argument without ``=``.
+    """
+    overrides = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"{argument!r} is not of the form key=value (for example schedule.steps=1000)")
+        overrides[key] = value
+    return overrides
+
+
+def known_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Every dotted setting, in the order of the file."""
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}: some come along in {PROJECT_DIR / 'ds_configs'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of sections (run:, model:, data:, ...)")
+    return tree
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text} is not valid YAML: put quotes around the value") from None
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, section by section. Steps and epochs, preset and shape displace each other."""
+    result = dict(base)
+    for key, value in over.items():
+        both_sections = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(_without_rivals(result[key], value), value) if both_sections else value
+    return result
+
+
+def _without_rivals(section: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    shape = ("layers", "heads", "width")
+    rivals = {"steps": ("epochs",), "epochs": ("steps",), "preset": shape, **dict.fromkeys(shape, ("preset",))}
+    displaced = {rival for key, value in over.items() if value is not None for rival in rivals.get(key, ())}
+    return {key: value for key, value in section.items() if key not in displaced or key in over}
+
+
+def _make_absolute(tree: dict[str, Any], base: Path) -> None:
+    for dotted in _PATH_KEYS:
+        *sections, name = dotted.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(name), str):
+            node[name] = str(base / Path(node[name]).expanduser())
+
+
+def _default_path(tree: dict[str, Any], section: str, name: str, value: Path) -> None:
+    node = tree.setdefault(section, {})
+    if isinstance(node, dict):
+        node.setdefault(name, str(value))
+
+
+def _explain(error: ValidationError) -> str:
+    """pydantic's findings as one line: the setting, what is wrong, and the nearest known name if it is unknown."""
+    return "; ".join(dict.fromkeys(_explain_one(dict(item)) for item in error.errors()))
+
+
+def _explain_one(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known_keys())}"
+        return f"unknown setting {key}: {hint}"
+    if item["type"] == "missing":
+        return f"{key} is not set"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message if message.startswith((key, "give ", "model.", "schedule.")) else f"{key} {message}"
+    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,92 @@
+"""What a person sees: one line a step, a bar on a terminal, and the same lines in the run's log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from ds_gpt2 import dist
+from ds_gpt2.monitor import Seen
+
+log = logging.getLogger("ds_gpt2")
+
+
+def open_log(file: Path | None) -> None:
+    """Send the project's messages to the terminal and to ``file``; ranks other than 0 only speak of trouble."""
+    log.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    terminal = _Terminal()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if file is not None and dist.is_main():
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        log.addHandler(to_file)
+
+
+class StepLines:
+    """Shows each step: a line in the log, a progress bar instead where a person watches a terminal."""
+
+    def __init__(self, start_step: int, steps: int) -> None:
+        watched = dist.is_main() and sys.stdout.isatty()
+        self._steps = steps
+        self._bar: tqdm[NoReturn] | None = None
+        if watched:
+            self._bar = tqdm(total=steps, initial=start_step, file=sys.stdout, dynamic_ncols=True, bar_format=_BAR)
+
+    def show(self, step: int, seen: Seen, eta_seconds: float) -> None:
+        """One step, from the values that go to the monitor."""
+        numbers = _numbers(seen)
+        width = len(str(self._steps))
+        line = f"step {step:{width}d}/{self._steps}  {numbers}  eta {duration(eta_seconds)}"
+        log.info(line, extra={"bar": self._bar})
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{numbers}  eta {duration(eta_seconds)}", refresh=False)
+            self._bar.update(1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+_BAR = "{n_fmt}/{total_fmt} |{bar:16}| {postfix}"
+
+
+class _Terminal(logging.Handler):
+    """Prints above a progress bar if there is one; a step that a bar shows needs no line of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "bar", None) is None:
+            tqdm.write(self.format(record), file=sys.stdout)
+
+
+def duration(seconds: float) -> str:
+    """``95`` as ``1m 35s``, ``200000`` as ``2d 7h``."""
+    whole = int(seconds)
+    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {whole % 60:02d}s"
+
+
+def _numbers(seen: Seen) -> str:
+    parts = [
+        f"loss {seen['train/loss']:.4f}",
+        f"lr {seen['train/lr']:.2e}",
+        f"grad {seen['train/grad_norm']:.3f}",
+        f"{seen['perf/step_ms']:,.0f} ms",
+        f"{seen['perf/tokens_per_s']:,.0f} tok/s",
+    ]
+    if "perf/mfu" in seen:
+        parts.append(f"mfu {100 * float(seen['perf/mfu']):.1f}%")
+    if seen["train/skipped_steps"]:
+        parts.append(f"skipped {seen['train/skipped_steps']:.0f}")
+    return "  ".join(parts)

@@ -1,0 +1,68 @@
+"""Which windows a rank computes at a step: a pure function of (seed, step, rank, world size)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_gpt2.batch import BatchPlan
+from ds_gpt2.data.dataset import Windows
+from ds_gpt2.data.order import permute
+from ds_gpt2.errors import UserError
+from ds_gpt2.model import VOCABULARY
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]  # tokens and targets, (micro_batch, sequence_length) int64
+
+
+class TrainingData:
+    """Training windows in their order: each exactly once an epoch; the last step of an epoch borrows from the next."""
+
+    def __init__(self, windows: Windows, plan: BatchPlan, rank: int, seed: int, device: torch.device) -> None:
+        self.windows = windows
+        self.plan = plan
+        self._rank = rank
+        self._seed = seed
+        self._device = device
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of ``step`` (1-based), on its device."""
+        mine = np.split(self.step_windows(step), self.plan.world_size)[self._rank]
+        for indices in np.split(mine, self.plan.accumulation):
+            yield to_device(self.windows.read(indices), self._device)
+
+    def step_windows(self, step: int) -> npt.NDArray[np.int64]:
+        """The windows of ``step`` over all ranks, in rank order: the same for every world size."""
+        size = self.plan.windows_per_step
+        positions = np.arange((step - 1) * size, step * size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, len(self.windows))
+        return np.concatenate(
+            [
+                permute(offsets[epochs == epoch], len(self.windows), self._seed, int(epoch))
+                for epoch in np.unique(epochs)
+            ]
+        )
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after ``step`` steps."""
+        return step * self.plan.windows_per_step / len(self.windows)
+
+    def steps_for(self, epochs: float) -> int:
+        """Steps until ``epochs`` epochs are done, the last one filled up from the next epoch."""
+        return int(np.ceil(epochs * len(self.windows) / self.plan.windows_per_step))
+
+
+def to_device(rows: npt.NDArray[np.int64], device: torch.device) -> MicroBatch:
+    """Split window rows (n, sequence_length + 1) into tokens and the targets one place later.
+
+    Raises:
+        UserError: a token id that GPT-2's vocabulary does not have.
+    """
+    if int(rows.max()) >= VOCABULARY:
+        raise UserError(f"token id {int(rows.max())} is out of GPT-2's range (0 to {VOCABULARY - 1}): check the shards")
+    tensor = torch.from_numpy(rows)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor[:, :-1], tensor[:, 1:]

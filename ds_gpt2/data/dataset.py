@@ -1,0 +1,155 @@
+"""A directory of shards as one list of windows per split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ds_gpt2.data.shards import Tokens, count_tokens, open_shard
+from ds_gpt2.errors import UserError
+
+Split = Literal["train", "val"]
+
+INDEX = "dataset.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One entry of ``dataset.json``."""
+
+    file: str
+    split: Split
+    tokens: int
+    bytes: int
+    sha256: str | None  # None for a foreign directory, which has no index
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a dataset directory holds."""
+
+    dir: Path
+    shards: tuple[Shard, ...]
+    source: str
+    indexed: bool  # True if dataset.json described it, False for llm.c's and build-nanogpt's directories
+
+    def split(self, split: Split) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == split]
+
+    def tokens(self, split: Split) -> int:
+        return sum(shard.tokens for shard in self.split(split))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever a shard is added, removed, reordered or resized, or its recorded hash changes."""
+        content = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def open_dataset(directory: Path) -> Dataset:
+    """Read ``dataset.json``, or index a foreign directory by its file names; check every shard's size.
+
+    Raises:
+        UserError: no directory, no shards, another tokenizer or format, a missing or cut shard.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"no data: {directory} does not exist: make it with `./launch.sh prepare sample --out {directory}`"
+            " or `prepare text FILE...`, or set data.dir"
+        )
+    index = directory / INDEX
+    return _open_indexed(directory, index) if index.exists() else _open_foreign(directory)
+
+
+def write_index(directory: Path, shards: list[Shard], source: str) -> None:
+    """Write ``dataset.json``."""
+    index = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "shards": [asdict(shard) for shard in shards]}
+    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class Windows:
+    """The windows of one split: ``sequence_length + 1`` consecutive tokens of a shard, one token shared by neighbours.
+
+    A shard's tail shorter than a window is not used.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, sequence_length: int) -> None:
+        """
+        Raises:
+            UserError: no shard of this split is as long as one window.
+        """
+        self.sequence_length = sequence_length
+        self._paths = [dataset.dir / shard.file for shard in dataset.split(split)]
+        self._opened: list[Tokens | None] = [None] * len(self._paths)
+        counts = [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        if len(self) == 0:
+            raise UserError(
+                f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
+                f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The tokens (len(indices), sequence_length + 1) of the windows at ``indices``."""
+        rows = np.empty((len(indices), self.sequence_length + 1), np.int64)
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        for row, number, index in zip(rows, numbers, indices, strict=True):
+            first = self._ends[number - 1] if number else 0
+            start = int(index - first) * self.sequence_length
+            row[:] = self._shard(int(number))[start : start + self.sequence_length + 1]
+        return rows
+
+    def _shard(self, number: int) -> Tokens:
+        shard = self._opened[number]
+        if shard is None:
+            shard = self._opened[number] = open_shard(self._paths[number])
+        return shard
+
+
+def _open_indexed(directory: Path, index: Path) -> Dataset:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        shards = tuple(Shard(**{key: entry[key] for key in Shard.__annotations__}) for entry in content["shards"])
+        version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error!r}): prepare the data again") from None
+    if version != FORMAT or tokenizer != "gpt2":
+        raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
+    for shard in shards:
+        _check_size(directory / shard.file, shard)
+    return Dataset(directory, shards, str(source), indexed=True)
+
+
+def _check_size(path: Path, shard: Shard) -> None:
+    if not path.exists():
+        raise UserError(f"shard {path} is missing: restore it or prepare the data again")
+    size = path.stat().st_size
+    if size != shard.bytes or count_tokens(path) != shard.tokens:
+        raise UserError(f"shard {path} has {size} bytes but {INDEX} says {shard.bytes}: it is cut or was replaced")
+
+
+def _open_foreign(directory: Path) -> Dataset:
+    paths = sorted(path for path in directory.iterdir() if path.suffix in (".bin", ".npy"))
+    if not paths:
+        raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards")
+    shards = tuple(
+        Shard(path.name, _split_of(path), count_tokens(path), path.stat().st_size, sha256=None) for path in paths
+    )
+    return Dataset(directory, shards, "shards without an index", indexed=False)
+
+
+def _split_of(path: Path) -> Split:
+    """llm.c and build-nanogpt name their shards ..._val_000000 and ..._train_000001."""
+    return "val" if re.search(r"(^|[_-])val([_.-]|$)", path.name) else "train"

@@ -1,0 +1,110 @@
+"""DeepSpeed's JSON: read, checked, and completed with the numbers that are ours.
+
+Batch, accumulation, learning rate, optimizer constants, clipping and the place of event files have one owner, the
+run's settings. A DeepSpeed file says "auto" for them or leaves them out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2.batch import BatchPlan
+from ds_gpt2.config import Settings
+from ds_gpt2.errors import UserError
+
+# What DeepSpeed 0.19.8 reads at the top level (runtime/config.py, runtime/constants.py and the config classes they
+# import). It ignores any other key in silence, so a misspelt one would do nothing for a month.
+_TOP_LEVEL = frozenset(
+    """
+    activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile csv_monitor
+    data_types disable_allgather disable_python_gc dump_state flops_profiler fp16
+    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level
+    memory_breakdown optimizer prescale_gradients seq_parallel_communication_data_type
+    sparse_gradients steps_per_print tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+
+# Top-level key -> the setting that owns it.
+_OURS = {
+    "train_batch_size": "batch.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch",
+    "gradient_accumulation_steps": "batch.tokens_per_step",
+    "gradient_clipping": "optimizer.grad_clip",
+    "tensorboard": "monitor.*",
+    "scheduler": "schedule.*",
+}
+_OPTIMIZER_OURS = {
+    "lr": "schedule.max_lr",
+    "betas": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay",
+}
+
+
+def load_deepspeed_file(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON file.
+
+    Raises:
+        UserError: unreadable, no JSON object, an unknown top-level key, a number that is ours stated as anything but
+            "auto", or a configuration this project does not run (no ZeRO stage 1 or 2, no optimizer).
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no DeepSpeed file {path}: set deepspeed=PATH") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed file {path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"DeepSpeed file {path} must hold a JSON object")
+    _check_owners(path, content, _OURS, "")
+    _check_known(path, content)
+    optimizer = content.get("optimizer")
+    if not isinstance(optimizer, dict) or "type" not in optimizer:
+        raise UserError(f'{path}: optimizer.type is not set: for example "optimizer": {{"type": "AdamW"}}')
+    _check_owners(path, optimizer.get("params", {}), _OPTIMIZER_OURS, "optimizer.params.")
+    stage = content.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 runs stage 2 (or 1)")
+    return content
+
+
+def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan) -> dict[str, Any]:
+    """The configuration handed to ``deepspeed.initialize``: ``content`` with our numbers in their places."""
+    optimizer = content["optimizer"]
+    params = {
+        **optimizer.get("params", {}),
+        "lr": settings.schedule.max_lr,
+        "betas": list(settings.optimizer.betas),
+        "eps": settings.optimizer.eps,
+        "weight_decay": settings.optimizer.weight_decay,
+    }
+    return {
+        **content,
+        "train_batch_size": plan.windows_per_step,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": settings.optimizer.grad_clip,
+        "optimizer": {**optimizer, "params": params},
+        "tensorboard": {
+            "enabled": settings.monitor.tensorboard,
+            "output_path": str(settings.tensorboard_dir.parent),
+            "job_name": settings.tensorboard_dir.name,
+        },
+    }
+
+
+def _check_owners(path: Path, block: dict[str, Any], owners: dict[str, str], prefix: str) -> None:
+    for key, owner in owners.items():
+        if block.get(key, "auto") != "auto":
+            raise UserError(f'{path}: {prefix}{key} belongs to the setting {owner}: write "auto" or remove it')
+
+
+def _check_known(path: Path, content: dict[str, Any]) -> None:
+    for key in sorted(set(content) - _TOP_LEVEL - set(_OURS)):
+        near = difflib.get_close_matches(key, _TOP_LEVEL, n=1)
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        raise UserError(f"{path}: DeepSpeed knows no top-level key {key!r}: {hint}")

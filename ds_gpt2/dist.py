@@ -1,0 +1,75 @@
+"""The few collective operations the project needs, over whatever process group DeepSpeed opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from ds_gpt2.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank: the launcher's word for it, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Ranks on this machine (``LOCAL_SIZE`` is what DeepSpeed's launcher sets)."""
+    return int(os.environ.get("LOCAL_SIZE", world_size()))
+
+
+def is_main() -> bool:
+    """True on the rank that speaks and writes for all."""
+    return rank() == 0
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum ``values`` (any shape and dtype the backend reduces) over all ranks, in place; returns it."""
+    if torch_dist.is_initialized() and world_size() > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's ``value``, in rank order, on every rank."""
+    if not torch_dist.is_initialized() or world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world_size()
+    torch_dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if torch_dist.is_initialized() and world_size() > 1:
+        torch_dist.barrier()
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it is a user's mistake on any of them, raise it on all of them.
+
+    Without this a rank that fails alone leaves the others waiting for it in their next collective.
+    """
+    result, complaint = None, None
+    try:
+        result = action()
+    except UserError as error:
+        complaint = str(error)
+    complaints = [found for found in gather_objects(complaint) if found]
+    if complaints:
+        raise UserError(complaints[0])
+    return result  # type: ignore[return-value]  # no complaint anywhere: action returned a T

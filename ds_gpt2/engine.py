@@ -1,0 +1,102 @@
+"""The DeepSpeed engine, wrapped to what a training loop says: accumulate, apply."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from ds_gpt2 import dist, ports
+from ds_gpt2.data.batches import MicroBatch
+from ds_gpt2.model import GPT2, parameter_groups
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one optimizer update."""
+
+    applied: bool  # False: a gradient was Inf or NaN and the update was skipped
+    grad_norm: float  # global norm before clipping; inf if skipped
+
+
+class Engine:
+    """A GPT-2 under ZeRO: bf16 weights, fp32 masters and moments partitioned over the ranks."""
+
+    def __init__(self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float, reduce_once: bool) -> None:
+        """
+        Args:
+            deepspeed_config: complete, see ``deepspeed_file.complete``.
+            reduce_once: reduce gradients over ranks once a step instead of at every micro-batch; costs fp32
+                gradients of the whole model on every rank between the micro-batches.
+        """
+        groups = parameter_groups(model, weight_decay)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        self.model = model
+        # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
+        self.deepspeed.monitor.enabled = False
+        self._accumulation: int = deepspeed_config["gradient_accumulation_steps"]
+        self._reduce_once = reduce_once and self._accumulation > 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.deepspeed.device)
+
+    def accumulate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
+        """Forward and backward over this rank's micro-batches of a step; no update yet.
+
+        Returns:
+            This rank's mean loss, fp32 scalar on the device: reading it is left to the caller, so nothing waits here.
+        """
+        engine = self.deepspeed
+        engine.train()
+        losses = []
+        with engine.coalesce_grad_reduction() if self._reduce_once else nullcontext():
+            for number, (tokens, targets) in enumerate(micro_batches, start=1):
+                if not self._reduce_once:
+                    engine.set_gradient_accumulation_boundary(number == self._accumulation)
+                loss = engine(tokens, targets)
+                engine.backward(loss)
+                losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def apply(self, lr: float) -> Update:
+        """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite."""
+        engine = self.deepspeed
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        engine.set_gradient_accumulation_boundary(True)
+        engine.step()
+        return Update(applied=engine.was_step_applied(), grad_norm=float(engine.get_global_grad_norm()))
+
+    def close(self) -> None:
+        """Free the engine's buffers and leave the process group."""
+        self.deepspeed.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def open_process_group(device: torch.device) -> None:
+    """Join the ranks of this run: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        UserError: the port for the rendezvous is taken, usually by another run.
+    """
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)  # started by hand without a launcher: one rank
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(ports.free_port())
+    if device.type == "cpu":
+        # DeepSpeed's shared-memory all-reduce needs half a minute of g++ at first use and busy-waits, which costs
+        # more than it saves when ranks share cores (benchmarks/LOG.md).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if os.environ.get("CROSS_SIZE", "1") == "1" and os.path.exists("/sys/class/net/lo"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
+    if dist.rank() == 0:
+        ports.check_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)

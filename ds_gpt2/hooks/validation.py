@@ -1,0 +1,57 @@
+"""Loss on a fixed set of held-out windows, averaged over tokens."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from ds_gpt2 import dist
+from ds_gpt2.data.batches import to_device
+from ds_gpt2.data.dataset import Windows
+from ds_gpt2.engine import Engine
+from ds_gpt2.monitor import Seen
+from ds_gpt2.schedule import Every
+from ds_gpt2.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Validation loss, the same to the last bit for every number of ranks that holds the same weights.
+
+    Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
+    are summed in one order.
+    """
+
+    def __init__(self, windows: Windows, every: Every, tokens: int, group: int) -> None:
+        """
+        Args:
+            tokens: size of the set; as many whole windows as fit, at least one, at most all there are.
+            group: windows per forward pass.
+        """
+        self.every = every
+        self._windows = windows
+        count = max(1, min(tokens // windows.sequence_length, len(windows)))
+        self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
+        self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
+
+    def observe(self, engine: Engine, state: TrainState) -> Seen:
+        loss = self.loss(engine)
+        state.validated(loss)
+        best = "  (best so far)" if state.best_val_loss == loss else ""
+        log.info(f"step {state.step}: validation loss {loss:.4f}{best}")
+        return {"val/loss": loss}
+
+    @torch.no_grad()
+    def loss(self, engine: Engine) -> float:
+        """Mean cross entropy over all tokens of the set, in nats."""
+        engine.model.eval()
+        losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
+        for number in range(dist.rank(), len(self._groups), dist.world_size()):
+            tokens, targets = to_device(self._windows.read(self._groups[number]), engine.device)
+            losses[number] = engine.model(tokens, targets)
+        engine.model.train()
+        per_group = dist.sum_over_ranks(losses).cpu()
+        return float((per_group * self._sizes).sum() / self._sizes.sum())

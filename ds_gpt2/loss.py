@@ -1,0 +1,84 @@
+"""Cross entropy of a tied output head without the whole micro-batch's logits in memory.
+
+The logits of GPT-2 are the largest tensor of a step by far (50,304 columns). Here they exist for a few hundred
+tokens at a time: each chunk's logits are turned into its loss and, at once, into its share of the gradients, so the
+backward pass neither keeps nor recomputes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# Bytes of fp32 logits that may exist at once. Small on a CPU, where a chunk should stay near the cache and where
+# fresh memory is slow; large on a GPU, where few big matrix products are fast.
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+
+
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Mean next-token cross entropy in nats.
+
+    Args:
+        hidden: (tokens, width), the final hidden states, bf16 or fp32.
+        head: (padded vocabulary, width), the tied output weights, same dtype. Rows from ``vocabulary`` on are padding
+            and get no probability, so the loss is that of the unpadded model.
+        targets: (tokens,) int64.
+        vocabulary: number of real tokens.
+
+    Returns:
+        fp32 scalar.
+    """
+    chunk = chunk_tokens(head.shape[0], hidden.device)
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk)
+
+
+def chunk_tokens(columns: int, device: torch.device) -> int:
+    """How many tokens' logits (a power of two) fit into the chunk budget of this kind of device."""
+    fitting = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * columns)
+    return max(1, 2 ** (fitting.bit_length() - 1)) if fitting else 1
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int, chunk: int
+    ) -> torch.Tensor:
+        tokens = hidden.shape[0]
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grads, head_grad = [], None
+        for start in range(0, tokens, chunk):
+            part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = part @ head.t()  # (chunk, padded vocabulary)
+            logits[:, vocabulary:] = -torch.inf
+            largest, place = logits.max(dim=1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            slope = F.softmax(logits, dim=-1, dtype=torch.float32)
+            # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
+            total += (largest.float() - slope.gather(1, place).log() - target_logit.float()).sum()
+            if not needs_gradient:
+                continue
+            # d(sum of losses)/d(logits) = softmax - one-hot. It takes the logits' own memory.
+            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+            slope = logits.copy_(slope)
+            hidden_grads.append(slope @ head)
+            # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
+            share = slope.t() @ part
+            if tokens <= chunk:
+                head_grad = share
+            elif head_grad is None:
+                head_grad = share.float()
+            else:
+                head_grad += share
+        if head_grad is not None:
+            ctx.save_for_backward(torch.cat(hidden_grads), head_grad)
+            ctx.tokens, ctx.dtype = tokens, head.dtype
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        scale = grad_outputs[0] / ctx.tokens
+        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None

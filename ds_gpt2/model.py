@@ -1,0 +1,139 @@
+"""GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, tanh GELU, output head tied to the embedding.
+
+Modules carry the names of OpenAI's checkpoints (wte, wpe, h, ln_1, attn.c_attn, ...), so exports need no table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_gpt2.loss import cross_entropy
+
+VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
+PADDED_VOCABULARY = 50_304  # the next multiple of 128: matrix shapes that tensor cores like
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What determines every tensor's shape."""
+
+    layers: int
+    heads: int
+    width: int
+    sequence_length: int  # longest context, in tokens
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.dropout = dropout
+        self.c_attn = nn.Linear(shape.width, 3 * shape.width)
+        self.c_proj = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time, width = x.shape
+        q, k, v = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(batch, time, width)  # (batch, heads, time, head width) -> (batch, time, width)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer, four times as wide inside."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.c_fc = nn.Linear(shape.width, 4 * shape.width)
+        self.c_proj = nn.Linear(4 * shape.width, shape.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(shape.width)
+        self.attn = Attention(shape, dropout)
+        self.ln_2 = nn.LayerNorm(shape.width)
+        self.mlp = MLP(shape, dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model. ``forward`` returns the training loss, ``logits`` the scores of the next token."""
+
+    def __init__(self, shape: ModelShape, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dropout = dropout
+        self.wte = nn.Embedding(PADDED_VOCABULARY, shape.width)
+        self.wpe = nn.Embedding(shape.sequence_length, shape.width)
+        self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
+        self.ln_f = nn.LayerNorm(shape.width)
+        self._initialise()
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy in nats, fp32 scalar, of ``targets`` (batch, time) given ``tokens`` (batch, time)."""
+        hidden = self.hidden(tokens)
+        return cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten(), VOCABULARY)
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (batch, time, width) of ``tokens`` (batch, time), int64."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores (batch, time, 50257) of the token after each position."""
+        return F.linear(self.hidden(tokens), self.wte.weight[:VOCABULARY])
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """N(0, 0.02), zero biases; projections into the residual stream scaled by 1/sqrt(2 x layers), as GPT-2 does."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.shape.layers) if residual else 0.02
+                parameter.normal_(0.0, std)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups: weight decay on matrices and embeddings, none on biases and norms."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, the padding rows of the vocabulary included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: GPT2) -> float:
+    """Training FLOPs per token, forward and backward: 6N + 12 L H Q T, N without position embeddings.
+
+    The PaLM paper's appendix B as nanoGPT's ``estimate_mfu`` applies it.
+    """
+    shape = model.shape
+    weights = count_parameters(model) - model.wpe.weight.numel()
+    return 6.0 * weights + 12.0 * shape.layers * shape.width * shape.sequence_length

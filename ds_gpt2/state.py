@@ -1,0 +1,39 @@
+"""The progress of a run: one small object, the only thing besides weights and RNG that a resume needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """What a run has done so far. The data position is not stored: it is a pure function of ``step``."""
+
+    step: int = 0  # optimizer updates attempted, skipped ones included
+    tokens: int = 0  # training tokens seen, over all ranks
+    skipped_steps: int = 0  # updates skipped because a gradient was Inf or NaN
+    val_loss: float | None = None  # the newest validation loss, nats per token
+    best_val_loss: float | None = None
+
+    def advance(self, tokens: int, applied: bool) -> None:
+        """Count one step of ``tokens`` tokens; ``applied`` is False when the update was skipped."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped_steps += not applied
+
+    def validated(self, loss: float) -> None:
+        """Take in a validation loss."""
+        self.val_loss = loss
+        if self.best_val_loss is None or loss < self.best_val_loss:
+            self.best_val_loss = loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers only, fit for JSON or a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of ``to_dict``; fields of newer versions are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

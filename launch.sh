@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The one script a person types: makes the environment once, then hands over to `python -m ds_gpt2`.
+#
+#   DS_GPT2_PYTHON=/path/to/python   use this interpreter as it is (a container's, conda's); nothing is installed
+#   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured
+set -euo pipefail
+
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do
+  target=$(readlink "$script")
+  case $target in /*) script=$target ;; *) script=$(dirname "$script")/$target ;; esac
+done
+project=$(cd "$(dirname "$script")" && pwd -P)
+venv=$project/.venv
+constraints=$project/ds_gpt2/assets/constraints.txt
+
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+fits() {
+  "$1" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+  local name
+  for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if fits "$name"; then
+      command -v "$name"
+      return
+    fi
+  done
+  fail 'no Python 3.10 to 3.13 with the venv module found: install one (Debian: apt install python3 python3-venv)'
+}
+
+# Changes whenever what has to be installed does.
+wanted() {
+  cat "$project/pyproject.toml" "$constraints" | cksum
+}
+
+install() {
+  local extras=$1 stamp=$venv/.installed-$2 python
+  if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(wanted)" ]; then
+    return
+  fi
+  if command -v flock >/dev/null; then
+    exec 9>"$project/.install.lock"
+    flock 9
+  fi
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$(wanted)" ]; then
+    if ! [ -x "$venv/bin/python" ]; then
+      python=$(find_python) || exit 2
+      rm -rf "$venv"
+      echo "making $venv with $("$python" --version) ..."
+      "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
+    fi
+    echo "installing PyTorch, DeepSpeed and what they need (once; minutes) ..."
+    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint "$constraints" --editable "$project$extras" ||
+      fail 'the installation failed: see the lines above (no network, or a full disk?), then run the same command again'
+    wanted >"$stamp"
+  fi
+  if command -v flock >/dev/null; then
+    exec 9>&-
+  fi
+}
+
+verb=${1:-}
+if [ -n "${DS_GPT2_PYTHON:-}" ]; then
+  python=$DS_GPT2_PYTHON
+  export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
+else
+  case $verb in
+    test) install '[dev]' dev ;;
+    *) install '' base ;;
+  esac
+  python=$venv/bin/python
+fi
+
+if [ "$verb" = test ]; then
+  shift
+  cd "$project"
+  exec "$python" -m pytest "$@"
+fi
+exec "$python" -m ds_gpt2 "$@"
