@@ -127,7 +127,7 @@ class CheckpointSettings(_Section):
 
 class ValidationSettings(_Section):
     every: Count = 250
-    tokens: PositiveInt = 10_485_760  # size of the fixed validation set, rounded down to whole windows
+    tokens: PositiveInt = 2_097_152  # size of the fixed validation set, rounded down to whole windows
 
 
 class SamplesSettings(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
 
 from ds_gpt2 import dist, ports
 from ds_gpt2.data.batches import MicroBatch
+from ds_gpt2.errors import UserError
 from ds_gpt2.model import GPT2, parameter_groups
 
 
@@ -32,11 +36,18 @@ class Engine:
         """
         Args:
             deepspeed_config: complete, see ``deepspeed_file.complete``.
+            weight_decay: on matrices and embeddings; biases and norms have none.
             reduce_once: reduce gradients over ranks once a step instead of at every micro-batch; costs fp32
                 gradients of the whole model on every rank between the micro-batches.
+
+        Raises:
+            UserError: DeepSpeed does not accept its configuration.
         """
         groups = parameter_groups(model, weight_decay)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from None
         self.model = model
         # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
         self.deepspeed.monitor.enabled = False
@@ -99,4 +110,6 @@ def open_process_group(device: torch.device) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
     if dist.rank() == 0:
         ports.check_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    # DeepSpeed's calls, DeepSpeed's to mend: one line per rank would be all that a newcomer reads.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ class Monitor:
         """Record ``seen`` under ``step``."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **seen}, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps({"step": step, **_json_fit(seen)}, ensure_ascii=False) + "\n")
         writer = self._tensorboard()
         for tag, value in seen.items():
             if not isinstance(value, str):
@@ -93,6 +94,15 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut by a crash
+
+
+def _json_fit(seen: Seen) -> dict[str, float | str | None]:
+    """JSON has no word for infinity or NaN."""
+    return {tag: None if _is_odd(value) else value for tag, value in seen.items()}
+
+
+def _is_odd(value: float | str) -> bool:
+    return not isinstance(value, str) and not math.isfinite(value)
 
 
 def _as_code_block(text: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def _write_shards(
     }
     pieces = (piece for document in documents if document.strip() for piece in cut(document))
     previous: Split | None = None
-    with tqdm(unit="tok", unit_scale=True, desc="tokenising", disable=not progress, mininterval=1.0) as bar:
+    silent = not (progress and sys.stderr.isatty())
+    with tqdm(unit="tok", unit_scale=True, desc="tokenising", disable=silent) as bar:
         for number, (piece, tokens, is_last) in enumerate(_tokenised(pieces, workers), start=1):
             held_out = number % validation_every == 0 or (is_last and number < validation_every and number > 1)
             split: Split = "val" if held_out else "train"

@@ -1,0 +1,63 @@
+"""What tests share: a small dataset of real text, and runs of real ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launched import Launched, launch
+
+from ds_gpt2.data.prepare import prepare
+from ds_gpt2.data.sources import python_documents
+
+SEQUENCE = 64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset: some 150,000 tokens of Python's manual."""
+    out = tmp_path_factory.mktemp("data") / "manual"
+    prepare(itertools.islice(python_documents(), 75), out, source="test", validation_every=20)
+    return out
+
+
+@pytest.fixture(scope="session")
+def write_config(dataset_dir: Path) -> Callable[..., Path]:
+    """Write a run's YAML for a model that takes milliseconds a step; keyword arguments replace whole sections."""
+
+    def write(folder: Path, **sections: object) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, object] = {
+            "run": {"name": "test", "dir": str(folder / "runs"), "device": "cpu"},
+            "model": {"layers": 2, "heads": 2, "width": 32},
+            "data": {"dir": str(dataset_dir)},
+            "batch": {"tokens_per_step": 16 * SEQUENCE, "micro_batch": 2, "sequence_length": SEQUENCE},
+            "schedule": {"steps": 12, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
+            "checkpoint": {"dir": str(folder / "checkpoints"), "every": 6},
+            "validation": {"every": 6, "tokens": 40 * SEQUENCE},
+            "samples": {"every": 6, "prompts": ["The statement"], "tokens": 8},
+        }
+        settings.update(sections)
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Launched, Path]:
+    """A whole run on four ranks, started the way those who know DeepSpeed do; and its folder."""
+    folder = tmp_path_factory.mktemp("four ranks")  # with a space, as in people's home directories
+    return launch(4, "--config", str(write_config(folder))), folder

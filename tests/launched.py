@@ -1,0 +1,64 @@
+"""Start real ranks with DeepSpeed's launcher, and see that none is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ds_gpt2.ports import free_port
+
+PROJECT = Path(__file__).resolve().parents[1]
+TRAIN = PROJECT / "ds_gpt2" / "train.py"
+
+
+@dataclass(frozen=True)
+class Launched:
+    code: int
+    output: str
+    left_over: list[str]  # command lines of processes that outlived the launcher
+
+
+def launch(ranks: int, *arguments: str, script: Path = TRAIN, timeout: float = 240) -> Launched:
+    """``deepspeed --num_gpus RANKS SCRIPT ARGUMENTS`` on the CPU, to its end."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(ranks)]
+    command = [*runner, "--master_port", str(free_port()), str(script), *arguments]
+    return run(command, timeout)
+
+
+def run(command: list[str], timeout: float = 240) -> Launched:
+    """Run ``command`` in a session of its own; whatever it leaves behind is listed and ended."""
+    process = start(command)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{output}") from None
+    return Launched(process.returncode, output, end_session(process.pid))
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Start ``command`` in a session of its own, its output in a pipe."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def end_session(session: int) -> list[str]:
+    """Kill what is left of a session started here; returns the command lines of what was."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.cmdline()))
+                process.kill()
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return left

@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.errors import UserError
+
+
+def test_the_missions_budget_on_one_to_eight_gpus() -> None:
+    assert [plan_batch(524_288, 16, 1024, ranks).accumulation for ranks in (1, 2, 4, 8)] == [32, 16, 8, 4]
+
+
+@given(st.integers(1, 64), st.integers(1, 2048), st.integers(1, 64), st.integers(1, 16))
+def test_a_plan_uses_the_whole_budget(micro_batch: int, sequence: int, accumulation: int, ranks: int) -> None:
+    budget = micro_batch * sequence * accumulation * ranks
+    plan = plan_batch(budget, micro_batch, sequence, ranks)
+    assert (plan.accumulation, plan.tokens_per_step) == (accumulation, budget)
+    assert plan.windows_per_step * sequence == budget
+
+
+@given(st.integers(1, 10**6), st.integers(1, 64), st.integers(1, 2048), st.integers(1, 16))
+def test_what_it_proposes_instead_fits(budget: int, micro_batch: int, sequence: int, ranks: int) -> None:
+    try:
+        plan_batch(budget, micro_batch, sequence, ranks)
+    except UserError as error:
+        proposed = str(error).split(": set ")[1]
+    else:
+        return
+    for word in proposed.replace(",", "").split():
+        if word.startswith("batch.micro_batch="):
+            plan_batch(budget, int(word.split("=")[1]), sequence, ranks)
+        elif word.startswith("batch.tokens_per_step=") or word.isdigit():
+            plan_batch(int(word.split("=")[-1]), micro_batch, sequence, ranks)
+
+
+def test_the_message_names_a_micro_batch_near_the_wanted_one() -> None:
+    with pytest.raises(UserError, match=r"batch\.micro_batch=8, or batch\.tokens_per_step=516096 or 528384"):
+        plan_batch(524_288, 6, 1024, 2)
