@@ -1,3 +1,5 @@
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,12 @@ from ds_gpt2.data.shards import open_shard
 from ds_gpt2.errors import UserError
 
 END = tokenizer.END_OF_TEXT
+
+
+def _joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 PROSE = st.text(st.sampled_from("ab ,.\n\n\t1é€\u00a0\u2003"), max_size=200)
 
 
@@ -22,7 +30,7 @@ def test_cutting_does_not_change_the_tokens(text: str, characters: int) -> None:
     pieces = list(cut(text, characters))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.begins_document for piece in pieces] == [number == 0 for number in range(len(pieces))]
-    assert sum((encoding.encode_ordinary(piece.text) for piece in pieces), []) == encoding.encode_ordinary(text)
+    assert _joined(encoding.encode_ordinary(piece.text) for piece in pieces) == encoding.encode_ordinary(text)
 
 
 def _tokens(directory: Path, split: str) -> list[int]:
@@ -36,8 +44,8 @@ def test_documents_become_tokens_behind_end_of_text(tmp_path: Path) -> None:
     prepare(documents, tmp_path / "out", source="test", validation_every=5)
     encoded = [[END, *tokenizer.gpt2().encode_ordinary(text)] for text in documents]
     held_out = [encoded[4], encoded[9]]
-    assert _tokens(tmp_path / "out", "val") == sum(held_out, [])
-    assert _tokens(tmp_path / "out", "train") == sum((text for text in encoded if text not in held_out), [])
+    assert _tokens(tmp_path / "out", "val") == _joined(held_out)
+    assert _tokens(tmp_path / "out", "train") == _joined(text for text in encoded if text not in held_out)
 
 
 def test_one_long_document_is_held_out_in_part(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""What a user would run instead: a plain PyTorch loop, the yardstick for speed and for numbers.
+
+The same model in fp32 under bf16 autocast, torch's cross entropy over all logits at once, torch's AdamW, clipping,
+and DistributedDataParallel when there is more than one rank. No DeepSpeed, no chunks, no allocator settings.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 benchmarks/reference.py CONFIG --steps 20 --out result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import dist
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.checkpoint.rng import seed_everything
+from ds_gpt2.config import load_settings
+from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.model import GPT2, ModelShape, parameter_groups
+from ds_gpt2.schedule import learning_rate
+
+
+class PlainLoss(nn.Module):
+    """The model with the loss that a plain script computes: all logits, in fp32, at once."""
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.model.logits(tokens).float().flatten(0, 1), targets.flatten())
+
+
+def train_reference(config: Path, steps: int, seconds: list[float] | None = None) -> list[float]:
+    """Train on the CPU; the mean loss over ranks of every step. ``seconds`` collects how long each step took."""
+    settings = load_settings(config)
+    batch, schedule = settings.batch, settings.schedule
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+    data = TrainingData(windows, plan, dist.rank(), settings.run.seed, torch.device("cpu"))
+    seed_everything(settings.run.seed)
+    model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
+    net: nn.Module = PlainLoss(model)
+    parallel = DistributedDataParallel(net) if dist.world_size() > 1 else None
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.optimizer.weight_decay),
+        betas=settings.optimizer.betas,
+        eps=settings.optimizer.eps,
+        fused=True,
+    )
+    assert schedule.steps is not None
+    losses = []
+    for step in range(1, steps + 1):
+        begun = time.perf_counter()
+        total = torch.zeros(())
+        for number, (tokens, targets) in enumerate(data.micro_batches(step), start=1):
+            last = number == plan.accumulation
+            quiet: AbstractContextManager[None] = parallel.no_sync() if parallel and not last else nullcontext()
+            with quiet:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = (parallel or net)(tokens, targets)
+                (loss / plan.accumulation).backward()
+            total += loss.detach() / plan.accumulation
+        nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                steps=schedule.steps,
+                warmup_steps=schedule.warmup_steps,
+                max_lr=schedule.max_lr,
+                min_lr=schedule.min_lr,
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(dist.sum_over_ranks(total)) / dist.world_size())
+        if seconds is not None:
+            seconds.append(time.perf_counter() - begun)
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        torch_dist.init_process_group("gloo")
+    seconds: list[float] = []
+    losses = train_reference(options.config, options.steps, seconds)
+    memory = dist.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if dist.is_main():
+        options.out.write_text(json.dumps({"losses": losses, "seconds": seconds, "peak_bytes": memory}))
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Run by DeepSpeed's launcher on several ranks: what an engine does, as JSON for test_engine.py to judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+from ds_gpt2 import deepspeed_file, device, dist
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.config import load_settings
+from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.engine import Engine, open_process_group
+from ds_gpt2.hooks import Validation
+from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.schedule import Every
+
+LR = 1e-3
+
+
+def main(config: Path, out: Path) -> None:
+    settings = load_settings(config)
+    place = device.choose("cpu")
+    open_process_group(place)
+    plan = plan_batch(16 * 64, 2, 64, dist.world_size())
+    dataset = open_dataset(settings.data.dir)
+    data = TrainingData(Windows(dataset, "train", 64), plan, dist.rank(), settings.run.seed, place)
+    validation = Validation(Windows(dataset, "val", 64), Every(1), tokens=7 * 64, group=2)
+
+    def engine(reduce_once: bool) -> Engine:
+        torch.manual_seed(5)
+        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        model = GPT2(ModelShape(2, 2, 32, 64))
+        return Engine(model, deepspeed_file.complete(content, settings, plan), 0.1, reduce_once)
+
+    def steps(trained: Engine, count: int) -> list[tuple[float, float]]:
+        seen = []
+        for step in range(1, count + 1):
+            loss = trained.accumulate(data.micro_batches(step))
+            update = trained.apply(LR)
+            assert update.applied
+            seen.append((float(dist.sum_over_ranks(loss)) / dist.world_size(), update.grad_norm))
+        return seen
+
+    found: dict[str, object] = {"world_size": dist.world_size()}
+    once, often = engine(reduce_once=True), engine(reduce_once=False)
+    found["validation_before"] = validation.loss(once)
+    found["reduce_once"], found["reduce_often"] = steps(once, 4), steps(often, 4)
+    found["skipped"] = _with_a_bad_gradient(once, data)
+    found["after_skip"] = steps(once, 1)
+    complaints = []
+    for guilty in range(dist.world_size()):
+        complaints.append(_complaint_of(guilty))
+    found["complaints"] = complaints
+    if dist.is_main():
+        out.write_text(json.dumps(found))
+    once.close()
+
+
+def _with_a_bad_gradient(trained: Engine, data: TrainingData) -> list[dict[str, object]]:
+    """One rank's gradient of one tensor becomes NaN or Inf in one micro-batch: what the update does."""
+    results = []
+    for poison in (float("nan"), float("inf")):
+        before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+        weight = trained.model.h[1].mlp.c_fc.weight
+        guilty = dist.rank() == dist.world_size() - 1
+        hook = weight.register_hook(lambda grad, poison=poison: grad * poison) if guilty else None
+        trained.accumulate(data.micro_batches(9))
+        update = trained.apply(LR)
+        if hook is not None:
+            hook.remove()
+        same = all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
+        results.append({"applied": update.applied, "grad_norm": str(update.grad_norm), "weights_unchanged": same})
+    return results
+
+
+def _complaint_of(guilty: int) -> list[str | None]:
+    """What every rank hears when only one of them has found a mistake."""
+    from ds_gpt2.errors import UserError
+
+    def action() -> None:
+        if dist.rank() == guilty:
+            raise UserError(f"rank {guilty} found it")
+
+    try:
+        dist.together(action)
+    except UserError as error:
+        heard: str | None = str(error)
+    else:
+        heard = None
+    return dist.gather_objects(heard)
+
+
+main(Path(sys.argv[-2]), Path(sys.argv[-1]))

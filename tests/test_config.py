@@ -1,0 +1,148 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ds_gpt2.config import PROJECT_DIR, dump_settings, known_keys, load_settings, parse_overrides
+from ds_gpt2.errors import UserError
+
+CONFIGS = sorted((PROJECT_DIR / "ds_configs").glob("*.yaml"))
+MISSION = PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+    settings = load_settings(path)
+    assert settings.run.name == path.stem
+    assert settings.run_dir == PROJECT_DIR / "runs" / path.stem
+    assert settings.checkpoint_dir == PROJECT_DIR / "checkpoints" / path.stem
+    assert settings.deepspeed == PROJECT_DIR / "ds_configs" / "zero2_bf16.json"
+
+
+def test_the_mission_is_fifty_billion_tokens() -> None:
+    settings = load_settings(MISSION)
+    assert settings.schedule.steps == 95_365
+    assert settings.schedule.steps * settings.batch.tokens_per_step == pytest.approx(50e9, rel=1e-4)
+    assert (settings.checkpoint.every, settings.checkpoint.keep_last, settings.validation.every) == (250, 10, 250)
+    assert (settings.schedule.max_lr, settings.schedule.min_lr, settings.schedule.warmup_steps) == (6e-4, 6e-5, 715)
+    assert settings.optimizer.betas == (0.9, 0.95)
+
+
+def test_overrides_are_typed_and_win() -> None:
+    typed = parse_overrides(["schedule.max_lr=1e-4", "batch.micro_batch=8", "samples.prompts=[a, b]", "run.name=other"])
+    settings = load_settings(MISSION, typed)
+    assert (settings.schedule.max_lr, settings.batch.micro_batch) == (1e-4, 8)
+    assert settings.samples.prompts == ("a", "b")
+    assert settings.checkpoint_dir.name == "other"
+
+
+def test_steps_and_epochs_preset_and_shape_displace_each_other() -> None:
+    by_epochs = load_settings(MISSION, {"schedule.epochs": "5"}).schedule
+    assert (by_epochs.steps, by_epochs.epochs) == (None, 5)
+    own = {"model.layers": "2", "model.heads": "2", "model.width": "64"}
+    assert load_settings(MISSION, own).model.shape == (2, 2, 64)
+
+
+def test_paths_of_a_file_are_the_projects_and_typed_ones_the_persons(tmp_path: Path) -> None:
+    settings = load_settings(MISSION, {"checkpoint.dir": "here"}, cwd=tmp_path)
+    assert settings.checkpoint.dir == tmp_path / "here"
+    assert settings.data.dir == PROJECT_DIR / "data" / "fineweb-edu"
+    assert load_settings(MISSION, {"data.dir": "/absolute"}, cwd=tmp_path).data.dir == Path("/absolute")
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    settings = load_settings(
+        MISSION, {"samples.prompts": '["é: \\n", "x"]', "schedule.max_lr": "1e-5", "schedule.min_lr": "0"}
+    )
+    (tmp_path / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    assert load_settings(tmp_path / "config.yaml", cwd=tmp_path) == settings
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings(MISSION).run.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.microbatch=4", r"unknown setting batch\.microbatch: did you mean batch\.micro_batch\?"),
+        ("schedule.max_Lr=4", r"did you mean schedule\.max_lr\?"),
+        ("bathc.micro_batch=4", r"unknown setting bathc: .*batch"),
+        ("zzzzz=4", "unknown setting zzzzz"),
+        ("batch.micro_batch=four", r"batch\.micro_batch='four': input should be a valid integer"),
+        ("batch.micro_batch=2.5", r"batch\.micro_batch=2\.5: input should be a valid integer"),
+        ("batch.micro_batch=true", r"batch\.micro_batch=True: input should be a valid integer"),
+        ("batch.micro_batch=0", r"batch\.micro_batch=0: input should be greater than 0"),
+        ("batch.tokens_per_step=-5", r"batch\.tokens_per_step=-5"),
+        ("model.preset=125M", r"model\.preset is '125M': known are 7M, 30M, 124M"),
+        ("model.dropout=1.5", r"model\.dropout=1\.5"),
+        ("schedule.min_lr=1", r"schedule\.min_lr 1\.0 is above schedule\.max_lr"),
+        ("schedule.steps=715", r"warmup_steps 715 must be below schedule\.steps 715"),
+        ("run.name=../x", r"run\.name must be letters"),
+        ("run.name=a/b", r"run\.name must be letters"),
+        ("run.name=", r"run\.name=None: input should be a valid string"),
+        ("run.device=tpu", r"run\.device='tpu': input should be 'auto', 'cuda' or 'cpu'"),
+        ("optimizer.betas=[0.9]", r"optimizer\.betas\.1 is not set"),
+        ("run=5", "run="),
+        ("samples.prompts=[", "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_settings(MISSION, parse_overrides([override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shape_must_be_whole_and_divisible() -> None:
+    with pytest.raises(UserError, match=r"give model\.preset .* or all of model\.layers, heads and width"):
+        load_settings(MISSION, {"model.layers": "2"})
+    with pytest.raises(UserError, match=r"model\.width 30 is not divisible by model\.heads 4"):
+        load_settings(MISSION, {"model.layers": "2", "model.heads": "4", "model.width": "30"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- 1", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("run: 5\n", "run=5"),
+        ("!!python/object/apply:os.system ['touch owned']", "not valid YAML"),
+        ("model: {preset: 7M}\nschedule: {steps: 800}\n", r"data\.dir is not set|data is not set"),
+        ("model: {preset: 7M}\ndata: {dir: x}\n", "schedule is not set"),
+        ("model: {preset: 7M}\ndata: {dir: x}\nschedule: {steps: 9, epochs: 1}\n", "exactly one of schedule.steps"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(
+    tmp_path: Path, content: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_settings(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config file .*nowhere\.yaml"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("argument", ["--steps", "steps", "=5"])
+def test_an_override_needs_a_key_and_a_value(argument: str) -> None:
+    with pytest.raises(UserError, match="not of the form key=value"):
+        parse_overrides([argument])
+
+
+def test_the_names_other_peoples_scripts_lean_on_exist() -> None:
+    names = """run.name run.seed run.dir model.preset model.layers model.heads model.width model.dropout data.dir
+    batch.tokens_per_step batch.micro_batch batch.sequence_length schedule.steps schedule.epochs schedule.warmup_steps
+    schedule.max_lr schedule.min_lr checkpoint.dir checkpoint.every checkpoint.keep_last validation.every samples.every
+    samples.prompts monitor.dir deepspeed"""
+    assert set(names.split()) <= set(known_keys())
+
+
+def test_a_written_config_is_read_by_its_fixture(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert load_settings(write_config(tmp_path)).schedule.steps == 12

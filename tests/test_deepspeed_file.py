@@ -1,0 +1,84 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+from deepspeed.runtime import config as deepspeed_config
+
+from ds_gpt2 import deepspeed_file
+from ds_gpt2.batch import BatchPlan
+from ds_gpt2.config import PROJECT_DIR, load_settings
+from ds_gpt2.deepspeed_file import complete, load_deepspeed_file
+from ds_gpt2.errors import UserError
+
+SHIPPED = PROJECT_DIR / "ds_configs" / "zero2_bf16.json"
+
+
+def _with(tmp_path: Path, **changes: Any) -> Path:
+    content = {**json.loads(SHIPPED.read_text()), **changes}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_our_numbers_are_put_in_once() -> None:
+    settings = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml", {"optimizer.grad_clip": "0.5"})
+    content = load_deepspeed_file(SHIPPED)
+    completed = complete(content, settings, BatchPlan(16, 1024, 8, 4))
+    assert completed["train_batch_size"] == 512
+    assert completed["train_micro_batch_size_per_gpu"] == 16
+    assert completed["gradient_accumulation_steps"] == 8
+    assert completed["gradient_clipping"] == 0.5
+    params = completed["optimizer"]["params"]
+    assert (params["lr"], params["betas"], params["eps"], params["weight_decay"]) == (6e-4, [0.9, 0.95], 1e-8, 0.1)
+    assert params["fused"]
+    assert "auto" not in json.dumps(completed)
+    assert content == load_deepspeed_file(SHIPPED), "the file's own content was changed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "no top-level key 'zero_optimisation': did you mean zero_optimization"),
+        ({"qqqqqq": 1}, "no top-level key 'qqqqqq': remove it"),
+        ({"elasticity": {}}, "no top-level key 'elasticity'"),
+        ({"train_batch_size": 64}, r"train_batch_size belongs to the setting batch\.tokens_per_step: write \"auto\""),
+        ({"gradient_clipping": 1.0}, r"gradient_clipping belongs to the setting optimizer\.grad_clip"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler belongs to the setting schedule"),
+        ({"tensorboard": {"enabled": True}}, "tensorboard belongs to the setting monitor"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            r"optimizer\.params\.lr belongs to .* schedule\.max_lr",
+        ),
+        ({"optimizer": {"params": {}}}, r"optimizer\.type is not set"),
+        ({"optimizer": None}, r"optimizer\.type is not set"),
+        ({"zero_optimization": {"stage": 3}}, r"stage is 3: ds_gpt2 runs stage 2"),
+        ({"zero_optimization": {}}, "stage is None"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_deepspeed_file(_with(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{'a': 1}"])
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=str(path)):
+        load_deepspeed_file(path)
+    with pytest.raises(UserError, match="no DeepSpeed file"):
+        load_deepspeed_file(tmp_path / "nowhere.json")
+
+
+def test_the_known_keys_are_ones_that_deepspeed_reads() -> None:
+    """Every key that we let through stands in the source of the installed DeepSpeed as a string."""
+    root = Path(deepspeed.__file__).parent
+    sources = [root / "runtime", root / "monitor", root / "utils", root / "profiling", root / "compile", root / "comm"]
+    text = "\n".join(path.read_text() for folder in sources for path in folder.rglob("*.py"))
+    text += Path(deepspeed_config.__file__).read_text()
+    missing = [key for key in deepspeed_file._TOP_LEVEL if not re.search(rf"""["']{key}["']""", text)]
+    fields = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))  # pydantic blocks such as the monitor's
+    assert not set(missing) - fields

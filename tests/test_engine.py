@@ -1,0 +1,66 @@
+"""The engine on real ranks: what ranks_engine.py saw on one, two and four of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import launch
+
+Seen = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Seen:
+    folder = tmp_path_factory.mktemp("engine")
+    config = write_config(folder, monitor={"tensorboard": False})
+    results = {}
+    for ranks in (1, 2, 4):
+        out = folder / f"{ranks}.json"
+        launched = launch(ranks, str(config), str(out), script=Path(__file__).with_name("ranks_engine.py"))
+        assert launched.code == 0, launched.output
+        results[ranks] = json.loads(out.read_text())
+        assert results[ranks]["world_size"] == ranks
+    return results
+
+
+def test_the_first_loss_is_that_of_the_same_windows_whatever_the_ranks(seen: Seen) -> None:
+    losses = [seen[ranks]["reduce_once"][0][0] for ranks in seen]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert losses[0] == pytest.approx(math.log(50_257), abs=0.3)
+
+
+def test_training_agrees_to_bf16_noise_whatever_the_ranks(seen: Seen) -> None:
+    one, two, four = (seen[ranks]["reduce_once"] for ranks in (1, 2, 4))
+    for other in (two, four):
+        for (loss, norm), (expected_loss, expected_norm) in zip(other, one, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=2e-3)
+            assert norm == pytest.approx(expected_norm, rel=2e-2)
+    assert one[-1][0] < one[0][0] - 0.05
+
+
+def test_reducing_once_a_step_is_reducing_every_time(seen: Seen) -> None:
+    for ranks in seen:
+        for once, often in zip(seen[ranks]["reduce_once"], seen[ranks]["reduce_often"], strict=True):
+            assert once == pytest.approx(often, rel=5e-3)
+
+
+def test_validation_is_bit_identical_whatever_the_ranks(seen: Seen) -> None:
+    assert len({seen[ranks]["validation_before"] for ranks in seen}) == 1
+
+
+def test_a_bad_gradient_on_one_rank_never_reaches_the_weights(seen: Seen) -> None:
+    for ranks in seen:
+        for result in seen[ranks]["skipped"]:
+            assert result == {"applied": False, "grad_norm": "inf", "weights_unchanged": True}
+        assert math.isfinite(seen[ranks]["after_skip"][0][0])
+
+
+def test_a_mistake_found_by_one_rank_is_heard_by_all(seen: Seen) -> None:
+    for ranks in seen:
+        expected = [[f"rank {guilty} found it"] * ranks for guilty in range(ranks)]
+        assert seen[ranks]["complaints"] == expected

@@ -1,0 +1,72 @@
+"""The house rule: a file imports only from layers below its own, or beside it without a circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import ds_gpt2
+
+PACKAGE = Path(ds_gpt2.__file__).parent
+LAYERS = [
+    {"errors", "config", "deepspeed_file", "schedule", "state", "batch", "stop", "outcome", "ports"},
+    {"dist", "device", "loss", "model", "tokenizer", "data", "meter"},
+    {"engine", "checkpoint", "monitor", "console", "generate"},
+    {"hooks", "loop"},
+    {"train", "launcher", "commands", "cli", "__main__"},
+]
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {
+    _module(path): ast.parse(path.read_text())
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.stem != "__init__"
+}
+EDGES = {
+    name: {
+        target
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ds_gpt2"
+        for alias in node.names
+        for target in [".".join([*node.module.split(".")[1:], alias.name]), ".".join(node.module.split(".")[1:])]
+        if target in MODULES and target != name
+    }
+    for name, tree in MODULES.items()
+}  # fmt: skip
+
+
+def _layer(module: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if module.split(".")[0] in names)
+
+
+def test_no_file_imports_from_a_layer_above_its_own() -> None:
+    upward = [(name, target) for name, targets in EDGES.items() for target in targets if _layer(target) > _layer(name)]
+    assert upward == []
+
+
+def test_the_imports_form_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for target in EDGES[module]:
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert len(done) == len(MODULES) > 30
+
+
+def test_the_lowest_layer_is_pure_python() -> None:
+    for name, tree in MODULES.items():
+        if _layer(name) == 0:
+            imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            roots = {module.split(".")[0] for module in imported}
+            assert not roots & {"torch", "numpy", "deepspeed", "tiktoken"}, name

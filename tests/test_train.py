@@ -1,0 +1,212 @@
+"""Whole runs: four ranks through DeepSpeed's launcher, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launched import Launched, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ds_gpt2 import train
+from ds_gpt2.checkpoint.files import committed_tags, read_latest, read_manifest
+from ds_gpt2.schedule import learning_rate
+
+STEPS = 12
+Run = tuple[Launched, Path]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "runs" / "test" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run as if its last six steps had never been: taken up again from step 6."""
+    _, original = four_ranks
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("resumed") / "copy"))
+    shutil.rmtree(folder / "checkpoints" / "test" / "rolling_step_000012")
+    (folder / "checkpoints" / "test" / "latest").write_text("rolling_step_000006")
+    places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
+    return launch(4, "--config", str(folder / "run.yaml"), "--resume", "latest", *places), folder
+
+
+def test_it_ends_well_and_leaves_no_process(four_ranks: Run) -> None:
+    launched, _ = four_ranks
+    assert launched.code == 0, launched.output
+    assert launched.left_over == []
+
+
+def test_a_person_sees_every_step_and_no_chatter(four_ranks: Run) -> None:
+    launched, folder = four_ranks
+    lines = launched.output.splitlines()
+    assert lines[0] == "run test: 4 ranks on the CPU with 1 thread(s) each, gloo"
+    steps = [line for line in lines if re.match(r"step +\d+/12 ", line)]
+    assert len(steps) == STEPS
+    number = r"[\d.,e+-]+"
+    shape = rf"step +\d+/12  loss {number}  lr {number}  grad {number}  {number} ms  {number} tok/s  eta \d+m \d\ds"
+    assert all(re.fullmatch(shape, line) for line in steps)
+    expected = ("run ", "model ", "step ", "done at step 12 of 12; newest checkpoint ")
+    assert [line for line in lines if not line.startswith(expected)] == []
+    logged = (folder / "runs" / "test" / "train.log").read_text()
+    assert all(line in logged for line in lines)
+
+
+def test_metrics_have_every_step_once_and_the_schedules_rate(four_ranks: Run) -> None:
+    records = metrics(four_ranks[1])
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    curve = {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4}
+    assert [record["train/lr"] for record in records] == [learning_rate(step, **curve) for step in range(1, STEPS + 1)]
+    assert records[-1]["train/loss"] < records[0]["train/loss"] - 0.5
+    assert records[0]["train/loss"] == pytest.approx(math.log(50_257), abs=0.3)
+    assert records[-1]["train/tokens"] == STEPS * 16 * 64
+    assert all(record["perf/tokens_per_s"] > 0 and record["perf/step_ms"] > 0 for record in records)
+    validated = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    assert list(validated) == [6, 12]
+    assert validated[12] < validated[6]
+    assert [record["step"] for record in records if "samples/0" in record] == [6, 12]
+    assert records[-1]["samples/0"].startswith("The statement")
+
+
+def test_tensorboard_shows_the_same_numbers_by_step(four_ranks: Run) -> None:
+    folder = four_ranks[1]
+    events = EventAccumulator(str(folder / "runs" / "test" / "tensorboard"))
+    events.Reload()
+    scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    expected: dict[str, dict[int, float]] = {}
+    for record in metrics(folder):
+        for tag, value in record.items():
+            if tag != "step" and not isinstance(value, str):
+                expected.setdefault(tag, {})[record["step"]] = pytest.approx(value, rel=1e-6)
+    assert scalars == expected
+    assert "samples/0/text_summary" in events.Tags()["tensors"]
+
+
+def test_checkpoints_are_deepspeeds_files_and_latest_names_the_newest(four_ranks: Run) -> None:
+    directory = four_ranks[1] / "checkpoints" / "test"
+    assert committed_tags(directory) == ["rolling_step_000006", "rolling_step_000012"]
+    assert read_latest(directory) == "rolling_step_000012"
+    assert not list(directory.glob("*.tmp"))
+    names = {path.name for path in (directory / "rolling_step_000012").iterdir()}
+    partitions = {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4)}
+    assert names == {"mp_rank_00_model_states.pt", "manifest.json", *partitions}
+    assert (directory / "zero_to_fp32.py").exists()
+    manifest = read_manifest(directory, "rolling_step_000012")
+    assert (manifest["step"], manifest["tokens"], manifest["world_size"]) == (12, 12 * 1024, 4)
+    assert manifest["val_loss"] == metrics(four_ranks[1])[-1]["val/loss"]
+
+
+def test_the_stock_zero_to_fp32_reads_them(four_ranks: Run) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(four_ranks[1] / "checkpoints" / "test"))
+    assert weights["wte.weight"].dtype == torch.float32
+    assert weights["wte.weight"].shape == (50_304, 32)
+
+
+def test_the_run_directory_says_what_was_started(four_ranks: Run) -> None:
+    run_dir = four_ranks[1] / "runs" / "test"
+    start = json.loads((run_dir / "starts.jsonl").read_text())
+    assert (start["from_step"], start["world_size"]) == (0, 4)
+    assert set(start["versions"]) == {"ds_gpt2", "python", "torch", "deepspeed"}
+    assert "--config" in start["command"]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["schedule"]["steps"] == STEPS
+
+
+def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> None:
+    launched, folder = resumed
+    assert launched.code == 0, launched.output
+    assert "resumed from" in launched.output
+    volatile = ("perf/",)
+    strip = [
+        {tag: value for tag, value in record.items() if not tag.startswith(volatile)} for record in metrics(folder)
+    ]
+    assert strip == [
+        {tag: value for tag, value in record.items() if not tag.startswith(volatile)}
+        for record in metrics(four_ranks[1])
+    ]
+
+
+def test_resuming_gives_the_very_same_weights(four_ranks: Run, resumed: Run) -> None:
+    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"):
+        first, second = (
+            torch.load(folder / "checkpoints" / "test" / "rolling_step_000012" / name, weights_only=False)
+            for _, folder in (four_ranks, resumed)
+        )
+        _assert_same(first, second, name)
+
+
+def test_the_curve_in_tensorboard_has_no_overlap_after_a_resume(resumed: Run) -> None:
+    events = EventAccumulator(str(resumed[1] / "runs" / "test" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_four_ranks_follow_a_plain_pytorch_loop(four_ranks: Run, reference_losses: list[float]) -> None:
+    """fp32 masters, bf16 arithmetic, torch's own cross entropy and AdamW, no DeepSpeed, on the same windows."""
+    ours = [record["train/loss"] for record in metrics(four_ranks[1])]
+    assert ours == pytest.approx(reference_losses, rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def reference_losses(four_ranks: Run) -> list[float]:
+    from benchmarks.reference import train_reference
+
+    return train_reference(four_ranks[1] / "run.yaml", steps=STEPS)
+
+
+def _assert_same(first: Any, second: Any, place: str) -> None:
+    assert type(first) is type(second), place
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            if key not in ("ds_config", "ds_version"):  # paths differ
+                _assert_same(first[key], second[key], f"{place}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), place
+        for number, (one, two) in enumerate(zip(first, second, strict=True)):
+            _assert_same(one, two, f"{place}[{number}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), place
+    elif isinstance(first, int | float | str | bytes | bool | None):
+        assert first == second, place
+
+
+def test_a_mistake_only_ranks_can_find_ends_them_all_with_one_line(
+    tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path]
+) -> None:
+    """A token id out of range in a shard that one rank checks: exit 2, one line, no traceback, nobody left."""
+    data = Path(shutil.copytree(dataset_dir, tmp_path / "data"))
+    shard = data / "train_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[5000:5002] = b"\xff\xff"
+    shard.write_bytes(content)
+    launched = launch(2, "--config", str(write_config(tmp_path, data={"dir": str(data)})))
+    assert launched.code == 2, launched.output
+    assert launched.left_over == []
+    assert launched.output.count("error:") == 1
+    assert "train_000000.bin has token id 65535 at position 1988" in launched.output
+    assert "Traceback" not in launched.output
+
+
+def test_print_config_shows_the_result_and_trains_nothing(
+    tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--run_name", "other", "--checkpoint_freq", "7", "--eval_freq", "3", "--use_tensorboard", "false"]
+    folders = ["--checkpoint_dir", str(tmp_path / "ck"), "--tensorboard_dir", str(tmp_path / "tb"), "--local_rank=0"]
+    config = str(write_config(tmp_path))
+    assert train.main(["--config", config, *flags, *folders, "schedule.steps=99", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["run"]["name"], shown["checkpoint"]["every"], shown["validation"]["every"]) == ("other", 7, 3)
+    assert (shown["schedule"]["steps"], shown["monitor"]["tensorboard"]) == (99, False)
+    assert (shown["checkpoint"]["dir"], shown["monitor"]["dir"]) == (str(tmp_path / "ck"), str(tmp_path / "tb"))
+    assert not (tmp_path / "runs").exists()
