@@ -20,7 +20,7 @@ _VERBS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(_VERBS[options.verb][0](options))
     except UserError as error:
@@ -29,6 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return outcome.CRASHED
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse gives up on positional words behind an option; settings may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "settings") or any(word.startswith("-") for word in rest):
+        parser.parse_args(arguments)  # says what it does not know, and ends
+    else:
+        options.settings += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

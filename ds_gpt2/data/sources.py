@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -51,7 +52,11 @@ def text_documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def python_documents() -> Iterator[str]:
-    """The reference pages of Python's ``help()`` and the sources of its standard library, tests left out."""
+    """The reference pages of Python's ``help()`` and the sources of its standard library, tests left out.
+
+    Indentation is narrowed to one space a level: GPT-2 has no tokens for runs of spaces, and a small model would
+    learn little else.
+    """
     from pydoc_data import topics
 
     yield from topics.topics.values()
@@ -59,7 +64,8 @@ def python_documents() -> Iterator[str]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
     for path in sorted(library.rglob("*.py")):
         if not left_out.intersection(path.relative_to(library).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+            source = path.read_text(encoding="utf-8", errors="replace")
+            yield re.sub(r"^(?: {4})+", lambda indent: " " * (len(indent[0]) // 4), source, flags=re.MULTILINE)
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -1,0 +1,152 @@
+"""The verbs of launch.sh that start no ranks, and launch.sh itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import PROJECT, launch, run
+from test_train import Run
+
+from ds_gpt2 import cli, outcome
+from ds_gpt2.commands import quickstart
+from ds_gpt2.data.dataset import open_dataset
+
+
+def test_prepare_text_makes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("A line of text.\n" * 5000)
+    assert cli.main(["prepare", "text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == outcome.DONE
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.source == "a.txt"
+    said = capsys.readouterr().out
+    assert f"{dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens" in said
+
+
+def test_prepare_text_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare", "text", str(tmp_path / "gone.txt")]) == outcome.MISTAKE
+    assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
+
+
+def test_prepare_sample_twice_keeps_the_first(tmp_path: Path) -> None:
+    arguments = ["prepare", "sample", "--out", str(tmp_path / "sample")]
+    assert cli.main(arguments) == outcome.DONE
+    written = (tmp_path / "sample" / "dataset.json").stat().st_mtime_ns
+    assert cli.main(arguments) == outcome.DONE
+    assert (tmp_path / "sample" / "dataset.json").stat().st_mtime_ns == written
+    assert open_dataset(tmp_path / "sample").tokens("train") > 3_000_000
+
+
+def test_a_second_quickstart_is_a_run_of_its_own(tmp_path: Path) -> None:
+    places = {"checkpoint.dir": str(tmp_path)}
+    assert quickstart._under_a_free_name(places)["run.name"] == "quickstart"
+    for name in ("quickstart", "quickstart-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latest").write_text("rolling_step_000001")
+    assert quickstart._under_a_free_name(places)["run.name"] == "quickstart-3"
+    assert quickstart._under_a_free_name({**places, "run.name": "mine"})["run.name"] == "mine"
+
+
+def test_an_existing_run_is_not_trained_over(four_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(four_ranks[1] / "run.yaml")]) == outcome.MISTAKE
+    assert "run test already has checkpoints (newest: rolling_step_000012): go on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "already has checkpoints"),
+        (["--resume", "latest", "model.width=64"], "was made with model.width 32, this run has 64"),
+        (["--resume", "latest", "run.seed=3"], "was made with run.seed 1337, this run has 3"),
+        (["--resume", "latest"], "was saved by 4 ranks and this run has 1: start with --num_gpus 4"),
+        (["--resume", "7"], "no checkpoint 'rolling_step_000007'"),
+        (["--resume", "latest", "run.name=empty"], "nothing to resume"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(four_ranks: Run, extra: list[str], message: str) -> None:
+    result = run(
+        [sys.executable, str(PROJECT / "ds_gpt2" / "train.py"), "--config", str(four_ranks[1] / "run.yaml"), *extra]
+    )
+    assert result.code == outcome.MISTAKE, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+
+
+def test_resume_by_directory_goes_on_to_the_new_end(four_ranks: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(four_ranks[1], tmp_path / "copy"))
+    places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
+    resume = [sys.executable, "-m", "ds_gpt2", "resume", str(folder / "runs" / "test")]
+    result = run([*resume, "--from", "6", "schedule.steps=8", *places])
+    assert result.code == outcome.DONE, result.output
+    assert "step 6 of 8" in result.output
+    assert "done at step 8 of 8" in result.output
+
+
+def _shell(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch.sh in an almost empty environment, from another directory, as cron would run it."""
+    base = {"PATH": "/usr/bin:/bin", **environment}
+    command = [str(PROJECT / "launch.sh"), *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=base, capture_output=True, text=True, timeout=60)
+
+
+def test_launch_sh_works_from_anywhere_with_almost_no_environment(tmp_path: Path) -> None:
+    result = _shell(tmp_path, "--version", DS_GPT2_PYTHON=sys.executable)
+    assert (result.returncode, result.stdout) == (0, "ds_gpt2 0.1.0\n"), result.stderr
+
+
+def test_launch_sh_works_through_a_link_and_with_spaces(tmp_path: Path) -> None:
+    project = tmp_path / "a project"
+    shutil.copytree(PROJECT / "ds_gpt2", project / "ds_gpt2")
+    shutil.copy(PROJECT / "launch.sh", project)
+    (tmp_path / "link").symlink_to(project / "launch.sh")
+    environment = {"PATH": "/usr/bin:/bin", "DS_GPT2_PYTHON": sys.executable}
+    command = [str(tmp_path / "link"), "train", "nothing"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == outcome.MISTAKE
+    assert result.stderr.startswith("error: no config file nothing")
+
+
+def test_launch_sh_without_a_fitting_python_says_so(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("env", "bash", "dirname", "cat", "cksum", "readlink", "rm"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT / "ds_gpt2", project / "ds_gpt2")
+    for name in ("launch.sh", "pyproject.toml"):
+        shutil.copy(PROJECT / name, project)
+    result = subprocess.run(
+        [str(project / "launch.sh"), "quickstart"], env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == outcome.MISTAKE
+    assert result.stderr.startswith("error: no Python 3.10 to 3.13")
+    assert not (project / ".venv").exists()
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in cli._VERBS:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([verb, "--help"])
+        assert ended.value.code == 0
+    assert "usage: ./launch.sh quickstart" in capsys.readouterr().out
+
+
+def test_ci_runs_nothing_but_the_readmes_command() -> None:
+    lines = (PROJECT / ".ci" / "run").read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith(("#", "set "))]
+    assert commands == ['exec "$(dirname "$0")/../launch.sh" test']
+    assert os.access(PROJECT / ".ci" / "run", os.X_OK)
+
+
+def test_deepspeed_starts_the_file_by_itself(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """As a file, from another directory, with the package not on the path."""
+    config = write_config(tmp_path, schedule={"steps": 1, "warmup_steps": 0}, monitor={"tensorboard": False})
+    result = launch(1, "--config", str(config), "checkpoint.every=0", "samples.every=0", "validation.every=0")
+    assert result.code == outcome.DONE, result.output
+    assert "done at step 1 of 1" in result.output

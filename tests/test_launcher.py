@@ -1,0 +1,188 @@
+"""Starting and stopping: real processes, real signals, and nobody left afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launched import TRAIN, end_session, start
+
+from ds_gpt2 import cli, launcher, outcome
+from ds_gpt2.checkpoint.files import committed_tags, read_latest
+from ds_gpt2.config import load_settings
+from ds_gpt2.errors import UserError
+from ds_gpt2.ports import free_port
+
+FOR_EVER = {"steps": 1_000_000, "warmup_steps": 3}
+
+
+@pytest.fixture
+def endless(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    return write_config(tmp_path, schedule=FOR_EVER, samples={"every": 0}, validation={"every": 0})
+
+
+def _read_until(process: subprocess.Popen[str], pattern: str, seconds: float = 120) -> str:
+    """Output of ``process`` up to the first line that matches."""
+    assert process.stdout is not None
+    deadline, lines = time.monotonic() + seconds, []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+        assert time.monotonic() < deadline, "".join(lines)
+    raise AssertionError(f"ended without {pattern!r}:\n{''.join(lines)}")
+
+
+def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        end_session(process.pid)
+
+
+def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PATH with nothing but Python on it, too: no compiler and no git are needed."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
+    _read_until(process, r"^step +3/")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # impatience must not tear the save
+    output = _end(process)
+    assert process.returncode == outcome.STOPPED, output
+    assert "Traceback" not in output
+    last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
+    assert read_latest(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
+    assert f"stopped on request at step {last} of 1000000" in output
+    assert _ranks_of(endless) == []
+
+
+def test_a_stop_while_starting_ends_at_once_and_leaves_nobody(endless: Path) -> None:
+    process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
+    _read_until(process, "^starting 2 ranks")
+    time.sleep(5)  # DeepSpeed's launcher is up, or the ranks are importing
+    process.send_signal(signal.SIGTERM)
+    output = _end(process, 60)
+    assert process.returncode not in (outcome.DONE, outcome.STOPPED)
+    assert "Traceback" not in output
+    assert _ranks_of(endless) == []
+
+
+def test_ctrl_c_under_deepspeeds_own_launcher_saves_too(endless: Path) -> None:
+    """On a terminal SIGINT reaches every process of the group at once."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    process = start([*runner, str(TRAIN), "--config", str(endless)])
+    _read_until(process, r"^step +3/")
+    os.killpg(process.pid, signal.SIGINT)
+    output = _end(process)
+    directory = endless.parent / "checkpoints" / "test"
+    assert f"newest checkpoint {directory / str(read_latest(directory))}" in output
+    assert len(committed_tags(directory)) >= 1
+    assert _ranks_of(endless) == []
+
+
+def _ranks_of(config: Path) -> list[str]:
+    time.sleep(0.5)
+    listed = subprocess.run(["/bin/ps", "axww", "-o", "stat=,command="], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if str(config) in line and not line.startswith("Z")]
+
+
+@pytest.fixture
+def as_rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process as the only rank; its signal handlers and environment come back afterwards."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    yield monkeypatch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def test_a_taken_port_is_named_with_a_free_one(
+    endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    from ds_gpt2 import train
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        as_rank_zero.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        assert train.main(["--config", str(endless)]) == outcome.MISTAKE
+    assert re.fullmatch(r"error: port \d+ is in use .* --master_port \d+ .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.dir=/nowhere"], "no data: /nowhere does not exist"),
+        (["batch.micro_batch=5"], r"cannot be divided .* set batch\.micro_batch=4, or batch\.tokens_per_step=\d+"),
+        (["model.preset=7B"], r"model\.preset is '7B': known are 7M"),
+        (["batch.micro_batc=5"], r"did you mean batch\.micro_batch\?"),
+        (["deepspeed=/nowhere.json"], "no DeepSpeed file /nowhere.json"),
+        (["run.device=cuda"], r"run\.device is cuda, but PyTorch .* sees no GPU"),
+        (["nonsense"], "not of the form key=value"),
+    ],
+)
+def test_a_mistake_is_told_before_any_rank_starts(
+    endless: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["train", str(endless), *arguments]) == outcome.MISTAKE
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.dir", "run.dir", "monitor.dir"])
+def test_a_directory_that_cannot_be_written_is_named(
+    endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    from ds_gpt2 import train
+
+    as_rank_zero.setattr("ds_gpt2.engine.open_process_group", lambda _: None)
+    assert train.main(["--config", str(endless), f"{key}={endless}"]) == outcome.MISTAKE  # a file, not a directory
+    assert re.fullmatch(rf"error: cannot write to {endless}/\S+: .*\n", capsys.readouterr().err)
+
+
+def test_an_unknown_config_or_run_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "gpt2_123m"]) == outcome.MISTAKE
+    assert "gpt2_124m" in capsys.readouterr().err
+    assert cli.main(["resume", "no-such-run"]) == outcome.MISTAKE
+    assert "no run no-such-run" in capsys.readouterr().err
+
+
+def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    auto = load_settings(endless, {"run.device": "auto"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert launcher.choose_ranks(auto, None) == ("cuda", 3)
+    assert launcher.choose_ranks(auto, 2) == ("cuda", 2)
+    with pytest.raises(UserError, match=r"--num_gpus 4, but this machine shows 3 GPU"):
+        launcher.choose_ranks(auto, 4)
+    assert launcher.choose_ranks(load_settings(endless), None) == ("cpu", 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert launcher.choose_ranks(auto, None) == ("cpu", 4)
+
+
+def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_gpt2 import device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    with pytest.raises(UserError, match=r"4 ranks but this machine shows 1 GPU\(s\): start with --num_gpus 1"):
+        device.choose("cuda")
