@@ -55,38 +55,57 @@ def run_ranks(arguments: list[str], accelerator: str, ranks: int) -> int:
         file = Path(folder) / "outcome"
         environment = {**os.environ, **outcome.request(file), "DS_ACCELERATOR": accelerator}
         # A session of its own: Ctrl+C reaches this process alone, which then asks the ranks to save and stop.
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        with _stop_requests_go_to(process.pid):
+        with _stop_requests() as requests:
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            requests.go_to(process.pid)
             process.wait()
             _wait_until_gone(process.pid)
         return outcome.read(file)
 
 
-@contextlib.contextmanager
-def _stop_requests_go_to(runner: int) -> Iterator[None]:
-    def ask(number: int, frame: FrameType | None) -> None:
-        _ask_ranks_to_stop(runner)
+class _StopRequests:
+    """Where requests to stop go, also one that comes before there is anything to stop."""
 
+    def __init__(self) -> None:
+        self._runner: int | None = None
+        self._asked = False
+
+    def go_to(self, runner: int) -> None:
+        self._runner = runner
+        if self._asked:
+            self._ask()
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """As a signal handler."""
+        self._asked = True
+        if self._runner is not None:
+            self._ask()
+
+    def _ask(self) -> None:
+        """SIGTERM to the ranks themselves: DeepSpeed's launcher would give each 30 seconds and then kill it."""
+        assert self._runner is not None
+        ranks = _ranks(self._runner)
+        if not ranks:  # still starting: there is nothing to save
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._runner, signal.SIGTERM)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[_StopRequests]:
+    """From here on Ctrl+C, SIGTERM and a closing terminal ask the ranks to stop."""
+    requests = _StopRequests()
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means: outlive the terminal
         signals.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in signals}
+    before = {number: signal.signal(number, requests.stop) for number in signals}
     try:
-        yield
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ask_ranks_to_stop(runner: int) -> None:
-    """SIGTERM to the ranks themselves: DeepSpeed's launcher would give each 30 seconds and then kill it."""
-    ranks = _ranks(runner)
-    if not ranks:  # still starting: there is nothing to save
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(runner, signal.SIGTERM)
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(signal.SIGTERM)
 
 
 def _ranks(runner: int) -> list[psutil.Process]:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Course:
     """How far to go, how fast to learn, when to save."""
 
     steps: int
@@ -33,7 +33,7 @@ class Plan:
 
 
 def train(
-    plan: Plan,
+    course: Course,
     state: TrainState,
     engine: Engine,
     data: TrainingData,
@@ -46,20 +46,20 @@ def train(
 ) -> bool:
     """Train from ``state`` to the last step; True if done, False if stopped on request. Either way all is saved."""
     stopping = False
-    while state.step < plan.steps and not stopping:
+    while state.step < course.steps and not stopping:
         meter.begin()
-        lr = plan.learning_rate(state.step + 1)
+        lr = course.learning_rate(state.step + 1)
         loss = engine.accumulate(data.micro_batches(state.step + 1))
         update = engine.apply(lr)
         state.advance(data.plan.tokens_per_step, update.applied)
         mean_loss, stopping = _agree(loss, stop)
         seen = _scalars(mean_loss, lr, update, state) | meter.end()
-        lines.show(state.step, seen, meter.eta(plan.steps - state.step))
+        lines.show(state.step, seen, meter.eta(course.steps - state.step))
         for hook in hooks:
-            if hook.every.due(state.step, plan.steps):
+            if hook.every.due(state.step, course.steps):
                 seen |= hook.observe(engine, state)
         monitor.write(state.step, seen)
-        if stopping or plan.save.due(state.step, plan.steps):
+        if stopping or course.save.due(state.step, course.steps):
             tag = checkpoints.save(state)
             monitor.flush()
             log.info(f"step {state.step}: saved {checkpoints.directory / tag}")

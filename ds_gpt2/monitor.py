@@ -71,10 +71,10 @@ class Monitor:
         return monitor.summary_writer if monitor is not None else None
 
     def _restart_tensorboard(self, start_step: int) -> None:
-        """DeepSpeed's writer knows no ``purge_step``; after a resume one that does takes its place."""
+        """DeepSpeed's writer knows no ``purge_step``: where an earlier start has written, another takes its place."""
         opened = self._tensorboard()
-        if opened is None or start_step == 0:
-            return
+        if opened is None or len(list(Path(opened.log_dir).glob("events.*"))) == 1:
+            return  # nothing was written here before
         opened.close()
         self._backends.tb_monitor.summary_writer = type(opened)(log_dir=opened.log_dir, purge_step=start_step + 1)
 

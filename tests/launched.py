@@ -24,16 +24,18 @@ class Launched:
     left_over: list[str]  # command lines of processes that outlived the launcher
 
 
-def launch(ranks: int, *arguments: str, script: Path = TRAIN, timeout: float = 240) -> Launched:
-    """``deepspeed --num_gpus RANKS SCRIPT ARGUMENTS`` on the CPU, to its end."""
+def launch(
+    ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 240
+) -> Launched:
+    """``deepspeed --num_gpus RANKS SCRIPT ARGUMENTS``, to its end."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(ranks)]
     command = [*runner, "--master_port", str(free_port()), str(script), *arguments]
-    return run(command, timeout)
+    return run(command, accelerator, timeout)
 
 
-def run(command: list[str], timeout: float = 240) -> Launched:
+def run(command: list[str], accelerator: str = "cpu", timeout: float = 240) -> Launched:
     """Run ``command`` in a session of its own; whatever it leaves behind is listed and ended."""
-    process = start(command)
+    process = start(command, accelerator)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -43,9 +45,9 @@ def run(command: list[str], timeout: float = 240) -> Launched:
     return Launched(process.returncode, output, end_session(process.pid))
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], accelerator: str = "cpu") -> subprocess.Popen[str]:
     """Start ``command`` in a session of its own, its output in a pipe."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -14,13 +14,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 from ds_gpt2 import deepspeed_file, device, dist
 from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import load_settings
+from ds_gpt2.config import ValidationSettings, load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, open_process_group
 from ds_gpt2.hooks import Validation
 from ds_gpt2.model import GPT2, ModelShape
-from ds_gpt2.schedule import Every
 
 LR = 1e-3
 
@@ -32,7 +31,7 @@ def main(config: Path, out: Path) -> None:
     plan = plan_batch(16 * 64, 2, 64, dist.world_size())
     dataset = open_dataset(settings.data.dir)
     data = TrainingData(Windows(dataset, "train", 64), plan, dist.rank(), settings.run.seed, place)
-    validation = Validation(Windows(dataset, "val", 64), Every(1), tokens=7 * 64, group=2)
+    validation = Validation(ValidationSettings(tokens=7 * 64), Windows(dataset, "val", 64), group=2)
 
     def engine(reduce_once: bool) -> Engine:
         torch.manual_seed(5)

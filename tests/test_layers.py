@@ -13,7 +13,7 @@ LAYERS = [
     {"dist", "device", "loss", "model", "tokenizer", "data", "meter"},
     {"engine", "checkpoint", "monitor", "console", "generate"},
     {"hooks", "loop"},
-    {"train", "launcher", "commands", "cli", "__main__"},
+    {"assembly", "train", "launcher", "commands", "cli", "__main__"},
 ]
 
 

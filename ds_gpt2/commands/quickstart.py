@@ -9,7 +9,8 @@ from ds_gpt2 import outcome
 from ds_gpt2.checkpoint import files
 from ds_gpt2.commands import prepare
 from ds_gpt2.commands.train import find_config, start
-from ds_gpt2.config import load_settings, parse_overrides
+from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.launcher import choose_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,11 @@ def run(options: argparse.Namespace) -> int:
     config = find_config("quickstart")
     overrides = _under_a_free_name(parse_overrides(options.settings))
     settings = load_settings(config, overrides)
+    _, ranks = choose_ranks(settings, options.num_gpus)
+    overrides = {**_batch_for(settings, ranks), **overrides}
     if settings.data.dir == prepare.SAMPLE_DIR:
         prepare.prepare_sample()
-    code = start(config, overrides, settings, options.num_gpus)
+    code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
     if code in (outcome.DONE, outcome.STOPPED):
         name = settings.run.name
         print("\nWhat to type next:")
@@ -36,6 +39,15 @@ def run(options: argparse.Namespace) -> int:
             " data.dir=data/mine run.name=mine"
         )
     return code
+
+
+def _batch_for(settings: Settings, ranks: int) -> dict[str, str]:
+    """A batch near the configured one that this number of ranks can share."""
+    batch = settings.batch
+    micro_batch = max(1, min(batch.micro_batch, batch.tokens_per_step // (batch.sequence_length * ranks)))
+    at_once = micro_batch * batch.sequence_length * ranks
+    tokens = max(1, round(batch.tokens_per_step / at_once)) * at_once
+    return {"batch.micro_batch": str(micro_batch), "batch.tokens_per_step": str(tokens)}
 
 
 def _under_a_free_name(overrides: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ds_gpt2 import dist
+from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import to_device
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
@@ -25,15 +26,15 @@ class Validation:
     are summed in one order.
     """
 
-    def __init__(self, windows: Windows, every: Every, tokens: int, group: int) -> None:
+    def __init__(self, settings: ValidationSettings, windows: Windows, group: int) -> None:
         """
         Args:
-            tokens: size of the set; as many whole windows as fit, at least one, at most all there are.
+            windows: of the validation split; as many as the settings ask for are used, at least one.
             group: windows per forward pass.
         """
-        self.every = every
+        self.every = Every(settings.every)
         self._windows = windows
-        count = max(1, min(tokens // windows.sequence_length, len(windows)))
+        count = max(1, min(settings.tokens // windows.sequence_length, len(windows)))
         self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
         self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
 

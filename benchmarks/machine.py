@@ -1,0 +1,38 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy
+import torch
+
+import ds_gpt2
+
+
+def describe() -> dict[str, str]:
+    """Machine kind, versions and date, fit to stand beside a figure."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "numpy": numpy.__version__,
+        "ds_gpt2": ds_gpt2.__version__,
+        "command": " ".join(["python", *(Path(word).name if word == sys.argv[0] else word for word in sys.argv)]),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ds_gpt2.monitor import Monitor
+
+
+class _Backends:
+    """DeepSpeed's monitor without a TensorBoard writer; keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tb_monitor = None
+        self.batches: list[list[tuple[str, float, int]]] = []
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.batches.append(events)
+
+
+def _monitor(file: Path, start_step: int = 0) -> tuple[Monitor, _Backends]:
+    backends = _Backends()
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=backends))
+    return Monitor(engine, file, start_step), backends
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+
+
+def test_scalars_go_out_in_one_batch_and_to_the_file(tmp_path: Path) -> None:
+    monitor, backends = _monitor(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        monitor.write(step, {"train/loss": 2.5 / step, "samples/0": "text\nin two lines"})
+    monitor.close()
+    assert backends.batches == [[("train/loss", 2.5, 1), ("train/loss", 1.25, 2)]]
+    assert _records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": 2.5, "samples/0": "text\nin two lines"},
+        {"step": 2, "train/loss": 1.25, "samples/0": "text\nin two lines"},
+    ]
+
+
+def test_infinity_and_nan_stay_readable_json(tmp_path: Path) -> None:
+    monitor, _ = _monitor(tmp_path / "metrics.jsonl")
+    monitor.write(1, {"train/grad_norm": float("inf"), "train/loss": float("nan")})
+    monitor.close()
+    assert _records(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": None}]
+
+
+def test_what_a_resume_replays_is_forgotten_first(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    monitor, _ = _monitor(file)
+    for step in range(1, 6):
+        monitor.write(step, {"x": 1.0})
+    monitor.close()
+    with file.open("a") as cut_by_a_crash:
+        cut_by_a_crash.write('{"step": 6, "x"')
+    monitor, _ = _monitor(file, start_step=3)
+    monitor.write(4, {"x": 2.0})
+    monitor.close()
+    assert [(record["step"], record["x"]) for record in _records(file)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monitor, backends = _monitor(tmp_path / "metrics.jsonl")
+    monitor.write(1, {"x": 1.0})
+    monitor.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert backends.batches == []
