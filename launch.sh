@@ -36,20 +36,32 @@ find_python() {
 
 # Changes whenever what has to be installed does.
 wanted() {
-  cat "$project/pyproject.toml" "$constraints" | cksum
+  { echo "$project"; cat "$project/pyproject.toml" "$constraints"; } | cksum
 }
 
+installed() {
+  local stamp
+  for stamp in "$@"; do
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed-$stamp" 2>/dev/null)" = "$(wanted)" ]; then
+      return 0
+    fi
+  done
+  return 1
+}
+
+# install EXTRAS STAMP...: what carries any of the stamps has what is needed; the first is set.
 install() {
-  local extras=$1 stamp=$venv/.installed-$2 python
-  if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(wanted)" ]; then
+  local extras=$1 python
+  shift
+  if installed "$@"; then
     return
   fi
   if command -v flock >/dev/null; then
     exec 9>"$project/.install.lock"
     flock 9
   fi
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$(wanted)" ]; then
-    if ! [ -x "$venv/bin/python" ]; then
+  if ! installed "$@"; then # another shell may have done it meanwhile
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none, or one that was cut short
       python=$(find_python) || exit 2
       rm -rf "$venv"
       echo "making $venv with $("$python" --version) ..."
@@ -59,7 +71,7 @@ install() {
     DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint "$constraints" --editable "$project$extras" ||
       fail 'the installation failed: see the lines above (no network, or a full disk?), then run the same command again'
-    wanted >"$stamp"
+    wanted >"$venv/.installed-$1"
   fi
   if command -v flock >/dev/null; then
     exec 9>&-
@@ -73,7 +85,7 @@ if [ -n "${DS_GPT2_PYTHON:-}" ]; then
 else
   case $verb in
     test) install '[dev]' dev ;;
-    *) install '' base ;;
+    *) install '' base dev ;;
   esac
   python=$venv/bin/python
 fi

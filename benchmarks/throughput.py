@@ -26,7 +26,7 @@ if not __package__:
 
 from benchmarks import machine
 from ds_gpt2.config import PROJECT_DIR, Settings, dump_settings, load_settings
-from ds_gpt2.ports import free_port
+from ds_gpt2.machine import free_port
 
 WARM_UP = 5  # steps of each block that are not counted
 RANKS = 4
@@ -77,6 +77,8 @@ def _settings(data: Path, folder: Path, steps: int) -> Settings:
             "batch.tokens_per_step": "8192",
             "schedule.steps": str(steps),
             "schedule.warmup_steps": "10",
+            "schedule.max_lr": "1e-3",  # well inside what is stable: the curves are compared
+            "schedule.min_lr": "1e-4",
             "checkpoint.every": "0",
             "validation.every": "0",
             "samples.every": "0",

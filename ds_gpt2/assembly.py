@@ -11,7 +11,6 @@ import logging
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ds_gpt2.config import Settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.check import check_tokens
 from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
-from ds_gpt2.engine import Engine, open_process_group
+from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.hooks import Hook, Samples, Validation
 from ds_gpt2.meter import Meter
@@ -47,12 +46,25 @@ def run(
         UserError: on every rank, for whatever the person who started the run can mend.
     """
     open_process_group(place)
+    try:
+        done = _train(settings, deepspeed_settings, plan, place, resume)
+    except UserError:
+        close_process_group()
+        raise
+    close_process_group()
+    return done
+
+
+def _train(
+    settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
+) -> bool:
+    tag = dist.together(lambda: tag_to_resume(settings, resume))
     dist.together(lambda: _check_directories(settings))
     console.open_log(settings.run_dir / "train.log")
-    tag = dist.together(lambda: tag_to_resume(settings.checkpoint_dir, resume))
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
     check_tokens(dataset, settings.run_dir / "data_checked.json")
     data = _training_data(settings, dataset, plan, place)
+    course = _course(settings, data)
     hooks = _hooks(settings, dataset)
 
     engine = _engine(settings, deepspeed_settings, plan)
@@ -60,7 +72,6 @@ def run(
     checkpoints = Checkpoints(settings.checkpoint_dir, engine, settings.checkpoint.keep_last, identity)
     state = checkpoints.load(tag) if tag else TrainState()
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", state.step)
-    course = _course(settings, data)
     peak = device.peak_flops(place)
     meter = Meter(plan.tokens_per_step, flops_per_token(engine.model), peak and peak * plan.world_size)
     if dist.is_main():
@@ -82,8 +93,8 @@ def run(
     return done
 
 
-def tag_to_resume(directory: Path, resume: str | None) -> str | None:
-    """The checkpoint to go on from; None to start afresh, which a directory with checkpoints forbids.
+def tag_to_resume(settings: Settings, resume: str | None) -> str | None:
+    """The checkpoint to go on from; None to start afresh, which a run that has checkpoints forbids.
 
     Args:
         resume: None, "auto", "latest", a step or a tag.
@@ -91,7 +102,10 @@ def tag_to_resume(directory: Path, resume: str | None) -> str | None:
     Raises:
         UserError: nothing to resume, or a run that must not be trained over.
     """
+    directory = settings.checkpoint_dir
     latest = files.read_latest(directory)
+    if latest is None:
+        _check_not_saved_elsewhere(settings)
     if resume is None and latest is not None:
         raise UserError(
             f"run {directory.name} already has checkpoints in {directory}, the newest is {latest}:"
@@ -106,9 +120,22 @@ def tag_to_resume(directory: Path, resume: str | None) -> str | None:
     return latest
 
 
+def _check_not_saved_elsewhere(settings: Settings) -> None:
+    """A run of this name whose checkpoints lie in another directory must not lose its history to a new one."""
+    previous = settings.run_dir / "config.yaml"
+    if not previous.exists():
+        return
+    elsewhere = config.load_settings(previous).checkpoint_dir
+    if elsewhere != settings.checkpoint_dir and files.read_latest(elsewhere) is not None:
+        raise UserError(
+            f"run {settings.run.name} has its checkpoints in {elsewhere}: set checkpoint.dir={elsewhere.parent} to"
+            " go on from them, or choose another run.name"
+        )
+
+
 def _check_directories(settings: Settings) -> None:
     if dist.is_main():
-        for directory in (settings.run_dir, settings.checkpoint_dir, settings.tensorboard_dir):
+        for directory in settings.output_dirs:
             files.check_writable(directory)
 
 
@@ -131,7 +158,7 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
     seed_everything(settings.run.seed)
     model = GPT2(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.dropout)
     completed = deepspeed_file.complete(deepspeed_settings, settings, plan)
-    engine = Engine(model, completed, settings.optimizer.weight_decay, settings.batch.reduce_once)
+    engine = Engine(model, completed, settings.optimizer.weight_decay)
     seed_everything(settings.run.seed + dist.rank())  # dropout differs between ranks
     return engine
 
@@ -139,6 +166,11 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 def _course(settings: Settings, data: TrainingData) -> loop.Course:
     schedule = settings.schedule
     steps = schedule.steps or data.steps_for(schedule.epochs or 0)
+    if schedule.warmup_steps >= steps:
+        raise UserError(
+            f"schedule.warmup_steps {schedule.warmup_steps} must be below the {steps} steps that"
+            f" schedule.epochs={schedule.epochs:g} come to with this data"
+        )
     rate = functools.partial(
         learning_rate,
         steps=steps,

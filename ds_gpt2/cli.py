@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parse(arguments)
     try:
+        if options.verb == "test":
+            raise UserError("the tests are started by ./launch.sh test, or by pytest")
         return int(_VERBS[options.verb][0](options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -91,12 +91,11 @@ class BatchSettings(_Section):
     tokens_per_step: PositiveInt = 524_288  # over all ranks; the accumulation is derived from it
     micro_batch: PositiveInt = 16  # windows per forward/backward on one rank
     sequence_length: PositiveInt = 1024
-    reduce_once: bool = True  # reduce gradients once a step (full local fp32 gradients) or at every micro-batch
 
 
 class ScheduleSettings(_Section):
     steps: PositiveInt | None = None  # give steps or epochs
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     warmup_steps: Count = 715
     max_lr: Annotated[float, Field(gt=0)] = 6e-4
     min_lr: Annotated[float, Field(ge=0)] = 6e-5
@@ -171,6 +170,11 @@ class Settings(_Section):
     @property
     def tensorboard_dir(self) -> Path:
         return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / "tensorboard"
+
+    @property
+    def output_dirs(self) -> tuple[Path, ...]:
+        """Everything a run writes is below these."""
+        return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
 
 _PATH_KEYS = ("run.dir", "data.dir", "checkpoint.dir", "monitor.dir", "deepspeed")
@@ -266,6 +270,8 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: {section} was given a value of its own before; remove one of the two")
     tree[name] = value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -47,12 +48,16 @@ class StepLines:
         line = f"step {step:{width}d}/{self._steps}  {numbers}  eta {duration(eta_seconds)}"
         log.info(line, extra={"bar": self._bar})
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{numbers}  eta {duration(eta_seconds)}", refresh=False)
-            self._bar.update(1)
+            try:
+                self._bar.set_postfix_str(f"{numbers}  eta {duration(eta_seconds)}", refresh=False)
+                self._bar.update(1)
+            except OSError:
+                self._bar = None
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
 
 _BAR = "{n_fmt}/{total_fmt} |{bar:16}| {postfix}"
@@ -61,9 +66,15 @@ _BAR = "{n_fmt}/{total_fmt} |{bar:16}| {postfix}"
 class _Terminal(logging.Handler):
     """Prints above a progress bar if there is one; a step that a bar shows needs no line of its own."""
 
+    gone = False
+
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "bar", None) is None:
+        if self.gone or getattr(record, "bar", None) is not None:
+            return
+        try:
             tqdm.write(self.format(record), file=sys.stdout)
+        except OSError:  # the terminal is closed or the pipe broken; the run and its log file go on
+            self.gone = True
 
 
 def duration(seconds: float) -> str:

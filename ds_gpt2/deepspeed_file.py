@@ -43,6 +43,8 @@ _OPTIMIZER_OURS = {
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay",
 }
+# What else torch's and DeepSpeed's Adam take.
+_OPTIMIZER_PARAMS = frozenset({"torch_adam", "fused", "foreach", "adam_w_mode", "bias_correction", "capturable"})
 
 
 def load_deepspeed_file(path: Path) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: unreadable, no JSON object, an unknown top-level key, a number that is ours stated as anything but
-            "auto", or a configuration this project does not run (no ZeRO stage 1 or 2, no optimizer).
+            "auto", or what this project does not run (a ZeRO stage other than 2, an optimizer other than Adam).
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,13 +64,11 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
     _check_owners(path, content, _OURS, "")
     _check_known(path, content)
-    optimizer = content.get("optimizer")
-    if not isinstance(optimizer, dict) or "type" not in optimizer:
-        raise UserError(f'{path}: optimizer.type is not set: for example "optimizer": {{"type": "AdamW"}}')
-    _check_owners(path, optimizer.get("params", {}), _OPTIMIZER_OURS, "optimizer.params.")
-    stage = content.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 runs stage 2 (or 1)")
+    _check_optimizer(path, content.get("optimizer"))
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage != 2:
+        raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 runs stage 2")
     return content
 
 
@@ -101,6 +101,18 @@ def _check_owners(path: Path, block: dict[str, Any], owners: dict[str, str], pre
     for key, owner in owners.items():
         if block.get(key, "auto") != "auto":
             raise UserError(f'{path}: {prefix}{key} belongs to the setting {owner}: write "auto" or remove it')
+
+
+def _check_optimizer(path: Path, optimizer: Any) -> None:
+    kind = optimizer.get("type") if isinstance(optimizer, dict) else None
+    if kind not in ("Adam", "AdamW"):
+        raise UserError(f"{path}: optimizer.type is {kind}: ds_gpt2 runs AdamW (or Adam)")
+    params = optimizer.get("params", {})
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: optimizer.params must be an object")
+    _check_owners(path, params, _OPTIMIZER_OURS, "optimizer.params.")
+    for key in sorted(set(params) - _OPTIMIZER_PARAMS - set(_OPTIMIZER_OURS)):
+        raise UserError(f"{path}: optimizer.params.{key} is unknown: known are {', '.join(sorted(_OPTIMIZER_PARAMS))}")
 
 
 def _check_known(path: Path, content: dict[str, Any]) -> None:

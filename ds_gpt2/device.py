@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
+import re
 from pathlib import Path
 
 import torch
 
 from ds_gpt2 import dist
 from ds_gpt2.errors import UserError
+from ds_gpt2.machine import usable_cores
 
 # Dense bf16 tensor-core FLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the
-# device's name counts, so longer names come first.
+# device's name as whole words counts, so longer names come first.
 _PEAK_FLOPS = (
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -71,17 +72,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in _PEAK_FLOPS if known in name), None)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this rank has used so far: allocated on the GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next((flops for known, flops in _PEAK_FLOPS if re.search(rf"\b{known}\b", name)), None)
 
 
 def _check_cuda() -> None:
@@ -97,8 +88,7 @@ def _check_cuda() -> None:
 
 def _prepare_cpu() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // dist.local_world_size()))
+        torch.set_num_threads(max(1, usable_cores() // dist.local_world_size()))
     _keep_freed_memory()
 
 

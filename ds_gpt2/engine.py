@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 
-from ds_gpt2 import dist, ports
+from ds_gpt2 import dist, machine
 from ds_gpt2.data.batches import MicroBatch
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import GPT2, parameter_groups
@@ -32,13 +31,11 @@ class Update:
 class Engine:
     """A GPT-2 under ZeRO: bf16 weights, fp32 masters and moments partitioned over the ranks."""
 
-    def __init__(self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float, reduce_once: bool) -> None:
+    def __init__(self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float) -> None:
         """
         Args:
             deepspeed_config: complete, see ``deepspeed_file.complete``.
             weight_decay: on matrices and embeddings; biases and norms have none.
-            reduce_once: reduce gradients over ranks once a step instead of at every micro-batch; costs fp32
-                gradients of the whole model on every rank between the micro-batches.
 
         Raises:
             UserError: DeepSpeed does not accept its configuration.
@@ -52,7 +49,6 @@ class Engine:
         # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
         self.deepspeed.monitor.enabled = False
         self._accumulation: int = deepspeed_config["gradient_accumulation_steps"]
-        self._reduce_once = reduce_once and self._accumulation > 1
 
     @property
     def device(self) -> torch.device:
@@ -67,13 +63,13 @@ class Engine:
         engine = self.deepspeed
         engine.train()
         losses = []
-        with engine.coalesce_grad_reduction() if self._reduce_once else nullcontext():
-            for number, (tokens, targets) in enumerate(micro_batches, start=1):
-                if not self._reduce_once:
-                    engine.set_gradient_accumulation_boundary(number == self._accumulation)
-                loss = engine(tokens, targets)
-                engine.backward(loss)
-                losses.append(loss.detach())
+        for number, (tokens, targets) in enumerate(micro_batches, start=1):
+            # Each micro-batch's gradients are reduced into fp32 partitions. DeepSpeed's coalesce_grad_reduction would
+            # reduce once a step but sums in bf16 until then, where a small gradient vanishes beside a large one.
+            engine.set_gradient_accumulation_boundary(number == self._accumulation)
+            loss = engine(tokens, targets)
+            engine.backward(loss)
+            losses.append(loss.detach())
         return torch.stack(losses).mean()
 
     def apply(self, lr: float) -> Update:
@@ -81,15 +77,12 @@ class Engine:
         engine = self.deepspeed
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        engine.set_gradient_accumulation_boundary(True)
         engine.step()
         return Update(applied=engine.was_step_applied(), grad_norm=float(engine.get_global_grad_norm()))
 
     def close(self) -> None:
-        """Free the engine's buffers and leave the process group."""
+        """Free the engine's buffers."""
         self.deepspeed.destroy()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def open_process_group(device: torch.device) -> None:
@@ -101,7 +94,7 @@ def open_process_group(device: torch.device) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)  # started by hand without a launcher: one rank
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(ports.free_port())
+        os.environ["MASTER_PORT"] = str(machine.free_port())
     if device.type == "cpu":
         # DeepSpeed's shared-memory all-reduce needs half a minute of g++ at first use and busy-waits, which costs
         # more than it saves when ranks share cores (benchmarks/LOG.md).
@@ -109,7 +102,13 @@ def open_process_group(device: torch.device) -> None:
         if os.environ.get("CROSS_SIZE", "1") == "1" and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
     if dist.rank() == 0:
-        ports.check_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        machine.check_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     # DeepSpeed's calls, DeepSpeed's to mend: one line per rank would be all that a newcomer reads.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def close_process_group() -> None:
+    """Leave the ranks of this run; without it NCCL complains when the process ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

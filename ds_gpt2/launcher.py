@@ -18,7 +18,7 @@ import psutil
 from ds_gpt2 import outcome
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
-from ds_gpt2.ports import free_port
+from ds_gpt2.machine import free_port
 
 TRAIN = Path(__file__).with_name("train.py")
 CPU_RANKS = 4
@@ -50,10 +50,12 @@ def choose_ranks(settings: Settings, wanted: int | None) -> tuple[str, int]:
 def run_ranks(arguments: list[str], accelerator: str, ranks: int) -> int:
     """Run ``train.py`` with ``arguments`` on ``ranks`` ranks and wait; returns the run's exit code (see outcome)."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-    command = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(TRAIN), *arguments]
+    where = _which_devices(accelerator, ranks)
+    command = [*launcher, *where, "--master_port", str(free_port()), str(TRAIN), *arguments]
     with tempfile.TemporaryDirectory(prefix="ds_gpt2-") as folder:
         file = Path(folder) / "outcome"
         environment = {**os.environ, **outcome.request(file), "DS_ACCELERATOR": accelerator}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # what it said is in the command
         # A session of its own: Ctrl+C reaches this process alone, which then asks the ranks to save and stop.
         with _stop_requests() as requests:
             process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -61,6 +63,17 @@ def run_ranks(arguments: list[str], accelerator: str, ranks: int) -> int:
             process.wait()
             _wait_until_gone(process.pid)
         return outcome.read(file)
+
+
+def _which_devices(accelerator: str, ranks: int) -> list[str]:
+    """DeepSpeed's ``--num_gpus`` takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if accelerator != "cuda" or not visible:
+        return ["--num_gpus", str(ranks)]
+    numbers = visible.split(",")[:ranks]
+    if not all(number.strip().isdigit() for number in numbers):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed needs GPUs by number, for example 0,1")
+    return ["--include", "localhost:" + ",".join(number.strip() for number in numbers)]
 
 
 class _StopRequests:

@@ -53,7 +53,7 @@ def train(
         update = engine.apply(lr)
         state.advance(data.plan.tokens_per_step, update.applied)
         mean_loss, stopping = _agree(loss, stop)
-        seen = _scalars(mean_loss, lr, update, state) | meter.end()
+        seen = _scalars(mean_loss, lr, update, state, data) | meter.end()
         lines.show(state.step, seen, meter.eta(course.steps - state.step))
         for hook in hooks:
             if hook.every.due(state.step, course.steps):
@@ -63,7 +63,7 @@ def train(
             tag = checkpoints.save(state)
             monitor.flush()
             log.info(f"step {state.step}: saved {checkpoints.directory / tag}")
-    return not stopping
+    return state.step >= course.steps
 
 
 def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
@@ -73,11 +73,12 @@ def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
     return total_loss / dist.world_size(), requests > 0
 
 
-def _scalars(loss: float, lr: float, update: Update, state: TrainState) -> Seen:
+def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: TrainingData) -> Seen:
     return {
         "train/loss": loss,
         "train/lr": lr,
         "train/grad_norm": update.grad_norm,
         "train/skipped_steps": state.skipped_steps,
         "train/tokens": state.tokens,
+        "train/epoch": data.epoch(state.step),
     }

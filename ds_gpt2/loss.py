@@ -31,7 +31,8 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
         fp32 scalar.
     """
     chunk = chunk_tokens(head.shape[0], hidden.device)
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk)
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate)
 
 
 def chunk_tokens(columns: int, device: torch.device) -> int:
@@ -43,10 +44,15 @@ def chunk_tokens(columns: int, device: torch.device) -> int:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        vocabulary: int,
+        chunk: int,
+        differentiate: bool,
     ) -> torch.Tensor:
         tokens = hidden.shape[0]
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grads, head_grad = [], None
         for start in range(0, tokens, chunk):
@@ -58,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             slope = F.softmax(logits, dim=-1, dtype=torch.float32)
             # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
             total += (largest.float() - slope.gather(1, place).log() - target_logit.float()).sum()
-            if not needs_gradient:
+            if not differentiate:
                 continue
             # d(sum of losses)/d(logits) = softmax - one-hot. It takes the logits' own memory.
             slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
@@ -81,4 +87,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scale = grad_outputs[0] / ctx.tokens
-        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None
+        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None, None

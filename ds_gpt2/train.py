@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
@@ -16,12 +17,16 @@ from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.stop import die_silently
 
+_PATIENCE_SECONDS = 20.0
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, train; returns the exit code."""
     die_silently()
     try:
         options, extra = parser().parse_known_args(arguments)
+        if options.config is None:
+            raise UserError("which run? give --config YAML, for example ds_configs/quickstart.yaml")
         settings = config.load_settings(Path(options.config), _overrides(options, extra))
         if options.print_config:
             if dist.is_main():
@@ -29,12 +34,23 @@ def main(arguments: list[str] | None = None) -> int:
             return outcome.DONE
         code = outcome.DONE if _run(settings, options.resume) else outcome.STOPPED
     except UserError as error:
-        if dist.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = outcome.MISTAKE
+        if not dist.is_main():
+            _let_the_main_rank_speak()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome.leave(outcome.MISTAKE)
+        return outcome.MISTAKE
     if dist.is_main():
         outcome.leave(code)
     return code
+
+
+def _let_the_main_rank_speak() -> None:
+    """Most mistakes are found by every rank, and the launcher ends the others as soon as rank 0 has said its line.
+
+    Who is still there after a while found it alone, and says it.
+    """
+    die_silently()
+    time.sleep(_PATIENCE_SECONDS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="ds_gpt2/train.py", description=__doc__, allow_abbrev=False, epilog="Any setting may follow as key=value."
     )
-    result.add_argument("--config", required=True, metavar="YAML")
+    result.add_argument("--config", metavar="YAML", help="the run's settings; needed")
     result.add_argument("--resume", nargs="?", const="latest", metavar="latest|auto|STEP|TAG", help="go on from there")
     result.add_argument("--run_name", metavar="NAME", help="run.name")
     result.add_argument("--checkpoint_freq", metavar="STEPS", help="checkpoint.every")
@@ -66,6 +82,11 @@ _FLAGS = {
 
 
 def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
+    for flag, default in (("resume", "latest"), ("use_tensorboard", "true")):
+        value = getattr(options, flag)
+        if value is not None and "=" in value:  # a setting that stands behind a flag without a value
+            extra = [*extra, value]
+            setattr(options, flag, default)
     flags = {key: value for flag, key in _FLAGS.items() if (value := getattr(options, flag)) is not None}
     return {**flags, **config.parse_overrides(extra)}
 

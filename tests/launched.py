@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_gpt2.ports import free_port
+from ds_gpt2.machine import free_port
 
 PROJECT = Path(__file__).resolve().parents[1]
 TRAIN = PROJECT / "ds_gpt2" / "train.py"
@@ -48,6 +48,8 @@ def run(command: list[str], accelerator: str = "cpu", timeout: float = 240) -> L
 def start(command: list[str], accelerator: str = "cpu") -> subprocess.Popen[str]:
     """Start ``command`` in a session of its own, its output in a pipe."""
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, "PYTHONUNBUFFERED": "1"}
+    if not accelerator:  # as a person has it who never heard of the variable
+        del environment["DS_ACCELERATOR"]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -12,12 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+from deepspeed.utils import safe_get_full_grad
+
 from ds_gpt2 import deepspeed_file, device, dist
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import ValidationSettings, load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.engine import Engine, open_process_group
+from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.hooks import Validation
 from ds_gpt2.model import GPT2, ModelShape
 
@@ -33,11 +35,11 @@ def main(config: Path, out: Path) -> None:
     data = TrainingData(Windows(dataset, "train", 64), plan, dist.rank(), settings.run.seed, place)
     validation = Validation(ValidationSettings(tokens=7 * 64), Windows(dataset, "val", 64), group=2)
 
-    def engine(reduce_once: bool) -> Engine:
+    def fresh_engine() -> Engine:
         torch.manual_seed(5)
         content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64))
-        return Engine(model, deepspeed_file.complete(content, settings, plan), 0.1, reduce_once)
+        return Engine(model, deepspeed_file.complete(content, settings, plan), 0.1)
 
     def steps(trained: Engine, count: int) -> list[tuple[float, float]]:
         seen = []
@@ -49,18 +51,33 @@ def main(config: Path, out: Path) -> None:
         return seen
 
     found: dict[str, object] = {"world_size": dist.world_size()}
-    once, often = engine(reduce_once=True), engine(reduce_once=False)
-    found["validation_before"] = validation.loss(once)
-    found["reduce_once"], found["reduce_often"] = steps(once, 4), steps(often, 4)
-    found["skipped"] = _with_a_bad_gradient(once, data)
-    found["after_skip"] = steps(once, 1)
+    engine = fresh_engine()
+    found["validation_before"] = validation.loss(engine)
+    found["steps"] = steps(engine, 4)
+    found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
+    found["skipped"] = _with_a_bad_gradient(engine, data)
+    found["after_skip"] = steps(engine, 1)
     complaints = []
     for guilty in range(dist.world_size()):
         complaints.append(_complaint_of(guilty))
     found["complaints"] = complaints
     if dist.is_main():
         out.write_text(json.dumps(found))
-    once.close()
+    engine.close()
+    close_process_group()
+
+
+def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -> float:
+    """A weight's accumulated gradient when the first micro-batch gives 1 and each other one 1/512."""
+    weight = trained.model.h[1].mlp.c_fc.weight
+    values = iter([1.0] + [1 / 512] * (data.plan.accumulation - 1))
+    hook = weight.register_hook(lambda grad: torch.full_like(grad, next(values)))
+    trained.accumulate(data.micro_batches(5))
+    hook.remove()
+    gradient = safe_get_full_grad(weight)
+    assert gradient is not None
+    trained.apply(0.0)
+    return float(gradient.mean())
 
 
 def _with_a_bad_gradient(trained: Engine, data: TrainingData) -> list[dict[str, object]]:

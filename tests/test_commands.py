@@ -149,6 +149,11 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([verb, "--help"])
         assert ended.value.code == 0
     assert "usage: ./launch.sh quickstart" in capsys.readouterr().out
+    assert cli.main(["test"]) == outcome.MISTAKE
+    for arguments in (["quickstart", "--num_gpus", "0"], ["prepare", "sample", "--workers", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == outcome.MISTAKE
 
 
 def test_ci_runs_nothing_but_the_readmes_command() -> None:
@@ -161,6 +166,8 @@ def test_ci_runs_nothing_but_the_readmes_command() -> None:
 def test_deepspeed_starts_the_file_by_itself(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     """As a file, from another directory, with the package not on the path."""
     config = write_config(tmp_path, schedule={"steps": 1, "warmup_steps": 0}, monitor={"tensorboard": False})
-    result = launch(1, "--config", str(config), "checkpoint.every=0", "samples.every=0", "validation.every=0")
+    result = launch(
+        1, "--config", str(config), "checkpoint.every=0", "samples.every=0", "validation.every=0", accelerator=""
+    )
     assert result.code == outcome.DONE, result.output
     assert "done at step 1 of 1" in result.output

@@ -77,3 +77,30 @@ def test_other_ranks_are_silent(
     console.log.error("trouble")
     assert capsys.readouterr().out == "trouble\n"
     assert not (tmp_path / "train.log").exists()
+
+
+class _Gone:
+    """A terminal that was closed, or a pipe whose reader has ended."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_log(tmp_path / "train.log")
+    lines = StepLines(0, 10)
+    with monkeypatch.context() as context:
+        context.setattr(console.sys, "stdout", _Gone())
+        for step in (1, 2):
+            lines.show(step, SEEN, 95)
+            console.log.info("a message")
+        lines.close()
+    logged = (tmp_path / "train.log").read_text()
+    assert logged.count("a message") == 2
+    assert logged.count("step ") == 2

@@ -52,10 +52,16 @@ def test_our_numbers_are_put_in_once() -> None:
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
             r"optimizer\.params\.lr belongs to .* schedule\.max_lr",
         ),
-        ({"optimizer": {"params": {}}}, r"optimizer\.type is not set"),
-        ({"optimizer": None}, r"optimizer\.type is not set"),
+        ({"optimizer": {"params": {}}}, r"optimizer\.type is None: ds_gpt2 runs AdamW"),
+        ({"optimizer": None}, r"optimizer\.type is None"),
+        ({"optimizer": {"type": "Sophia"}}, r"optimizer\.type is Sophia"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, r"optimizer\.params must be an object"),
+        ({"optimizer": {"type": "AdamW", "params": {"fusd": True}}}, r"optimizer\.params\.fusd is unknown"),
         ({"zero_optimization": {"stage": 3}}, r"stage is 3: ds_gpt2 runs stage 2"),
         ({"zero_optimization": {}}, "stage is None"),
+        ({"zero_optimization": None}, "stage is None"),
+        ({"zero_optimization": []}, "stage is None"),
+        ({"zero_optimization": {"stage": 1}}, "stage is 1"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

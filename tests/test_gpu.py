@@ -10,7 +10,6 @@ import pytest
 import torch
 from launched import launch
 
-from ds_gpt2 import device
 from ds_gpt2.loss import cross_entropy
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +34,3 @@ def test_the_loss_agrees_with_the_cpu() -> None:
     here = cross_entropy(hidden, head, targets, 50_257)
     there = cross_entropy(hidden.cuda(), head.cuda(), targets.cuda(), 50_257)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
-
-
-def test_memory_is_measured() -> None:
-    assert device.peak_memory(torch.device("cuda", 0)) > 0

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from launched import TRAIN, end_session, start
 
-from ds_gpt2 import cli, launcher, outcome
+from ds_gpt2 import cli, device, launcher, outcome
 from ds_gpt2.checkpoint.files import committed_tags, read_latest
-from ds_gpt2.config import load_settings
+from ds_gpt2.config import dump_settings, load_settings
 from ds_gpt2.errors import UserError
-from ds_gpt2.ports import free_port
+from ds_gpt2.machine import free_port
 
 FOR_EVER = {"steps": 1_000_000, "warmup_steps": 3}
 
@@ -118,12 +119,13 @@ def test_a_taken_port_is_named_with_a_free_one(
         taken.listen()
         as_rank_zero.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         assert train.main(["--config", str(endless)]) == outcome.MISTAKE
-    assert re.fullmatch(r"error: port \d+ is in use .* --master_port \d+ .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: port \d+ is in use, .* --master_port \d+ .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["checkpoint.dir=/dev/null"], "cannot write to /dev/null/test"),
         (["data.dir=/nowhere"], "no data: /nowhere does not exist"),
         (["batch.micro_batch=5"], r"cannot be divided .* set batch\.micro_batch=4, or batch\.tokens_per_step=\d+"),
         (["model.preset=7B"], r"model\.preset is '7B': known are 7M"),
@@ -157,6 +159,58 @@ def test_a_directory_that_cannot_be_written_is_named(
     assert re.fullmatch(rf"error: cannot write to {endless}/\S+: .*\n", capsys.readouterr().err)
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
+    endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ds_gpt2 import train
+
+    big = endless.parent / "big"
+    (big / "test").mkdir(parents=True)
+    (big / "test" / "latest").write_text("rolling_step_000250")
+    run_dir = endless.parent / "runs" / "test"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))
+    as_rank_zero.setattr("ds_gpt2.assembly.open_process_group", lambda _: None)
+    assert train.main(["--config", str(endless)]) == outcome.MISTAKE
+    assert f"run test has its checkpoints in {big}/test: set checkpoint.dir={big}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --config YAML"),
+        (["--resume", "schedule.steps=bad"], r"schedule\.steps='bad'"),
+        (["--resume", "nowhere.step=5"], "unknown setting nowhere"),
+        (["--no-such-flag"], "not of the form key=value"),
+        (["run=5", "run.seed=1"], "run was given a value of its own"),
+    ],
+)
+def test_a_bad_command_line_of_the_ranks_is_one_line(
+    endless: Path,
+    as_rank_zero: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ds_gpt2 import train
+
+    del as_rank_zero
+    config = ["--config", str(endless)] if arguments else []
+    assert train.main([*config, *arguments]) == outcome.MISTAKE
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_epochs_shorter_than_the_warm_up_are_refused(
+    endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ds_gpt2 import train
+
+    as_rank_zero.setattr("ds_gpt2.assembly.open_process_group", lambda _: None)
+    arguments = ["schedule.epochs=0.1", "schedule.warmup_steps=9999"]
+    assert train.main(["--config", str(endless), *arguments]) == outcome.MISTAKE
+    assert "must be below the" in capsys.readouterr().err
+
+
 def test_an_unknown_config_or_run_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "gpt2_123m"]) == outcome.MISTAKE
     assert "gpt2_124m" in capsys.readouterr().err
@@ -178,9 +232,39 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     assert launcher.choose_ranks(auto, None) == ("cpu", 4)
 
 
-def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_gpt2 import device
+@pytest.mark.parametrize(
+    ("visible", "where"),
+    [("", ["--num_gpus", "2"]), ("2,3", ["--include", "localhost:2,3"]), ("5, 1,0", ["--include", "localhost:5,1"])],
+)
+def test_visible_devices_are_the_ones_used(visible: str, where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launcher._which_devices("cuda", 2) == where
+    assert launcher._which_devices("cpu", 2) == ["--num_gpus", "2"]
 
+
+def test_devices_deepspeed_cannot_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c")
+    with pytest.raises(UserError, match="needs GPUs by number"):
+        launcher._which_devices("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA L40", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None),
+    ],
+)  # fmt: skip
+def test_a_peak_is_only_claimed_for_the_very_card(
+    name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    peak = device.peak_flops(torch.device("cuda", 0))
+    assert peak == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_SIZE", "4")

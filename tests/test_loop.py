@@ -26,6 +26,9 @@ class Parts:
         self._stop_at, self._skip_at = stop_at, skip_at
         self.step, self.requested = 0, False
 
+    def epoch(self, step: int) -> float:
+        return step / 10
+
     def micro_batches(self, step: int) -> str:
         self.step = step
         return f"data of {step}"
@@ -78,7 +81,7 @@ def test_a_step_is_told_in_order() -> None:
     ]  # fmt: skip
     assert parts.records[2] == {
         "train/loss": 2.0, "train/lr": 0.2, "train/grad_norm": 1.0, "train/skipped_steps": 0, "train/tokens": 200,
-        "perf/step_ms": 1.0, "val/loss": 3.0,
+        "train/epoch": 0.2, "perf/step_ms": 1.0, "val/loss": 3.0,
     }  # fmt: skip
 
 
@@ -88,6 +91,10 @@ def test_a_stop_saves_the_step_just_done(stop_at: int) -> None:
     assert not _train(parts, state, steps=100, save=50)
     assert state.step == stop_at
     assert parts.notes[-2:] == [f"write {stop_at}", f"save {stop_at}"]
+
+
+def test_a_stop_in_the_last_step_is_an_end() -> None:
+    assert _train(Parts(stop_at=3), TrainState(), steps=3, save=0)
 
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ds_gpt2 import loss
 from ds_gpt2.loss import chunk_tokens, cross_entropy
@@ -68,8 +69,13 @@ def test_bf16_gradients_are_as_good_as_torchs(monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_gradients_only_the_loss_is_computed() -> None:
     hidden, head, targets = _inputs(64, torch.float32)
-    with torch.no_grad():
-        assert not cross_entropy(hidden, head, targets, VOCABULARY).requires_grad
+    products = []
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, FlopCounterMode(display=False) as counter:
+            loss = cross_entropy(hidden, head, targets, VOCABULARY)
+        products.append(counter.get_total_flops())
+        assert loss.requires_grad == (len(products) == 1)
+    assert products == [3 * 2 * 64 * PADDED * WIDTH, 2 * 64 * PADDED * WIDTH]
 
 
 def test_a_chunk_is_a_power_of_two_within_its_budget() -> None:

@@ -30,11 +30,19 @@ def committed_tags(directory: Path) -> list[str]:
 
 
 def read_latest(directory: Path) -> str | None:
-    """The tag that ``latest`` names, None if there is no pointer."""
+    """The tag that ``latest`` names, None if there is no pointer.
+
+    Raises:
+        UserError: the pointer cannot be read.
+    """
     try:
         return (directory / LATEST).read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{directory / LATEST} cannot be read ({error}): write the tag of a checkpoint into it"
+        ) from None
 
 
 def read_manifest(directory: Path, tag: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ds_gpt2 import outcome
+from ds_gpt2.commands.arguments import positive
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.data.prepare import is_prepared, prepare
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("files", nargs="+", type=Path, metavar="FILE")
     text.add_argument("--out", type=Path, default=PROJECT_DIR / "data" / "text", metavar="DIR")
     for kind in (sample, text):
-        kind.add_argument("--workers", type=int, metavar="N", help="threads (default: every core)")
+        kind.add_argument("--workers", type=positive, metavar="N", help="threads (default: every core)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,16 +8,14 @@ import itertools
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint import files
 from ds_gpt2.commands import prepare
+from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config, start
-from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
 from ds_gpt2.launcher import choose_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings laid over ds_configs/quickstart.yaml"
-    )
-    parser.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: every GPU, or 4 on the CPU)")
+    add_start_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,14 +28,11 @@ def run(options: argparse.Namespace) -> int:
         prepare.prepare_sample()
     code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
     if code in (outcome.DONE, outcome.STOPPED):
-        name = settings.run.name
+        name = settings.run.name if settings.run.dir == PROJECT_DIR / "runs" else settings.run_dir
         print("\nWhat to type next:")
-        print(f"  ./launch.sh tensorboard {name}                       see the curves and samples in a browser")
-        print(f"  ./launch.sh resume {name} schedule.steps=600         go on from the checkpoint, ten times as far")
-        print(
-            "  ./launch.sh prepare text FILE... --out data/mine     your own text; then: ./launch.sh train quickstart"
-            " data.dir=data/mine run.name=mine"
-        )
+        print(f"  ./launch.sh tensorboard {name}                 see the curves and samples in a browser")
+        print(f"  ./launch.sh resume {name} schedule.steps=600   go on from the checkpoint, four times as far")
+        print("  ./launch.sh prepare text FILE... --out data/mine && ./launch.sh train quickstart data.dir=data/mine")
     return code
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ds_gpt2 import ports
+from ds_gpt2 import machine
 from ds_gpt2.commands.train import find_run
 from ds_gpt2.config import PROJECT_DIR
 
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     logdir: Path = find_run(options.run) if options.run else PROJECT_DIR / "runs"
-    port = options.port or ports.free_port()
-    ports.check_free("127.0.0.1", port)
+    port = options.port or machine.free_port()
+    machine.check_free("127.0.0.1", port)
     command = [
         sys.executable,
         "-m",

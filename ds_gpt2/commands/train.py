@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint import files
+from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -16,13 +17,13 @@ from ds_gpt2.launcher import choose_ranks, run_ranks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
-    _add_common(parser)
+    add_start_arguments(parser)
 
 
 def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory (default: the newest run)")
     parser.add_argument("--from", dest="source", default="latest", metavar="latest|STEP|TAG", help="which checkpoint")
-    _add_common(parser)
+    add_start_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,6 +58,8 @@ def start(
     batch = settings.batch
     plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
     open_dataset(settings.data.dir)
+    for directory in settings.output_dirs:
+        files.check_writable(directory)
     arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
     if resume:
         arguments += ["--resume", resume]
@@ -91,13 +94,8 @@ def find_run(name: str | None) -> Path:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
         return started[-1].parent
-    for path in (runs / name, Path(name)):
+    for path in (runs / name, Path(name), runs / Path(name).name):  # the last: checkpoints/<run>
         if (path / "config.yaml").is_file():
             return path
     known = ", ".join(path.parent.name for path in started) or "none"
     raise UserError(f"no run {name}: known in {runs} are {known}")
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
-    parser.add_argument("--num_gpus", type=int, metavar="N", help="ranks (default: every GPU, or 4 on the CPU)")

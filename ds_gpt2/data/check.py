@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from ds_gpt2 import dist
@@ -10,6 +11,8 @@ from ds_gpt2.data.dataset import Dataset, Shard
 from ds_gpt2.data.shards import open_shard
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 24  # tokens read at a time
 
@@ -26,6 +29,8 @@ def check_tokens(dataset: Dataset, memory: Path) -> None:
     stamps = {shard.file: _stamp(dataset.dir / shard.file) for shard in dataset.shards}
     known = dist.gather_objects(_remembered(memory))[0]  # rank 0's view, so that all ranks agree on what is left
     left = [shard for shard in dataset.shards if known.get(str(dataset.dir / shard.file)) != stamps[shard.file]]
+    if left:
+        log.info(f"checking {sum(shard.tokens for shard in left):,} tokens, once ...")
     mine = left[dist.rank() :: dist.world_size()]
     dist.together(lambda: _check_shards(dataset.dir, mine))
     if left and dist.is_main():

@@ -40,7 +40,6 @@ class Dataset:
     dir: Path
     shards: tuple[Shard, ...]
     source: str
-    indexed: bool  # True if dataset.json described it, False for llm.c's and build-nanogpt's directories
 
     def split(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -67,7 +66,10 @@ def open_dataset(directory: Path) -> Dataset:
             " or `prepare text FILE...`, or set data.dir"
         )
     index = directory / INDEX
-    return _open_indexed(directory, index) if index.exists() else _open_foreign(directory)
+    try:
+        return _open_indexed(directory, index) if index.exists() else _open_foreign(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error}") from None
 
 
 def write_index(directory: Path, shards: list[Shard], source: str) -> None:
@@ -129,7 +131,7 @@ def _open_indexed(directory: Path, index: Path) -> Dataset:
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
     for shard in shards:
         _check_size(directory / shard.file, shard)
-    return Dataset(directory, shards, str(source), indexed=True)
+    return Dataset(directory, shards, str(source))
 
 
 def _check_size(path: Path, shard: Shard) -> None:
@@ -147,7 +149,7 @@ def _open_foreign(directory: Path) -> Dataset:
     shards = tuple(
         Shard(path.name, _split_of(path), count_tokens(path), path.stat().st_size, sha256=None) for path in paths
     )
-    return Dataset(directory, shards, "shards without an index", indexed=False)
+    return Dataset(directory, shards, "shards without an index")
 
 
 def _split_of(path: Path) -> Split:

@@ -18,6 +18,7 @@ from ds_gpt2 import tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, open_dataset, write_index
 from ds_gpt2.data.shards import ShardWriter, Tokens, sha256
 from ds_gpt2.errors import UserError
+from ds_gpt2.machine import usable_cores
 
 PIECE_CHARACTERS = 16_384
 _PIECES_AT_ONCE = 256
@@ -120,7 +121,7 @@ def _write_shards(
 
 def _tokenised(pieces: Iterator[Piece], workers: int | None) -> Iterator[tuple[Piece, Tokens, bool]]:
     """Each piece with its tokens and whether it is the last. tiktoken encodes outside the GIL, so threads suffice."""
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or usable_cores()
     encoding = tokenizer.gpt2()
     batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
     while batch:

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -47,7 +48,7 @@ def text_documents(files: Iterable[Path]) -> Iterator[str]:
         try:
             with _open_text(path) as file:
                 yield from _jsonl_documents(path, file) if ".jsonl" in path.suffixes else [file.read()]
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
 

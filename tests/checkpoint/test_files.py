@@ -56,6 +56,12 @@ def test_a_missing_or_damaged_manifest_is_the_users_to_know(tmp_path: Path) -> N
         files.read_manifest(tmp_path, "rolling_step_000005")
 
 
+def test_a_pointer_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"latest cannot be read"):
+        files.read_latest(tmp_path)
+
+
 def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
     files.check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []

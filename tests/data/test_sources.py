@@ -50,6 +50,11 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
     with pytest.raises(UserError, match=r"x\.txt\.gz cannot be read"):
         list(text_documents([tmp_path / "x.txt.gz"]))
+    damaged = bytearray(gzip.compress(b"text of some kind" * 1000))
+    damaged[20:40] = bytes(20)
+    (tmp_path / "x.txt.gz").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"x\.txt\.gz cannot be read"):
+        list(text_documents([tmp_path / "x.txt.gz"]))
     (tmp_path / "y.txt.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match=r"y\.txt\.gz cannot be read"):
         list(text_documents([tmp_path / "y.txt.gz"]))

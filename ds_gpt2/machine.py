@@ -1,7 +1,9 @@
-"""TCP ports on this machine."""
+"""What this machine has to offer: ports and cores."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 
 from ds_gpt2.errors import UserError
@@ -17,14 +19,23 @@ def free_port() -> int:
 def check_free(address: str, port: int) -> None:
     """
     Raises:
-        UserError: somebody listens on ``port`` already, usually another run.
+        UserError: ``port`` cannot be listened on, usually because another run does.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen on {address}:{port} ({error.strerror}): check --master_addr") from None
             raise UserError(
-                f"port {port} is in use ({error.strerror}), perhaps by another run: start with"
+                f"port {port} is in use, perhaps by another run: start with"
                 f" `deepspeed --master_port {free_port()} ...`, or with ./launch.sh, which finds a free one"
             ) from None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
