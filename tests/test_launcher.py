@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launched import TRAIN, end_session, start
@@ -88,10 +89,11 @@ def test_ctrl_c_under_deepspeeds_own_launcher_saves_too(endless: Path) -> None:
     assert _ranks_of(endless) == []
 
 
-def _ranks_of(config: Path) -> list[str]:
+def _ranks_of(config: Path) -> list[list[str]]:
+    """Command lines of living processes that work on ``config``."""
     time.sleep(0.5)
-    listed = subprocess.run(["/bin/ps", "axww", "-o", "stat=,command="], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if str(config) in line and not line.startswith("Z")]
+    listed = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [words for words in listed if str(config) in words]
 
 
 @pytest.fixture
