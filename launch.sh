@@ -68,7 +68,9 @@ install() {
       "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
     fi
     echo "installing PyTorch, DeepSpeed and what they need (once; minutes) ..."
-    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    local quiet=--quiet
+    [ -t 1 ] && quiet=--progress-bar=on # a person sees the gigabytes go by
+    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "$quiet" --disable-pip-version-check \
       --constraint "$constraints" --editable "$project$extras" ||
       fail 'the installation failed: see the lines above (no network, or a full disk?), then run the same command again'
     wanted >"$venv/.installed-$1"

@@ -58,7 +58,7 @@ def run(
 def _train(
     settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
 ) -> bool:
-    tag = dist.together(lambda: tag_to_resume(settings, resume))
+    tag = dist.together(lambda: _tag_to_resume(settings, resume))
     dist.together(lambda: _check_directories(settings))
     console.open_log(settings.run_dir / "train.log")
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
@@ -93,7 +93,7 @@ def _train(
     return done
 
 
-def tag_to_resume(settings: Settings, resume: str | None) -> str | None:
+def _tag_to_resume(settings: Settings, resume: str | None) -> str | None:
     """The checkpoint to go on from; None to start afresh, which a run that has checkpoints forbids.
 
     Args:
