@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -26,7 +25,6 @@ def describe() -> dict[str, str]:
         "deepspeed": deepspeed.__version__,
         "numpy": numpy.__version__,
         "ds_gpt2": ds_gpt2.__version__,
-        "command": " ".join(["python", *(Path(word).name if word == sys.argv[0] else word for word in sys.argv)]),
     }
 
 
