@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         name = settings.run.name if settings.run.dir == PROJECT_DIR / "runs" else settings.run_dir
         print("\nWhat to type next:")
         print(f"  ./launch.sh tensorboard {name}                 see the curves and samples in a browser")
-        print(f"  ./launch.sh resume {name} schedule.steps=600   go on from the checkpoint, four times as far")
+        print(f"  ./launch.sh resume {name} schedule.steps=600   go on from the checkpoint, twice as far")
         print("  ./launch.sh prepare text FILE... --out data/mine && ./launch.sh train quickstart data.dir=data/mine")
     return code
 

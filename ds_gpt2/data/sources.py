@@ -66,7 +66,7 @@ def python_documents() -> Iterator[str]:
     for path in sorted(library.rglob("*.py")):
         if not left_out.intersection(path.relative_to(library).parts):
             source = path.read_text(encoding="utf-8", errors="replace")
-            yield re.sub(r"^(?: {4})+", lambda indent: " " * (len(indent[0]) // 4), source, flags=re.MULTILINE)
+            yield re.sub("^ +", lambda indent: " " * ((len(indent[0]) + 3) // 4), source, flags=re.MULTILINE)
 
 
 def _open_text(path: Path) -> IO[str]:

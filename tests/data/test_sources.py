@@ -67,6 +67,14 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         find_text_files([tmp_path])
 
 
+def test_the_sample_has_indentation_of_one_space_a_level() -> None:
+    sources = [text for text in python_documents() if "class Random(" in text]
+    assert len(sources) == 1
+    assert "\nclass Random(" in sources[0]
+    assert "\n def " in sources[0]
+    assert "\n    def " not in sources[0]
+
+
 def test_every_python_has_three_million_tokens() -> None:
     encoding = tokenizer.gpt2()
     assert sum(map(len, encoding.encode_ordinary_batch(list(python_documents()), num_threads=2))) > 3_000_000
