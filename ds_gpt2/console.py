@@ -49,7 +49,7 @@ class StepLines:
         log.info(line, extra={"bar": self._bar})
         if self._bar is not None:
             try:
-                self._bar.set_postfix_str(f"{numbers}  eta {duration(eta_seconds)}", refresh=False)
+                self._bar.set_description_str(f"{numbers}  eta {duration(eta_seconds)}", refresh=False)
                 self._bar.update(1)
             except OSError:
                 self._bar = None
@@ -60,7 +60,7 @@ class StepLines:
                 self._bar.close()
 
 
-_BAR = "{n_fmt}/{total_fmt} |{bar:16}| {postfix}"
+_BAR = "{n_fmt}/{total_fmt} |{bar:16}| {desc}"
 
 
 class _Terminal(logging.Handler):
