@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -63,7 +62,9 @@ def test_a_quickstart_fits_any_number_of_gpus(ranks: int) -> None:
     settings = load_settings(PROJECT / "ds_configs" / "quickstart.yaml")
     fitted = load_settings(PROJECT / "ds_configs" / "quickstart.yaml", quickstart._batch_for(settings, ranks)).batch
     plan = plan_batch(fitted.tokens_per_step, fitted.micro_batch, fitted.sequence_length, ranks)
-    assert 0.5 <= plan.tokens_per_step / settings.batch.tokens_per_step <= max(1.5, ranks / 16)
+    assert (
+        0.5 <= plan.tokens_per_step / settings.batch.tokens_per_step <= max(1.5, ranks / 8)
+    )  # from 8 ranks on: one window each
     if ranks in (1, 2, 4):
         assert fitted == settings.batch
 
@@ -110,7 +111,7 @@ def test_tensorboard_serves_the_runs_curves(four_ranks: Run) -> None:
         assert address is not None
         assert "train/loss" in _tags_when_ready(address[0] + "data/plugin/scalars/tags")
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be ignored where the tests run in the background
         process.communicate(timeout=30)
         assert end_session(process.pid) == []
 
