@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one script a person types: makes the environment once, then hands over to `python -m ds_gpt2`.
+# The one script a person types: makes the environment once, then hands over to ds_gpt2/__main__.py.
 #
 #   DS_GPT2_PYTHON=/path/to/python   use this interpreter as it is (a container's, conda's); nothing is installed
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured
@@ -83,7 +83,6 @@ install() {
 verb=${1:-}
 if [ -n "${DS_GPT2_PYTHON:-}" ]; then
   python=$DS_GPT2_PYTHON
-  export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
 else
   case $verb in
     test) install '[dev]' dev ;;
@@ -97,4 +96,5 @@ if [ "$verb" = test ]; then
   cd "$project"
   exec "$python" -m pytest "$@"
 fi
-exec "$python" -m ds_gpt2 "$@"
+# By its path, not with -m: a folder called ds_gpt2 in the working directory would be taken for the package.
+exec "$python" "$project/ds_gpt2/__main__.py" "$@"

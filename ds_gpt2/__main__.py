@@ -1,6 +1,10 @@
-"""``python -m ds_gpt2``."""
+"""``python -m ds_gpt2``, or this file by its path, as launch.sh does."""
 
 import sys
+from pathlib import Path
+
+if not __package__:  # by its path: import from the project, whatever the working directory holds
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gpt2.cli import main
 

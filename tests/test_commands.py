@@ -150,6 +150,16 @@ def test_launch_sh_works_through_a_link_and_with_spaces(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: no config file nothing")
 
 
+def test_launch_sh_works_from_the_folder_above_a_clone(tmp_path: Path) -> None:
+    """There ``ds_gpt2`` is the clone, not the package."""
+    shutil.copytree(PROJECT / "ds_gpt2", tmp_path / "ds_gpt2" / "ds_gpt2")
+    shutil.copy(PROJECT / "launch.sh", tmp_path / "ds_gpt2")
+    environment = {"PATH": "/usr/bin:/bin", "DS_GPT2_PYTHON": sys.executable}
+    command = ["ds_gpt2/launch.sh", "--version"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "ds_gpt2 0.1.0\n"), result.stderr
+
+
 def test_launch_sh_without_a_fitting_python_says_so(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
