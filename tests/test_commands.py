@@ -112,8 +112,11 @@ def test_tensorboard_serves_the_runs_curves(four_ranks: Run) -> None:
         assert "train/loss" in _tags_when_ready(address[0] + "data/plugin/scalars/tags")
     finally:
         process.terminate()  # SIGINT may be ignored where the tests run in the background
-        process.communicate(timeout=30)
-        assert end_session(process.pid) == []
+        try:
+            process.wait(timeout=30)
+        finally:
+            left = end_session(process.pid)
+    assert left == []
 
 
 def _tags_when_ready(address: str, seconds: float = 60) -> str:
@@ -198,7 +201,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ci_runs_nothing_but_the_readmes_command() -> None:
     lines = (PROJECT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set "))]
-    assert commands == ['exec "$(dirname "$0")/../launch.sh" test']
+    assert commands == ['cd "$(dirname "$0")/.."', "exec ./launch.sh test"]
     assert os.access(PROJECT / ".ci" / "run", os.X_OK)
 
 
