@@ -113,7 +113,7 @@ def test_tensorboard_serves_the_runs_curves(four_ranks: Run) -> None:
     finally:
         process.terminate()  # SIGINT may be ignored where the tests run in the background
         try:
-            process.wait(timeout=30)
+            process.communicate(timeout=30)
         finally:
             left = end_session(process.pid)
     assert left == []
