@@ -96,8 +96,8 @@ def open_process_group(device: torch.device) -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(machine.free_port())
     if device.type == "cpu":
-        # DeepSpeed's shared-memory all-reduce needs half a minute of g++ at first use and busy-waits, which costs
-        # more than it saves when ranks share cores (benchmarks/LOG.md).
+        # DeepSpeed's shared-memory all-reduce needs g++ and half a minute at first use, and was no faster
+        # where ranks share cores (benchmarks/LOG.md).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if os.environ.get("CROSS_SIZE", "1") == "1" and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve

@@ -60,7 +60,7 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings(MISSION).run.seed = 1  # type: ignore[misc]
+        load_settings(MISSION).run.seed = 1
 
 
 @pytest.mark.parametrize(

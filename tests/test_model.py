@@ -124,7 +124,7 @@ def test_weight_decay_is_for_matrices() -> None:
     model = GPT2(SHAPE)
     decayed, free = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert all(parameter.dim() == 2 for parameter in decayed["params"])  # type: ignore[attr-defined]
-    assert all(parameter.dim() == 1 for parameter in free["params"])  # type: ignore[attr-defined]
-    together = [*decayed["params"], *free["params"]]  # type: ignore[misc]
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+    assert all(parameter.dim() == 1 for parameter in free["params"])
+    together = [*decayed["params"], *free["params"]]
     assert len(together) == len(list(model.parameters()))

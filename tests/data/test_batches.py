@@ -52,7 +52,7 @@ def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan,
         def __len__(self) -> int:
             return windows_count
 
-    data = TrainingData(Some(), plan, 0, seed, CPU)  # type: ignore[arg-type]  # only the length is asked for
+    data = TrainingData(Some(), plan, 0, seed, CPU)  # only the length is asked for
     epochs = 3
     steps = data.steps_for(epochs)
     stream = np.concatenate([data.step_windows(step) for step in range(1, steps + 1)])

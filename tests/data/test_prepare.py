@@ -36,7 +36,7 @@ def test_cutting_does_not_change_the_tokens(text: str, characters: int) -> None:
 def _tokens(directory: Path, split: str) -> list[int]:
     dataset = open_dataset(directory)
     shards = [open_shard(dataset.dir / shard.file) for shard in dataset.shards if shard.split == split]
-    return np.concatenate(shards).tolist()  # type: ignore[no-any-return]
+    return np.concatenate(shards).tolist()
 
 
 def test_documents_become_tokens_behind_end_of_text(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_existing_directory_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
-    def documents():  # type: ignore[no-untyped-def]
+    def documents():
         yield from (f"document {number}" for number in range(1000))
         raise UserError("the source broke")
 
