@@ -28,11 +28,11 @@ if not __package__:
 
 from ds_gpt2 import dist
 from ds_gpt2.batch import plan_batch
-from ds_gpt2.checkpoint.rng import seed_everything
 from ds_gpt2.config import load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.model import GPT2, ModelShape, parameter_groups
+from ds_gpt2.rng import seed_everything
 from ds_gpt2.schedule import learning_rate
 
 

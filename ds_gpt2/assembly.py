@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from ds_gpt2 import config, console, deepspeed_file, device, dist, loop
+from ds_gpt2 import config, console, deepspeed_file, device, dist, loop, machine
 from ds_gpt2.batch import BatchPlan
-from ds_gpt2.checkpoint import files
-from ds_gpt2.checkpoint.rng import seed_everything
+from ds_gpt2.checkpoint import restore
+from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.generations import newest_tag
+from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
 from ds_gpt2.data.batches import TrainingData
@@ -27,38 +29,40 @@ from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.hooks import Hook, Samples, Validation
+from ds_gpt2.loop import Ending
 from ds_gpt2.meter import Meter
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
+from ds_gpt2.rng import seed_everything
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
-from ds_gpt2.stop import StopRequest
+from ds_gpt2.stop import STOP_FILE, StopRequest
 
 log = logging.getLogger(__name__)
 
 
 def run(
     settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
-) -> bool:
-    """One rank's part of a run. True if the run is done, False if it was stopped on request.
+) -> Ending:
+    """One rank's part of a run.
 
     Raises:
         UserError: on every rank, for whatever the person who started the run can mend.
     """
     open_process_group(place)
     try:
-        done = _train(settings, deepspeed_settings, plan, place, resume)
+        ending = _train(settings, deepspeed_settings, plan, place, resume)
     except UserError:
         close_process_group()
         raise
     close_process_group()
-    return done
+    return ending
 
 
 def _train(
     settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
-) -> bool:
-    tag = dist.together(lambda: _tag_to_resume(settings, resume))
+) -> Ending:
+    wanted = dist.from_main(lambda: _what_to_resume(settings, resume))
     dist.together(lambda: _check_directories(settings))
     console.open_log(settings.run_dir / "train.log")
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
@@ -66,11 +70,20 @@ def _train(
     data = _training_data(settings, dataset, plan, place)
     course = _course(settings, data)
     hooks = _hooks(settings, dataset)
+    identity = _identity(settings, dataset)
+    backup = _backup(settings)
+    restored = restore.choose(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
 
     engine = _engine(settings, deepspeed_settings, plan)
-    identity = _identity(settings, dataset)
-    checkpoints = Checkpoints(settings.checkpoint_dir, engine, settings.checkpoint.keep_last, identity)
-    state = checkpoints.load(tag) if tag else TrainState()
+    checkpoints = Checkpoints(
+        settings.checkpoint_dir,
+        engine,
+        settings.checkpoint,
+        identity,
+        run_settings=settings.model_dump(mode="json"),
+        backup=backup,
+    )
+    state = checkpoints.load(restored) if restored else TrainState()
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", state.step)
     peak = device.peak_flops(place)
     meter = Meter(plan.tokens_per_step, flops_per_token(engine.model), peak and peak * plan.world_size)
@@ -78,46 +91,50 @@ def _train(
         _record_start(settings, state, plan)
     log.info(f"run {settings.run.name}: {device.describe(place)}")
     log.info(f"model {count_parameters(engine.model):,} parameters; {plan}; {len(data.windows):,} windows an epoch")
-    if tag:
-        log.info(f"resumed from {settings.checkpoint_dir / tag}, step {state.step} of {course.steps}")
+    if restored:
+        log.info(f"resumed from {restored.generation.path}, step {state.step} of {course.steps}")
+        for change in _changes(restored.manifest.settings, settings):
+            log.info(f"changed since then: {change}")
+        del restored  # a copy of all the state
 
-    stop = StopRequest()
+    stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
     stop.listen()
     lines = console.StepLines(state.step, course.steps)
-    done = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop)
+    ending = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop)
     lines.close()
     monitor.close()
-    newest = settings.checkpoint_dir / str(files.read_latest(settings.checkpoint_dir))
-    log.info(f"{'done' if done else 'stopped on request'} at step {state.step} of {course.steps}; checkpoint {newest}")
+    stop.clear()
+    newest = settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))
+    log.info(f"{ending.value} at step {state.step} of {course.steps}; checkpoint {newest}")
     engine.close()
-    return done
+    return ending
 
 
-def _tag_to_resume(settings: Settings, resume: str | None) -> str | None:
-    """The checkpoint to go on from; None to start afresh, which a run that has checkpoints forbids.
-
-    Args:
-        resume: None, "auto", "latest", a step or a tag.
+def _what_to_resume(settings: Settings, resume: str | None) -> str | None:
+    """What to look for among the checkpoints; None to start afresh, which a run that has checkpoints forbids.
 
     Raises:
-        UserError: nothing to resume, or a run that must not be trained over.
+        UserError: a run must not be trained over.
     """
     directory = settings.checkpoint_dir
-    latest = files.read_latest(directory)
-    if latest is None:
+    newest = newest_tag(directory)
+    if newest is None:
         _check_not_saved_elsewhere(settings)
-    if resume is None and latest is not None:
+    if resume is None and newest is not None:
         raise UserError(
-            f"run {directory.name} already has checkpoints in {directory}, the newest is {latest}:"
+            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}:"
             " go on from it with --resume latest, or choose another run.name"
         )
-    if resume is None or resume == "auto":
-        return latest
-    if resume != "latest":
-        return files.rolling_tag(int(resume)) if resume.isdigit() else resume
-    if latest is None:
-        raise UserError(f"nothing to resume: {directory} has no checkpoint; start without --resume")
-    return latest
+    nothing = newest is None and not _has_copies(settings)
+    return None if resume == "auto" and nothing else resume
+
+
+def _has_copies(settings: Settings) -> bool:
+    backup = _backup(settings)
+    try:
+        return backup is not None and bool(backup.held())
+    except OSError as error:
+        raise UserError(f"cannot tell whether {settings.run.name} has backups: {reason_of(error)}") from None
 
 
 def _check_not_saved_elsewhere(settings: Settings) -> None:
@@ -126,7 +143,7 @@ def _check_not_saved_elsewhere(settings: Settings) -> None:
     if not previous.exists():
         return
     elsewhere = config.load_settings(previous).checkpoint_dir
-    if elsewhere != settings.checkpoint_dir and files.read_latest(elsewhere) is not None:
+    if elsewhere != settings.checkpoint_dir and newest_tag(elsewhere) is not None:
         raise UserError(
             f"run {settings.run.name} has its checkpoints in {elsewhere}: set checkpoint.dir={elsewhere.parent} to"
             " go on from them, or choose another run.name"
@@ -136,7 +153,12 @@ def _check_not_saved_elsewhere(settings: Settings) -> None:
 def _check_directories(settings: Settings) -> None:
     if dist.is_main():
         for directory in settings.output_dirs:
-            files.check_writable(directory)
+            machine.check_writable(directory)
+
+
+def _backup(settings: Settings) -> Backup | None:
+    place = settings.checkpoint.backup.to
+    return Backup(place, settings.run.name, settings.checkpoint.backup) if place else None
 
 
 def _training_data(settings: Settings, dataset: Dataset, plan: BatchPlan, place: torch.device) -> TrainingData:
@@ -193,6 +215,19 @@ def _identity(settings: Settings, dataset: Dataset) -> dict[str, Any]:
         "run.seed": settings.run.seed,
         "data": dataset.fingerprint,
     }
+
+
+def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
+    """The settings that differ from those a checkpoint was saved under, as ``name old -> new``."""
+    old, new = _flat(before), _flat(settings.model_dump(mode="json"))
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> None:

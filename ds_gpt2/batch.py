@@ -55,6 +55,17 @@ def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, wor
     )
 
 
+def fit_ranks(tokens_per_step: int, micro_batch: int, sequence_length: int, available: int) -> tuple[int, int]:
+    """(ranks, micro_batch) nearest to what there is that can share the token budget of a step exactly.
+
+    The budget, and so the windows of every step, stay the same: a rank too many is left out.
+    """
+    windows = max(1, tokens_per_step // sequence_length)
+    ranks = next(count for count in range(available, 0, -1) if windows % count == 0)
+    per_rank = windows // ranks
+    return ranks, next(size for size in range(min(micro_batch, per_rank), 0, -1) if per_rank % size == 0)
+
+
 def _micro_batches_that_fit(tokens_per_step: int, sequence_length: int, world_size: int) -> list[int]:
     if tokens_per_step % (sequence_length * world_size):
         return []

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ds_gpt2 import __version__, outcome
-from ds_gpt2.commands import prepare, quickstart, tensorboard, train
+from ds_gpt2.commands import backup, checkpoints, prepare, quickstart, tensorboard, train
 from ds_gpt2.errors import UserError
 
 _VERBS = {
@@ -14,6 +14,18 @@ _VERBS = {
     "prepare": (prepare.run, prepare.add_arguments, "text to token shards"),
     "train": (train.run, train.add_arguments, "start a run"),
     "resume": (train.resume, train.add_resume_arguments, "go on with a run"),
+    "list": (checkpoints.show, checkpoints.add_list_arguments, "the checkpoints of a run"),
+    "verify": (
+        checkpoints.verify,
+        checkpoints.add_verify_arguments,
+        "is a checkpoint as it was written? reads all of it",
+    ),
+    "prune": (
+        checkpoints.prune,
+        checkpoints.add_prune_arguments,
+        "delete the checkpoints that the settings do not keep",
+    ),
+    "backup": (backup.run, backup.add_arguments, "a verified copy of a checkpoint in another place"),
     "tensorboard": (tensorboard.run, tensorboard.add_arguments, "see the curves"),
 }
 

@@ -118,10 +118,29 @@ class OptimizerSettings(_Section):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns clipping off
 
 
+class BackupSettings(_Section):
+    to: str | None = None  # a directory, or a URL such as s3://bucket/folder; None: no backups
+    roles: tuple[Literal["latest", "epoch", "best"], ...] = ("latest", "epoch", "best")
+    every: PositiveInt = 1000  # steps that lie at least between two copies of the newest checkpoint
+    best_every_hours: Annotated[float, Field(ge=0)] = 168.0  # that lie at least between two copies of the best one
+    keep: PositiveInt = 3  # newest copies of rolling checkpoints; those of epochs and of the best stay
+
+
 class CheckpointSettings(_Section):
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
     dir: Path = Path("checkpoints")
     every: Count = 250  # steps; 0 saves at the end only
-    keep_last: PositiveInt = 10
+    keep_last: PositiveInt = 10  # newest rolling checkpoints
+    keep_every: Count = 0  # steps; rolling checkpoints at multiples of it are kept for good; 0: none
+    keep_epochs: PositiveInt | Literal["all"] = "all"  # one at the end of each epoch; the newest so many
+    keep_best: bool = True  # by validation loss
+    epochs_as: Literal["full", "weights"] = "full"  # "weights": fp32 weights alone, 4 bytes a parameter; no resuming
+    best_as: Literal["full", "weights"] = "full"
+    min_free_gb: Annotated[float, Field(ge=0)] = 1.0  # a save must leave so much of the disk free
+    in_background: bool = Field(default=True, alias="async")  # write while training goes on
+    write_mb_per_s: Annotated[float, Field(ge=0)] = 0.0  # of one rank, to spare a shared disk; 0: as fast as it goes
+    backup: BackupSettings = BackupSettings()
 
 
 class ValidationSettings(_Section):
@@ -241,7 +260,7 @@ def known_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[st
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             keys += known_keys(inner, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
+            keys.append(prefix + (field.alias or name))
     return keys
 
 

@@ -13,6 +13,8 @@ from ds_gpt2.errors import UserError
 
 T = TypeVar("T")
 
+_cpu_group: torch_dist.ProcessGroup | None = None
+
 
 def rank() -> int:
     """This process's rank: the launcher's word for it, known before any process group exists."""
@@ -51,6 +53,30 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[T | None] = [None] * world_size()
     torch_dist.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any rank."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
+def open_cpu_group() -> None:
+    """Make the group of ``any_rank_on_cpu``; every rank calls this once, after the process group is open."""
+    global _cpu_group
+    _cpu_group = torch_dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def any_rank_on_cpu(flag: bool) -> bool:
+    """As ``any_rank``, without waiting for the device."""
+    flags = torch.tensor(float(flag))
+    if _cpu_group is not None:
+        torch_dist.all_reduce(flags, group=_cpu_group)
+    return bool(flags.item())
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """What ``action`` returns on rank 0, on every rank; so is a user's mistake that it finds there."""
+    return gather_objects(together(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]
 
 
 def barrier() -> None:

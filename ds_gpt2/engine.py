@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ds_gpt2 import dist, machine
 from ds_gpt2.data.batches import MicroBatch
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import GPT2, parameter_groups
+from ds_gpt2.rng import get_rng_state, set_rng_state
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,33 @@ class Engine:
         # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
         self.deepspeed.monitor.enabled = False
         self._accumulation: int = deepspeed_config["gradient_accumulation_steps"]
+        self._constants = self._read_constants()
+        self._snapshot: threading.Event | None = None
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.deepspeed.device)
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
+    def accumulate(
+        self, micro_batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
+    ) -> torch.Tensor | None:
         """Forward and backward over this rank's micro-batches of a step; no update yet.
+
+        Args:
+            interrupted: asked between micro-batches, on all ranks alike; True drops the step, random state included.
 
         Returns:
             This rank's mean loss, fp32 scalar on the device: reading it is left to the caller, so nothing waits here.
+            None if interrupted; then there must be no ``apply``.
         """
         engine = self.deepspeed
         engine.train()
-        losses = []
+        losses: list[torch.Tensor] = []
+        before = get_rng_state() if self._accumulation > 1 else None
         for number, (tokens, targets) in enumerate(micro_batches, start=1):
+            if before is not None and number > 1 and interrupted():
+                set_rng_state(before)
+                return None
             # Each micro-batch's gradients are reduced into fp32 partitions. DeepSpeed's coalesce_grad_reduction would
             # reduce once a step but sums in bf16 until then, where a small gradient vanishes beside a large one.
             engine.set_gradient_accumulation_boundary(number == self._accumulation)
@@ -75,10 +89,32 @@ class Engine:
     def apply(self, lr: float) -> Update:
         """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite."""
         engine = self.deepspeed
+        if self._snapshot is not None:
+            self._snapshot.wait()
+            self._snapshot = None
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
         return Update(applied=engine.was_step_applied(), grad_norm=float(engine.get_global_grad_norm()))
+
+    def moment(self) -> torch.cuda.Event | None:
+        """On a GPU, an event that happens when all work given to it so far is done; None on a CPU, where it is."""
+        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+    def hold_updates_until(self, snapshot: threading.Event) -> None:
+        """The next update waits until somebody has copied the state."""
+        self._snapshot = snapshot
+
+    def reset_constants(self) -> None:
+        """The settings' clipping and optimizer constants again, in place of those that a checkpoint brought."""
+        groups, self.deepspeed.optimizer.clip_grad = self._constants
+        for group, constants in zip(self.deepspeed.optimizer.param_groups, groups, strict=True):
+            group.update(constants)
+
+    def _read_constants(self) -> tuple[list[dict[str, Any]], float]:
+        optimizer = self.deepspeed.optimizer
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        return groups, optimizer.clip_grad
 
     def close(self) -> None:
         """Free the engine's buffers."""
@@ -106,6 +142,7 @@ def open_process_group(device: torch.device) -> None:
     # DeepSpeed's calls, DeepSpeed's to mend: one line per rank would be all that a newcomer reads.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    dist.open_cpu_group()
 
 
 def close_process_group() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ds_gpt2 import dist
+from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag
 from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.console import StepLines
 from ds_gpt2.data.batches import TrainingData
@@ -20,7 +21,13 @@ from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import StopRequest
 
-log = logging.getLogger(__name__)
+
+class Ending(enum.Enum):
+    """How a run came to its end."""
+
+    DONE = "done"
+    STOPPED = "stopped on request"
+    UNSAVED = "ended, but its last state could not be saved"
 
 
 @dataclass(frozen=True)
@@ -43,27 +50,33 @@ def train(
     meter: Meter,
     lines: StepLines,
     stop: StopRequest,
-) -> bool:
-    """Train from ``state`` to the last step; True if done, False if stopped on request. Either way all is saved."""
+) -> Ending:
+    """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved."""
     stopping = False
     while state.step < course.steps and not stopping:
         meter.begin()
-        lr = course.learning_rate(state.step + 1)
-        loss = engine.accumulate(data.micro_batches(state.step + 1))
+        step = state.step + 1
+        lr = course.learning_rate(step)
+        loss = engine.accumulate(data.micro_batches(step), lambda: dist.any_rank_on_cpu(stop.requested))
+        if loss is None:  # asked to stop within a step, none of which has reached the weights
+            break
         update = engine.apply(lr)
-        state.advance(data.plan.tokens_per_step, update.applied)
+        state.advance(data.plan.tokens_per_step, update.applied, data.step_windows(step).tobytes())
         mean_loss, stopping = _agree(loss, stop)
         seen = _scalars(mean_loss, lr, update, state, data) | meter.end()
-        lines.show(state.step, seen, meter.eta(course.steps - state.step))
+        lines.show(step, seen, meter.eta(course.steps - step))
         for hook in hooks:
-            if hook.every.due(state.step, course.steps):
+            if hook.every.due(step, course.steps):
                 seen |= hook.observe(engine, state)
-        monitor.write(state.step, seen)
-        if stopping or course.save.due(state.step, course.steps):
-            tag = checkpoints.save(state)
+        monitor.write(step, seen)
+        roles = _roles(state, data)
+        if roles or course.save.due(step, course.steps):
             monitor.flush()
-            log.info(f"step {state.step}: saved {checkpoints.directory / tag}")
-    return state.step >= course.steps
+            checkpoints.save(state, data.epoch(step), roles)
+    checkpoints.save(state, data.epoch(state.step))
+    if not checkpoints.finish(state):
+        return Ending.UNSAVED
+    return Ending.DONE if state.step >= course.steps else Ending.STOPPED
 
 
 def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
@@ -71,6 +84,13 @@ def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
     totals = torch.stack([loss, loss.new_tensor(float(stop.requested))])
     total_loss, requests = dist.sum_over_ranks(totals).tolist()
     return total_loss / dist.world_size(), requests > 0
+
+
+def _roles(state: TrainState, data: TrainingData) -> list[str]:
+    """What a checkpoint of this very step is worth keeping as."""
+    epochs_done = int(data.epoch(state.step))
+    roles = [epoch_tag(epochs_done)] if epochs_done > int(data.epoch(state.step - 1)) else []
+    return [*roles, BEST_TAG] if state.best_step == state.step else roles
 
 
 def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: TrainingData) -> Seen:

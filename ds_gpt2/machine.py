@@ -1,10 +1,11 @@
-"""What this machine has to offer: ports and cores."""
+"""What this machine has to offer: ports, cores, directories."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+from pathlib import Path
 
 from ds_gpt2.errors import UserError
 
@@ -32,6 +33,20 @@ def check_free(address: str, port: int) -> None:
                 f"port {port} is in use, perhaps by another run: start with"
                 f" `deepspeed --master_port {free_port()} ...`, or with ./launch.sh, which finds a free one"
             ) from None
+
+
+def check_writable(directory: Path) -> None:
+    """
+    Raises:
+        UserError: files cannot be made in ``directory`` (which is created).
+    """
+    probe = directory / f".probe-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"ds_gpt2")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
 def usable_cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,19 +15,23 @@ class TrainState:
     tokens: int = 0  # training tokens seen, over all ranks
     skipped_steps: int = 0  # updates skipped because a gradient was Inf or NaN
     val_loss: float | None = None  # the newest validation loss, nats per token
+    val_step: int | None = None  # when it was measured
     best_val_loss: float | None = None
+    best_step: int | None = None
+    ledger: str = ""  # a hash over the windows of every step so far, in order: equal for runs that saw the same data
 
-    def advance(self, tokens: int, applied: bool) -> None:
-        """Count one step of ``tokens`` tokens; ``applied`` is False when the update was skipped."""
+    def advance(self, tokens: int, applied: bool, windows: bytes) -> None:
+        """Count one step of ``tokens`` tokens from ``windows``; ``applied`` is False when the update was skipped."""
         self.step += 1
+        self.ledger = hashlib.sha256(self.ledger.encode() + windows).hexdigest()
         self.tokens += tokens
         self.skipped_steps += not applied
 
     def validated(self, loss: float) -> None:
         """Take in a validation loss."""
-        self.val_loss = loss
+        self.val_loss, self.val_step = loss, self.step
         if self.best_val_loss is None or loss < self.best_val_loss:
-            self.best_val_loss = loss
+            self.best_val_loss, self.best_step = loss, self.step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers only, fit for JSON or a checkpoint."""

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             if dist.is_main():
                 print(config.dump_settings(settings), end="")
             return outcome.DONE
-        code = outcome.DONE if _run(settings, options.resume) else outcome.STOPPED
+        code = _run(settings, options.resume)
     except UserError as error:
         if not dist.is_main():
             _let_the_main_rank_speak()
@@ -59,7 +59,13 @@ def parser() -> argparse.ArgumentParser:
         prog="ds_gpt2/train.py", description=__doc__, allow_abbrev=False, epilog="Any setting may follow as key=value."
     )
     result.add_argument("--config", metavar="YAML", help="the run's settings; needed")
-    result.add_argument("--resume", nargs="?", const="latest", metavar="latest|auto|STEP|TAG", help="go on from there")
+    result.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="WHERE",
+        help="go on from latest, auto (latest, or start if there is none), backup, best, a step, a tag or a path",
+    )
     result.add_argument("--run_name", metavar="NAME", help="run.name")
     result.add_argument("--checkpoint_freq", metavar="STEPS", help="checkpoint.every")
     result.add_argument("--checkpoint_dir", metavar="DIR", help="checkpoint.dir")
@@ -91,15 +97,16 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
     return {**flags, **config.parse_overrides(extra)}
 
 
-def _run(settings: Settings, resume: str | None) -> bool:
+def _run(settings: Settings, resume: str | None) -> int:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     place = device.choose(settings.run.device)
     from ds_gpt2 import assembly  # only now: DeepSpeed picks its accelerator when it is imported
 
-    return assembly.run(settings, deepspeed_settings, plan, place, resume)
+    ending = assembly.run(settings, deepspeed_settings, plan, place, resume)
+    return {"DONE": outcome.DONE, "STOPPED": outcome.STOPPED, "UNSAVED": outcome.CRASHED}[ending.name]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    outcome.end_process(main())

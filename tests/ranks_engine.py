@@ -14,7 +14,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 from deepspeed.utils import safe_get_full_grad
 
-from ds_gpt2 import deepspeed_file, device, dist
+from ds_gpt2 import deepspeed_file, device, dist, outcome
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import ValidationSettings, load_settings
 from ds_gpt2.data.batches import TrainingData
@@ -115,3 +115,4 @@ def _complaint_of(guilty: int) -> list[str | None]:
 
 
 main(Path(sys.argv[-2]), Path(sys.argv[-1]))
+outcome.end_process(outcome.DONE)

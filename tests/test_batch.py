@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gpt2.batch import plan_batch
+from ds_gpt2.batch import fit_ranks, plan_batch
 from ds_gpt2.errors import UserError
 
 
@@ -36,3 +36,22 @@ def test_what_it_proposes_instead_fits(budget: int, micro_batch: int, sequence: 
 def test_the_message_names_a_micro_batch_near_the_wanted_one() -> None:
     with pytest.raises(UserError, match=r"batch\.micro_batch=8, or batch\.tokens_per_step=516096 or 528384"):
         plan_batch(524_288, 6, 1024, 2)
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"), [(4, (4, 16)), (3, (2, 16)), (1, (1, 16)), (8, (8, 16)), (7, (4, 16)), (64, (64, 8))]
+)
+def test_a_run_that_goes_on_keeps_its_budget_on_the_ranks_that_can_share_it(
+    available: int, expected: tuple[int, int]
+) -> None:
+    ranks, micro_batch = fit_ranks(524_288, 16, 1024, available)
+    assert (ranks, micro_batch) == expected
+    assert plan_batch(524_288, micro_batch, 1024, ranks).tokens_per_step == 524_288
+
+
+def test_every_number_of_ranks_gets_settings_that_work() -> None:
+    for windows in range(1, 40):
+        for available in range(1, 20):
+            ranks, micro_batch = fit_ranks(windows * 8, 6, 8, available)
+            assert 1 <= ranks <= available
+            assert plan_batch(windows * 8, micro_batch, 8, ranks).windows_per_step == windows

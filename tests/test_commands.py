@@ -51,8 +51,8 @@ def test_a_second_quickstart_is_a_run_of_its_own(tmp_path: Path) -> None:
     places = {"checkpoint.dir": str(tmp_path)}
     assert quickstart._under_a_free_name(places)["run.name"] == "quickstart"
     for name in ("quickstart", "quickstart-2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "latest").write_text("rolling_step_000001")
+        (tmp_path / name / "rolling_step_000001").mkdir(parents=True)
+        (tmp_path / name / "rolling_step_000001" / "manifest.json").write_text("whatever it holds")
     assert quickstart._under_a_free_name(places)["run.name"] == "quickstart-3"
     assert quickstart._under_a_free_name({**places, "run.name": "mine"})["run.name"] == "mine"
 
@@ -77,8 +77,8 @@ def test_an_existing_run_is_not_trained_over(four_ranks: Run, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["model.width=64"], "was made with model.width 32, this run has 64"),
-        ([], "was saved by 4 ranks and this run has 1: start with --num_gpus 4"),
+        (["model.width=64"], "was made with model.width 32 (this run has 64)"),
+        (["batch.tokens_per_step=2048"], "was made with batch.tokens_per_step 1024 (this run has 2048)"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(four_ranks: Run, extra: list[str], message: str) -> None:

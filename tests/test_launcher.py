@@ -17,7 +17,7 @@ import torch
 from launched import TRAIN, end_session, start
 
 from ds_gpt2 import cli, device, launcher, outcome
-from ds_gpt2.checkpoint.files import committed_tags, read_latest
+from ds_gpt2.checkpoint.generations import newest_tag, scan
 from ds_gpt2.config import dump_settings, load_settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import free_port
@@ -53,14 +53,14 @@ def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkey
     """A PATH with nothing but Python on it, too: no compiler and no git are needed."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
-    _read_until(process, r"^step +3/")
+    output = _read_until(process, r"^step +3/")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # impatience must not tear the save
-    output = _end(process)
+    output += _end(process)
     assert process.returncode == outcome.STOPPED, output
     assert "Traceback" not in output
     last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
-    assert read_latest(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
+    assert newest_tag(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
     assert f"stopped on request at step {last} of 1000000" in output
     assert _ranks_of(endless) == []
 
@@ -84,9 +84,40 @@ def test_ctrl_c_under_deepspeeds_own_launcher_saves_too(endless: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     output = _end(process)
     directory = endless.parent / "checkpoints" / "test"
-    assert f"checkpoint {directory / str(read_latest(directory))}" in output
-    assert len(committed_tags(directory)) >= 1
+    assert f"checkpoint {directory / str(newest_tag(directory))}" in output
+    assert len(scan(directory)) >= 1
     assert _ranks_of(endless) == []
+
+
+@pytest.mark.parametrize("request_by", ["a STOP file", "SIGUSR1 to one rank"])
+def test_one_request_anywhere_stops_all_ranks_within_the_step(
+    tmp_path: Path, write_config: Callable[..., Path], request_by: str
+) -> None:
+    """32 micro-batches a step: the one under way is dropped, what was finished is saved."""
+    batch = {"tokens_per_step": 8192, "micro_batch": 2, "sequence_length": 64}
+    config = write_config(
+        tmp_path, schedule=FOR_EVER, batch=batch, samples={"every": 0}, validation={"every": 0}, checkpoint={
+            "dir": str(tmp_path / "checkpoints"), "every": 250
+        }
+    )  # fmt: skip
+    process = start([sys.executable, "-m", "ds_gpt2", "train", str(config), "--num_gpus", "2"])
+    output = _read_until(process, r"^step +2/")
+    stop_file = tmp_path / "runs" / "test" / "STOP"
+    if request_by == "a STOP file":
+        stop_file.touch()
+    else:
+        rank = next(found for found in psutil.process_iter(["environ"]) if _is_rank_one(found, config))
+        rank.send_signal(signal.SIGUSR1)
+    output += _end(process)
+    assert process.returncode == outcome.STOPPED, output
+    last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
+    assert newest_tag(tmp_path / "checkpoints" / "test") == f"rolling_step_{last:06d}"
+    assert not stop_file.exists()
+    assert _ranks_of(config) == []
+
+
+def _is_rank_one(process: psutil.Process, config: Path) -> bool:
+    return (process.info["environ"] or {}).get("RANK") == "1" and str(config) in process.cmdline()
 
 
 def _ranks_of(config: Path) -> list[list[str]]:
@@ -167,8 +198,8 @@ def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
     from ds_gpt2 import train
 
     big = endless.parent / "big"
-    (big / "test").mkdir(parents=True)
-    (big / "test" / "latest").write_text("rolling_step_000250")
+    (big / "test" / "rolling_step_000250").mkdir(parents=True)
+    (big / "test" / "rolling_step_000250" / "manifest.json").write_text("whatever it holds")
     run_dir = endless.parent / "runs" / "test"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))

@@ -10,7 +10,7 @@ import ds_gpt2
 PACKAGE = Path(ds_gpt2.__file__).parent
 LAYERS = [
     {"errors", "config", "deepspeed_file", "schedule", "state", "batch", "stop", "outcome", "machine"},
-    {"dist", "device", "loss", "model", "tokenizer", "data", "meter"},
+    {"dist", "device", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {"engine", "checkpoint", "monitor", "console", "generate"},
     {"hooks", "loop"},
     {"assembly", "train", "launcher", "commands", "cli", "__main__"},

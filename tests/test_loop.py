@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ds_gpt2.engine import Update
-from ds_gpt2.loop import Course, train
+from ds_gpt2.loop import Course, Ending, train
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
 
@@ -18,25 +20,32 @@ from ds_gpt2.state import TrainState
 class Parts:
     """Every part of a training run; ``notes`` is what happened, in order."""
 
-    def __init__(self, stop_at: int = 0, skip_at: int = 0) -> None:
+    def __init__(
+        self, stop_at: int = 0, skip_at: int = 0, stop_within: int = 0, best_at: int = 0, epoch_steps: int = 10
+    ) -> None:
         self.notes: list[str] = []
         self.records: dict[int, dict[str, Any]] = {}
         self.every, self.directory = Every(2), Path("checkpoints")
         self.plan = SimpleNamespace(tokens_per_step=100)
-        self._stop_at, self._skip_at = stop_at, skip_at
+        self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
+        self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, -1
+        self.disk_is_full = False
         self.step, self.requested = 0, False
 
     def epoch(self, step: int) -> float:
-        return step / 10
+        return step / self._epoch_steps
+
+    def step_windows(self, step: int) -> np.ndarray:
+        return np.array([step])
 
     def micro_batches(self, step: int) -> str:
         self.step = step
         return f"data of {step}"
 
-    def accumulate(self, micro_batches: str) -> torch.Tensor:
+    def accumulate(self, micro_batches: str, interrupted: Callable[[], bool]) -> torch.Tensor | None:
         self.notes.append(f"accumulate {micro_batches}")
-        self.requested = self.step == self._stop_at
-        return torch.tensor(2.0)
+        self.requested = self.step in (self._stop_at, self._stop_within)
+        return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
 
     def apply(self, lr: float) -> Update:
         self.notes.append(f"apply {lr}")
@@ -44,15 +53,21 @@ class Parts:
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
+        if state.step == self._best_at:
+            state.validated(3.0)
         return {"val/loss": 3.0}
 
     def write(self, step: int, seen: dict[str, Any]) -> None:
         self.notes.append(f"write {step}")
         self.records[step] = seen
 
-    def save(self, state: TrainState) -> str:
-        self.notes.append(f"save {state.step}")
-        return "tag"
+    def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
+        if self._saved != state.step:
+            self.notes.append(" ".join([f"save {state.step}", *roles]))
+            self._saved = state.step
+
+    def finish(self, state: TrainState) -> bool:
+        return not self.disk_is_full
 
     def flush(self) -> None: ...
     def begin(self) -> None: ...
@@ -65,7 +80,7 @@ class Parts:
     def show(self, step: int, seen: dict[str, Any], eta: float) -> None: ...
 
 
-def _train(parts: Parts, state: TrainState, steps: int, save: int) -> bool:
+def _train(parts: Parts, state: TrainState, steps: int, save: int) -> Ending:
     same: Any = parts
     course = Course(steps, lambda step: step / 10, Every(save))
     return train(course, state, same, same, [same], same, same, same, same, same)
@@ -73,7 +88,7 @@ def _train(parts: Parts, state: TrainState, steps: int, save: int) -> bool:
 
 def test_a_step_is_told_in_order() -> None:
     parts = Parts()
-    assert _train(parts, TrainState(), steps=3, save=3)
+    assert _train(parts, TrainState(), steps=3, save=3) is Ending.DONE
     assert parts.notes == [
         "accumulate data of 1", "apply 0.1", "write 1",
         "accumulate data of 2", "apply 0.2", "observe 2", "write 2",
@@ -88,13 +103,33 @@ def test_a_step_is_told_in_order() -> None:
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_a_stop_saves_the_step_just_done(stop_at: int) -> None:
     parts, state = Parts(stop_at), TrainState()
-    assert not _train(parts, state, steps=100, save=50)
+    assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
     assert state.step == stop_at
     assert parts.notes[-2:] == [f"write {stop_at}", f"save {stop_at}"]
 
 
 def test_a_stop_in_the_last_step_is_an_end() -> None:
-    assert _train(Parts(stop_at=3), TrainState(), steps=3, save=0)
+    assert _train(Parts(stop_at=3), TrainState(), steps=3, save=0) is Ending.DONE
+
+
+def test_a_stop_within_a_step_drops_it_and_saves_the_one_before() -> None:
+    parts, state = Parts(stop_within=4), TrainState()
+    assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
+    assert parts.notes[-2:] == ["accumulate data of 4", "save 3"]
+    assert (state.step, state.tokens) == (3, 300)
+
+
+def test_the_best_and_the_end_of_an_epoch_are_saved_as_such_whatever_the_cadence() -> None:
+    parts = Parts(best_at=4, epoch_steps=5)
+    assert _train(parts, TrainState(), steps=12, save=0) is Ending.DONE
+    saves = [note for note in parts.notes if note.startswith("save")]
+    assert saves == ["save 4 best_model", "save 5 epoch_00001", "save 10 epoch_00002", "save 12"]
+
+
+def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
+    parts = Parts()
+    parts.disk_is_full = True
+    assert _train(parts, TrainState(), steps=3, save=3) is Ending.UNSAVED
 
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:
@@ -107,7 +142,7 @@ def test_a_resumed_run_begins_with_the_next_step() -> None:
 def test_a_finished_run_has_nothing_to_do() -> None:
     parts = Parts()
     assert _train(parts, TrainState(step=6), steps=6, save=1)
-    assert parts.notes == []
+    assert parts.notes == ["save 6"]  # which the store knows to be there already
 
 
 def test_a_skipped_update_is_counted() -> None:

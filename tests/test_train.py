@@ -16,9 +16,13 @@ import yaml
 from launched import Launched, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.kill_soak import differences
 from benchmarks.reference import train_reference
 from ds_gpt2 import train
-from ds_gpt2.checkpoint.files import committed_tags, read_latest, read_manifest
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.commit import read_pointer
+from ds_gpt2.checkpoint.generations import problem_of, scan
+from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.schedule import learning_rate
 
 STEPS = 12
@@ -32,13 +36,18 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run as if its last six steps had never been: taken up again from step 6."""
+    """The same run with a flipped bit in one rank's part of its newest checkpoint: it goes on from the one before."""
     _, original = four_ranks
     folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("resumed") / "copy"))
-    shutil.rmtree(folder / "checkpoints" / "test" / "rolling_step_000012")
-    (folder / "checkpoints" / "test" / "latest").write_text("rolling_step_000006")
+    partition = folder / "checkpoints" / "test" / "rolling_step_000012" / partition_file(2)
+    content = bytearray(partition.read_bytes())
+    content[len(content) // 2] ^= 4
+    partition.write_bytes(content)
+    shutil.rmtree(
+        folder / "checkpoints" / "test" / "best_model"
+    )  # a link no more after copying: it would be found good
     places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
-    return launch(4, "--config", str(folder / "run.yaml"), "--resume", "latest", *places), folder
+    return launch(4, "--config", str(folder / "run.yaml"), "--resume", "auto", *places), folder
 
 
 def test_it_ends_well_and_leaves_no_process(four_ranks: Run) -> None:
@@ -94,16 +103,21 @@ def test_tensorboard_shows_the_same_numbers_by_step(four_ranks: Run) -> None:
 
 def test_checkpoints_are_deepspeeds_files_and_latest_names_the_newest(four_ranks: Run) -> None:
     directory = four_ranks[1] / "checkpoints" / "test"
-    assert committed_tags(directory) == ["rolling_step_000006", "rolling_step_000012"]
-    assert read_latest(directory) == "rolling_step_000012"
+    assert [found.tag for found in scan(directory)] == ["rolling_step_000012", "best_model", "rolling_step_000006"]
+    assert [problem_of(found) for found in scan(directory)] == [None, None, None]
+    assert (read_pointer(directory, "latest"), read_pointer(directory, "latest_backup")) == (
+        "rolling_step_000012",
+        "rolling_step_000006",
+    )
     assert not list(directory.glob("*.tmp"))
     names = {path.name for path in (directory / "rolling_step_000012").iterdir()}
     partitions = {f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4)}
     assert names == {"mp_rank_00_model_states.pt", "manifest.json", *partitions}
     assert (directory / "zero_to_fp32.py").exists()
-    manifest = read_manifest(directory, "rolling_step_000012")
-    assert (manifest["step"], manifest["tokens"], manifest["world_size"]) == (12, 12 * 1024, 4)
-    assert manifest["val_loss"] == metrics(four_ranks[1])[-1]["val/loss"]
+    saved = manifest.read(directory / "rolling_step_000012")
+    assert (saved.step, saved.state["tokens"], saved.world_size) == (12, 12 * 1024, 4)
+    assert saved.val_loss == metrics(four_ranks[1])[-1]["val/loss"]
+    assert (directory / "best_model" / "manifest.json").stat().st_nlink == 2
 
 
 def test_the_stock_zero_to_fp32_reads_them(four_ranks: Run) -> None:
@@ -126,7 +140,17 @@ def test_the_run_directory_says_what_was_started(four_ranks: Run) -> None:
 def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> None:
     launched, folder = resumed
     assert launched.code == 0, launched.output
-    assert "resumed from" in launched.output
+    assert (
+        "rolling_step_000012 cannot be used: bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt is damaged"
+        in launched.output
+    )
+    assert f"resumed from {folder}/checkpoints/test/rolling_step_000006, step 6 of 12" in launched.output
+    assert [found.tag for found in scan(folder / "checkpoints" / "test")] == [
+        "rolling_step_000012",
+        "best_model",
+        "superseded_step_000012",
+        "rolling_step_000006",
+    ]
     volatile = ("perf/",)
     strip = [
         {tag: value for tag, value in record.items() if not tag.startswith(volatile)} for record in metrics(folder)
@@ -138,12 +162,14 @@ def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> 
 
 
 def test_resuming_gives_the_very_same_weights(four_ranks: Run, resumed: Run) -> None:
-    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt"):
+    for name in (MODEL_FILE, *map(partition_file, range(4))):
         first, second = (
-            torch.load(folder / "checkpoints" / "test" / "rolling_step_000012" / name, weights_only=False)
+            unpickle(folder / "checkpoints" / "test" / "rolling_step_000012" / name)
             for _, folder in (four_ranks, resumed)
         )
-        _assert_same(first, second, name)
+        for state in (first, second):
+            del state["ds_config"]  # has paths in it
+        assert differences(first, second, name) == []
 
 
 def test_the_curve_in_tensorboard_has_no_overlap_after_a_resume(resumed: Run) -> None:
@@ -159,23 +185,6 @@ def test_training_follows_a_plain_pytorch_loop(tmp_path: Path, write_config: Cal
     assert launched.code == 0, launched.output
     ours = [record["train/loss"] for record in metrics(tmp_path)]
     assert ours == pytest.approx(train_reference(config, steps=STEPS), rel=2e-3)
-
-
-def _assert_same(first: Any, second: Any, place: str) -> None:
-    assert type(first) is type(second), place
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for key in first:
-            if key not in ("ds_config", "ds_version"):  # paths differ
-                _assert_same(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), place
-        for number, (one, two) in enumerate(zip(first, second, strict=True)):
-            _assert_same(one, two, f"{place}[{number}]")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), place
-    elif isinstance(first, int | float | str | bytes | bool | None):
-        assert first == second, place
 
 
 def test_a_mistake_only_ranks_can_find_ends_them_all_with_one_line(

@@ -1,9 +1,14 @@
-"""Save and restore a run through DeepSpeed's own sharded checkpoints."""
+"""Save and restore a run: DeepSpeed's own sharded checkpoints, under the commit protocol."""
 
 from __future__ import annotations
 
 import logging
 import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,102 +16,231 @@ import deepspeed
 import torch
 
 from ds_gpt2 import __version__, dist
-from ds_gpt2.checkpoint import files
-from ds_gpt2.checkpoint.rng import get_rng_state, set_rng_state
-from ds_gpt2.checkpoint.serializer import Serializer
+from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.backup_queue import BackupQueue
+from ds_gpt2.checkpoint.disk import Disk
+from ds_gpt2.checkpoint.housekeeping import Housekeeping
+from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
+from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
+from ds_gpt2.checkpoint.partitions import repartition
+from ds_gpt2.checkpoint.restore import Restored
+from ds_gpt2.checkpoint.serializer import MODEL_FILE, Serializer, partition_file
+from ds_gpt2.checkpoint.snapshot import HostMemory
+from ds_gpt2.checkpoint.writer import Save
+from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.engine import Engine
 from ds_gpt2.errors import UserError
+from ds_gpt2.model import count_parameters
+from ds_gpt2.rng import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.state import TrainState
 
-FORMAT = 1
 _KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
+_BYTES_PER_PARAMETER = 14  # bf16 weights, fp32 masters and two moments
+_NOTICEABLE_SECONDS = 0.1
+_COPIES_SECONDS = 20.0  # how long the end of a run waits for backups under way
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. At most one save is on its way to the disk; every rank calls every method."""
 
-    def __init__(self, directory: Path, engine: Engine, keep_last: int, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        settings: CheckpointSettings,
+        identity: dict[str, Any],
+        run_settings: dict[str, Any],
+        disk: Disk | None = None,
+        backup: Backup | None = None,
+    ) -> None:
         """
         Args:
             identity: what must not change between saving and resuming (model, data, token budget, ...).
+            run_settings: recorded with every checkpoint.
+            backup: where copies go, if anywhere.
         """
         self.directory = directory
+        self.waited_seconds = 0.0  # training stood still because the disk was slower than the cadence
+        self._disk = disk or Disk()
         self._engine = engine
-        self._keep_last = keep_last
+        self._settings = settings
         self._identity = identity
+        self._run_settings = run_settings
+        self._housekeeping = Housekeeping(self._disk, directory, settings)
+        self._serializer = Serializer()
+        self._memory = HostMemory() if settings.in_background else None
+        self._thread = _writer_thread(engine.device) if settings.in_background else None
+        self._save: Save | None = None
+        self._done: Future[None] | None = None
         self._saved_step: int | None = None
-        engine.deepspeed.checkpoint_engine = Serializer()
-
-    def save(self, state: TrainState) -> str:
-        """Write a rolling checkpoint of ``state``; every rank calls this. Returns its tag."""
-        tag = files.rolling_tag(state.step)
-        if self._saved_step == state.step:
-            return tag
-        ours = {"state": state.to_dict(), "rng": dist.gather_objects(get_rng_state())}
-        self._engine.deepspeed.save_checkpoint(
-            str(self.directory), tag=tag + files.PARTIAL, client_state={_KEY: ours}, save_latest=False
-        )
+        engine.deepspeed.checkpoint_engine = self._serializer
+        engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
+        self._queue: BackupQueue | None = None
         if dist.is_main():
-            files.commit(self.directory, tag, self._manifest(state))
-            self._prune()
+            self._housekeeping.start()
+            self._queue = BackupQueue(backup, directory, self._disk) if backup else None
         dist.barrier()
-        self._saved_step = state.step
-        return tag
 
-    def load(self, tag: str) -> TrainState:
-        """Restore weights, optimizer and this rank's RNG from ``tag``; every rank calls this.
+    def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
+        """Begin a rolling checkpoint of ``state``. In the background it is copied and written while training goes on;
+        the next update waits until it is copied.
+
+        Args:
+            epoch: epochs of data seen.
+            roles: other tags under which it is to be known (``epoch_00001``, ``best_model``).
+        """
+        if self._saved_step == state.step:
+            return
+        self._hold_back()
+        if not self._has_room():
+            return
+        tag = rolling_tag(state.step)
+        self._engine.deepspeed.save_checkpoint(
+            str(self.directory), tag=tag + PARTIAL, client_state={_KEY: {"state": state.to_dict()}}, save_latest=False
+        )
+        contents = self._serializer.take_saved()
+        contents[partition_file(dist.rank())][_KEY] = {"rng": get_rng_state()}
+        self._saved_step = state.step
+        self._save = Save(
+            self._disk,
+            self.directory,
+            tag,
+            dist.rank(),
+            dist.world_size(),
+            contents,
+            self._memory,
+            self._engine.moment(),
+            self._settings.write_mb_per_s * 1e6,
+            manifest=_manifest_of(state, epoch, self._identity, self._run_settings),
+            afterwards=partial(self._keep_house, roles=roles, step=state.step),
+        )
+        if self._thread is None:
+            self._save.run()
+            self._settle()
+        else:
+            self._engine.hold_updates_until(self._save.copied)
+            self._done = self._thread.submit(self._save.run)
+
+    def finish(self, state: TrainState) -> bool:
+        """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed."""
+        self._settle()
+        if self._queue is not None:
+            self._queue.finish(_COPIES_SECONDS)
+        return self._saved_step == state.step
+
+    def load(self, restored: Restored) -> TrainState:
+        """Put the engine and this rank's random state where ``restored`` left them, and make it the newest there is.
 
         Raises:
-            UserError: no such checkpoint, it is of another run's making, or it cannot be read.
+            UserError: DeepSpeed does not accept the content.
         """
-        dist.together(lambda: self._check(tag))
+        contents = self._cut_for_this_world(restored)
+        self._serializer.offer(contents)
         try:
             path, client_state = self._engine.deepspeed.load_checkpoint(
-                str(self.directory), tag=tag, load_lr_scheduler_states=False
+                str(restored.generation.path.parent), tag=restored.generation.tag, load_lr_scheduler_states=False
             )
             assert path is not None, "DeepSpeed found nothing to load"
         except Exception as error:
-            raise UserError(f"checkpoint {self.directory / tag} cannot be loaded: {error}") from error
+            raise UserError(f"checkpoint {restored.generation.path} cannot be loaded: {error}") from error
+        finally:
+            self._serializer.offer({})
+        self._engine.reset_constants()
         ours = client_state[_KEY]
-        set_rng_state(ours["rng"][dist.rank()])
         state = TrainState.from_dict(ours["state"])
+        if restored.manifest.world_size == dist.world_size():
+            set_rng_state(contents[partition_file(dist.rank())][_KEY]["rng"])
+        else:
+            seed_everything(self._run_settings["run"]["seed"] + dist.rank() + state.step * dist.world_size())
+        if dist.is_main():
+            self._housekeeping.resume_from(restored.generation)
+        dist.barrier()
         self._saved_step = state.step
         return state
 
-    def _check(self, tag: str) -> None:
-        manifest = files.read_manifest(self.directory, tag)
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"checkpoint {tag} has format {manifest.get('format')}; this version reads format {FORMAT}")
-        for name, value in self._identity.items():
-            saved = manifest["identity"].get(name)
-            if saved != value:
-                raise UserError(
-                    f"checkpoint {self.directory / tag} was made with {name} {saved}, this run has {value}:"
-                    " set it back, or start a new run with run.name=NAME"
-                )
-        if manifest["world_size"] != dist.world_size():
-            raise UserError(
-                f"checkpoint {tag} was saved by {manifest['world_size']} ranks and this run has {dist.world_size()}:"
-                f" start with --num_gpus {manifest['world_size']}"
+    def _hold_back(self) -> None:
+        """Let the save before this one end: where the disk is slower than the cadence, training waits, and says so."""
+        begun = time.monotonic()
+        self._settle()
+        waited = time.monotonic() - begun
+        if waited > _NOTICEABLE_SECONDS:
+            self.waited_seconds += waited
+            log.warning(
+                f"the disk is slower than checkpoint.every: waited {waited:.1f} s for the checkpoint before this one"
+                f" ({self.waited_seconds:.1f} s since the start)"
             )
 
-    def _manifest(self, state: TrainState) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            **state.to_dict(),
-            "world_size": dist.world_size(),
-            "identity": self._identity,
-            "versions": library_versions(),
-        }
+    def _settle(self) -> None:
+        """The end of the save that is on its way: all ranks agree whether it became a checkpoint."""
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        save.files_done.wait()
+        if dist.any_rank(not save.wrote, self._engine.device):
+            save.given_up.set()
+        if self._done is not None:
+            self._done.result()
+            self._done = None
+        if not dist.any_rank(save.committed, self._engine.device):
+            self._saved_step = None
 
-    def _prune(self) -> None:
-        for tag in files.committed_tags(self.directory)[: -self._keep_last]:
-            try:
-                files.remove(self.directory, tag)
-            except OSError as error:  # housekeeping must not end the run; the next save tries again
-                log.warning("could not remove old checkpoint %s: %s", tag, error)
+    def _keep_house(self, tag: str, roles: Sequence[str], step: int) -> None:
+        """On rank 0, after a commit. Nothing here is worth ending a run for."""
+        log.info(f"step {step}: saved {self.directory / tag}")
+        self._housekeeping.after_commit(tag, roles)
+        if self._queue is not None:
+            self._queue.offer(tag, roles, step)
+
+    def _has_room(self) -> bool:
+        """Whether another checkpoint fits on the disk; older ones give way if it does not. False is said, loudly."""
+        estimate = _BYTES_PER_PARAMETER * count_parameters(self._engine.model)
+        return dist.any_rank(dist.is_main() and self._housekeeping.make_room(estimate), self._engine.device)
+
+    def _cut_for_this_world(self, restored: Restored) -> dict[str, Any]:
+        """The files as this number of ranks would have saved them."""
+        saved_by, ranks = restored.manifest.world_size, dist.world_size()
+        if saved_by == ranks:
+            return restored.contents
+        log.info(f"{restored.generation.tag} was saved by {saved_by} ranks: cutting its partitions for {ranks}")
+        partitions = [restored.contents[partition_file(rank)] for rank in range(saved_by)]
+        sizes = [part.numel() for part in self._engine.deepspeed.optimizer.single_partition_of_fp32_groups]
+        try:
+            mine = repartition(partitions, dist.rank(), sizes)
+        except ValueError as error:
+            raise UserError(f"checkpoint {restored.generation.path} was saved by {saved_by} ranks: {error}") from None
+        model = {**restored.contents[MODEL_FILE], "dp_world_size": ranks}
+        return {MODEL_FILE: model, partition_file(dist.rank()): mine}
+
+
+def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
+    """One thread; where the engine is on a GPU, it works on that very one, not on the first."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, "checkpoint")
+    return ThreadPoolExecutor(1, "checkpoint", initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _manifest_of(
+    state: TrainState, epoch: float, identity: dict[str, Any], run_settings: dict[str, Any]
+) -> Callable[[dict[str, FileEntry]], Manifest]:
+    """The manifest of ``state`` as it is now, but for the files, which are known later."""
+    so_far = state.to_dict()
+    created = datetime.now().astimezone().isoformat(timespec="seconds")
+
+    def with_files(files: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            created=created,
+            epoch=epoch,
+            state=so_far,
+            world_size=dist.world_size(),
+            identity=identity,
+            settings=run_settings,
+            versions=library_versions(),
+            files=files,
+        )
+
+    return with_files
 
 
 def library_versions() -> dict[str, str]:

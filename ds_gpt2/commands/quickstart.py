@@ -6,7 +6,7 @@ import argparse
 import itertools
 
 from ds_gpt2 import outcome
-from ds_gpt2.checkpoint import files
+from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.commands import prepare
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config, start
@@ -51,6 +51,6 @@ def _under_a_free_name(overrides: dict[str, str]) -> dict[str, str]:
         return overrides
     for name in itertools.chain(["quickstart"], (f"quickstart-{number}" for number in itertools.count(2))):
         named = {**overrides, "run.name": name}
-        if files.read_latest(load_settings(find_config("quickstart"), named).checkpoint_dir) is None:
+        if newest_tag(load_settings(find_config("quickstart"), named).checkpoint_dir) is None:
             return named
     raise AssertionError("the names never end")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.checkpoint import files
+from ds_gpt2.batch import fit_ranks, plan_batch
+from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import choose_ranks, run_ranks
+from ds_gpt2.machine import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory (default: the newest run)")
-    parser.add_argument("--from", dest="source", default="latest", metavar="latest|STEP|TAG", help="which checkpoint")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        default="latest",
+        metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
+        help="which checkpoint (default: the newest good one)",
+    )
     add_start_arguments(parser)
 
 
@@ -30,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     config = find_config(options.config)
     overrides = parse_overrides(options.settings)
     settings = load_settings(config, overrides)
-    if latest := files.read_latest(settings.checkpoint_dir):
+    if latest := newest_tag(settings.checkpoint_dir):
         name = settings.run.name
         raise UserError(
             f"run {name} already has checkpoints (newest: {latest}): go on with `./launch.sh resume {name}`,"
@@ -44,9 +51,26 @@ def resume(options: argparse.Namespace) -> int:
     if words and "=" in words[0]:  # no RUN was given, the first setting took its place
         options.run, options.settings = None, words
     run_dir = find_run(options.run)
+    config = run_dir / "config.yaml"
     overrides = parse_overrides(options.settings)
-    settings = load_settings(run_dir / "config.yaml", overrides)
-    return start(run_dir / "config.yaml", overrides, settings, options.num_gpus, resume=options.source)
+    settings = load_settings(config, overrides)
+    ranks = options.num_gpus
+    if ranks is None:
+        ranks, overrides = _shared_out(settings, overrides)
+    return start(config, overrides, load_settings(config, overrides), ranks, resume=options.source)
+
+
+def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
+    """As many of this machine's ranks as can share the run's token budget, and settings whose micro-batch fits them."""
+    batch = settings.batch
+    _, available = choose_ranks(settings, None)
+    ranks, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, available)
+    if ranks < available:
+        print(f"{available} ranks cannot share {batch.tokens_per_step} tokens a step equally: going on with {ranks}")
+    if micro_batch != batch.micro_batch:
+        print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: going on with {micro_batch}")
+        overrides = {**overrides, "batch.micro_batch": str(micro_batch)}
+    return ranks, overrides
 
 
 def start(
@@ -59,7 +83,7 @@ def start(
     plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
     open_dataset(settings.data.dir)
     for directory in settings.output_dirs:
-        files.check_writable(directory)
+        check_writable(directory)
     arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
     if resume:
         arguments += ["--resume", resume]

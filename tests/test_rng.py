@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from ds_gpt2.checkpoint.rng import get_rng_state, seed_everything, set_rng_state
+from ds_gpt2.rng import get_rng_state, seed_everything, set_rng_state
 
 
 def _draw() -> tuple[object, ...]:

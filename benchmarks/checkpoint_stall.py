@@ -1,0 +1,171 @@
+"""How long does a save hold training, and how large is a checkpoint?
+
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 4 benchmarks/checkpoint_stall.py --data data/sample --out FILE
+    deepspeed --num_gpus 1 benchmarks/checkpoint_stall.py --preset 124M --data data/sample --out FILE
+
+Three kinds of blocks take turns: no save; a save in the background at the block's begin; the same state written by
+``torch.save`` and fsync, as DeepSpeed's own engine would, but durable. Held is the time until the training thread has
+its next step to do; excess is what a block's steps took longer than those of blocks without a save, in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import config, deepspeed_file, device, dist, outcome
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.config import CheckpointSettings, Settings
+
+KINDS = ("none", "background", "torch.save")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="7M")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="of a block; long enough for a save to end within it")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    settings = _settings(options.data, options.preset)
+    place = device.choose("auto")
+    from benchmarks import machine
+    from ds_gpt2.engine import close_process_group, open_process_group
+
+    open_process_group(place)
+    logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
+    folder = dist.gather_objects(tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))[0]
+    result = _measure(settings, place, Path(folder), options.rounds, options.steps)
+    if dist.is_main():
+        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
+        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(shown, indent=1))
+    dist.barrier()
+    _remove(Path(folder))
+    close_process_group()
+
+
+def _settings(data: Path, preset: str) -> Settings:
+    ranks = dist.world_size()
+    sequence, micro = (256, 2) if preset == "7M" else (1024, 16)
+    return config.load_settings(
+        config.PROJECT_DIR / "ds_configs" / "quickstart.yaml",
+        {
+            "data.dir": str(data.absolute()),
+            "model.preset": preset,
+            "batch.sequence_length": str(sequence),
+            "batch.micro_batch": str(micro),
+            "batch.tokens_per_step": str(sequence * micro * ranks),
+            "monitor.tensorboard": "false",
+        },
+    )
+
+
+def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+    import torch
+
+    from ds_gpt2.checkpoint.serializer import Serializer
+    from ds_gpt2.checkpoint.store import Checkpoints
+    from ds_gpt2.data.batches import TrainingData
+    from ds_gpt2.data.dataset import Windows, open_dataset
+    from ds_gpt2.engine import Engine
+    from ds_gpt2.model import GPT2, ModelShape, count_parameters
+    from ds_gpt2.state import TrainState
+
+    batch = settings.batch
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+    data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
+    content = deepspeed_file.complete(deepspeed_file.load_deepspeed_file(settings.deepspeed), settings, plan)
+    engine = Engine(GPT2(ModelShape(*settings.model.shape, batch.sequence_length)), content, 0.1)
+    checkpoints = Checkpoints(folder, engine, CheckpointSettings(keep_last=1), {}, {"run": {"seed": 1}})
+    state = TrainState()
+
+    def wait_for_device() -> None:
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+
+    def train(count: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(count):
+            assert engine.accumulate(data.micro_batches(state.step + 1)) is not None
+            engine.apply(1e-4)
+            state.advance(plan.tokens_per_step, True, b"")
+        wait_for_device()
+        return time.perf_counter() - begun
+
+    def save(kind: str) -> float:
+        dist.barrier()
+        wait_for_device()
+        begun = time.perf_counter()
+        if kind == "background":
+            checkpoints.save(state, 0.0)
+        elif kind == "torch.save":
+            live = Serializer()
+            engine.deepspeed.checkpoint_engine, ours = live, engine.deepspeed.checkpoint_engine
+            engine.deepspeed.save_checkpoint(str(folder), tag="stock", client_state={}, save_latest=False)
+            engine.deepspeed.checkpoint_engine = ours
+            (folder / "stock").mkdir(exist_ok=True)
+            for name, part in live.take_saved().items():
+                with (folder / "stock" / name).open("wb") as file:
+                    torch.save(part, file)
+                    os.fsync(file.fileno())
+            dist.barrier()
+        return time.perf_counter() - begun
+
+    train(4)
+    for kind in KINDS:  # buffers, caches, the file system
+        save(kind)
+        train(steps)
+        checkpoints.finish(state)
+    held: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    blocks: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in KINDS:
+            held[kind].append(1000 * save(kind))
+            blocks[kind].append(1000 * train(steps))
+            checkpoints.finish(state)
+    engine.close()
+    size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
+    parameters = count_parameters(engine.model)
+    usual = statistics.median(blocks["none"])
+    return {
+        "setting": f"{settings.model.preset}, {dist.world_size()} ranks on {place.type}, {steps} steps a block",
+        "parameters": parameters,
+        "bytes_per_parameter": round(size / parameters, 3),
+        "held_ms": {kind: _spread(held[kind]) for kind in ("background", "torch.save")},
+        "held_ratio": round(statistics.median(held["background"]) / statistics.median(held["torch.save"]), 4),
+        "block_ms": {kind: _spread(blocks[kind]) for kind in KINDS},
+        "excess_ms_of_a_background_save": round(statistics.median(blocks["background"]) - usual, 1),
+        "waited_seconds": round(checkpoints.waited_seconds, 3),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"p25": round(low, 2), "p50": round(middle, 2), "p75": round(high, 2)}
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if dist.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
+    outcome.end_process(outcome.DONE)

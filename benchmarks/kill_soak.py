@@ -1,0 +1,323 @@
+"""Does a run survive? Kill it at random instants, again and again, and compare what it becomes with a run left alone.
+
+    python benchmarks/kill_soak.py --kills 300 --out benchmarks/results/kill_soak.json
+
+A small GPT-2 with dropout trains on two ranks over several epochs, saving often and slowly, so that many kills fall
+into a save. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now and then a SIGTERM asks for a stop
+instead. After each: every committed checkpoint must verify byte for byte, no more may be lost than what came after the
+last save that was due or the one before it, and the next start must go on from the newest. At the end of a run its
+weights, moments, random states, metrics and ledger of windows must equal, bit for bit, those of the run left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from benchmarks.machine import describe
+from ds_gpt2.checkpoint.generations import Generation, problem_of, scan
+from ds_gpt2.checkpoint.layout import PARTIAL
+from ds_gpt2.checkpoint.serializer import MODEL_FILE, unpickle
+from ds_gpt2.data.prepare import prepare
+from ds_gpt2.data.sources import python_documents
+from ds_gpt2.machine import free_port
+
+PROJECT = Path(__file__).resolve().parents[1]
+STEPS, EVERY, SEQUENCE = 120, 5, 32
+WAYS = ("one rank", "all ranks", "the launcher", "a stop")
+
+
+@dataclass
+class Tally:
+    """What happened over the whole soak."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    moments: Counter[str] = field(default_factory=Counter)  # while starting, in a save, between saves
+    lost_steps: list[int] = field(default_factory=list)
+    verified: int = 0
+    runs: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str) -> None:
+        self.failures.append(what)
+        print(f"FAILURE: {what}", flush=True)
+
+
+class Ranks:
+    """A started run: its processes, and how far its output says that it has come."""
+
+    def __init__(self, config: Path, ranks: int) -> None:
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+        train = [str(PROJECT / "ds_gpt2" / "train.py"), "--config", str(config), "--resume", "auto"]
+        command = [*runner, "--num_gpus", str(ranks), "--master_port", str(free_port()), *train]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self.training = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith("step "):
+                self.training.set()
+        self.training.set()
+
+    @property
+    def step(self) -> int:
+        """The last step that was printed."""
+        return max(
+            (int(found[1]) for line in list(self.lines) if (found := re.match(r"step +(\d+)/", line))), default=0
+        )
+
+    @property
+    def resumed_from(self) -> str | None:
+        found = re.search(r"resumed from \S*/(\S+), step", "".join(self.lines))
+        return found[1] if found else None
+
+    def members(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self, patience: float) -> None:
+        """Wait for the end; what is left after ``patience`` seconds is killed."""
+        deadline = time.monotonic() + patience
+        while self.members() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in self.members():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        self._reader.join()
+
+
+def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
+    """Kill ``kills`` times, over as many runs as that takes."""
+    dice, tally = random.Random(seed), Tally()
+    data = folder / "data"
+    prepare(itertools.islice(python_documents(), 6, 9), data, source="soak", validation_every=8, progress=False)
+    references = {accumulation: _reference(folder, data, ranks, accumulation) for accumulation in (1, 4)}
+    for accumulation in itertools.cycle(references):
+        if sum(tally.kills.values()) >= kills:
+            return tally
+        config = _write_config(folder, data, ranks, accumulation)
+        for name in ("runs", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        _one_run(config, ranks, kills, dice, tally)
+        for difference in _differences(references[accumulation], folder):
+            tally.fail(f"run {tally.runs}, accumulation {accumulation}: {difference}")
+        tally.runs += 1
+    raise AssertionError("the accumulations never end")
+
+
+def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: Tally) -> None:
+    """From nothing to the last step, killed on the way as long as there are kills left."""
+    directory = config.parent / "checkpoints" / "soak"
+    while True:
+        expected = _newest(directory)
+        run = Ranks(config, ranks)
+        if sum(tally.kills.values()) < kills:
+            _kill(run, dice, tally, directory)
+        else:
+            run.end(patience=600)
+        if expected is not None and run.resumed_from not in (None, expected.tag):
+            tally.fail(f"went on from {run.resumed_from}, the newest was {expected.tag}")
+        if any("Traceback" in line for line in run.lines) and not any("step" in line for line in run.lines):
+            tally.fail("could not start: " + "".join(run.lines)[-2000:])
+            return
+        _inspect(directory, run.step, tally)
+        newest = _newest(directory)
+        if newest is not None and newest.step == STEPS:
+            return
+
+
+def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> None:
+    """At a random instant: one in eight while starting, else within some ten steps of training."""
+    if dice.random() < 1 / 8:
+        time.sleep(dice.uniform(0.5, 8))
+    else:
+        run.training.wait(timeout=300)
+        time.sleep(dice.uniform(0, 1.5))
+    way = dice.choice(WAYS)
+    members = run.members()
+    if not members:
+        return  # it was done before
+    ranks = [member for member in members if _is_rank(member)]
+    tally.kills[way] += 1
+    saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
+    tally.moments["in a save" if saving else "between saves" if run.training.is_set() else "while starting"] += 1
+    number = signal.SIGTERM if way == "a stop" else signal.SIGKILL
+    targets = {
+        "one rank": [dice.choice(ranks)] if ranks else members,
+        "all ranks": ranks or members,
+        "the launcher": [member for member in members if member not in ranks],
+        "a stop": ranks or members,
+    }[way]
+    for target in targets:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.send_signal(number)
+    run.end(patience=60 if way == "a stop" else dice.choice([0, 0, 3]))
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return any(word.endswith("ds_gpt2/train.py") for word in words) and not any(
+            "launcher" in word for word in words
+        )
+    return False
+
+
+def _inspect(directory: Path, reached: int, tally: Tally) -> None:
+    """Everything that counts as a checkpoint must be whole, and young enough."""
+    generations = scan(directory)
+    for generation in generations:
+        tally.verified += 1
+        if (problem := problem_of(generation)) is not None:
+            tally.fail(f"{generation.tag}: {problem}")
+    newest = max((generation.step for generation in generations), default=0)
+    if reached:
+        tally.lost_steps.append(max(0, reached - newest))
+        due = reached // EVERY * EVERY
+        if newest < due - EVERY:
+            tally.fail(f"step {reached} was reached, the newest checkpoint is of step {newest}")
+
+
+def _newest(directory: Path) -> Generation | None:
+    history = [found for found in scan(directory) if found.role in ("rolling", "epoch") and problem_of(found) is None]
+    return history[0] if history else None
+
+
+def _reference(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
+    """The run that nobody disturbs, at the very paths of those that are."""
+    run = Ranks(_write_config(folder, data, ranks, accumulation), ranks)
+    run.end(patience=600)
+    kept = folder / f"reference-{accumulation}"
+    kept.mkdir()
+    for name in ("runs", "checkpoints"):
+        (folder / name).rename(kept / name)
+    return kept
+
+
+def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
+    settings = {
+        "run": {"name": "soak", "dir": str(folder / "runs"), "device": "cpu"},
+        "model": {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1},
+        "data": {"dir": str(data)},
+        "batch": {"tokens_per_step": SEQUENCE * ranks * accumulation, "micro_batch": 1, "sequence_length": SEQUENCE},
+        "schedule": {"steps": STEPS, "warmup_steps": 10, "max_lr": 3e-3, "min_lr": 3e-4},
+        "checkpoint": {
+            "dir": str(folder / "checkpoints"),
+            "every": EVERY,
+            "keep_last": 3,
+            "keep_epochs": 2,
+            "write_mb_per_s": 60,
+        },
+        "validation": {"every": 7, "tokens": 4 * SEQUENCE},
+        "samples": {"every": 0},
+        "monitor": {"tensorboard": False},
+    }
+    path = folder / "soak.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def _differences(reference: Path, folder: Path) -> list[str]:
+    """Where the end of a run differs from the reference's: the whole state, and every step's metrics."""
+    tag = f"soak/rolling_step_{STEPS:06d}"
+    names = [MODEL_FILE] + [path.name for path in sorted((folder / "checkpoints" / tag).glob("*_optim_states.pt"))]
+    found = []
+    for name in names:
+        one, other = (unpickle(place / "checkpoints" / tag / name) for place in (reference, folder))
+        found += differences(one, other, name)
+    return found + differences(_metrics(reference), _metrics(folder), "metrics.jsonl")
+
+
+def differences(one: Any, other: Any, place: str) -> list[str]:
+    """Where two nested states are not equal, bit for bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(f"{place}.{key}", one[key], other[key]) for key in one if key in other]
+        found = [] if one.keys() == other.keys() else [f"{place} has other keys"]
+        return found + [text for name, first, second in pairs for text in differences(first, second, name)]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return [f"{place}: {type(one).__name__} is not {type(other).__name__} of the same length"]
+        numbered = enumerate(zip(one, other, strict=True))
+        return [text for number, pair in numbered for text in differences(*pair, f"{place}[{number}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [f"{place} differs"]
+    if isinstance(one, int | float | str | bytes | None) or type(one) is not type(other):
+        return [] if one == other else [f"{place}: {one!r} is not {other!r}"]
+    return differences(vars(one), vars(other), place) if hasattr(one, "__dict__") else []
+
+
+def _metrics(place: Path) -> list[dict[str, Any]]:
+    lines = (place / "runs" / "soak" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("perf/")} for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-soak-") as folder:
+        tally = soak(options.kills, options.ranks, options.seed, Path(folder))
+    result = {
+        "machine": describe(),
+        "command": sys.argv,
+        "kills": dict(tally.kills),
+        "moments": dict(tally.moments),
+        "runs_compared_bit_for_bit": tally.runs,
+        "checkpoints_verified": tally.verified,
+        "lost_steps": dict(sorted(Counter(tally.lost_steps).items())),
+        "save_every": EVERY,
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "failures": tally.failures,
+    }
+    print(json.dumps(result, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.exit(bool(tally.failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""A second home for checkpoints: real copies in another place.
+
+A hard link shares its blocks and dies with them; a copy does not. The copies of a run lie in ``<place>/<run>/<tag>/``,
+the same files as in ``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker
+there too: written last, removed first. One process at a time may write the copies of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ds_gpt2.checkpoint import commit, retention
+from ds_gpt2.checkpoint.disk import Disk, HashingFile
+from ds_gpt2.checkpoint.generations import Generation, open_generation, problem_of
+from ds_gpt2.checkpoint.layout import MANIFEST, PARTIAL, Role, is_plain_name, role_of
+from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
+from ds_gpt2.checkpoint.places import BLOCK, LocalPlace, Place, check_protocol, open_place, redact
+from ds_gpt2.checkpoint.retention import Kept
+from ds_gpt2.config import BackupSettings
+from ds_gpt2.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A committed copy at the place; its files are not verified."""
+
+    tag: str
+    role: Role
+    manifest: Manifest
+
+
+class Backup:
+    """The copies of one run in one place.
+
+    Unless said otherwise, methods raise OSError where the place or the disk does not do what it is asked.
+    """
+
+    def __init__(self, place: str, run_name: str, settings: BackupSettings, disk: Disk | None = None) -> None:
+        """Connects to nothing yet.
+
+        Raises:
+            UserError: nothing here can reach a place of that kind.
+        """
+        check_protocol(place)
+        assert is_plain_name(run_name)
+        self.settings = settings
+        self._url = place
+        self._run_name = run_name
+        self._disk = disk or Disk()
+
+    def where(self, tag: str = "") -> str:
+        """The address of a copy, or of all of them, as it may be shown."""
+        return redact("/".join(part for part in (self._url.rstrip("/"), self._run_name, tag) if part))
+
+    def check_exists(self) -> None:
+        """
+        Raises:
+            UserError: the place is a directory that is not there.
+        """
+        if isinstance(self._place, LocalPlace) and not self._place.is_there():
+            raise UserError(f"no directory {redact(self._url)} to copy to: make it, or mount what belongs there")
+
+    def check_apart_from(self, checkpoints: Path) -> None:
+        """
+        Raises:
+            UserError: the place is where the run's checkpoints are: one would be taken for a copy of itself.
+        """
+        if isinstance(self._place, LocalPlace) and self._place.root.resolve() == checkpoints.resolve():
+            raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+
+    def shares_disk_with(self, checkpoints: Path) -> bool:
+        """Whether what destroys that disk destroys both."""
+        place = self._place
+        return isinstance(place, LocalPlace) and os.stat(place.root.parent).st_dev == os.stat(checkpoints).st_dev
+
+    def copy(self, generation: Generation, progress: Progress = lambda _: None) -> int:
+        """Make the place hold ``generation``; files that are there and good are not sent again. Returns bytes sent.
+
+        Args:
+            progress: told the size of each block that is sent or read back; what it raises ends the copy.
+
+        Raises:
+            UserError: it is a directory that a person has named.
+            DamagedError: it is not what was written, and does not count as copied.
+            OSError: it cannot be read, or the place cannot be written, or gives back something else.
+        """
+        if generation.role is None:
+            raise UserError(f"{generation.path} has not the name of a checkpoint")
+        if generation.manifest is None:
+            raise DamagedError(generation.problem)
+        tag, files, marker = generation.tag, generation.manifest.files, encode(generation.manifest)
+        missing = [name for name, entry in files.items() if not self._has(tag, name, entry, progress)]
+        progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
+        if not missing and self._place.content(tag, MANIFEST) == marker:
+            return 0
+        self._place.make(tag)
+        self._clear(tag, files.keys() - set(missing))
+        for name in missing:
+            self._send(generation, name, files[name], progress)
+        self._commit(tag, marker)
+        return sum(files[name].bytes for name in missing)
+
+    def held(self) -> list[Copy]:
+        """The copies there, what was made last first: after a run has gone back, that is not the highest step."""
+        found = [copy for tag in self._place.tags() if (copy := self._copy_of(tag)) is not None]
+        return sorted(found, key=lambda copy: (made_at(copy.manifest), copy.manifest.step, copy.tag), reverse=True)
+
+    def prune(self, step: int) -> list[str]:
+        """Delete the copies of rolling checkpoints but the newest ``keep``, and unfinished older ones. Returns tags.
+
+        Those of later steps than ``step`` are left alone and not counted: the run has gone back, or begun anew under
+        its old name, and only a person knows which history is worth more.
+        """
+        steps = {copy.tag: copy.manifest.step for copy in self.held() if copy.role == "rolling"}
+        found = [Kept(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
+        doomed = [kept.tag for kept in retention.to_delete(found, [retention.keep_last(self.settings.keep)])]
+        oldest = min((at for tag, at in steps.items() if tag not in doomed), default=0)
+        doomed += [tag for tag in self._place.tags() if tag not in steps and 0 <= _rolling_step(tag) < oldest]
+        for tag in doomed:
+            self._place.remove(tag)
+        return doomed
+
+    def fetch(self, tag: str, directory: Path, progress: Progress = lambda _: None) -> Generation:
+        """Bring the copy ``tag`` back as a checkpoint in ``directory``, that is ``checkpoints/<run>/``.
+
+        One of that name is left alone if it is the same, replaced if it is damaged, and gives way as it does to any
+        commit if it is another.
+
+        Raises:
+            UserError: there is no such copy.
+            DamagedError: the copy is not what was written; ``directory`` is as before.
+        """
+        copy = self._copy_of(tag)
+        if copy is None:
+            raise UserError(f"no copy {tag} in {self.where()}: there are {', '.join(self._tags_held()) or 'none'}")
+        here = open_generation(directory / tag)
+        if here.manifest == copy.manifest and problem_of(here) is None:
+            return here
+        self._download(copy, directory / (tag + PARTIAL), progress)
+        if here.manifest in (None, copy.manifest):
+            commit.remove(self._disk, directory, tag)
+        commit.commit(self._disk, directory, tag, copy.manifest)
+        return open_generation(directory / tag)
+
+    @functools.cached_property
+    def _place(self) -> Place:
+        return open_place(self._url, self._run_name, self._disk)
+
+    def _has(self, tag: str, name: str, entry: FileEntry, progress: Progress) -> bool:
+        if self._place.size(tag, name) != entry.bytes:
+            return False
+        digest = hashlib.sha256()
+        self._place.read(tag, name, _each(digest.update, progress))
+        return digest.hexdigest() == entry.sha256
+
+    def _clear(self, tag: str, good: set[str]) -> None:
+        """Whatever else is there under this name ceases to be a copy, then ceases to be."""
+        names = self._place.names(tag)
+        if MANIFEST in names:
+            self._place.remove_file(tag, MANIFEST)
+            self._place.sync(tag)
+        for name in set(names) - good - {MANIFEST}:
+            self._place.remove_file(tag, name)
+
+    def _send(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
+        digest = hashlib.sha256()
+        self._place.write(generation.tag, name, _blocks_of(generation.path / name, _each(digest.update, progress)))
+        if digest.hexdigest() != entry.sha256:
+            raise DamagedError(f"{name} is damaged: its sha256 is not the one written")
+        if not self._has(generation.tag, name, entry, progress):
+            raise OSError(f"{self.where(generation.tag)}/{name} does not read back as it was written")
+
+    def _commit(self, tag: str, marker: bytes) -> None:
+        self._place.sync(tag)
+        self._place.write(tag, MANIFEST, [marker])
+        self._place.sync(tag)
+        if self._place.content(tag, MANIFEST) != marker:
+            raise OSError(f"{self.where(tag)}/{MANIFEST} does not read back as it was written")
+
+    def _copy_of(self, tag: str) -> Copy | None:
+        role = role_of(tag)
+        marker = self._place.content(tag, MANIFEST) if role else None
+        if role is None or marker is None:
+            return None
+        try:
+            return Copy(tag, role, decode(marker))
+        except DamagedError as error:
+            log.warning(f"{self.where(tag)} does not count as a copy: {error}")
+            return None
+
+    def _tags_held(self) -> list[str]:
+        return [copy.tag for copy in self.held()]
+
+    def _download(self, copy: Copy, partial: Path, progress: Progress) -> None:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        commit.discard(self._disk, partial)
+        self._disk.make_directory(partial)
+        try:
+            for name, entry in copy.manifest.files.items():
+                fill = functools.partial(self._pour, copy.tag, name, progress)
+                if commit.write_with(self._disk, partial / name, 0.0, fill) != entry:
+                    raise DamagedError(f"{self.where(copy.tag)}/{name} is not what was written")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                commit.discard(self._disk, partial)
+            raise
+
+    def _pour(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
+        self._place.read(tag, name, _each(file.write, progress))
+
+
+def made_at(manifest: Manifest) -> float:
+    """When the checkpoint was made, in seconds since 1970; 0 if that cannot be read."""
+    try:
+        return datetime.fromisoformat(manifest.created).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0
+
+
+def _rolling_step(tag: str) -> int:
+    """The step in the name of a rolling checkpoint; -1 of another."""
+    return int(tag.rsplit("_", 1)[1]) if role_of(tag) == "rolling" else -1
+
+
+def _blocks_of(path: Path, take: Callable[[bytes], object]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            take(block)
+            yield block
+
+
+def _each(take: Callable[[bytes], object], progress: Progress) -> Callable[[bytes], None]:
+    """Give each block to ``take`` and its size to ``progress``."""
+
+    def both(block: bytes) -> None:
+        take(block)
+        progress(len(block))
+
+    return both

@@ -1,0 +1,177 @@
+"""What happens around commits, on rank 0: pointers, roles, old checkpoints, room on the disk.
+
+A failure here is logged and tried again at the next commit; it never ends a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ds_gpt2.checkpoint import commit, retention
+from ds_gpt2.checkpoint.commit import read_pointer
+from ds_gpt2.checkpoint.disk import Disk
+from ds_gpt2.checkpoint.generations import Generation, newest_tag, scan
+from ds_gpt2.checkpoint.layout import BEST_TAG, LATEST, MANIFEST, rolling_tag
+from ds_gpt2.checkpoint.retention import Kept, Policy
+from ds_gpt2.config import CheckpointSettings
+
+log = logging.getLogger(__name__)
+
+_RECOVERY_SCRIPT = "zero_to_fp32.py"
+
+
+class Housekeeping:
+    """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
+
+    def __init__(self, disk: Disk, directory: Path, settings: CheckpointSettings) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._settings = settings
+        self._verified: set[str] = set()
+
+    def start(self) -> None:
+        """Before the first step: what a crash has left half-done is finished or removed."""
+        self._attempt("clean up", self._sweep)
+        self._attempt("mend latest", self._mend_pointer)
+        self._attempt("keep the best checkpoint", self._restore_best)
+        self._attempt(f"provide {_RECOVERY_SCRIPT}", self._provide_recovery_script)
+
+    def resume_from(self, generation: Generation) -> None:
+        """``generation`` is what the run goes on from: whatever is newer is no longer part of its history.
+
+        Raises:
+            OSError: that could not be written down; going on would leave two histories.
+        """
+        directory = self._directory
+        tag = self._part_of_history(generation)
+        for newer in reversed(scan(directory)):  # a crash in between leaves the newest, not one in the middle
+            if newer.role != "superseded" and newer.step > generation.step:
+                log.info(f"{newer.tag} is newer than what the run goes on from: superseded")
+                commit.supersede(self._disk, directory, newer.tag)
+        self._attempt("keep the best checkpoint", self._restore_best)
+        self._verified.add(tag)
+        if read_pointer(directory, LATEST) != tag:
+            commit.point_to(self._disk, directory, tag)
+
+    def _part_of_history(self, generation: Generation) -> str:
+        """The tag under which ``generation`` is one of the run's own; taken in from wherever it is, if need be."""
+        directory, rolling = self._directory, rolling_tag(generation.step)
+        if generation.role in ("rolling", "epoch") and generation.path.parent.resolve() == directory.resolve():
+            return generation.tag
+        if (directory / rolling).exists() and (directory / rolling / MANIFEST).samefile(generation.path / MANIFEST):
+            return rolling
+        log.info(f"taking {generation.path} in as {rolling}")
+        commit.link(self._disk, generation.path, directory, rolling)
+        return rolling
+
+    def after_commit(self, tag: str, roles: Sequence[str]) -> None:
+        """``tag`` has just been committed: point to it, give it its roles, delete what no policy keeps."""
+        self._verified.add(tag)
+        self._attempt("move latest", commit.point_to, self._disk, self._directory, tag)
+        for role in roles:
+            self._attempt(f"keep {tag} as {role}", self._keep_as, tag, role)
+        self._attempt("delete old checkpoints", self._prune)
+
+    def make_room(self, estimate: int) -> bool:
+        """Whether a checkpoint fits on the disk and leaves the free space asked for; older ones give way if need be.
+
+        Args:
+            estimate: bytes, used where no checkpoint shows how large one is.
+        """
+        try:
+            return self._make_room(estimate)
+        except OSError as error:
+            log.error(f"cannot tell whether there is room for a checkpoint: {error}")
+            return True  # the save itself will tell
+
+    def _make_room(self, estimate: int) -> bool:
+        sizes = [found.manifest.bytes for found in scan(self._directory) if found.manifest and not found.weights_only]
+        needed = (sizes[0] if sizes else estimate) + int(self._settings.min_free_gb * 1e9)
+        if self._disk.free_bytes(self._directory) >= needed:
+            return True
+        for kept in retention.order_of_sacrifice(self._known()):
+            log.warning(f"the disk is nearly full: deleting {kept.tag} to make room for the next checkpoint")
+            self._attempt(f"delete {kept.tag}", commit.remove, self._disk, self._directory, kept.tag)
+            if self._disk.free_bytes(self._directory) >= needed:
+                return True
+        free = self._disk.free_bytes(self._directory)
+        log.error(
+            f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self._directory} has {free / 1e9:.2f} GB free;"
+            " training goes on, but make room"
+        )
+        return False
+
+    def _keep_as(self, tag: str, role: str) -> None:
+        if role == BEST_TAG and not self._settings.keep_best:
+            return
+        kept_as = self._settings.best_as if role == BEST_TAG else self._settings.epochs_as
+        if kept_as == "weights":
+            from ds_gpt2.checkpoint.weights import keep_weights  # only here: it needs torch
+
+            keep_weights(self._disk, self._directory / tag, self._directory, role)
+        else:
+            commit.link(self._disk, self._directory / tag, self._directory, role)
+            self._verified.add(role)
+
+    def _sweep(self) -> None:
+        for done in commit.sweep(self._disk, self._directory):
+            log.info(done)
+
+    def _mend_pointer(self) -> None:
+        """A crash may come between superseding what ``latest`` names and pointing to what takes its place."""
+        tag = read_pointer(self._directory, LATEST)
+        newest = newest_tag(self._directory)
+        if newest is not None and (tag is None or not (self._directory / tag / MANIFEST).exists()):
+            commit.point_to(self._disk, self._directory, newest)
+
+    def _restore_best(self) -> None:
+        """A crash may come between taking the old best away and putting the new one there."""
+        if not self._settings.keep_best or (self._directory / BEST_TAG / MANIFEST).exists():
+            return
+        measured = [
+            (found.manifest.val_loss, found.tag)
+            for found in scan(self._directory)
+            if found.role in ("rolling", "epoch") and not found.weights_only
+            if found.manifest is not None and found.manifest.val_loss is not None
+        ]
+        if measured:
+            self._keep_as(min(measured)[1], BEST_TAG)
+
+    def _prune(self) -> None:
+        for kept in retention.to_delete(self._known(), policies(self._settings)):
+            self._attempt(f"delete {kept.tag}", commit.remove, self._disk, self._directory, kept.tag)
+
+    def _known(self) -> list[Kept]:
+        return known(self._directory, self._verified)
+
+    def _provide_recovery_script(self) -> None:
+        from deepspeed.utils import zero_to_fp32
+
+        target = self._directory / _RECOVERY_SCRIPT
+        if not target.exists():
+            shutil.copyfile(zero_to_fp32.__file__, target)
+
+    def _attempt(self, what: str, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # whatever it is, the run is worth more
+            log.warning(f"could not {what}: {error!r}; it is tried again after the next checkpoint")
+
+
+def policies(settings: CheckpointSettings) -> list[Policy]:
+    """What the settings say is to be kept."""
+    epochs = None if settings.keep_epochs == "all" else settings.keep_epochs
+    return [
+        retention.keep_last(settings.keep_last),
+        retention.keep_every(settings.keep_every),
+        retention.keep_epochs(epochs),
+        retention.keep_best,
+    ]
+
+
+def known(directory: Path, verified: set[str]) -> list[Kept]:
+    """The checkpoints of ``directory`` as retention sees them."""
+    return [Kept(found.tag, found.role, found.step, found.tag in verified) for found in scan(directory) if found.role]

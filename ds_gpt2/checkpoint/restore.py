@@ -1,0 +1,120 @@
+"""Choosing what a run goes on from: the newest checkpoint that verifies, agreed upon by all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2 import dist
+from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.generations import Generation, candidates, problem_of
+from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
+from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
+from ds_gpt2.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint, and this rank's files of it."""
+
+    generation: Generation
+    manifest: Manifest
+    contents: dict[str, Any]  # by file name; of all ranks if another number of ranks saved them
+
+
+def choose(directory: Path, wanted: str, identity: dict[str, Any], backup: Backup | None = None) -> Restored:
+    """The first of the candidates for ``wanted`` whose every byte is as it was written; every rank calls this.
+
+    Ranks share the reading: each verifies its part of the files and unpickles what it needs. A candidate that is bad on
+    any rank is named with the reason, and all go on to the next. Where no newest one is left, copies are fetched.
+
+    Args:
+        wanted: see ``generations.candidates``.
+        identity: what the checkpoint must share with the run.
+        backup: the run's copies, if it has any.
+
+    Raises:
+        UserError: on every rank: nothing fits ``wanted``, all that does is bad, or it is of another run's making.
+    """
+    tried = []
+    for generation in _to_try(directory, wanted, backup):
+        tried.append(generation.tag)
+        if generation.manifest is not None:
+            _check_identity(generation, generation.manifest, identity)
+        reason, contents = _read(generation)
+        reasons = [one for one in dist.gather_objects(reason) if one]
+        if not reasons:
+            assert generation.manifest is not None
+            return Restored(generation, generation.manifest, contents)
+        log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
+    if not tried:
+        raise UserError(f"nothing to resume: {directory} has no checkpoint; start without --resume")
+    raise UserError(
+        f"none of {', '.join(tried)} in {directory} can be used (the reasons are above):"
+        " restore one from a backup, or go on from another with --resume TAG or PATH"
+    )
+
+
+def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Generation]:
+    """Candidates, the same on every rank; a copy is fetched only when all before it were bad."""
+    yield from dist.from_main(lambda: candidates(directory, wanted))
+    if backup is None or wanted not in ("latest", "auto"):
+        return
+    for tag in dist.from_main(partial(_copies, backup)):
+        yield from dist.from_main(partial(_fetched, backup, tag, directory))
+
+
+def _copies(backup: Backup) -> list[str]:
+    try:
+        return [copy.tag for copy in backup.held() if copy.manifest.kind == "full"]
+    except OSError as error:
+        log.warning(f"backups in {backup.where()} cannot be looked at: {reason_of(error)}")
+        return []
+
+
+def _fetched(backup: Backup, tag: str, directory: Path) -> list[Generation]:
+    log.info(f"fetching {tag} from {backup.where()} ...")
+    try:
+        return [backup.fetch(tag, directory)]
+    except (OSError, DamagedError) as error:
+        log.warning(f"{tag} cannot be fetched: {reason_of(error)}")
+        return []
+
+
+def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
+    """(what is wrong, this rank's files); nothing is unpickled on any rank before all ranks' parts are verified."""
+    problem = problem_of(generation, dist.rank(), dist.world_size())
+    if generation.weights_only:
+        problem = "it holds weights only: export it, or resume from another"
+    problems = dist.gather_objects(problem)
+    if any(problems) or generation.manifest is None:
+        return problem, {}
+    saved_by = generation.manifest.world_size
+    ranks = [dist.rank()] if saved_by == dist.world_size() else range(saved_by)
+    names = [MODEL_FILE, *map(partition_file, ranks)]
+    if unlisted := [name for name in names if name not in generation.manifest.files]:
+        return f"its manifest does not list {unlisted[0]}", {}
+    try:
+        return None, {name: unpickle(generation.path / name) for name in names}
+    except Exception as error:  # whatever a forged file may bring about: the other ranks wait for this one's word
+        return f"its files cannot be loaded safely: {' '.join(str(error).split())[:300]}", {}
+
+
+def _check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
+    differing = [
+        f"{name} {manifest.identity.get(name)} (this run has {value})"
+        for name, value in identity.items()
+        if manifest.identity.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint {generation.path} was made with {', '.join(differing)}: set it back, or start a new run with"
+            " run.name=NAME"
+        )

@@ -1,0 +1,105 @@
+"""``backup``: a verified copy of a checkpoint in another place, now; or what is there already."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.backup import Backup, Copy
+from ds_gpt2.checkpoint.generations import Generation, candidates
+from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.commands.train import find_run
+from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory (default: the newest run)")
+    parser.add_argument("--to", metavar="PLACE", help="a directory or a URL (default: the run's checkpoint.backup.to)")
+    parser.add_argument(
+        "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good one)"
+    )
+    parser.add_argument("--list", action="store_true", help="show the copies that are there, copy nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = load_settings(find_run(options.run) / "config.yaml")
+    backup = Backup(_place(settings, options.to), settings.run.name, settings.checkpoint.backup)
+    try:
+        backup.check_exists()
+        if options.list:
+            return _show(backup.held(), backup, options.json)
+        backup.check_apart_from(settings.checkpoint_dir)
+        return _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
+    except OSError as error:
+        print(f"error: {reason_of(error)}", file=sys.stderr)
+        return outcome.CRASHED
+
+
+def _place(settings: Settings, given: str | None) -> str:
+    place = given or settings.checkpoint.backup.to
+    if place is None:
+        raise UserError("where to? give --to PLACE (a directory, or a URL such as s3://bucket/folder)")
+    return place
+
+
+def _wanted(directory: Path, tag: str) -> list[Generation]:
+    """The checkpoints to try, the best first."""
+    found = candidates(directory, tag)
+    if not found:
+        raise UserError(f"nothing to copy: {directory} has no checkpoint")
+    if any(generation.path.parent.resolve() != directory.resolve() for generation in found):
+        raise UserError(f"--tag {tag}: give the name of a checkpoint in {directory}")
+    return found
+
+
+def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
+    for generation in wanted:
+        try:
+            sent = _copy_with_bar(backup, generation)
+        except DamagedError as error:
+            print(f"checkpoint {generation.path} is not copied: {error}", file=sys.stderr)
+            continue
+        _report(backup, generation, sent, as_json)
+        return outcome.DONE
+    print("error: no good checkpoint to copy", file=sys.stderr)
+    return outcome.CRASHED
+
+
+def _copy_with_bar(backup: Backup, generation: Generation) -> int:
+    size = generation.manifest.bytes if generation.manifest else 0
+    with tqdm(total=2 * size, desc=generation.tag, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        return backup.copy(generation, bar.update)  # sent, and read back
+
+
+def _report(backup: Backup, generation: Generation, sent: int, as_json: bool) -> None:
+    assert generation.manifest is not None
+    size, where = generation.manifest.bytes, backup.where(generation.tag)
+    if as_json:
+        print(json.dumps({"tag": generation.tag, "place": where, "bytes": size, "sent": sent, "verified": True}))
+        return
+    how = f"{sent:,} bytes sent" if sent else "was there already"
+    print(f"{generation.tag} is in {where}: {size:,} bytes, {how}, every file read back and verified")
+
+
+def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
+    rows = [
+        {"tag": copy.tag, "step": copy.manifest.step, "bytes": copy.manifest.bytes, "created": copy.manifest.created}
+        for copy in held
+    ]
+    if as_json:
+        print(json.dumps(rows))
+    elif not rows:
+        print(f"no copies in {backup.where()}")
+    else:
+        print(f"copies in {backup.where()}, the newest first:")
+        for row in rows:
+            print(f"  {row['tag']:<24} step {row['step']:>8,}  {row['bytes']:>16,} bytes  {row['created']}")
+    return outcome.DONE

@@ -1,0 +1,240 @@
+"""Run by DeepSpeed's launcher on two ranks: what saving and loading does, as JSON for test_store.py to judge."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+from ds_gpt2 import deepspeed_file, device, dist, outcome
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.checkpoint import restore
+from ds_gpt2.checkpoint.disk import Disk
+from ds_gpt2.checkpoint.generations import problem_of, scan
+from ds_gpt2.checkpoint.store import Checkpoints
+from ds_gpt2.config import CheckpointSettings, Settings, load_settings
+from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.rng import get_rng_state, seed_everything
+from ds_gpt2.state import TrainState
+
+IDENTITY = {"model.width": 32}
+
+
+class FullDisk(Disk):
+    """A disk on which, from a moment on, this rank can write no byte; how much is free can be pretended."""
+
+    full = False
+    free: int | None = None
+
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(file, data)
+
+    def free_bytes(self, path: Path) -> int:
+        return super().free_bytes(path) if self.free is None else self.free
+
+
+class Bench:
+    """An engine, its data and a directory for its checkpoints."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.plan = plan_batch(16 * 64, 2, 64, dist.world_size())
+        windows = Windows(open_dataset(settings.data.dir), "train", 64)
+        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, torch.device("cpu"))
+        self.engine = self.fresh_engine(settings)
+        self.state = TrainState()
+        self.disk = FullDisk()
+
+    def fresh_engine(self, settings: Settings) -> Engine:
+        torch.manual_seed(5)
+        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        complete = deepspeed_file.complete(content, settings, self.plan)
+        engine = Engine(GPT2(ModelShape(2, 2, 32, 64), 0.1), complete, settings.optimizer.weight_decay)
+        seed_everything(7 + dist.rank())
+        return engine
+
+    def checkpoints(self, engine: Engine | None = None, **settings: Any) -> Checkpoints:
+        chosen = CheckpointSettings.model_validate({"min_free_gb": 0, **settings})
+        run = self.settings.model_dump(mode="json")
+        return Checkpoints(self.folder, engine or self.engine, chosen, IDENTITY, run, self.disk)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            step = self.state.step + 1
+            assert self.engine.accumulate(self.data.micro_batches(step)) is not None
+            self.engine.apply(1e-3)
+            self.state.advance(1024, True, b"")
+
+    def fingerprint(self, engine: Engine | None = None) -> list[float]:
+        """Every number that a checkpoint must bring back on this rank, summed up without rounding."""
+        optimizer = (engine or self.engine).deepspeed.optimizer
+        tensors = [*(engine or self.engine).model.parameters(), *optimizer.single_partition_of_fp32_groups]
+        for state in optimizer.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        bits = [int(tensor.detach().float().reshape(-1).view(torch.int32).long().sum()) for tensor in tensors]
+        return [*bits, int(get_rng_state()["torch"].long().sum())]
+
+
+def main(config: Path, out: Path) -> None:
+    open_process_group(device.choose("cpu"))
+    dist.gather_objects(None)
+    log = logging.getLogger("ds_gpt2")
+    messages: list[str] = []
+    log.addHandler(_Listener(messages))
+    log.setLevel(logging.INFO)
+    settings = load_settings(config)
+    found: dict[str, Any] = {}
+
+    bench = Bench(settings, out.parent / "run")
+    if dist.is_main():
+        bench.folder.mkdir()
+    dist.barrier()
+    found["async"] = _save_while_training(bench)
+    found["settings"] = _load_with_other_settings(bench)
+    found["sizes"] = _sizes(bench)
+    found["one_rank_full"] = _one_rank_cannot_write(bench, messages)
+    found["waited"] = _slow_disk(bench, messages)
+    found["inline"] = _inline(bench)
+    found["no_room"] = _no_room(bench, messages)
+    if dist.is_main():
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    close_process_group()
+
+
+class _Listener(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__()
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
+
+
+def _everywhere(value: bool) -> bool:
+    return all(dist.gather_objects(value))
+
+
+def _save_while_training(bench: Bench) -> dict[str, Any]:
+    """Save in the background, slowly, train on meanwhile, load into another engine: it is the state at the save."""
+    checkpoints = bench.checkpoints(write_mb_per_s=20)
+    bench.steps(2)
+    before = bench.fingerprint()
+    checkpoints.save(bench.state, 0.1, ["best_model"])
+    under_way = not scan(bench.folder)
+    bench.steps(2)
+    changed = bench.fingerprint() != before
+    finished = checkpoints.finish(TrainState(step=2))
+    seed_everything(99)
+    engine = bench.fresh_engine(bench.settings)
+    restored = restore.choose(bench.folder, "latest", IDENTITY)
+    state = bench.checkpoints(engine).load(restored)
+    return {
+        "under_way": _everywhere(under_way),
+        "changed": _everywhere(changed),
+        "finished": _everywhere(finished),
+        "same": _everywhere(bench.fingerprint(engine) == before),
+        "step": state.step,
+        "tags": [generation.tag for generation in scan(bench.folder)],
+    }
+
+
+def _load_with_other_settings(bench: Bench) -> dict[str, Any]:
+    """The settings in force are this run's, not those the checkpoint was saved under."""
+    optimizer = bench.settings.optimizer.model_copy(
+        update={"weight_decay": 0.25, "grad_clip": 0.5, "betas": (0.8, 0.9)}
+    )
+    engine = bench.fresh_engine(bench.settings.model_copy(update={"optimizer": optimizer}))
+    bench.checkpoints(engine).load(restore.choose(bench.folder, "best", IDENTITY))
+    groups = engine.deepspeed.optimizer.param_groups
+    return {
+        "weight_decay": [group["weight_decay"] for group in groups],
+        "betas": list(groups[0]["betas"]),
+        "clip": engine.deepspeed.optimizer.clip_grad,
+        "moments": float(engine.deepspeed.optimizer.optimizer.state[groups[0]["params"][0]]["exp_avg"].abs().sum()) > 0,
+    }
+
+
+def _sizes(bench: Bench) -> dict[str, int]:
+    (newest, *_) = scan(bench.folder)
+    assert newest.manifest is not None
+    parameters = sum(parameter.numel() for parameter in bench.engine.model.parameters())
+    return {"bytes": newest.manifest.bytes, "parameters": parameters}
+
+
+def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
+    """The last rank's disk is full, its failure record included: training goes on, and the next save works."""
+    checkpoints = bench.checkpoints()
+    bench.disk.full = dist.rank() == dist.world_size() - 1
+    checkpoints.save(bench.state, 0.1)
+    bench.steps(1)
+    saved = checkpoints.finish(TrainState(step=bench.state.step - 1))
+    bench.disk.full = False
+    after_failure = sorted(path.name for path in bench.folder.iterdir())
+    told = [message for message in messages if "was not saved" in message]
+    checkpoints.save(bench.state, 0.1)
+    return {
+        "saved": saved,
+        "left": after_failure,
+        "told": told,
+        "next": _everywhere(checkpoints.finish(bench.state)),
+        "good": problem_of(scan(bench.folder)[0]),
+    }
+
+
+def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
+    checkpoints = bench.checkpoints(write_mb_per_s=15)
+    for _ in range(2):
+        bench.steps(1)
+        checkpoints.save(bench.state, 0.1)
+    checkpoints.finish(bench.state)
+    told = [message for message in messages if "slower than checkpoint.every" in message]
+    return {"seconds": checkpoints.waited_seconds, "told": told}
+
+
+def _inline(bench: Bench) -> dict[str, Any]:
+    checkpoints = bench.checkpoints(**{"async": False})
+    bench.steps(1)
+    checkpoints.save(bench.state, 0.1)
+    dist.barrier()
+    there = scan(bench.folder)[0].step == bench.state.step
+    return {"there": _everywhere(there), "good": problem_of(scan(bench.folder)[0])}
+
+
+def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
+    """Nothing is free whatever is deleted: all that may give way does, the save is skipped, training goes on."""
+    bench.disk.free = 0
+    checkpoints = bench.checkpoints()
+    restored = restore.choose(bench.folder, "latest", IDENTITY)
+    checkpoints.load(restored)
+    bench.steps(1)
+    begun = time.monotonic()
+    checkpoints.save(bench.state, 0.1)
+    finished = checkpoints.finish(bench.state)
+    dist.barrier()
+    return {
+        "finished": finished,
+        "quick": time.monotonic() - begun < 5,
+        "told": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
+        "left": [generation.tag for generation in scan(bench.folder)],
+        "restored": restored.generation.tag,
+    }
+
+
+main(Path(sys.argv[-2]), Path(sys.argv[-1]))
+outcome.end_process(outcome.DONE)
