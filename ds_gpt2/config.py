@@ -125,6 +125,14 @@ class BackupSettings(_Section):
     best_every_hours: Annotated[float, Field(ge=0)] = 168.0  # that lie at least between two copies of the best one
     keep: PositiveInt = 3  # newest copies of rolling checkpoints; those of epochs and of the best stay
 
+    @field_validator("to")
+    @classmethod
+    def _no_secrets(cls, to: str | None) -> str | None:
+        """Settings are written to files and logs."""
+        if to is not None and "://" in to and re.search(r"://[^/]*@|[?&;]", to):
+            raise ValueError("must not hold a password or key: give it in the environment (FSSPEC_..., AWS_..., ...)")
+        return to
+
 
 class CheckpointSettings(_Section):
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
@@ -196,7 +204,7 @@ class Settings(_Section):
         return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
 
-_PATH_KEYS = ("run.dir", "data.dir", "checkpoint.dir", "monitor.dir", "deepspeed")
+_PATH_KEYS = ("run.dir", "data.dir", "checkpoint.dir", "checkpoint.backup.to", "monitor.dir", "deepspeed")
 
 
 def load_settings(
@@ -316,7 +324,7 @@ def _make_absolute(tree: dict[str, Any], base: Path) -> None:
         node: Any = tree
         for section in sections:
             node = node.get(section) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(name), str):
+        if isinstance(node, dict) and isinstance(node.get(name), str) and "://" not in node[name]:
             node[name] = str(base / Path(node[name]).expanduser())
 
 

@@ -134,6 +134,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     """Save in the background, slowly, train on meanwhile, load into another engine: it is the state at the save."""
     checkpoints = bench.checkpoints(write_mb_per_s=20)
     bench.steps(2)
+    bench.state.validated(3.0)
     before = bench.fingerprint()
     checkpoints.save(bench.state, 0.1, ["best_model"])
     under_way = not scan(bench.folder)

@@ -146,3 +146,17 @@ def test_the_names_other_peoples_scripts_lean_on_exist() -> None:
 
 def test_a_written_config_is_read_by_its_fixture(write_config: Callable[..., Path], tmp_path: Path) -> None:
     assert load_settings(write_config(tmp_path)).schedule.steps == 12
+
+
+@pytest.mark.parametrize("secret", ["s3://key:word@bucket/x", "https://host/x?token=1", "ftp://me@host/x"])
+def test_secrets_do_not_belong_into_settings(secret: str) -> None:
+    with pytest.raises(UserError, match="must not hold a password or key") as refused:
+        load_settings(PROJECT_DIR / "ds_configs" / "quickstart.yaml", {"checkpoint.backup.to": secret})
+    assert "word" not in str(refused.value).replace("password", "") and "token" not in str(refused.value)
+
+
+def test_a_place_for_backups_is_a_path_or_a_url(tmp_path: Path) -> None:
+    config = PROJECT_DIR / "ds_configs" / "quickstart.yaml"
+    assert load_settings(config, {"checkpoint.backup.to": "s3://bucket/x"}).checkpoint.backup.to == "s3://bucket/x"
+    given = load_settings(config, {"checkpoint.backup.to": "copies"}, cwd=tmp_path).checkpoint.backup.to
+    assert given == str(tmp_path / "copies")

@@ -15,13 +15,11 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup, Copy, made_at
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
-from ds_gpt2.checkpoint.layout import BEST_TAG, role_of
+from ds_gpt2.checkpoint.layout import BEST_TAG, COPYING, role_of
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import BackupSettings
 
 log = logging.getLogger(__name__)
-
-PRIVATE = "backup_in_progress.tmp"  # in checkpoints/<run>/: links that outlive what retention deletes
 
 
 class StoppedError(OSError):
@@ -105,11 +103,11 @@ class BackupQueue:
     ) -> None:
         """
         Args:
-            directory: ``checkpoints/<run>/``; what an earlier process left in ``PRIVATE`` there is removed.
+            directory: ``checkpoints/<run>/``; what an earlier process left in ``COPYING`` there is removed.
         """
         self._backup = backup
         self._directory = directory
-        self._private = directory / PRIVATE
+        self._private = directory / COPYING
         self._disk = disk or Disk()
         self._cadence = Cadence(backup.settings, now)
         self._lock = threading.RLock()  # around the cadence, the two collections below, and the private directory
@@ -118,7 +116,7 @@ class BackupQueue:
         self._has_looked = False
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, "backup")
-        self._attempt("clean up after an earlier one", lambda: sweep_private(self._disk, directory))
+        self._attempt("clean up after an earlier one", lambda: commit.sweep_copying(self._disk, directory))
         self._thread.submit(self._look)
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
@@ -237,11 +235,3 @@ class BackupQueue:
             log.warning(f"backup: could not {what}: {reason_of(error)}; it is tried again after the next checkpoint")
             return False
         return True
-
-
-def sweep_private(disk: Disk, directory: Path) -> None:
-    """Remove what a crash has left in ``PRIVATE``: it holds the blocks of deleted checkpoints."""
-    private = directory / PRIVATE
-    for path in list(private.iterdir()) if private.is_dir() else []:
-        commit.discard(disk, path)
-    commit.discard(disk, private)

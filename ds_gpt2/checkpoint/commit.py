@@ -13,12 +13,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from ds_gpt2.checkpoint.disk import Disk, HashingFile, write_file
-from ds_gpt2.checkpoint.layout import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
+from ds_gpt2.checkpoint.layout import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, encode, read, size_problem_of
+
+log = logging.getLogger(__name__)
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
@@ -109,7 +112,7 @@ def supersede(disk: Disk, directory: Path, tag: str) -> None:
         target = superseded_tag(read(directory / tag).step)
     except DamagedError:
         target = superseded_tag(int(tag.rsplit("_", 1)[1])) if rolling else None
-    if target is None or (not rolling and (directory / target).exists()):
+    if target is None or (not rolling and _is_spare(directory / tag, directory / target)):
         remove(disk, directory, tag)
         return
     remove(disk, directory, target)
@@ -135,30 +138,44 @@ def give_up(disk: Disk, directory: Path, tag: str) -> None:
         remove(disk, directory, partial.name)
 
 
-def sweep(disk: Disk, directory: Path) -> list[str]:
-    """Before a run goes on: finish what was complete when a crash came, remove what was not. Returns what was done.
+def sweep(disk: Disk, directory: Path) -> None:
+    """Before a run goes on: finish what was complete when a crash came, remove what was not; say so, one by one.
 
     Only names of this project's own making are touched. What a killed process has left may not be on the medium yet:
     it is made so before anything is built on it.
     """
     if not directory.is_dir():
-        return []
+        return
     disk.sync_directory(directory)
-    done = []
     for path in sorted(directory.iterdir()):
-        tag = path.name.removesuffix(PARTIAL)
-        if path.name in (LATEST + PARTIAL, LATEST_BACKUP + PARTIAL):
-            disk.unlink(path)
-        elif role_of(tag) is None or not path.is_dir():
-            continue
-        elif path.name != tag and _is_complete(path) and not (directory / tag).exists():
-            _make_durable(disk, path)
-            publish(disk, directory, tag)
-            done.append(f"finished the commit of {tag}")
-        elif path.name != tag or not (path / MANIFEST).exists():
-            remove(disk, directory, path.name)
-            done.append(f"removed the unfinished {path.name}")
-    return done
+        try:
+            _sweep_one(disk, directory, path)
+        except OSError as error:  # the others are none the worse for it
+            log.warning(f"could not clean up {path}: {error}")
+    sweep_copying(disk, directory)
+
+
+def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
+    tag = path.name.removesuffix(PARTIAL)
+    if path.name in (LATEST + PARTIAL, LATEST_BACKUP + PARTIAL):
+        disk.unlink(path)
+    elif role_of(tag) is None or not path.is_dir():
+        return
+    elif path.name != tag and _is_complete(path) and not (directory / tag).exists():
+        _make_durable(disk, path)
+        publish(disk, directory, tag)
+        log.info(f"finished the commit of {tag}")
+    elif path.name != tag or not (path / MANIFEST).exists():
+        remove(disk, directory, path.name)
+        log.info(f"removed the unfinished {path.name}")
+
+
+def sweep_copying(disk: Disk, directory: Path) -> None:
+    """Remove links that a killed process was copying from: they hold the blocks of deleted checkpoints."""
+    copying = directory / COPYING
+    for path in list(copying.iterdir()) if copying.is_dir() else []:
+        discard(disk, path)
+    discard(disk, copying)
 
 
 def write_with(disk: Disk, path: Path, pace: float, fill: Callable[[HashingFile], None]) -> FileEntry:
@@ -210,6 +227,15 @@ def _is_complete(partial: Path) -> bool:
     except DamagedError:
         return False
     return all(size_problem_of(partial, name, entry) is None for name, entry in manifest.files.items())
+
+
+def _is_spare(checkpoint: Path, other: Path) -> bool:
+    """Whether ``other`` is the same, or whole where ``checkpoint`` has weights only."""
+    try:
+        mine, others = read(checkpoint), read(other)
+    except DamagedError:
+        return False
+    return mine == others or (mine.kind == "weights" and others.kind == "full")
 
 
 def _make_durable(disk: Disk, partial: Path) -> None:

@@ -6,15 +6,14 @@ A failure here is logged and tried again at the next commit; it never ends a run
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
 from ds_gpt2.checkpoint.commit import read_pointer
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.generations import Generation, newest_tag, scan
-from ds_gpt2.checkpoint.layout import BEST_TAG, LATEST, MANIFEST, rolling_tag
+from ds_gpt2.checkpoint.disk import Disk, write_file
+from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
+from ds_gpt2.checkpoint.layout import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_of, rolling_tag
 from ds_gpt2.checkpoint.retention import Kept, Policy
 from ds_gpt2.config import CheckpointSettings
 
@@ -34,9 +33,10 @@ class Housekeeping:
 
     def start(self) -> None:
         """Before the first step: what a crash has left half-done is finished or removed."""
-        self._attempt("clean up", self._sweep)
+        self._attempt("clean up", commit.sweep, self._disk, self._directory)
         self._attempt("mend latest", self._mend_pointer)
-        self._attempt("keep the best checkpoint", self._restore_best)
+        self._attempt("keep the ends of epochs", self._keep_epochs)
+        self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt(f"provide {_RECOVERY_SCRIPT}", self._provide_recovery_script)
 
     def resume_from(self, generation: Generation) -> None:
@@ -51,7 +51,7 @@ class Housekeeping:
             if newer.role != "superseded" and newer.step > generation.step:
                 log.info(f"{newer.tag} is newer than what the run goes on from: superseded")
                 commit.supersede(self._disk, directory, newer.tag)
-        self._attempt("keep the best checkpoint", self._restore_best)
+        self._attempt("keep the best checkpoint", self._keep_best)
         self._verified.add(tag)
         if read_pointer(directory, LATEST) != tag:
             commit.point_to(self._disk, directory, tag)
@@ -72,20 +72,25 @@ class Housekeeping:
         self._verified.add(tag)
         self._attempt("move latest", commit.point_to, self._disk, self._directory, tag)
         for role in roles:
-            self._attempt(f"keep {tag} as {role}", self._keep_as, tag, role)
+            if role != BEST_TAG:
+                self._attempt(f"keep {tag} as {role}", self._keep_as, tag, role)
+        self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt("delete old checkpoints", self._prune)
 
-    def make_room(self, estimate: int) -> bool:
-        """Whether a checkpoint fits on the disk and leaves the free space asked for; older ones give way if need be.
+    def make_ready(self, tag: str, estimate: int) -> bool:
+        """Whether ``tag`` can be written: nothing of an earlier attempt is left, and it fits on the disk.
+
+        Older ones give way if need be, so that the free space asked for stays. False is said, loudly.
 
         Args:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
+            commit.remove(self._disk, self._directory, tag + PARTIAL)  # a record in it would be taken for a new one
             return self._make_room(estimate)
         except OSError as error:
-            log.error(f"cannot tell whether there is room for a checkpoint: {error}")
-            return True  # the save itself will tell
+            log.error(f"NO CHECKPOINT IS SAVED: {error}; training goes on")
+            return False
 
     def _make_room(self, estimate: int) -> bool:
         sizes = [found.manifest.bytes for found in scan(self._directory) if found.manifest and not found.weights_only]
@@ -105,8 +110,6 @@ class Housekeeping:
         return False
 
     def _keep_as(self, tag: str, role: str) -> None:
-        if role == BEST_TAG and not self._settings.keep_best:
-            return
         kept_as = self._settings.best_as if role == BEST_TAG else self._settings.epochs_as
         if kept_as == "weights":
             from ds_gpt2.checkpoint.weights import keep_weights  # only here: it needs torch
@@ -116,29 +119,34 @@ class Housekeeping:
             commit.link(self._disk, self._directory / tag, self._directory, role)
             self._verified.add(role)
 
-    def _sweep(self) -> None:
-        for done in commit.sweep(self._disk, self._directory):
-            log.info(done)
-
     def _mend_pointer(self) -> None:
         """A crash may come between superseding what ``latest`` names and pointing to what takes its place."""
         tag = read_pointer(self._directory, LATEST)
-        newest = newest_tag(self._directory)
-        if newest is not None and (tag is None or not (self._directory / tag / MANIFEST).exists()):
-            commit.point_to(self._disk, self._directory, newest)
+        history = [found for found in scan(self._directory) if found.role != "superseded" and not found.weights_only]
+        if history and (tag is None or not (self._directory / tag / MANIFEST).exists()):
+            commit.point_to(self._disk, self._directory, history[0].tag)
 
-    def _restore_best(self) -> None:
-        """A crash may come between taking the old best away and putting the new one there."""
-        if not self._settings.keep_best or (self._directory / BEST_TAG / MANIFEST).exists():
+    def _keep_best(self) -> None:
+        """Of all there are, the best by validation loss is ``best_model``; also after a crash before it could be."""
+        if not self._settings.keep_best:
             return
+        present = open_generation(self._directory / BEST_TAG).manifest
+        beaten = present.val_loss if present is not None else None
         measured = [
             (found.manifest.val_loss, found.tag)
             for found in scan(self._directory)
             if found.role in ("rolling", "epoch") and not found.weights_only
             if found.manifest is not None and found.manifest.val_loss is not None
         ]
-        if measured:
+        if measured and (beaten is None or min(measured)[0] < beaten):
             self._keep_as(min(measured)[1], BEST_TAG)
+
+    def _keep_epochs(self) -> None:
+        """What was committed as the end of an epoch is kept as such; also after a crash before it could be."""
+        for found in scan(self._directory):
+            for role in found.manifest.roles if found.manifest is not None and found.role == "rolling" else ():
+                if role_of(role) == "epoch" and not (self._directory / role / MANIFEST).exists():
+                    self._keep_as(found.tag, role)
 
     def _prune(self) -> None:
         for kept in retention.to_delete(self._known(), policies(self._settings)):
@@ -150,9 +158,11 @@ class Housekeeping:
     def _provide_recovery_script(self) -> None:
         from deepspeed.utils import zero_to_fp32
 
-        target = self._directory / _RECOVERY_SCRIPT
-        if not target.exists():
-            shutil.copyfile(zero_to_fp32.__file__, target)
+        content, target = Path(zero_to_fp32.__file__).read_bytes(), self._directory / _RECOVERY_SCRIPT
+        if not target.exists() or target.read_bytes() != content:
+            unfinished = target.with_name(target.name + PARTIAL)
+            write_file(self._disk, unfinished, content)
+            self._disk.rename(unfinished, target)
 
     def _attempt(self, what: str, action: Callable[..., None], *arguments: object) -> None:
         try:

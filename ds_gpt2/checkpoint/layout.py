@@ -13,6 +13,8 @@ LATEST_BACKUP = "latest_backup"
 BEST_TAG = "best_model"
 PARTIAL = ".tmp"  # being written, or left by a crash: never read
 
+COPYING = "backup_in_progress.tmp"  # links to what is being copied elsewhere, which retention may delete meanwhile
+
 _PATTERNS: dict[Role, str] = {
     "rolling": r"rolling_step_\d{6,}",
     "epoch": r"epoch_\d{5,}",

@@ -39,6 +39,7 @@ class Manifest(_Plain):
     created: str  # ISO 8601, local time with offset
     epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # epochs of training data seen
     state: dict[str, Any]  # TrainState
+    roles: list[str] = []  # other tags under which it is to be known
     world_size: Annotated[int, Field(gt=0)]
     identity: dict[str, Any]  # what a resumed run must share
     settings: dict[str, Any]  # the run's settings

@@ -161,10 +161,12 @@ class LocalPlace(Place):
     def is_there(self) -> bool:
         return self.root.parent.is_dir()
 
+    def tags(self) -> list[str]:
+        self._check_there()
+        return super().tags()
+
     def make(self, tag: str) -> None:
-        if not self.is_there():  # making it would fill the disk below the mount point
-            hint = "no such directory (make it, or mount what belongs there)"
-            raise FileNotFoundError(errno.ENOENT, hint, str(self.root.parent))
+        self._check_there()
         for path in (self.root, self.root / tag):
             self._disk.make_directory(path)
             self._disk.sync_directory(path.parent)
@@ -182,6 +184,12 @@ class LocalPlace(Place):
         finally:
             file.close()
         self._disk.rename(unfinished, path)
+
+    def _check_there(self) -> None:
+        """What is not mounted must not look empty, nor be made: that would fill the disk below the mount point."""
+        if not self.is_there():
+            hint = "no such directory (make it, or mount what belongs there)"
+            raise FileNotFoundError(errno.ENOENT, hint, str(self.root.parent))
 
     def sync(self, tag: str) -> None:
         self._disk.sync_directory(self.root / tag)

@@ -94,9 +94,9 @@ class Checkpoints:
         if self._saved_step == state.step:
             return
         self._hold_back()
-        if not self._has_room():
-            return
         tag = rolling_tag(state.step)
+        if not self._is_ready_for(tag):
+            return
         self._engine.deepspeed.save_checkpoint(
             str(self.directory), tag=tag + PARTIAL, client_state={_KEY: {"state": state.to_dict()}}, save_latest=False
         )
@@ -113,7 +113,7 @@ class Checkpoints:
             self._memory,
             self._engine.moment(),
             self._settings.write_mb_per_s * 1e6,
-            manifest=_manifest_of(state, epoch, self._identity, self._run_settings),
+            manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings),
             afterwards=partial(self._keep_house, roles=roles, step=state.step),
         )
         if self._thread is None:
@@ -193,10 +193,9 @@ class Checkpoints:
         if self._queue is not None:
             self._queue.offer(tag, roles, step)
 
-    def _has_room(self) -> bool:
-        """Whether another checkpoint fits on the disk; older ones give way if it does not. False is said, loudly."""
+    def _is_ready_for(self, tag: str) -> bool:
         estimate = _BYTES_PER_PARAMETER * count_parameters(self._engine.model)
-        return dist.any_rank(dist.is_main() and self._housekeeping.make_room(estimate), self._engine.device)
+        return dist.any_rank(dist.is_main() and self._housekeeping.make_ready(tag, estimate), self._engine.device)
 
     def _cut_for_this_world(self, restored: Restored) -> dict[str, Any]:
         """The files as this number of ranks would have saved them."""
@@ -222,7 +221,7 @@ def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
 
 
 def _manifest_of(
-    state: TrainState, epoch: float, identity: dict[str, Any], run_settings: dict[str, Any]
+    state: TrainState, epoch: float, roles: Sequence[str], identity: dict[str, Any], run_settings: dict[str, Any]
 ) -> Callable[[dict[str, FileEntry]], Manifest]:
     """The manifest of ``state`` as it is now, but for the files, which are known later."""
     so_far = state.to_dict()
@@ -233,6 +232,7 @@ def _manifest_of(
             created=created,
             epoch=epoch,
             state=so_far,
+            roles=list(roles),
             world_size=dist.world_size(),
             identity=identity,
             settings=run_settings,

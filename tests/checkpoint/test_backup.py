@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup
-from ds_gpt2.checkpoint.backup_queue import PRIVATE, BackupQueue, Cadence, StoppedError
+from ds_gpt2.checkpoint.backup_queue import BackupQueue, Cadence, StoppedError
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, problem_of, scan
-from ds_gpt2.checkpoint.layout import BEST_TAG, MANIFEST, epoch_tag, rolling_tag
+from ds_gpt2.checkpoint.layout import BEST_TAG, COPYING, MANIFEST, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from ds_gpt2.checkpoint.places import reason_of, redact
 from ds_gpt2.config import BackupSettings
@@ -810,7 +810,7 @@ def test_the_queue_copies_what_is_due_and_prunes(run_dir: Path, place: str, capl
     assert queue.finish(10) == []
     assert set(tags(backup)) == {rolling_tag(200), rolling_tag(300), epoch_tag(1)}
     assert "rolling_step_000300 is in " in caplog.text and "3,000 bytes" in caplog.text
-    assert not (run_dir / PRIVATE).exists()
+    assert not (run_dir / COPYING).exists()
 
 
 def settle(queue: BackupQueue) -> None:
@@ -858,7 +858,7 @@ def test_a_place_slower_than_the_cadence_gets_the_newest(run_dir: Path, gate: Ga
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
         assert gate.reached.wait(10)
-    assert {path.name for path in (run_dir / PRIVATE).iterdir()} == {rolling_tag(100), rolling_tag(400)}
+    assert {path.name for path in (run_dir / COPYING).iterdir()} == {rolling_tag(100), rolling_tag(400)}
     gate.open.set()
     assert queue.finish(10) == []
     assert tags(backup) == [rolling_tag(400), rolling_tag(100)]
@@ -893,7 +893,7 @@ def test_the_end_of_a_run_is_not_held_up(run_dir: Path, gate: Gate, caplog: pyte
     gate.open.set()
     queue._thread.shutdown(wait=True)
     assert MANIFEST not in read_at("memory://place", rolling_tag(100))
-    assert not (run_dir / PRIVATE).exists()
+    assert not (run_dir / COPYING).exists()
 
 
 @pytest.mark.parametrize(
@@ -978,18 +978,18 @@ def test_a_place_that_was_away_at_the_start_is_asked_again(
 
 def test_links_left_by_a_crash_are_swept(run_dir: Path, local_place: Path) -> None:
     generation = save(run_dir, 100)
-    (run_dir / PRIVATE).mkdir()
-    commit.link(Disk(), generation.path, run_dir / PRIVATE, generation.tag)
-    (run_dir / PRIVATE / "epoch_00001.tmp").mkdir()
+    (run_dir / COPYING).mkdir()
+    commit.link(Disk(), generation.path, run_dir / COPYING, generation.tag)
+    (run_dir / COPYING / "epoch_00001.tmp").mkdir()
     BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(10)
-    assert not (run_dir / PRIVATE).exists()
+    assert not (run_dir / COPYING).exists()
     assert problem_of(generation) is None
 
 
 def test_the_links_are_no_checkpoints(run_dir: Path) -> None:
     generation = save(run_dir, 100)
-    (run_dir / PRIVATE).mkdir()
-    commit.link(Disk(), generation.path, run_dir / PRIVATE, generation.tag)
+    (run_dir / COPYING).mkdir()
+    commit.link(Disk(), generation.path, run_dir / COPYING, generation.tag)
     assert [found.path for found in scan(run_dir)] == [generation.path]
 
 

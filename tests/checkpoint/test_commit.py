@@ -75,7 +75,7 @@ class Stage:
     def save(self, step: int, label: str, roles: Sequence[str] = (), directory: Path | None = None) -> None:
         directory, tag = directory or self.directory, rolling_tag(step)
         files = _write_parts(self.disk, directory / (tag + PARTIAL), label)
-        commit.commit(self.disk, directory, tag, _manifest(step, files))
+        commit.commit(self.disk, directory, tag, _manifest(step, files, roles))
         if directory == self.directory:
             self.promise()
             self.house.after_commit(tag, roles)
@@ -117,10 +117,11 @@ def _val_loss(step: int) -> float:
     return 4.0 - step / 10
 
 
-def _manifest(step: int, files: dict[str, FileEntry]) -> Manifest:
-    state = {"step": step, "val_loss": _val_loss(step), "val_step": step}
+def _manifest(step: int, files: dict[str, FileEntry], roles: Sequence[str] = ()) -> Manifest:
+    """Its loss was measured where it is to be the best."""
+    state = {"step": step, "val_loss": _val_loss(step), "val_step": step if BEST_TAG in roles else None}
     about = {"created": "2025-01-01T00:00:00+00:00", "epoch": 0.5, "identity": {}, "settings": {}, "versions": {}}
-    return Manifest(**about, state=state, world_size=RANKS, files=files)
+    return Manifest(**about, state=state, roles=list(roles), world_size=RANKS, files=files)
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _pruned_to_its_roles(stage: Stage) -> None:
 
 
 def _superseded_and_again_as_epoch(stage: Stage) -> None:
-    stage.save(5, "new")
+    stage.save(5, "new", [BEST_TAG])
     stage.save(10, "older")
     stage.resume(stage.directory / rolling_tag(5))
     stage.save(10, "old", [EPOCH_TAG])
@@ -619,9 +620,11 @@ HARMLESS = {  # by what a step's name ends with
     "_write_record > write_file: sync": "records are read in the life of those who wrote them, never after a power cut",
     "commit: unlink": "a record in a checkpoint is in nobody's way: the manifest does not list it",
     "discard: unlink": "what has no marker is no checkpoint; the next start deletes it",
-    "sweep > remove: unlink": "what is swept has no marker, or one that does not fit",
+    "_sweep_one > remove: unlink": "what is swept has no marker, or one that does not fit",
+    "publish > remove: unlink": "of a best that has been beaten: a start makes it again from the one that beat it",
+    "publish > remove: sync_directory": "the same; where the marker alone decides, remove is missed",
     "keep_weights > publish: sync_directory": "the one before the old best goes: a start makes it again; link needs it",
-    "sweep: unlink": "a pointer's unfinished file is overwritten by the next; only tidiness asks for it",
+    "_sweep_one: unlink": "a pointer's unfinished file is overwritten by the next; only tidiness asks for it",
 }
 KILLED_IN = "pruning"  # gives the next start all kinds of work
 
@@ -664,17 +667,13 @@ def test_every_step_left_out_is_missed(
     steps = {step for step in set().union(*map(_steps, acts.values())) if not step[0].startswith("sweep")}
     unmissed = [step for step in steps if not _is_missed(laboratory, acts, step)]
     unmissed += [step for step in _steps(starts) if not _is_missed_after_a_kill(laboratory, acted, step)]
-    assert [step for step in unmissed if not _is_harmless(step)] == []
+    assert sorted({site for site, _ in unmissed if not site.endswith(tuple(HARMLESS))}) == []
     assert [end for end in HARMLESS if not any(site.endswith(end) for site, _ in unmissed)] == []
-
-
-def _is_harmless(step: Step) -> bool:
-    return step[0].endswith(tuple(HARMLESS))
 
 
 def _is_missed(laboratory: Laboratory, acts: dict[Scenario, list[Operation]], step: Step) -> bool:
     scenarios = [scenario for scenario, operations in acts.items() if step in _steps(operations)]
-    if _is_harmless(step):
+    if step[0].endswith(tuple(HARMLESS)):
         scenarios = scenarios[:1]  # one tells whether the list is up to date, and the search for nothing takes longest
     return any(
         violations
@@ -864,7 +863,7 @@ def _save(disk: Disk, house: Housekeeping, directory: Path, step: int, rank: int
         memory=None,
         ready=None,
         bytes_per_second=0.0,
-        manifest=lambda files: _manifest(step, files),
+        manifest=lambda files: _manifest(step, files, roles),
         afterwards=lambda tag: house.after_commit(tag, roles),
     )
 
@@ -900,6 +899,8 @@ def test_a_failing_disk_costs_one_checkpoint_at_most(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(writer, "_POLL_SECONDS", 0.001)
+    if before == "the same step again":  # what PyTorch makes of a failing file is seen before the other one
+        monkeypatch.setattr(writer, "pickle_into", lambda content, file: file.write(repr(content).encode()))
     for at in itertools.count():
         root = tmp_path / str(at)
         caplog.clear()
@@ -908,7 +909,7 @@ def test_a_failing_disk_costs_one_checkpoint_at_most(
         shutil.rmtree(root)
         if not disk.failed:
             break
-    assert at > 40
+    assert at > 25
 
 
 def _failing_while_saving(
@@ -925,7 +926,8 @@ def _failing_while_saving(
     assert _saved(ranks, disk, house, directory, 15)
     assert _latest(directory) == rolling_tag(15)
     Housekeeping(disk, directory, DEFAULTS).start()
-    assert {old, rolling_tag(15), BEST_TAG} <= _good_tags(directory)
+    best = {BEST_TAG} if committed or scenario.best is not None else set()
+    assert {old, rolling_tag(15), *best} <= _good_tags(directory)
     assert _good_tags(directory) == {found.tag for found in scan(directory)}
     assert not list(directory.glob("*" + PARTIAL))
     if scenario.best is not None:
