@@ -5,7 +5,8 @@
 A small GPT-2 with dropout trains on two ranks over several epochs, saving often and slowly, so that many kills fall
 into a save. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now and then a SIGTERM asks for a stop
 instead. After each: every committed checkpoint must verify byte for byte, no more may be lost than what came after the
-last save that was due or the one before it, and the next start must go on from the newest. At the end of a run its
+last save that had begun or, if that was still being written, the one before it, and the next start must go on from the
+newest. At the end of a run its
 weights, moments, random states, metrics and ledger of windows must equal, bit for bit, those of the run left alone.
 """
 
@@ -128,7 +129,7 @@ class Ranks:
 
 def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     """Kill ``kills`` times, over as many runs as that takes."""
-    dice, tally = random.Random(seed), Tally()
+    dice, tally, begun = random.Random(seed), Tally(), time.monotonic()
     data = folder / "data"
     prepare(itertools.islice(python_documents(), 6, 9), data, source="soak", validation_every=8, progress=False)
     references = {accumulation: _reference(folder, data, ranks, accumulation) for accumulation in (1, 4)}
@@ -142,6 +143,9 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
         for difference in _differences(references[accumulation], folder):
             tally.fail(f"run {tally.runs}, accumulation {accumulation}: {difference}")
         tally.runs += 1
+        done, minutes = sum(tally.kills.values()), (time.monotonic() - begun) / 60
+        left = minutes * max(0, kills - done) / max(1, done)
+        print(f"{tally.runs} runs, {done}/{kills} kills, {minutes:.0f} min, eta {left:.0f} min", flush=True)
     raise AssertionError("the accumulations never end")
 
 
@@ -213,8 +217,8 @@ def _inspect(directory: Path, reached: int, tally: Tally) -> None:
     newest = max((generation.step for generation in generations), default=0)
     if reached:
         tally.lost_steps.append(max(0, reached - newest))
-        due = reached // EVERY * EVERY
-        if newest < due - EVERY:
+        begun = (reached - 1) // EVERY * EVERY  # the step is shown before its own save begins
+        if newest < begun - EVERY:
             tally.fail(f"step {reached} was reached, the newest checkpoint is of step {newest}")
 
 
