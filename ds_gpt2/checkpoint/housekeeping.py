@@ -16,6 +16,7 @@ from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
 from ds_gpt2.checkpoint.layout import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_of, rolling_tag
 from ds_gpt2.checkpoint.retention import Kept, Policy
 from ds_gpt2.config import CheckpointSettings
+from ds_gpt2.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,22 @@ class Housekeeping:
         self._attempt("keep the ends of epochs", self._keep_epochs)
         self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt(f"provide {_RECOVERY_SCRIPT}", self._provide_recovery_script)
+
+    def check_room(self, estimate: int) -> None:
+        """
+        Args:
+            estimate: bytes of a checkpoint.
+
+        Raises:
+            UserError: a run that has no checkpoint yet could not even keep one.
+        """
+        needed = estimate + int(self._settings.min_free_gb * 1e9)
+        free = self._disk.free_bytes(self._directory)
+        if free < needed and not scan(self._directory):
+            raise UserError(
+                f"{self._directory} has {free / 1e9:.2f} GB free; a checkpoint takes {estimate / 1e9:.2f} GB and"
+                f" {self._settings.min_free_gb:g} GB are to stay free: make room, or set checkpoint.dir"
+            )
 
     def resume_from(self, generation: Generation) -> None:
         """``generation`` is what the run goes on from: whatever is newer is no longer part of its history.
@@ -120,10 +137,9 @@ class Housekeeping:
             self._verified.add(role)
 
     def _mend_pointer(self) -> None:
-        """A crash may come between superseding what ``latest`` names and pointing to what takes its place."""
-        tag = read_pointer(self._directory, LATEST)
+        """A crash may come between a commit, or superseding what ``latest`` names, and moving the pointer."""
         history = [found for found in scan(self._directory) if found.role != "superseded" and not found.weights_only]
-        if history and (tag is None or not (self._directory / tag / MANIFEST).exists()):
+        if history and history[0].tag != read_pointer(self._directory, LATEST):
             commit.point_to(self._disk, self._directory, history[0].tag)
 
     def _keep_best(self) -> None:

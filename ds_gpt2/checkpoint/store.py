@@ -60,6 +60,9 @@ class Checkpoints:
             identity: what must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: where copies go, if anywhere.
+
+        Raises:
+            UserError: on every rank: the disk has no room for a single checkpoint.
         """
         self.directory = directory
         self.waited_seconds = 0.0  # training stood still because the disk was slower than the cadence
@@ -78,10 +81,7 @@ class Checkpoints:
         engine.deepspeed.checkpoint_engine = self._serializer
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
-        if dist.is_main():
-            self._housekeeping.start()
-            self._queue = BackupQueue(backup, directory, self._disk) if backup else None
-        dist.barrier()
+        dist.together(lambda: self._start(backup))
 
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
         """Begin a rolling checkpoint of ``state``. In the background it is copied and written while training goes on;
@@ -160,6 +160,12 @@ class Checkpoints:
         self._saved_step = state.step
         return state
 
+    def _start(self, backup: Backup | None) -> None:
+        if dist.is_main():
+            self._housekeeping.start()
+            self._housekeeping.check_room(self._estimate())
+            self._queue = BackupQueue(backup, self.directory, self._disk) if backup else None
+
     def _hold_back(self) -> None:
         """Let the save before this one end: where the disk is slower than the cadence, training waits, and says so."""
         begun = time.monotonic()
@@ -194,8 +200,12 @@ class Checkpoints:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        estimate = _BYTES_PER_PARAMETER * count_parameters(self._engine.model)
-        return dist.any_rank(dist.is_main() and self._housekeeping.make_ready(tag, estimate), self._engine.device)
+        ready = dist.is_main() and self._housekeeping.make_ready(tag, self._estimate())
+        return dist.any_rank(ready, self._engine.device)
+
+    def _estimate(self) -> int:
+        """Bytes of a checkpoint."""
+        return _BYTES_PER_PARAMETER * count_parameters(self._engine.model)
 
     def _cut_for_this_world(self, restored: Restored) -> dict[str, Any]:
         """The files as this number of ranks would have saved them."""
