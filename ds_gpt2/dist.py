@@ -76,7 +76,7 @@ def any_rank_on_cpu(flag: bool) -> bool:
 
 def from_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank; so is a user's mistake that it finds there."""
-    return gather_objects(together(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]
+    return gather_objects(together(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]  # rank 0 has called action
 
 
 def barrier() -> None:

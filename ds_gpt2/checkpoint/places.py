@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+import fsspec  # type: ignore[import-untyped]  # it has no types
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # nor this
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.disk import Disk
