@@ -125,8 +125,9 @@ def _what_to_resume(settings: Settings, resume: str | None) -> str | None:
             f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}:"
             " go on from it with --resume latest, or choose another run.name"
         )
-    nothing = newest is None and not _has_copies(settings)
-    return None if resume == "auto" and nothing else resume
+    if resume == "auto" and newest is None and not _has_copies(settings):
+        return None
+    return resume
 
 
 def _has_copies(settings: Settings) -> bool:
