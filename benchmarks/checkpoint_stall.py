@@ -77,6 +77,8 @@ def _settings(data: Path, preset: str) -> Settings:
 def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     import torch
 
+    from ds_gpt2.checkpoint.disk import Disk
+    from ds_gpt2.checkpoint.housekeeping import Housekeeping
     from ds_gpt2.checkpoint.serializer import Serializer
     from ds_gpt2.checkpoint.store import Checkpoints
     from ds_gpt2.data.batches import TrainingData
@@ -91,7 +93,8 @@ def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: i
     data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
     content = deepspeed_file.complete(deepspeed_file.load_deepspeed_file(settings.deepspeed), settings, plan)
     engine = Engine(GPT2(ModelShape(*settings.model.shape, batch.sequence_length)), content, 0.1)
-    checkpoints = Checkpoints(folder, engine, CheckpointSettings(keep_last=1), {}, {"run": {"seed": 1}})
+    house = Housekeeping(Disk(), folder, CheckpointSettings(keep_last=1))
+    checkpoints = Checkpoints(house, engine, {}, {"run": {"seed": 1}})
     state = TrainState()
 
     def wait_for_device() -> None:
@@ -130,14 +133,14 @@ def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: i
     for kind in KINDS:  # buffers, caches, the file system
         save(kind)
         train(steps)
-        checkpoints.finish(state)
+        checkpoints.finish(state, for_good=False)
     held: dict[str, list[float]] = {kind: [] for kind in KINDS}
     blocks: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind in KINDS:
             held[kind].append(1000 * save(kind))
             blocks[kind].append(1000 * train(steps))
-            checkpoints.finish(state)
+            checkpoints.finish(state, for_good=False)
     engine.close()
     size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
     parameters = count_parameters(engine.model)

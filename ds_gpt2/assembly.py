@@ -11,7 +11,7 @@ import logging
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -19,7 +19,10 @@ from ds_gpt2 import config, console, deepspeed_file, device, dist, loop, machine
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint import restore
 from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import newest_tag
+from ds_gpt2.checkpoint.housekeeping import Housekeeping
+from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
@@ -62,9 +65,11 @@ def run(
 def _train(
     settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
 ) -> Ending:
-    wanted = dist.from_main(lambda: _what_to_resume(settings, resume))
     dist.together(lambda: _check_directories(settings))
     console.open_log(settings.run_dir / "train.log")
+    house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint)
+    lock = dist.together(lambda: _take_over(settings, house))
+    wanted = dist.from_main(lambda: _what_to_resume(settings, resume))
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
     check_tokens(dataset, settings.run_dir / "data_checked.json")
     data = _training_data(settings, dataset, plan, place)
@@ -75,14 +80,7 @@ def _train(
     restored = restore.choose(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
 
     engine = _engine(settings, deepspeed_settings, plan)
-    checkpoints = Checkpoints(
-        settings.checkpoint_dir,
-        engine,
-        settings.checkpoint,
-        identity,
-        run_settings=settings.model_dump(mode="json"),
-        backup=backup,
-    )
+    checkpoints = Checkpoints(house, engine, identity, run_settings=settings.model_dump(mode="json"), backup=backup)
     state = checkpoints.load(restored) if restored else TrainState()
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", state.step)
     peak = device.peak_flops(place)
@@ -107,6 +105,8 @@ def _train(
     newest = settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))
     log.info(f"{ending.value} at step {state.step} of {course.steps}; checkpoint {newest}")
     engine.close()
+    if lock is not None:
+        lock.close()
     return ending
 
 
@@ -155,6 +155,15 @@ def _check_directories(settings: Settings) -> None:
     if dist.is_main():
         for directory in settings.output_dirs:
             machine.check_writable(directory)
+
+
+def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
+    """On rank 0: nobody else trains this run (the lock says so while we live), and its checkpoints are in order."""
+    if not dist.is_main():
+        return None
+    lock = machine.lock(house.directory / LOCK, f"run {settings.run.name}")
+    house.start()
+    return lock
 
 
 def _backup(settings: Settings) -> Backup | None:

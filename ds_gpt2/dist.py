@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as torch_dist
 from ds_gpt2.errors import UserError
 
 T = TypeVar("T")
+
+_PULSE_SECONDS = 1.0
 
 _cpu_group: torch_dist.ProcessGroup | None = None
 
@@ -77,6 +80,23 @@ def any_rank_on_cpu(flag: bool) -> bool:
 def from_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank; so is a user's mistake that it finds there."""
     return gather_objects(together(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]  # rank 0 has called action
+
+
+def from_main_at_length(action: Callable[[], T]) -> T:
+    """As ``from_main``, for what may take longer than a collective may be waited for, such as a download."""
+
+    def on_main() -> T:
+        with ThreadPoolExecutor(1) as thread:
+            job = thread.submit(action)
+            while any_rank_on_cpu(not job.done()):
+                wait([job], timeout=_PULSE_SECONDS)
+        return job.result()
+
+    if is_main():
+        return from_main(on_main)
+    while any_rank_on_cpu(False):
+        pass
+    return from_main(action)
 
 
 def barrier() -> None:

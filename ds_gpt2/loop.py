@@ -74,9 +74,10 @@ def train(
             monitor.flush()
             checkpoints.save(state, data.epoch(step), roles)
     checkpoints.save(state, data.epoch(state.step))
-    if not checkpoints.finish(state):
+    done = state.step >= course.steps
+    if not checkpoints.finish(state, for_good=done):
         return Ending.UNSAVED
-    return Ending.DONE if state.step >= course.steps else Ending.STOPPED
+    return Ending.DONE if done else Ending.STOPPED
 
 
 def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from pathlib import Path
+from typing import BinaryIO
 
 from ds_gpt2.errors import UserError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 def free_port() -> int:
@@ -47,6 +51,34 @@ def check_writable(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
+
+
+def lock(path: Path, whose: str) -> BinaryIO:
+    """Make this process the only one that holds ``path``, until the file returned is closed or the process ends.
+
+    Args:
+        whose: what is locked, for the message.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    try:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(100).decode(errors="replace").strip() or "unknown"
+            raise UserError(f"{whose} is in use by process {holder}: wait for its end, or end it first") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise  # a file system without locks: one has to do without
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}; check its permissions and its disk") from None
+    return file
 
 
 def usable_cores() -> int:

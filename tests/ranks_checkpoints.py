@@ -21,6 +21,7 @@ from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint import restore
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import problem_of, scan
+from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.config import CheckpointSettings, Settings, load_settings
 from ds_gpt2.data.batches import TrainingData
@@ -71,7 +72,9 @@ class Bench:
     def checkpoints(self, engine: Engine | None = None, **settings: Any) -> Checkpoints:
         chosen = CheckpointSettings.model_validate({"min_free_gb": 0, **settings})
         run = self.settings.model_dump(mode="json")
-        return Checkpoints(self.folder, engine or self.engine, chosen, IDENTITY, run, self.disk)
+        house = Housekeeping(self.disk, self.folder, chosen)
+        dist.together(lambda: house.start() if dist.is_main() else None)
+        return Checkpoints(house, engine or self.engine, IDENTITY, run)
 
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -111,6 +114,7 @@ def main(config: Path, out: Path) -> None:
     found["waited"] = _slow_disk(bench, messages)
     found["inline"] = _inline(bench)
     found["no_room"] = _no_room(bench, messages)
+    found["at_length"] = dist.gather_objects(dist.from_main_at_length(lambda: time.sleep(2.5) or dist.rank() + 7))
     if dist.is_main():
         out.write_text(json.dumps(found))
     dist.barrier()
@@ -140,7 +144,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     under_way = not scan(bench.folder)
     bench.steps(2)
     changed = bench.fingerprint() != before
-    finished = checkpoints.finish(TrainState(step=2))
+    finished = checkpoints.finish(TrainState(step=2), for_good=False)
     seed_everything(99)
     engine = bench.fresh_engine(bench.settings)
     restored = restore.choose(bench.folder, "latest", IDENTITY)
@@ -184,7 +188,7 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     bench.disk.full = dist.rank() == dist.world_size() - 1
     checkpoints.save(bench.state, 0.1)
     bench.steps(1)
-    saved = checkpoints.finish(TrainState(step=bench.state.step - 1))
+    saved = checkpoints.finish(TrainState(step=bench.state.step - 1), for_good=False)
     bench.disk.full = False
     after_failure = sorted(path.name for path in bench.folder.iterdir())
     told = [message for message in messages if "was not saved" in message]
@@ -193,7 +197,7 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
         "saved": saved,
         "left": after_failure,
         "told": told,
-        "next": _everywhere(checkpoints.finish(bench.state)),
+        "next": _everywhere(checkpoints.finish(bench.state, for_good=False)),
         "good": problem_of(scan(bench.folder)[0]),
     }
 
@@ -203,7 +207,7 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
     for _ in range(2):
         bench.steps(1)
         checkpoints.save(bench.state, 0.1)
-    checkpoints.finish(bench.state)
+    checkpoints.finish(bench.state, for_good=False)
     told = [message for message in messages if "slower than checkpoint.every" in message]
     return {"seconds": checkpoints.waited_seconds, "told": told}
 
@@ -226,7 +230,7 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     bench.steps(1)
     begun = time.monotonic()
     checkpoints.save(bench.state, 0.1)
-    finished = checkpoints.finish(bench.state)
+    finished = checkpoints.finish(bench.state, for_good=False)
     dist.barrier()
     return {
         "finished": finished,

@@ -20,6 +20,7 @@ from ds_gpt2.checkpoint.layout import rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.commands import backup
 from ds_gpt2.errors import UserError
+from ds_gpt2.machine import lock
 
 CONFIG = """
 run: {name: test, dir: RUNS}
@@ -118,6 +119,29 @@ def test_what_is_there_is_listed(folder: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)[0] == newest
 
 
+def test_a_copy_is_brought_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, "--tag", "10")
+    directory = folder / "checkpoints" / "test"
+    commit.remove(Disk(), directory, rolling_tag(10))
+    capsys.readouterr()
+    assert run(folder, "--fetch", rolling_tag(10)) == outcome.DONE
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{directory / rolling_tag(10)} is there, step 10, every file verified"
+    assert said[1] == "go on from it with `./launch.sh resume test --from rolling_step_000010`"
+    assert [problem_of(found) for found in candidates(directory, "10")] == [None]
+    (folder / "place" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
+    commit.remove(Disk(), directory, rolling_tag(10))
+    assert run(folder, "--fetch", rolling_tag(10)) == outcome.CRASHED
+    assert "is not fetched: " in capsys.readouterr().err
+    assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
+
+
+def test_nothing_is_brought_back_below_a_run_that_trains(folder: Path) -> None:
+    directory = folder / "checkpoints" / "test"
+    with lock(directory / "lock", "it"), pytest.raises(UserError, match="run test is in use by process"):
+        run(folder, "--fetch", rolling_tag(10))
+
+
 def test_a_place_that_fails_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +162,7 @@ def test_a_place_that_fails_is_one_line(
         ([], "gone", "make it, or mount what belongs there"),
         ([], "checkpoints", "is where the checkpoints themselves are"),
         (["--tag", "30"], "place", "no checkpoint '30'"),
+        (["--fetch", "30"], "place", "no copy 30 in"),
         (["--tag", "PLACE/test"], "place", "is not a checkpoint of ds_gpt2"),
     ],
 )

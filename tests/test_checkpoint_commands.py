@@ -267,7 +267,7 @@ def test_a_backup_that_is_not_there_is_not_taken_for_the_run_of_its_name(
     for verb in ("list", "verify", "prune"):
         code, _, err = command(verb, tmp_path / "mounted" / "test")
         assert (code, err.count("\n")) == (outcome.MISTAKE, 1)
-        assert f"no checkpoints in {tmp_path}/mounted/test: give" in err
+        assert f"no run {tmp_path}/mounted/test: known in" in err
     assert (history / rolling_tag(100)).exists()
 
 

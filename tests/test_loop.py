@@ -30,6 +30,7 @@ class Parts:
         self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
         self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, -1
         self.disk_is_full = False
+        self.for_good: bool | None = None
         self.step, self.requested = 0, False
 
     def epoch(self, step: int) -> float:
@@ -66,7 +67,8 @@ class Parts:
             self.notes.append(" ".join([f"save {state.step}", *roles]))
             self._saved = state.step
 
-    def finish(self, state: TrainState) -> bool:
+    def finish(self, state: TrainState, for_good: bool) -> bool:
+        self.for_good = for_good
         return not self.disk_is_full
 
     def flush(self) -> None: ...
@@ -104,12 +106,14 @@ def test_a_step_is_told_in_order() -> None:
 def test_a_stop_saves_the_step_just_done(stop_at: int) -> None:
     parts, state = Parts(stop_at), TrainState()
     assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
-    assert state.step == stop_at
+    assert (state.step, parts.for_good) == (stop_at, False)
     assert parts.notes[-2:] == [f"write {stop_at}", f"save {stop_at}"]
 
 
 def test_a_stop_in_the_last_step_is_an_end() -> None:
-    assert _train(Parts(stop_at=3), TrainState(), steps=3, save=0) is Ending.DONE
+    parts = Parts(stop_at=3)
+    assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
+    assert parts.for_good is True
 
 
 def test_a_stop_within_a_step_drops_it_and_saves_the_one_before() -> None:

@@ -1,9 +1,12 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ds_gpt2.errors import UserError
-from ds_gpt2.machine import check_writable
+from ds_gpt2.machine import check_writable, lock
 
 
 def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
@@ -12,3 +15,24 @@ def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/below"):
         check_writable(tmp_path / "file" / "below")
+
+
+def test_one_process_holds_a_lock_until_it_ends_whatever_way(tmp_path: Path) -> None:
+    hold = "import sys, pathlib, time; from ds_gpt2.machine import lock; held = lock(pathlib.Path(sys.argv[1]), 'it')"
+    command = [sys.executable, "-c", f"{hold}; print(flush=True); time.sleep(60)", str(tmp_path / "lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline()
+    with pytest.raises(UserError, match=rf"run x is in use by process {holder.pid} on .*: wait for its end"):
+        lock(tmp_path / "lock", "run x")
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with lock(tmp_path / "lock", "run x"), pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        lock(tmp_path / "lock", "run x")
+    lock(tmp_path / "lock", "run x").close()
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot lock .*: Is a directory"):
+        lock(tmp_path / "lock", "run x")

@@ -22,6 +22,7 @@ from ds_gpt2 import train
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.generations import problem_of, scan
+from ds_gpt2.checkpoint.layout import PARTIAL
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.schedule import learning_rate
 
@@ -36,7 +37,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run with a flipped bit in one rank's part of its newest checkpoint: it goes on from the one before."""
+    """The same run with a flipped bit in one rank's part of its newest checkpoint: it goes on from the one before.
+
+    That one is as a crash just before the rename that makes it a checkpoint would have left it.
+    """
     _, original = four_ranks
     folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("resumed") / "copy"))
     partition = folder / "checkpoints" / "test" / "rolling_step_000012" / partition_file(2)
@@ -46,6 +50,8 @@ def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.rmtree(
         folder / "checkpoints" / "test" / "best_model"
     )  # a link no more after copying: it would be found good
+    one_before = folder / "checkpoints" / "test" / "rolling_step_000006"
+    one_before.rename(one_before.with_name(one_before.name + PARTIAL))
     places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
     return launch(4, "--config", str(folder / "run.yaml"), "--resume", "auto", *places), folder
 
@@ -144,6 +150,7 @@ def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> 
         "rolling_step_000012 cannot be used: bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt is damaged"
         in launched.output
     )
+    assert "finished the commit of rolling_step_000006" in launched.output
     assert f"resumed from {folder}/checkpoints/test/rolling_step_000006, step 6 of 12" in launched.output
     assert [found.tag for found in scan(folder / "checkpoints" / "test")] == [
         "rolling_step_000012",

@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
@@ -115,7 +114,7 @@ class Backup:
     def held(self) -> list[Copy]:
         """The copies there, what was made last first: after a run has gone back, that is not the highest step."""
         found = [copy for tag in self._place.tags() if (copy := self._copy_of(tag)) is not None]
-        return sorted(found, key=lambda copy: (made_at(copy.manifest), copy.manifest.step, copy.tag), reverse=True)
+        return sorted(found, key=lambda copy: (copy.manifest.made_at, copy.manifest.step, copy.tag), reverse=True)
 
     def prune(self, step: int) -> list[str]:
         """Delete the copies of rolling checkpoints but the newest ``keep``, and unfinished older ones. Returns tags.
@@ -219,14 +218,6 @@ class Backup:
 
     def _pour(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
         self._place.read(tag, name, _each(file.write, progress))
-
-
-def made_at(manifest: Manifest) -> float:
-    """When the checkpoint was made, in seconds since 1970; 0 if that cannot be read."""
-    try:
-        return datetime.fromisoformat(manifest.created).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return 0.0
 
 
 def _rolling_step(tag: str) -> int:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.backup import Backup, Copy, made_at
+from ds_gpt2.checkpoint.backup import Backup, Copy
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
 from ds_gpt2.checkpoint.layout import BEST_TAG, COPYING, role_of
@@ -47,7 +47,7 @@ class Cadence:
             rolling = [copy.manifest.step for copy in held if copy.role == "rolling"]
             self._newest_step = max((step for step in rolling if step <= reached), default=None)
         if self._best_at is None:
-            self._best_at = made_at(there[BEST_TAG]) if BEST_TAG in there else None
+            self._best_at = there[BEST_TAG].made_at if BEST_TAG in there else None
             self._best_waits |= BEST_TAG in differing
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
@@ -68,6 +68,16 @@ class Cadence:
         self._best_waits |= BEST_TAG in roles
         if BEST_TAG in due:
             self._best_waits, self._best_at = False, self._now()
+        return due
+
+    def take_last(self, tag: str, step: int) -> list[str]:
+        """``take`` at the end of the run, when there will be no other occasion."""
+        due = sorted(self._owed)
+        if self._best_waits and "best" in self._settings.roles:
+            due.append(BEST_TAG)
+        if "latest" in self._settings.roles and self._newest_step != step:
+            due.append(tag)
+        self._owed, self._best_waits, self._newest_step = set(), False, step
         return due
 
     def failed(self, tag: str) -> None:
@@ -130,6 +140,12 @@ class BackupQueue:
             return
         with self._lock:
             for due in self._cadence.take(tag, roles, step):
+                self._submit(due)
+
+    def offer_last(self, tag: str, step: int) -> None:
+        """``tag`` is what the run has come to: have copied whatever is wanted and not there."""
+        with self._lock:
+            for due in self._cadence.take_last(tag, step):
                 self._submit(due)
 
     def finish(self, timeout: float) -> list[str]:

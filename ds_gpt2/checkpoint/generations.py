@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,15 @@ def _at_path(path: Path) -> list[Generation]:
     if (path / MANIFEST).exists():
         return [open_generation(path)]
     if found := [generation for generation in scan(path) if generation.role != "superseded"]:
-        return found
+        return sorted(found, key=_made_at, reverse=True)
     if any(path.glob("*_optim_states.pt")) or any(path.glob("*/*_optim_states.pt")):
         raise UserError(f"{path} has DeepSpeed files of another program: a checkpoint of ds_gpt2 has a {MANIFEST}")
     raise UserError(f"{path} is not a checkpoint of ds_gpt2, nor a directory of some: it has no {MANIFEST}")
+
+
+def _made_at(generation: Generation) -> float:
+    """Where a run has gone back, its copies elsewhere still include steps of the history that it left."""
+    return generation.manifest.made_at if generation.manifest is not None else math.inf
 
 
 def _known(directory: Path, wanted: str) -> str:

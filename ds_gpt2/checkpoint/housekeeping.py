@@ -27,14 +27,14 @@ class Housekeeping:
     """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
 
     def __init__(self, disk: Disk, directory: Path, settings: CheckpointSettings) -> None:
-        self._disk = disk
-        self._directory = directory
-        self._settings = settings
+        self.directory = directory
+        self.settings = settings
+        self.disk = disk
         self._verified: set[str] = set()
 
     def start(self) -> None:
-        """Before the first step: what a crash has left half-done is finished or removed."""
-        self._attempt("clean up", commit.sweep, self._disk, self._directory)
+        """Before anything is looked for here: what a crash has left half-done is finished or removed."""
+        self._attempt("clean up", commit.sweep, self.disk, self.directory)
         self._attempt("mend latest", self._mend_pointer)
         self._attempt("keep the ends of epochs", self._keep_epochs)
         self._attempt("keep the best checkpoint", self._keep_best)
@@ -48,12 +48,12 @@ class Housekeeping:
         Raises:
             UserError: a run that has no checkpoint yet could not even keep one.
         """
-        needed = estimate + int(self._settings.min_free_gb * 1e9)
-        free = self._disk.free_bytes(self._directory)
-        if free < needed and not scan(self._directory):
+        needed = estimate + int(self.settings.min_free_gb * 1e9)
+        free = self.disk.free_bytes(self.directory)
+        if free < needed and not scan(self.directory):
             raise UserError(
-                f"{self._directory} has {free / 1e9:.2f} GB free; a checkpoint takes {estimate / 1e9:.2f} GB and"
-                f" {self._settings.min_free_gb:g} GB are to stay free: make room, or set checkpoint.dir"
+                f"{self.directory} has {free / 1e9:.2f} GB free; a checkpoint takes {estimate / 1e9:.2f} GB and"
+                f" {self.settings.min_free_gb:g} GB are to stay free: make room, or set checkpoint.dir"
             )
 
     def resume_from(self, generation: Generation) -> None:
@@ -62,32 +62,32 @@ class Housekeeping:
         Raises:
             OSError: that could not be written down; going on would leave two histories.
         """
-        directory = self._directory
+        directory = self.directory
         tag = self._part_of_history(generation)
         for newer in reversed(scan(directory)):  # a crash in between leaves the newest, not one in the middle
             if newer.role != "superseded" and newer.step > generation.step:
                 log.info(f"{newer.tag} is newer than what the run goes on from: superseded")
-                commit.supersede(self._disk, directory, newer.tag)
+                commit.supersede(self.disk, directory, newer.tag)
         self._attempt("keep the best checkpoint", self._keep_best)
         self._verified.add(tag)
         if read_pointer(directory, LATEST) != tag:
-            commit.point_to(self._disk, directory, tag)
+            commit.point_to(self.disk, directory, tag)
 
     def _part_of_history(self, generation: Generation) -> str:
         """The tag under which ``generation`` is one of the run's own; taken in from wherever it is, if need be."""
-        directory, rolling = self._directory, rolling_tag(generation.step)
+        directory, rolling = self.directory, rolling_tag(generation.step)
         if generation.role in ("rolling", "epoch") and generation.path.parent.resolve() == directory.resolve():
             return generation.tag
         if (directory / rolling).exists() and (directory / rolling / MANIFEST).samefile(generation.path / MANIFEST):
             return rolling
         log.info(f"taking {generation.path} in as {rolling}")
-        commit.link(self._disk, generation.path, directory, rolling)
+        commit.link(self.disk, generation.path, directory, rolling)
         return rolling
 
     def after_commit(self, tag: str, roles: Sequence[str]) -> None:
         """``tag`` has just been committed: point to it, give it its roles, delete what no policy keeps."""
         self._verified.add(tag)
-        self._attempt("move latest", commit.point_to, self._disk, self._directory, tag)
+        self._attempt("move latest", commit.point_to, self.disk, self.directory, tag)
         for role in roles:
             if role != BEST_TAG:
                 self._attempt(f"keep {tag} as {role}", self._keep_as, tag, role)
@@ -103,54 +103,54 @@ class Housekeeping:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
-            commit.remove(self._disk, self._directory, tag + PARTIAL)  # a record in it would be taken for a new one
+            commit.remove(self.disk, self.directory, tag + PARTIAL)  # a record in it would be taken for a new one
             return self._make_room(estimate)
         except OSError as error:
             log.error(f"NO CHECKPOINT IS SAVED: {error}; training goes on")
             return False
 
     def _make_room(self, estimate: int) -> bool:
-        sizes = [found.manifest.bytes for found in scan(self._directory) if found.manifest and not found.weights_only]
-        needed = (sizes[0] if sizes else estimate) + int(self._settings.min_free_gb * 1e9)
-        if self._disk.free_bytes(self._directory) >= needed:
+        sizes = [found.manifest.bytes for found in scan(self.directory) if found.manifest and not found.weights_only]
+        needed = (sizes[0] if sizes else estimate) + int(self.settings.min_free_gb * 1e9)
+        if self.disk.free_bytes(self.directory) >= needed:
             return True
         for kept in retention.order_of_sacrifice(self._known()):
             log.warning(f"the disk is nearly full: deleting {kept.tag} to make room for the next checkpoint")
-            self._attempt(f"delete {kept.tag}", commit.remove, self._disk, self._directory, kept.tag)
-            if self._disk.free_bytes(self._directory) >= needed:
+            self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
+            if self.disk.free_bytes(self.directory) >= needed:
                 return True
-        free = self._disk.free_bytes(self._directory)
+        free = self.disk.free_bytes(self.directory)
         log.error(
-            f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self._directory} has {free / 1e9:.2f} GB free;"
+            f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free;"
             " training goes on, but make room"
         )
         return False
 
     def _keep_as(self, tag: str, role: str) -> None:
-        kept_as = self._settings.best_as if role == BEST_TAG else self._settings.epochs_as
+        kept_as = self.settings.best_as if role == BEST_TAG else self.settings.epochs_as
         if kept_as == "weights":
             from ds_gpt2.checkpoint.weights import keep_weights  # only here: it needs torch
 
-            keep_weights(self._disk, self._directory / tag, self._directory, role)
+            keep_weights(self.disk, self.directory / tag, self.directory, role)
         else:
-            commit.link(self._disk, self._directory / tag, self._directory, role)
+            commit.link(self.disk, self.directory / tag, self.directory, role)
             self._verified.add(role)
 
     def _mend_pointer(self) -> None:
         """A crash may come between a commit, or superseding what ``latest`` names, and moving the pointer."""
-        history = [found for found in scan(self._directory) if found.role != "superseded" and not found.weights_only]
-        if history and history[0].tag != read_pointer(self._directory, LATEST):
-            commit.point_to(self._disk, self._directory, history[0].tag)
+        history = [found for found in scan(self.directory) if found.role != "superseded" and not found.weights_only]
+        if history and history[0].tag != read_pointer(self.directory, LATEST):
+            commit.point_to(self.disk, self.directory, history[0].tag)
 
     def _keep_best(self) -> None:
         """Of all there are, the best by validation loss is ``best_model``; also after a crash before it could be."""
-        if not self._settings.keep_best:
+        if not self.settings.keep_best:
             return
-        present = open_generation(self._directory / BEST_TAG).manifest
+        present = open_generation(self.directory / BEST_TAG).manifest
         beaten = present.val_loss if present is not None else None
         measured = [
             (found.manifest.val_loss, found.tag)
-            for found in scan(self._directory)
+            for found in scan(self.directory)
             if found.role in ("rolling", "epoch") and not found.weights_only
             if found.manifest is not None and found.manifest.val_loss is not None
         ]
@@ -159,26 +159,26 @@ class Housekeeping:
 
     def _keep_epochs(self) -> None:
         """What was committed as the end of an epoch is kept as such; also after a crash before it could be."""
-        for found in scan(self._directory):
+        for found in scan(self.directory):
             for role in found.manifest.roles if found.manifest is not None and found.role == "rolling" else ():
-                if role_of(role) == "epoch" and not (self._directory / role / MANIFEST).exists():
+                if role_of(role) == "epoch" and not (self.directory / role / MANIFEST).exists():
                     self._keep_as(found.tag, role)
 
     def _prune(self) -> None:
-        for kept in retention.to_delete(self._known(), policies(self._settings)):
-            self._attempt(f"delete {kept.tag}", commit.remove, self._disk, self._directory, kept.tag)
+        for kept in retention.to_delete(self._known(), policies(self.settings)):
+            self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
 
     def _known(self) -> list[Kept]:
-        return known(self._directory, self._verified)
+        return known(self.directory, self._verified)
 
     def _provide_recovery_script(self) -> None:
         from deepspeed.utils import zero_to_fp32
 
-        content, target = Path(zero_to_fp32.__file__).read_bytes(), self._directory / _RECOVERY_SCRIPT
+        content, target = Path(zero_to_fp32.__file__).read_bytes(), self.directory / _RECOVERY_SCRIPT
         if not target.exists() or target.read_bytes() != content:
             unfinished = target.with_name(target.name + PARTIAL)
-            write_file(self._disk, unfinished, content)
-            self._disk.rename(unfinished, target)
+            write_file(self.disk, unfinished, content)
+            self.disk.rename(unfinished, target)
 
     def _attempt(self, what: str, action: Callable[..., None], *arguments: object) -> None:
         try:

@@ -11,6 +11,7 @@ MANIFEST = "manifest.json"  # a directory is a checkpoint once this is in it
 LATEST = "latest"
 LATEST_BACKUP = "latest_backup"
 BEST_TAG = "best_model"
+LOCK = "lock"  # held by the process that trains the run
 PARTIAL = ".tmp"  # being written, or left by a crash: never read
 
 COPYING = "backup_in_progress.tmp"  # links to what is being copied elsewhere, which retention may delete meanwhile

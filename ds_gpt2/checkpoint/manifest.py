@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,14 @@ class Manifest(_Plain):
     @property
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def made_at(self) -> float:
+        """When the checkpoint was made, in seconds since 1970; 0 if that cannot be read."""
+        try:
+            return datetime.fromisoformat(self.created).timestamp()
+        except (ValueError, OverflowError, OSError):
+            return 0.0
 
     @property
     def val_loss(self) -> float | None:

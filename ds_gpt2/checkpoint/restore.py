@@ -67,8 +67,8 @@ def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Gen
     yield from dist.from_main(lambda: candidates(directory, wanted))
     if backup is None or wanted not in ("latest", "auto"):
         return
-    for tag in dist.from_main(partial(_copies, backup)):
-        yield from dist.from_main(partial(_fetched, backup, tag, directory))
+    for tag in dist.from_main_at_length(partial(_copies, backup)):
+        yield from dist.from_main_at_length(partial(_fetched, backup, tag, directory))
 
 
 def _copies(backup: Backup) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,7 +17,7 @@ import torch
 from ds_gpt2 import __version__, dist
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.backup_queue import BackupQueue
-from ds_gpt2.checkpoint.disk import Disk
+from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
@@ -27,7 +26,6 @@ from ds_gpt2.checkpoint.restore import Restored
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, Serializer, partition_file
 from ds_gpt2.checkpoint.snapshot import HostMemory
 from ds_gpt2.checkpoint.writer import Save
-from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.engine import Engine
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import count_parameters
@@ -37,7 +35,8 @@ from ds_gpt2.state import TrainState
 _KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
 _BYTES_PER_PARAMETER = 14  # bf16 weights, fp32 masters and two moments
 _NOTICEABLE_SECONDS = 0.1
-_COPIES_SECONDS = 20.0  # how long the end of a run waits for backups under way
+_COPIES_SECONDS = 20.0  # how long a stop waits for backups under way
+_LAST_COPIES_SECONDS = 1800.0  # how long the end of a run does
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +46,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        housekeeping: Housekeeping,
         engine: Engine,
-        settings: CheckpointSettings,
         identity: dict[str, Any],
         run_settings: dict[str, Any],
-        disk: Disk | None = None,
         backup: Backup | None = None,
     ) -> None:
         """
         Args:
+            housekeeping: of the run's directory, and started.
             identity: what must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: where copies go, if anywhere.
@@ -64,14 +62,13 @@ class Checkpoints:
         Raises:
             UserError: on every rank: the disk has no room for a single checkpoint.
         """
-        self.directory = directory
+        self.directory = housekeeping.directory
         self.waited_seconds = 0.0  # training stood still because the disk was slower than the cadence
-        self._disk = disk or Disk()
+        self._housekeeping = housekeeping
         self._engine = engine
-        self._settings = settings
+        self._settings = settings = housekeeping.settings
         self._identity = identity
         self._run_settings = run_settings
-        self._housekeeping = Housekeeping(self._disk, directory, settings)
         self._serializer = Serializer()
         self._memory = HostMemory() if settings.in_background else None
         self._thread = _writer_thread(engine.device) if settings.in_background else None
@@ -104,7 +101,7 @@ class Checkpoints:
         contents[partition_file(dist.rank())][_KEY] = {"rng": get_rng_state()}
         self._saved_step = state.step
         self._save = Save(
-            self._disk,
+            self._housekeeping.disk,
             self.directory,
             tag,
             dist.rank(),
@@ -123,18 +120,25 @@ class Checkpoints:
             self._engine.hold_updates_until(self._save.copied)
             self._done = self._thread.submit(self._save.run)
 
-    def finish(self, state: TrainState) -> bool:
-        """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed."""
+    def finish(self, state: TrainState, for_good: bool) -> bool:
+        """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed.
+
+        Args:
+            for_good: the run is complete: nobody wants the machine back in a hurry, and its last state is copied too.
+        """
         self._settle()
+        saved = self._saved_step == state.step
         if self._queue is not None:
-            self._queue.finish(_COPIES_SECONDS)
-        return self._saved_step == state.step
+            if for_good and saved:
+                self._queue.offer_last(rolling_tag(state.step), state.step)
+            self._queue.finish(_LAST_COPIES_SECONDS if for_good else _COPIES_SECONDS)
+        return saved
 
     def load(self, restored: Restored) -> TrainState:
         """Put the engine and this rank's random state where ``restored`` left them, and make it the newest there is.
 
         Raises:
-            UserError: DeepSpeed does not accept the content.
+            UserError: on every rank: DeepSpeed does not accept the content, or the disk does not take note of it.
         """
         contents = self._cut_for_this_world(restored)
         self._serializer.offer(contents)
@@ -143,28 +147,34 @@ class Checkpoints:
                 str(restored.generation.path.parent), tag=restored.generation.tag, load_lr_scheduler_states=False
             )
             assert path is not None, "DeepSpeed found nothing to load"
+            state = TrainState.from_dict(client_state[_KEY]["state"])
         except Exception as error:
-            raise UserError(f"checkpoint {restored.generation.path} cannot be loaded: {error}") from error
+            raise UserError(f"checkpoint {restored.generation.path} cannot be loaded: {error!r}") from error
         finally:
             self._serializer.offer({})
         self._engine.reset_constants()
-        ours = client_state[_KEY]
-        state = TrainState.from_dict(ours["state"])
         if restored.manifest.world_size == dist.world_size():
             set_rng_state(contents[partition_file(dist.rank())][_KEY]["rng"])
         else:
             seed_everything(self._run_settings["run"]["seed"] + dist.rank() + state.step * dist.world_size())
-        if dist.is_main():
-            self._housekeeping.resume_from(restored.generation)
-        dist.barrier()
+        dist.together(lambda: self._continue_from(restored.generation))
         self._saved_step = state.step
         return state
 
     def _start(self, backup: Backup | None) -> None:
         if dist.is_main():
-            self._housekeeping.start()
             self._housekeeping.check_room(self._estimate())
-            self._queue = BackupQueue(backup, self.directory, self._disk) if backup else None
+            self._queue = BackupQueue(backup, self.directory, self._housekeeping.disk) if backup else None
+
+    def _continue_from(self, generation: Generation) -> None:
+        if not dist.is_main():
+            return
+        try:
+            self._housekeeping.resume_from(generation)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {generation.tag} the newest in {self.directory} ({error}): check its permissions and disk"
+            ) from None
 
     def _hold_back(self) -> None:
         """Let the save before this one end: where the disk is slower than the cadence, training waits, and says so."""

@@ -1,4 +1,4 @@
-"""``backup``: a verified copy of a checkpoint in another place, now; or what is there already."""
+"""``backup``: a verified copy of a checkpoint in another place, now; what is there already; or one brought back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
-from ds_gpt2 import outcome
+from ds_gpt2 import machine, outcome
 from ds_gpt2.checkpoint.backup import Backup, Copy
 from ds_gpt2.checkpoint.generations import Generation, candidates
+from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.commands.train import find_run
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good one)"
     )
+    parser.add_argument("--fetch", metavar="TAG", help="bring the copy TAG back among the run's checkpoints")
     parser.add_argument("--list", action="store_true", help="show the copies that are there, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -37,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
         if options.list:
             return _show(backup.held(), backup, options.json)
         backup.check_apart_from(settings.checkpoint_dir)
+        if options.fetch:
+            return _fetch(backup, options.fetch, settings, options.json)
         return _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
@@ -60,6 +65,25 @@ def _wanted(directory: Path, tag: str) -> list[Generation]:
     return found
 
 
+def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
+    directory = settings.checkpoint_dir
+    machine.check_writable(directory)
+    with machine.lock(directory / LOCK, f"run {settings.run.name}"):
+        size = next((copy.manifest.bytes for copy in backup.held() if copy.tag == tag), None)
+        try:
+            with _bar(tag, size) as bar:
+                fetched = backup.fetch(tag, directory, bar.update)
+        except DamagedError as error:
+            print(f"error: {tag} is not fetched: {error}", file=sys.stderr)
+            return outcome.CRASHED
+    if as_json:
+        print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
+    else:
+        print(f"{fetched.path} is there, step {fetched.step:,}, every file verified")
+        print(f"go on from it with `./launch.sh resume {settings.run.name} --from {tag}`")
+    return outcome.DONE
+
+
 def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
     for generation in wanted:
         try:
@@ -75,8 +99,12 @@ def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
 
 def _copy_with_bar(backup: Backup, generation: Generation) -> int:
     size = generation.manifest.bytes if generation.manifest else 0
-    with tqdm(total=2 * size, desc=generation.tag, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with _bar(generation.tag, 2 * size) as bar:
         return backup.copy(generation, bar.update)  # sent, and read back
+
+
+def _bar(tag: str, size: int | None) -> tqdm[NoReturn]:
+    return tqdm(total=size, desc=tag, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def _report(backup: Backup, generation: Generation, sent: int, as_json: bool) -> None:

@@ -24,7 +24,7 @@ from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing,
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
 from ds_gpt2.commands.checkpoint_table import as_size, as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.train import find_run
-from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, Settings, load_settings
+from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, load_settings
 from ds_gpt2.errors import UserError
 
 
@@ -124,20 +124,10 @@ def _find(run: str | None) -> _Place:
         directory = _bare_directory(run)
         if directory is not None:
             return _Place(directory, scan(directory), _settings_of_run_in(directory))
-        settings = _settings_by_name(run)
+        settings = load_settings(find_run(run) / "config.yaml")
         return _Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
         raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {error}") from None
-
-
-def _settings_by_name(run: str | None) -> Settings:
-    """The settings of a run. The path of a backup that is not there must not be taken for the run of that name."""
-    run_dir = find_run(run)
-    settings = load_settings(run_dir / "config.yaml")
-    meant = {run_dir.resolve(), settings.checkpoint_dir.resolve()}
-    if run is not None and meant.isdisjoint({Path(run).resolve(), (PROJECT_DIR / "runs" / run).resolve()}):
-        raise UserError(f"no checkpoints in {run}: give a directory that holds some, or a run's name")
-    return settings
 
 
 def _bare_directory(run: str | None) -> Path | None:

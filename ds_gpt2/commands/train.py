@@ -118,8 +118,13 @@ def find_run(name: str | None) -> Path:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
         return started[-1].parent
-    for path in (runs / name, Path(name), runs / Path(name).name):  # the last: checkpoints/<run>
+    for path in (runs / name, Path(name)):
         if (path / "config.yaml").is_file():
             return path
+    of_checkpoints = runs / Path(name).name  # where NAME is checkpoints/<run>, and not a backup of them
+    if (of_checkpoints / "config.yaml").is_file():
+        settings = load_settings(of_checkpoints / "config.yaml")
+        if settings.checkpoint_dir.resolve() == Path(name).resolve():
+            return of_checkpoints
     known = ", ".join(path.parent.name for path in started) or "none"
     raise UserError(f"no run {name}: known in {runs} are {known}")

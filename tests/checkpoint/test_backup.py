@@ -813,6 +813,21 @@ def test_the_queue_copies_what_is_due_and_prunes(run_dir: Path, place: str, capl
     assert not (run_dir / COPYING).exists()
 
 
+def test_the_last_checkpoint_of_a_run_is_copied_whatever_the_cadence(run_dir: Path, place: str) -> None:
+    backup = Backup(place, "run", changed_settings(roles=("latest", "best"), every=1000, best_every_hours=100.0))
+    queue = BackupQueue(backup, run_dir)
+    for step in (100, 150, 200):
+        save(run_dir, step)
+        link(run_dir, rolling_tag(step), "best_model")
+        queue.offer(rolling_tag(step), ["best_model"], step)
+        settle(queue)
+    assert {copy.tag: copy.manifest.step for copy in backup.held()} == {rolling_tag(100): 100, "best_model": 100}
+    queue.offer_last(rolling_tag(200), 200)
+    assert queue.finish(10) == []
+    held = {copy.tag: copy.manifest.step for copy in backup.held()}
+    assert held == {rolling_tag(100): 100, rolling_tag(200): 200, "best_model": 200}
+
+
 def settle(queue: BackupQueue) -> None:
     """Wait for the thread, as a run does by training."""
     queue._thread.submit(lambda: None).result(10)

@@ -12,6 +12,7 @@ from test_checkpoint_commands import write_checkpoint
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.layout import epoch_tag, rolling_tag, superseded_tag
+from ds_gpt2.checkpoint.manifest import encode
 from ds_gpt2.errors import UserError
 
 FLIPS = 10_000
@@ -188,6 +189,18 @@ def test_what_is_superseded_is_no_history(tmp_path: Path) -> None:
     assert generations.newest_tag(tmp_path) is None
     write_checkpoint(tmp_path, epoch_tag(1), 3)
     assert generations.newest_tag(tmp_path) == epoch_tag(1)
+
+
+def test_in_a_place_of_backups_what_was_made_last_comes_first(tmp_path: Path) -> None:
+    for step, day in ((300, 1), (200, 2), (250, 3)):  # it went back from 300 to before 200
+        path = write_checkpoint(tmp_path, rolling_tag(step), step)
+        found = open_generation(path).manifest
+        assert found is not None
+        (path / "manifest.json").write_bytes(
+            encode(found.model_copy(update={"created": f"2026-01-0{day}T00:00:00+00:00"}))
+        )
+    wanted = candidates(tmp_path / "run", str(tmp_path))
+    assert tags_of(wanted) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
 
 
 @pytest.mark.parametrize(

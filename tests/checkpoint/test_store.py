@@ -69,3 +69,7 @@ def test_without_room_older_ones_give_way_then_the_save_is_skipped_loudly(seen: 
     assert result["quick"] is True
     assert len(result["told"]) == 1
     assert result["left"] == [result["restored"], "best_model"]
+
+
+def test_what_takes_rank_0_long_reaches_every_rank(seen: Seen) -> None:
+    assert set(seen["at_length"]) == {7}
