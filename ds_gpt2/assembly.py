@@ -24,8 +24,10 @@ from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.checkpoint.restore import Restored
 from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
+from ds_gpt2.dashboard import REFERENCE_TOKENS_PER_STEP, mark, open_dashboard
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.check import check_tokens
 from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
@@ -33,7 +35,8 @@ from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.hooks import Hook, Samples, Validation
 from ds_gpt2.loop import Ending
-from ds_gpt2.meter import Meter
+from ds_gpt2.meter import Meter, Past
+from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.rng import seed_everything
@@ -42,6 +45,14 @@ from ds_gpt2.state import TrainState
 from ds_gpt2.stop import STOP_FILE, StopRequest
 
 log = logging.getLogger(__name__)
+
+_HYPER_PARAMETERS: Any = {
+    "run": {"seed"},
+    "model": True,
+    "batch": True,
+    "schedule": True,
+    "optimizer": {"eps", "weight_decay", "grad_clip"},
+}
 
 
 def run(
@@ -82,11 +93,11 @@ def _train(
     engine = _engine(settings, deepspeed_settings, plan)
     checkpoints = Checkpoints(house, engine, identity, run_settings=settings.model_dump(mode="json"), backup=backup)
     state = checkpoints.load(restored) if restored else TrainState()
-    monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", state.step)
-    peak = device.peak_flops(place)
-    meter = Meter(plan.tokens_per_step, flops_per_token(engine.model), peak and peak * plan.world_size)
+    monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
+    meter = _meter(settings, engine, plan, place)
     if dist.is_main():
         _record_start(settings, state, plan)
+        _open_dashboard(settings, monitor, engine, plan, restored)
     log.info(f"run {settings.run.name}: {device.describe(place)}")
     log.info(f"model {count_parameters(engine.model):,} parameters; {plan}; {len(data.windows):,} windows an epoch")
     if restored:
@@ -195,6 +206,28 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
     return engine
 
 
+def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device) -> Meter:
+    peak = device.peak_flops(place)
+    past = Past(trained_seconds(settings.run_dir / METRICS), first_start(settings.run_dir / STARTS) or time.time())
+    flops = flops_per_token(engine.model)
+    return Meter(plan.tokens_per_step, flops, peak and peak * plan.world_size, past, engine.moment)
+
+
+def _open_dashboard(
+    settings: Settings, monitor: Monitor, engine: Engine, plan: BatchPlan, restored: Restored | None
+) -> None:
+    hyper_parameters = {
+        "parameters": count_parameters(engine.model),
+        "world_size": plan.world_size,
+        "data": settings.data.dir.name,
+        **_flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
+    }
+    compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
+    open_dashboard(monitor, config.dump_settings(settings), hyper_parameters, compare)
+    origin = f"went on from {restored.generation.tag}" if restored else "started"
+    mark(monitor, restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {origin}, {plan}")
+
+
 def _course(settings: Settings, data: TrainingData) -> loop.Course:
     schedule = settings.schedule
     steps = schedule.steps or data.steps_for(schedule.epochs or 0)
@@ -244,14 +277,14 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> Non
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
     (settings.run_dir / "config.yaml").write_text(config.dump_settings(settings), encoding="utf-8")
     start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME),
         "from_step": state.step,
         "world_size": plan.world_size,
         "command": sys.argv,
         "versions": library_versions(),
         "git_commit": _git_commit(),
     }
-    with (settings.run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
+    with (settings.run_dir / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
 
 

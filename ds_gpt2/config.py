@@ -159,9 +159,22 @@ class ValidationSettings(_Section):
 class SamplesSettings(_Section):
     every: Count = 250
     prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
-    tokens: PositiveInt = 48  # generated per prompt
+    per_prompt: PositiveInt = 2  # different continuations of each
+    tokens: PositiveInt = 48  # of a continuation
     temperature: Annotated[float, Field(gt=0)] = 0.8
     top_k: PositiveInt = 50
+
+
+class HellaswagSettings(_Section):
+    every: Count = 0  # steps; 0: not at all
+    path: Path = Path("data/hellaswag/hellaswag_val.jsonl")  # `prepare hellaswag` puts it there
+    items: PositiveInt | None = None  # the first so many; None: all 10,042
+    text: Literal["original", "cleaned"] = "original"  # as llm.c and build-nanogpt, or as lm-evaluation-harness has it
+
+
+class HistogramsSettings(_Section):
+    every: Count = 0  # steps; 0: not at all
+    layers: PositiveInt = 12  # at most so many of the model's, spread evenly, the first and the last among them
 
 
 class MonitorSettings(_Section):
@@ -180,7 +193,9 @@ class Settings(_Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
+    hellaswag: HellaswagSettings = HellaswagSettings()
     samples: SamplesSettings = SamplesSettings()
+    histograms: HistogramsSettings = HistogramsSettings()
     monitor: MonitorSettings = MonitorSettings()
     deepspeed: Path = Path("ds_configs/zero2_bf16.json")
 
@@ -204,7 +219,15 @@ class Settings(_Section):
         return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
 
-_PATH_KEYS = ("run.dir", "data.dir", "checkpoint.dir", "checkpoint.backup.to", "monitor.dir", "deepspeed")
+_PATH_KEYS = (
+    "run.dir",
+    "data.dir",
+    "checkpoint.dir",
+    "checkpoint.backup.to",
+    "hellaswag.path",
+    "monitor.dir",
+    "deepspeed",
+)
 
 
 def load_settings(
@@ -233,6 +256,7 @@ def load_settings(
         run.setdefault("name", path.stem)
         run.setdefault("dir", str(project_dir / "runs"))
     _default_path(tree, "checkpoint", "dir", project_dir / "checkpoints")
+    _default_path(tree, "hellaswag", "path", project_dir / "data" / "hellaswag" / "hellaswag_val.jsonl")
     tree.setdefault("deepspeed", str(project_dir / "ds_configs" / "zero2_bf16.json"))
     try:
         return Settings.model_validate(tree)

@@ -96,8 +96,8 @@ def _numbers(seen: Seen) -> str:
         f"{seen['perf/step_ms']:,.0f} ms",
         f"{seen['perf/tokens_per_s']:,.0f} tok/s",
     ]
-    if "perf/mfu" in seen:
-        parts.append(f"mfu {100 * float(seen['perf/mfu']):.1f}%")
+    if isinstance(mfu := seen.get("perf/mfu"), float):
+        parts.append(f"mfu {100 * mfu:.1f}%")
     if seen["train/skipped_steps"]:
         parts.append(f"skipped {seen['train/skipped_steps']:.0f}")
     return "  ".join(parts)

@@ -28,6 +28,7 @@ class Update:
 
     applied: bool  # False: a gradient was Inf or NaN and the update was skipped
     grad_norm: float  # global norm before clipping; inf if skipped
+    clipped: bool  # the gradient was scaled down to optimizer.grad_clip
 
 
 class Engine:
@@ -95,11 +96,35 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
-        return Update(applied=engine.was_step_applied(), grad_norm=float(engine.get_global_grad_norm()))
+        applied, norm, limit = engine.was_step_applied(), float(engine.get_global_grad_norm()), self._constants[1]
+        return Update(applied, norm, clipped=applied and 0 < limit < norm)
 
     def moment(self) -> torch.cuda.Event | None:
         """On a GPU, an event that happens when all work given to it so far is done; None on a CPU, where it is."""
-        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """This rank's part of each parameter's fp32 master, flat, by name; what it has no part of is left out."""
+        mappings = ((name, parameter._hp_mapping) for name, parameter in self.model.named_parameters())  # type: ignore[attr-defined]  # DeepSpeed's
+        return {name: mapping.get_hp_fragment() for name, mapping in mappings if mapping is not None}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The same parts of the gradients, averaged over ranks and micro-batches, before clipping.
+
+        There are some only between a step's last backward pass and its update.
+        """
+        parts = {}
+        for name, parameter in self.model.named_parameters():
+            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if mapping is not None:
+                part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]  # DeepSpeed's
+                address = mapping.lp_fragment_address
+                parts[name] = part if len(part) == address.numel else part.narrow(0, address.start, address.numel)
+        return parts
 
     def hold_updates_until(self, snapshot: threading.Event) -> None:
         """The next update waits until somebody has copied the state."""

@@ -14,7 +14,7 @@ from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.console import StepLines
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.engine import Engine, Update
-from ds_gpt2.hooks import Hook
+from ds_gpt2.hooks import Hook, perplexity
 from ds_gpt2.meter import Meter
 from ds_gpt2.monitor import Monitor, Seen
 from ds_gpt2.schedule import Every
@@ -56,23 +56,31 @@ def train(
     while state.step < course.steps and not stopping:
         meter.begin()
         step = state.step + 1
+        due = [hook for hook in hooks if hook.every.due(step, course.steps)]
         lr = course.learning_rate(step)
-        loss = engine.accumulate(data.micro_batches(step), lambda: dist.any_rank_on_cpu(stop.requested))
+        batches = meter.waiting_for(data.micro_batches(step))
+        loss = engine.accumulate(batches, lambda: dist.any_rank_on_cpu(stop.requested))
         if loss is None:  # asked to stop within a step, none of which has reached the weights
             break
+        meter.mark("forward_backward")
+        for hook in due:
+            hook.before_update(engine)
+        meter.mark("eval")
         update = engine.apply(lr)
-        state.advance(data.plan.tokens_per_step, update.applied, data.step_windows(step).tobytes())
+        meter.mark("update")
+        state.advance(data.plan.tokens_per_step, update.applied, data.step_windows(step).tobytes(), update.clipped)
         mean_loss, stopping = _agree(loss, stop)
-        seen = _scalars(mean_loss, lr, update, state, data) | meter.end()
+        seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end()}
         lines.show(step, seen, meter.eta(course.steps - step))
-        for hook in hooks:
-            if hook.every.due(step, course.steps):
-                seen |= hook.observe(engine, state)
+        for hook in due:
+            seen |= hook.observe(engine, state)
+        meter.mark("eval")
         monitor.write(step, seen)
         roles = _roles(state, data)
         if roles or course.save.due(step, course.steps):
-            monitor.flush()
+            monitor.flush(durable=True)
             checkpoints.save(state, data.epoch(step), roles)
+            meter.mark("save")
     checkpoints.save(state, data.epoch(state.step))
     done = state.step >= course.steps
     if not checkpoints.finish(state, for_good=done):
@@ -97,8 +105,10 @@ def _roles(state: TrainState, data: TrainingData) -> list[str]:
 def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: TrainingData) -> Seen:
     return {
         "train/loss": loss,
+        "train/perplexity": perplexity(loss),
         "train/lr": lr,
         "train/grad_norm": update.grad_norm,
+        "train/clipped_share": state.clipped_share,
         "train/skipped_steps": state.skipped_steps,
         "train/tokens": state.tokens,
         "train/epoch": data.epoch(state.step),

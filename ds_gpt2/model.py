@@ -5,7 +5,9 @@ Modules carry the names of OpenAI's checkpoints (wte, wpe, h, ln_1, attn.c_attn,
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from ds_gpt2.loss import cross_entropy
 VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
 PADDED_VOCABULARY = 50_304  # the next multiple of 128: matrix shapes that tensor cores like
 
+_Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -27,6 +31,25 @@ class ModelShape:
     heads: int
     width: int
     sequence_length: int  # longest context, in tokens
+
+
+class KeyValueCache:
+    """What attention has computed of the tokens so far, so that the next token costs one position, not all."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens held
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the keys and values (batch, heads, time, head width) of new tokens; returns all of the layer."""
+        if layer == len(self._layers):
+            self._layers.append((k, v))
+        else:
+            past_k, past_v = self._layers[layer]
+            self._layers[layer] = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        if layer == 0:
+            self.length += k.shape[2]
+        return self._layers[layer]
 
 
 class Attention(nn.Module):
@@ -39,10 +62,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
         self.c_proj = nn.Linear(shape.width, shape.width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, past: _Extend | None = None) -> torch.Tensor:
         batch, time, width = x.shape
         q, k, v = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if past is not None:
+            k, v = past(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(batch, time, width)  # (batch, heads, time, head width) -> (batch, time, width)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -71,8 +97,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(shape.width)
         self.mlp = MLP(shape, dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, past: _Extend | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -94,17 +120,34 @@ class GPT2(nn.Module):
         hidden = self.hidden(tokens)
         return cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten(), VOCABULARY)
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Final hidden states (batch, time, width) of ``tokens`` (batch, time), int64."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states (batch, time, width) of ``tokens`` (batch, time), int64.
+
+        Args:
+            positions: (time,) or (batch, time), int64, below ``sequence_length``; None counts on from the cache, or
+                from 0.
+            mask: bool, broadcastable to (batch, heads, time, keys): True where a token may look; None is causal.
+            cache: tokens before these, to which these are added.
+        """
+        done, time = cache.length if cache is not None else 0, tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(done, done + time, device=tokens.device)
+        if mask is None and done:
+            mask = torch.ones(time, done + time, dtype=torch.bool, device=tokens.device).tril(done)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
-        for block in self.h:
-            x = block(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, functools.partial(cache.extend, layer) if cache is not None else None)
         return self.ln_f(x)
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores (batch, time, 50257) of the token after each position."""
-        return F.linear(self.hidden(tokens), self.wte.weight[:VOCABULARY])
+    def logits(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """Scores (batch, time, 50257) of the token after each position; ``cache`` as in ``hidden``."""
+        return F.linear(self.hidden(tokens, cache=cache), self.wte.weight[:VOCABULARY])
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -6,13 +6,27 @@ import json
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_gpt2 import dist
+from ds_gpt2 import dist, metrics
 from ds_gpt2.engine import Engine
 
-Seen = dict[str, float | str]  # what was observed at a step: scalars and texts by tag
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many values fell into each bucket."""
+
+    limits: list[float]  # upper edges of the buckets, ascending
+    counts: list[float]
+    minimum: float
+    maximum: float
+    total: float  # sum of the values
+    squares: float  # sum of their squares
+
+
+Seen = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
 
 _FLUSH_SECONDS = 10.0
 
@@ -31,29 +45,36 @@ class Monitor:
         self._flushed = time.monotonic()
         self._file: TextIO | None = None
         if dist.is_main():
-            _forget_after(metrics_file, start_step)
+            metrics.forget_after(metrics_file, start_step)
             self._file = metrics_file.open("a", encoding="utf-8")
             self._restart_tensorboard(start_step)
 
+    @property
+    def tensorboard(self) -> Any:
+        """torch's SummaryWriter; None where TensorBoard is off, and on ranks other than 0."""
+        backend = self._backends.tb_monitor
+        return backend.summary_writer if backend is not None and self._file is not None else None
+
     def write(self, step: int, seen: Seen) -> None:
-        """Record ``seen`` under ``step``."""
+        """Record ``seen`` under ``step``; histograms go to TensorBoard alone."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **_json_fit(seen)}, ensure_ascii=False) + "\n")
-        writer = self._tensorboard()
         for tag, value in seen.items():
-            if not isinstance(value, str):
+            if isinstance(value, float | int):
                 self._events.append((tag, value, step))
-            elif writer is not None:
-                writer.add_text(tag, _as_code_block(value), step)
+            elif self.tensorboard is not None:
+                self._show(tag, value, step)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
+    def flush(self, durable: bool = False) -> None:
+        """Hand everything to the operating system; ``durable``: and the records to the disk, as a checkpoint is."""
         if self._file is None:
             return
         self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
         if self._events:
             self._backends.write_events(self._events)
             self._events = []
@@ -61,50 +82,47 @@ class Monitor:
 
     def close(self) -> None:
         self.flush()
-        if (writer := self._tensorboard()) is not None:
-            writer.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self._file is not None:
             self._file.close()
 
-    def _tensorboard(self) -> Any:
-        monitor = self._backends.tb_monitor
-        return monitor.summary_writer if monitor is not None else None
+    def _show(self, tag: str, value: str | Histogram, step: int) -> None:
+        if isinstance(value, str):
+            self.tensorboard.add_text(tag, as_code_block(value), step)
+            return
+        self.tensorboard.add_histogram_raw(
+            tag,
+            min=value.minimum,
+            max=value.maximum,
+            num=sum(value.counts),
+            sum=value.total,
+            sum_squares=value.squares,
+            bucket_limits=value.limits,
+            bucket_counts=value.counts,
+            global_step=step,
+        )
 
     def _restart_tensorboard(self, start_step: int) -> None:
         """DeepSpeed's writer knows no ``purge_step``: where an earlier start has written, another takes its place."""
-        opened = self._tensorboard()
+        opened = self.tensorboard
         if opened is None or len(list(Path(opened.log_dir).glob("events.*"))) == 1:
             return  # nothing was written here before
         opened.close()
         self._backends.tb_monitor.summary_writer = type(opened)(log_dir=opened.log_dir, purge_step=start_step + 1)
 
 
-def _forget_after(metrics_file: Path, step: int) -> None:
-    if not metrics_file.exists():
-        return
-    with metrics_file.open(encoding="utf-8") as lines:
-        kept = [line for line in lines if _step_of(line) <= step]
-    partial = metrics_file.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, metrics_file)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut by a crash
+def as_code_block(text: str) -> str:
+    """Markdown that shows ``text`` as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines() or [""])
 
 
 def _json_fit(seen: Seen) -> dict[str, float | str | None]:
     """JSON has no word for infinity or NaN."""
-    return {tag: None if _is_odd(value) else value for tag, value in seen.items()}
-
-
-def _is_odd(value: float | str) -> bool:
-    return not isinstance(value, str) and not math.isfinite(value)
-
-
-def _as_code_block(text: str) -> str:
-    """Markdown that shows ``text`` as it is."""
-    return "".join(f"    {line}\n" for line in text.splitlines() or [""])
+    fit: dict[str, float | str | None] = {}
+    for tag, value in seen.items():
+        if isinstance(value, str):
+            fit[tag] = value
+        elif not isinstance(value, Histogram):
+            fit[tag] = value if math.isfinite(value) else None
+    return fit

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+_CLIPPED_SHARE = 0.01  # weight of the newest update
+
 
 @dataclass
 class TrainState:
@@ -13,6 +15,7 @@ class TrainState:
 
     step: int = 0  # optimizer updates attempted, skipped ones included
     tokens: int = 0  # training tokens seen, over all ranks
+    clipped_share: float = 0.0  # of updates whose gradient was clipped, over about the last hundred
     skipped_steps: int = 0  # updates skipped because a gradient was Inf or NaN
     val_loss: float | None = None  # the newest validation loss, nats per token
     val_step: int | None = None  # when it was measured
@@ -20,12 +23,13 @@ class TrainState:
     best_step: int | None = None
     ledger: str = ""  # a hash over the windows of every step so far, in order: equal for runs that saw the same data
 
-    def advance(self, tokens: int, applied: bool, windows: bytes) -> None:
+    def advance(self, tokens: int, applied: bool, windows: bytes, clipped: bool = False) -> None:
         """Count one step of ``tokens`` tokens from ``windows``; ``applied`` is False when the update was skipped."""
         self.step += 1
         self.ledger = hashlib.sha256(self.ledger.encode() + windows).hexdigest()
         self.tokens += tokens
         self.skipped_steps += not applied
+        self.clipped_share += (clipped - self.clipped_share) * _CLIPPED_SHARE
 
     def validated(self, loss: float) -> None:
         """Take in a validation loss."""

@@ -9,9 +9,9 @@ import ds_gpt2
 
 PACKAGE = Path(ds_gpt2.__file__).parent
 LAYERS = [
-    {"errors", "config", "deepspeed_file", "schedule", "state", "batch", "stop", "outcome", "machine"},
+    {"errors", "config", "deepspeed_file", "schedule", "state", "batch", "stop", "outcome", "machine", "metrics"},
     {"dist", "device", "loss", "model", "tokenizer", "data", "meter", "rng"},
-    {"engine", "checkpoint", "monitor", "console", "generate"},
+    {"engine", "checkpoint", "monitor", "dashboard", "console", "generate"},
     {"hooks", "loop"},
     {"assembly", "train", "launcher", "commands", "cli", "__main__"},
 ]

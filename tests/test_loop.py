@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ class Parts:
 
     def apply(self, lr: float) -> Update:
         self.notes.append(f"apply {lr}")
-        return Update(applied=self.step != self._skip_at, grad_norm=1.0)
+        return Update(applied=self.step != self._skip_at, grad_norm=1.0, clipped=False)
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
@@ -71,7 +72,14 @@ class Parts:
         self.for_good = for_good
         return not self.disk_is_full
 
-    def flush(self) -> None: ...
+    def before_update(self, engine: Any) -> None:
+        self.notes.append("look at gradients")
+
+    def waiting_for(self, items: str) -> str:
+        return items
+
+    def flush(self, durable: bool = False) -> None: ...
+    def mark(self, phase: str) -> None: ...
     def begin(self) -> None: ...
     def end(self) -> dict[str, float]:
         return {"perf/step_ms": 1.0}
@@ -93,12 +101,13 @@ def test_a_step_is_told_in_order() -> None:
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.DONE
     assert parts.notes == [
         "accumulate data of 1", "apply 0.1", "write 1",
-        "accumulate data of 2", "apply 0.2", "observe 2", "write 2",
-        "accumulate data of 3", "apply 0.3", "observe 3", "write 3", "save 3",
+        "accumulate data of 2", "look at gradients", "apply 0.2", "observe 2", "write 2",
+        "accumulate data of 3", "look at gradients", "apply 0.3", "observe 3", "write 3", "save 3",
     ]  # fmt: skip
     assert parts.records[2] == {
-        "train/loss": 2.0, "train/lr": 0.2, "train/grad_norm": 1.0, "train/skipped_steps": 0, "train/tokens": 200,
-        "train/epoch": 0.2, "perf/step_ms": 1.0, "val/loss": 3.0,
+        "train/loss": 2.0, "train/perplexity": math.exp(2), "train/lr": 0.2, "train/grad_norm": 1.0,
+        "train/clipped_share": 0, "train/skipped_steps": 0, "train/tokens": 200, "train/epoch": 0.2,
+        "perf/step_ms": 1.0, "val/loss": 3.0,
     }  # fmt: skip
 
 

@@ -1,32 +1,74 @@
+from collections.abc import Iterator
+
 import pytest
 
 from ds_gpt2 import meter
-from ds_gpt2.meter import Meter
+from ds_gpt2.meter import Meter, Past
+
+_PHASES = [f"perf/{name}_ms" for name in ("data", "forward_backward", "update", "eval", "save", "step")]
+PAST = Past(trained_seconds=0.0, begun=0.0)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(meter.time, "time", lambda: now[0])
     return now
 
 
 def test_speed_is_of_the_step_alone(clock: list[float]) -> None:
-    timed = Meter(tokens_per_step=1000, flops_per_token=2e9, peak_flops=4e12)
+    timed = Meter(tokens_per_step=1000, flops_per_token=2e9, peak_flops=4e12, past=PAST)
     timed.begin()
     clock[0] += 0.5
-    assert timed.end() == {"perf/step_ms": 500.0, "perf/tokens_per_s": 2000.0, "perf/mfu": 1.0}
+    measured = timed.end()
+    expected = {"perf/step_ms": 500.0, "perf/tokens_per_s": 2000.0, "perf/mfu": 1.0, "perf/data_ms": 0.0}
+    assert {tag: measured[tag] for tag in expected} == expected
+
+
+def test_the_time_of_a_step_is_told_by_phase(clock: list[float]) -> None:
+    def slow(items: list[int]) -> Iterator[int]:
+        for item in items:
+            clock[0] += 0.25
+            yield item
+
+    timed = Meter(1000, 2e9, None, Past(trained_seconds=30.0, begun=60.0))
+    timed.begin()
+    for _ in timed.waiting_for(slow([1, 2])):
+        clock[0] += 0.75
+    timed.mark("forward_backward")
+    clock[0] += 5
+    timed.mark("eval")  # a look at the gradients is no training
+    clock[0] += 2
+    timed.mark("update")
+    measured = timed.end()
+    assert {tag: measured.get(tag) for tag in _PHASES} == {
+        "perf/data_ms": 500, "perf/forward_backward_ms": 2000, "perf/update_ms": 2000,
+        "perf/eval_ms": None, "perf/save_ms": None, "perf/step_ms": 4000,
+    }  # fmt: skip
+    assert measured["perf/goodput"] == (30 + 4) / (109 - 60)
+    clock[0] += 3
+    timed.mark("eval")
+    clock[0] += 7
+    timed.mark("save")
+    timed.begin()
+    clock[0] += 1
+    measured = timed.end()
+    assert {tag: measured.get(tag) for tag in _PHASES} == {
+        "perf/data_ms": 0, "perf/forward_backward_ms": None, "perf/update_ms": None,
+        "perf/eval_ms": 8000, "perf/save_ms": 7000, "perf/step_ms": 1000,
+    }  # fmt: skip
 
 
 def test_no_peak_no_mfu(clock: list[float]) -> None:
-    timed = Meter(1000, 2e9, None)
+    timed = Meter(1000, 2e9, None, PAST)
     timed.begin()
     clock[0] += 1
     assert "perf/mfu" not in timed.end()
 
 
 def test_the_eta_counts_what_happens_between_steps(clock: list[float]) -> None:
-    timed = Meter(1000, 2e9, None)
+    timed = Meter(1000, 2e9, None, PAST)
     assert timed.eta(10) == 0
     for _ in range(300):
         timed.begin()

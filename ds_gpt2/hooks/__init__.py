@@ -2,6 +2,6 @@
 
 from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.hooks.samples import Samples
-from ds_gpt2.hooks.validation import Validation
+from ds_gpt2.hooks.validation import Validation, perplexity
 
-__all__ = ["Hook", "Samples", "Validation"]
+__all__ = ["Hook", "Samples", "Validation", "perplexity"]

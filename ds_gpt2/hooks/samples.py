@@ -10,6 +10,7 @@ from ds_gpt2 import dist
 from ds_gpt2.config import SamplesSettings
 from ds_gpt2.engine import Engine
 from ds_gpt2.generate import generate
+from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
@@ -17,7 +18,7 @@ from ds_gpt2.state import TrainState
 log = logging.getLogger(__name__)
 
 
-class Samples:
+class Samples(Hook):
     """Continues each prompt on rank 0 (under ZeRO-2 every rank holds all weights)."""
 
     def __init__(self, settings: SamplesSettings, seed: int) -> None:

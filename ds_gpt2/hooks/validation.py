@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import to_device
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
+from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
@@ -19,7 +21,12 @@ from ds_gpt2.state import TrainState
 log = logging.getLogger(__name__)
 
 
-class Validation:
+def perplexity(loss: float) -> float:
+    """The number of equally likely tokens that a loss in nats amounts to; inf where that is no float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Validation(Hook):
     """Validation loss, the same to the last bit for every number of ranks that holds the same weights.
 
     Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
@@ -43,7 +50,7 @@ class Validation:
         state.validated(loss)
         best = "  (best so far)" if state.best_val_loss == loss else ""
         log.info(f"step {state.step}: validation loss {loss:.4f}{best}")
-        return {"val/loss": loss}
+        return {"val/loss": loss, "val/perplexity": perplexity(loss)}
 
     @torch.no_grad()
     def loss(self, engine: Engine) -> float:

@@ -1,0 +1,61 @@
+"""The records in a run's directory.
+
+``metrics.jsonl`` has one JSON object a step, from the first step to the last, whatever happened in between;
+``starts.jsonl`` has one for every start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+TIME = "%Y-%m-%dT%H:%M:%S%z"
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The records in ``file``, each with its ``step``; none if there is no file. Lines cut by a crash are left out."""
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if (record := _parse(line)) is not None:
+                yield record
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop what was recorded beyond ``step``: it is replayed, and curves must neither overlap nor jump back."""
+    if not file.exists():
+        return
+    partial = file.with_suffix(".tmp")
+    with file.open(encoding="utf-8", errors="replace") as lines, partial.open("w", encoding="utf-8") as kept:
+        kept.writelines(line for line in lines if (record := _parse(line)) is not None and record["step"] <= step)
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(partial, file)
+
+
+def trained_seconds(file: Path) -> float:
+    """Wall time of the steps in ``file``, evaluation and saving left out."""
+    return sum(record.get("perf/step_ms") or 0.0 for record in read_metrics(file)) / 1000
+
+
+def first_start(file: Path) -> float | None:
+    """When the run of this ``starts.jsonl`` began, in seconds since 1970; None where that is not recorded."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return datetime.strptime(json.loads(lines.readline())["time"], TIME).timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
