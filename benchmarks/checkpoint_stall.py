@@ -19,14 +19,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import config, deepspeed_file, device, dist, outcome
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import CheckpointSettings, Settings
+from ds_gpt2 import device, dist, outcome
+from ds_gpt2.config import CheckpointSettings
+
+if TYPE_CHECKING:
+    from benchmarks.trainer import Trainer
 
 KINDS = ("none", "background", "torch.save")
 
@@ -40,15 +42,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a block; long enough for a save to end within it")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    settings = _settings(options.data, options.preset)
     place = device.choose("auto")
     from benchmarks import machine
+    from benchmarks.trainer import Trainer, settings_of
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
     folder = dist.gather_objects(tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))[0]
-    result = _measure(settings, place, Path(folder), options.rounds, options.steps)
+    trainer = Trainer(settings_of(options.data, options.preset), place)
+    result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if dist.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
@@ -58,61 +61,22 @@ def main() -> None:
     close_process_group()
 
 
-def _settings(data: Path, preset: str) -> Settings:
-    ranks = dist.world_size()
-    sequence, micro = (256, 2) if preset == "7M" else (1024, 16)
-    return config.load_settings(
-        config.PROJECT_DIR / "ds_configs" / "quickstart.yaml",
-        {
-            "data.dir": str(data.absolute()),
-            "model.preset": preset,
-            "batch.sequence_length": str(sequence),
-            "batch.micro_batch": str(micro),
-            "batch.tokens_per_step": str(sequence * micro * ranks),
-            "monitor.tensorboard": "false",
-        },
-    )
-
-
-def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     import torch
 
     from ds_gpt2.checkpoint.disk import Disk
     from ds_gpt2.checkpoint.housekeeping import Housekeeping
     from ds_gpt2.checkpoint.serializer import Serializer
     from ds_gpt2.checkpoint.store import Checkpoints
-    from ds_gpt2.data.batches import TrainingData
-    from ds_gpt2.data.dataset import Windows, open_dataset
-    from ds_gpt2.engine import Engine
-    from ds_gpt2.model import GPT2, ModelShape, count_parameters
-    from ds_gpt2.state import TrainState
+    from ds_gpt2.model import count_parameters
 
-    batch = settings.batch
-    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
-    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-    data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
-    content = deepspeed_file.complete(deepspeed_file.load_deepspeed_file(settings.deepspeed), settings, plan)
-    engine = Engine(GPT2(ModelShape(*settings.model.shape, batch.sequence_length)), content, 0.1)
+    engine, state = trainer.engine, trainer.state
     house = Housekeeping(Disk(), folder, CheckpointSettings(keep_last=1))
     checkpoints = Checkpoints(house, engine, {}, {"run": {"seed": 1}})
-    state = TrainState()
-
-    def wait_for_device() -> None:
-        if place.type == "cuda":
-            torch.cuda.synchronize()
-
-    def train(count: int) -> float:
-        begun = time.perf_counter()
-        for _ in range(count):
-            assert engine.accumulate(data.micro_batches(state.step + 1)) is not None
-            engine.apply(1e-4)
-            state.advance(plan.tokens_per_step, True, b"")
-        wait_for_device()
-        return time.perf_counter() - begun
 
     def save(kind: str) -> float:
         dist.barrier()
-        wait_for_device()
+        trainer.wait_for_device()
         begun = time.perf_counter()
         if kind == "background":
             checkpoints.save(state, 0.0)
@@ -129,24 +93,25 @@ def _measure(settings: Settings, place: Any, folder: Path, rounds: int, steps: i
             dist.barrier()
         return time.perf_counter() - begun
 
-    train(4)
+    trainer.steps(4)
     for kind in KINDS:  # buffers, caches, the file system
         save(kind)
-        train(steps)
+        trainer.steps(steps)
         checkpoints.finish(state, for_good=False)
     held: dict[str, list[float]] = {kind: [] for kind in KINDS}
     blocks: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind in KINDS:
             held[kind].append(1000 * save(kind))
-            blocks[kind].append(1000 * train(steps))
+            blocks[kind].append(1000 * trainer.steps(steps))
             checkpoints.finish(state, for_good=False)
     engine.close()
     size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
     parameters = count_parameters(engine.model)
     usual = statistics.median(blocks["none"])
     return {
-        "setting": f"{settings.model.preset}, {dist.world_size()} ranks on {place.type}, {steps} steps a block",
+        "setting": f"{trainer.settings.model.preset}, {dist.world_size()} ranks on {engine.device.type}",
+        "steps_a_block": steps,
         "parameters": parameters,
         "bytes_per_parameter": round(size / parameters, 3),
         "held_ms": {kind: _spread(held[kind]) for kind in ("background", "torch.save")},

@@ -7,7 +7,7 @@ into a save. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now a
 instead. After each: every committed checkpoint must verify byte for byte, no more may be lost than what came after the
 last save that had begun or, if that was still being written, the one before it, and the next start must go on from the
 newest. At the end of a run its weights, moments, random states, metrics and ledger of windows must equal, bit for bit,
-those of the run left alone.
+those of the run left alone, and TensorBoard must show every step of every curve once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -31,9 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -45,6 +48,7 @@ from ds_gpt2.checkpoint.serializer import MODEL_FILE, unpickle
 from ds_gpt2.data.prepare import prepare
 from ds_gpt2.data.sources import python_documents
 from ds_gpt2.machine import free_port
+from ds_gpt2.metrics import METRICS, read_metrics
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, SEQUENCE = 120, 5, 32
@@ -264,7 +268,7 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
         },
         "validation": {"every": 7, "tokens": 4 * SEQUENCE},
         "samples": {"every": 0},
-        "monitor": {"tensorboard": False},
+        "histograms": {"every": 20},
     }
     path = folder / "soak.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -279,7 +283,25 @@ def _differences(reference: Path, folder: Path) -> list[str]:
     for name in names:
         one, other = (unpickle(place / "checkpoints" / tag / name) for place in (reference, folder))
         found += differences(one, other, name)
-    return found + differences(_metrics(reference), _metrics(folder), "metrics.jsonl")
+    found += differences(_metrics(reference), _metrics(folder), "metrics.jsonl")
+    return found + curve_problems(folder / "runs" / "soak")
+
+
+def curve_problems(run_dir: Path) -> list[str]:
+    """Where TensorBoard's own reader does not find every record of metrics.jsonl once, and nothing else."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    recorded: dict[str, list[tuple[int, float]]] = {}
+    for record in read_metrics(run_dir / METRICS):
+        for tag, value in record.items():
+            if tag not in ("step", "time") and not isinstance(value, str):
+                recorded.setdefault(tag, []).append((record["step"], np.float32(math.inf if value is None else value)))
+    return [
+        f"TensorBoard's curve {tag} differs from metrics.jsonl"
+        for tag in sorted(shown.keys() | recorded.keys())
+        if shown.get(tag, []) != recorded.get(tag, [])
+    ]
 
 
 def differences(one: Any, other: Any, place: str) -> list[str]:
@@ -301,8 +323,12 @@ def differences(one: Any, other: Any, place: str) -> list[str]:
 
 
 def _metrics(place: Path) -> list[dict[str, Any]]:
-    lines = (place / "runs" / "soak" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("perf/")} for line in lines]
+    return [without_times(record) for record in read_metrics(place / "runs" / "soak" / METRICS)]
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record is the same whenever and wherever it is made."""
+    return {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
 
 
 def main() -> None:

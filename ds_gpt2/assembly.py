@@ -27,18 +27,19 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.restore import Restored
 from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
-from ds_gpt2.dashboard import REFERENCE_TOKENS_PER_STEP, mark, open_dashboard
+from ds_gpt2.dashboard import open_dashboard
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.check import check_tokens
 from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
-from ds_gpt2.hooks import Hook, Samples, Validation
+from ds_gpt2.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.loop import Ending
 from ds_gpt2.meter import Meter, Past
 from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
+from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
@@ -85,7 +86,6 @@ def _train(
     check_tokens(dataset, settings.run_dir / "data_checked.json")
     data = _training_data(settings, dataset, plan, place)
     course = _course(settings, data)
-    hooks = _hooks(settings, dataset)
     identity = _identity(settings, dataset)
     backup = _backup(settings)
     restored = restore.choose(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
@@ -95,6 +95,7 @@ def _train(
     state = checkpoints.load(restored) if restored else TrainState()
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
     meter = _meter(settings, engine, plan, place)
+    hooks = _hooks(settings, dataset, engine)
     if dist.is_main():
         _record_start(settings, state, plan)
         _open_dashboard(settings, monitor, engine, plan, restored)
@@ -187,13 +188,18 @@ def _training_data(settings: Settings, dataset: Dataset, plan: BatchPlan, place:
     return TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
 
 
-def _hooks(settings: Settings, dataset: Dataset) -> list[Hook]:
-    hooks: list[Hook] = []
+def _hooks(settings: Settings, dataset: Dataset, engine: Engine) -> list[Hook]:
+    hooks: list[Hook] = [Health(engine.device)]
     if settings.validation.every:
         held_out = Windows(dataset, "val", settings.batch.sequence_length)
         hooks.append(Validation(settings.validation, held_out, settings.batch.micro_batch))
     if settings.samples.every:
-        hooks.append(Samples(settings.samples, settings.run.seed))
+        directory, context = settings.run_dir / "samples", settings.batch.sequence_length
+        hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
+    if settings.hellaswag.every and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
+        hooks.append(hellaswag)
+    if settings.histograms.every:
+        hooks.append(Histograms(settings.histograms, engine.model))
     return hooks
 
 
@@ -225,7 +231,7 @@ def _open_dashboard(
     compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
     open_dashboard(monitor, config.dump_settings(settings), hyper_parameters, compare)
     origin = f"went on from {restored.generation.tag}" if restored else "started"
-    mark(monitor, restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {origin}, {plan}")
+    monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {origin}, {plan}")
 
 
 def _course(settings: Settings, data: TrainingData) -> loop.Course:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ds_gpt2 import __version__, outcome
-from ds_gpt2.commands import backup, checkpoints, prepare, quickstart, tensorboard, train
+from ds_gpt2.commands import backup, checkpoints, notes, prepare, quickstart, report, tensorboard, train
 from ds_gpt2.errors import UserError
 
 _VERBS = {
@@ -26,7 +26,9 @@ _VERBS = {
         "delete the checkpoints that the settings do not keep",
     ),
     "backup": (backup.run, backup.add_arguments, "a verified copy of a checkpoint in another place"),
-    "tensorboard": (tensorboard.run, tensorboard.add_arguments, "see the curves"),
+    "notes": (notes.run, notes.add_arguments, "write down, or read, what you think of a run"),
+    "report": (report.run, report.add_arguments, "how a run went so far, as one HTML file for any browser"),
+    "tensorboard": (tensorboard.run, tensorboard.add_arguments, "the curves, in a browser here or far away"),
 }
 
 

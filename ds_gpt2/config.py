@@ -174,6 +174,7 @@ class HellaswagSettings(_Section):
 
 class HistogramsSettings(_Section):
     every: Count = 0  # steps; 0: not at all
+    norms: bool = False  # the norms of parameters and gradients too, as scalars
     layers: PositiveInt = 12  # at most so many of the model's, spread evenly, the first and the last among them
 
 

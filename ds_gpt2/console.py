@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ds_gpt2 import dist
 from ds_gpt2.monitor import Seen
+from ds_gpt2.wording import duration
 
 log = logging.getLogger("ds_gpt2")
 
@@ -75,17 +76,6 @@ class _Terminal(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
         except OSError:  # the terminal is closed or the pipe broken; the run and its log file go on
             self.gone = True
-
-
-def duration(seconds: float) -> str:
-    """``95`` as ``1m 35s``, ``200000`` as ``2d 7h``."""
-    whole = int(seconds)
-    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d {hours}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {whole % 60:02d}s"
 
 
 def _numbers(seen: Seen) -> str:

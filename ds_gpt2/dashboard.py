@@ -1,25 +1,13 @@
-"""What TensorBoard shows beside the curves: their layout, hyper-parameters and settings, a reference, marks."""
+"""What TensorBoard shows beside the curves: their layout, hyper-parameters and settings, a reference."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from ds_gpt2.monitor import Monitor, as_code_block
-
-# Validation loss of llm.c's GPT-2 124M on FineWeb, 524,288 tokens a step (its published log, karpathy/llm.c
-# discussion 481): not on one scale with FineWeb-Edu, but of the same shape.
-REFERENCE = "llm.c-124M-on-FineWeb"
-REFERENCE_TOKENS_PER_STEP = 524_288
-REFERENCE_CURVE = {
-    2_000: 3.859,
-    4_000: 3.618,
-    6_000: 3.507,
-    8_000: 3.443,
-    10_000: 3.392,
-    14_000: 3.315,
-    18_000: 3.275,
-}
+from ds_gpt2.reference import REFERENCE, REFERENCE_CURVE
 
 # The CUSTOM SCALARS page: is it healthy?
 _LAYOUT = {
@@ -34,6 +22,7 @@ _LAYOUT = {
         "HellaSwag": ["Multiline", [r"hellaswag/acc$", r"hellaswag/acc_norm$"]],
         "perplexity": ["Multiline", [r"val/perplexity$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
+        "how far an update moves each part": ["Multiline", [r"update_ratio/"]],
     },
     "where does the time go?": {
         "ms of a step": [
@@ -45,6 +34,8 @@ _LAYOUT = {
     },
 }
 
+# Of the hyper-parameters, those that the HPARAMS page shows until a person chooses: it has room for five.
+_SHOWN_FIRST = ("parameters", "batch.tokens_per_step", "schedule.max_lr", "schedule.steps", "optimizer.weight_decay")
 _RESULTS = ("val/loss", "train/loss", "hellaswag/acc_norm", "perf/tokens_per_s")  # columns of the HPARAMS page
 
 
@@ -56,23 +47,30 @@ def open_dashboard(monitor: Monitor, settings_text: str, hyper_parameters: dict[
             of the run's own curves.
         compare: show the reference's curve beside the run's.
     """
-    writer = monitor.tensorboard
-    if writer is None:
-        return
+    if monitor.tensorboard is not None:
+        lay_out = functools.partial(_lay_out, monitor.tensorboard, settings_text, hyper_parameters, compare)
+        monitor.attempt("lay out TensorBoard's pages", lay_out)
+
+
+def _lay_out(writer: Any, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
     writer.add_custom_scalars(_LAYOUT)
     writer.add_text("config", as_code_block(settings_text))
-    from torch.utils.tensorboard.summary import hparams
-
-    for summary in hparams(hyper_parameters, dict.fromkeys(_RESULTS, 0.0))[:2]:  # the third says that it has ended
-        writer.file_writer.add_summary(summary)
+    _write_hyper_parameters(writer, hyper_parameters)
     if compare:
         _write_reference(type(writer), Path(writer.log_dir) / REFERENCE)
 
 
-def mark(monitor: Monitor, step: int, what: str) -> None:
-    """Leave a mark at ``step``, such as a restart: a line of the text page, under ``marks``."""
-    if monitor.tensorboard is not None:
-        monitor.tensorboard.add_text("marks", what, step)
+def _write_hyper_parameters(writer: Any, hyper_parameters: dict[str, Any]) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    columns, start, _ = hparams(hyper_parameters, dict.fromkeys(_RESULTS, 0.0))  # the third says that it has ended
+    data = HParamsPluginData.FromString(columns.value[0].metadata.plugin_data.content)
+    for column in data.experiment.hparam_infos:
+        column.differs = column.name in _SHOWN_FIRST  # TensorBoard lists those that differ from run to run first
+    columns.value[0].metadata.plugin_data.content = data.SerializeToString()
+    for summary in (columns, start):
+        writer.file_writer.add_summary(summary)
 
 
 def _write_reference(writer_type: Any, directory: Path) -> None:

@@ -49,6 +49,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The largest of ``values`` (any shape and dtype the backend reduces) over all ranks, in place; returns it."""
+    if torch_dist.is_initialized() and world_size() > 1:
+        torch_dist.all_reduce(values, torch_dist.ReduceOp.MAX)
+    return values
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's ``value``, in rank order, on every rank."""
     if not torch_dist.is_initialized() or world_size() == 1:

@@ -17,6 +17,38 @@ METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
+class Records:
+    """Appends to ``metrics.jsonl``. What could not be written is kept, and written whole with the next flush."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._open = file.open("ab", buffering=0)
+        self._waiting = bytearray()
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._waiting += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+    def flush(self, durable: bool = False) -> None:
+        """
+        Raises:
+            OSError: not all of it is written; the file ends with a whole line, and the rest waits.
+        """
+        before = self._open.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(self._waiting):
+                written += self._open.write(self._waiting[written:])
+        except OSError:
+            self._open.truncate(before)
+            raise
+        self._waiting.clear()
+        if durable:
+            os.fsync(self._open.fileno())
+
+    def close(self) -> None:
+        self._open.close()
+
+
 def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     """The records in ``file``, each with its ``step``; none if there is no file. Lines cut by a crash are left out."""
     if not file.exists():

@@ -51,6 +51,10 @@ class KeyValueCache:
             self.length += k.shape[2]
         return self._layers[layer]
 
+    def expand(self, rows: int) -> None:
+        """Let ``rows`` rows share what one row has filled in."""
+        self._layers = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._layers]
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""

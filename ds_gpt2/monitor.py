@@ -1,17 +1,28 @@
-"""Where the numbers go: DeepSpeed's monitor (TensorBoard, and W&B, Comet or CSV by its config) and metrics.jsonl."""
+"""Where the numbers go: metrics.jsonl, and DeepSpeed's monitors (TensorBoard, and W&B, Comet or CSV by its config).
+
+TensorBoard's writer is the one that DeepSpeed opens, but is given all scalars of a step as one event, under the time
+of the step: DeepSpeed's own way, an event a scalar, takes ten times as long.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+import logging
 import math
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ds_gpt2 import dist, metrics
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from ds_gpt2 import dist
 from ds_gpt2.engine import Engine
+from ds_gpt2.metrics import Records, forget_after
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,11 +39,29 @@ class Histogram:
 
 Seen = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
 
+
+@dataclass(frozen=True)
+class _AtStep:
+    step: int
+    time: float  # seconds since 1970
+    seen: Seen
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return {tag: value for tag, value in self.seen.items() if isinstance(value, float | int)}
+
+
 _FLUSH_SECONDS = 10.0
+_MOST_TO_SHOW = 10_000  # steps that wait for TensorBoard
+_SHOW = "write TensorBoard's events"
 
 
 class Monitor:
-    """Writes what was seen at a step, on rank 0; on the other ranks it does nothing."""
+    """Writes what was seen at a step, on rank 0; on the other ranks it does nothing.
+
+    A full disk or a service that is away is said once and costs no step: records wait for room, TensorBoard's values
+    too; other services miss what came meanwhile.
+    """
 
     def __init__(self, engine: Engine, metrics_file: Path, start_step: int) -> None:
         """
@@ -40,76 +69,119 @@ class Monitor:
             start_step: the step this process starts from; anything recorded beyond it is about to be replayed and
                 is dropped, so that curves neither overlap nor jump back.
         """
-        self._backends = engine.deepspeed.monitor
-        self._events: list[tuple[str, float, int]] = []
+        self._master = engine.deepspeed.monitor
+        self._pending: list[_AtStep] = []  # since the last flush
+        self._to_show: list[_AtStep] = []  # TensorBoard could not be given it yet
         self._flushed = time.monotonic()
-        self._file: TextIO | None = None
+        self._failing: set[str] = set()
+        self._records: Records | None = None
         if dist.is_main():
-            metrics.forget_after(metrics_file, start_step)
-            self._file = metrics_file.open("a", encoding="utf-8")
-            self._restart_tensorboard(start_step)
+            forget_after(metrics_file, start_step)
+            self._records = Records(metrics_file)
+            if self._has_written_before():
+                self._reopen_tensorboard(start_step + 1)
 
     @property
     def tensorboard(self) -> Any:
         """torch's SummaryWriter; None where TensorBoard is off, and on ranks other than 0."""
-        backend = self._backends.tb_monitor
-        return backend.summary_writer if backend is not None and self._file is not None else None
+        backend = self._master.tb_monitor
+        return backend.summary_writer if backend is not None and self._records is not None else None
 
     def write(self, step: int, seen: Seen) -> None:
         """Record ``seen`` under ``step``; histograms go to TensorBoard alone."""
-        if self._file is None:
+        if self._records is None:
             return
-        self._file.write(json.dumps({"step": step, **_json_fit(seen)}, ensure_ascii=False) + "\n")
-        for tag, value in seen.items():
-            if isinstance(value, float | int):
-                self._events.append((tag, value, step))
-            elif self.tensorboard is not None:
-                self._show(tag, value, step)
+        now = round(time.time(), 3)
+        self._records.append({"step": step, "time": now, **_json_fit(seen)})
+        self._pending.append(_AtStep(step, now, seen))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self, durable: bool = False) -> None:
         """Hand everything to the operating system; ``durable``: and the records to the disk, as a checkpoint is."""
-        if self._file is None:
+        records = self._records
+        if records is None:
             return
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
-        if self._events:
-            self._backends.write_events(self._events)
-            self._events = []
         self._flushed = time.monotonic()
+        self.attempt(f"write {records.file}", lambda: records.flush(durable))
+        seen, self._pending = self._pending, []
+        if not seen:
+            return
+        scalars = [(tag, value, one.step) for one in seen for tag, value in one.scalars.items()]
+        for name in ("wandb_monitor", "csv_monitor", "comet_monitor"):
+            if (backend := getattr(self._master, name, None)) is not None:
+                self.attempt(f"write to {name}", functools.partial(backend.write_events, scalars))
+        if self.tensorboard is not None:
+            self._to_show = [*self._to_show, *seen][-_MOST_TO_SHOW:]
+            if self.attempt(_SHOW, self._show):
+                self._to_show = []
+
+    def mark_start(self, step: int, what: str) -> None:
+        """Say on TensorBoard's text page that a process began at ``step``; the records know nothing of processes."""
+        if self._records is not None:
+            self._pending.append(_AtStep(step, time.time(), {"marks/start": what}))
+
+    def attempt(self, what: str, action: Callable[[], object]) -> bool:
+        """Whether ``action`` worked; the first of several failures in a row is said, and the end of them."""
+        try:
+            action()
+        except Exception as error:  # from whatever library writes there; none of it is worth a run
+            if what not in self._failing:
+                self._failing.add(what)
+                log.warning(f"cannot {what}: {error}; training goes on, and it is tried again")
+            return False
+        if what in self._failing:
+            self._failing.discard(what)
+            log.info(f"could {what} again")
+        return True
 
     def close(self) -> None:
         self.flush()
         if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self._file is not None:
-            self._file.close()
+            self.attempt("close TensorBoard's events", self.tensorboard.close)
+        if self._records is not None:
+            self._records.close()
 
-    def _show(self, tag: str, value: str | Histogram, step: int) -> None:
-        if isinstance(value, str):
-            self.tensorboard.add_text(tag, as_code_block(value), step)
-            return
-        self.tensorboard.add_histogram_raw(
-            tag,
-            min=value.minimum,
-            max=value.maximum,
-            num=sum(value.counts),
-            sum=value.total,
-            sum_squares=value.squares,
-            bucket_limits=value.limits,
-            bucket_counts=value.counts,
-            global_step=step,
-        )
+    def _show(self) -> None:
+        if _SHOW in self._failing:  # the writer's thread does not survive an error; nothing is to come twice
+            self._reopen_tensorboard(self._to_show[0].step)
+        for one in self._to_show:
+            _add_to(self.tensorboard, one)
+        self.tensorboard.flush()
 
-    def _restart_tensorboard(self, start_step: int) -> None:
-        """DeepSpeed's writer knows no ``purge_step``: where an earlier start has written, another takes its place."""
+    def _has_written_before(self) -> bool:
         opened = self.tensorboard
-        if opened is None or len(list(Path(opened.log_dir).glob("events.*"))) == 1:
-            return  # nothing was written here before
-        opened.close()
-        self._backends.tb_monitor.summary_writer = type(opened)(log_dir=opened.log_dir, purge_step=start_step + 1)
+        return opened is not None and len(list(Path(opened.log_dir).glob("events.*"))) > 1
+
+    def _reopen_tensorboard(self, purge_step: int) -> None:
+        """A new writer in the place of DeepSpeed's, which knows no ``purge_step``: what it shows from there on goes."""
+        opened = self.tensorboard
+        with contextlib.suppress(OSError):
+            opened.close()
+        self._master.tb_monitor.summary_writer = type(opened)(log_dir=opened.log_dir, purge_step=purge_step)
+
+
+def _add_to(writer: Any, one: _AtStep) -> None:
+    scalars = one.scalars
+    if scalars:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        writer.file_writer.add_summary(Summary(value=values), one.step, one.time)
+    for tag, value in one.seen.items():
+        if isinstance(value, str):
+            writer.add_text(tag, as_code_block(value), one.step, one.time)
+        elif isinstance(value, Histogram):
+            writer.add_histogram_raw(
+                tag,
+                min=value.minimum,
+                max=value.maximum,
+                num=sum(value.counts),
+                sum=value.total,
+                sum_squares=value.squares,
+                bucket_limits=value.limits,
+                bucket_counts=value.counts,
+                global_step=one.step,
+                walltime=one.time,
+            )
 
 
 def as_code_block(text: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ds_gpt2.data.prepare import prepare
 from ds_gpt2.data.sources import python_documents
 
 SEQUENCE = 64
+MODEL = {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1}  # so that a resume needs the random state too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,9 +59,20 @@ def write_config(dataset_dir: Path) -> Callable[..., Path]:
     return write
 
 
+def hellaswag_item(number: int) -> dict[str, Any]:
+    """In the form of the original file."""
+    context = f"Statement {number} of a program is read."
+    endings = [f"It {verb} {number} times." for verb in ("runs", "fails", "waits", "ends")]
+    ours = {"ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings, "label": number % 4}
+    return {"activity_label": "Reading", **ours}
+
+
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Launched, Path]:
     """A whole run on four ranks, started the way those who know DeepSpeed do; and its folder."""
     folder = tmp_path_factory.mktemp("four ranks")  # with a space, as in people's home directories
-    model = {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1}  # so that a resume needs the random state too
-    return launch(4, "--config", str(write_config(folder, model=model))), folder
+    items = folder / "items.jsonl"
+    items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(30)), encoding="utf-8")
+    hellaswag = {"every": 6, "path": str(items)}
+    config = write_config(folder, model=MODEL, histograms={"every": 6}, hellaswag=hellaswag)
+    return launch(4, "--config", str(config)), folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from ds_gpt2 import deepspeed_file, device, dist, outcome
 from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import ValidationSettings, load_settings
+from ds_gpt2.config import HistogramsSettings, ValidationSettings, load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
-from ds_gpt2.hooks import Validation
+from ds_gpt2.hooks import Histograms, Validation
 from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.monitor import Histogram
+from ds_gpt2.state import TrainState
 
 LR = 1e-3
 
@@ -57,6 +60,7 @@ def main(config: Path, out: Path) -> None:
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
     found["skipped"] = _with_a_bad_gradient(engine, data)
     found["after_skip"] = steps(engine, 1)
+    found["histograms"] = _histograms(engine, data)
     complaints = []
     for guilty in range(dist.world_size()):
         complaints.append(_complaint_of(guilty))
@@ -95,6 +99,55 @@ def _with_a_bad_gradient(trained: Engine, data: TrainingData) -> list[dict[str, 
         same = all(torch.equal(before[name], tensor) for name, tensor in trained.model.state_dict().items())
         results.append({"applied": update.applied, "grad_norm": str(update.grad_norm), "weights_unchanged": same})
     return results
+
+
+def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
+    """What the hook tells of an update, and the same from whole tensors, gathered one by one."""
+    hook = Histograms(HistogramsSettings(every=1, norms=True), trained.model)
+    trained.accumulate(data.micro_batches(7))
+    hook.before_update(trained)
+    parameters = dict(trained.model.named_parameters())
+    gradients = {name: safe_get_full_grad(parameter) for name, parameter in parameters.items()}
+    before = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in parameters.items()}
+    trained.apply(LR)
+    after = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
+    told = hook.observe(trained, TrainState())
+    expected = {f"grad/{name}": _figures(tensor) for name, tensor in gradients.items() if tensor.dim() == 2}
+    expected |= {f"param/{name}": _figures(tensor) for name, tensor in after.items() if tensor.dim() == 2}
+    for part in ("wte", "wpe", "h.0", "h.1", "ln_f"):
+        names = [name for name in parameters if name.startswith(part + ".")]
+        moved, old = (
+            math.sqrt(sum(float(tensors[name].double().square().sum()) for name in names))
+            for tensors in ({name: after[name] - before[name] for name in names}, before)
+        )
+        expected[f"update_ratio/{part}"] = moved / old
+        expected[f"param_norm/{part}"] = old
+        expected[f"grad_norm/{part}"] = math.sqrt(sum(float(gradients[name].square().sum()) for name in names))
+    shown = {
+        tag: [sum(value.counts), value.minimum, value.maximum, value.total, value.squares]
+        if isinstance(value, Histogram)
+        else value
+        for tag, value in told.items()
+    }
+    middle = told["param/wte.weight"]
+    assert isinstance(middle, Histogram)
+    return {"told": shown, "expected": expected, "counts": middle.counts, "limits": middle.limits,
+            "counted": _counted(after["wte.weight"], middle.limits)}  # fmt: skip
+
+
+def _figures(tensor: torch.Tensor) -> list[float]:
+    values = tensor.double()
+    return [values.numel(), float(values.min()), float(values.max()), float(values.sum()), float(values.square().sum())]
+
+
+def _counted(tensor: torch.Tensor, limits: list[float]) -> list[int]:
+    """Values up to each limit and above the one before."""
+    values, last = tensor.float(), -math.inf
+    counts = []
+    for limit in torch.tensor(limits, dtype=torch.float32).tolist():
+        counts.append(int(((values > last) & (values <= limit)).sum()))
+        last = limit
+    return counts
 
 
 def _complaint_of(guilty: int) -> list[str | None]:

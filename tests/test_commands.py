@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import PROJECT, end_session, launch, run, start
+from launched import PROJECT, launch, run
 from test_train import Run
 
 from ds_gpt2 import cli, outcome
@@ -101,32 +97,6 @@ def test_resume_by_directory_goes_on_to_the_new_end(four_ranks: Run, tmp_path: P
     assert result.code == outcome.DONE, result.output
     assert "step 6 of 8" in result.output
     assert "done at step 8 of 8" in result.output
-
-
-def test_tensorboard_serves_the_runs_curves(four_ranks: Run) -> None:
-    process = start([sys.executable, "-m", "ds_gpt2", "tensorboard", str(four_ranks[1] / "runs" / "test")])
-    try:
-        assert process.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
-        assert address is not None
-        assert "train/loss" in _tags_when_ready(address[0] + "data/plugin/scalars/tags")
-    finally:
-        process.terminate()  # SIGINT may be ignored where the tests run in the background
-        try:
-            process.communicate(timeout=30)
-        finally:
-            left = end_session(process.pid)
-    assert left == []
-
-
-def _tags_when_ready(address: str, seconds: float = 60) -> str:
-    """The scalar tags that TensorBoard knows, as soon as it has read the events."""
-    deadline, answer = time.monotonic() + seconds, ""
-    while "train/loss" not in answer and time.monotonic() < deadline:
-        time.sleep(0.5)
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as reply:
-            answer = reply.read().decode()
-    return answer
 
 
 def _shell(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_gpt2 import console
-from ds_gpt2.console import StepLines, duration, open_log
+from ds_gpt2.console import StepLines, open_log
 from ds_gpt2.monitor import Seen
 
 SEEN: Seen = {
@@ -26,13 +26,6 @@ def _log_as_before() -> Iterator[None]:
     for handler in log.handlers:
         handler.close()
     log.handlers, log.level, log.propagate = before
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0m 00s"), (95, "1m 35s"), (3700, "1h 01m"), (200_000, "2d 7h"), (34 * 86_400, "34d 0h")]
-)
-def test_durations_are_short(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_a_step_is_one_line_in_terminal_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,3 +65,14 @@ def test_a_mistake_found_by_one_rank_is_heard_by_all(seen: Seen) -> None:
     for ranks in seen:
         expected = [[f"rank {guilty} found it"] * ranks for guilty in range(ranks)]
         assert seen[ranks]["complaints"] == expected
+
+
+def test_histograms_and_norms_are_those_of_the_whole_tensors_whatever_the_ranks(seen: Seen) -> None:
+    for ranks in seen:
+        told, expected = seen[ranks]["histograms"]["told"], seen[ranks]["histograms"]["expected"]
+        assert told.keys() == expected.keys()
+        for tag in told:
+            assert told[tag] == pytest.approx(expected[tag], rel=1e-4, abs=1e-6), (ranks, tag)
+        assert seen[ranks]["histograms"]["counts"] == seen[ranks]["histograms"]["counted"]
+        assert len(seen[ranks]["histograms"]["limits"]) == len(seen[ranks]["histograms"]["counts"]) < 300
+        assert 1e-4 < told["update_ratio/h.0"] < 0.5

@@ -9,9 +9,23 @@ import ds_gpt2
 
 PACKAGE = Path(ds_gpt2.__file__).parent
 LAYERS = [
-    {"errors", "config", "deepspeed_file", "schedule", "state", "batch", "stop", "outcome", "machine", "metrics"},
+    {
+        "errors",
+        "config",
+        "deepspeed_file",
+        "schedule",
+        "state",
+        "batch",
+        "stop",
+        "outcome",
+        "machine",
+        "metrics",
+        "reference",
+        "wording",
+        "notes",
+    },
     {"dist", "device", "loss", "model", "tokenizer", "data", "meter", "rng"},
-    {"engine", "checkpoint", "monitor", "dashboard", "console", "generate"},
+    {"engine", "checkpoint", "monitor", "dashboard", "console", "generate", "hellaswag", "report"},
     {"hooks", "loop"},
     {"assembly", "train", "launcher", "commands", "cli", "__main__"},
 ]

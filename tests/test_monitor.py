@@ -1,4 +1,6 @@
 import json
+import logging
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -6,36 +8,41 @@ from typing import Any
 from ds_gpt2.monitor import Monitor
 
 
-class _Backends:
-    """DeepSpeed's monitor without a TensorBoard writer; keeps what it is given."""
+class Service:
+    """One of DeepSpeed's monitors; keeps what it is given, unless it is away."""
 
     def __init__(self) -> None:
-        self.tb_monitor = None
         self.batches: list[list[tuple[str, float, int]]] = []
+        self.away = False
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        if self.away:
+            raise ConnectionError("no route to host")
         self.batches.append(events)
 
 
-def _monitor(file: Path, start_step: int = 0) -> tuple[Monitor, _Backends]:
-    backends = _Backends()
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=backends))
-    return Monitor(engine, file, start_step), backends
+def _monitor(file: Path, start_step: int = 0) -> tuple[Monitor, Service]:
+    service = Service()
+    master = SimpleNamespace(tb_monitor=None, wandb_monitor=service)
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
+    return Monitor(engine, file, start_step), service
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    records = [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    assert all(abs(record.pop("time") - time.time()) < 60 for record in records)
+    return records
 
 
 def test_scalars_go_out_in_one_batch_and_to_the_file(tmp_path: Path) -> None:
-    monitor, backends = _monitor(tmp_path / "metrics.jsonl")
+    monitor, service = _monitor(tmp_path / "metrics.jsonl")
     for step in (1, 2):
         monitor.write(step, {"train/loss": 2.5 / step, "samples/0": "text\nin two lines"})
     monitor.close()
-    assert backends.batches == [[("train/loss", 2.5, 1), ("train/loss", 1.25, 2)]]
+    assert service.batches == [[("train/loss", 2.5, 1), ("train/loss", 1.25, 2)]]
     assert _records(tmp_path / "metrics.jsonl") == [
         {"step": 1, "train/loss": 2.5, "samples/0": "text\nin two lines"},
         {"step": 2, "train/loss": 1.25, "samples/0": "text\nin two lines"},
@@ -65,8 +72,25 @@ def test_what_a_resume_replays_is_forgotten_first(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("RANK", "1")
-    monitor, backends = _monitor(tmp_path / "metrics.jsonl")
+    monitor, service = _monitor(tmp_path / "metrics.jsonl")
     monitor.write(1, {"x": 1.0})
     monitor.close()
     assert not (tmp_path / "metrics.jsonl").exists()
-    assert backends.batches == []
+    assert service.batches == []
+
+
+def test_a_service_that_is_away_misses_what_came_meanwhile_and_ends_nothing(
+    tmp_path: Path, caplog: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ds_gpt2"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    monitor, service = _monitor(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        service.away = step in (2, 3)
+        monitor.write(step, {"x": float(step)})
+        monitor.flush()
+    monitor.close()
+    assert service.batches == [[("x", float(step), step)] for step in (1, 4, 5)]
+    assert caplog.text.count("cannot write to wandb_monitor: no route to host; training goes on") == 1
+    assert caplog.text.count("could write to wandb_monitor again") == 1
+    assert [record["step"] for record in _records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]

@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.inspection import Verdict, examine, wrong_size
 from ds_gpt2.checkpoint.layout import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
+from ds_gpt2.wording import duration, size
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.tag,
         "" if row.step is None else str(row.step),
         "" if row.epoch is None else f"{row.epoch:.2f}",
-        "" if row.age_seconds is None else _duration(row.age_seconds),
-        as_size(row.bytes),
-        as_size(row.freed_bytes),
+        "" if row.age_seconds is None else duration(row.age_seconds),
+        size(row.bytes),
+        size(row.freed_bytes),
         "" if row.val_loss is None else f"{row.val_loss:.4f}",
         "; ".join([_state(row), *row.pointers, *([f"same files as {', '.join(row.roles)}"] if row.roles else [])]),
     )
@@ -170,15 +171,3 @@ def _state(row: Row) -> str:
     if row.problem is not None:
         return row.problem if row.kind == "unfinished" else f"BAD: {row.problem}"
     return "weights only" if row.kind == "weights" else "resumable"
-
-
-def _duration(seconds: float) -> str:
-    """``200000`` as ``2d 7h``, ``11520`` as ``3h 12m``; to the minute."""
-    minutes = max(0, int(seconds)) // 60
-    if minutes >= 1440:
-        return f"{minutes // 1440}d {minutes // 60 % 24}h"
-    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m"
-
-
-def as_size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -22,10 +22,11 @@ from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, scan
 from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing, mark
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
-from ds_gpt2.commands.checkpoint_table import as_size, as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
+from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.train import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, load_settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.wording import size
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +102,7 @@ def prune(options: argparse.Namespace) -> int:
     else:
         would_be = "would be " if options.dry_run else ""
         lines = [f"{tag} {would_be}deleted" for tag in pruned.deleted] + pruned.failures
-        print("\n".join([*lines, f"{as_size(pruned.freed_bytes)} {would_be}freed"]))
+        print("\n".join([*lines, f"{size(pruned.freed_bytes)} {would_be}freed"]))
     return outcome.CRASHED if pruned.failures else outcome.DONE
 
 

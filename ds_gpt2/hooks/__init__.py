@@ -1,7 +1,10 @@
 """Observers of training: they look and report, and never change what is trained."""
 
+from ds_gpt2.hooks.health import Health
+from ds_gpt2.hooks.hellaswag import HellaSwag, open_hellaswag
+from ds_gpt2.hooks.histograms import Histograms
 from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.hooks.samples import Samples
 from ds_gpt2.hooks.validation import Validation, perplexity
 
-__all__ = ["Hook", "Samples", "Validation", "perplexity"]
+__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Samples", "Validation", "open_hellaswag", "perplexity"]

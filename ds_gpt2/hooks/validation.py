@@ -48,9 +48,10 @@ class Validation(Hook):
     def observe(self, engine: Engine, state: TrainState) -> Seen:
         loss = self.loss(engine)
         state.validated(loss)
-        best = "  (best so far)" if state.best_val_loss == loss else ""
-        log.info(f"step {state.step}: validation loss {loss:.4f}{best}")
-        return {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        best = state.best_step == state.step
+        log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if best else ''}")
+        seen: Seen = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        return seen | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if best else {})
 
     @torch.no_grad()
     def loss(self, engine: Engine) -> float:

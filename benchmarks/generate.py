@@ -1,0 +1,101 @@
+"""Tokens per second of text from a model, with what is computed of earlier tokens kept and without.
+
+Both arms continue one prompt four times, turn by turn in one run, in bf16 as training does, from random weights.
+
+    python benchmarks/generate.py --out benchmarks/results/generate_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+from ds_gpt2.config import PRESETS
+from ds_gpt2.generate import Sampling, choose, encode_prompt, next_tokens
+from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+
+SEQUENCE = 1024
+CONTINUATIONS, TOKENS = 4, 48
+SAMPLING = Sampling(temperature=0.8, top_k=50)
+PROMPT = encode_prompt("Hello, I'm a language model,")
+SEEDS = range(CONTINUATIONS)
+
+Tokens = Iterator[torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--presets", nargs="+", default=["7M", "124M"], choices=PRESETS)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    result = {
+        "machine": machine.describe(),
+        "setting": f"{len(PROMPT)} tokens continued {CONTINUATIONS} times by {TOKENS} tokens, temperature"
+        f" {SAMPLING.temperature}, top-k {SAMPLING.top_k}, bf16, {torch.get_num_threads()} threads",
+        "tokens_per_s": {preset: _measure(preset, options.rounds) for preset in options.presets},
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def _measure(preset: str, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT2(ModelShape(*PRESETS[preset], SEQUENCE)).to(device, torch.bfloat16).eval()
+    arms: dict[str, Callable[[], Tokens]] = {
+        "with cache": lambda: next_tokens(model, PROMPT, SAMPLING, SEEDS),
+        "without": lambda: _without_cache(model),
+    }
+    rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(1 + rounds):
+        for arm, begin in arms.items():
+            rates[arm].append(_rate(begin()))
+    counted = {arm: found[1:] for arm, found in rates.items()}  # the first round warms up
+    ratios = [one / other for one, other in zip(*counted.values(), strict=True)]
+    return {
+        **{arm: _summary(found, digits=1) for arm, found in counted.items()},
+        "ratio": _summary(ratios, digits=2),
+    }
+
+
+def _rate(tokens: Tokens) -> float:
+    """New tokens a second, the prompt's computation included."""
+    begun = time.perf_counter()
+    for _ in itertools.islice(tokens, TOKENS):
+        pass
+    return CONTINUATIONS * TOKENS / (time.perf_counter() - begun)
+
+
+@torch.no_grad()
+def _without_cache(model: GPT2) -> Tokens:
+    """The whole text through the model for every token."""
+    dice = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    text = torch.tensor([PROMPT] * CONTINUATIONS, device=model.wte.weight.device)
+    while True:
+        scores = F.linear(model.hidden(text)[:, -1], model.wte.weight[:VOCABULARY])
+        chosen = choose(scores.float().cpu(), SAMPLING, dice)
+        yield chosen
+        text = torch.cat([text, chosen[:, None].to(text.device)], dim=1)
+
+
+def _summary(values: list[float], digits: int) -> dict[str, Any]:
+    return {"median": round(statistics.median(values), digits), "rounds": [round(value, digits) for value in values]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Are our answers to HellaSwag, on text that is ``cleaned``, those of lm-evaluation-harness? Item by item, offline.
+
+One model with random weights answers twice: here, and as a transformers GPT-2 under the harness's own task and
+scoring. The harness is no dependency of this project: install "lm_eval[hf]==0.4.13" into an environment, or with
+``pip install --target DIR`` into a directory for PYTHONPATH, of its own.
+
+    python benchmarks/hellaswag_harness.py --file data/hellaswag/hellaswag_val.jsonl --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+from ds_gpt2 import tokenizer
+from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.hellaswag import MEASURES, Scores, score
+from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+SHAPE = ModelShape(layers=2, heads=2, width=64, sequence_length=256)
+GAIN = 5.0  # on weights that are as at the start of training: the model shall have opinions
+THEIRS = {"acc": "acc", "acc_norm": "acc_norm_chars", "acc_bytes": "acc_norm_bytes"}  # their names for our measures
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps these as (in, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--items", type=int, default=300, help="so many, taken evenly")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = _opinionated(GPT2(SHAPE)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = _sample(options.file, options.items, Path(folder))
+        ours = score(model, load_items(file, "cleaned", Path(folder)))
+        theirs = _harness(model, file, Path(folder))
+    result = _compare(ours, theirs)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def _sample(file: Path, items: int, folder: Path) -> Path:
+    """``items`` lines of the file, from its beginning to its end."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    sample = folder / "sample.jsonl"
+    sample.write_bytes(b"".join(lines[number * len(lines) // items] for number in range(items)))
+    return sample
+
+
+@torch.no_grad()
+def _opinionated(model: GPT2) -> GPT2:
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(GAIN)
+    return model
+
+
+def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
+    """What the harness keeps of each item: its log-likelihoods and whether each measure finds it right."""
+    os.environ["HF_HOME"] = str(folder)
+    import lm_eval.tasks  # type: ignore[import-not-found]  # not among this project's packages
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+
+    task = folder / "hellaswag_here.yaml"  # the harness's own task, but for where the file is
+    settings = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(file)}},
+        "training_split": None,
+        "metric_list": [{"metric": measure} for measure in THEIRS],
+    }
+    task.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    lm = HFLM(pretrained=_as_transformers(model), tokenizer=_tokenizer(), backend="causal", device="cpu", batch_size=8)
+    results = lm_eval.simple_evaluate(lm, tasks=[str(task)], bootstrap_iters=0)
+    return sorted(results["samples"]["hellaswag"], key=lambda sample: int(sample["doc_id"]))
+
+
+def _as_transformers(model: GPT2) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = model.shape
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=shape.sequence_length,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+    )
+    weights = {
+        f"transformer.{name}": weight.t() if name.endswith(TRANSPOSED) else weight
+        for name, weight in model.state_dict().items()
+    }
+    weights["transformer.wte.weight"] = weights["lm_head.weight"] = weights["transformer.wte.weight"][:VOCABULARY]
+    twin = GPT2LMHeadModel(config).eval()
+    twin.load_state_dict(weights)
+    return twin
+
+
+def _tokenizer() -> Any:
+    """GPT-2's tokenizer out of this project's vocabulary, in Hugging Face's implementation."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    end = "<|endoftext|>"
+    converted = TikTokenConverter(
+        str(tokenizer._RANKS), pattern=tokenizer._SPLIT, extra_special_tokens=[end]
+    ).converted()
+    return PreTrainedTokenizerFast(tokenizer_object=converted, eos_token=end, bos_token=end, pad_token=end)
+
+
+def _compare(ours: Scores, theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = np.array([[float(answer[0]) for answer in sample["filtered_resps"]] for sample in theirs])
+    right = ours.answers() == ours.labels
+    measures = {
+        name: {
+            "ours": f"hellaswag/{measure}",
+            "items right, ours": int(right[MEASURES.index(measure)].sum()),
+            "items right, theirs": int(sum(sample[name] for sample in theirs)),
+            "items that differ": int(
+                (right[MEASURES.index(measure)] != np.array([sample[name] == 1 for sample in theirs])).sum()
+            ),
+        }
+        for name, measure in THEIRS.items()
+    }
+    return {
+        "machine": machine.describe(),
+        "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "datasets")},
+        "setting": f"{SHAPE}, random weights x {GAIN}, fp32",
+        "items": len(theirs),
+        "measures": measures,
+        "largest difference of a log-likelihood, nats": float(np.abs(sums - ours.sums).max()),
+        "mean log-likelihood, nats": float(sums.mean()),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What does watching a run cost?
+
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/monitor_overhead.py --data DIR --out FILE
+    deepspeed --num_gpus 1 benchmarks/monitor_overhead.py --preset 124M --data DIR --out FILE
+
+The training loop runs in blocks that take turns: nothing is recorded; every scalar of every step goes to metrics.jsonl
+and TensorBoard, and the machine is looked at. The difference is far below what blocks differ by anyway, so the calls
+themselves are timed too. What validation, samples, histograms and HellaSwag cost is timed at single occasions, and
+divided by the steps between two of them in ds_configs/gpt2_124m.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import config, device, dist, outcome
+
+if TYPE_CHECKING:
+    from benchmarks.trainer import Trainer
+    from ds_gpt2.hooks import Hook
+
+T = TypeVar("T")
+
+
+class Silent:
+    """In the place of everything around the training itself; each part does nothing, as cheaply as can be."""
+
+    requested = False
+
+    def begin(self) -> None: ...
+    def mark(self, phase: str) -> None: ...
+    def flush(self, durable: bool = False) -> None: ...
+    def write(self, step: int, seen: object) -> None: ...
+    def show(self, step: int, seen: object, eta: float) -> None: ...
+    def save(self, state: object, epoch: float) -> None: ...
+
+    def waiting_for(self, items: Iterable[T]) -> Iterable[T]:
+        return items
+
+    def end(self) -> dict[str, float]:
+        return {}
+
+    def eta(self, steps_left: int) -> float:
+        return 0.0
+
+    def finish(self, state: object, for_good: bool) -> bool:
+        return True
+
+
+class Timed:
+    """Hands on every call, and adds up what the calls take."""
+
+    def __init__(self, target: Any, *names: str) -> None:
+        self.seconds = 0.0
+        for name in names:
+            setattr(self, name, self._timed(getattr(target, name)))
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - begun
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="7M")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="of a block")
+    parser.add_argument("--occasions", type=int, default=5)
+    parser.add_argument("--hellaswag", type=Path, help="its file; left out without one")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    place = device.choose("auto")
+    from benchmarks import machine
+    from benchmarks.trainer import Trainer, settings_of
+    from ds_gpt2.engine import close_process_group, open_process_group
+
+    open_process_group(place)
+    logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
+    folder = Path(dist.gather_objects(tempfile.mkdtemp(prefix="monitor-overhead-"))[0])
+    places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
+    if options.hellaswag:
+        places["hellaswag.path"] = str(options.hellaswag.absolute())
+    trainer = Trainer(settings_of(options.data, options.preset, **places), place)
+    trainer.steps(4)
+    result = _scalars(trainer, options.rounds, options.steps)
+    result["occasions"] = _occasions(trainer, options.occasions, bool(options.hellaswag), result["step_ms"])
+    if dist.is_main():
+        setting = f"{options.preset}, {dist.world_size()} ranks on {place.type}, {trainer.plan}"
+        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), "setting": setting, **result}
+        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(shown, indent=1))
+    dist.barrier()
+    if dist.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    close_process_group()
+
+
+def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
+    from ds_gpt2 import loop
+    from ds_gpt2.hooks import Health
+    from ds_gpt2.meter import Meter, Past
+    from ds_gpt2.model import flops_per_token
+    from ds_gpt2.monitor import Monitor
+    from ds_gpt2.schedule import Every
+
+    engine, settings, nothing = trainer.engine, trainer.settings, Silent()
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", 0)
+    past = Past(0.0, time.time())
+    meter = Meter(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, past, engine.moment)
+    watching = (
+        Timed(meter, "begin", "mark", "end", "eta", "waiting_for"),
+        Timed(monitor, "write", "flush"),
+        Timed(Health(engine.device), "observe", "before_update"),
+    )
+    timed_meter, timed_monitor, health = watching
+    health.every = Every(1)  # type: ignore[attr-defined]  # it stands in for the hook
+
+    def block(hooks: list[Any], monitor: Any, meter: Any) -> float:
+        dist.barrier()
+        trainer.wait_for_device()
+        begun = time.perf_counter()
+        course = loop.Course(trainer.state.step + steps, lambda _: 1e-4, Every(0))
+        still: Any = nothing
+        loop.train(course, trainer.state, engine, trainer.data, hooks, monitor, still, meter, still, still)
+        trainer.wait_for_device()
+        return time.perf_counter() - begun
+
+    off, on = [], []
+    for _ in range(rounds):
+        off.append(block([], nothing, nothing))
+        on.append(block([health], timed_monitor, timed_meter))
+    monitor.close()
+    spent = sum(timed.seconds for timed in watching)
+    ratios = [with_it / without - 1 for with_it, without in zip(on, off, strict=True)]
+    return {
+        "step_ms": round(1000 * statistics.median(off) / steps, 2),
+        "scalars_a_step_ms": round(1000 * spent / (rounds * steps), 4),
+        "scalars_share_of_the_time": round(spent / sum(on), 6),
+        "paired_blocks": {
+            "blocks": rounds,
+            "steps_a_block": steps,
+            "on_over_off_minus_1": [round(ratio, 5) for ratio in ratios],
+            "median": round(statistics.median(ratios), 5),
+        },
+    }
+
+
+def _occasions(trainer: Trainer, count: int, with_hellaswag: bool, step_ms: float) -> dict[str, Any]:
+    """What one occasion of each hook costs, and its share of the time at the mission's cadence."""
+    mission = config.load_settings(config.PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
+    found = {}
+    for name, hook in _hooks(trainer, mission, with_hellaswag):
+        every = getattr(mission, name).every
+        costs = [1000 * _occasion(trainer, hook) for _ in range(count)]
+        cost = statistics.median(costs)
+        found[name] = {
+            "ms": [round(one, 1) for one in costs],
+            "every": every,
+            "share_of_the_time": round(cost / (every * step_ms), 6),
+        }
+    return found
+
+
+def _hooks(trainer: Trainer, mission: config.Settings, with_hellaswag: bool) -> Iterator[tuple[str, Hook]]:
+    from ds_gpt2.data.dataset import Windows, open_dataset
+    from ds_gpt2.hooks import Histograms, Samples, Validation, open_hellaswag
+
+    settings = trainer.settings
+    context = settings.batch.sequence_length
+    held_out = Windows(open_dataset(settings.data.dir), "val", context)
+    yield "validation", Validation(mission.validation, held_out, settings.batch.micro_batch)
+    yield "samples", Samples(mission.samples, settings.run.seed, settings.run_dir / "samples", context)
+    yield "histograms", Histograms(mission.histograms, trainer.engine.model)
+    if with_hellaswag and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
+        yield "hellaswag", hellaswag
+
+
+def _occasion(trainer: Trainer, hook: Hook) -> float:
+    """Seconds that a step takes longer for ``hook``, the training of the step itself left out."""
+    engine, state = trainer.engine, trainer.state
+    assert engine.accumulate(trainer.data.micro_batches(state.step + 1)) is not None
+    trainer.wait_for_device()
+    begun = time.perf_counter()
+    hook.before_update(engine)
+    trainer.wait_for_device()
+    before = time.perf_counter() - begun
+    engine.apply(1e-4)
+    state.advance(trainer.plan.tokens_per_step, True, b"")
+    dist.barrier()
+    begun = time.perf_counter()
+    hook.observe(engine, state)
+    dist.barrier()
+    return before + time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()
+    outcome.end_process(outcome.DONE)

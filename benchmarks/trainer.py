@@ -1,0 +1,63 @@
+"""An engine, its data and its progress, as benchmarks need them. Import it after ``device.choose``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ds_gpt2 import config, deepspeed_file, dist
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.config import Settings
+from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.engine import Engine
+from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.state import TrainState
+
+
+def settings_of(data: Path, preset: str, **overrides: str) -> Settings:
+    """One micro-batch a rank and step: short windows for the small presets, GPT-2's own for the others."""
+    sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 16)
+    return config.load_settings(
+        config.PROJECT_DIR / "ds_configs" / "quickstart.yaml",
+        {
+            "data.dir": str(data.absolute()),
+            "model.preset": preset,
+            "batch.sequence_length": str(sequence),
+            "batch.micro_batch": str(micro),
+            "batch.tokens_per_step": str(sequence * micro * dist.world_size()),
+            "monitor.tensorboard": "false",
+            **overrides,
+        },
+    )
+
+
+class Trainer:
+    """Trains without looking, saving or speaking."""
+
+    def __init__(self, settings: Settings, place: torch.device) -> None:
+        batch = settings.batch
+        self.settings = settings
+        self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
+        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length))
+        self.engine = Engine(model, deepspeed_file.complete(content, settings, self.plan), 0.1)
+        self.state = TrainState()
+
+    def steps(self, count: int) -> float:
+        """Train ``count`` steps; returns the seconds until the device has done them."""
+        begun = time.perf_counter()
+        for _ in range(count):
+            assert self.engine.accumulate(self.data.micro_batches(self.state.step + 1)) is not None
+            self.engine.apply(1e-4)
+            self.state.advance(self.plan.tokens_per_step, True, b"")
+        self.wait_for_device()
+        return time.perf_counter() - begun
+
+    def wait_for_device(self) -> None:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()

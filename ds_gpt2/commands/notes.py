@@ -1,0 +1,73 @@
+"""``notes``: write down what was seen or done, at the step the run is at."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from ds_gpt2 import notes, outcome
+from ds_gpt2.commands.tensorboard import event_directory
+from ds_gpt2.commands.train import find_run
+from ds_gpt2.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's name or directory")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="Markdown; - reads it from stdin; none: show the notes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    run_dir = find_run(options.run)
+    if not options.text:
+        return _show(run_dir, options)
+    text = sys.stdin.read() if options.text == ["-"] else " ".join(options.text)
+    if not text.strip():
+        raise UserError('the note is empty: give its text, as in `./launch.sh notes RUN "halved the learning rate"`')
+    return _add(run_dir, notes.now(notes.newest_step(run_dir), text), options.json)
+
+
+def _show(run_dir: Path, options: argparse.Namespace) -> int:
+    file = run_dir / notes.NOTES
+    try:
+        if options.json:
+            print(json.dumps([dataclasses.asdict(note) for note in notes.read_notes(run_dir)], ensure_ascii=False))
+        elif file.exists():
+            print(file.read_text(encoding="utf-8", errors="replace").strip())
+        else:
+            print(f'no notes in {file} yet: write one with `./launch.sh notes {options.run} "what you saw"`')
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; check its permissions and its disk") from None
+    return outcome.DONE
+
+
+def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
+    file = run_dir / notes.NOTES
+    try:
+        with notes.one_writer(run_dir):
+            notes.append(run_dir, note)
+            shown = _show_in_tensorboard(run_dir)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; check its permissions and its disk") from None
+    if as_json:
+        report = {**dataclasses.asdict(note), "file": str(file), "tensorboard": shown}
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print(f"noted at step {note.step:,} in {file}{' and in TensorBoard' if shown else ''}")
+    return outcome.DONE
+
+
+def _show_in_tensorboard(run_dir: Path) -> bool:
+    """Whether it did; the note is safe whatever happens here."""
+    directory = event_directory(run_dir)
+    if not directory.is_dir():  # a run without TensorBoard, or one that has not written yet
+        return False
+    try:
+        notes.show_in_tensorboard(notes.read_notes(run_dir), directory / notes.TAG)
+    except Exception as error:
+        print(f"warning: the note is kept, but TensorBoard does not show it: {error}", file=sys.stderr)
+        return False
+    return True

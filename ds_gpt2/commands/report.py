@@ -1,0 +1,112 @@
+"""``report``: how a run, or several, went so far, as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands.train import find_run
+from ds_gpt2.config import PROJECT_DIR
+from ds_gpt2.errors import UserError
+from ds_gpt2.report.charts import charts_of, views_of
+from ds_gpt2.report.page import Part, render
+from ds_gpt2.report.run import Run, load_run
+from ds_gpt2.report.summary import Prices, Summary, summarize
+
+_SECONDS = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories of runs (default: the newest run)")
+    parser.add_argument("--since", metavar="TIME", help="look at the last 90m, 24h or 7d only")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: runs/RUN/report.html; of several: runs/report.html"
+    )
+    parser.add_argument("--reference", action="store_true", help="show llm.c's loss, whatever the run is")
+    parser.add_argument(
+        "--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs, if recorded)"
+    )
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, write no file")
+
+
+def run(options: argparse.Namespace) -> int:
+    prices = _prices(options)
+    seconds = None if options.since is None else parse_span(options.since)
+    directories = [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
+    runs = [_load(directory) for directory in directories]
+    now = time.time()
+    summaries = [summarize(each, now, prices, seconds) for each in runs]
+    if prices.per_kwh is not None:
+        _check_power_known(summaries)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(summary) for summary in summaries]))
+        return outcome.DONE
+    if seconds is not None:
+        runs = [each.since(now - seconds) for each in runs]
+    views = views_of([(each.name, each.settings, each.records) for each in runs])
+    parts = [Part(each, summary) for each, summary in zip(runs, summaries, strict=True)]
+    out = options.out or _default_out(directories)
+    _write(out, render(parts, charts_of(views, options.reference), now))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser, without a network")
+    return outcome.DONE
+
+
+def _load(directory: Path) -> Run:
+    try:
+        return load_run(directory)
+    except OSError as error:
+        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+
+
+def parse_span(text: str) -> float:
+    """``90m``, ``24h`` or ``7d`` in seconds.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", text, re.ASCII)
+    if not found or float(found[1]) == 0:
+        raise UserError(f"--since {text}: give minutes, hours or days, such as 90m, 24h or 7d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _prices(options: argparse.Namespace) -> Prices:
+    for name in ("watts", "price_per_kwh", "price_per_hour"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    return Prices(options.watts, options.price_per_kwh, options.price_per_hour)
+
+
+def _check_power_known(summaries: list[Summary]) -> None:
+    for summary in summaries:
+        if summary.seconds_left is not None and (summary.cost is None or summary.cost.watts is None):
+            raise UserError(f"--price-per-kwh: run {summary.run} has recorded no power, give --watts too")
+
+
+def _default_out(directories: list[Path]) -> Path:
+    return (directories[0] if len(directories) == 1 else PROJECT_DIR / "runs") / "report.html"
+
+
+def _write(file: Path, page: str) -> None:
+    """Whole, or not at all: a browser may have the last one open.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = file.with_name(file.name + ".tmp")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {file}: {error.strerror}; give another place with --out FILE") from None

@@ -1,0 +1,20 @@
+"""Published results of GPT-2 124M, to hold a run against."""
+
+from __future__ import annotations
+
+# Validation loss of llm.c's GPT-2 124M on FineWeb, 524,288 tokens a step (its published log, karpathy/llm.c
+# discussion 481): not on one scale with FineWeb-Edu, but of the same shape.
+REFERENCE = "llm.c-124M-on-FineWeb"
+REFERENCE_TOKENS_PER_STEP = 524_288
+REFERENCE_CURVE = {
+    2_000: 3.859,
+    4_000: 3.618,
+    6_000: 3.507,
+    8_000: 3.443,
+    10_000: 3.392,
+    14_000: 3.315,
+    18_000: 3.275,
+}
+
+# HellaSwag, length-normalised accuracy, as llm.c measures it (discussion 481): OpenAI's weights, and its own.
+REFERENCE_HELLASWAG = {"OpenAI GPT-2 124M": 0.2945, "llm.c 124M": 0.299}

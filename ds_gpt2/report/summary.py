@@ -1,0 +1,220 @@
+"""A run in figures: where it is, how fast it goes, what it has left to do, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ds_gpt2.report.records import Records
+from ds_gpt2.report.run import Run
+
+_WINDOWS, _WINDOW = 20, 250  # the pace is that of the newest so many windows of at most so many steps
+_SILENT = 600.0  # seconds without a record, or ten steps if they take longer, after which a run no longer looks alive
+
+State = Literal["no data yet", "running", "stopped", "silent", "finished"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A mean, and the 10th and 90th percentile around it."""
+
+    mean: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Range:
+        return Range(self.mean * factor, self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a person says that the machine draws and costs; None where that is not said."""
+
+    watts: float | None = None
+    per_kwh: float | None = None
+    per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the steps that are left will take. Money is in whatever the prices are in."""
+
+    watts: float | None
+    watts_recorded: bool  # by the GPUs themselves, without the rest of the machine
+    energy_kwh: Range | None
+    energy_money: Range | None
+    hours_money: Range | None
+
+
+@dataclass(frozen=True)
+class Since:
+    """What happened in a window that ends now."""
+
+    seconds: float
+    steps: int
+    loss_before: float | None
+    loss_now: float | None
+    starts: int
+    best_val_loss: float | None
+    best_val_step: int | None
+    worst_grad_norm: float | None
+    worst_grad_norm_step: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of one run, as ``report --json`` prints them; None where the files do not tell."""
+
+    run: str
+    state: State
+    ending: str | None
+    step: int
+    steps: int | None
+    last_record: float | None  # seconds since 1970
+    last_record_age_seconds: float | None
+    tokens: float | None
+    epoch: float | None
+    loss: float | None  # mean of the newest steps
+    not_finite_losses: int
+    val_loss: float | None
+    best_val_loss: float | None
+    best_val_step: int | None
+    hellaswag_acc_norm: float | None
+    grad_norm: float | None
+    clipped_share: float | None
+    skipped_steps: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    goodput: float | None
+    seconds_per_step: Range | None  # wall time, evaluation and saving included
+    seconds_left: Range | None
+    finish: float | None  # seconds since 1970; None where it does not run
+    restarts: int
+    lost_seconds: float | None
+    damaged_lines: int
+    estimated_times: int
+    since: Since | None
+    cost: Cost | None
+
+
+def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds: float | None = None) -> Summary:
+    """The figures of ``run``.
+
+    Args:
+        now: seconds since 1970.
+        since_seconds: the length of the window to look at more closely.
+    """
+    records = run.records
+    curve = records.curve
+    pace = pace_of(run)
+    state = _state(run, now, pace)
+    steps = run.steps
+    left = pace.times(max(0, steps - records.newest)) if pace and steps and state != "finished" else None
+    newest = float(records.times[-1]) if len(records.times) else None
+    best_step, best = curve("val/loss").lowest() or (None, None)
+    lost = [start.lost_seconds for start in run.starts if start.lost_seconds is not None]
+    return Summary(
+        run=run.name,
+        state=state,
+        ending=run.ending,
+        step=records.newest,
+        steps=steps,
+        last_record=newest,
+        last_record_age_seconds=None if newest is None else max(0.0, now - newest),
+        tokens=curve("train/tokens").last(),
+        epoch=curve("train/epoch").last(),
+        loss=curve("train/loss").recent(),
+        not_finite_losses=len(curve("train/loss")) - len(curve("train/loss").finite()),
+        val_loss=curve("val/loss").last(),
+        best_val_loss=best,
+        best_val_step=best_step,
+        hellaswag_acc_norm=curve("hellaswag/acc_norm").last(),
+        grad_norm=curve("train/grad_norm").recent(),
+        clipped_share=curve("train/clipped_share").last(),
+        skipped_steps=curve("train/skipped_steps").last(),
+        tokens_per_s=curve("perf/tokens_per_s").recent(),
+        mfu=curve("perf/mfu").recent(),
+        goodput=curve("perf/goodput").last(),
+        seconds_per_step=pace,
+        seconds_left=left,
+        finish=now + left.mean if left and state == "running" else None,
+        restarts=max(0, len(run.starts) - 1),
+        lost_seconds=sum(lost) if lost else None,
+        damaged_lines=records.damaged,
+        estimated_times=records.estimated,
+        since=None if since_seconds is None else since(run, now, since_seconds),
+        cost=_cost(left, _power(records), prices or Prices()),
+    )
+
+
+def pace_of(run: Run) -> Range | None:
+    """Wall seconds a step, from the newest windows of steps; what lay between two starts is left out."""
+    records = run.records
+    if len(records.steps) < 2:
+        alone = records.curve("perf/step_ms").last()
+        return None if alone is None else Range(alone / 1000, alone / 1000, alone / 1000)
+    first_steps = [start.from_step + 1 for start in run.starts]
+    of_this_process = ~np.isin(records.steps[1:], first_steps)
+    seconds = (np.diff(records.times) / np.diff(records.steps))[of_this_process]
+    if not len(seconds):
+        return None
+    size = min(_WINDOW, max(1, len(seconds) // _WINDOWS))
+    count = min(_WINDOWS, len(seconds) // size)
+    windows = seconds[-size * count :].reshape(count, size).mean(axis=1)
+    low, high = np.percentile(windows, [10, 90])
+    return Range(float(windows.mean()), float(low), float(high))
+
+
+def since(run: Run, now: float, seconds: float) -> Since:
+    """What happened in the last ``seconds``."""
+    window = run.records.since(now - seconds)
+    loss = run.records.curve("train/loss")
+    before = loss.until(int(window.steps[0]) - 1).recent(loss.smoothing) if len(window.steps) else None
+    best_step, best = window.curve("val/loss").lowest() or (None, None)
+    worst_step, worst = window.curve("train/grad_norm").highest() or (None, None)
+    return Since(
+        seconds=seconds,
+        steps=len(window.steps),
+        loss_before=before,
+        loss_now=loss.recent() if len(window.steps) else None,
+        starts=sum(start.time is not None and start.time >= now - seconds for start in run.starts),
+        best_val_loss=best,
+        best_val_step=best_step,
+        worst_grad_norm=worst,
+        worst_grad_norm_step=worst_step,
+    )
+
+
+def _state(run: Run, now: float, pace: Range | None) -> State:
+    if not len(run.records.steps):
+        return "no data yet"
+    if run.steps is not None and run.records.newest >= run.steps:
+        return "finished"
+    if run.ending is not None:
+        return "stopped"
+    patience = max(_SILENT, 10 * pace.mean if pace else 0.0)
+    return "running" if now - run.records.times[-1] <= patience else "silent"
+
+
+def _power(records: Records) -> float | None:
+    """Watts of the GPUs, the mean over the newest steps; None where none were recorded among them."""
+    first = records.newest - _WINDOWS * _WINDOW + 1
+    watts = records.curve("perf/gpu_power_w").since(first).finite().values
+    return float(watts.mean()) if len(watts) else None
+
+
+def _cost(seconds_left: Range | None, recorded_watts: float | None, prices: Prices) -> Cost | None:
+    watts = prices.watts if prices.watts is not None else recorded_watts
+    if seconds_left is None or (watts is None and prices.per_hour is None):
+        return None
+    hours = seconds_left.times(1 / 3600)
+    energy = None if watts is None else hours.times(watts / 1000)
+    return Cost(
+        watts=watts,
+        watts_recorded=prices.watts is None and watts is not None,
+        energy_kwh=energy,
+        energy_money=None if energy is None or prices.per_kwh is None else energy.times(prices.per_kwh),
+        hours_money=None if prices.per_hour is None else hours.times(prices.per_hour),
+    )

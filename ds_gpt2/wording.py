@@ -1,0 +1,47 @@
+"""Numbers and times as a person reads them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+MISSING = "–"  # noqa: RUF001  # an en dash, where nothing is known
+
+
+def duration(seconds: float) -> str:
+    """``29`` as ``29s``, ``95`` as ``1m 35s``, ``86400`` as ``1d``, ``200000`` as ``2d 7h``."""
+    whole = max(0, int(seconds))
+    for long, in_long, short, in_short in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= in_long:
+            rest = whole % in_long // in_short
+            return f"{whole // in_long}{long}" + (f" {rest}{short}" if rest else "")
+    return f"{whole}s"
+
+
+def clock(time: float) -> str:
+    """Seconds since 1970 in this machine's time zone, as ``Tue 25 Nov 18:20``."""
+    return datetime.fromtimestamp(time).astimezone().strftime("%a %d %b %H:%M")
+
+
+def zone(time: float) -> str:
+    """This machine's time zone then, as ``UTC+0100``."""
+    return datetime.fromtimestamp(time).astimezone().strftime("UTC%z")
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def tokens(count: float) -> str:
+    """``32_000_000_000`` as ``32.00 B``."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.2f} {letter}"
+    return f"{count:,.0f}"
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return MISSING if share is None else f"{100 * share:.{digits}f}%"
