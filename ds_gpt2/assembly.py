@@ -214,9 +214,16 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 
 def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device) -> Meter:
     peak = device.peak_flops(place)
-    past = Past(trained_seconds(settings.run_dir / METRICS), first_start(settings.run_dir / STARTS) or time.time())
     flops = flops_per_token(engine.model)
-    return Meter(plan.tokens_per_step, flops, peak and peak * plan.world_size, past, engine.moment)
+    return Meter(plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings), engine.moment)
+
+
+def _past(settings: Settings) -> Past:
+    """What the run has behind it; only rank 0 tells of it."""
+    begun = first_start(settings.run_dir / STARTS) if dist.is_main() else None
+    if begun is None:
+        return Past(trained_seconds=0.0, begun=time.time())
+    return Past(trained_seconds(settings.run_dir / METRICS), begun)
 
 
 def _open_dashboard(

@@ -24,6 +24,7 @@ MEASURES = ("acc", "acc_norm", "acc_norm_bytes", "acc_norm_chars")
 # Tokens that go through the model at once: on a CPU enough for full matrix products, on a GPU for few launches, and
 # far fewer than a micro-batch of training holds.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_LIKE = 0.9  # of the longest row is the shortest of a batch, at least
 _TIME_MULTIPLE = 8  # what attention kernels want the length of a masked row to be a multiple of
 _SOFTMAX_ROWS = 8  # on a CPU: their fp32 copies of the logits stay in its cache
 
@@ -123,12 +124,18 @@ def row_length(item: Item) -> int:
 
 
 def make_batches(items: Sequence[Item], tokens: int) -> list[npt.NDArray[np.int64]]:
-    """Numbers of the items of each batch, the longest first; a batch's rows, padded, have at most ``tokens``."""
+    """Numbers of the items of each batch, the longest first.
+
+    A batch's rows are of like length, so that little of them is padding, and with it have at most ``tokens``; a row
+    that is longer goes alone.
+    """
     lengths = np.array([row_length(item) for item in items])
     order = np.argsort(-lengths, kind="stable")
     batches = []
     while len(order):
-        size = max(1, tokens // int(lengths[order[0]]))
+        longest = int(lengths[order[0]])
+        alike = int((lengths[order] >= _LIKE * longest).sum())
+        size = max(1, min(alike, tokens // longest))
         batches.append(order[:size])
         order = order[size:]
     return batches
