@@ -49,7 +49,7 @@ def main() -> None:
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = dist.gather_objects(tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))[0]
+    folder = dist.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
     trainer = Trainer(settings_of(options.data, options.preset), place)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if dist.is_main():

@@ -97,7 +97,7 @@ def main() -> None:
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = Path(dist.gather_objects(tempfile.mkdtemp(prefix="monitor-overhead-"))[0])
+    folder = Path(dist.from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
     places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
     if options.hellaswag:
         places["hellaswag.path"] = str(options.hellaswag.absolute())
