@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What the project says in its log, each message once, whatever handlers other tests have left."""
+    messages: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # a test's
+    log = logging.getLogger("ds_gpt2")
+    level = log.level
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    yield messages
+    log.removeHandler(listener)
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
