@@ -76,7 +76,7 @@ def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
     """What the harness keeps of each item: its log-likelihoods and whether each measure finds it right."""
     os.environ["HF_HOME"] = str(folder)
     import lm_eval.tasks  # type: ignore[import-not-found]  # not among this project's packages
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]  # nor this
 
     task = folder / "hellaswag_here.yaml"  # the harness's own task, but for where the file is
     settings = {

@@ -108,9 +108,10 @@ class Meter:
     def _phases(self) -> Iterator[tuple[str, tuple[float, float]]]:
         """Each phase since the first mark, and its seconds by the host's clock and, if it has one, by the device's."""
         for (_, begun, first), (phase, ended, last) in zip(self._marks, self._marks[1:], strict=False):
-            measured_there = first is not None and last is not None and last.query()
-            on_device = first.elapsed_time(last) / 1000 if measured_there else ended - begun  # type: ignore[union-attr, arg-type]  # neither is None
-            yield phase, (ended - begun, on_device)
+            on_host = on_device = ended - begun
+            if first is not None and last is not None and last.query():
+                on_device = first.elapsed_time(last) / 1000
+            yield phase, (on_host, on_device)
 
     def _remember(self, seconds: float) -> None:
         self._mean = seconds if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * seconds

@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For matrices as small as the tests', threads that wait for each other on a busy machine are most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def heard() -> Iterator[list[str]]:
     """What the project says in its log, each message once, whatever handlers other tests have left."""

@@ -1,5 +1,4 @@
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,17 +10,9 @@ from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
 from ds_gpt2.rng import get_rng_state
 from ds_gpt2.tokenizer import END_OF_TEXT, gpt2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(temperature=0.0)
 SHAPE = ModelShape(layers=2, heads=2, width=32, sequence_length=16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For matrices as small as these, threads that wait for each other on a busy machine are all the time it takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data import topics
@@ -28,6 +27,7 @@ from ds_gpt2.model import GPT2, ModelShape
 from ds_gpt2.rng import get_rng_state
 from ds_gpt2.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
 
 
@@ -51,15 +51,6 @@ def lines(count: int) -> list[dict[str, Any]]:
             | {"label": dice.randrange(4)}
         )
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices, and other processes beside: threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,29 @@ def test_the_eta_counts_what_happens_between_steps(clock: list[float]) -> None:
         timed.end()
         clock[0] += 3  # a save, say
     assert timed.eta(10) == pytest.approx(40, rel=0.01)
+
+
+class Event:
+    """A moment of a device that has come to it, or has not."""
+
+    def __init__(self, milliseconds: float, reached: bool = True) -> None:
+        self.milliseconds, self.reached = milliseconds, reached
+
+    def query(self) -> bool:
+        return self.reached
+
+    def elapsed_time(self, later: "Event") -> float:
+        return later.milliseconds - self.milliseconds
+
+
+@pytest.mark.parametrize(("reached", "expected"), [(True, 900.0), (False, 2000.0)])
+def test_on_a_gpu_phases_are_timed_by_its_own_clock_and_never_waited_for(
+    clock: list[float], reached: bool, expected: float
+) -> None:
+    events: Any = iter([Event(100), Event(1000, reached)])
+    timed = Meter(1000, 2e9, None, PAST, moment=lambda: next(events))
+    timed.begin()
+    clock[0] += 2
+    timed.mark("forward_backward")
+    measured = timed.end()
+    assert (measured["perf/forward_backward_ms"], measured["perf/step_ms"]) == (expected, 2000.0)

@@ -16,9 +16,10 @@ from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings, load_settings
 from ds_gpt2.metrics import METRICS, STARTS, TIME
+from ds_gpt2.notes import NOTES
 from ds_gpt2.report.records import Records, read_records
 
-CONFIG, LOG, JOURNAL, NOTES = "config.yaml", "train.log", "journal.jsonl", "NOTES.md"
+CONFIG, LOG, JOURNAL = "config.yaml", "train.log", "journal.jsonl"
 
 _TAIL = 1 << 16  # bytes of the log that are looked at
 _ENDING = re.compile(r"^\S+ \S+ (done|stopped on request|ended, but its last state could not be saved) at step \d+ of ")

@@ -2,7 +2,6 @@ import errno
 import html
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +18,10 @@ from ds_gpt2.rng import get_rng_state, seed_everything
 from ds_gpt2.state import TrainState
 from ds_gpt2.tokenizer import END_OF_TEXT, gpt2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = ModelShape(layers=1, heads=2, width=16, sequence_length=32)
 SETTINGS = SamplesSettings(prompts=("Hello", "The statement"), per_prompt=2, tokens=8, temperature=1.0, top_k=50)
 STATE = TrainState(step=250, tokens=1_048_576, val_loss=3.25, val_step=240)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
