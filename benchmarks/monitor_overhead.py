@@ -118,6 +118,8 @@ def main() -> None:
 
 def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     from ds_gpt2 import loop
+    from ds_gpt2.guard import Guard
+    from ds_gpt2.heartbeat import Heartbeat
     from ds_gpt2.hooks import Health
     from ds_gpt2.meter import Meter, Past
     from ds_gpt2.model import flops_per_token
@@ -129,6 +131,7 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", 0)
     past = Past(0.0, time.time())
     meter = Meter(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, past, engine.moment)
+    guard, heartbeat = Guard(settings.guards, print), Heartbeat(settings.run_dir, dist.rank())
     watching = (
         Timed(meter, "begin", "mark", "end", "eta", "waiting_for"),
         Timed(monitor, "write", "flush"),
@@ -143,7 +146,9 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         begun = time.perf_counter()
         course = loop.Course(trainer.state.step + steps, lambda _: 1e-4, Every(0))
         still: Any = nothing
-        loop.train(course, trainer.state, engine, trainer.data, hooks, monitor, still, meter, still, still)
+        loop.train(
+            course, trainer.state, engine, trainer.data, hooks, monitor, still, meter, still, still, guard, heartbeat
+        )
         trainer.wait_for_device()
         return time.perf_counter() - begun
 

@@ -11,12 +11,13 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 
 from ds_gpt2 import config, console, deepspeed_file, device, dist, loop, machine
-from ds_gpt2.batch import BatchPlan
+from ds_gpt2.batch import BatchPlan, format_batches
 from ds_gpt2.checkpoint import restore
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.disk import Disk
@@ -33,12 +34,16 @@ from ds_gpt2.data.check import check_tokens
 from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
+from ds_gpt2.guard import Guard, Incident
+from ds_gpt2.heartbeat import Heartbeat, open_stacks
 from ds_gpt2.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
+from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
 from ds_gpt2.meter import Meter, Past
 from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
+from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.schedule import Every, learning_rate
@@ -56,9 +61,17 @@ _HYPER_PARAMETERS: Any = {
 }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run is to begin with."""
+
+    resume: str | None = None  # what to go on from, see ``generations.candidates``; None: start afresh
+    leave_out: tuple[int, ...] = ()  # batches of the data that are never to be trained on
+
+
 def run(
-    settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
-) -> Ending:
+    settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, origin: Origin
+) -> Outcome:
     """One rank's part of a run.
 
     Raises:
@@ -66,39 +79,48 @@ def run(
     """
     open_process_group(place)
     try:
-        ending = _train(settings, deepspeed_settings, plan, place, resume)
+        result = _train(settings, deepspeed_settings, plan, place, origin)
     except UserError:
         close_process_group()
         raise
     close_process_group()
-    return ending
+    return result
 
 
 def _train(
-    settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, resume: str | None
-) -> Ending:
+    settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, place: torch.device, origin: Origin
+) -> Outcome:
     dist.together(lambda: _check_directories(settings))
+    heartbeat, journal = Heartbeat(settings.run_dir, dist.rank()), Journal(settings.run_dir)
+    open_stacks(settings.run_dir, dist.rank())
     console.open_log(settings.run_dir / "train.log")
     house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint)
     lock = dist.together(lambda: _take_over(settings, house))
-    wanted = dist.from_main(lambda: _what_to_resume(settings, resume))
+    wanted = dist.from_main(lambda: _what_to_resume(settings, origin.resume))
+    heartbeat.beat()
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
     check_tokens(dataset, settings.run_dir / "data_checked.json")
+    heartbeat.beat()
     data = _training_data(settings, dataset, plan, place)
     course = _course(settings, data)
     identity = _identity(settings, dataset)
     backup = _backup(settings)
     restored = restore.choose(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
 
+    heartbeat.beat()
     engine = _engine(settings, deepspeed_settings, plan)
-    checkpoints = Checkpoints(house, engine, identity, run_settings=settings.model_dump(mode="json"), backup=backup)
+    heartbeat.beat()
+    run_settings = settings.model_dump(mode="json")
+    checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
     state = checkpoints.load(restored) if restored else TrainState()
+    state.leave_out(origin.leave_out)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
     meter = _meter(settings, engine, plan, place)
-    hooks = _hooks(settings, dataset, engine)
+    hooks = _hooks(settings, dataset, engine, heartbeat)
     if dist.is_main():
         _record_start(settings, state, plan)
-        _open_dashboard(settings, monitor, engine, plan, restored)
+        _open_dashboard(settings, monitor, engine, plan, restored, origin)
+        journal.write("start", _start_text(plan, restored, origin), state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(place)}")
     log.info(f"model {count_parameters(engine.model):,} parameters; {plan}; {len(data.windows):,} windows an epoch")
     if restored:
@@ -107,19 +129,46 @@ def _train(
             log.info(f"changed since then: {change}")
         del restored  # a copy of all the state
 
+    guard = Guard(settings.guards, functools.partial(_tell, journal))
     stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
     stop.listen()
     lines = console.StepLines(state.step, course.steps)
-    ending = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop)
+    ending = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop, guard, heartbeat)
     lines.close()
     monitor.close()
     stop.clear()
     newest = settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))
     log.info(f"{ending.value} at step {state.step} of {course.steps}; checkpoint {newest}")
     engine.close()
+    result = _outcome(ending, guard)
     if lock is not None:
+        _note_end(journal, result, state, course)
         lock.close()
-    return ending
+    return result
+
+
+def _tell(journal: Journal, incident: Incident) -> None:
+    if dist.is_main():
+        log.warning(f"step {incident.step}: {incident.text}")
+        facts = {"policy": incident.policy, "begun": incident.begun, "batches": list(incident.batches)}
+        journal.write(incident.kind, incident.text, incident.step, **facts)
+
+
+def _outcome(ending: Ending, guard: Guard) -> Outcome:
+    if guard.rollback is not None:
+        batches = format_batches(guard.rollback.batches)
+        leave_out = f" --leave_out {batches}" if batches else ""
+        log.info(f"to go back: --resume before:{guard.rollback.begun}{leave_out} (the supervisor does it by itself)")
+        return Outcome(ROLLBACK, before=guard.rollback.begun, leave_out=guard.rollback.batches)
+    return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED))
+
+
+def _note_end(journal: Journal, result: Outcome, state: TrainState, course: loop.Course) -> None:
+    """Crashes are noted by the supervisor; so is a rollback, which it makes."""
+    if result.code == DONE:
+        journal.write("done", f"done, {course.steps:,} steps", state.step)
+    elif result.code == STOPPED:
+        journal.write("stop", f"stopped on request at step {state.step:,} of {course.steps:,}, saved", state.step)
 
 
 def _what_to_resume(settings: Settings, resume: str | None) -> str | None:
@@ -137,7 +186,8 @@ def _what_to_resume(settings: Settings, resume: str | None) -> str | None:
             f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}:"
             " go on from it with --resume latest, or choose another run.name"
         )
-    if resume == "auto" and newest is None and not _has_copies(settings):
+    automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
+    if automatic and newest is None and not _has_copies(settings):
         return None
     return resume
 
@@ -188,7 +238,7 @@ def _training_data(settings: Settings, dataset: Dataset, plan: BatchPlan, place:
     return TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
 
 
-def _hooks(settings: Settings, dataset: Dataset, engine: Engine) -> list[Hook]:
+def _hooks(settings: Settings, dataset: Dataset, engine: Engine, heartbeat: Heartbeat) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
     if settings.validation.every:
         held_out = Windows(dataset, "val", settings.batch.sequence_length)
@@ -196,10 +246,13 @@ def _hooks(settings: Settings, dataset: Dataset, engine: Engine) -> list[Hook]:
     if settings.samples.every:
         directory, context = settings.run_dir / "samples", settings.batch.sequence_length
         hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
-    if settings.hellaswag.every and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
-        hooks.append(hellaswag)
+    if settings.hellaswag.every:
+        hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
+        hooks += [hellaswag] if hellaswag is not None else []
     if settings.histograms.every:
         hooks.append(Histograms(settings.histograms, engine.model))
+    for hook in hooks:
+        hook.progress = heartbeat.beat
     return hooks
 
 
@@ -226,8 +279,15 @@ def _past(settings: Settings) -> Past:
     return Past(trained_seconds(settings.run_dir / METRICS), begun)
 
 
+def _start_text(plan: BatchPlan, restored: Restored | None, origin: Origin) -> str:
+    text = f"went on from {restored.generation.tag}" if restored else "started"
+    if origin.leave_out:
+        text += f" without batches {format_batches(origin.leave_out)} of the data"
+    return f"{text}, {plan}"
+
+
 def _open_dashboard(
-    settings: Settings, monitor: Monitor, engine: Engine, plan: BatchPlan, restored: Restored | None
+    settings: Settings, monitor: Monitor, engine: Engine, plan: BatchPlan, restored: Restored | None, origin: Origin
 ) -> None:
     hyper_parameters = {
         "parameters": count_parameters(engine.model),
@@ -237,8 +297,8 @@ def _open_dashboard(
     }
     compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
     open_dashboard(monitor, config.dump_settings(settings), hyper_parameters, compare)
-    origin = f"went on from {restored.generation.tag}" if restored else "started"
-    monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {origin}, {plan}")
+    text = _start_text(plan, restored, origin)
+    monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {text}")
 
 
 def _course(settings: Settings, data: TrainingData) -> loop.Course:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.errors import UserError
+
+_MOST_LEFT_OUT = 100_000
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,31 @@ def _micro_batches_that_fit(tokens_per_step: int, sequence_length: int, world_si
         return []
     windows = tokens_per_step // (sequence_length * world_size)
     return [size for size in range(1, min(windows, 1024) + 1) if windows % size == 0]
+
+
+def parse_batches(text: str | None) -> tuple[int, ...]:
+    """``"1200-1202,1250"`` as ``(1200, 1201, 1202, 1250)``, ascending; None as none.
+
+    Raises:
+        UserError: it is nothing of that form.
+    """
+    found: set[int] = set()
+    for part in (text or "").split(",") if text else ():
+        bounds = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip(), re.ASCII)
+        first = int(bounds[1]) if bounds else 0
+        last = int(bounds[2] or first) if bounds else 0
+        if not 1 <= first <= last < first + _MOST_LEFT_OUT:
+            raise UserError(f"--leave_out {text}: give batches as 1200-1210,1250, at most {_MOST_LEFT_OUT:,} in a row")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def format_batches(batches: Sequence[int]) -> str:
+    """The inverse of ``parse_batches``."""
+    ranges: list[tuple[int, int]] = []
+    for batch in batches:
+        if ranges and ranges[-1][1] == batch - 1:
+            ranges[-1] = (ranges[-1][0], batch)
+        else:
+            ranges.append((batch, batch))
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)

@@ -3,42 +3,60 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from ds_gpt2 import __version__, outcome
-from ds_gpt2.commands import backup, checkpoints, notes, prepare, quickstart, report, tensorboard, train
 from ds_gpt2.errors import UserError
 
+
+@dataclass(frozen=True)
+class _Verb:
+    """What a verb does. No module but the one asked for is imported: ``status`` is not to wait for ``report``."""
+
+    summary: str
+    module: str  # in ds_gpt2.commands
+    run: str = "run"  # the function that does it: options -> exit code
+    add_arguments: str = "add_arguments"
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"ds_gpt2.commands.{self.module}"), name)
+
+
 _VERBS = {
-    "quickstart": (quickstart.run, quickstart.add_arguments, "sample data, then train a small GPT-2: five minutes"),
-    "prepare": (prepare.run, prepare.add_arguments, "text to token shards"),
-    "train": (train.run, train.add_arguments, "start a run"),
-    "resume": (train.resume, train.add_resume_arguments, "go on with a run"),
-    "list": (checkpoints.show, checkpoints.add_list_arguments, "the checkpoints of a run"),
-    "verify": (
-        checkpoints.verify,
-        checkpoints.add_verify_arguments,
-        "is a checkpoint as it was written? reads all of it",
+    "quickstart": _Verb("sample data, then train a small GPT-2: five minutes", "quickstart"),
+    "prepare": _Verb("text to token shards", "prepare"),
+    "doctor": _Verb("is this machine ready for the run? every check, with the mend", "doctor"),
+    "train": _Verb("start a run and keep it going", "train"),
+    "resume": _Verb("go on with a run", "train", "resume", "add_resume_arguments"),
+    "status": _Verb("how a run is now, on one small screen; exit code 1 if it is not well", "status"),
+    "alert": _Verb("which ways messages go, and whether they arrive", "alert"),
+    "list": _Verb("the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
+    "verify": _Verb(
+        "is a checkpoint as it was written? reads all of it", "checkpoints", "verify", "add_verify_arguments"
     ),
-    "prune": (
-        checkpoints.prune,
-        checkpoints.add_prune_arguments,
-        "delete the checkpoints that the settings do not keep",
+    "prune": _Verb(
+        "delete the checkpoints that the settings do not keep", "checkpoints", "prune", "add_prune_arguments"
     ),
-    "backup": (backup.run, backup.add_arguments, "a verified copy of a checkpoint in another place"),
-    "notes": (notes.run, notes.add_arguments, "write down, or read, what you think of a run"),
-    "report": (report.run, report.add_arguments, "how a run went so far, as one HTML file for any browser"),
-    "tensorboard": (tensorboard.run, tensorboard.add_arguments, "the curves, in a browser here or far away"),
+    "backup": _Verb("a verified copy of a checkpoint in another place", "backup"),
+    "notes": _Verb("write down, or read, what you think of a run", "notes"),
+    "report": _Verb("how a run went so far, as one HTML file for any browser", "report"),
+    "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     try:
         if options.verb == "test":
             raise UserError("the tests are started by ./launch.sh test, or by pytest")
-        return int(_VERBS[options.verb][0](options))
+        verb = _VERBS[options.verb]
+        return int(verb.function(verb.run)(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return outcome.MISTAKE
@@ -47,9 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         return outcome.CRASHED
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     """argparse gives up on positional words behind an option; settings may stand anywhere."""
-    parser = _parser()
+    parser = _parser(asked_for=next((word for word in arguments if word in _VERBS), None))
     options, rest = parser.parse_known_args(arguments)
     if not hasattr(options, "settings") or any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # says what it does not know, and ends
@@ -58,13 +76,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked_for: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./launch.sh", description="Pre-train GPT-2 under DeepSpeed ZeRO-2.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (_, add_arguments, summary) in _VERBS.items():
-        add_arguments(verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False))
+    for name, verb in _VERBS.items():
+        words = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        if name == asked_for:
+            verb.function(verb.add_arguments)(words)
     verbs.add_parser("test", help="install what the tests need and run them (done by launch.sh itself)")
     return parser

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ds_gpt2.errors import UserError
+from ds_gpt2.journal import INCIDENTS, KINDS
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
@@ -32,6 +33,8 @@ PRESETS: dict[str, tuple[int, int, int]] = {
     "774M": (36, 20, 1280),
     "1558M": (48, 25, 1600),
 }
+
+DEFAULT_ALERTS = (*sorted(INCIDENTS), "done", "launch", "stop")
 
 
 class _Section(BaseModel):
@@ -183,6 +186,48 @@ class MonitorSettings(_Section):
     dir: Path | None = None  # event files go below; default: the run's directory
 
 
+class GuardSettings(_Section):
+    """What is done where something is wrong with the training itself."""
+
+    spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent ones
+    spike_z: Annotated[float, Field(gt=0)] = 10.0  # robust standard deviations above their median
+    divergence: Literal["off", "alert", "rollback"] = "rollback"  # that many such losses one after another
+    divergence_steps: PositiveInt = 20
+    skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # that many updates skipped one after another
+    skipped_run_steps: PositiveInt = 10
+    frozen: Literal["off", "alert", "rollback"] = "alert"  # no weight has changed between two saves
+    drift: Literal["off", "alert", "rollback"] = "rollback"  # the ranks' weights are not the same at a save
+    stuck_data: Literal["off", "alert", "rollback"] = "alert"  # a step was given the data of the one before
+
+
+class SupervisorSettings(_Section):
+    restarts: Count = 8  # one after another without getting further; 0: none at all
+    backoff_seconds: Annotated[float, Field(ge=0)] = 5.0  # before the first of them, and twice as long before each next
+    longest_backoff_seconds: Annotated[float, Field(ge=0)] = 600.0
+    hang_factor: Annotated[float, Field(gt=1)] = 20.0  # times the run's usual step that a step may take
+    hang_seconds: Annotated[float, Field(gt=0)] = 300.0  # but it may always take so long
+    patience_minutes: Annotated[float, Field(gt=0)] = 45.0  # without progress in starting, evaluating or saving
+    stop_seconds: Annotated[float, Field(gt=0)] = 120.0  # processes that should have ended are killed after so long
+    skip_data: bool = False  # leave out the data of a step at which the run has crashed again and again
+
+
+class AlertSettings(_Section):
+    """Where messages go is told by the environment or a file, never here: see docs/operations.md."""
+
+    kinds: tuple[str, ...] = DEFAULT_ALERTS  # kinds of the journal's events
+    per_hour: PositiveInt = 12  # messages; what comes beyond is summed up in the next one
+    command: str | None = None  # run by the shell for each message, which it gets on stdin
+    urls_file: Path | None = None  # apprise's addresses, one a line; readable by its owner only
+    disk_days: Annotated[float, Field(ge=0)] = 3.0  # tell when the disk lasts no longer than so many days
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ValueError(f"{', '.join(unknown)} is no kind of event: known are {', '.join(KINDS)}")
+        return kinds
+
+
 class Settings(_Section):
     """Everything a run is told. Progress and live objects never live here."""
 
@@ -198,6 +243,9 @@ class Settings(_Section):
     samples: SamplesSettings = SamplesSettings()
     histograms: HistogramsSettings = HistogramsSettings()
     monitor: MonitorSettings = MonitorSettings()
+    guards: GuardSettings = GuardSettings()
+    supervisor: SupervisorSettings = SupervisorSettings()
+    alerts: AlertSettings = AlertSettings()
     deepspeed: Path = Path("ds_configs/zero2_bf16.json")
 
     @property
@@ -227,6 +275,7 @@ _PATH_KEYS = (
     "checkpoint.backup.to",
     "hellaswag.path",
     "monitor.dir",
+    "alerts.urls_file",
     "deepspeed",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import warnings
@@ -87,9 +88,16 @@ class Engine:
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    def apply(self, lr: float) -> Update:
-        """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite."""
+    def apply(self, lr: float, skip: bool = False) -> Update:
+        """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite.
+
+        Args:
+            skip: make no update of these gradients, on any rank.
+        """
         engine = self.deepspeed
+        if skip:  # the way of DeepSpeed's that keeps all of its counters right
+            for part in self.gradients().values():
+                part[:1] = float("inf")
         if self._snapshot is not None:
             self._snapshot.wait()
             self._snapshot = None
@@ -125,6 +133,14 @@ class Engine:
                 address = mapping.lp_fragment_address
                 parts[name] = part if len(part) == address.numel else part.narrow(0, address.start, address.numel)
         return parts
+
+    def fingerprint(self) -> str:
+        """A hash of this rank's bf16 weights: ranks that hold the same weights have the same one.
+
+        A sum of bit patterns a tensor, on the device: any one bit that differs shows.
+        """
+        sums = [parameter.detach().view(torch.int16).sum(dtype=torch.int64) for parameter in self.model.parameters()]
+        return hashlib.sha256(repr(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
     def hold_updates_until(self, snapshot: threading.Event) -> None:
         """The next update waits until somebody has copied the state."""

@@ -7,7 +7,7 @@ model together, and the output head sees only the places that predict a token of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,16 +63,18 @@ class Scores:
         return (rivals.sum(axis=2) > 1).any(axis=0)  # the best is its own rival
 
 
-def score(model: GPT2, items: Sequence[Item]) -> Scores:
+def score(model: GPT2, items: Sequence[Item], progress: Callable[[], None] = lambda: None) -> Scores:
     """Score ``items``: every answer is the one that ``score_one`` gives, whatever else is in the batch.
 
     Args:
         model: in eval mode; items that are longer than its context lose the beginning of theirs.
+        progress: called after each batch.
     """
-    scores = score_together(model, items)
+    scores = score_together(model, items, progress)
     sums = scores.sums.copy()
     for number in np.flatnonzero(scores.close()).tolist():
         sums[number] = score_one(model, items[number])
+        progress()
     return replace(scores, sums=sums)
 
 
@@ -96,12 +98,15 @@ def score_one(model: GPT2, item: Item) -> Array:
 
 
 @torch.no_grad()
-def score_together(model: GPT2, items: Sequence[Item]) -> Scores:
+def score_together(model: GPT2, items: Sequence[Item], progress: Callable[[], None] = lambda: None) -> Scores:
     """The fast way alone: sums as they come, with what rounding does to them."""
     device = model.wte.weight.device
     fitted = [fit(item, model.shape.sequence_length) for item in items]
     batches = make_batches(fitted, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cuda"]))
-    results = [_score_batch(model, [fitted[number] for number in batch]) for batch in batches]
+    results = []
+    for batch in batches:
+        results.append(_score_batch(model, [fitted[number] for number in batch]))
+        progress()
     sums, variances = (torch.cat(parts).cpu().numpy() for parts in zip(*results, strict=True))
     back = np.argsort(np.concatenate(batches))
     labels = np.array([item.label for item in items])

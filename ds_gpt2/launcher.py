@@ -1,33 +1,42 @@
-"""Start the ranks with DeepSpeed's launcher, pass requests to stop on to them, and leave no process behind."""
+"""Start the ranks with DeepSpeed's launcher, ask them to stop, see what they are doing, and leave no process behind."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from ds_gpt2 import outcome
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.heartbeat import read_beat, stacks_file
 from ds_gpt2.machine import free_port
 
 TRAIN = Path(__file__).with_name("train.py")
 CPU_RANKS = 4
 
-_GRACE_SECONDS = 60.0  # how long processes may outlive DeepSpeed's launcher before they are killed
+_STACKS_SECONDS = 3.0  # how long ranks are given to write down what they are doing
 
 
-def choose_ranks(settings: Settings, wanted: int | None) -> tuple[str, int]:
-    """(accelerator, ranks): every GPU there is, else four ranks on the CPU, unless told otherwise.
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks run."""
+
+    accelerator: str  # cuda or cpu
+    ranks: int
+
+
+def choose_ranks(settings: Settings, wanted: int | None) -> Place:
+    """Every GPU there is, else four ranks on the CPU, unless told otherwise.
 
     Raises:
         UserError: CUDA is asked for and missing, or more ranks than GPUs are.
@@ -39,113 +48,182 @@ def choose_ranks(settings: Settings, wanted: int | None) -> tuple[str, int]:
     if accelerator == "auto":
         accelerator = "cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     if accelerator == "cpu":
-        return "cpu", wanted or CPU_RANKS
+        return Place("cpu", wanted or CPU_RANKS)
     if not gpus:
         raise UserError(f"run.device is cuda, but PyTorch {torch.__version__} sees no GPU: set run.device=cpu")
     if wanted and wanted > gpus:
         raise UserError(f"--num_gpus {wanted}, but this machine shows {gpus} GPU(s)")
-    return accelerator, wanted or gpus
+    return Place(accelerator, wanted or gpus)
 
 
-def run_ranks(arguments: list[str], accelerator: str, ranks: int) -> int:
-    """Run ``train.py`` with ``arguments`` on ``ranks`` ranks and wait; returns the run's exit code (see outcome)."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-    where = _which_devices(accelerator, ranks)
-    command = [*launcher, *where, "--master_port", str(free_port()), str(TRAIN), *arguments]
-    with tempfile.TemporaryDirectory(prefix="ds_gpt2-") as folder:
-        file = Path(folder) / "outcome"
-        environment = {**os.environ, **outcome.request(file), "DS_ACCELERATOR": accelerator}
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # what it said is in the command
-        # A session of its own: Ctrl+C reaches this process alone, which then asks the ranks to save and stop.
-        with _stop_requests() as requests:
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
-            requests.go_to(process.pid)
-            process.wait()
-            _wait_until_gone(process.pid)
-        return outcome.read(file)
+class Ranks:
+    """One start of ``train.py``: DeepSpeed's launcher and the ranks that it starts, in a session of their own.
+
+    So Ctrl+C reaches the starter alone, and whatever belongs to this start is found again by its process group.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        place: Place,
+        outcome_file: Path,
+        environment: Mapping[str, str],
+        script: Path = TRAIN,
+    ) -> None:
+        """
+        Args:
+            arguments: of ``script``.
+            outcome_file: where rank 0 says how the run ended.
+            environment: laid over this process's own.
+        """
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+        where = _which_devices(place)
+        command = [*launcher, *where, "--master_port", str(free_port()), str(script), *arguments]
+        inherited = {**os.environ, **environment, **outcome.request(outcome_file), "DS_ACCELERATOR": place.accelerator}
+        inherited.pop("CUDA_VISIBLE_DEVICES", None)  # what it said is in the command
+        self._process = subprocess.Popen(command, env=inherited, start_new_session=True)
+        self._outcome_file = outcome_file
+        self.count = place.ranks
+
+    @property
+    def group(self) -> int:
+        return self._process.pid
+
+    @property
+    def launcher_lives(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def gone(self) -> bool:
+        """Whether no process of this start is left."""
+        return not self.launcher_lives and not members(self.group)
+
+    def ask_to_stop(self) -> None:
+        ask_to_stop(self.group)
+
+    def kill(self) -> None:
+        kill(self.group)
+
+    @property
+    def exit_status(self) -> str:
+        """What the launcher's exit status tells; it passes a rank's signal on as 256 less its number."""
+        code = self._process.wait()
+        number = -code if code < 0 else 256 - code if code > 128 else 0
+        if 0 < number < signal.NSIG:
+            whom = "DeepSpeed's launcher" if code < 0 else "a rank"
+            return f"{whom} was killed by {signal.Signals(number).name}"
+        return f"exit status {code}"
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether rank 0 has said how the run ended."""
+        return self._outcome_file.exists()
+
+    def outcome(self) -> outcome.Outcome:
+        """What rank 0 has said."""
+        return outcome.read(self._outcome_file)
+
+    def failures(self) -> dict[int, str]:
+        """What ended each rank that could say so, the first to fail first."""
+        return outcome.read_failures(self._outcome_file, self.count)
 
 
-def _which_devices(accelerator: str, ranks: int) -> list[str]:
+def ask_to_stop(group: int) -> None:
+    """SIGTERM to the ranks themselves: DeepSpeed's launcher would give each 30 seconds and then kill it."""
+    ranks = ranks_of(group)
+    if not ranks:  # still starting: there is nothing to save
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(signal.SIGTERM)
+
+
+def kill(group: int) -> None:
+    """SIGKILL to all of a process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The living processes of a process group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def write_stacks(run_dir: Path, ranks: int, group: int, into: Path) -> None:
+    """Leave in ``into`` what every rank of ``group`` is doing: its state, and the Python stacks of all its threads.
+
+    Ranks that were stopped are set going for it: they are about to be killed.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    processes = {process.pid: process for process in members(group)}
+    beats = {rank: read_beat(run_dir, rank) for rank in range(ranks)}
+    found = {rank: processes[beat.pid] for rank, beat in beats.items() if beat is not None and beat.pid in processes}
+    states = {rank: _state(process) for rank, process in found.items()}
+    for process in found.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGUSR2)
+            process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + _STACKS_SECONDS
+    while time.monotonic() < deadline and not all(_size(stacks_file(run_dir, rank)) for rank in found):
+        time.sleep(0.05)
+    for rank in found:
+        target = into / f"rank_{rank:05d}.txt"
+        with contextlib.suppress(OSError):
+            shutil.copyfile(stacks_file(run_dir, rank), target)
+            with target.open("a", encoding="utf-8") as file:
+                file.write(f"\n{beats[rank]}\n{states[rank]}\n")
+
+
+def out_of_memory_kills() -> int:
+    """How many processes of this control group the kernel has killed for want of memory; 0 where it does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
+            name, count = line.split()
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _state(process: psutil.Process) -> str:
+    """What the kernel says of it."""
+    wanted = ("State:", "VmRSS:", "Threads:")
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+        where = Path(f"/proc/{process.pid}/wchan").read_text(encoding="utf-8")
+        return "\n".join([*(line for line in lines if line.startswith(wanted)), f"waits in: {where}"])
+    return "gone"
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _which_devices(place: Place) -> list[str]:
     """DeepSpeed's ``--num_gpus`` takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if accelerator != "cuda" or not visible:
-        return ["--num_gpus", str(ranks)]
-    numbers = visible.split(",")[:ranks]
+    if place.accelerator != "cuda" or not visible:
+        return ["--num_gpus", str(place.ranks)]
+    numbers = visible.split(",")[: place.ranks]
     if not all(number.strip().isdigit() for number in numbers):
         raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed needs GPUs by number, for example 0,1")
     return ["--include", "localhost:" + ",".join(number.strip() for number in numbers)]
 
 
-class _StopRequests:
-    """Where requests to stop go, also one that comes before there is anything to stop."""
-
-    def __init__(self) -> None:
-        self._runner: int | None = None
-        self._asked = False
-
-    def go_to(self, runner: int) -> None:
-        self._runner = runner
-        if self._asked:
-            self._ask()
-
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        """As a signal handler."""
-        self._asked = True
-        if self._runner is not None:
-            self._ask()
-
-    def _ask(self) -> None:
-        """SIGTERM to the ranks themselves: DeepSpeed's launcher would give each 30 seconds and then kill it."""
-        assert self._runner is not None
-        ranks = _ranks(self._runner)
-        if not ranks:  # still starting: there is nothing to save
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._runner, signal.SIGTERM)
-        for rank in ranks:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_StopRequests]:
-    """From here on Ctrl+C, SIGTERM and a closing terminal ask the ranks to stop."""
-    requests = _StopRequests()
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means: outlive the terminal
-        signals.append(signal.SIGHUP)
-    before = {number: signal.signal(number, requests.stop) for number in signals}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ranks(runner: int) -> list[psutil.Process]:
+def ranks_of(group: int) -> list[psutil.Process]:
+    """The ranks among the processes of a group."""
     found = []
-    for process in _members(runner):
+    for process in members(group):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             command = process.cmdline()
-            if str(TRAIN) in command and not any("deepspeed.launcher" in word for word in command):
+            if any(word.startswith("--local_rank=") for word in command):  # DeepSpeed's launcher gives it to each
                 found.append(process)
     return found
-
-
-def _members(group: int) -> list[psutil.Process]:
-    """The living processes of a process group."""
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-    return members
-
-
-def _wait_until_gone(group: int) -> None:
-    """DeepSpeed's runner may end before the ranks do. What is left after the grace period is killed."""
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while _members(group):
-        if time.monotonic() > deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        time.sleep(0.1)

@@ -14,6 +14,8 @@ from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.console import StepLines
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.engine import Engine, Update
+from ds_gpt2.guard import Guard
+from ds_gpt2.heartbeat import Heartbeat
 from ds_gpt2.hooks import Hook, perplexity
 from ds_gpt2.meter import Meter
 from ds_gpt2.monitor import Monitor, Seen
@@ -27,6 +29,7 @@ class Ending(enum.Enum):
 
     DONE = "done"
     STOPPED = "stopped on request"
+    ROLLBACK = "not to be trusted any more: to go back"
     UNSAVED = "ended, but its last state could not be saved"
 
 
@@ -50,15 +53,30 @@ def train(
     meter: Meter,
     lines: StepLines,
     stop: StopRequest,
+    guard: Guard,
+    heartbeat: Heartbeat,
 ) -> Ending:
-    """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved."""
+    """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved.
+
+    Where the guard finds that the run has to go back, nothing of what it cannot trust is saved.
+    """
+
+    def save(roles: Sequence[str] = ()) -> None:
+        heartbeat.enter("saving")
+        if not guard.rollback:
+            guard.judge_weights(state, dist.gather_objects(engine.fingerprint()))
+        if not guard.rollback:
+            monitor.flush(durable=True)
+            checkpoints.save(state, data.epoch(state.batch), roles)
+
     stopping = False
-    while state.step < course.steps and not stopping:
+    while state.step < course.steps and not stopping and not guard.rollback:
         meter.begin()
-        step = state.step + 1
+        step, previous, batch = state.step + 1, state.batch, state.next_batch
+        heartbeat.begin_step(step, batch)
         due = [hook for hook in hooks if hook.every.due(step, course.steps)]
         lr = course.learning_rate(step)
-        batches = meter.waiting_for(data.micro_batches(step))
+        batches = meter.waiting_for(data.micro_batches(batch))
         loss = engine.accumulate(batches, lambda: dist.any_rank_on_cpu(stop.requested))
         if loss is None:  # asked to stop within a step, none of which has reached the weights
             break
@@ -66,24 +84,30 @@ def train(
         for hook in due:
             hook.before_update(engine)
         meter.mark("eval")
-        update = engine.apply(lr)
-        meter.mark("update")
-        state.advance(data.plan.tokens_per_step, update.applied, data.step_windows(step).tobytes(), update.clipped)
         mean_loss, stopping = _agree(loss, stop)
+        update = engine.apply(lr, skip=not guard.judge_loss(state, mean_loss))
+        meter.mark("update")
+        windows = data.windows_of(batch).tobytes()
+        state.advance(data.plan.tokens_per_step, update.applied, windows, update.clipped)
+        guard.judge_update(state, mean_loss, update.applied, windows)
         seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end()}
         lines.show(step, seen, meter.eta(course.steps - step))
+        heartbeat.enter("evaluating")
         for hook in due:
             seen |= hook.observe(engine, state)
         meter.mark("eval")
         monitor.write(step, seen)
-        roles = _roles(state, data)
+        roles = _roles(state, previous, data)
         if roles or course.save.due(step, course.steps):
-            monitor.flush(durable=True)
-            checkpoints.save(state, data.epoch(step), roles)
+            save(roles)
             meter.mark("save")
-    checkpoints.save(state, data.epoch(state.step))
-    done = state.step >= course.steps
-    if not checkpoints.finish(state, for_good=done):
+    save()
+    heartbeat.enter("finishing")
+    done = state.step >= course.steps and not guard.rollback
+    saved = checkpoints.finish(state, for_good=done)
+    if guard.rollback:
+        return Ending.ROLLBACK
+    if not saved:
         return Ending.UNSAVED
     return Ending.DONE if done else Ending.STOPPED
 
@@ -95,10 +119,10 @@ def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
     return total_loss / dist.world_size(), requests > 0
 
 
-def _roles(state: TrainState, data: TrainingData) -> list[str]:
+def _roles(state: TrainState, previous_batch: int, data: TrainingData) -> list[str]:
     """What a checkpoint of this very step is worth keeping as."""
-    epochs_done = int(data.epoch(state.step))
-    roles = [epoch_tag(epochs_done)] if epochs_done > int(data.epoch(state.step - 1)) else []
+    epochs_done = int(data.epoch(state.batch))
+    roles = [epoch_tag(epochs_done)] if epochs_done > int(data.epoch(previous_batch)) else []
     return [*roles, BEST_TAG] if state.best_step == state.step else roles
 
 
@@ -111,5 +135,5 @@ def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: Tr
         "train/clipped_share": state.clipped_share,
         "train/skipped_steps": state.skipped_steps,
         "train/tokens": state.tokens,
-        "train/epoch": data.epoch(state.step),
+        "train/epoch": data.epoch(state.batch),
     }

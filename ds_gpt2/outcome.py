@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 DONE, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 3
+ROLLBACK = 4  # between the ranks and the supervisor only; without one it is a crash
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 says of the run's end."""
+
+    code: int
+    before: int | None = None  # of a rollback: go on from a checkpoint of an earlier step than this
+    leave_out: tuple[int, ...] = ()  # and without these batches of the data
+
+
+_LONGEST_FAILURE = 160  # characters
 _VARIABLE = "DS_GPT2_OUTCOME"  # environment: the file in which rank 0 leaves its exit code
 
 
@@ -19,18 +33,41 @@ def request(file: Path) -> dict[str, str]:
     return {_VARIABLE: str(file)}
 
 
-def leave(code: int) -> None:
-    """Leave ``code`` for whoever asked for it."""
+def leave(outcome: Outcome) -> None:
+    """Leave ``outcome`` for whoever asked for it."""
     if _VARIABLE in os.environ:
-        Path(os.environ[_VARIABLE]).write_text(str(code), encoding="utf-8")
+        Path(os.environ[_VARIABLE]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 
 
-def read(file: Path) -> int:
-    """What the run left; ``CRASHED`` if it left nothing."""
+def read(file: Path) -> Outcome:
+    """What the run left; a crash if it left nothing."""
     try:
-        return int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return CRASHED
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Outcome(values["code"], values["before"], tuple(values["leave_out"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Outcome(CRASHED)
+
+
+def leave_failure(rank: int, error: BaseException) -> None:
+    """Leave what ended ``rank``, beside the outcome."""
+    if _VARIABLE in os.environ:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        with contextlib.suppress(OSError):
+            _failure(Path(os.environ[_VARIABLE]), rank).write_text(text[:_LONGEST_FAILURE], encoding="utf-8")
+
+
+def read_failures(file: Path, ranks: int) -> dict[int, str]:
+    """What ended the ranks that could say so, beside the outcome ``file``; the first to fail comes first."""
+    found = {}
+    for rank in range(ranks):
+        with contextlib.suppress(OSError):
+            failure = _failure(file, rank)
+            found[rank] = (failure.stat().st_mtime, failure.read_text(encoding="utf-8"))
+    return {rank: text for rank, (_, text) in sorted(found.items(), key=lambda item: item[1])}
+
+
+def _failure(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.name}.failure_{rank}")
 
 
 def end_process(code: int) -> NoReturn:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _CLIPPED_SHARE = 0.01  # weight of the newest update
@@ -11,9 +12,11 @@ _CLIPPED_SHARE = 0.01  # weight of the newest update
 
 @dataclass
 class TrainState:
-    """What a run has done so far. The data position is not stored: it is a pure function of ``step``."""
+    """What a run has done so far, and what its guards remember."""
 
     step: int = 0  # optimizer updates attempted, skipped ones included
+    batch: int = 0  # number of the newest batch of the data: as ``step``, but for those that were left out
+    left_out: list[int] = field(default_factory=list)  # batches that are never trained on, ascending
     tokens: int = 0  # training tokens seen, over all ranks
     clipped_share: float = 0.0  # of updates whose gradient was clipped, over about the last hundred
     skipped_steps: int = 0  # updates skipped because a gradient was Inf or NaN
@@ -22,13 +25,37 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int | None = None
     ledger: str = ""  # a hash over the windows of every step so far, in order: equal for runs that saw the same data
+    recent_losses: list[float] = field(default_factory=list)  # the newest ones that were not too high
+    high_losses: int = 0  # losses far above them, one after another, up to now
+    skipped_in_row: int = 0  # updates skipped one after another, up to now
+    weights: str = ""  # fingerprint of the weights at the last save
+    weights_updates: int = 0  # updates made until then
+
+    @property
+    def next_batch(self) -> int:
+        """The batch of the data that the next step is to train on."""
+        batch = self.batch + 1
+        while batch in self.left_out:
+            batch += 1
+        return batch
+
+    @property
+    def updates(self) -> int:
+        """Updates made, skipped ones left out."""
+        return self.step - self.skipped_steps
+
+    def leave_out(self, batches: Iterable[int]) -> None:
+        """Never train on ``batches``."""
+        self.left_out = sorted({*self.left_out, *batches})
 
     def advance(self, tokens: int, applied: bool, windows: bytes, clipped: bool = False) -> None:
         """Count one step of ``tokens`` tokens from ``windows``; ``applied`` is False when the update was skipped."""
+        self.batch = self.next_batch
         self.step += 1
         self.ledger = hashlib.sha256(self.ledger.encode() + windows).hexdigest()
         self.tokens += tokens
         self.skipped_steps += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         self.clipped_share += (clipped - self.clipped_share) * _CLIPPED_SHARE
 
     def validated(self, loss: float) -> None:
@@ -38,11 +65,12 @@ class TrainState:
             self.best_val_loss, self.best_step = loss, self.step
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers only, fit for JSON or a checkpoint."""
+        """Plain values only, fit for JSON or a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """The inverse of ``to_dict``; fields of newer versions are ignored."""
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
+        values = {"batch": values.get("step", 0), **values}  # before batches could be left out the two were one
         return cls(**{name: value for name, value in values.items() if name in known})

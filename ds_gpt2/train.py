@@ -5,23 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gpt2 import config, device, dist, outcome
-from ds_gpt2.batch import plan_batch
+from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
+from ds_gpt2.outcome import Outcome
 from ds_gpt2.stop import die_silently
 
 _PATIENCE_SECONDS = 20.0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, check, train; returns the exit code."""
+def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
+    """Parse, check, train; returns the exit code.
+
+    Args:
+        prepare: called once DeepSpeed may be imported, before anything is built.
+    """
     die_silently()
     try:
         options, extra = parser().parse_known_args(arguments)
@@ -32,16 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
             if dist.is_main():
                 print(config.dump_settings(settings), end="")
             return outcome.DONE
-        code = _run(settings, options.resume)
+        result = _run(settings, options, prepare)
     except UserError as error:
         if not dist.is_main():
             _let_the_main_rank_speak()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        outcome.leave(outcome.MISTAKE)
+        outcome.leave(Outcome(outcome.MISTAKE))
         return outcome.MISTAKE
+    except Exception as error:
+        outcome.leave_failure(dist.rank(), error)
+        raise
     if dist.is_main():
-        outcome.leave(code)
-    return code
+        outcome.leave(result)
+    return outcome.CRASHED if result.code == outcome.ROLLBACK else result.code
 
 
 def _let_the_main_rank_speak() -> None:
@@ -65,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
         const="latest",
         metavar="WHERE",
         help="go on from latest, auto (latest, or start if there is none), backup, best, a step, a tag or a path",
+    )
+    result.add_argument(
+        "--leave_out", metavar="BATCHES", help="batches of the data never to train on, as 1200-1210,1250"
     )
     result.add_argument("--run_name", metavar="NAME", help="run.name")
     result.add_argument("--checkpoint_freq", metavar="STEPS", help="checkpoint.every")
@@ -97,15 +109,16 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
     return {**flags, **config.parse_overrides(extra)}
 
 
-def _run(settings: Settings, resume: str | None) -> int:
+def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     place = device.choose(settings.run.device)
     from ds_gpt2 import assembly  # only now: DeepSpeed picks its accelerator when it is imported
 
-    ending = assembly.run(settings, deepspeed_settings, plan, place, resume)
-    return {"DONE": outcome.DONE, "STOPPED": outcome.STOPPED, "UNSAVED": outcome.CRASHED}[ending.name]
+    prepare()
+    origin = assembly.Origin(options.resume, parse_batches(options.leave_out))
+    return assembly.run(settings, deepspeed_settings, plan, place, origin)
 
 
 if __name__ == "__main__":

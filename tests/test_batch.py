@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gpt2.batch import fit_ranks, plan_batch
+from ds_gpt2.batch import fit_ranks, format_batches, parse_batches, plan_batch
 from ds_gpt2.errors import UserError
 
 
@@ -55,3 +55,22 @@ def test_every_number_of_ranks_gets_settings_that_work() -> None:
             ranks, micro_batch = fit_ranks(windows * 8, 6, 8, available)
             assert 1 <= ranks <= available
             assert plan_batch(windows * 8, micro_batch, 8, ranks).windows_per_step == windows
+
+
+@given(st.sets(st.integers(1, 300)))
+def test_batches_are_read_as_they_are_written(batches: set[int]) -> None:
+    written = format_batches(sorted(batches))
+    assert parse_batches(written) == tuple(sorted(batches))
+    assert written.count(",") + written.count("-") < max(1, 2 * len(batches))
+
+
+def test_batches_as_a_person_writes_them() -> None:
+    assert parse_batches("7, 3-5,4") == (3, 4, 5, 7)
+    assert parse_batches(None) == ()
+    assert format_batches([1, 2, 3, 9]) == "1-3,9"
+
+
+@pytest.mark.parametrize("text", ["5-3", "0", "x", "1-", "1-99999999", "-4", "1,,2"])
+def test_what_is_no_list_of_batches_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="leave_out"):
+        parse_batches(text)

@@ -25,7 +25,7 @@ from ds_gpt2.checkpoint import manifest as manifest_module
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.layout import epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest, encode
-from ds_gpt2.commands import checkpoints, train
+from ds_gpt2.commands import checkpoints, runs, train
 from ds_gpt2.model import GPT2, ModelShape
 
 FILES = {"mp_rank_00_model_states.pt": b"weights" * 100, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": b"x" * 300}
@@ -65,7 +65,7 @@ def size_of(path: Path) -> int:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project directory that the commands take for theirs."""
-    for module in (checkpoints, train):
+    for module in (checkpoints, runs, train):
         monkeypatch.setattr(module, "PROJECT_DIR", tmp_path / "project")
     (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path / "project"

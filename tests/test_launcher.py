@@ -20,6 +20,7 @@ from ds_gpt2 import cli, device, launcher, outcome
 from ds_gpt2.checkpoint.generations import newest_tag, scan
 from ds_gpt2.config import dump_settings, load_settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import Place
 from ds_gpt2.machine import free_port
 
 FOR_EVER = {"steps": 1_000_000, "warmup_steps": 3}
@@ -256,13 +257,13 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     auto = load_settings(endless, {"run.device": "auto"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert launcher.choose_ranks(auto, None) == ("cuda", 3)
-    assert launcher.choose_ranks(auto, 2) == ("cuda", 2)
+    assert launcher.choose_ranks(auto, None) == Place("cuda", 3)
+    assert launcher.choose_ranks(auto, 2) == Place("cuda", 2)
     with pytest.raises(UserError, match=r"--num_gpus 4, but this machine shows 3 GPU"):
         launcher.choose_ranks(auto, 4)
-    assert launcher.choose_ranks(load_settings(endless), None) == ("cpu", 4)
+    assert launcher.choose_ranks(load_settings(endless), None) == Place("cpu", 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert launcher.choose_ranks(auto, None) == ("cpu", 4)
+    assert launcher.choose_ranks(auto, None) == Place("cpu", 4)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +272,14 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
 )
 def test_visible_devices_are_the_ones_used(visible: str, where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher._which_devices("cuda", 2) == where
-    assert launcher._which_devices("cpu", 2) == ["--num_gpus", "2"]
+    assert launcher._which_devices(Place("cuda", 2)) == where
+    assert launcher._which_devices(Place("cpu", 2)) == ["--num_gpus", "2"]
 
 
 def test_devices_deepspeed_cannot_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c")
     with pytest.raises(UserError, match="needs GPUs by number"):
-        launcher._which_devices("cuda", 1)
+        launcher._which_devices(Place("cuda", 1))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from ds_gpt2.config import GuardSettings
 from ds_gpt2.engine import Update
+from ds_gpt2.guard import Guard
 from ds_gpt2.loop import Course, Ending, train
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
+
+OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="off", drift="off", stuck_data="off")
 
 
 class Parts:
@@ -37,21 +41,26 @@ class Parts:
     def epoch(self, step: int) -> float:
         return step / self._epoch_steps
 
-    def step_windows(self, step: int) -> np.ndarray:
-        return np.array([step])
+    def windows_of(self, batch: int) -> np.ndarray:
+        return np.array([batch])
 
-    def micro_batches(self, step: int) -> str:
+    def micro_batches(self, batch: int) -> str:
+        return f"data of {batch}"
+
+    def begin_step(self, step: int, batch: int) -> None:
         self.step = step
-        return f"data of {step}"
 
     def accumulate(self, micro_batches: str, interrupted: Callable[[], bool]) -> torch.Tensor | None:
         self.notes.append(f"accumulate {micro_batches}")
         self.requested = self.step in (self._stop_at, self._stop_within)
         return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
 
-    def apply(self, lr: float) -> Update:
+    def apply(self, lr: float, skip: bool = False) -> Update:
         self.notes.append(f"apply {lr}")
-        return Update(applied=self.step != self._skip_at, grad_norm=1.0, clipped=False)
+        return Update(applied=self.step != self._skip_at and not skip, grad_norm=1.0, clipped=False)
+
+    def fingerprint(self) -> str:
+        return f"weights of {self.step}"
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
@@ -78,6 +87,7 @@ class Parts:
     def waiting_for(self, items: str) -> str:
         return items
 
+    def enter(self, phase: str) -> None: ...
     def flush(self, durable: bool = False) -> None: ...
     def mark(self, phase: str) -> None: ...
     def begin(self) -> None: ...
@@ -90,10 +100,10 @@ class Parts:
     def show(self, step: int, seen: dict[str, Any], eta: float) -> None: ...
 
 
-def _train(parts: Parts, state: TrainState, steps: int, save: int) -> Ending:
+def _train(parts: Parts, state: TrainState, steps: int, save: int, guard: Guard | None = None) -> Ending:
     same: Any = parts
     course = Course(steps, lambda step: step / 10, Every(save))
-    return train(course, state, same, same, [same], same, same, same, same, same)
+    return train(course, state, same, same, [same], same, same, same, same, same, guard or Guard(OFF, print), same)
 
 
 def test_a_step_is_told_in_order() -> None:
@@ -147,7 +157,7 @@ def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:
     parts = Parts()
-    assert _train(parts, TrainState(step=5, tokens=500), steps=6, save=0)
+    assert _train(parts, TrainState(step=5, batch=5, tokens=500), steps=6, save=0)
     assert parts.notes[0] == "accumulate data of 6"
     assert parts.records[6]["train/tokens"] == 600
 
@@ -162,3 +172,48 @@ def test_a_skipped_update_is_counted() -> None:
     parts, state = Parts(skip_at=2), TrainState()
     _train(parts, state, steps=3, save=0)
     assert [parts.records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+
+
+def _losses_of(parts: Parts, values: dict[int, float]) -> None:
+    def accumulate(micro_batches: str, interrupted: Callable[[], bool]) -> torch.Tensor:
+        parts.notes.append(f"accumulate {micro_batches}")
+        return torch.tensor(values.get(parts.step, 2.0))
+
+    parts.accumulate = accumulate  # type: ignore[method-assign]  # other losses
+
+
+def test_a_run_that_is_not_to_be_trusted_ends_without_saving() -> None:
+    parts, state = Parts(epoch_steps=1000), TrainState()
+    _losses_of(parts, dict.fromkeys(range(41, 60), 9.0))
+    guard = Guard(GuardSettings(divergence_steps=5), lambda _: None)
+    assert _train(parts, state, steps=100, save=45, guard=guard) is Ending.ROLLBACK
+    assert [note for note in parts.notes if note.startswith("save")] == []
+    assert (state.step, parts.for_good) == (45, False)
+
+
+def test_weights_that_differ_are_not_saved() -> None:
+    parts = Parts()
+    guard = Guard(GuardSettings(), lambda _: None)
+    guard.judge_weights = lambda state, _: Guard.judge_weights(guard, state, ["a", "b"])  # type: ignore[method-assign]
+    assert _train(parts, TrainState(), steps=10, save=5, guard=guard) is Ending.ROLLBACK
+    assert [note for note in parts.notes if note.startswith("save")] == []
+    assert guard.rollback is not None and guard.rollback.begun == 5
+
+
+def test_a_loss_that_is_not_finite_makes_no_update() -> None:
+    parts, state = Parts(), TrainState()
+    _losses_of(parts, {2: math.nan})
+    _train(parts, state, steps=3, save=0)
+    assert [parts.records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+
+
+def test_batches_that_are_left_out_are_not_trained_on_and_the_end_of_an_epoch_is_kept_all_the_same() -> None:
+    parts, state = Parts(epoch_steps=5), TrainState()
+    state.leave_out([5])
+    _train(parts, state, steps=5, save=0)
+    assert [note for note in parts.notes if note.startswith("accumulate")][-2:] == [
+        "accumulate data of 4",
+        "accumulate data of 6",
+    ]
+    assert "save 5 epoch_00001" in parts.notes
+    assert parts.records[5]["train/epoch"] == 1.2

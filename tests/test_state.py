@@ -37,3 +37,28 @@ def test_it_survives_the_way_through_a_checkpoint() -> None:
     state = TrainState(step=7, tokens=700, skipped_steps=1, val_loss=3.5, best_val_loss=3.25, ledger="ab")
     assert TrainState.from_dict(state.to_dict()) == state
     assert TrainState.from_dict({**state.to_dict(), "of_a_later_version": 1}) == state
+
+
+def test_batches_that_are_left_out_are_never_the_next() -> None:
+    state = TrainState()
+    state.leave_out([3, 2, 5])
+    state.leave_out([5])
+    seen = []
+    for _ in range(5):
+        seen.append(state.next_batch)
+        state.advance(10, applied=True, windows=b"")
+        assert state.batch == seen[-1]
+    assert seen == [1, 4, 6, 7, 8]
+    assert (state.step, state.left_out) == (5, [2, 3, 5])
+
+
+def test_a_checkpoint_of_before_batches_could_be_left_out_goes_on_with_the_next_one() -> None:
+    old = {"step": 7, "tokens": 700}
+    assert TrainState.from_dict(old).next_batch == 8
+
+
+def test_updates_skipped_in_a_row_are_counted() -> None:
+    state = TrainState()
+    for applied in (False, True, False, False):
+        state.advance(10, applied=applied, windows=b"")
+    assert (state.skipped_in_row, state.skipped_steps, state.updates) == (2, 3, 1)

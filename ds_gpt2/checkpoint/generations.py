@@ -66,6 +66,11 @@ def newest_tag(directory: Path) -> str | None:
     return next((found.tag for found in scan(directory) if found.role != "superseded"), None)
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint of the run's history, unverified; -1 if there is none."""
+    return next((found.step for found in scan(directory) if found.role != "superseded"), -1)
+
+
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:
     """Why ``generation`` must not be loaded, None if all is as it was written.
 
@@ -86,8 +91,9 @@ def candidates(directory: Path, wanted: str) -> list[Generation]:
     """The checkpoints to try for a resume from ``wanted``, the best first; none where there are none to choose from.
 
     Args:
-        wanted: ``latest`` or ``auto`` (the newest that is good), ``latest_backup`` or ``backup``, ``best``, a step, an
-            epoch (``epoch_00003``, ``epoch 3``), a tag, or the path of a checkpoint or of a directory of them.
+        wanted: ``latest`` or ``auto`` (the newest that is good), ``before:STEP`` (the newest good one of an earlier
+            step, or the oldest there is), ``latest_backup`` or ``backup``, ``best``, a step, an epoch
+            (``epoch_00003``, ``epoch 3``), a tag, or the path of a checkpoint or of a directory of them.
 
     Raises:
         UserError: there is no such checkpoint; the message lists near ones.
@@ -95,6 +101,8 @@ def candidates(directory: Path, wanted: str) -> list[Generation]:
     history = [found for found in scan(directory) if found.role != "superseded" and not found.weights_only]
     if wanted in ("latest", "auto"):
         return history
+    if (step := _before(wanted)) is not None:
+        return [found for found in history if found.step < step] or history[-1:]
     if wanted in (LATEST_BACKUP, "backup"):
         return _from_backup(directory, history)
     if (found := _by_name(directory, wanted)) is not None:
@@ -102,6 +110,11 @@ def candidates(directory: Path, wanted: str) -> list[Generation]:
     if layout.role_of(wanted) is None and (path := _directory(wanted)) is not None:
         return _at_path(path)
     raise UserError(f"no checkpoint {wanted!r} in {directory}: {_known(directory, wanted)}")
+
+
+def _before(wanted: str) -> int | None:
+    step = wanted.removeprefix("before:")
+    return int(step) if step != wanted and _is_number(step) else None
 
 
 def _from_backup(directory: Path, history: list[Generation]) -> list[Generation]:

@@ -19,7 +19,7 @@ from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.backup_queue import BackupQueue
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
-from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
+from ds_gpt2.checkpoint.layout import BEST_TAG, PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.partitions import repartition
 from ds_gpt2.checkpoint.restore import Restored
@@ -28,6 +28,7 @@ from ds_gpt2.checkpoint.snapshot import HostMemory
 from ds_gpt2.checkpoint.writer import Save
 from ds_gpt2.engine import Engine
 from ds_gpt2.errors import UserError
+from ds_gpt2.journal import Journal
 from ds_gpt2.model import count_parameters
 from ds_gpt2.rng import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.state import TrainState
@@ -51,6 +52,7 @@ class Checkpoints:
         identity: dict[str, Any],
         run_settings: dict[str, Any],
         backup: Backup | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +60,7 @@ class Checkpoints:
             identity: what must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: where copies go, if anywhere.
+            journal: where rank 0 writes down what was saved and what was not.
 
         Raises:
             UserError: on every rank: the disk has no room for a single checkpoint.
@@ -69,6 +72,7 @@ class Checkpoints:
         self._settings = settings = housekeeping.settings
         self._identity = identity
         self._run_settings = run_settings
+        self._journal = journal if dist.is_main() else None
         self._serializer = Serializer()
         self._memory = HostMemory() if settings.in_background else None
         self._thread = _writer_thread(engine.device) if settings.in_background else None
@@ -93,6 +97,7 @@ class Checkpoints:
         self._hold_back()
         tag = rolling_tag(state.step)
         if not self._is_ready_for(tag):
+            self._note_failure(state.step)
             return
         self._engine.deepspeed.save_checkpoint(
             str(self.directory), tag=tag + PARTIAL, client_state={_KEY: {"state": state.to_dict()}}, save_latest=False
@@ -111,7 +116,9 @@ class Checkpoints:
             self._engine.moment(),
             self._settings.write_mb_per_s * 1e6,
             manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings),
-            afterwards=partial(self._keep_house, roles=roles, step=state.step),
+            afterwards=partial(
+                self._keep_house, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
+            ),
         )
         if self._thread is None:
             self._save.run()
@@ -200,11 +207,20 @@ class Checkpoints:
             self._done.result()
             self._done = None
         if not dist.any_rank(save.committed, self._engine.device):
+            self._note_failure(self._saved_step)
             self._saved_step = None
 
-    def _keep_house(self, tag: str, roles: Sequence[str], step: int) -> None:
+    def _note_failure(self, step: int | None) -> None:
+        if self._journal is not None:
+            self._journal.write("save_failed", "no checkpoint was saved: train.log says why", step)
+
+    def _keep_house(self, tag: str, roles: Sequence[str], step: int, val_loss: float | None, taken: float) -> None:
         """On rank 0, after a commit. Nothing here is worth ending a run for."""
         log.info(f"step {step}: saved {self.directory / tag}")
+        if self._journal is not None:
+            self._journal.write("save", f"saved {tag}", step, taken=taken)
+            if BEST_TAG in roles:
+                self._journal.write("best", f"best validation loss so far, {val_loss:.4f}", step, val_loss=val_loss)
         self._housekeeping.after_commit(tag, roles)
         if self._queue is not None:
             self._queue.offer(tag, roles, step)

@@ -16,7 +16,7 @@ from ds_gpt2.checkpoint.generations import Generation, candidates
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.places import reason_of
-from ds_gpt2.commands.train import find_run
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import Settings, load_settings
 from ds_gpt2.errors import UserError
 

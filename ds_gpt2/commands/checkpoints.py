@@ -23,7 +23,7 @@ from ds_gpt2.checkpoint.generations import Generation, candidates, open_generati
 from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing, mark
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
-from ds_gpt2.commands.train import find_run
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, load_settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.wording import size

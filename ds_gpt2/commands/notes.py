@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from ds_gpt2 import notes, outcome
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.tensorboard import event_directory
-from ds_gpt2.commands.train import find_run
 from ds_gpt2.errors import UserError
 
 

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     config = find_config("quickstart")
     overrides = _under_a_free_name(parse_overrides(options.settings))
     settings = load_settings(config, overrides)
-    _, ranks = choose_ranks(settings, options.num_gpus)
+    ranks = choose_ranks(settings, options.num_gpus).ranks
     overrides = {**_batch_for(settings, ranks), **overrides}
     if settings.data.dir == prepare.SAMPLE_DIR:
         prepare.prepare_sample()

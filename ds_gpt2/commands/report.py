@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ds_gpt2 import outcome
-from ds_gpt2.commands.train import find_run
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
 from ds_gpt2.report.charts import charts_of, views_of

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ds_gpt2 import outcome
-from ds_gpt2.commands.train import find_run
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, load_settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import free_port

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ds_gpt2.batch import fit_ranks, plan_batch
+from ds_gpt2 import outcome
+from ds_gpt2.batch import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.commands.arguments import add_start_arguments
+from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.doctor.checks import quick
+from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
-from ds_gpt2.launcher import choose_ranks, run_ranks
+from ds_gpt2.launcher import Place, choose_ranks
 from ds_gpt2.machine import check_writable
+from ds_gpt2.supervisor import Run, supervise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
+    parser.add_argument("--auto", action="store_true", help="go on with the run if it has checkpoints")
     add_start_arguments(parser)
 
 
@@ -30,6 +37,7 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
         help="which checkpoint (default: the newest good one)",
     )
+    parser.add_argument("--leave_out", metavar="BATCHES", help="of the data, never to train on: 1200-1210,1250")
     add_start_arguments(parser)
 
 
@@ -37,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     config = find_config(options.config)
     overrides = parse_overrides(options.settings)
     settings = load_settings(config, overrides)
+    if options.auto:
+        return start(config, overrides, settings, options.num_gpus, "auto")
     if latest := newest_tag(settings.checkpoint_dir):
         name = settings.run.name
         raise UserError(
@@ -57,13 +67,14 @@ def resume(options: argparse.Namespace) -> int:
     ranks = options.num_gpus
     if ranks is None:
         ranks, overrides = _shared_out(settings, overrides)
-    return start(config, overrides, load_settings(config, overrides), ranks, resume=options.source)
+    leave_out = parse_batches(options.leave_out)
+    return start(config, overrides, load_settings(config, overrides), ranks, options.source, leave_out)
 
 
 def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
     """As many of this machine's ranks as can share the run's token budget, and settings whose micro-batch fits them."""
     batch = settings.batch
-    _, available = choose_ranks(settings, None)
+    available = choose_ranks(settings, None).ranks
     ranks, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, available)
     if ranks < available:
         print(f"{available} ranks cannot share {batch.tokens_per_step} tokens a step equally: going on with {ranks}")
@@ -74,22 +85,37 @@ def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dic
 
 
 def start(
-    config: Path, overrides: dict[str, str], settings: Settings, num_gpus: int | None, resume: str | None = None
+    config: Path,
+    overrides: dict[str, str],
+    settings: Settings,
+    num_gpus: int | None,
+    resume: str | None = None,
+    leave_out: tuple[int, ...] = (),
 ) -> int:
-    """Check the settings without the ranks, then run them; returns the exit code."""
+    """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
     load_deepspeed_file(settings.deepspeed)
-    accelerator, ranks = choose_ranks(settings, num_gpus)
+    place = choose_ranks(settings, num_gpus)
     batch = settings.batch
-    plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
+    plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     open_dataset(settings.data.dir)
+    if not _is_ready(settings, place):
+        return outcome.MISTAKE
     for directory in settings.output_dirs:
         check_writable(directory)
-    arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
-    if resume:
-        arguments += ["--resume", resume]
-    place = "GPUs" if accelerator == "cuda" else "the CPU"
-    print(f"starting {ranks} ranks on {place} (Ctrl+C saves and stops) ...", flush=True)
-    return run_ranks(arguments, accelerator, ranks)
+    where = "GPUs" if place.accelerator == "cuda" else "the CPU"
+    print(f"starting {place.ranks} ranks on {where} (Ctrl+C saves and stops) ...", flush=True)
+    arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
+    return supervise(Run(arguments, place, resume, leave_out), settings)
+
+
+def _is_ready(settings: Settings, place: Place) -> bool:
+    """Say what doctor's quick rows warn of; False where one of them would end the run."""
+    rows = quick(settings, place.accelerator, place.ranks)
+    for row in rows:
+        if row.status in ("warn", "fail"):
+            word = "error" if row.status == "fail" else "warning"
+            print(f"{word}: {in_one_line(row)}", file=sys.stderr)
+    return not any(row.status == "fail" for row in rows)
 
 
 def find_config(name: str) -> Path:
@@ -104,27 +130,3 @@ def find_config(name: str) -> Path:
             return path
     known = ", ".join(path.stem for path in sorted(shipped.glob("*.yaml")))
     raise UserError(f"no config file {name}: give a path, or one of {known}")
-
-
-def find_run(name: str | None) -> Path:
-    """The directory of a run by name, by path, or of the one started last.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    runs = PROJECT_DIR / "runs"
-    started = sorted(runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if name is None:
-        if not started:
-            raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
-        return started[-1].parent
-    for path in (runs / name, Path(name)):
-        if (path / "config.yaml").is_file():
-            return path
-    of_checkpoints = runs / Path(name).name  # where NAME is checkpoints/<run>, and not a backup of them
-    if (of_checkpoints / "config.yaml").is_file():
-        settings = load_settings(of_checkpoints / "config.yaml")
-        if settings.checkpoint_dir.resolve() == Path(name).resolve():
-            return of_checkpoints
-    known = ", ".join(path.parent.name for path in started) or "none"
-    raise UserError(f"no run {name}: known in {runs} are {known}")

@@ -1,4 +1,4 @@
-"""Which windows a rank computes at a step: a pure function of (seed, step, rank, world size)."""
+"""Which windows a rank computes of a batch: a pure function of (seed, number of the batch, rank, world size)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class TrainingData:
         self._seed = seed
         self._device = device
 
-    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of ``step`` (1-based), on its device."""
-        mine = np.split(self.step_windows(step), self.plan.world_size)[self._rank]
+    def micro_batches(self, batch: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of ``batch`` (1-based, one a step), on its device."""
+        mine = np.split(self.windows_of(batch), self.plan.world_size)[self._rank]
         for indices in np.split(mine, self.plan.accumulation):
             yield to_device(self.windows.read(indices), self._device)
 
-    def step_windows(self, step: int) -> npt.NDArray[np.int64]:
-        """The windows of ``step`` over all ranks, in rank order: the same for every world size."""
+    def windows_of(self, batch: int) -> npt.NDArray[np.int64]:
+        """The windows of ``batch`` over all ranks, in rank order: the same for every world size."""
         size = self.plan.windows_per_step
-        positions = np.arange((step - 1) * size, step * size, dtype=np.int64)
+        positions = np.arange((batch - 1) * size, batch * size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, len(self.windows))
         return np.concatenate(
             [
@@ -45,9 +45,9 @@ class TrainingData:
             ]
         )
 
-    def epoch(self, step: int) -> float:
-        """Epochs done after ``step`` steps."""
-        return step * self.plan.windows_per_step / len(self.windows)
+    def epoch(self, batch: int) -> float:
+        """Epochs done with ``batch``."""
+        return batch * self.plan.windows_per_step / len(self.windows)
 
     def steps_for(self, epochs: float) -> int:
         """Steps until ``epochs`` epochs are done, the last one filled up from the next epoch."""

@@ -65,7 +65,7 @@ class HellaSwag(Hook):
         engine.model.eval()
         try:
             if self._mine:
-                counts[:-1] = score(engine.model, self._mine).correct()
+                counts[:-1] = score(engine.model, self._mine, self.progress).correct()
         except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
             log.error(f"HellaSwag: {' '.join(str(error).split())}")
             counts[-1] = 1

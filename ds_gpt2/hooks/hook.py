@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from ds_gpt2.engine import Engine
 from ds_gpt2.monitor import Seen
@@ -17,6 +18,7 @@ class Hook(ABC):
     """
 
     every: Every
+    progress: Callable[[], None] = staticmethod(lambda: None)  # called now and then where observing takes long
 
     def before_update(self, engine: Engine) -> None:  # noqa: B027  # most hooks have nothing to do here
         """After the step's last backward pass: under ZeRO-2 gradients exist only here."""

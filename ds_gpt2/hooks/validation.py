@@ -61,6 +61,7 @@ class Validation(Hook):
         for number in range(dist.rank(), len(self._groups), dist.world_size()):
             tokens, targets = to_device(self._windows.read(self._groups[number]), engine.device)
             losses[number] = engine.model(tokens, targets)
+            self.progress()
         engine.model.train()
         per_group = dist.sum_over_ranks(losses).cpu()
         return float((per_group * self._sizes).sum() / self._sizes.sum())

@@ -375,3 +375,17 @@ def test_the_one_before_is_of_another_step(run: Path) -> None:
     (run / "latest_backup").unlink()
     write_checkpoint(run, epoch_tag(3), 400)
     assert tags_of(candidates(run, "backup")) == HISTORY[1:]
+
+
+def test_before_a_step_is_the_newest_of_an_earlier_one_and_where_there_is_none_the_oldest(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, rolling_tag(step), step, {"a.pt": b"x"})
+
+    def steps(wanted: str) -> list[int]:
+        return [found.step for found in candidates(tmp_path, wanted)]
+
+    assert steps("before:15") == [10, 5]
+    assert steps("before:16") == [15, 10, 5]
+    assert steps("before:5") == [5]
+    with pytest.raises(UserError):
+        steps("before:soon")

@@ -55,7 +55,7 @@ def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan,
     data = TrainingData(Some(), plan, 0, seed, CPU)  # only the length is asked for
     epochs = 3
     steps = data.steps_for(epochs)
-    stream = np.concatenate([data.step_windows(step) for step in range(1, steps + 1)])
+    stream = np.concatenate([data.windows_of(step) for step in range(1, steps + 1)])
     for epoch in range(epochs):
         seen = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
         assert seen == Counter(range(windows_count))
@@ -65,7 +65,7 @@ def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan,
 
 def test_the_order_depends_on_the_seed(windows: Windows) -> None:
     plan = BatchPlan(4, SEQUENCE, 1, 1)
-    first, second = (TrainingData(windows, plan, 0, seed, CPU).step_windows(1).tolist() for seed in (1, 2))
+    first, second = (TrainingData(windows, plan, 0, seed, CPU).windows_of(1).tolist() for seed in (1, 2))
     assert first != second
 
 

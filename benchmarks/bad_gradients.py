@@ -1,0 +1,131 @@
+"""Does a NaN or Inf ever reach the weights? Many of them, on every rank, in every micro-batch, in all kinds of tensors.
+
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 4 benchmarks/bad_gradients.py --data data/sample --count 1000 --out FILE
+
+After each one the weights, the fp32 masters and both moments of Adam must be what they were, bit for bit, on all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import device, dist, outcome
+
+if TYPE_CHECKING:
+    from ds_gpt2.data.batches import TrainingData
+    from ds_gpt2.engine import Engine
+
+KINDS = ("nan in a gradient", "inf in a gradient", "nan in the loss", "inf in the loss", "skip asked for")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    place = device.choose("auto")
+    from benchmarks import machine
+    from benchmarks.trainer import Trainer, settings_of
+    from ds_gpt2.engine import close_process_group, open_process_group
+
+    open_process_group(place)
+    small = {"model.layers": "2", "model.heads": "2", "model.width": "64", "batch.sequence_length": "64"}
+    accumulation = {"batch.tokens_per_step": str(64 * 2 * 3 * dist.world_size())}
+    settings = settings_of(options.data, "7M", **small, **accumulation)
+    trainer = Trainer(settings, place)
+    trainer.steps(3)
+    result = inject(trainer.engine, trainer.data, options.count, options.seed)
+    if dist.is_main():
+        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
+        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(shown, indent=1))
+    trainer.engine.close()
+    close_process_group()
+
+
+def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[str, Any]:
+    """``count`` bad values at random places, and what came of them; every rank draws the same places."""
+    dice = random.Random(seed)
+    weights = [name for name, _ in engine.model.named_parameters()]
+    kinds: Counter[str] = Counter()
+    reached, applied = 0, 0
+    before = _state(engine)
+    for number in range(count):
+        kind, weight = dice.choice(KINDS), dice.choice(weights)
+        guilty, micro_batch = dice.randrange(dist.world_size()), dice.randrange(data.plan.accumulation)
+        kinds[kind] += 1
+        handles = _poison(engine, kind, weight, micro_batch) if dist.rank() == guilty else []
+        engine.accumulate(data.micro_batches(number + 1))
+        update = engine.apply(1e-3, skip=kind == "skip asked for")
+        for handle in handles:
+            handle.remove()
+        after = _state(engine)
+        applied += update.applied
+        reached += any(dist.gather_objects(after != before))
+        before = after
+    engine.accumulate(data.micro_batches(count + 1))
+    goes_on = engine.apply(1e-3).applied and any(dist.gather_objects(_state(engine) != before))
+    return {
+        "injections": count,
+        "of": dict(kinds),
+        "ranks": dist.world_size(),
+        "micro_batches": data.plan.accumulation,
+        "updates_made": applied,
+        "states_changed": reached,
+        "next_update_made": goes_on,
+    }
+
+
+def _poison(engine: Engine, kind: str, weight: str, micro_batch: int) -> list[Any]:
+    """From here on micro-batch number ``micro_batch`` of this rank goes wrong once."""
+    import torch
+
+    value = float("nan") if kind.startswith("nan") else float("inf")
+    calls = iter(range(1_000_000))
+    if "gradient" in kind:
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            spoilt = gradient.clone()
+            if next(calls) == micro_batch:
+                spoilt.view(-1)[-1] = value
+            return spoilt
+
+        return [dict(engine.model.named_parameters())[weight].register_hook(spoil)]
+    if "loss" in kind:
+
+        def spoil_loss(module: object, inputs: object, loss: torch.Tensor) -> torch.Tensor:
+            return loss * value if next(calls) == micro_batch else loss
+
+        return [engine.model.register_forward_hook(spoil_loss)]
+    return []
+
+
+def _state(engine: Engine) -> str:
+    """A hash over this rank's weights, masters and moments."""
+    optimizer = engine.deepspeed.optimizer
+    tensors = [parameter.detach() for parameter in engine.model.parameters()]
+    tensors += optimizer.single_partition_of_fp32_groups
+    for state in optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if hasattr(value, "numel") and value.numel() > 1]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
+    outcome.end_process(outcome.DONE)

@@ -1,0 +1,78 @@
+"""``alert``: which ways alerts go, and whether a message arrives by each of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import time
+from pathlib import Path
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands.runs import find_run
+from ds_gpt2.commands.train import find_config
+from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.errors import UserError
+from ds_gpt2.messages.message import Message
+from ds_gpt2.messages.ways import ADDRESSES, Address, Way, check, deliver, ways
+from ds_gpt2.wording import clock
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN|CONFIG", help="a run's name or directory, or a YAML file or its name")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--test", action="store_true", help="send a message by every way that is set up")
+    what.add_argument("--list", action="store_true", help="show these ways, send nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = load_settings(_find(options.run), parse_overrides(options.settings))
+    services = check(settings.alerts)
+    found = ways(settings.alerts)
+    if not found:
+        raise UserError(
+            f"alerts have nowhere to go: write addresses into ~/.config/ds_gpt2/alert_urls or {ADDRESSES},"
+            " or set alerts.command (docs/operations.md)"
+        )
+    if options.test:
+        return _test(settings, found, options.json)
+    kinds = {way: services[way] if isinstance(way, Address) else "run by the shell" for way in found}
+    return _show(kinds, options.json)
+
+
+def _find(name: str) -> Path:
+    """The settings of a run that was started, else of one that could be."""
+    try:
+        return find_run(name) / "config.yaml"
+    except UserError as no_run:
+        try:
+            return find_config(name)
+        except UserError:
+            raise no_run from None
+
+
+def _show(kinds: dict[Way, str], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([{"way": way.name, "kind": kind} for way, kind in kinds.items()]))
+    else:
+        for way, kind in kinds.items():
+            print(f"{way.name}: {kind}")
+    return outcome.DONE
+
+
+def _test(settings: Settings, found: list[Way], as_json: bool) -> int:
+    reasons = deliver(dict.fromkeys(found, _test_message(settings.run.name)))
+    if as_json:
+        print(json.dumps([{"way": way.name, "taken": why is None, "why": why} for way, why in reasons.items()]))
+    else:
+        for way, why in reasons.items():
+            print(f"{way.name}: {'taken' if why is None else f'NOT taken: {why}'}")
+    return outcome.CRASHED if any(reasons.values()) else outcome.DONE
+
+
+def _test_message(run: str) -> Message:
+    now = time.time()
+    text = f"Alerts about run {run} arrive here.\n{socket.gethostname()}, {clock(now)}"
+    return Message(run, "test", f"{run}: test", text, now)

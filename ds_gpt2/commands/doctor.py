@@ -1,0 +1,103 @@
+"""``doctor``: is this machine ready for the run? Every check by name, with the mend."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands.arguments import add_start_arguments
+from ds_gpt2.commands.train import find_config
+from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.doctor.checks import checks
+from ds_gpt2.doctor.finding import Check, Row, examine
+from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import choose_ranks
+
+WIDTH = 100  # columns
+
+_WORDS = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "?"}
+_NAME = 17  # columns
+_FOUND = 9 + _NAME  # the column at which what was found begins
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
+    add_start_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="only what takes no time: `train` looks at it by itself")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = load_settings(find_config(options.config), parse_overrides(options.settings))
+    wanted = [check for check in _checks(settings, options.num_gpus) if check.quick or not options.quick]
+    if options.json:
+        found = [(check.group, row) for check in wanted for row in examine(check)]
+        print(json.dumps([{"group": group, **dataclasses.asdict(row)} for group, row in found]))
+    else:
+        print(f"is this machine ready for the run {settings.run.name}?")
+        found = list(_shown(wanted))
+        print(f"\n{_summary([row for _, row in found])}")
+    return outcome.MISTAKE if any(row.status == "fail" for _, row in found) else outcome.DONE
+
+
+def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
+    """Of a run that could not even choose its ranks, that is the first row, and no rank is started."""
+    try:
+        place = choose_ranks(settings, num_gpus)
+    except UserError as error:
+        reason = str(error)
+        first = Check("settings", "device", lambda: Row("device", "fail", reason), quick=True)
+        return [first, *(check for check in checks(settings, "cuda", num_gpus or 1) if check.group != "ranks")]
+    return checks(settings, place.accelerator, place.ranks)
+
+
+def _shown(wanted: list[Check]) -> Iterator[tuple[str, Row]]:
+    """Rows as they are found, each printed under its group."""
+    group, width = "", min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    for check in wanted:
+        if check.group != group:
+            group = check.group
+            print(f"\n{group}", flush=True)
+        _wait_line(f"  ...  {check.name}")
+        rows = examine(check)
+        _wait_line("")
+        for row in rows:
+            print("\n".join(lines_of(row, width)), flush=True)
+            yield group, row
+
+
+def lines_of(row: Row, width: int = WIDTH) -> list[str]:
+    """A row as it is printed: the mend below what was found, nothing wider than ``width`` columns."""
+    head = f"  {_WORDS[row.status]:<5}{row.name:<{_NAME}}"
+    head += "  " if len(head) < _FOUND else " "
+    indent = " " * _FOUND
+    found = _wrapped(row.found, head, indent, width)
+    return found + (_wrapped(row.mend, f"{indent}-> ", f"{indent}   ", width) if row.mend else [])
+
+
+def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def _wait_line(text: str) -> None:
+    """What is being looked at, on a terminal, until its rows take the place."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+def _summary(rows: list[Row]) -> str:
+    counts = Counter[str](row.status for row in rows)
+    words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
+    told = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
+    if counts["fail"]:
+        return f"{told}: not ready; mend what says FAIL, then ask again"
+    if counts["warn"]:
+        return f"{told}: ready, as far as can be told; read the warnings"
+    return f"{told}: ready, as far as can be told"

@@ -1,0 +1,97 @@
+"""``status``: how a run is now, on one small screen; and whether all is well, for cron."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands import status_news
+from ds_gpt2.commands.runs import find_run, started_runs
+from ds_gpt2.errors import UserError
+from ds_gpt2.status import figures, screen
+from ds_gpt2.status.figures import Status
+
+_WATCH_SECONDS = 10.0
+_CLEAR = "\033[H\033[2J"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories of runs (default: the newest run)")
+    parser.add_argument("--all", action="store_true", help="every run, a line each")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object; of several runs a list")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=_seconds,
+        const=_WATCH_SECONDS,
+        metavar="SECONDS",
+        help=f"look again every {_WATCH_SECONDS:g} seconds, until Ctrl+C",
+    )
+    parser.add_argument("--alert", action="store_true", help="send a message when it gets well or ill, for cron")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0 if all is well with all runs, 1 if not."""
+    directories = _directories(options)
+    if options.watch is None:
+        return _show(directories, options)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            _show(directories, options, redrawn=sys.stdout.isatty() and not options.json)
+            time.sleep(options.watch)
+    return outcome.DONE
+
+
+def _directories(options: argparse.Namespace) -> list[Path]:
+    if not options.all:
+        return [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
+    if options.runs:
+        raise UserError(f"--all shows every run: leave out {' '.join(options.runs)}, or --all")
+    return started_runs() or [find_run(None)]  # which says that there are none
+
+
+def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: bool = False) -> int:
+    now = time.time()
+    statuses = [_look(directory, now) for directory in directories]
+    several = options.all or len(directories) > 1
+    text = _as_json(statuses, several) if options.json else _as_text(statuses, several)
+    print(_CLEAR + text if redrawn else text, flush=True)
+    if options.alert:
+        for directory, status in zip(directories, statuses, strict=True):
+            status_news.tell(directory, status)
+    return outcome.DONE if all(status.healthy for status in statuses) else outcome.CRASHED
+
+
+def _look(directory: Path, now: float) -> Status:
+    try:
+        return figures.look(directory, now)
+    except OSError as error:
+        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+
+
+def _as_json(statuses: Sequence[Status], several: bool) -> str:
+    found = [dataclasses.asdict(status) for status in statuses]
+    return json.dumps(found if several else found[0])
+
+
+def _as_text(statuses: Sequence[Status], several: bool) -> str:
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    if several:
+        return "\n".join(screen.line(status, coloured) for status in statuses)
+    return screen.screen(statuses[0], coloured)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; a RUN stands before --watch")

@@ -1,0 +1,73 @@
+"""Will the disk last? Looked at now and then, while there is still time to make room."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ds_gpt2.checkpoint.generations import scan
+from ds_gpt2.config import Settings
+from ds_gpt2.wording import size
+
+_EVERY_SECONDS = 600.0
+_DAY = 86_400.0
+_REMEMBERED = 288  # looks: two days
+_ENOUGH_SECONDS = 4 * 3600.0  # a shorter trend says nothing: checkpoints come and go
+
+
+class DiskWatch:
+    """The disk of a run's checkpoints. Each time that it becomes short is told once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """
+        Args:
+            clock: seconds.
+            free_bytes: of the disk; default: as the system says.
+        """
+        self._settings = settings
+        self._clock = clock
+        self._free_bytes = free_bytes or (lambda: shutil.disk_usage(settings.checkpoint_dir).free)
+        self._next = clock()
+        self._seen: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)
+        self._short = False
+
+    def look(self) -> str | None:
+        """What to tell, if anything; most calls do nothing at all."""
+        now = self._clock()
+        if now < self._next:
+            return None
+        self._next = now + _EVERY_SECONDS
+        try:
+            self._seen.append((now, self._free_bytes()))
+        except OSError:
+            return None
+        was_short, warning = self._short, self._warning()
+        self._short = warning is not None
+        return None if was_short else warning
+
+    def _warning(self) -> str | None:
+        free, needed = self._seen[-1][1], self._needed()
+        where = self._settings.checkpoint_dir
+        if free < needed:
+            return f"{where} has {size(free)} free, the next checkpoint needs {size(needed)}: make room"
+        days = self._days_left(free - needed)
+        if days is not None and days < self._settings.alerts.disk_days:
+            return f"{where} has {size(free)} free, which lasts {days:.1f} days at the present rate: make room"
+        return None
+
+    def _needed(self) -> int:
+        newest = next((found.manifest.bytes for found in scan(self._settings.checkpoint_dir) if found.manifest), 0)
+        return newest + int(self._settings.checkpoint.min_free_gb * 1e9)
+
+    def _days_left(self, spare: int) -> float | None:
+        (begun, before), (now, free) = self._seen[0], self._seen[-1]
+        if now - begun < _ENOUGH_SECONDS or free >= before:
+            return None
+        return spare / ((before - free) / (now - begun)) / _DAY

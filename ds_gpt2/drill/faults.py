@@ -1,0 +1,145 @@
+"""``train.py`` with faults, each at a step, a rank and a micro-batch of one's choice.
+
+The faults are real where they can be: signals, exceptions, Inf and NaN in the loss, from where they spread.
+Without faults asked for, training is what ``train.py`` makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from ds_gpt2 import dist, outcome, train
+from ds_gpt2.heartbeat import Heartbeat
+
+SCRIPT = Path(__file__)
+_VARIABLE = "DS_GPT2_FAULTS"  # environment
+
+Kind = Literal["nan", "inf", "spike", "crash", "kill", "freeze", "hang", "bit_flip"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong in one micro-batch of one rank."""
+
+    kind: Kind
+    step: int = 0  # either the step, or the batch of the data, at which it comes
+    batch: int = 0
+    rank: int = 0
+    micro_batch: int = 0
+    once: str = ""  # a file that remembers that it has come; without one it comes every time
+
+
+def request(faults: Sequence[Fault]) -> dict[str, str]:
+    """The environment that makes ``SCRIPT`` bring about ``faults``."""
+    return {_VARIABLE: json.dumps([asdict(fault) for fault in faults])}
+
+
+class _Faults:
+    """This rank's part of the faults asked for."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._faults = [fault for fault in faults if fault.rank == dist.rank()]
+        self._step = self._batch = self._micro_batch = 0
+
+    def begin_step(self, step: int, batch: int) -> None:
+        self._step, self._batch, self._micro_batch = step, batch, 0
+
+    def in_forward(self, loss: Any) -> Any:
+        """What is left of ``loss`` of a micro-batch."""
+        for fault in self._due(self._micro_batch):
+            loss = _strike(fault, loss)
+        self._micro_batch += 1
+        return loss
+
+    def before_fingerprint(self, parameter: Any) -> None:
+        """Flip the lowest bit of one weight: the memory of one device fails between an update and a save."""
+        if any(fault.kind == "bit_flip" for fault in self._due(None)):
+            import torch
+
+            parameter.detach().view(torch.int16).view(-1)[0] ^= 1
+
+    def _due(self, micro_batch: int | None) -> list[Fault]:
+        return [
+            fault
+            for fault in self._faults
+            if (fault.kind == "bit_flip") == (micro_batch is None)
+            and fault.step in (0, self._step)
+            and fault.batch in (0, self._batch)
+            and (fault.step or fault.batch)
+            and micro_batch in (None, fault.micro_batch)
+            and _first_time(fault)
+        ]
+
+
+def _first_time(fault: Fault) -> bool:
+    if not fault.once:
+        return True
+    try:
+        Path(fault.once).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _strike(fault: Fault, loss: Any) -> Any:
+    if fault.kind == "nan":
+        return loss * float("nan")
+    if fault.kind == "inf":
+        return loss * float("inf")
+    if fault.kind == "spike":
+        return loss + 1000.0
+    if fault.kind == "crash":
+        raise RuntimeError("a fault of the drill")
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while fault.kind == "hang":
+        time.sleep(1)
+    return loss
+
+
+def install(faults: Sequence[Fault]) -> None:
+    """Put ``faults`` between the loop and the model."""
+    from ds_gpt2.engine import Engine
+    from ds_gpt2.model import GPT2
+
+    ours = _Faults(faults)
+    begin_step, forward, fingerprint = Heartbeat.begin_step, GPT2.forward, Engine.fingerprint
+
+    def begin(self: Heartbeat, step: int, batch: int) -> None:
+        ours.begin_step(step, batch)
+        begin_step(self, step, batch)
+
+    def faulty_forward(self: GPT2, *arguments: Any, **named: Any) -> Any:
+        loss = forward(self, *arguments, **named)
+        return ours.in_forward(loss) if self.training else loss
+
+    def faulty_fingerprint(self: Engine) -> str:
+        ours.before_fingerprint(self.model.wte.weight)
+        return fingerprint(self)
+
+    Heartbeat.begin_step = begin  # type: ignore[method-assign]
+    GPT2.forward = faulty_forward  # type: ignore[method-assign]
+    Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """As ``train.main``, with what the environment asks for."""
+    faults = [Fault(**values) for values in json.loads(os.environ.get(_VARIABLE, "[]"))]
+    return train.main(prepare=lambda: install(faults))
+
+
+if __name__ == "__main__":
+    outcome.end_process(main())

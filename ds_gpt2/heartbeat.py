@@ -1,0 +1,100 @@
+"""A sign of life of every rank: what it is at, told by itself, so that a watchdog can see progress."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
+
+_DIRECTORY = "heartbeat"  # in the run's directory, one small file a rank
+_stacks: list[IO[str]] = []  # faulthandler needs the file to stay open
+_SIZE = 96  # bytes of a beat: always the same place of the file, so that a full disk does not stop it
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The newest sign of life of a rank."""
+
+    count: int  # beats of this process so far: it changes with every one
+    time: float  # seconds since 1970
+    pid: int
+    step: int  # the newest one begun
+    batch: int  # of the data, see TrainState.batch
+    phase: str
+
+
+class Heartbeat:
+    """One rank's. A beat is one write of 96 bytes into a file that is open already: some microseconds."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._count = 0
+        self._step = self._batch = 0
+        self._phase: Phase = "starting"
+        self._file: int | None = None
+        with contextlib.suppress(OSError):  # a run is worth more than its watchdog, which will say what it misses
+            file = _file(run_dir, rank)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+        self.beat()
+
+    def enter(self, phase: Phase) -> None:
+        """``phase`` begins here."""
+        self._phase = phase
+        self.beat()
+
+    def begin_step(self, step: int, batch: int) -> None:
+        """Training of ``step`` with ``batch`` of the data begins here."""
+        self._step, self._batch = step, batch
+        self.enter("training")
+
+    def beat(self) -> None:
+        """There is progress within the phase."""
+        self._count += 1
+        if self._file is None:
+            return
+        line = f"{self._count} {time.time():.3f} {os.getpid()} {self._step} {self._batch} {self._phase}"
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, line.ljust(_SIZE - 1).encode() + b"\n", 0)
+
+
+def open_stacks(run_dir: Path, rank: int) -> None:
+    """From here on SIGUSR2 makes this process write down what each of its threads is doing; so does a fault in C."""
+    try:
+        file = stacks_file(run_dir, rank).open("w", encoding="utf-8")
+    except OSError:
+        return
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR2, file, all_threads=True)
+    _stacks.append(file)
+
+
+def stacks_file(run_dir: Path, rank: int) -> Path:
+    """Where ``rank`` writes down its stacks."""
+    return _file(run_dir, rank).with_suffix(".stacks")
+
+
+def read_beat(run_dir: Path, rank: int) -> Beat | None:
+    """The newest beat of ``rank``; None where there is none that can be read."""
+    try:
+        count, when, pid, step, batch, phase = _file(run_dir, rank).read_text(encoding="ascii").split()
+        return Beat(int(count), float(when), int(pid), int(step), int(batch), phase)
+    except (OSError, ValueError):
+        return None
+
+
+def forget_beats(run_dir: Path) -> None:
+    """Nobody beats now: what is there is of processes that are gone."""
+    with contextlib.suppress(OSError):
+        for file in (run_dir / _DIRECTORY).iterdir():
+            file.unlink(missing_ok=True)
+
+
+def _file(run_dir: Path, rank: int) -> Path:
+    return run_dir / _DIRECTORY / f"rank_{rank:05d}"

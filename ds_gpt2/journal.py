@@ -1,0 +1,156 @@
+"""``journal.jsonl`` in a run's directory: what befell the run, one JSON object an event.
+
+Rank 0 and the supervisor both append to it, each event in one write, and nobody ever takes a line back: unlike the
+metrics it keeps what was lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+JOURNAL = "journal.jsonl"
+
+Kind = Literal[
+    "launch",  # the supervisor starts the ranks
+    "start",  # the ranks begin to train after `step`
+    "save",  # the checkpoint of `step` is committed
+    "save_failed",
+    "best",  # the validation loss of `step` is the best so far
+    "done",
+    "stop",  # on request, saved
+    "mistake",  # of the user's: not tried again
+    "crash",
+    "hang",
+    "restart",  # the supervisor will start again, and how
+    "gave_up",  # no more restarts
+    "orphans",  # processes of a launcher or supervisor that died were ended
+    "not_finite",  # a loss or gradient was Inf or NaN: the update was skipped
+    "spike",
+    "divergence",
+    "skipped_run",
+    "frozen",
+    "drift",
+    "stuck_data",
+    "rollback",
+    "disk_low",
+    "alert",  # a message was sent, or could not be
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# What a run may come to that a person would want to look at.
+INCIDENTS = frozenset(KINDS) - {"launch", "start", "restart", "save", "best", "done", "stop", "alert"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the journal."""
+
+    time: float  # seconds since 1970
+    kind: str
+    text: str  # one line for a person
+    step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # the same for a program
+
+
+class Journal:
+    """Appends to a run's journal. What cannot be written is said in the log; a run is worth more than its journal."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / JOURNAL
+
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        try:
+            return self._file.stat().st_size
+        except OSError:
+            return 0
+
+    def write(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> None:
+        """
+        Args:
+            text: one line.
+            facts: plain values, fit for JSON.
+        """
+        event = {"time": time.time(), "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
+        try:
+            file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, json.dumps(event, ensure_ascii=False).encode() + b"\n")
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            log.warning(f"the journal misses an event: {error}; it was: {text}")
+
+
+def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
+    """The events from byte ``start`` of the file on; none if there is no file. Lines cut by a crash are left out."""
+    try:
+        with (run_dir / JOURNAL).open("rb") as file:
+            file.seek(start)
+            for line in file:
+                if (event := _parse(line)) is not None:
+                    yield event
+    except FileNotFoundError:
+        return
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+        return Event(
+            float(event["time"]), str(event["kind"]), str(event["text"]), event["step"], event.get("facts", {})
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A time in which the run did not get further."""
+
+    begun: float  # seconds since 1970: the state that it went on from later was reached
+    ended: float  # it trained on from there
+    why: str  # kind of the event that ended the run
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.begun
+
+
+_ENDS = frozenset({"crash", "hang", "stop", "rollback", "done"})
+
+
+def lost_times(events: list[Event]) -> list[Lost]:
+    """What each interruption cost: from when the state was reached that a start went on from, to that start.
+
+    So it counts the work that had to be done again, the time the run lay still, and the start itself. Where a later
+    start went back further, that one's time holds the earlier ones.
+    """
+    reached: dict[int, float] = {}  # step -> when it was saved, or trained up to
+    lost: list[Lost] = []
+    ending: Event | None = None
+    for event in events:
+        if event.kind == "save" and event.step is not None:
+            reached[event.step] = event.facts.get("taken", event.time)
+        elif event.kind in _ENDS:
+            ending = event
+        elif event.kind == "start" and event.step is not None:
+            begun = reached.get(event.step)
+            if begun is None and event.step == 0:
+                begun = next(first.time for first in events if first.kind == "start")
+            if begun is not None and begun < event.time:
+                lost = [one for one in lost if one.begun < begun]
+                lost.append(Lost(begun, event.time, ending.kind if ending else "crash"))
+            reached = {step: when for step, when in reached.items() if step <= event.step}
+            ending = None
+    return lost

@@ -1,0 +1,108 @@
+"""What to do after a run has ended: the rules, apart from the processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_gpt2 import outcome
+from ds_gpt2.batch import format_batches
+from ds_gpt2.config import SupervisorSettings
+from ds_gpt2.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one start of the ranks came to its end."""
+
+    outcome: Outcome
+    stop_requested: bool  # by whoever supervises
+    step: int  # the newest step that was begun; 0 where none was
+    batch: int  # its batch of the data
+    from_step: int  # the step that it had gone on from; 0 where it had not
+    saved_step: int  # of the newest checkpoint there is now; -1 where there is none
+
+
+@dataclass(frozen=True)
+class Finish:
+    """No more starts."""
+
+    code: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """No more starts, though the run is not done."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Again:
+    """Start once more."""
+
+    seconds: float  # from now
+    resume: str  # see ``generations.candidates``
+    leave_out: tuple[int, ...]  # batches of the data
+    text: str
+
+
+class Restarts:
+    """Counts starts that got nowhere. A run gets on when it saves a checkpoint that is newer than any before."""
+
+    def __init__(self, settings: SupervisorSettings, saved_step: int) -> None:
+        """
+        Args:
+            saved_step: of the newest checkpoint before the first start; -1 where there is none.
+        """
+        self._settings = settings
+        self._furthest = saved_step
+        self._in_vain = 0
+        self._at_one_step = 0
+        self._crashed_at: int | None = None
+
+    def after(self, ended: Ended) -> Finish | GiveUp | Again:
+        """What comes next."""
+        result = ended.outcome
+        if result.code in (outcome.DONE, outcome.STOPPED, outcome.MISTAKE) or ended.stop_requested:
+            return Finish(outcome.CRASHED if result.code == outcome.ROLLBACK else result.code)
+        self._count(ended)
+        if self._in_vain > self._settings.restarts:
+            return GiveUp(f"{self._in_vain} starts in a row got no further: no more restarts")
+        seconds = self._backoff()
+        if result.code == outcome.ROLLBACK and result.before is not None:
+            return self._roll_back(result.before, ended.from_step, result.leave_out, seconds)
+        if self._at_one_step <= 1 or ended.saved_step < 0:
+            return Again(seconds, "auto", (), "from the newest checkpoint")
+        return self._avoid(ended, seconds)
+
+    def _count(self, ended: Ended) -> None:
+        self._in_vain = 1 if ended.saved_step > self._furthest else self._in_vain + 1
+        self._furthest = max(self._furthest, ended.saved_step)
+        again = ended.step > 0 and ended.step == self._crashed_at
+        self._at_one_step = self._at_one_step + 1 if again else 1
+        self._crashed_at = ended.step
+
+    def _backoff(self) -> float:
+        longest = self._settings.longest_backoff_seconds
+        return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._in_vain - 1, 30))
+
+    def _roll_back(self, before: int, from_step: int, leave_out: tuple[int, ...], seconds: float) -> Again:
+        """To a checkpoint of before the trouble; to an older one each time that it comes again at the same step."""
+        if self._at_one_step > 1:
+            before = min(before, from_step)
+        text = f"from the newest checkpoint before step {before}"
+        if leave_out:
+            text += f", without batches {format_batches(leave_out)} of the data"
+        return Again(seconds, f"before:{before}", leave_out, text)
+
+    def _avoid(self, ended: Ended, seconds: float) -> Again:
+        """The same step again and again: first the checkpoint is suspected, then the data."""
+        if self._at_one_step == 2:
+            return Again(seconds, f"before:{ended.from_step}", (), "from an older checkpoint")
+        if self._settings.skip_data:
+            return Again(seconds, "auto", (ended.batch,), f"without batch {ended.batch} of the data")
+        text = (
+            f"batch {ended.batch} of the data may be the cause; supervisor.skip_data=true would leave it out:"
+            " from the newest checkpoint once more"
+        )
+        return Again(seconds, "auto", (), text)

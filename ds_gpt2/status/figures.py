@@ -1,0 +1,134 @@
+"""Everything about a run at this moment, from the ends of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_gpt2.checkpoint import generations
+from ds_gpt2.checkpoint.generations import Generation
+from ds_gpt2.config import load_settings
+from ds_gpt2.status import life, room, tail
+from ds_gpt2.status.health import Problem, damage_of, problems_of
+from ds_gpt2.status.history import DAY, History, history_of, newest_events
+from ds_gpt2.status.life import AT_WORK, Life, State
+from ds_gpt2.status.progress import (
+    RECORDS,
+    SMOOTHED,
+    Loss,
+    Pace,
+    Progress,
+    epochs_per_step,
+    loss_of,
+    pace_of,
+    progress_of,
+    steps_of,
+)
+from ds_gpt2.status.room import Course, Room
+from ds_gpt2.status.tail import Record, time_of, values
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The newest that a run could go on from."""
+
+    tag: str
+    step: int
+    age_seconds: float | None
+    damage: str | None  # what its manifest and the sizes of its files tell; their bytes are not read
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """As last recorded."""
+
+    temperature_c: float  # of the hottest
+    throttled: int  # so many are slowed down by heat or supply
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``status --json`` prints; None where the files do not tell. Times are seconds since 1970."""
+
+    run: str
+    time: float  # of this look
+    state: State
+    state_text: str | None
+    healthy: bool
+    problems: list[Problem]
+    beat_age_seconds: float | None  # of a rank's newest sign of life
+    next_start_time: float | None
+    finish_time: float | None
+    progress: Progress
+    loss: Loss
+    checkpoint: Checkpoint | None
+    history: History
+    disks: list[Room]
+    gpus: Gpus | None
+
+
+def look(run_dir: Path, now: float) -> Status:
+    """The run in ``run_dir``; files that are missing leave their part empty.
+
+    Args:
+        now: seconds since 1970.
+
+    Raises:
+        UserError: its settings cannot be read.
+    """
+    settings = load_settings(run_dir / "config.yaml")
+    records, events = tail.newest(run_dir, RECORDS), newest_events(run_dir)
+    found = generations.scan(settings.checkpoint_dir)
+    newest = next((one for one in found if one.role != "superseded" and not one.weights_only), None)
+    pace = pace_of(records, [event.step or 0 for event in events if event.kind == "start"])
+    alive = life.look(run_dir, settings, events, pace.mean if pace else None, now)
+    progress = progress_of(records, _step(records, alive), steps_of(settings, records), pace)
+    rooms = room.look(run_dir, settings, found, _course(progress, pace, epochs_per_step(records)))
+    problems = problems_of(alive, settings, events, progress.step, newest, rooms, now)
+    at_work = alive.state in AT_WORK and progress.left_seconds is not None
+    return Status(
+        run=settings.run.name,
+        time=now,
+        state=alive.state,
+        state_text=alive.why,
+        healthy=not problems,
+        problems=problems,
+        beat_age_seconds=max(0.0, now - alive.beat.time) if alive.beat else None,
+        next_start_time=alive.next_start,
+        finish_time=now + (progress.left_seconds or 0.0) if at_work else None,
+        progress=progress,
+        loss=loss_of(records, _day_before(run_dir, records), newest, settings),
+        checkpoint=_checkpoint(newest, now) if newest else None,
+        history=history_of(events, alive.state, now),
+        disks=rooms,
+        gpus=_gpus(records),
+    )
+
+
+def _step(records: Sequence[Record], alive: Life) -> int:
+    """The newest one done: records come some seconds late, or not at all where the disk is full."""
+    recorded = records[-1]["step"] if records else 0
+    return max(recorded, alive.beat.step - 1) if alive.beat else recorded
+
+
+def _course(progress: Progress, pace: Pace | None, epochs_a_step: float | None) -> Course | None:
+    if pace is None or progress.steps is None or not progress.step:
+        return None
+    return Course(progress.step, progress.steps, pace.mean, epochs_a_step or 0.0)
+
+
+def _day_before(run_dir: Path, records: Sequence[Record]) -> list[Record]:
+    """Up to a day before the newest record."""
+    newest = next((when for record in reversed(records) if (when := time_of(record)) is not None), None)
+    return [] if newest is None else tail.before(run_dir, newest - DAY, SMOOTHED)
+
+
+def _checkpoint(newest: Generation, now: float) -> Checkpoint:
+    made = newest.manifest.made_at if newest.manifest is not None else 0.0
+    return Checkpoint(newest.tag, newest.step, max(0.0, now - made) if made else None, damage_of(newest))
+
+
+def _gpus(records: Sequence[Record]) -> Gpus | None:
+    temperatures, throttled = values(records, "perf/gpu_temperature_c"), values(records, "perf/gpu_throttled")
+    return Gpus(temperatures[-1], int(throttled[-1]) if throttled else 0) if temperatures else None

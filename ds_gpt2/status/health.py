@@ -1,0 +1,125 @@
+"""Does somebody have to look at a run? What is wrong with it, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.generations import Generation
+from ds_gpt2.config import Settings
+from ds_gpt2.journal import Event, Kind
+from ds_gpt2.status.life import AT_WORK, TRAINED, Life, State
+from ds_gpt2.status.room import Room
+from ds_gpt2.wording import duration, size
+
+_DAY = 86_400.0
+_SAVES_LATE = 3  # intervals without a checkpoint
+
+# Of the guards' incidents those that may go on. A spike or an update that was skipped is over at once; where they come
+# in a row there is a divergence or a skipped_run.
+_LASTING: tuple[Kind, ...] = ("divergence", "skipped_run", "frozen", "drift", "stuck_data", "rollback")
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: Kind  # the journal's word that comes nearest
+    text: str
+
+
+def problems_of(
+    life: Life,
+    settings: Settings,
+    events: Sequence[Event],
+    step: int,
+    newest: Generation | None,
+    rooms: Sequence[Room],
+    now: float,
+) -> list[Problem]:
+    """What is wrong; nothing if the run is healthy.
+
+    Args:
+        step: the newest one done.
+        newest: the newest checkpoint.
+        now: seconds since 1970.
+    """
+    problems = _of_life(life, settings.run.name, now)
+    if life.state in AT_WORK or life.state in ("waiting", "hung?"):
+        problems += [
+            *_of_saves(events, newest),
+            *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
+            *_of_training(events, now),
+            *_of_disks(rooms, settings.alerts.disk_days),
+        ]
+    return problems
+
+
+_BY_STATE: dict[State, tuple[Kind, str]] = {
+    "hung?": ("hang", "no sign of life"),
+    "dead": ("crash", "no process of it is left"),
+    "gave up": ("gave_up", "no more restarts"),
+    "mistake": ("mistake", "ended by a mistake in what it was told"),
+}
+
+
+def _of_life(life: Life, name: str, now: float) -> list[Problem]:
+    if life.state in _BY_STATE:
+        kind, text = _BY_STATE[life.state]
+        mend = "" if life.state == "hung?" else f"; go on with ./launch.sh resume {name}"
+        return [Problem(kind, (life.why or text) + mend)]
+    if life.overdue and life.next_start is not None:
+        return [Problem("hang", f"it should have been started again {duration(now - life.next_start)} ago")]
+    return []
+
+
+def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Problem]:
+    problems = []
+    last = next((event for event in reversed(events) if event.kind in ("save", "save_failed")), None)
+    if last is not None and last.kind == "save_failed":
+        problems.append(Problem("save_failed", f"step {last.step or 0:,} could not be saved"))
+    if newest is not None and (damage := damage_of(newest)) is not None:
+        problems.append(Problem("save_failed", f"{newest.tag} is damaged: {damage}"))
+    return problems
+
+
+def _of_late_saves(settings: Settings, step: int, newest: Generation | None) -> list[Problem]:
+    """By steps, not hours: a run that lay still is not blamed for it."""
+    every, since = settings.checkpoint.every, step - max(0, newest.step if newest is not None else 0)
+    if not every or since <= _SAVES_LATE * every:
+        return []
+    return [Problem("save_failed", f"no checkpoint for {since:,} steps, one is due every {every:,}")]
+
+
+def damage_of(generation: Generation) -> str | None:
+    """What the manifest and the sizes of the files tell; their bytes are not read."""
+    if generation.manifest is None:
+        return generation.problem
+    files = generation.manifest.files.items()
+    found = (manifest.size_problem_of(generation.path, name, entry) for name, entry in files)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
+    """What the guards found in the last day and no later checkpoint has left behind, the newest of a kind."""
+    saves = [(event.time, event.step) for event in events if event.kind == "save" and event.step is not None]
+    lasting: dict[Kind, Event] = {}
+    for event in events:
+        for kind in _LASTING:
+            if event.kind == kind and event.time >= now - _DAY:
+                lasting[kind] = event
+    return [
+        Problem(kind, f"{event.text}; no later step has been saved")
+        for kind, event in lasting.items()
+        if not any(time > event.time and step > (event.step or 0) for time, step in saves)
+    ]
+
+
+def _of_disks(rooms: Sequence[Room], enough_days: float) -> list[Problem]:
+    return [
+        Problem(
+            "disk_low",
+            f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days: {size(room.free_bytes)} free",
+        )
+        for room in rooms
+        if room.days_left is not None and room.days_left < enough_days
+    ]

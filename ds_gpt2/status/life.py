@@ -1,0 +1,187 @@
+"""Is anybody at work on a run, and at what? By the processes that there are, and by the last word of those gone."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.layout import LOCK
+from ds_gpt2.config import Settings, SupervisorSettings
+from ds_gpt2.heartbeat import Beat, read_beat
+from ds_gpt2.journal import Event
+from ds_gpt2.supervised import RECORD, Supervised, read_supervised
+from ds_gpt2.wording import duration
+
+State = Literal[
+    "starting",
+    "running",
+    "evaluating",
+    "saving",
+    "finishing",
+    "waiting",  # for the supervisor to start it again
+    "hung?",  # no sign of life for longer than it should take
+    "finished",
+    "stopped",  # on request
+    "mistake",  # of the user's
+    "gave up",
+    "dead",  # nobody is left, and nobody said why
+]
+
+AT_WORK: frozenset[State] = frozenset({"starting", "running", "evaluating", "saving", "finishing"})
+TRAINED: frozenset[State] = frozenset({"running", "evaluating", "saving", "finishing", "finished", "stopped"})
+
+_BY_PHASE: dict[str, State] = {
+    "starting": "starting",
+    "training": "running",
+    "evaluating": "evaluating",
+    "saving": "saving",
+    "finishing": "finishing",
+}
+_LAST_WORDS: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
+_BY_CODE: dict[int, State] = {outcome.DONE: "finished", outcome.STOPPED: "stopped", outcome.MISTAKE: "mistake"}
+_TURNS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_LAST_WORDS})
+
+_SAME_TIME_SECONDS = 2.0  # a process begins before it says so, but for the rounding of clocks
+_OVERDUE_SECONDS = 60.0  # a start may come so much later than announced
+
+
+@dataclass(frozen=True)
+class Life:
+    """What a run is at."""
+
+    state: State
+    why: str | None = None  # where the state needs a word more
+    beat: Beat | None = None  # the newest sign of life of a rank that is there
+    next_start: float | None = None  # seconds since 1970, while it waits
+    overdue: bool = False  # that start should have come
+
+
+def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_seconds: float | None, now: float) -> Life:
+    """
+    Args:
+        events: of the journal, the newest ones at least.
+        step_seconds: what a step usually takes; None where not known.
+        now: seconds since 1970.
+    """
+    supervisor = read_supervised(run_dir)
+    turns = [event for event in events if event.kind in _TURNS]
+    beats = _beats(run_dir)
+    patience = _Patience(settings.supervisor, step_seconds, _first_step(turns))
+    here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
+    living = {rank: beat for rank, beat in beats.items() if (_is_there(beat) if here else patience.left(beat, now) > 0)}
+    if living:
+        return _of_ranks(living, patience, now)
+    if supervisor is not None and supervisor.alive:
+        return _of_supervisor(supervisor, turns, list(beats.values()), settings.supervisor, now)
+    return _of_the_past(run_dir, supervisor, turns)
+
+
+class _Patience:
+    """How long a rank may go without a sign of life; the supervisor's watchdog has the same measure."""
+
+    def __init__(self, settings: SupervisorSettings, step_seconds: float | None, first_step: int) -> None:
+        self._patience = 60 * settings.patience_minutes
+        usual = None if step_seconds is None else settings.hang_factor * step_seconds
+        self._step = self._patience if usual is None else max(settings.hang_seconds, usual)
+        self._first_step = first_step
+
+    def left(self, beat: Beat, now: float) -> float:
+        """Seconds; a first step may compile for long."""
+        in_step = beat.phase == "training" and beat.step > self._first_step
+        return (self._step if in_step else self._patience) - (now - beat.time)
+
+
+def _of_ranks(living: dict[int, Beat], patience: _Patience, now: float) -> Life:
+    main = living.get(0) or next(iter(living.values()))
+    late = {rank: beat for rank, beat in living.items() if patience.left(beat, now) < 0}
+    if not late:
+        return Life(_BY_PHASE.get(main.phase, "running"), beat=main)
+    rank, beat = min(late.items(), key=lambda item: item[1].time)
+    silent = duration(now - beat.time)
+    return Life("hung?", f"rank {rank} has not moved for {silent} in step {beat.step:,} ({beat.phase})", main)
+
+
+def _of_supervisor(
+    supervisor: Supervised, turns: Sequence[Event], beats: Sequence[Beat], settings: SupervisorSettings, now: float
+) -> Life:
+    """There is a supervisor, and no rank yet or any more."""
+    if supervisor.state == "waiting":
+        start = supervisor.next_start
+        return Life("waiting", next_start=start, overdue=start is not None and now > start + _OVERDUE_SECONDS)
+    last = turns[-1] if turns else None
+    if last is not None and last.kind in _LAST_WORDS:  # it is about to end, too
+        return Life(_LAST_WORDS[last.kind])
+    if last is None or last.kind == "launch":
+        since = supervisor.started if last is None else last.time
+        silent = now - since > 60 * settings.patience_minutes
+        return Life("hung?", f"no rank has begun for {duration(now - since)}") if silent else Life("starting")
+    newest = max([last.time, *(beat.time for beat in beats)])
+    silent = now - newest > settings.stop_seconds + _OVERDUE_SECONDS
+    return Life("hung?", f"no rank is left for {duration(now - newest)}") if silent else Life("waiting")
+
+
+def _of_the_past(run_dir: Path, supervisor: Supervised | None, turns: Sequence[Event]) -> Life:
+    """Nobody is there: what was the last word?"""
+    last = turns[-1] if turns else None
+    its_own = supervisor is not None and (last is None or _is_older(last, run_dir / RECORD))
+    if last is not None and last.kind in _LAST_WORDS:
+        if last.kind == "stop" and _was_launched(turns) and supervisor is not None and supervisor.state != "ended":
+            return Life("dead", "the supervisor was killed; the ranks have saved and ended")
+        return Life(_LAST_WORDS[last.kind], last.text if last.kind in ("mistake", "gave_up") else None)
+    if supervisor is not None and its_own and supervisor.state == "ended":
+        if supervisor.code is not None and supervisor.code in _BY_CODE:
+            return Life(_BY_CODE[supervisor.code])
+        if last is None or last.kind == "launch":  # a request that came before there was anything to save
+            return Life("stopped")
+        return Life("dead", "it ended without having saved its last state")
+    return Life("dead", last.text if last is not None and last.kind in ("crash", "hang") else None)
+
+
+def _is_older(event: Event, file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return event.time <= file.stat().st_mtime + _SAME_TIME_SECONDS
+    return False
+
+
+def _was_launched(turns: Sequence[Event]) -> bool:
+    """Whether a supervisor had started the ranks that had the last word."""
+    starts = itertools.takewhile(lambda event: event.kind in ("launch", "start"), reversed(turns[:-1]))
+    return any(event.kind == "launch" for event in starts)
+
+
+def _first_step(turns: Sequence[Event]) -> int:
+    """The first step of the newest start."""
+    return next((event.step or 0 for event in reversed(turns) if event.kind == "start"), 0) + 1
+
+
+def _beats(run_dir: Path) -> dict[int, Beat]:
+    """The newest signs of life by rank, also of processes that are gone."""
+    found = itertools.takewhile(lambda beat: beat is not None, (read_beat(run_dir, rank) for rank in itertools.count()))
+    return {rank: beat for rank, beat in enumerate(found) if beat is not None}
+
+
+def _is_there(beat: Beat) -> bool:
+    """Whether the process that beat is on this machine still: one that begun later has only been given its number."""
+    try:
+        process = psutil.Process(beat.pid)
+        begun_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
+        return begun_before and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _host(supervisor: Supervised | None, lock: Path) -> str | None:
+    """The machine that the ranks are on, by the one who trains the run or who watches over it; None if not told."""
+    with contextlib.suppress(OSError):
+        _, _, host = lock.read_text(encoding="utf-8", errors="replace").strip().partition(" on ")
+        if host:
+            return host
+    return supervisor.host if supervisor is not None else None

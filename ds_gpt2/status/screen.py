@@ -1,0 +1,147 @@
+"""A run's status as lines for a phone: at most 46 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_gpt2.reference import REFERENCE
+from ds_gpt2.status.figures import Status
+from ds_gpt2.status.health import Problem
+from ds_gpt2.status.history import History
+from ds_gpt2.status.room import Room
+from ds_gpt2.wording import clock, duration, size
+
+WIDTH = 46
+_LABEL = 12  # columns before what is told
+
+_RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+
+
+def screen(status: Status, coloured: bool = False) -> str:
+    """The whole of it, some twenty lines."""
+    lines = [_header(status, coloured), *(_cut(line, WIDTH) for line in _lines(status))]
+    problems = [line for problem in status.problems for line in _problem(problem)]
+    return "\n".join([*lines, *(_painted(line, _RED, coloured) for line in problems)])
+
+
+def line(status: Status, coloured: bool = False) -> str:
+    """The same in one line, for several runs below each other."""
+    progress, loss = status.progress, status.loss.train
+    mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
+    done = "" if progress.done_share is None else f"{100 * progress.done_share:.0f}%"
+    left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
+    cells = (
+        f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {'' if loss is None else f'{loss:.3f}':>6} {left:>7}"
+    )
+    return f"{mark} {cells}".rstrip()
+
+
+def _header(status: Status, coloured: bool) -> str:
+    now, state = clock(status.time), status.state
+    name = _cut(status.run, WIDTH - len(now) - len(state) - 4)
+    text = f"{name}: {_painted(state, _GREEN if status.healthy else _RED, coloured)}"
+    return f"{text}{now:>{WIDTH - len(name) - len(state) - 2}}"
+
+
+def _lines(status: Status) -> Iterator[str]:
+    yield from _course(status)
+    yield from _learnt(status)
+    yield from _checkpoint(status)
+    yield from _past(status.history, status.time)
+    for room in status.disks:
+        where = Path(room.directories[0]).parent.name  # runs, checkpoints
+        yield _labelled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _room(room))
+    if status.gpus is not None:
+        throttled = f", {status.gpus.throttled} throttled" if status.gpus.throttled else ""
+        yield _labelled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
+
+
+def _course(status: Status) -> Iterator[str]:
+    progress = status.progress
+    of = "" if progress.steps is None else f" of {progress.steps:,}"
+    done = "" if progress.done_share is None else f", {100 * progress.done_share:.1f}%"
+    yield _labelled("step", f"{progress.step:,}{of}{done}")
+    if status.beat_age_seconds is not None:
+        yield _labelled("alive", f"{duration(status.beat_age_seconds)} ago")
+    if status.next_start_time is not None:
+        yield _labelled("next start", f"in {duration(status.next_start_time - status.time)}")
+    if progress.tokens_per_second is not None and progress.seconds_per_step is not None:
+        yield _labelled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_per_step:.3g} s/step")
+    if progress.left_seconds:
+        low, high = duration(progress.left_seconds_low or 0.0), duration(progress.left_seconds_high or 0.0)
+        between = "" if low == high else f" ({low} to {high})"
+        yield _labelled("left", f"{duration(progress.left_seconds)}{between}")
+    if status.finish_time is not None and progress.left_seconds:
+        yield _labelled("done by", clock(status.finish_time))
+
+
+def _learnt(status: Status) -> Iterator[str]:
+    loss = status.loss
+    if loss.train is not None:
+        before = "" if loss.train_day_before is None else f", a day before {loss.train_day_before:.4f}"
+        yield _labelled("loss", f"{loss.train:.4f}{before}")
+    if loss.val is not None and loss.val_step is not None:
+        yield _labelled("validation", f"{loss.val:.4f} at step {loss.val_step:,}")
+        if loss.reference is not None:
+            yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} there: {loss.val - loss.reference:+.4f}")
+
+
+def _checkpoint(status: Status) -> Iterator[str]:
+    newest, history = status.checkpoint, status.history
+    if newest is None:
+        yield _labelled("checkpoint", "none yet")
+        return
+    age = "" if newest.age_seconds is None else f", {duration(newest.age_seconds)} ago"
+    yield _labelled("checkpoint", f"{newest.tag}{age}")
+    if newest.damage is None:
+        yield _labelled("", "hashed when written, sizes right")
+    if history.read_back_step is not None and history.read_back_time is not None:
+        ago = duration(status.time - history.read_back_time)
+        yield _labelled("", f"step {history.read_back_step:,} read back {ago} ago")
+
+
+def _past(history: History, now: float) -> Iterator[str]:
+    if history.last_start_time is not None:
+        last = duration(now - history.last_start_time)
+        yield _labelled("restarts", f"{history.starts - 1}, last start {last} ago")
+    if history.goodput is not None:
+        yield _labelled("lost", f"{duration(history.lost_seconds)}, goodput {100 * history.goodput:.1f}%")
+    if history.goodput_24h is not None and history.goodput_24h != history.goodput:
+        yield _labelled("  in 24 h", f"{duration(history.lost_seconds_24h)}, goodput {100 * history.goodput_24h:.1f}%")
+    of_late = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
+    if history.last_incident is not None:
+        yield _labelled("incidents", f"{history.incidents}, in 24 h {of_late}")
+        last = f"{duration(now - history.last_incident.time)} ago: {history.last_incident.text}"
+        for part in textwrap.wrap(last, WIDTH - _LABEL, max_lines=2, placeholder="..."):
+            yield _labelled("", part)
+    else:
+        yield _labelled("incidents", "none")
+
+
+def _room(room: Room) -> str:
+    free = f"{size(room.free_bytes)} free"
+    if room.needed_bytes is None:
+        return free
+    if room.days_left is None:
+        return f"enough to the end, {free}"
+    return f"{room.days_left:.1f} days left, {free}"
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label:<{_LABEL}}{text}"
+
+
+def _problem(problem: Problem) -> list[str]:
+    return textwrap.wrap(
+        problem.text, WIDTH, initial_indent="! ", subsequent_indent="  ", max_lines=4, placeholder="..."
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _painted(text: str, colour: str, coloured: bool) -> str:
+    return f"{colour}{text}{_PLAIN}" if coloured else text

@@ -1,0 +1,96 @@
+"""The newest records of ``metrics.jsonl``, and those before a moment, without reading the whole file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ds_gpt2.metrics import METRICS
+
+_BLOCK = 1 << 18  # bytes read at once, some hundred records
+_MOST = 1 << 24  # bytes looked at for some records, however large they are
+_WITHOUT_TIME = 100  # lines passed over in search of one that tells its time
+
+Record = dict[str, Any]
+
+
+def newest(run_dir: Path, count: int) -> list[Record]:
+    """The last ``count`` records, oldest first; none if there is no file."""
+    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+        return _up_to(file, file.seek(0, os.SEEK_END), count)
+    return []
+
+
+def before(run_dir: Path, time: float, count: int) -> list[Record]:
+    """The last ``count`` records of before ``time``, in seconds since 1970, oldest first; times ascend in the file."""
+    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+        return _up_to(file, _end_before(file, time), count)
+    return []
+
+
+def values(records: Sequence[Record], tag: str) -> list[float]:
+    """The finite ones of a scalar."""
+    found = (record.get(tag) for record in records)
+    return [float(value) for value in found if isinstance(value, float | int) and math.isfinite(value)]
+
+
+def time_of(record: Record) -> float | None:
+    """Seconds since 1970."""
+    when = record.get("time")
+    return float(when) if isinstance(when, float | int) else None
+
+
+def _up_to(file: BinaryIO, end: int, count: int) -> list[Record]:
+    """The last ``count`` records that lie before byte ``end``; lines cut by a crash are left out."""
+    data, begin = b"", end
+    while begin > 0 and data.count(b"\n") <= count and len(data) < _MOST:
+        begin = max(0, begin - _BLOCK)
+        file.seek(begin)
+        data = file.read(min(_BLOCK, end - len(data) - begin)) + data
+    lines = data.split(b"\n")
+    if begin > 0:
+        del lines[0]
+    records = [record for line in lines if (record := _parse(line)) is not None]
+    return records[-count:]
+
+
+def _end_before(file: BinaryIO, time: float) -> int:
+    """The byte behind the last record of before ``time``; 0 where there is none."""
+    low, high = 0, file.seek(0, os.SEEK_END)
+    while low < high:
+        middle = (low + high) // 2
+        later = _time_from(file, middle)
+        if later is not None and later < time:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        return 0
+    file.seek(low - 1)  # where the record begins, or within what follows its time
+    return low - 1 + len(file.readline())
+
+
+def _time_from(file: BinaryIO, place: int) -> float | None:
+    """Of the first record that begins at byte ``place`` or behind it; None where there is none that tells."""
+    file.seek(max(0, place - 1))
+    if place > 0:
+        file.readline()
+    for _ in range(_WITHOUT_TIME):
+        if not (line := file.readline()):
+            return None
+        if (record := _parse(line)) is not None and (when := time_of(record)) is not None:
+            return when
+    return None
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,65 @@
+"""``supervisor.json`` in a run's directory: who watches over the run, and the processes that it has started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+RECORD = "supervisor.json"
+
+_SAME_START_SECONDS = 2.0  # the kernel's clock ticks are rounded
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What a supervisor says of itself."""
+
+    pid: int
+    started: float  # of the process, seconds since 1970: a process id may come again
+    host: str
+    state: Literal["running", "waiting", "ended"]
+    ranks: int
+    group: int | None = None  # process group of DeepSpeed's launcher and the ranks; None while there is none
+    group_started: float | None = None
+    next_start: float | None = None  # seconds since 1970, while it waits
+    code: int | None = None  # how it ended
+
+    def write(self, run_dir: Path) -> None:
+        """
+        Raises:
+            OSError: it cannot be written.
+        """
+        partial = run_dir / (RECORD + ".tmp")
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        os.replace(partial, run_dir / RECORD)
+
+    @property
+    def alive(self) -> bool:
+        """Whether that supervisor still lives; one on another machine is taken at its word."""
+        if self.state == "ended":
+            return False
+        return self.host != socket.gethostname() or lives(self.pid, self.started)
+
+
+def read_supervised(run_dir: Path) -> Supervised | None:
+    """What the run's newest supervisor said; None where there was none, or the file is damaged."""
+    try:
+        values = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+        return Supervised(**{field.name: values[field.name] for field in fields(Supervised) if field.name in values})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def lives(pid: int, started: float) -> bool:
+    """Whether the process ``pid`` that began at ``started`` (seconds since 1970) is there, and no zombie."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < _SAME_START_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

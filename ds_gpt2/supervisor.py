@@ -1,0 +1,258 @@
+"""Keep a run going: start the ranks, watch that they get on, start them again after a crash, and say what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import psutil
+
+from ds_gpt2 import launcher, machine, outcome, stop
+from ds_gpt2.alerts import Alerts
+from ds_gpt2.batch import format_batches
+from ds_gpt2.checkpoint.generations import newest_step
+from ds_gpt2.config import Settings
+from ds_gpt2.disk_watch import DiskWatch
+from ds_gpt2.heartbeat import forget_beats
+from ds_gpt2.journal import Journal, Kind, read_journal
+from ds_gpt2.launcher import Place, Ranks
+from ds_gpt2.outcome import Outcome
+from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
+from ds_gpt2.supervised import Supervised, lives, read_supervised
+from ds_gpt2.watchdog import Hang, Watchdog
+from ds_gpt2.wording import duration
+
+_LOOK_SECONDS = 0.5  # between two looks at the ranks
+_DIRECTORY, _LOCK, _OUTCOME = "supervisor", "lock", "outcome"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be kept going."""
+
+    arguments: tuple[str, ...]  # of train.py, all but what follows
+    place: Place
+    resume: str | None = None
+    leave_out: tuple[int, ...] = ()
+    script: Path = launcher.TRAIN
+    environment: Mapping[str, str] = field(default_factory=dict)  # laid over this process's own
+
+    def command(self) -> list[str]:
+        """Arguments of ``train.py``."""
+        resume = ["--resume", self.resume] if self.resume else []
+        left_out = ["--leave_out", format_batches(self.leave_out)] if self.leave_out else []
+        return [*self.arguments, *resume, *left_out]
+
+
+def supervise(run: Run, settings: Settings) -> int:
+    """Keep ``run`` going to its end; returns its exit code (see outcome).
+
+    Raises:
+        UserError: the run is supervised already, or alerts are set up wrongly.
+    """
+    directory = settings.run_dir / _DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    with machine.lock(directory / _LOCK, f"run {settings.run.name}"), _StopRequests() as requests:
+        return _Supervisor(run, settings, requests).keep_going()
+
+
+class _StopRequests:
+    """From here on Ctrl+C, SIGTERM and a closing terminal ask the ranks to stop, and nothing else."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _StopRequests:
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # USR1: what Slurm sends before its time limit
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means: outlive the terminal
+            signals.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # it is what signal.signal gave
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class _Supervisor:
+    """One run's, from its first start to its end."""
+
+    def __init__(self, run: Run, settings: Settings, requests: _StopRequests) -> None:
+        self._run = run
+        self._settings = settings
+        self._run_dir = settings.run_dir
+        self._requests = requests
+        self._journal = Journal(self._run_dir)
+        self._alerts = Alerts(settings.alerts, self._run_dir)
+        self._disk = DiskWatch(settings)
+        process = psutil.Process()
+        self._me = Supervised(process.pid, process.create_time(), socket.gethostname(), "running", run.place.ranks)
+
+    def keep_going(self) -> int:
+        """Start, and start again, until there is no more to be done."""
+        self._alerts.check()
+        self._end_orphans()
+        restarts = Restarts(self._settings.supervisor, self._saved_step())
+        run = self._run
+        while True:
+            ended = self._start(run)
+            decision = restarts.after(ended)
+            if isinstance(decision, Finish):
+                return self._end(decision.code, ended)
+            if isinstance(decision, GiveUp):
+                self._tell("gave_up", decision.text, ended.step)
+                return self._end(outcome.CRASHED, ended)
+            if not self._wait(decision):
+                return self._end(outcome.STOPPED if self._saved_step() >= 0 else outcome.CRASHED, ended)
+            leave_out = tuple(
+                sorted({*run.leave_out, *decision.leave_out})
+            )  # an older checkpoint does not know of them
+            run = replace(run, resume=decision.resume, leave_out=leave_out)
+
+    def _start(self, run: Run) -> Ended:
+        """One start of the ranks, to its end."""
+        forget_beats(self._run_dir)
+        directory = self._run_dir / _DIRECTORY
+        for left in directory.glob(_OUTCOME + "*"):
+            left.unlink()
+        from_journal = self._journal.size()
+        killed_for_memory = launcher.out_of_memory_kills()
+        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}")
+        environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
+        ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
+        self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))
+        watchdog = Watchdog(self._settings.supervisor, self._run_dir, run.place.ranks)
+        how = self._watch(ranks, watchdog)
+        self._record(self._me)
+        result, beat = ranks.outcome(), watchdog.newest
+        if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
+            result = Outcome(outcome.CRASHED)
+        if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
+            out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
+            text = "DeepSpeed's launcher has died" if how == "launcher died" else _why(ranks, out_of_memory)
+            self._tell("crash", text, beat.step if beat else None)
+        starts = [event for event in read_journal(self._run_dir, from_journal) if event.kind == "start"]
+        return Ended(
+            result,
+            stop_requested=self._requests.asked,
+            step=beat.step if beat else 0,
+            batch=beat.batch if beat else 0,
+            from_step=starts[-1].step or 0 if starts else 0,
+            saved_step=self._saved_step(),
+        )
+
+    def _watch(self, ranks: Ranks, watchdog: Watchdog) -> Literal["ended", "hung", "launcher died"]:
+        """Until no process of this start is left; how it came to that."""
+        how: Literal["ended", "launcher died"] = "ended"
+        deadline: float | None = None  # from when on nobody may be left
+        while not ranks.gone:
+            time.sleep(_LOOK_SECONDS)
+            self._alerts.tell_news()
+            self._look_at_disk()
+            if deadline is None and (self._requests.asked or not ranks.launcher_lives):
+                if not ranks.launcher_lives and not self._requests.asked and not ranks.has_spoken:
+                    how = "launcher died"  # and has left its ranks alone: they save before they end
+                ranks.ask_to_stop()
+                deadline = time.monotonic() + self._settings.supervisor.stop_seconds
+            if deadline is not None and time.monotonic() > deadline:
+                ranks.kill()
+            elif (hang := watchdog.look()) is not None and not ranks.gone:
+                if ranks.failures():  # the others wait for one that has failed: a crash
+                    ranks.kill()
+                else:
+                    self._end_hung(ranks, hang)
+                    return "hung"
+        return how
+
+    def _end_hung(self, ranks: Ranks, hang: Hang) -> None:
+        """Take down what the ranks are doing, then kill them: who hangs answers to nothing else."""
+        stacks = self._run_dir / "hangs" / time.strftime("%Y-%m-%dT%H-%M-%S")
+        launcher.write_stacks(self._run_dir, self._run.place.ranks, ranks.group, stacks)
+        self._tell("hang", f"{hang.text}; stacks in {stacks}", hang.step, stacks=str(stacks))
+        while not ranks.gone:
+            ranks.kill()
+            time.sleep(0.1)
+
+    def _end_orphans(self) -> None:
+        """What a supervisor that was killed has left of this run: it is asked to save, and ended."""
+        before = read_supervised(self._run_dir)
+        if before is None or before.group is None or before.host != self._me.host:
+            return
+        if not launcher.ranks_of(before.group) or lives(before.pid, before.started):
+            return
+        self._tell(
+            "orphans", f"processes of an earlier start are left ({before.group}): they are asked to save and end"
+        )
+        launcher.ask_to_stop(before.group)
+        deadline = time.monotonic() + self._settings.supervisor.stop_seconds
+        while launcher.members(before.group):
+            time.sleep(0.1)
+            if time.monotonic() > deadline:
+                launcher.kill(before.group)
+
+    def _wait(self, again: Again) -> bool:
+        """Until it is time for the next start; False if a stop is asked for meanwhile."""
+        self._tell("restart", f"starting again in {duration(again.seconds)} {again.text}")
+        self._record(replace(self._me, state="waiting", next_start=time.time() + again.seconds))
+        deadline = time.monotonic() + again.seconds
+        while time.monotonic() < deadline and not self._requests.asked:
+            self._alerts.tell_news()
+            time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+        return not self._requests.asked
+
+    def _end(self, code: int, ended: Ended) -> int:
+        if code == outcome.MISTAKE:
+            self._journal.write(
+                "mistake", "ended by a mistake that a restart does not mend: see the terminal", ended.step
+            )
+        self._record(replace(self._me, state="ended", code=code))
+        self._alerts.tell_news()
+        self._alerts.close()
+        return code
+
+    def _look_at_disk(self) -> None:
+        if (warning := self._disk.look()) is not None:
+            self._tell("disk_low", warning)
+
+    def _saved_step(self) -> int:
+        return newest_step(self._settings.checkpoint_dir)
+
+    def _record(self, state: Supervised) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the run goes on
+            state.write(self._run_dir)
+
+    def _tell(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:
+        """On the terminal, in the run's log and in its journal."""
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(f"supervisor: {text}", flush=True)
+        with contextlib.suppress(OSError), (self._run_dir / "train.log").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
+        self._journal.write(kind, text, step, **facts)
+
+
+def _why(ranks: Ranks, out_of_memory: bool) -> str:
+    """What a person would want to read first."""
+    if out_of_memory:
+        return "the kernel has killed a process because the memory was used up"
+    failures = ranks.failures()
+    silent = sorted(set(range(ranks.count)) - set(failures))
+    parts = [f"rank {rank}: {text}" for rank, text in list(failures.items())[:1]]
+    if silent:
+        parts.insert(0, f"rank {', '.join(map(str, silent))} ended without a word")
+    return "; ".join([*parts, ranks.exit_status])
+
+
+def _origin(run: Run) -> str:
+    text = f"to go on from {run.resume}" if run.resume else "from the beginning"
+    return f"{text} without batches {format_batches(run.leave_out)}" if run.leave_out else text

@@ -1,0 +1,205 @@
+"""A run that is kept going: real ranks, real signals, every way in which a supervisor's work may end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from launched import end_session, start
+
+from benchmarks.kill_soak import without_times
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.generations import newest_tag, open_generation, scan
+from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.drill import faults
+from ds_gpt2.drill.faults import Fault
+from ds_gpt2.heartbeat import read_beat
+from ds_gpt2.journal import Event, read_journal
+from ds_gpt2.launcher import Place
+from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.supervised import read_supervised
+from ds_gpt2.supervisor import Run, supervise
+
+STEPS = 24
+IMPATIENT = {"backoff_seconds": 0, "restarts": 3, "hang_seconds": 6, "hang_factor": 5}
+ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
+
+Configure = Callable[..., Settings]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
+    def write(name: str, **sections: object) -> Settings:
+        supervisor = {**IMPATIENT, **sections.pop("supervisor", {})}  # type: ignore[dict-item]  # a section
+        usual: dict[str, object] = {
+            "schedule": {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
+            "samples": {"every": 0},
+            "validation": {"every": 12, "tokens": 640},
+        }
+        config = write_config(tmp_path / name, **{**usual, **sections, "supervisor": supervisor})
+        return load_settings(config, {"checkpoint.every": "4"})
+
+    return write
+
+
+def _run(settings: Settings, *struck: Fault, resume: str | None = None) -> Run:
+    config = settings.run.dir.parent / "run.yaml"
+    arguments = ("--config", str(config), "checkpoint.every=4")
+    return Run(arguments, Place("cpu", 2), resume, script=faults.SCRIPT, environment=faults.request(struck))
+
+
+def _told(settings: Settings, *but: str) -> list[str]:
+    return [event.kind for event in _events(settings) if event.kind not in but]
+
+
+def _events(settings: Settings) -> list[Event]:
+    return list(read_journal(settings.run_dir))
+
+
+def _curve(settings: Settings) -> list[dict[str, object]]:
+    return [without_times(record) for record in read_metrics(settings.run_dir / METRICS)]
+
+
+def _left(settings: Settings) -> list[str]:
+    """Processes of this test's run."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if str(settings.run.dir.parent) in command and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(command)
+    return found
+
+
+def _until(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been(
+    tmp_path: Path, configure: Configure
+) -> None:
+    undisturbed, disturbed = configure("undisturbed"), configure("disturbed")
+    assert supervise(_run(undisturbed), undisturbed) == outcome.DONE
+    assert _told(undisturbed, "save", "best") == ["launch", "start", "done"]
+    struck = [
+        Fault("kill", step=6, rank=1, once=str(tmp_path / "killed")),
+        Fault("freeze", step=13, rank=1, once=str(tmp_path / "frozen")),
+        Fault("crash", step=19, rank=0, micro_batch=1, once=str(tmp_path / "crashed")),
+    ]
+    assert supervise(_run(disturbed, *struck), disturbed) == outcome.DONE
+    assert _curve(disturbed) == _curve(undisturbed)
+    ends = [generation.manifest for generation in (scan(each.checkpoint_dir)[0] for each in (undisturbed, disturbed))]
+    assert ends[0] is not None and ends[1] is not None
+    assert ends[0].state["ledger"] == ends[1].state["ledger"] != ""
+    again = ["restart", "launch", "start"]
+    expected = ["launch", "start", "crash", *again, "hang", *again, "crash", *again, "done"]
+    assert _told(disturbed, "save", "best") == expected
+    killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
+    assert "rank 1 ended without a word" in killed.text and "SIGKILL" in killed.text
+    assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (13, True, True)
+    stacks = Path(hung.facts["stacks"])
+    assert "in _strike" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")
+    assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
+    assert "rank 0: RuntimeError: a fault of the drill" in crashed.text and crashed.step == 19
+    record = read_supervised(disturbed.run_dir)
+    assert record is not None and (record.state, record.code, record.alive) == ("ended", outcome.DONE, False)
+    assert _left(disturbed) == []
+
+
+def test_a_step_that_always_fails_and_gradients_that_stay_bad_are_got_around(configure: Configure) -> None:
+    """First an older checkpoint, then without the data; and back from updates that are skipped one after another."""
+    settings = configure("bad", supervisor={"skip_data": True}, guards={"skipped_run_steps": 2})
+    bad = [Fault("crash", batch=9, rank=1), *(Fault("nan", batch=batch, micro_batch=1) for batch in (16, 17))]
+    assert supervise(_run(settings, *bad), settings) == outcome.DONE
+    launches = [event.text for event in _events(settings) if event.kind == "launch"]
+    assert [text.split(", ", 1)[1] for text in launches] == [
+        "from the beginning",
+        "to go on from auto",
+        "to go on from before:8",
+        "to go on from auto without batches 9",
+        "to go on from before:15 without batches 9,16-17",
+    ]
+    end = open_generation(settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))).manifest
+    assert end is not None
+    assert (end.step, end.state["batch"], end.state["left_out"]) == (STEPS, STEPS + 3, [9, 16, 17])
+    assert end.state["skipped_steps"] == 0  # those were undone
+    assert _left(settings) == []
+
+
+def test_a_run_that_gets_nowhere_is_given_up(configure: Configure) -> None:
+    settings = configure("vain", supervisor={"restarts": 1})
+    assert supervise(_run(settings, Fault("crash", step=1)), settings) == outcome.CRASHED
+    assert _told(settings) == ["launch", "start", "crash", "restart", "launch", "start", "crash", "gave_up"]
+
+
+def test_a_mistake_is_not_tried_again(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = configure("mistake")
+    assert supervise(_run(settings, resume="epoch_00009"), settings) == outcome.MISTAKE
+    assert _told(settings) == ["launch", "mistake"]
+    assert "epoch_00009" in capfd.readouterr().err
+
+
+def _supervisor(settings: Settings, struck: Sequence[Fault] = ()) -> subprocess.Popen[str]:
+    """A supervisor in a process of its own."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from pathlib import Path; from ds_gpt2.config import load_settings\n"
+        "import test_supervisor as this\n"
+        "settings = load_settings(Path(sys.argv[3]), {'checkpoint.every': '4'})\n"
+        "struck = [this.Fault(**each) for each in eval(sys.argv[4])]\n"
+        "sys.exit(this.supervise(this._run(settings, *struck, resume='auto'), settings))"
+    )
+    tests = Path(__file__).parent
+    config = settings.run.dir.parent / "run.yaml"
+    listed = repr([vars(fault) for fault in struck])
+    return start([sys.executable, "-c", program, str(tests), str(tests.parent), str(config), listed])
+
+
+def test_launcher_and_supervisor_may_die(configure: Configure) -> None:
+    settings = configure("orphans", schedule=ENDLESS)
+    process = _supervisor(settings)
+    try:
+        _until(lambda: "save" in _told(settings))
+        record = read_supervised(settings.run_dir)
+        assert record is not None and record.alive and record.group is not None
+        psutil.Process(record.group).kill()  # DeepSpeed's launcher: its ranks are asked to save, and started again
+        _until(lambda: _told(settings).count("launch") == 2)
+        assert "DeepSpeed's launcher has died" in [event.text for event in _events(settings)]
+        _until(lambda: _told(settings).count("start") == 2)
+        process.kill()  # the supervisor: its ranks save and end by themselves
+        process.wait()
+        _until(lambda: _told(settings)[-1] == "stop" and not _left(settings))
+    finally:
+        end_session(process.pid)
+
+
+def test_what_can_do_nothing_by_itself_is_ended_by_the_next_supervisor(configure: Configure) -> None:
+    """A rank is frozen, the others wait for it, and the supervisor is killed."""
+    settings = configure("frozen", schedule=ENDLESS, supervisor={"hang_seconds": 600, "stop_seconds": 3})
+    process = _supervisor(settings, [Fault("freeze", step=7, rank=1)])
+    try:
+        _until(lambda: (beat := read_beat(settings.run_dir, 1)) and _is_stopped(beat.pid))
+    finally:
+        process.kill()
+        process.wait()
+    after = _supervisor(settings)
+    try:
+        _until(lambda: _told(settings).count("start") == 2)
+        assert "orphans" in _told(settings)
+        after.send_signal(signal.SIGTERM)
+        assert after.wait(60) == outcome.STOPPED
+        assert _left(settings) == []
+    finally:
+        end_session(after.pid)
+
+
+def _is_stopped(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() == psutil.STATUS_STOPPED
