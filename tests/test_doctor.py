@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -258,13 +259,16 @@ def test_the_end_of_a_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [limits.parse_time_left(text) for text in ("12:34", "1:00:00", "UNLIMITED")] == [754.0, 3600.0, None]
 
 
-def test_a_terminal_that_takes_the_run_with_it() -> None:
+def test_a_terminal_that_takes_the_run_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_DFL)  # the tests' own may be under nohup
     over_ssh = {"SSH_CONNECTION": "10.0.0.2 50000 10.0.0.1 22"}
     alone = limits.terminal(over_ssh, ["tmux", "systemd-run"])
     assert (alone.status, "`tmux new -s gpt2 ./launch.sh train ...`" in alone.mend) == ("warn", True)
     assert "nohup" in limits.terminal(over_ssh, []).mend
     assert limits.terminal({**over_ssh, "TMUX": "/tmp/tmux-0/default,1,0"}, ["tmux"]).status == "ok"
     assert limits.terminal({}, []).status == "ok"
+    monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_IGN)
+    assert "nohup" in limits.terminal(over_ssh, []).found
 
 
 def test_systemd_that_kills_at_logout(tmp_path: Path) -> None:

@@ -73,12 +73,12 @@ def with_note(message: Message, note: str) -> Message:
 def held_back(kinds: Iterable[str], since: float) -> str:
     """``and 14 more since Tue 25 Nov 10:20: 9 crash, 5 hang``."""
     counts = Counter(kinds)
-    each = ", ".join(f"{count} {spoken(kind)}" for kind, count in counts.most_common())
+    each = ", ".join(f"{count} {_spoken(kind)}" for kind, count in counts.most_common())
     return f"and {counts.total()} more since {clock(since)}: {each}"
 
 
-def spoken(kind: str) -> str:
-    return kind.replace("_", " ")
+def _spoken(kind: str) -> str:
+    return {"launch": "started", "stop": "stopped"}.get(kind, kind.replace("_", " "))
 
 
 def _cut(text: str, longest: int = _LONGEST) -> str:
@@ -97,7 +97,7 @@ def _paragraph(event: Event) -> str:
 def _few(kinds: Sequence[str]) -> str:
     """The different ones, what matters most first, as far as they fit on a lock screen."""
     different = sorted(dict.fromkeys(kinds), key=_weight, reverse=True)
-    return ", ".join([*(spoken(kind) for kind in different[:3]), *(["..."] if different[3:] else [])])
+    return ", ".join([*(_spoken(kind) for kind in different[:3]), *(["..."] if different[3:] else [])])
 
 
 def _as_typed(run_dir: Path) -> str:
