@@ -98,10 +98,10 @@ def start(
     batch = settings.batch
     plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     open_dataset(settings.data.dir)
-    if not _is_ready(settings, place):
-        return outcome.MISTAKE
     for directory in settings.output_dirs:
         check_writable(directory)
+    if not _is_ready(settings, place):
+        return outcome.MISTAKE
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {place.ranks} ranks on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
