@@ -115,9 +115,14 @@ class Ranks:
         return f"exit status {code}"
 
     @property
-    def has_spoken(self) -> bool:
-        """Whether rank 0 has said how the run ended."""
-        return self._outcome_file.exists()
+    def launcher_died(self) -> bool:
+        """Whether it has gone without a reason in the ranks, which it leaves alone.
+
+        Killed itself it has a negative status; its second process killed, the first says 0. After a rank's failure it
+        passes that one's status on.
+        """
+        code = self._process.poll()
+        return code is not None and code <= 0 and not self._outcome_file.exists()
 
     def outcome(self) -> outcome.Outcome:
         """What rank 0 has said."""

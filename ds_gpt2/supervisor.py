@@ -161,8 +161,8 @@ class _Supervisor:
             self._alerts.tell_news()
             self._look_at_disk()
             if deadline is None and (self._requests.asked or not ranks.launcher_lives):
-                if not ranks.launcher_lives and not self._requests.asked and not ranks.has_spoken:
-                    how = "launcher died"  # and has left its ranks alone: they save before they end
+                if ranks.launcher_died and not self._requests.asked:
+                    how = "launcher died"  # the ranks save before they end
                 ranks.ask_to_stop()
                 deadline = time.monotonic() + self._settings.supervisor.stop_seconds
             if deadline is not None and time.monotonic() > deadline:
