@@ -350,8 +350,9 @@ def test_a_supervisor_that_has_ended_has_said_how(files: Files, code: int, befor
 
 def test_what_an_earlier_supervisor_said_is_not_of_a_later_start(files: Files) -> None:
     files.supervise("ended", code=3)
-    files.note("start", -60, 0)
-    assert files.look(later=120).state == "dead"
+    later = time.time() - NOW + 60  # it was written just now, however long this module is imported
+    files.note("start", -later, 0)
+    assert files.look(later + 60).state == "dead"
 
 
 def test_a_supervisor_that_was_killed_is_no_stop_on_request(files: Files, asleep: subprocess.Popen[bytes]) -> None:
