@@ -42,9 +42,9 @@ def main() -> None:
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
-    small = {"model.layers": "2", "model.heads": "2", "model.width": "64", "batch.sequence_length": "64"}
-    accumulation = {"batch.tokens_per_step": str(64 * 2 * 3 * dist.world_size())}
-    settings = settings_of(options.data, "7M", **small, **accumulation)
+    shape = {"model.preset": "null", "model.layers": "2", "model.heads": "2", "model.width": "64"}
+    batch = {"batch.sequence_length": "64", "batch.tokens_per_step": str(64 * 2 * 3 * dist.world_size())}
+    settings = settings_of(options.data, "7M", **shape, **batch)
     trainer = Trainer(settings, place)
     trainer.steps(3)
     result = inject(trainer.engine, trainer.data, options.count, options.seed)

@@ -30,11 +30,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,10 +41,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.machine import describe
 from ds_gpt2.checkpoint.generations import Generation, problem_of, scan
-from ds_gpt2.checkpoint.layout import PARTIAL
-from ds_gpt2.checkpoint.serializer import MODEL_FILE, unpickle
+from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
 from ds_gpt2.data.prepare import prepare
 from ds_gpt2.data.sources import python_documents
+from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
 from ds_gpt2.machine import free_port
 from ds_gpt2.metrics import METRICS, read_metrics
 
@@ -276,15 +274,10 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
 
 
 def _differences(reference: Path, folder: Path) -> list[str]:
-    """Where the end of a run differs from the reference's: the whole state, and every step's metrics."""
-    tag = f"soak/rolling_step_{STEPS:06d}"
-    names = [MODEL_FILE] + [path.name for path in sorted((folder / "checkpoints" / tag).glob("*_optim_states.pt"))]
-    found = []
-    for name in names:
-        one, other = (unpickle(place / "checkpoints" / tag / name) for place in (reference, folder))
-        found += differences(one, other, name)
-    found += differences(_metrics(reference), _metrics(folder), "metrics.jsonl")
-    return found + curve_problems(folder / "runs" / "soak")
+    """Where the end of a run differs from the reference's: the whole state, every step's metrics, what is shown."""
+    checkpoints = (place / "checkpoints" / "soak" / rolling_tag(STEPS) for place in (reference, folder))
+    runs = [place / "runs" / "soak" for place in (reference, folder)]
+    return checkpoint_differences(*checkpoints) + curve_differences(*runs) + curve_problems(runs[1])
 
 
 def curve_problems(run_dir: Path) -> list[str]:
@@ -302,33 +295,6 @@ def curve_problems(run_dir: Path) -> list[str]:
         for tag in sorted(shown.keys() | recorded.keys())
         if shown.get(tag, []) != recorded.get(tag, [])
     ]
-
-
-def differences(one: Any, other: Any, place: str) -> list[str]:
-    """Where two nested states are not equal, bit for bit."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        pairs = [(f"{place}.{key}", one[key], other[key]) for key in one if key in other]
-        found = [] if one.keys() == other.keys() else [f"{place} has other keys"]
-        return found + [text for name, first, second in pairs for text in differences(first, second, name)]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            return [f"{place}: {type(one).__name__} is not {type(other).__name__} of the same length"]
-        numbered = enumerate(zip(one, other, strict=True))
-        return [text for number, pair in numbered for text in differences(*pair, f"{place}[{number}]")]
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [f"{place} differs"]
-    if isinstance(one, int | float | str | bytes | None) or type(one) is not type(other):
-        return [] if one == other else [f"{place}: {one!r} is not {other!r}"]
-    return differences(vars(one), vars(other), place) if hasattr(one, "__dict__") else []
-
-
-def _metrics(place: Path) -> list[dict[str, Any]]:
-    return [without_times(record) for record in read_metrics(place / "runs" / "soak" / METRICS)]
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a record is the same whenever and wherever it is made."""
-    return {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
 
 
 def main() -> None:

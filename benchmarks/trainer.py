@@ -44,7 +44,7 @@ class Trainer:
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
         self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
         content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
-        model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length))
+        model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
         self.engine = Engine(model, deepspeed_file.complete(content, settings, self.plan), 0.1)
         self.state = TrainState()
 

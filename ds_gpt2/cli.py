@@ -30,6 +30,8 @@ _VERBS = {
     "quickstart": _Verb("sample data, then train a small GPT-2: five minutes", "quickstart"),
     "prepare": _Verb("text to token shards", "prepare"),
     "doctor": _Verb("is this machine ready for the run? every check, with the mend", "doctor"),
+    "plan": _Verb("what a run will take: memory, time, disk, energy; a few real steps are run", "plan"),
+    "drill": _Verb("the rehearsal: what may go wrong is done on purpose, to a run like yours", "drill"),
     "train": _Verb("start a run and keep it going", "train"),
     "resume": _Verb("go on with a run", "train", "resume", "add_resume_arguments"),
     "status": _Verb("how a run is now, on one small screen; exit code 1 if it is not well", "status"),

@@ -28,6 +28,8 @@ def zone(time: float) -> str:
 
 
 def size(count: int) -> str:
+    if count >= 1e12:
+        return f"{count / 1e12:.2f} TB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -13,16 +13,15 @@ import psutil
 import pytest
 from launched import end_session, start
 
-from benchmarks.kill_soak import without_times
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.generations import newest_tag, open_generation, scan
 from ds_gpt2.config import Settings, load_settings
 from ds_gpt2.drill import faults
+from ds_gpt2.drill.compare import curve_differences
 from ds_gpt2.drill.faults import Fault
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.launcher import Place
-from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.supervised import read_supervised
 from ds_gpt2.supervisor import Run, supervise
 
@@ -62,10 +61,6 @@ def _events(settings: Settings) -> list[Event]:
     return list(read_journal(settings.run_dir))
 
 
-def _curve(settings: Settings) -> list[dict[str, object]]:
-    return [without_times(record) for record in read_metrics(settings.run_dir / METRICS)]
-
-
 def _left(settings: Settings) -> list[str]:
     """Processes of this test's run."""
     found = []
@@ -95,7 +90,7 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
         Fault("crash", step=19, rank=0, micro_batch=1, once=str(tmp_path / "crashed")),
     ]
     assert supervise(_run(disturbed, *struck), disturbed) == outcome.DONE
-    assert _curve(disturbed) == _curve(undisturbed)
+    assert curve_differences(undisturbed.run_dir, disturbed.run_dir) == []
     ends = [generation.manifest for generation in (scan(each.checkpoint_dir)[0] for each in (undisturbed, disturbed))]
     assert ends[0] is not None and ends[1] is not None
     assert ends[0].state["ledger"] == ends[1].state["ledger"] != ""

@@ -17,7 +17,7 @@ from conftest import MODEL
 from launched import Launched, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.kill_soak import curve_problems, differences, without_times
+from benchmarks.kill_soak import curve_problems
 from benchmarks.reference import train_reference
 from ds_gpt2 import train
 from ds_gpt2.checkpoint import manifest
@@ -25,6 +25,7 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.generations import problem_of, scan
 from ds_gpt2.checkpoint.layout import PARTIAL
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
+from ds_gpt2.drill.compare import checkpoint_differences, curve_differences, differences
 from ds_gpt2.schedule import learning_rate
 
 STEPS = 12
@@ -164,18 +165,12 @@ def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> 
         "superseded_step_000012",
         "rolling_step_000006",
     ]
-    assert [without_times(one) for one in metrics(folder)] == [without_times(one) for one in metrics(four_ranks[1])]
+    assert curve_differences(*(place / "runs" / "test" for place in (four_ranks[1], folder))) == []
 
 
 def test_resuming_gives_the_very_same_weights(four_ranks: Run, resumed: Run) -> None:
-    for name in (MODEL_FILE, *map(partition_file, range(4))):
-        first, second = (
-            unpickle(folder / "checkpoints" / "test" / "rolling_step_000012" / name)
-            for _, folder in (four_ranks, resumed)
-        )
-        for state in (first, second):
-            del state["ds_config"]  # has paths in it
-        assert differences(first, second, name) == []
+    one, other = (folder / "checkpoints" / "test" / "rolling_step_000012" for _, folder in (four_ranks, resumed))
+    assert checkpoint_differences(one, other) == []
 
 
 def test_the_curves_in_tensorboard_have_no_overlap_after_a_resume(resumed: Run) -> None:

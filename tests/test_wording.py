@@ -14,5 +14,5 @@ def test_durations_are_short(seconds: float, words: str) -> None:
 
 
 def test_sizes_and_counts_of_tokens() -> None:
-    assert [size(999_999_999), size(1_740_000_000)] == ["1000.0 MB", "1.74 GB"]
+    assert [size(999_999_999), size(1_740_000_000), size(23 * 10**12)] == ["1000.0 MB", "1.74 GB", "23.00 TB"]
     assert [tokens(999), tokens(524_288), tokens(2_500_000), tokens(50e9)] == ["999", "524,288", "2.50 M", "50.00 B"]

@@ -29,7 +29,12 @@ class Storage:
 def parameters(settings: Settings) -> int:
     """Of the model, the padding rows of the vocabulary included."""
     layers, _, width = settings.model.shape
-    embeddings = (_VOCABULARY_ROWS + settings.batch.sequence_length) * width
+    return parameters_of(layers, width, settings.batch.sequence_length)
+
+
+def parameters_of(layers: int, width: int, sequence_length: int) -> int:
+    """The same by the shape alone."""
+    embeddings = (_VOCABULARY_ROWS + sequence_length) * width
     return embeddings + layers * (12 * width * width + 13 * width) + 2 * width
 
 

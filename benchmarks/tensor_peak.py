@@ -1,0 +1,79 @@
+"""How many bytes do a rank's tensors take at most, and what does ``plan`` predict? Arithmetic against the allocator.
+
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/tensor_peak.py --data data/sample --out FILE
+        --set model.preset=7M --set batch.micro_batch=4
+
+On a CPU every allocation is counted by PyTorch's profiler; on a GPU the caching allocator keeps count itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import device, dist, outcome
+
+_STEPS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="of the settings")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    place = device.choose("auto")
+    from benchmarks.trainer import settings_of
+    from ds_gpt2.config import parse_overrides
+    from ds_gpt2.engine import close_process_group, open_process_group
+
+    open_process_group(place)
+    settings = settings_of(options.data, "7M", **parse_overrides(options.set))
+    measured = max(dist.gather_objects(_peak(settings, place)))
+    if dist.is_main():
+        options.out.write_text(json.dumps({"measured": measured, **_predicted(settings, place)}), encoding="utf-8")
+    close_process_group()
+
+
+def _peak(settings: Any, place: Any) -> int:
+    """Bytes of this rank's tensors at most, from building the model on."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.trainer import Trainer
+
+    if place.type == "cuda":
+        Trainer(settings, place).steps(_STEPS)
+        return int(torch.cuda.max_memory_allocated())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        Trainer(settings, place).steps(_STEPS)
+    taken = highest = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
+        taken += event.nbytes()
+        highest = max(highest, taken)
+    return highest
+
+
+def _predicted(settings: Any, place: Any) -> dict[str, Any]:
+    from ds_gpt2.batch import plan_batch
+    from ds_gpt2.deepspeed_file import load_deepspeed_file
+    from ds_gpt2.planning.memory import describe_model, peak, read_zero
+
+    batch = settings.batch
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    model = describe_model(settings.model, batch.sequence_length)
+    memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
+    return {"predicted": memory.total, "moment": memory.moment}
+
+
+if __name__ == "__main__":
+    main()
+    outcome.end_process(outcome.DONE)

@@ -1,0 +1,117 @@
+"""Does the watchdog cry wolf? Is a rank that stands still noticed? Thousands of steps, then ranks that are stopped.
+
+    python benchmarks/watch_soak.py --data data/sample --steps 10000 --stops 5 --out FILE
+
+A tiny GPT-2 trains under the real supervisor, with every evaluation and a save now and then, and with far less patience
+than the default: a step may take ``--seconds``. In so many steps the journal must tell of nothing but the start, saves
+and the end. Then ranks are stopped (SIGSTOP) at random instants: each must be noticed in time, with the stacks of all
+ranks, and the run restarted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from benchmarks.machine import describe
+from ds_gpt2.config import load_settings
+from ds_gpt2.drill.actor import Actor, end_all
+from ds_gpt2.drill.scenes import Stage, freeze_rank
+from ds_gpt2.drill.shrink import EVERY
+from ds_gpt2.journal import KINDS
+from ds_gpt2.launcher import Place
+from ds_gpt2.metrics import METRICS, read_metrics
+
+_QUIET = ("launch", "start", "save", "best", "done")  # what a run that is well tells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        actor = _actor(Path(folder), options)
+        try:
+            shown = {"machine": describe(), "command": " ".join(sys.argv), **_soak(actor, options)}
+        finally:
+            end_all(actor.mark)
+    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(shown, indent=1))
+
+
+def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
+    run.start()
+    run.wait_done()
+    records = list(read_metrics(run.run_dir / METRICS))
+    told = Counter(event.kind for event in run.events(0, *KINDS))
+    steps = [record["perf/step_ms"] for record in records]
+    quiet = {
+        "ranks": options.ranks,
+        "steps": len(records),
+        "patience_seconds": options.seconds,
+        "step_ms": {"median": round(statistics.median(steps), 1), "longest": round(max(steps), 1)},
+        "told": dict(told),
+        "false_alarms": sum(count for kind, count in told.items() if kind not in _QUIET),
+    }
+    print(json.dumps(quiet), flush=True)
+    stage = Stage(run, run, random.Random(options.seed), run.run_dir)
+    run.start(f"checkpoint.every={EVERY}", f"schedule.steps={100 * options.steps}")
+    stops = [_stop_one(stage) for _ in range(options.stops)]
+    run.interrupt()
+    run.wait_end()
+    return {**quiet, "stops": stops}
+
+
+def _stop_one(stage: Stage) -> dict[str, Any]:
+    """
+    Raises:
+        FailedError: it was not noticed in time, or the run did not go on.
+    """
+    since = stage.run.now()
+    done = freeze_rank(stage)
+    (hang,) = stage.run.events(since, "hang")
+    print(done.text, flush=True)
+    return {"what": hang.text, "done": done.text, "going_on_after_seconds": round(done.lost_seconds, 1)}
+
+
+def _actor(folder: Path, options: argparse.Namespace) -> Actor:
+    tree = {
+        "run": {"name": "soak", "dir": str(folder / "runs")},
+        "model": {"layers": 2, "heads": 2, "width": 32},
+        "data": {"dir": str(options.data.absolute())},
+        "batch": {"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
+        "schedule": {"steps": options.steps, "warmup_steps": 100},
+        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 250, "keep_last": 2, "min_free_gb": 0},
+        "validation": {"every": 250, "tokens": 1024},
+        "samples": {"every": 1000, "tokens": 8},
+        "histograms": {"every": 1000},
+        "supervisor": {"hang_seconds": options.seconds, "backoff_seconds": 0.5},
+    }
+    config = folder / "soak.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    settings = load_settings(config)
+    place = Place("cpu", options.ranks)
+    return Actor(config, settings, place, folder / "output.txt", str(folder), patience=300)
+
+
+if __name__ == "__main__":
+    main()

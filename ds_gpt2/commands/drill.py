@@ -1,0 +1,73 @@
+"""``drill``: the rehearsal. Everything that may go wrong is done on purpose, to a run like yours, not to yours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+
+from ds_gpt2 import outcome
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.commands.arguments import add_start_arguments
+from ds_gpt2.commands.train import find_config
+from ds_gpt2.config import load_settings, parse_overrides
+from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.drill.plan import NAMES, Plan
+from ds_gpt2.drill.record import Row, head, lines_of, summary
+from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import choose_ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
+    add_start_arguments(parser)
+    parser.add_argument("--whole", action="store_true", help="the real model and batch (default: shrunk, for minutes)")
+    parser.add_argument("--only", metavar="NAMES", help=f"some scenes only: {', '.join(NAMES)}")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random moments and victims (default: a new one)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints that the drill has made")
+
+
+def run(options: argparse.Namespace) -> int:
+    plan = _plan(options)
+    os.environ.setdefault("DS_ACCELERATOR", plan.place.accelerator)
+    from ds_gpt2.drill.rehearsal import rehearse  # only now: DeepSpeed picks its accelerator when it is imported
+
+    if not options.json:
+        size = "whole" if plan.whole else "shrunk"
+        print(f"drill of {plan.settings.run.name}, {size}, on {plan.place.ranks} ranks ({plan.place.accelerator})")
+        print(f"again with the same moments and victims: --seed {plan.seed}\n\n{head()}", flush=True)
+    record, folder = rehearse(plan, _quiet if options.json else _show)
+    if options.json:
+        print(record.to_json(), end="")
+    else:
+        print(f"\n{summary(record)}\nrecord: {folder / 'drill.md'}")
+    return outcome.DONE if record.passed else outcome.CRASHED
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """
+    Raises:
+        UserError: the settings could not train, or there is no such scene.
+    """
+    settings = load_settings(find_config(options.config), parse_overrides(options.settings))
+    load_deepspeed_file(settings.deepspeed)
+    open_dataset(settings.data.dir)
+    place = choose_ranks(settings, options.num_gpus)
+    if options.whole:
+        batch = settings.batch
+        plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
+    names = options.only.split(",") if options.only else NAMES
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"--only {','.join(unknown)}: no such scene; there are {', '.join(NAMES)}")
+    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+    return Plan(settings, place, names, options.whole, seed, options.keep)
+
+
+def _show(row: Row) -> None:
+    print("\n".join(lines_of(row)), flush=True)
+
+
+def _quiet(row: Row) -> None:
+    """The JSON at the end has it."""

@@ -1,0 +1,233 @@
+"""``plan``: what a run will take, before it is started: memory, time, disk, energy, measured by a few real steps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2 import outcome
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.checkpoint.generations import scan
+from ds_gpt2.commands.arguments import add_start_arguments, positive
+from ds_gpt2.commands.checkpoint_table import freed_by
+from ds_gpt2.commands.train import find_config
+from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import Place, choose_ranks
+from ds_gpt2.planning import supplies, timing
+from ds_gpt2.planning.course import course_of
+from ds_gpt2.planning.fit import Option, calibrate, micro_batches, other_ranks
+from ds_gpt2.planning.memory import describe_model, read_zero
+from ds_gpt2.planning.sections import (
+    batch_section,
+    cost_section,
+    disk_section,
+    memory_section,
+    problems_of,
+    room,
+    time_section,
+)
+from ds_gpt2.planning.subject import Hardware, Row, Section, Subject, Value
+from ds_gpt2.planning.traces import Traces
+from ds_gpt2.planning.trial import LEAST_STEPS, Limits, TrialError, run_trial
+from ds_gpt2.report.summary import Prices, Range
+from ds_gpt2.wording import size
+
+WIDTH = 100  # columns
+
+_BASIS, _LABEL = 10, 16  # columns
+_TEXT = 2 + _BASIS + 1 + _LABEL  # the column at which the text begins
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All there is to say."""
+
+    subject: Subject
+    sections: Sequence[Section]
+    options: Sequence[Option]
+    problems: Sequence[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
+    add_start_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="arithmetic only: no step is run, nothing is measured")
+    parser.add_argument(
+        "--steps", type=positive, default=Limits().steps, metavar="N", help="of the trial (default: 16)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=Limits().seconds, metavar="S", help="for the trial's steps (default: 120)"
+    )
+    parser.add_argument("--tflops", type=float, metavar="T", help="for other GPUs than these: their bf16 peak, each")
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="G", help="and their memory, each; nothing is run then")
+    parser.add_argument("--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs)")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    config, overrides = find_config(options.config), parse_overrides(options.settings)
+    settings = load_settings(config, overrides)
+    _check(options)
+    prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
+    subject = _subject(settings, options.num_gpus, _hardware(options))
+    traces = None
+    if not options.quick and subject.elsewhere is None:
+        try:
+            traces = _trial(config, overrides, subject, Limits(options.steps, options.seconds))
+        except TrialError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return outcome.CRASHED
+    plan = make_plan(subject, traces, prices, time.time())
+    if options.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        print("\n".join(lines_of(plan, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))))
+    for problem in plan.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return outcome.MISTAKE if plan.problems else outcome.DONE
+
+
+def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: float) -> Plan:
+    """
+    Args:
+        now: seconds since 1970.
+    """
+    calibration = calibrate(subject, traces)
+    pace = timing.measured(traces) if traces is not None else None
+    if subject.elsewhere is not None:
+        pace = timing.estimated(subject, subject.elsewhere)
+    options = [*micro_batches(subject, calibration), *other_ranks(subject, calibration)]
+    sections = [
+        batch_section(subject),
+        memory_section(subject, traces, calibration),
+        _options_section(subject, options),
+        time_section(subject, pace, now),
+        disk_section(subject, traces, room(subject, traces)),
+        cost_section(subject, pace, prices),
+    ]
+    return Plan(subject, sections, options, problems_of(subject, traces, calibration))
+
+
+def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
+    """The plan as it is printed, nothing wider than ``width`` columns."""
+    subject = plan.subject
+    where = "the CPU" if subject.on_cpu else "GPUs that are not here" if subject.elsewhere else "GPUs"
+    yield f"plan of {subject.settings.run.name}: {subject.place.ranks} ranks on {where}"
+    for section in plan.sections:
+        yield f"\n{section.title}"
+        for row in section.rows:
+            head = f"  {row.basis:<{_BASIS}} {row.label:<{_LABEL}}"
+            yield from textwrap.wrap(
+                row.text,
+                width,
+                initial_indent=head,
+                subsequent_indent=" " * _TEXT,
+                break_on_hyphens=False,
+                expand_tabs=False,
+            )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same for a program: every figure under its name, with where it comes from."""
+    subject = plan.subject
+    figures = {
+        name: {**_plain(value), "basis": row.basis}
+        for section in plan.sections
+        for row in section.rows
+        for name, value in row.figures.items()
+    }
+    return {
+        "run": subject.settings.run.name,
+        "accelerator": subject.place.accelerator,
+        "fits": not plan.problems,
+        "problems": list(plan.problems),
+        "figures": figures,
+        "options": [dataclasses.asdict(option) for option in plan.options],
+    }
+
+
+def _plain(value: Value) -> dict[str, Any]:
+    return {"value": value.mean, "low": value.low, "high": value.high} if isinstance(value, Range) else {"value": value}
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("seconds", "tflops", "gpu_memory_gb", "watts", "price_per_kwh", "price_per_hour"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    if options.steps < LEAST_STEPS:
+        raise UserError(f"--steps {options.steps}: give {LEAST_STEPS} at least; --seconds ends a trial earlier")
+
+
+def _hardware(options: argparse.Namespace) -> Hardware | None:
+    if options.tflops is None and options.gpu_memory_gb is None:
+        return None
+    if options.tflops is None or options.gpu_memory_gb is None:
+        raise UserError("for other GPUs give both --tflops and --gpu-memory-gb, and their number with --num_gpus")
+    return Hardware(options.tflops * 1e12, int(options.gpu_memory_gb * 1e9))
+
+
+def _subject(settings: Settings, num_gpus: int | None, hardware: Hardware | None) -> Subject:
+    """
+    Raises:
+        UserError: the settings could not train.
+    """
+    zero = read_zero(load_deepspeed_file(settings.deepspeed))
+    place = Place("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
+    batch = settings.batch
+    shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
+    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+    own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
+    return Subject(
+        settings,
+        shared,
+        place,
+        describe_model(settings.model, batch.sequence_length),
+        zero,
+        course_of(settings, shared.windows_per_step, len(windows)),
+        disk_free=supplies.disk_free(settings.checkpoint_dir) + own,
+        memory_free=hardware.memory if hardware is not None else supplies.memory_for_a_rank(place),
+        elsewhere=hardware,
+    )
+
+
+def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
+    try:
+        return run_trial(config, overrides, subject.settings, subject.batch, subject.place, limits, _tell)
+    finally:
+        _tell("")
+
+
+def _tell(text: str) -> None:
+    """How far the trial is, on a terminal, until the plan takes the place."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
+    return Section("the same budget shared out otherwise", [_option_row(subject, option) for option in options])
+
+
+def _option_row(subject: Subject, option: Option) -> Row:
+    verdicts = {True: "fits", False: "DOES NOT FIT", None: "not known whether it fits"}
+    ours = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
+    text = (
+        f"{size(option.rank_bytes):>9}  a rank: {option.micro_batch} windows x {option.accumulation} micro-batches"
+        f" x {option.ranks} ranks; {verdicts[option.fits]}{' (as set)' if ours else ''}"
+    )
+    return Row(f"micro-batch {option.micro_batch}", text, "predicted")

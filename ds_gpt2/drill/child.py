@@ -1,0 +1,47 @@
+"""The supervisor as a process of its own, so that it can be interrupted and killed like a person's.
+
+    python child.py CONFIG ACCELERATOR RANKS RESUME ROOM [key=value ...]
+
+ROOM is 0, or the size in bytes of a file system that takes the place of the checkpoints' (see room).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: import from the project, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.generations import candidates
+from ds_gpt2.config import load_settings, parse_overrides
+from ds_gpt2.drill import faults, room
+from ds_gpt2.errors import UserError
+from ds_gpt2.launcher import Place
+from ds_gpt2.supervisor import Run, supervise
+
+SCRIPT = Path(__file__)
+
+
+def main(words: list[str]) -> int:
+    config, accelerator, ranks, resume, size, *overrides = words
+    settings = load_settings(Path(config), parse_overrides(overrides))
+    run = Run(("--config", config, *overrides), Place(accelerator, int(ranks)), resume, script=faults.SCRIPT)
+    if not int(size):
+        return supervise(run, settings)
+    directory, staging = settings.checkpoint_dir, settings.checkpoint.dir / "room"
+    staging.mkdir(exist_ok=True)
+    room.move_in(directory, staging, int(size), candidates(directory, "latest")[0])
+    try:
+        return supervise(run, settings)
+    finally:
+        room.move_out(directory, staging)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(outcome.MISTAKE)

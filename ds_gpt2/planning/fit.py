@@ -1,0 +1,94 @@
+"""What of a machine's memory a rank takes, and which other ways to share out the token budget would fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ds_gpt2.batch import BatchPlan, fit_ranks
+from ds_gpt2.planning import memory
+from ds_gpt2.planning.subject import Basis, Subject
+from ds_gpt2.planning.traces import Traces
+
+# Resident memory of a CPU rank without a trial: libraries, and what glibc's heap comes to for each byte that tensors
+# take at most. Four gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy.json.
+_LIBRARIES, _HEAP = 263_000_000, 2.3
+# On a GPU without a trial: CUDA's context, NCCL's buffers, what PyTorch's allocator cannot use. A guess: not measured.
+_BESIDE_TENSORS = 1_000_000_000
+
+_OTHER_RANKS = (1, 2, 3, 4, 6, 8)
+_NEIGHBOURS = 3  # micro-batches on either side of the one that is set
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From bytes of tensors to bytes that a rank takes: ``base + factor x tensors``."""
+
+    base: float
+    factor: float
+    basis: Basis
+
+    def rank_bytes(self, subject: Subject, batch: BatchPlan) -> int:
+        return round(self.base + self.factor * tensor_bytes(subject, batch))
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to share out the token budget."""
+
+    micro_batch: int
+    accumulation: int
+    ranks: int
+    rank_bytes: int
+    fits: bool | None  # None: not known
+
+
+def tensor_bytes(subject: Subject, batch: BatchPlan) -> int:
+    """What tensors take at most; on a CPU with the copy that a save in the background writes from."""
+    total = memory.peak(subject.model, batch, subject.zero, subject.place.accelerator).total
+    if subject.on_cpu and subject.settings.checkpoint.in_background:
+        total += memory.snapshot(subject.model, batch.world_size, rank=0)
+    return total
+
+
+def calibrate(subject: Subject, traces: Traces | None) -> Calibration:
+    """By the rank that took most, if there was a trial."""
+    if traces is None:
+        base, factor = (_LIBRARIES, _HEAP) if subject.on_cpu else (_BESIDE_TENSORS, 1.0)
+        return Calibration(base, factor, "estimated")
+    tensors = tensor_bytes(subject, replace(subject.batch, accumulation=traces.accumulation))
+    if subject.on_cpu:
+        base = max(rank.libraries for rank in traces.ranks)
+        return Calibration(base, (max(rank.resident for rank in traces.ranks) - base) / tensors, "measured")
+    base = max(rank.device_beside or 0 for rank in traces.ranks)
+    return Calibration(base, max(rank.device_reserved or 0 for rank in traces.ranks) / tensors, "measured")
+
+
+def micro_batches(subject: Subject, calibration: Calibration) -> list[Option]:
+    """Those that divide the budget on as many ranks, the one that is set among its neighbours, in ascending order."""
+    batch = subject.batch
+    windows = batch.micro_batch * batch.accumulation
+    fitting = [number for number in range(1, windows + 1) if windows % number == 0]
+    place = fitting.index(batch.micro_batch)
+    near = fitting[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]
+    return [_option(subject, calibration, each, batch.world_size) for each in near]
+
+
+def other_ranks(subject: Subject, calibration: Calibration) -> list[Option]:
+    """The same budget on other numbers of ranks, with the nearest micro-batch that each can take."""
+    batch = subject.batch
+    found = []
+    for ranks in _OTHER_RANKS:
+        shared, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
+        if shared == ranks != batch.world_size:
+            found.append(_option(subject, calibration, micro_batch, ranks))
+    return found
+
+
+def _option(subject: Subject, calibration: Calibration, micro_batch: int, ranks: int) -> Option:
+    batch = subject.batch
+    accumulation = batch.windows_per_step // (micro_batch * ranks)
+    other = BatchPlan(micro_batch, batch.sequence_length, accumulation, ranks)
+    needed, there = calibration.rank_bytes(subject, other), subject.memory_free
+    if there is not None and subject.on_cpu:
+        there = there * batch.world_size // ranks  # all ranks share the host's
+    return Option(micro_batch, accumulation, ranks, needed, None if there is None else needed <= there)

@@ -1,0 +1,189 @@
+"""How much memory a rank needs: arithmetic on what DeepSpeed 0.19.8's ZeRO-2, the model and its loss keep at once.
+
+Letters below: P parameters, N ranks, n tokens of a micro-batch, C width, L layers, H heads, V rows of the padded
+vocabulary, R elements of a reduce bucket, c tokens whose logits exist at once. Weights and activations are bf16.
+``benchmarks/plan_accuracy.py`` compares the sums with what PyTorch's allocator really hands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ds_gpt2.batch import BatchPlan
+from ds_gpt2.config import ModelSettings
+from ds_gpt2.loss import chunk_tokens
+from ds_gpt2.model import GPT2, PADDED_VOCABULARY, ModelShape, flops_per_token, parameter_groups
+
+_ALIGNMENT = 2  # elements, times the ranks: what DeepSpeed fills a parameter group up to (nccl_start_alignment_factor)
+_DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's default for zero_optimization.reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a GPT-2 counts here."""
+
+    shape: ModelShape
+    dropout: float
+    groups: tuple[int, ...]  # parameters of each optimizer group
+    flops_per_token: float  # forward and backward
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the tied embedding and output head, VC."""
+        return PADDED_VOCABULARY * self.shape.width
+
+    @property
+    def blocks(self) -> int:
+        """Parameters whose gradients are ready before the embeddings'."""
+        return self.parameters - self.head - self.shape.sequence_length * self.shape.width
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of DeepSpeed's ``zero_optimization`` takes memory."""
+
+    bucket: int  # elements of a reduce bucket
+    buffers: int  # such buckets at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank's tensors take at one moment, by what they are."""
+
+    moment: str
+    weights: int = 0
+    optimizer: int = 0  # fp32 masters and two moments of this rank's partition
+    gradients: int = 0  # fp32 partition, buckets, and what is on its way to them
+    activations: int = 0  # what the backward pass needs of the forward pass
+    logits: int = 0  # of the loss, and what is made of them
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+
+
+def describe_model(settings: ModelSettings, sequence_length: int) -> Model:
+    """The model as it would be built; nothing is allocated."""
+    shape = ModelShape(*settings.shape, sequence_length)
+    with torch.device("meta"):
+        model = GPT2(shape, settings.dropout)
+    groups = tuple(sum(each.numel() for each in group["params"]) for group in parameter_groups(model, 0.0))
+    return Model(shape, settings.dropout, groups, flops_per_token(model))
+
+
+def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
+    """From a DeepSpeed file that ``load_deepspeed_file`` has checked."""
+    block = deepspeed_settings["zero_optimization"]
+    if not block.get("contiguous_gradients", True):
+        return Zero(0, 0)
+    return Zero(int(block.get("reduce_bucket_size", _DEFAULT_BUCKET)), 2 if block.get("overlap_comm") else 1)
+
+
+def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
+    """The moment at which one rank's tensors take most."""
+    return max(moments(model, plan, zero, accelerator), key=lambda memory: memory.total)
+
+
+def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequence[Memory]:
+    """Each moment of a step at which memory may be at its highest.
+
+    Left out are HellaSwag's masks, libraries' own workspaces, and what an allocator cannot use.
+    """
+    ranks, head, width = plan.world_size, model.head, model.shape.width
+    tokens = plan.micro_batch * plan.sequence_length
+    partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
+    weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * partition
+    kept = activations(model, plan.micro_batch, accelerator)
+    hidden = 2 * tokens * width
+    buckets = 2 * zero.bucket * zero.buffers
+    slice_of_head = min(head, partition)
+    chunk = min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
+    several = tokens > chunk
+    logits = 2 * chunk * PADDED_VOCABULARY
+    held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
+    return (
+        # Softmax in fp32: bf16 logits, their fp32 copy and the result. With several chunks there are also the head's
+        # fp32 gradient, its newest share, and the logits of the chunk before.
+        Memory(
+            "loss",
+            weights,
+            optimizer,
+            held,
+            kept + hidden,
+            5 * logits + hidden + (logits + 6 * head if several else 0),
+        ),
+        # Its backward pass scales both gradients and rounds the head's.
+        Memory(
+            "loss, backward",
+            weights,
+            optimizer,
+            held,
+            kept + hidden,
+            2 * hidden + (10 * head if several else 4 * head),
+        ),
+        # The last layer: bucket, the head's gradient, which waits for the embedding's, and those of the MLP's inside.
+        Memory(
+            "backward",
+            weights,
+            optimizer,
+            sums + buckets + 2 * head + 5 * hidden + 16 * width * width,
+            kept + hidden,
+        ),
+        # A full bucket is flattened into a copy, reduced, and added to the sums in fp32.
+        Memory(
+            "reduction",
+            weights,
+            optimizer,
+            sums + buckets + 2 * min(zero.bucket or partition * ranks, partition * ranks) + 4 * slice_of_head,
+            int(kept * max(0.0, 1 - zero.bucket / model.blocks)),
+        ),
+        # The norm of the gradient in fp64.
+        Memory("update", weights, optimizer, sums + 8 * slice_of_head),
+        # No gradients; of the chunk before there are still both forms of the logits.
+        Memory("validation", weights, optimizer, 0, 6 * hidden, (7 if several else 5) * logits),
+        # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
+        Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
+    )
+
+
+def activations(model: Model, micro_batch: int, accelerator: str) -> int:
+    """Bytes that autograd keeps of one micro-batch, up to the final norm.
+
+    Of a layer, in units of nC bf16 values: the inputs and outputs of two norms (4), q, k and v (3), what attention
+    returns (1), the MLP's inside before and after GELU (8). Attention adds a log-sum-exp a head in fp32, norms add
+    mean and deviation. Dropout keeps its masks; on a CPU attention with dropout is not fused and keeps, in fp32, three
+    matrices of time x time a head and its inputs.
+    """
+    shape, on_cpu = model.shape, accelerator == "cpu"
+    tokens = micro_batch * shape.sequence_length
+    values = tokens * shape.width
+    layer = 32 * values + 4 * tokens * shape.heads
+    outside = 8 * (tokens + micro_batch) + 8 * shape.sequence_length  # token and position numbers, int64
+    statistics = (2 * shape.layers + 1) * 2 * tokens * (2 if on_cpu else 4)
+    if model.dropout > 0:
+        mask = 2 if on_cpu else 1
+        layer += 2 * mask * values
+        outside += mask * values
+        if on_cpu:
+            layer += 12 * tokens * shape.sequence_length * shape.heads + 6 * values - 4 * tokens * shape.heads
+    return shape.layers * layer + statistics + outside
+
+
+def snapshot(model: Model, ranks: int, rank: int) -> int:
+    """Bytes of the copy in host memory that a save in the background writes from; kept from the first save on."""
+    partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
+    return 12 * partition + (2 * model.parameters if rank == 0 else 0)
+
+
+def _aligned(group: int, ranks: int) -> int:
+    """Elements of a parameter group with the zeros that fill it up."""
+    unit = _ALIGNMENT * ranks
+    return -(-group // unit) * unit

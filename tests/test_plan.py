@@ -1,0 +1,265 @@
+"""``plan``: what it says before a run is what the run then takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import MODEL
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
+from launched import PROJECT, Launched, launch, run, start
+
+from benchmarks.plan_accuracy import bytes_below, train_to_the_end
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.housekeeping import policies
+from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag
+from ds_gpt2.checkpoint.retention import Kept, to_delete
+from ds_gpt2.commands.plan import WIDTH
+from ds_gpt2.config import CheckpointSettings
+from ds_gpt2.planning.course import Course, due
+from ds_gpt2.planning.disk import Count, Logs, Store, simulate
+from ds_gpt2.planning.timing import Timing
+from ds_gpt2.planning.traces import Save
+from ds_gpt2.report.summary import Range
+from ds_gpt2.schedule import Every
+
+RANKS, STEPS = 2, 24
+CHECKPOINT = {"every": 6, "keep_last": 2, "min_free_gb": 0, "best_as": "weights"}
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "ds_gpt2", "plan", *map(str, words)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    checkpoint = {"dir": str(folder / "checkpoints"), **CHECKPOINT}
+    return write_config(
+        folder,
+        model=MODEL,
+        schedule={"steps": STEPS, "warmup_steps": 3},
+        checkpoint=checkpoint,
+        histograms={"every": 6},
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(config: Path) -> tuple[Launched, dict[str, Any]]:
+    """A plan by a trial as a person has it made, and its figures."""
+    done = run(command(config, f"--num_gpus={RANKS}", "--json", "--watts", 400, "--price-per-kwh", 0.3))
+    assert done.code == outcome.DONE, done.output
+    return done, json.loads(done.output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path) -> dict[str, float]:
+    """What the run itself then takes."""
+    return train_to_the_end(config, RANKS, {}, config.parent)
+
+
+def figure(planned: tuple[Launched, dict[str, Any]], name: str) -> Any:
+    return planned[1]["figures"][name]["value"]
+
+
+def test_a_plan_leaves_nothing(config: Path, planned: tuple[Launched, dict[str, Any]]) -> None:
+    assert planned[0].left_over == []
+    assert {path.name for path in config.parent.iterdir()} <= {"run.yaml", "runs", "checkpoints", "outcome"} | {
+        path.name for path in config.parent.glob("rank_*")
+    }
+    assert not list(config.parent.glob("**/.plan-*"))
+
+
+def test_memory_and_disk_are_what_the_run_then_takes(
+    planned: tuple[Launched, dict[str, Any]], trained: dict[str, float]
+) -> None:
+    assert figure(planned, "rank_memory_bytes") == pytest.approx(trained["rank_memory"], rel=0.05)
+    assert figure(planned, "checkpoints_most_bytes") == pytest.approx(trained["checkpoints_most"], rel=0.05)
+    assert figure(planned, "checkpoints_at_end_bytes") == pytest.approx(trained["checkpoints_at_end"], rel=0.05)
+    assert figure(planned, "logs_bytes") == pytest.approx(trained["logs"], rel=0.2)  # kilobytes
+
+
+def test_what_was_measured_is_told_from_what_was_not(planned: tuple[Launched, dict[str, Any]]) -> None:
+    basis = {name: found["basis"] for name, found in planned[1]["figures"].items()}
+    assert basis["tokens_per_step"] == basis["parameters"] == "exact"
+    assert basis["rank_memory_bytes"] == basis["step_seconds"] == basis["checkpoint_bytes"] == "measured"
+    assert basis["tensors_bytes"] == basis["run_seconds"] == basis["disk_needed_bytes"] == "predicted"
+    for name in ("validation", "samples", "histograms"):
+        assert basis[f"{name}_seconds"] == "measured" and figure(planned, f"{name}_times") == STEPS // 6
+        assert figure(planned, f"{name}_seconds") > 0
+
+
+def test_energy_and_its_price_follow_from_the_time(planned: tuple[Launched, dict[str, Any]]) -> None:
+    hours = figure(planned, "run_seconds") / 3600
+    assert figure(planned, "energy_kwh") == pytest.approx(0.4 * hours)
+    assert figure(planned, "energy_money") == pytest.approx(0.3 * 0.4 * hours)
+
+
+def test_the_arithmetic_of_tensors_agrees_with_the_allocator(tmp_path: Path, dataset_dir: Path) -> None:
+    """Every case of benchmarks/results/plan_accuracy_cpu.json is one of these."""
+    out, program = tmp_path / "tensors.json", PROJECT / "benchmarks" / "tensor_peak.py"
+    words = ["batch.sequence_length=64", "batch.micro_batch=2", "batch.tokens_per_step=512"]
+    settings = [word for each in words for word in ("--set", each)]
+    done = launch(2, "--data", str(dataset_dir), "--out", str(out), *settings, script=program)
+    assert done.code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.05)
+
+
+def test_arithmetic_alone_starts_nothing(config: Path) -> None:
+    begun = time.monotonic()
+    done = run(command(config, "--num_gpus=2", "--quick"))
+    assert done.code == outcome.DONE and time.monotonic() - begun < 15
+    assert max(map(len, done.output.splitlines())) <= WIDTH
+    assert "not measured: no step was run" in done.output
+    assert re.search(r"exact +tokens a step +1,024 = 2 windows x 64 tokens x 4 micro-batches x 2 ranks", done.output)
+
+
+def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
+    far = ["--tflops", 989, "--gpu-memory-gb", 20, "--num_gpus", 4, "--json"]
+    large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
+    batch = ["batch.micro_batch=16", "batch.tokens_per_step=524288", "batch.sequence_length=1024"]
+    done = run(command(config, *far, *large, *batch))
+    assert done.code == outcome.MISTAKE
+    (line,) = (line for line in done.output.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: memory: a rank takes") and "20.00 GB: set batch.micro_batch=" in line
+    found = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
+    assert not found["fits"]
+    bases = {name: figure["basis"] for name, figure in found["figures"].items()}
+    assert bases["step_seconds"] == bases["run_seconds"] == bases["rank_memory_bytes"] == "estimated"
+    mend = int(line.rsplit("=", 1)[1])
+    assert run(command(config, *far, *large, *batch[1:], f"batch.micro_batch={mend}")).code == outcome.DONE
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--tflops", "300"], "error: for other GPUs give both --tflops and --gpu-memory-gb"),
+        (["--watts", "-3"], "error: --watts -3: give a number above 0"),
+        (["--steps", "3"], "error: --steps 3: give 10 at least"),
+        (["batch.micro_batch=3"], "error: "),
+        (["data.dir=nowhere"], "error: "),
+    ],
+)
+def test_a_mistake_is_one_line(config: Path, words: list[str], line: str) -> None:
+    done = run(command(config, *words))
+    assert done.code == outcome.MISTAKE and len(done.output.splitlines()) == 1
+    assert done.output.startswith(line)
+
+
+def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    process = start(command(write_config(tmp_path), "--num_gpus=2"))
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob(".plan-*/runs/*/heartbeat/*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != outcome.DONE
+    assert len(ranks) >= 2 and psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_mistake_that_only_the_ranks_find_is_one_line_too(
+    tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path]
+) -> None:
+    data = shutil.copytree(dataset_dir, tmp_path / "data")
+    shard = next(data.glob("*train*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-2:] = b"\xff\xff"
+    shard.write_bytes(content)
+    config = write_config(tmp_path, data={"dir": str(data)})
+    done = run(command(config, "--num_gpus=2"))
+    assert done.code == outcome.MISTAKE, done.output
+    assert done.output.startswith("error: ") and shard.name in done.output and len(done.output.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run.yaml"]
+
+
+@given(every=st.integers(0, 12), steps=st.integers(1, 60))
+def test_what_is_due_is_what_training_does(every: int, steps: int) -> None:
+    assert due(every, steps) == [step for step in range(1, steps + 1) if Every(every).due(step, steps)]
+
+
+@property_settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_disk_is_simulated_by_the_rules_of_retention(data: st.DataObject) -> None:
+    """Against keeping every checkpoint in one list, which takes too long for runs of thousands of epochs."""
+    kind = st.sampled_from(["full", "weights"])
+    settings = CheckpointSettings(
+        dir=Path("unused"),
+        every=data.draw(st.integers(1, 12)),
+        keep_last=data.draw(st.integers(1, 5)),
+        keep_every=data.draw(st.sampled_from([0, 15, 20])),
+        keep_epochs=data.draw(st.sampled_from(["all", 1, 3])),
+        keep_best=data.draw(st.booleans()),
+        epochs_as=data.draw(kind),
+        best_as=data.draw(kind),
+    )
+    steps, windows = data.draw(st.integers(1, 150)), data.draw(st.integers(4, 200))
+    course = Course(steps, 4, windows, data.draw(st.sampled_from([0, 7, 10])), settings.every)
+    improving = data.draw(st.booleans())
+    assert simulate(settings, course, improving) == _keep_all_in_a_list(settings, course, improving)
+
+
+def _keep_all_in_a_list(settings: CheckpointSettings, course: Course, improving: bool) -> Store:
+    def count() -> Count:
+        alone = [one for one in kept if reduced.get(one.role)]
+        return Count(len({one.step for one in kept if one not in alone}), len(alone))
+
+    best = set(course.validations if improving else course.validations[:1])
+    ends = {step: number for number, step in enumerate(course.epoch_ends, start=1)}
+    reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
+    kept: list[Kept] = []
+    most = Count(0, 0)
+    for step in course.saves(best):
+        kept.append(Kept(rolling_tag(step), "rolling", step, True))
+        if step in ends:
+            kept.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+        before = [one for one in kept if one.role == "best"]
+        if step in best and settings.keep_best:
+            kept.append(Kept(BEST_TAG, "best", step, settings.best_as == "full"))
+        most = max(most, count(), key=lambda found: found.bytes(14, 4))
+        if step in best and settings.keep_best:
+            kept = [one for one in kept if one not in before]
+        gone = to_delete(kept, policies(settings))
+        kept = [one for one in kept if one not in gone]
+    return Store(len(course.saves(best)), most, count())
+
+
+def test_thousands_of_epochs_do_not_take_minutes() -> None:
+    begun = time.monotonic()
+    found = simulate(CheckpointSettings(dir=Path("unused")), Course(20_000, 512, 1000, 250, 250), improving=False)
+    assert found.at_end.full > 10_000
+    assert time.monotonic() - begun < 30
+
+
+def test_the_time_of_a_run_is_the_sum_of_its_parts() -> None:
+    save = Save(held_seconds=1.0, slower_seconds=2.0, write_seconds=50.0)
+    timing = Timing(Range(4.0, 3.0, 6.0), "measured", start=30.0, costs={"validation": 10.0}, save=save)
+    course = Course(steps=100, windows_per_step=4, windows_per_epoch=1000, validation_every=50, save_every=10)
+    assert timing.save_seconds(10) == 1 + 2 + (50 - 40)  # the next save waits for the one before
+    whole = timing.run_seconds(course, {"validation": 2, "samples": 5}, saves=10)
+    assert whole.mean == 400 + 30 + 20 + 130 and (whole.low, whole.high) == (300 + 180, 600 + 180)
+
+
+def test_logs_grow_with_steps_and_occasions() -> None:
+    logs = Logs(start=1000, step=10, occasion={"samples": 200})
+    assert logs.total(50, {"samples": 3, "validation": 7}) == 1000 + 500 + 600
+
+
+def test_what_is_on_the_disk_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(bytes(1000))
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    assert bytes_below(tmp_path) == 1000
