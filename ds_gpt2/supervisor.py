@@ -18,7 +18,7 @@ from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
-from ds_gpt2.config import Settings
+from ds_gpt2.config import Settings, dump_settings
 from ds_gpt2.disk_watch import DiskWatch
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
@@ -102,6 +102,7 @@ class _Supervisor:
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
         self._alerts.check()
+        self._make_known()
         self._end_orphans()
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
@@ -115,10 +116,14 @@ class _Supervisor:
                 return self._end(outcome.CRASHED, ended)
             if not self._wait(decision):
                 return self._end(outcome.STOPPED if self._saved_step() >= 0 else outcome.CRASHED, ended)
-            leave_out = tuple(
-                sorted({*run.leave_out, *decision.leave_out})
-            )  # an older checkpoint does not know of them
-            run = replace(run, resume=decision.resume, leave_out=leave_out)
+            left_out = {*run.leave_out, *decision.leave_out}  # an older checkpoint does not know of them
+            run = replace(run, resume=decision.resume, leave_out=tuple(sorted(left_out)))
+
+    def _make_known(self) -> None:
+        """So that ``status`` has something to say while a first start takes its time, or fails."""
+        config = self._run_dir / "config.yaml"
+        if not config.exists():
+            config.write_text(dump_settings(self._settings), encoding="utf-8")
 
     def _start(self, run: Run) -> Ended:
         """One start of the ranks, to its end."""

@@ -22,6 +22,7 @@ from ds_gpt2.drill.faults import Fault
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.launcher import Place
+from ds_gpt2.status.figures import look
 from ds_gpt2.supervised import read_supervised
 from ds_gpt2.supervisor import Run, supervise
 
@@ -139,6 +140,7 @@ def test_a_mistake_is_not_tried_again(configure: Configure, capfd: pytest.Captur
     settings = configure("mistake")
     assert supervise(_run(settings, resume="epoch_00009"), settings) == outcome.MISTAKE
     assert _told(settings) == ["launch", "mistake"]
+    assert look(settings.run_dir, time.time()).state == "mistake"  # though no rank came so far as to train
     assert "epoch_00009" in capfd.readouterr().err
 
 

@@ -9,9 +9,9 @@ from ds_gpt2.planning import memory
 from ds_gpt2.planning.subject import Basis, Subject
 from ds_gpt2.planning.traces import Traces
 
-# Resident memory of a CPU rank without a trial: libraries, and what glibc's heap comes to for each byte that tensors
-# take at most. Four gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy.json.
-_LIBRARIES, _HEAP = 263_000_000, 2.3
+# Resident memory of a CPU rank without a trial: libraries, and what glibc's heap comes to for each byte that comes and
+# goes at most. Gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy_cpu.json.
+_LIBRARIES, _HEAP = 263_000_000, 2.5
 # On a GPU without a trial: CUDA's context, NCCL's buffers, what PyTorch's allocator cannot use. A guess: not measured.
 _BESIDE_TENSORS = 1_000_000_000
 
@@ -21,14 +21,20 @@ _NEIGHBOURS = 3  # micro-batches on either side of the one that is set
 
 @dataclass(frozen=True)
 class Calibration:
-    """From bytes of tensors to bytes that a rank takes: ``base + factor x tensors``."""
+    """From bytes of tensors to bytes that a rank takes: ``base + lasting + factor x passing``."""
 
     base: float
     factor: float
     basis: Basis
 
     def rank_bytes(self, subject: Subject, batch: BatchPlan) -> int:
-        return round(self.base + self.factor * tensor_bytes(subject, batch))
+        """On a CPU with what the heap, which gives nothing back, grows by after a trial's few steps.
+
+        In time it finds no room any more for the largest tensor between others that stay: once more its size.
+        """
+        lasting, passing = tensor_bytes(subject, batch)
+        growth = memory.largest_block(batch, "cpu") if subject.on_cpu else 0
+        return round(self.base + lasting + self.factor * passing + growth)
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,13 @@ class Option:
     fits: bool | None  # None: not known
 
 
-def tensor_bytes(subject: Subject, batch: BatchPlan) -> int:
-    """What tensors take at most; on a CPU with the copy that a save in the background writes from."""
-    total = memory.peak(subject.model, batch, subject.zero, subject.place.accelerator).total
+def tensor_bytes(subject: Subject, batch: BatchPlan) -> tuple[int, int]:
+    """What lasts, on a CPU with the copy that a save in the background writes from; and at most what comes and goes."""
+    most = memory.peak(subject.model, batch, subject.zero, subject.place.accelerator)
+    lasting = most.lasting
     if subject.on_cpu and subject.settings.checkpoint.in_background:
-        total += memory.snapshot(subject.model, batch.world_size, rank=0)
-    return total
+        lasting += memory.snapshot(subject.model, batch.world_size, rank=0)
+    return lasting, most.passing
 
 
 def calibrate(subject: Subject, traces: Traces | None) -> Calibration:
@@ -55,12 +62,14 @@ def calibrate(subject: Subject, traces: Traces | None) -> Calibration:
     if traces is None:
         base, factor = (_LIBRARIES, _HEAP) if subject.on_cpu else (_BESIDE_TENSORS, 1.0)
         return Calibration(base, factor, "estimated")
-    tensors = tensor_bytes(subject, replace(subject.batch, accumulation=traces.accumulation))
     if subject.on_cpu:
         base = max(rank.libraries for rank in traces.ranks)
-        return Calibration(base, (max(rank.resident for rank in traces.ranks) - base) / tensors, "measured")
-    base = max(rank.device_beside or 0 for rank in traces.ranks)
-    return Calibration(base, max(rank.device_reserved or 0 for rank in traces.ranks) / tensors, "measured")
+        taken = max(rank.resident for rank in traces.ranks) - base
+    else:
+        base = max(rank.device_beside or 0 for rank in traces.ranks)
+        taken = max(rank.device_reserved or 0 for rank in traces.ranks)
+    lasting, passing = tensor_bytes(subject, replace(subject.batch, accumulation=traces.accumulation))
+    return Calibration(base, (taken - lasting) / passing, "measured")
 
 
 def micro_batches(subject: Subject, calibration: Calibration) -> list[Option]:

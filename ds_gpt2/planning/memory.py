@@ -8,7 +8,7 @@ vocabulary, R elements of a reduce bucket, c tokens whose logits exist at once. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+        return self.lasting + self.passing
+
+    @property
+    def lasting(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.optimizer
+
+    @property
+    def passing(self) -> int:
+        """What comes and goes in a step."""
+        return self.gradients + self.activations + self.logits
 
 
 def describe_model(settings: ModelSettings, sequence_length: int) -> Model:
@@ -105,7 +115,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     hidden = 2 * tokens * width
     buckets = 2 * zero.bucket * zero.buffers
     slice_of_head = min(head, partition)
-    chunk = min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
+    chunk = _chunk(plan, accelerator)
     several = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
     held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
@@ -154,6 +164,11 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     )
 
 
+def largest_block(plan: BatchPlan, accelerator: str) -> int:
+    """Bytes of the largest tensor that comes and goes: the logits of a chunk in fp32."""
+    return 4 * _chunk(plan, accelerator) * PADDED_VOCABULARY
+
+
 def activations(model: Model, micro_batch: int, accelerator: str) -> int:
     """Bytes that autograd keeps of one micro-batch, up to the final norm.
 
@@ -181,6 +196,12 @@ def snapshot(model: Model, ranks: int, rank: int) -> int:
     """Bytes of the copy in host memory that a save in the background writes from; kept from the first save on."""
     partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
     return 12 * partition + (2 * model.parameters if rank == 0 else 0)
+
+
+def _chunk(plan: BatchPlan, accelerator: str) -> int:
+    """Tokens whose logits exist at once."""
+    tokens = plan.micro_batch * plan.sequence_length
+    return min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
 
 
 def _aligned(group: int, ranks: int) -> int:
