@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
-    run.start()
+    run.start(f"schedule.steps={options.steps}")
     run.wait_done()
     records = list(read_metrics(run.run_dir / METRICS))
     told = Counter(event.kind for event in run.events(0, *KINDS))
@@ -74,7 +74,7 @@ def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
     }
     print(json.dumps(quiet), flush=True)
     stage = Stage(run, run, random.Random(options.seed), run.run_dir)
-    run.start(f"checkpoint.every={EVERY}", f"schedule.steps={100 * options.steps}")
+    run.start(f"checkpoint.every={EVERY}")
     stops = [_stop_one(stage) for _ in range(options.stops)]
     run.interrupt()
     run.wait_end()
@@ -99,7 +99,7 @@ def _actor(folder: Path, options: argparse.Namespace) -> Actor:
         "model": {"layers": 2, "heads": 2, "width": 32},
         "data": {"dir": str(options.data.absolute())},
         "batch": {"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
-        "schedule": {"steps": options.steps, "warmup_steps": 100},
+        "schedule": {"steps": 10**6, "warmup_steps": 100},
         "checkpoint": {"dir": str(folder / "checkpoints"), "every": 250, "keep_last": 2, "min_free_gb": 0},
         "validation": {"every": 250, "tokens": 1024},
         "samples": {"every": 1000, "tokens": 8},
