@@ -42,8 +42,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from benchmarks.machine import describe
 from ds_gpt2.checkpoint.generations import Generation, problem_of, scan
 from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
-from ds_gpt2.data.prepare import prepare
-from ds_gpt2.data.sources import python_documents
+from ds_gpt2.data.holdout import EveryPiece
+from ds_gpt2.data.prepare import Recipe, prepare
+from ds_gpt2.data.sources import Listed, Source, python_documents
 from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
 from ds_gpt2.machine import free_port
 from ds_gpt2.metrics import METRICS, read_metrics
@@ -138,7 +139,8 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     """SIGKILL ``kills`` times, over as many runs as that takes; stops come on top."""
     dice, tally, begun = random.Random(seed), Tally(), time.monotonic()
     data = folder / "data"
-    prepare(itertools.islice(python_documents(), 6, 9), data, source="soak", validation_every=8, progress=False)
+    source = Source("soak", [Listed("manual", lambda: itertools.islice(python_documents(), 6, 9))])
+    prepare(source, data, Recipe(EveryPiece(8)), workers=1, progress=False)
     references = {accumulation: _reference(folder, data, ranks, accumulation) for accumulation in (1, 4)}
     for accumulation in itertools.cycle(references):
         if tally.sigkills >= kills:

@@ -14,8 +14,9 @@ import torch
 import yaml
 from launched import Launched, launch
 
-from ds_gpt2.data.prepare import prepare
-from ds_gpt2.data.sources import python_documents
+from ds_gpt2.data.holdout import EveryPiece
+from ds_gpt2.data.prepare import Recipe, prepare
+from ds_gpt2.data.sources import Listed, Source, python_documents
 
 SEQUENCE = 64
 MODEL = {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1}  # so that a resume needs the random state too
@@ -56,7 +57,8 @@ def heard() -> Iterator[list[str]]:
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset: some 150,000 tokens of Python's manual."""
     out = tmp_path_factory.mktemp("data") / "manual"
-    prepare(itertools.islice(python_documents(), 75), out, source="test", validation_every=20)
+    source = Source("test", [Listed("manual", lambda: itertools.islice(python_documents(), 75))])
+    prepare(source, out, Recipe(EveryPiece(20)), workers=1)
     return out
 
 

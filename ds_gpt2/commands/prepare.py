@@ -10,8 +10,8 @@ from ds_gpt2.commands.arguments import positive
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.data import hellaswag
 from ds_gpt2.data.dataset import Dataset, open_dataset
-from ds_gpt2.data.prepare import is_prepared, prepare
-from ds_gpt2.data.sources import find_text_files, python_documents, text_documents
+from ds_gpt2.data.prepare import Recipe, is_prepared, prepare
+from ds_gpt2.data.sources import COLUMN, local_source, python_source
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="sample|text|hellaswag")
     sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
     sample.add_argument("--out", type=Path, default=SAMPLE_DIR, metavar="DIR")
-    text = kinds.add_parser("text", help="your own .txt, .md, .rst or .jsonl files, or directories of them")
+    text = kinds.add_parser("text", help="your own .txt, .md, .rst, .jsonl or .parquet files, or directories of them")
     text.add_argument("files", nargs="+", type=Path, metavar="FILE")
     text.add_argument("--out", type=Path, default=PROJECT_DIR / "data" / "text", metavar="DIR")
+    text.add_argument("--column", default=COLUMN, metavar="NAME", help="field of .jsonl, column of .parquet files")
+    text.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
     for kind in (sample, text):
-        kind.add_argument("--workers", type=positive, metavar="N", help="threads (default: every core)")
+        kind.add_argument("--workers", type=positive, metavar="N", help="processes (default: every core)")
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a file of yours")
     items.add_argument("--out", type=Path, default=HELLASWAG_DIR, metavar="DIR")
     items.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take this file, download nothing")
@@ -37,10 +39,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.kind == "hellaswag":
         prepare_hellaswag(options.out, options.source)
     else:
-        files = find_text_files(options.files)
-        documents = text_documents(files)
-        source = ", ".join(file.name for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
-        _say(prepare(documents, options.out.absolute(), source=source, workers=options.workers))
+        source = local_source(options.files, options.column)
+        _say(prepare(source, options.out.absolute(), Recipe(tokens=options.tokens), workers=options.workers))
     return outcome.DONE
 
 
@@ -49,9 +49,7 @@ def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> None:
     if is_prepared(out):
         _say(open_dataset(out))
     else:
-        _say(
-            prepare(python_documents(), out.absolute(), source="Python's manual and standard library", workers=workers)
-        )
+        _say(prepare(python_source(), out.absolute(), workers=workers))
 
 
 def prepare_hellaswag(out: Path, source: Path | None) -> None:

@@ -72,10 +72,14 @@ def open_dataset(directory: Path) -> Dataset:
         raise UserError(f"{directory} cannot be read: {error}") from None
 
 
-def write_index(directory: Path, shards: list[Shard], source: str) -> None:
-    """Write ``dataset.json``."""
-    index = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "shards": [asdict(shard) for shard in shards]}
-    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
+    """The content of ``dataset.json``.
+
+    Args:
+        counts: of documents, for people.
+    """
+    head = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "counts": counts}
+    return json.dumps({**head, "shards": [asdict(shard) for shard in shards]}, indent=1) + "\n"
 
 
 class Windows:

@@ -1,71 +1,94 @@
-"""Documents to a dataset directory: cut into pieces, tokenised on all cores, held out, sharded, indexed."""
+"""A source to a dataset directory: cut into pieces, tokenised on all cores, held out, sharded, indexed.
+
+The directory appears under its name when it is whole. Until then it is ``<name>.unfinished``, with a note of how far it
+has come; whatever ends a preparation, the same command goes on from there, and the result is the same to the last byte.
+"""
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ds_gpt2 import tokenizer
-from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, open_dataset, write_index
-from ds_gpt2.data.shards import ShardWriter, Tokens, sha256
+from ds_gpt2 import machine, tokenizer
+from ds_gpt2.data.dataset import INDEX, Dataset, Split, index_of, open_dataset
+from ds_gpt2.data.encoder import Encoder
+from ds_gpt2.data.holdout import EveryPiece, Holdout
+from ds_gpt2.data.pieces import Counts, Piece, Place, pieces_of
+from ds_gpt2.data.shard_writer import SplitWriter, Written
+from ds_gpt2.data.shards import TOKEN_BYTES, Tokens
+from ds_gpt2.data.sources import Source
 from ds_gpt2.errors import UserError
-from ds_gpt2.machine import usable_cores
+from ds_gpt2.wording import size
+from ds_gpt2.wording import tokens as words
 
-PIECE_CHARACTERS = 16_384
-_PIECES_AT_ONCE = 256
+UNFINISHED = ".unfinished"
+
+_NOTE, _LOCK = "progress.json", "lock"
+_NOTE_SECONDS = 0.2  # at least; more where noting takes more than a twentieth of the time
+_FORMAT = 1
+
+
+_Told = tuple[Piece, Counts]  # a piece, and what has come since the one before
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of one document; whole documents are one piece unless they are long."""
+class Recipe:
+    """How a source becomes a dataset, its workers apart, which change nothing."""
 
-    text: str
-    begins_document: bool
+    holdout: Holdout = field(default_factory=lambda: EveryPiece(50))
+    shard_tokens: int = 100_000_000
+    tokens: int | None = None  # of both splits together; None: all there are
+
+
+@dataclass
+class _Progress:
+    """How far a preparation has come; what was written after it is cut back."""
+
+    place: Place = field(default_factory=Place)
+    pieces: int = 0
+    previous: Split | None = None  # where the piece before went
+    counts: Counts = field(default_factory=Counts)
+    splits: dict[Split, Written] = field(default_factory=lambda: {"val": Written(), "train": Written()})
+
+    @property
+    def tokens(self) -> int:
+        return sum(written.total for written in self.splits.values())
 
 
 def prepare(
-    documents: Iterable[str],
-    out: Path,
-    *,
-    source: str,
-    validation_every: int = 50,
-    shard_tokens: int = 100_000_000,
-    workers: int | None = None,
-    progress: bool = True,
+    source: Source, out: Path, recipe: Recipe | None = None, *, workers: int | None = None, progress: bool = True
 ) -> Dataset:
-    """Write ``documents`` as shards and ``dataset.json`` into ``out``, which appears only when it is whole.
+    """Write ``source`` as shards and ``dataset.json`` into ``out``, or go on with that.
 
-    Every ``validation_every``-th piece is held out for validation (the last one if there are fewer). An
-    <|endoftext|> precedes each document, and each piece whose predecessor went to the other split.
+    An <|endoftext|> precedes each document, and each piece whose predecessor went to the other split.
 
     Raises:
-        UserError: ``out`` exists already, or there is too little text for both splits.
+        UserError: ``out`` exists, another process writes it, what is unfinished there is of something else, the disk
+            has no room, the source cannot be read, or there is too little text for both splits.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: remove it, or give another --out DIR")
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    unfinished = out.with_name(out.name + UNFINISHED)
     try:
-        partial.mkdir(parents=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    try:
-        shards = _write_shards(partial, documents, validation_every, shard_tokens, workers, progress)
-        write_index(partial, shards, source)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with machine.lock(unfinished / _LOCK, f"{unfinished}"):
+        shards = _Preparation(source, unfinished, recipe or Recipe()).run(workers or machine.usable_cores(), progress)
+        if not shards:
+            shutil.rmtree(unfinished)
+            raise UserError("too little text for training and validation: give more")
+        _publish(unfinished, out)
     return open_dataset(out)
 
 
@@ -74,92 +97,171 @@ def is_prepared(out: Path) -> bool:
     return (out / INDEX).exists()
 
 
-def cut(document: str, characters: int = PIECE_CHARACTERS) -> Iterator[Piece]:
-    """Cut a long document where tokens cannot straddle: before a newline between two printing characters.
+class _Preparation:
+    """One, from where it was left."""
 
-    GPT-2's split gives such a newline a token of its own, so the pieces' tokens are the whole document's.
-    """
-    start = 0
-    while len(document) - start > characters:
-        found = re.compile(r"(?<=\S)\n(?=\S)").search(document, start + characters)
-        if found is None:
-            break
-        yield Piece(document[start : found.start()], begins_document=start == 0)
-        start = found.start()
-    if document[start:]:
-        yield Piece(document[start:], begins_document=start == 0)
+    def __init__(self, source: Source, directory: Path, recipe: Recipe) -> None:
+        self._source, self._directory, self._recipe = source, directory, recipe
+        self._identity = json.loads(json.dumps({"source": source.identity(), "recipe": asdict(recipe)}))
+        self._done = self._read_note()
+        self._check_room()
+        self._writers: dict[Split, SplitWriter] = {
+            split: SplitWriter(directory, split, recipe.shard_tokens, written)
+            for split, written in self._done.splits.items()
+        }
+        self._next_note = time.monotonic() + _NOTE_SECONDS
+
+    def run(self, workers: int, progress: bool) -> bool:
+        """To the end; whether both splits have got something."""
+        try:
+            with Encoder(workers) as encoder, self._bar(progress) as bar:
+                texts = ((piece.text, (piece, counts)) for piece, counts in pieces_of(self._source, self._done.place))
+                for (piece, counts), tokens, is_last in _marked(encoder.encode(texts)):
+                    bar.update(self._take(piece, counts, tokens, is_last))
+                    if self._is_full():
+                        break
+                    self._note_now_and_then()
+            shards = [shard for writer in self._writers.values() for shard in writer.close()]
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+        if {shard.split for shard in shards} != {"train", "val"}:
+            return False
+        _write_durably(self._directory / INDEX, index_of(shards, self._source.name, asdict(self._done.counts)))
+        return True
+
+    def _take(self, piece: Piece, counts: Counts, tokens: Tokens, is_last: bool) -> int:
+        """Write one piece; returns how many tokens that came to."""
+        done, before = self._done, self._done.tokens
+        _add(done.counts, counts)
+        done.place = piece.then
+        if not piece.text:
+            return 0
+        done.pieces += 1
+        held_out = done.splits["val"].total
+        split, most = self._recipe.holdout.split_of(done.pieces, is_last, held_out)
+        separate = piece.begins_document or split != done.previous
+        tokens = _headed(tokens) if separate else tokens
+        self._write(split, tokens[:most])
+        done.previous = split
+        if most is not None and len(tokens) > most:
+            done.previous = "train" if split == "val" else "val"
+            self._write(done.previous, _headed(tokens[most:]))
+        return done.tokens - before
+
+    def _write(self, split: Split, tokens: Tokens) -> None:
+        if self._recipe.tokens is not None:
+            tokens = tokens[: self._recipe.tokens - self._done.tokens]
+        self._writers[split].write(tokens)
+
+    def _is_full(self) -> bool:
+        return self._recipe.tokens is not None and self._done.tokens >= self._recipe.tokens
+
+    def _note_now_and_then(self) -> None:
+        begun = time.monotonic()
+        if begun < self._next_note:
+            return
+        for writer in self._writers.values():
+            writer.sync()
+        _sync_directory(self._directory)
+        splits = {split: written.to_dict() for split, written in self._done.splits.items()}
+        note = {"format": _FORMAT, "identity": self._identity, **asdict(self._done), "splits": splits}
+        _write_durably(self._directory / _NOTE, json.dumps(note))
+        now = time.monotonic()
+        self._next_note = now + max(_NOTE_SECONDS, 20 * (now - begun))
+
+    def _read_note(self) -> _Progress:
+        """
+        Raises:
+            UserError: what is there is of another source or recipe.
+        """
+        try:
+            note = json.loads((self._directory / _NOTE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return _Progress()
+        if note["format"] != _FORMAT or note["identity"] != self._identity:
+            raise UserError(
+                f"{self._directory} is unfinished, of another text or with other options: remove it to begin anew,"
+                " or give another --out DIR"
+            )
+        splits = {split: Written.from_dict(written) for split, written in note["splits"].items()}
+        return _Progress(Place(**note["place"]), note["pieces"], note["previous"], Counts(**note["counts"]), splits)
+
+    def _check_room(self) -> None:
+        """
+        Raises:
+            UserError: the disk is too small for what is left.
+        """
+        needed = int(TOKEN_BYTES * max(0.0, self._expected() - self._done.tokens))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise UserError(
+                f"{self._directory.parent} has {size(free)} free, some {size(needed)} are needed for"
+                f" {words(self._expected())} tokens: make room, give --out on another disk, or fewer --tokens"
+            )
+
+    def _expected(self) -> float:
+        """Tokens that there will be, about."""
+        return min(self._source.tokens, self._recipe.tokens or self._source.tokens)
+
+    def _bar(self, progress: bool) -> tqdm[Any]:
+        silent = not (progress and sys.stderr.isatty())
+        return tqdm(
+            desc="tokenising",
+            unit="tok",
+            unit_scale=True,
+            disable=silent,
+            initial=self._done.tokens,
+            total=round(self._expected()) or None,
+        )
 
 
-def _write_shards(
-    directory: Path,
-    documents: Iterable[str],
-    validation_every: int,
-    shard_tokens: int,
-    workers: int | None,
-    progress: bool,
-) -> list[Shard]:
-    writers: dict[Split, _SplitWriter] = {
-        "val": _SplitWriter(directory, "val", shard_tokens),
-        "train": _SplitWriter(directory, "train", shard_tokens),
-    }
-    pieces = (piece for document in documents if document.strip() for piece in cut(document))
-    previous: Split | None = None
-    silent = not (progress and sys.stderr.isatty())
-    with tqdm(unit="tok", unit_scale=True, desc="tokenising", disable=silent) as bar:
-        for number, (piece, tokens, is_last) in enumerate(_tokenised(pieces, workers), start=1):
-            held_out = number % validation_every == 0 or (is_last and number < validation_every and number > 1)
-            split: Split = "val" if held_out else "train"
-            separate = piece.begins_document or split != previous
-            writers[split].write(np.concatenate(([tokenizer.END_OF_TEXT], tokens)) if separate else tokens)
-            previous = split
-            bar.update(len(tokens))
-    shards = [shard for writer in writers.values() for shard in writer.close()]
-    if {shard.split for shard in shards} != {"train", "val"}:
-        raise UserError(f"too little text for training and validation: give more than {PIECE_CHARACTERS} characters")
-    return shards
+def _marked(
+    encoded: Iterator[tuple[tuple[Piece, Counts], Tokens]],
+) -> Iterator[tuple[tuple[Piece, Counts], Tokens, bool]]:
+    """Each with whether it is the last that has a text."""
+    before: tuple[tuple[Piece, Counts], Tokens] | None = None
+    for following in encoded:
+        if before is not None:
+            yield *before, not following[0][0].text
+        before = following
+    assert before is not None  # there is always what came after the last
+    yield *before, True
 
 
-def _tokenised(pieces: Iterator[Piece], workers: int | None) -> Iterator[tuple[Piece, Tokens, bool]]:
-    """Each piece with its tokens and whether it is the last. tiktoken encodes outside the GIL, so threads suffice."""
-    threads = workers or usable_cores()
-    encoding = tokenizer.gpt2()
-    batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
-    while batch:
-        following = list(itertools.islice(pieces, _PIECES_AT_ONCE))
-        encoded = encoding.encode_ordinary_batch([piece.text for piece in batch], num_threads=threads)
-        for place, (piece, tokens) in enumerate(zip(batch, encoded, strict=True), start=1):
-            yield piece, np.array(tokens, np.uint16), not following and place == len(batch)
-        batch = following
+def _headed(tokens: Tokens) -> Tokens:
+    return np.concatenate((np.array([tokenizer.END_OF_TEXT], np.uint16), tokens))
 
 
-class _SplitWriter:
-    """Numbers the shards of one split and begins a new one when the current is full."""
+def _add(total: Counts, more: Counts) -> None:
+    total.documents += more.documents
+    total.empty += more.empty
+    total.null += more.null
 
-    def __init__(self, directory: Path, split: Split, shard_tokens: int) -> None:
-        self._directory = directory
-        self._split: Split = split
-        self._shard_tokens = shard_tokens
-        self._current: ShardWriter | None = None
-        self._done: list[Shard] = []
 
-    def write(self, tokens: Tokens) -> None:
-        while len(tokens):
-            if self._current is None:
-                self._current = ShardWriter(self._directory / f"{self._split}_{len(self._done):06d}.bin")
-            room = self._shard_tokens - self._current.tokens
-            self._current.write(tokens[:room])
-            tokens = tokens[room:]
-            if self._current.tokens == self._shard_tokens:
-                self._finish()
+def _write_durably(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
-    def close(self) -> list[Shard]:
-        if self._current is not None:
-            self._finish()
-        return self._done
 
-    def _finish(self) -> None:
-        assert self._current is not None
-        self._current.close()
-        path, tokens = self._current.path, self._current.tokens
-        self._done.append(Shard(path.name, self._split, tokens, path.stat().st_size, sha256(path)))
-        self._current = None
+def _publish(unfinished: Path, out: Path) -> None:
+    """Give a whole dataset its name."""
+    for name in (_NOTE, _LOCK):
+        (unfinished / name).unlink(missing_ok=True)
+    if out.exists():
+        out.rmdir()
+    _sync_directory(unfinished)
+    unfinished.rename(out)
+    _sync_directory(out.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

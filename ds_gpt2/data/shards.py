@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -43,27 +42,11 @@ def open_shard(path: Path) -> Tokens:
         raise UserError(f"shard {path} cannot be read: {error}") from None
 
 
-class ShardWriter:
-    """Writes one .bin shard; the header's count and the sha256 are known at ``close``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tokens = 0
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
-
-    def write(self, tokens: Tokens) -> None:
-        """Append tokens."""
-        self._file.write(tokens.astype("<u2").tobytes())
-        self.tokens += len(tokens)
-
-    def close(self) -> None:
-        """Write the header and close the file."""
-        header = np.zeros(256, "<i4")
-        header[:3] = _MAGIC, _VERSION, self.tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.close()
+def header_of(tokens: int) -> bytes:
+    """What a .bin shard of so many tokens begins with."""
+    header = np.zeros(256, "<i4")
+    header[:3] = _MAGIC, _VERSION, tokens
+    return header.tobytes()
 
 
 def sha256(path: Path) -> str:

@@ -1,23 +1,61 @@
+"""Text to shards: the tokens are the documents', held out as asked for, and the same whatever happens on the way."""
+
+from __future__ import annotations
+
 import itertools
-from collections.abc import Iterable
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ds_gpt2 import tokenizer
-from ds_gpt2.data.dataset import open_dataset
-from ds_gpt2.data.prepare import cut, prepare
+from ds_gpt2.data import prepare as preparing
+from ds_gpt2.data.dataset import INDEX, open_dataset
+from ds_gpt2.data.encoder import Encoder, encode_all
+from ds_gpt2.data.holdout import EveryPiece, FirstTokens
+from ds_gpt2.data.pieces import cut
+from ds_gpt2.data.prepare import UNFINISHED, Recipe, prepare
 from ds_gpt2.data.shards import open_shard
+from ds_gpt2.data.sources import Listed, Source
 from ds_gpt2.errors import UserError
 
 END = tokenizer.END_OF_TEXT
+PROJECT = Path(__file__).resolve().parents[2]
 
 
-def _joined(parts: Iterable[list[int]]) -> list[int]:
+def joined(parts: Iterable[list[int]]) -> list[int]:
     return list(itertools.chain.from_iterable(parts))
+
+
+def listed(*parts: Iterable[str | None]) -> Source:
+    contents = [list(part) for part in parts]
+    return Source("test", [Listed(str(number), content.copy) for number, content in enumerate(contents)])
+
+
+def made(documents: Iterable[str | None], out: Path, recipe: Recipe | None = None, workers: int = 1) -> Path:
+    return prepare(listed(documents), out, recipe, workers=workers).dir
+
+
+def tokens_of(directory: Path, split: str) -> list[int]:
+    dataset = open_dataset(directory)
+    shards = [open_shard(dataset.dir / shard.file) for shard in dataset.shards if shard.split == split]
+    return np.concatenate(shards).tolist()
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 PROSE = st.text(st.sampled_from("ab ,.\n\n\t1é€\u00a0\u2003"), max_size=200)
@@ -25,88 +63,258 @@ PROSE = st.text(st.sampled_from("ab ,.\n\n\t1é€\u00a0\u2003"), max_size=200)
 
 @given(PROSE, st.integers(1, 20))
 @example("aaaaaaaaaaaa\nb \n\n c", 3)
+@example("a b\u00a0 c d\n e f", 1)
 def test_cutting_does_not_change_the_tokens(text: str, characters: int) -> None:
     encoding = tokenizer.gpt2()
     pieces = list(cut(text, characters))
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.begins_document for piece in pieces] == [number == 0 for number in range(len(pieces))]
-    assert _joined(encoding.encode_ordinary(piece.text) for piece in pieces) == encoding.encode_ordinary(text)
+    assert "".join(pieces) == text
+    assert joined(encoding.encode_ordinary(piece) for piece in pieces) == encoding.encode_ordinary(text)
 
 
-def _tokens(directory: Path, split: str) -> list[int]:
-    dataset = open_dataset(directory)
-    shards = [open_shard(dataset.dir / shard.file) for shard in dataset.shards if shard.split == split]
-    return np.concatenate(shards).tolist()
+def test_a_text_without_lines_is_cut_between_words() -> None:
+    assert max(map(len, cut("word " * 20_000, 1000))) < 1010
+    assert list(cut("x" * 5000, 1000)) == ["x" * 5000]
+
+
+@given(st.lists(PROSE | st.sampled_from(["<|endoftext|>", "half \ud800 pair", ""]), max_size=5))
+def test_the_encoder_is_tiktokens(texts: list[str]) -> None:
+    assert [tokens.tolist() for tokens in encode_all(texts)] == [
+        tokenizer.gpt2().encode_ordinary(text) for text in texts
+    ]
 
 
 def test_documents_become_tokens_behind_end_of_text(tmp_path: Path) -> None:
     documents = [f"Document number {number}." for number in range(10)]
-    prepare(documents, tmp_path / "out", source="test", validation_every=5)
+    made(documents, tmp_path / "out", Recipe(EveryPiece(5)))
     encoded = [[END, *tokenizer.gpt2().encode_ordinary(text)] for text in documents]
     held_out = [encoded[4], encoded[9]]
-    assert _tokens(tmp_path / "out", "val") == _joined(held_out)
-    assert _tokens(tmp_path / "out", "train") == _joined(text for text in encoded if text not in held_out)
+    assert tokens_of(tmp_path / "out", "val") == joined(held_out)
+    assert tokens_of(tmp_path / "out", "train") == joined(text for text in encoded if text not in held_out)
 
 
 def test_one_long_document_is_held_out_in_part(tmp_path: Path) -> None:
     text = "\n".join(f"Line {number} of a long document." for number in range(5000))
-    prepare([text], tmp_path / "out", source="test")
-    train, val = (_tokens(tmp_path / "out", split) for split in ("train", "val"))
+    made([text], tmp_path / "out")
+    train, val = (tokens_of(tmp_path / "out", split) for split in ("train", "val"))
     assert train.count(END) == val.count(END) == 1
     assert tokenizer.gpt2().decode(train[1:] + val[1:]) == text
 
 
 def test_a_stretch_after_a_held_out_one_begins_anew(tmp_path: Path) -> None:
     text = "\n".join(f"Line {number} of a long document." for number in range(5000))
-    prepare([text], tmp_path / "out", source="test", validation_every=3)
-    train, val = (_tokens(tmp_path / "out", split) for split in ("train", "val"))
+    made([text], tmp_path / "out", Recipe(EveryPiece(3)))
+    train, val = (tokens_of(tmp_path / "out", split) for split in ("train", "val"))
     assert train.count(END) == 1 + val.count(END)
+
+
+def test_the_first_tokens_are_held_out(tmp_path: Path) -> None:
+    documents = [f"{number} words and more words" for number in range(100)]
+    made(documents, tmp_path / "out", Recipe(FirstTokens(203)))
+    stream = joined([END, *tokenizer.gpt2().encode_ordinary(text)] for text in documents)
+    assert tokens_of(tmp_path / "out", "val") == stream[:203]
+    train = tokens_of(tmp_path / "out", "train")
+    assert train[0] == END and train[1:] == stream[203:]
+
+
+@pytest.mark.parametrize("holdout", [EveryPiece(7), FirstTokens(100)])
+def test_no_more_tokens_than_asked_for(tmp_path: Path, holdout: Any) -> None:
+    documents = [f"{number} words and more words" for number in range(400)]
+    made(documents, tmp_path / "some", Recipe(holdout, tokens=1234))
+    made(documents, tmp_path / "all", Recipe(holdout))
+    some = {split: tokens_of(tmp_path / "some", split) for split in ("train", "val")}
+    assert sum(map(len, some.values())) == 1234
+    for split, tokens in some.items():
+        assert tokens == tokens_of(tmp_path / "all", split)[: len(tokens)]
 
 
 def test_shards_are_filled_to_the_last_token(tmp_path: Path) -> None:
     documents = [f"{number} words and more words" for number in range(400)]
     small, large = tmp_path / "small", tmp_path / "large"
-    prepare(documents, small, source="test", shard_tokens=500)
-    prepare(documents, large, source="test")
+    made(documents, small, Recipe(shard_tokens=500))
+    made(documents, large)
     sizes = [shard.tokens for shard in open_dataset(small).split("train")]
     assert len(sizes) > 3
     assert set(sizes[:-1]) == {500}
-    assert _tokens(small, "train") == _tokens(large, "train")
+    assert tokens_of(small, "train") == tokens_of(large, "train")
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_result_does_not_depend_on_the_workers(tmp_path: Path, workers: int, dataset_dir: Path) -> None:
-    documents = [f"{number} " * number for number in range(1, 400)]
-    one, many = tmp_path / "one", tmp_path / "many"
-    prepare(documents, one, source="test", workers=1)
-    prepare(documents, many, source="test", workers=workers)
-    assert open_dataset(one).fingerprint == open_dataset(many).fingerprint
+def test_the_result_does_not_depend_on_the_workers(tmp_path: Path) -> None:
+    documents = [f"{number} " * number for number in range(1, 1500)]
+    one, many = (made(documents, tmp_path / str(workers), workers=workers) for workers in (1, 3))
+    assert content_of(one) == content_of(many)
 
 
-def test_empty_documents_are_passed_over(tmp_path: Path) -> None:
-    prepare(["", "one", " \n", "two", "three"], tmp_path / "out", source="test", validation_every=3)
-    assert _tokens(tmp_path / "out", "train").count(END) == 2
+def test_what_is_empty_or_null_is_passed_over_and_counted(tmp_path: Path) -> None:
+    out = made(["", "one", " \n", "two", None, "three", None], tmp_path / "out", Recipe(EveryPiece(3)))
+    assert tokens_of(out, "train").count(END) == 2
+    assert json.loads((out / INDEX).read_text())["counts"] == {"documents": 3, "empty": 2, "null": 2}
 
 
 @pytest.mark.parametrize("documents", [[], ["", "  "], ["only one"]])
 def test_too_little_text_leaves_nothing_behind(tmp_path: Path, documents: list[str]) -> None:
     with pytest.raises(UserError, match="too little text"):
-        prepare(documents, tmp_path / "out", source="test")
+        made(documents, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_directory_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UserError, match="exists already"):
-        prepare(["one", "two"], tmp_path, source="test")
+        made(["one", "two"], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
-    def documents():
-        yield from (f"document {number}" for number in range(1000))
-        raise UserError("the source broke")
+def test_a_disk_that_is_too_small_is_said_before_it_is_full(tmp_path: Path) -> None:
+    source = Source("test", [Listed("huge", list, tokens=1e15)])
+    with pytest.raises(UserError, match=r"free, some 2000\.00 TB are needed for 1000\.00 T tokens"):
+        prepare(source, tmp_path / "out")
 
-    with pytest.raises(UserError, match="the source broke"):
-        prepare(documents(), tmp_path / "out", source="test")
-    assert list(tmp_path.iterdir()) == []
+
+class BrokenError(Exception):
+    """What ends a preparation."""
+
+
+def breaking(source: Source, after: int) -> Source:
+    """The same documents, and an end after so many."""
+    left = itertools.count(after, -1)
+
+    def read(part: Any) -> Iterator[str | None]:
+        for document in part.documents(0):
+            if next(left) <= 0:
+                raise BrokenError
+            yield document
+
+    return Source(source.name, [Listed(part.name, lambda part=part: read(part)) for part in source.parts])
+
+
+@pytest.mark.parametrize("holdout", [EveryPiece(3), FirstTokens(1500)])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_ends_a_preparation_the_result_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: Any, seed: int
+) -> None:
+    """Again and again, with notes at random moments, and with what was written after the last one."""
+    dice = random.Random(seed)
+    monkeypatch.setattr("ds_gpt2.data.pieces.PIECE_CHARACTERS", 50)
+    lengths = [dice.choice([0, 1, 5, 30, 200]) for _ in range(120)]
+    documents = [" ".join(f"w{dice.randrange(99)}" for _ in range(length)) for length in lengths]
+    source = listed(documents[:50], documents[50:51], [None, *documents[51:]])
+    recipe = Recipe(holdout, shard_tokens=700)
+    prepare(source, tmp_path / "whole", recipe, workers=1)
+    for _ in range(500):
+        monkeypatch.setattr(preparing, "_NOTE_SECONDS", dice.choice([0, 0.001, 99]))
+        try:
+            prepare(breaking(source, dice.randrange(200)), tmp_path / "broken", recipe, workers=1)
+            break
+        except BrokenError:
+            assert not (tmp_path / "broken").exists()
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
+
+
+def test_what_is_unfinished_goes_on_only_with_the_same_text_and_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    source = listed(f"document {number}" for number in range(100))
+    with pytest.raises(BrokenError):
+        prepare(breaking(source, 50), tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match=r"out\.unfinished is unfinished, of another text or with other options"):
+        prepare(source, tmp_path / "out", Recipe(tokens=1000), workers=1)
+    assert prepare(source, tmp_path / "out", workers=1).tokens("train") > 100
+
+
+def command(data: Path, out: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "ds_gpt2", "prepare", "text", str(data), "--out", str(out), "--workers", "2", *words]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 40 MB of lines: seconds of work."""
+    folder = tmp_path_factory.mktemp("text")
+    words = [f"word{number}" for number in range(5000)]
+    dice = random.Random(1)
+    bodies = [" ".join(dice.choices(words, k=200)) for _ in range(2000)]
+    for number in range(3):
+        lines = (json.dumps({"text": f"{number} {place} {bodies[place % 2000]}"}) for place in range(8000))
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_killed_again_and_again_it_comes_to_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    """The real command, with SIGKILL to it or to one of its workers."""
+    whole = subprocess.run(command(text, tmp_path / "whole"), cwd=PROJECT, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stdout
+    dice, ends = random.Random(3), []
+    for attempt in range(30):
+        process = subprocess.Popen(
+            command(text, tmp_path / "killed"), cwd=PROJECT, stdout=subprocess.PIPE, stderr=-2, text=True
+        )
+        if attempt < 4:
+            victim = _after_a_while(process, tmp_path / f"killed{UNFINISHED}", dice, worker=attempt == 1)
+            with_workers = psutil.Process(process.pid).children() if process.poll() is None else []
+            victim()
+        output, _ = process.communicate(timeout=120)
+        ends.append(process.returncode)
+        if attempt < 4:
+            assert psutil.wait_procs(with_workers, timeout=5)[1] == []
+        if process.returncode == 0:
+            break
+        if attempt == 1:
+            assert process.returncode == 2 and output.startswith("error: a worker was killed"), output
+    assert ends == [-signal.SIGKILL, 2, -signal.SIGKILL, -signal.SIGKILL, 0]
+    assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def _after_a_while(
+    process: subprocess.Popen[str], unfinished: Path, dice: random.Random, worker: bool
+) -> Callable[[], None]:
+    """When it has got on: how to kill it, or a worker."""
+    note = unfinished / "progress.json"
+    before = note.read_text() if note.exists() else None
+    deadline = time.monotonic() + 60
+    while not note.exists() or note.read_text() == before:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(dice.uniform(0, 0.2))
+    if not worker:
+        return process.kill
+    children = psutil.Process(process.pid).children()
+    return next(child.kill for child in children if "spawn_main" in " ".join(child.cmdline()))
+
+
+def test_two_at_once_are_one_too_many(tmp_path: Path, text: Path) -> None:
+    process = subprocess.Popen(command(text, tmp_path / "out"), cwd=PROJECT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / f"out{UNFINISHED}" / "lock").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        second = subprocess.run(command(text, tmp_path / "out"), cwd=PROJECT, capture_output=True, text=True)
+        assert second.returncode == 2 and f"in use by process {process.pid}" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_huge_document_is_no_trouble(tmp_path: Path) -> None:
+    """Without any line or space; and the memory of a worker's death."""
+    document = "".join(random.Random(1).choices("abcdefghij", k=3_000_000))
+    begun = time.monotonic()
+    made([document, "another"], tmp_path / "out", Recipe(EveryPiece(2)))
+    assert time.monotonic() - begun < 60
+    assert tokenizer.gpt2().decode(tokens_of(tmp_path / "out", "train")[1:]) == document
+
+
+def test_workers_that_are_not_needed_are_ended(tmp_path: Path) -> None:
+    with Encoder(2) as encoder:
+        texts = ((f"text {number} " * 20_000, number) for number in itertools.count())
+        assert [number for number, _ in itertools.islice(encoder.encode(texts), 3)] == [0, 1, 2]
+    assert psutil.Process().children() == [] or not any(
+        "spawn_main" in " ".join(child.cmdline()) for child in psutil.Process().children()
+    )
+
+
+def test_an_existing_empty_directory_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    made(["one", "two"], tmp_path / "out", Recipe(EveryPiece(2)))
+    shutil.rmtree(tmp_path / "out")

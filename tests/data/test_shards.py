@@ -3,17 +3,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_gpt2.data.shards import HEADER_BYTES, ShardWriter, count_tokens, open_shard, sha256
+from ds_gpt2.data.shard_writer import SplitWriter, Written
+from ds_gpt2.data.shards import HEADER_BYTES, count_tokens, open_shard, sha256
 from ds_gpt2.errors import UserError
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    writer = ShardWriter(tmp_path / "train_000000.bin")
+    writer = SplitWriter(tmp_path, "train", 5000, Written())
     writer.write(np.arange(1000, dtype=np.uint16))
     writer.write(np.arange(500, dtype=np.uint16))
-    writer.close()
-    return writer.path
+    (shard,) = writer.close()
+    return tmp_path / shard.file
 
 
 def test_what_is_written_is_read(shard: Path) -> None:
