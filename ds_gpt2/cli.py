@@ -30,6 +30,7 @@ _VERBS = {
     "quickstart": _Verb("sample data, then train a small GPT-2: five minutes", "quickstart"),
     "prepare": _Verb("text to token shards", "prepare"),
     "doctor": _Verb("is this machine ready for the run? every check, with the mend", "doctor"),
+    "inspect": _Verb("what is in a directory of data: counts, lengths, examples", "inspect"),
     "plan": _Verb("what a run will take: memory, time, disk, energy; a few real steps are run", "plan"),
     "drill": _Verb("the rehearsal: what may go wrong is done on purpose, to a run like yours", "drill"),
     "train": _Verb("start a run and keep it going", "train"),
@@ -38,7 +39,7 @@ _VERBS = {
     "alert": _Verb("which ways messages go, and whether they arrive", "alert"),
     "list": _Verb("the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
     "verify": _Verb(
-        "is a checkpoint as it was written? reads all of it", "checkpoints", "verify", "add_verify_arguments"
+        "is a checkpoint, or data, as it was written? reads all", "checkpoints", "verify", "add_verify_arguments"
     ),
     "prune": _Verb(
         "delete the checkpoints that the settings do not keep", "checkpoints", "prune", "add_prune_arguments"

@@ -81,6 +81,15 @@ def lock(path: Path, whose: str) -> BinaryIO:
     return file
 
 
+def sync_directory(path: Path) -> None:
+    """The names in ``path`` are on the medium when this returns."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ds_gpt2 import metrics
+from ds_gpt2 import machine, metrics
 
 NOTES = "NOTES.md"
 TAG = "notes"  # in TensorBoard
@@ -90,7 +90,7 @@ def append(run_dir: Path, note: Note) -> None:
         if file.write(entry) != len(entry):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
-    _sync_directory(run_dir)
+    machine.sync_directory(run_dir)
 
 
 def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
@@ -132,11 +132,3 @@ def _events(notes: list[Note]) -> bytes:
 
 def _step(note: Note) -> int:
     return note.step
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from ds_gpt2 import machine
+
 
 class Disk:
     """The real file system. Anything but ``sync`` and ``sync_directory`` may be undone by a power cut."""
@@ -35,11 +37,7 @@ class Disk:
 
     def sync_directory(self, path: Path) -> None:
         """The names in ``path`` are on the medium when this returns."""
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        machine.sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """Atomic; a file ``target`` is replaced, a directory must not be there."""

@@ -22,6 +22,7 @@ from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, scan
 from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing, mark
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
+from ds_gpt2.commands import inspect
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, load_settings
@@ -72,7 +73,9 @@ def show(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """``verify``: one line for each checkpoint asked for; exit code 1 if any is bad."""
+    """``verify``: one line for each checkpoint asked for, or each shard of a dataset; exit code 1 if any is bad."""
+    if options.run is not None and inspect.is_data(options.run):
+        return inspect.verify(Path(options.run), options.json)
     generations = _chosen(options)
     verdicts = []
     with hashing(generations) as hashes:

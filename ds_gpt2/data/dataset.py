@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ds_gpt2.data.shards import Tokens, count_tokens, open_shard
+from ds_gpt2.data.shards import SUFFIXES, Tokens, count_tokens, open_shard
 from ds_gpt2.errors import UserError
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 INDEX = "dataset.json"
 FORMAT = 1
@@ -40,6 +41,7 @@ class Dataset:
     dir: Path
     shards: tuple[Shard, ...]
     source: str
+    counts: dict[str, int] = field(default_factory=dict)  # of documents, where that is known
 
     def split(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -55,10 +57,25 @@ class Dataset:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Read ``dataset.json``, or index a foreign directory by its file names; check every shard's size.
+    """As ``read_dataset``, every shard's size checked.
 
     Raises:
-        UserError: no directory, no shards, another tokenizer or format, a missing or cut shard.
+        UserError: also where a shard is missing or cut.
+    """
+    dataset = read_dataset(directory)
+    try:
+        for shard in dataset.shards:
+            _check_size(directory / shard.file, shard)
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    return dataset
+
+
+def read_dataset(directory: Path) -> Dataset:
+    """Read ``dataset.json``, or index a foreign directory by its file names.
+
+    Raises:
+        UserError: no directory, no shards, another tokenizer or format.
     """
     if not directory.is_dir():
         raise UserError(
@@ -67,9 +84,9 @@ def open_dataset(directory: Path) -> Dataset:
         )
     index = directory / INDEX
     try:
-        return _open_indexed(directory, index) if index.exists() else _open_foreign(directory)
+        return _read_index(directory, index) if index.exists() else _read_foreign(directory)
     except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error}") from None
+        raise _unreadable(directory, error) from None
 
 
 def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
@@ -124,7 +141,7 @@ class Windows:
         return shard
 
 
-def _open_indexed(directory: Path, index: Path) -> Dataset:
+def _read_index(directory: Path, index: Path) -> Dataset:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         shards = tuple(Shard(**{key: entry[key] for key in Shard.__annotations__}) for entry in content["shards"])
@@ -133,9 +150,11 @@ def _open_indexed(directory: Path, index: Path) -> Dataset:
         raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error!r}): prepare the data again") from None
     if version != FORMAT or tokenizer != "gpt2":
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
-    for shard in shards:
-        _check_size(directory / shard.file, shard)
-    return Dataset(directory, shards, str(source))
+    return Dataset(directory, shards, str(source), dict(content.get("counts", {})))
+
+
+def _unreadable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"{directory} cannot be read: {error}")
 
 
 def _check_size(path: Path, shard: Shard) -> None:
@@ -146,8 +165,8 @@ def _check_size(path: Path, shard: Shard) -> None:
         raise UserError(f"shard {path} has {size} bytes but {INDEX} says {shard.bytes}: it is cut or was replaced")
 
 
-def _open_foreign(directory: Path) -> Dataset:
-    paths = sorted(path for path in directory.iterdir() if path.suffix in (".bin", ".npy"))
+def _read_foreign(directory: Path) -> Dataset:
+    paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES)
     if not paths:
         raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards")
     shards = tuple(

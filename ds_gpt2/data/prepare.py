@@ -163,7 +163,7 @@ class _Preparation:
             return
         for writer in self._writers.values():
             writer.sync()
-        _sync_directory(self._directory)
+        machine.sync_directory(self._directory)
         splits = {split: written.to_dict() for split, written in self._done.splits.items()}
         note = {"format": _FORMAT, "identity": self._identity, **asdict(self._done), "splits": splits}
         _write_durably(self._directory / _NOTE, json.dumps(note))
@@ -254,14 +254,6 @@ def _publish(unfinished: Path, out: Path) -> None:
         (unfinished / name).unlink(missing_ok=True)
     if out.exists():
         out.rmdir()
-    _sync_directory(unfinished)
+    machine.sync_directory(unfinished)
     unfinished.rename(out)
-    _sync_directory(out.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    machine.sync_directory(out.parent)

@@ -18,6 +18,8 @@ _VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 
+SUFFIXES = (".bin", ".npy")
+
 
 def count_tokens(path: Path) -> int:
     """Number of tokens in a shard, from its header, checked against the file's size.

@@ -1,0 +1,79 @@
+"""``inspect DATA``: how much there is, how long its documents are, what they look like; and ``verify DATA``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands.arguments import positive
+from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
+from ds_gpt2.data.inspection import ShardReport, examples, lengths, verify_shards
+from ds_gpt2.data.shards import SUFFIXES
+from ds_gpt2.errors import UserError
+from ds_gpt2.wording import percent, tokens
+
+_EXAMPLE_TOKENS = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="a directory of shards")
+    parser.add_argument("--examples", type=positive, default=3, metavar="N", help="of documents (default: 3)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of their choice (default: a new one)")
+
+
+def run(options: argparse.Namespace) -> int:
+    dataset = open_dataset(options.data)
+    print(f"{dataset.dir}: {dataset.source}")
+    for name, count in dataset.counts.items():
+        print(f"  {name:10} {count:,}")
+    for split in SPLITS:
+        found = lengths(dataset, split)
+        print(
+            f"  {split:10} {dataset.tokens(split):,} tokens in {len(dataset.split(split))} shards: {found.documents:,}"
+            f" documents of {found.mean:,.0f} tokens (median {found.median:,.0f}, longest {found.longest:,})"
+        )
+    seed = random.randrange(10**6) if options.seed is None else options.seed
+    for file, place, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
+        print(f"\n{file}, token {place:,}:\n{text}")
+    return outcome.DONE
+
+
+def is_data(name: str) -> bool:
+    """Whether this is a directory of shards, and not one of checkpoints."""
+    place = Path(name)
+    return place.is_dir() and ((place / INDEX).is_file() or any(place.glob(f"*{end}") for end in SUFFIXES))
+
+
+def verify(directory: Path, as_json: bool) -> int:
+    """All shards read and compared; exit code 1 if any is not as it should be."""
+    dataset = read_dataset(directory)
+    with tqdm(total=len(dataset.shards), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
+        reports = verify_shards(dataset, lambda report: bar.update())
+    bad = [report for report in reports if report.problem]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports]))
+    else:
+        _show(dataset, reports)
+    return outcome.CRASHED if bad or not reports else outcome.DONE
+
+
+def _show(dataset: Dataset, reports: list[ShardReport]) -> None:
+    for report in reports:
+        ends = f", {percent(report.end_of_text / report.tokens, 3)} <|endoftext|>" if report.tokens else ""
+        print(f"{'BAD ' if report.problem else 'good'}  {report.file}  {report.tokens:,} tokens{ends}")
+        if report.problem:
+            print(f"      {report.problem}")
+    unknown = sum(shard.sha256 is None for shard in dataset.shards)
+    if unknown:
+        print(f"{unknown} shards have no checksum to compare with: {dataset.dir} has no {INDEX}")
+    good = [report for report in reports if not report.problem]
+    print(f"{len(good)} of {len(reports)} shards are good, {tokens(sum(report.tokens for report in good))} tokens")
+    if not reports:
+        raise UserError(f"{dataset.dir} has no shards")
