@@ -1,4 +1,4 @@
-"""``prepare sample`` and ``prepare text``: text to token shards; ``prepare hellaswag``: the items to evaluate on."""
+"""``prepare``: text to token shards, of this machine or of the Hugging Face hub; HellaSwag's items to evaluate on."""
 
 from __future__ import annotations
 
@@ -8,25 +8,44 @@ from pathlib import Path
 from ds_gpt2 import outcome
 from ds_gpt2.commands.arguments import positive
 from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.data import hellaswag
+from ds_gpt2.data import hellaswag, published
 from ds_gpt2.data.dataset import Dataset, open_dataset
-from ds_gpt2.data.prepare import Recipe, is_prepared, prepare
+from ds_gpt2.data.holdout import FirstTokens
+from ds_gpt2.data.hub import hub_source
+from ds_gpt2.data.prepare import UNFINISHED, Recipe, is_prepared, prepare
+from ds_gpt2.data.pretokenized import fetch_shards
+from ds_gpt2.data.published import Repository
 from ds_gpt2.data.sources import COLUMN, local_source, python_source
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
 
+_HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # tokens of the hub's datasets, the less of both
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="sample|text|hellaswag")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
     sample.add_argument("--out", type=Path, default=SAMPLE_DIR, metavar="DIR")
     text = kinds.add_parser("text", help="your own .txt, .md, .rst, .jsonl or .parquet files, or directories of them")
     text.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    text.add_argument("--out", type=Path, default=PROJECT_DIR / "data" / "text", metavar="DIR")
-    text.add_argument("--column", default=COLUMN, metavar="NAME", help="field of .jsonl, column of .parquet files")
-    text.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
-    for kind in (sample, text):
+    hub = kinds.add_parser("hub", help="any dataset of the Hugging Face hub that has parquet files")
+    hub.add_argument("repository", metavar="OWNER/NAME")
+    hub.add_argument("--path", default="", metavar="DIR", help="only what is below this directory of it")
+    hub.add_argument("--revision", default="main", metavar="NAME", help="a branch, tag or commit (default: main)")
+    edu = kinds.add_parser("fineweb-edu", help="FineWeb-Edu: educational web text")
+    fineweb = kinds.add_parser("fineweb", help="FineWeb: web text")
+    for kind in (edu, fineweb):
+        kind.add_argument("--sample", choices=published.SAMPLES, default=published.SAMPLES[0], help="(default: 10BT)")
+    webtext = kinds.add_parser("openwebtext", help="OpenWebText")
+    tokens = kinds.add_parser("pretokenized", help="GPT-2 token shards that others have published")
+    tokens.add_argument("name", metavar="NAME", help=f"{', '.join(published.TOKENS)}, or OWNER/NAME on the hub")
+    for kind in (text, hub):
+        kind.add_argument("--column", default=COLUMN, metavar="NAME", help="of the text (default: text)")
+    for kind in (text, hub, edu, fineweb, webtext, tokens):
+        kind.add_argument("--out", type=Path, metavar="DIR", help="(default: below data/, by the name)")
+        kind.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
+    for kind in (sample, text, hub, edu, fineweb, webtext):
         kind.add_argument("--workers", type=positive, metavar="N", help="processes (default: every core)")
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a file of yours")
     items.add_argument("--out", type=Path, default=HELLASWAG_DIR, metavar="DIR")
@@ -38,10 +57,40 @@ def run(options: argparse.Namespace) -> int:
         prepare_sample(options.out, options.workers)
     elif options.kind == "hellaswag":
         prepare_hellaswag(options.out, options.source)
-    else:
+    elif options.kind == "text":
         source = local_source(options.files, options.column)
-        _say(prepare(source, options.out.absolute(), Recipe(tokens=options.tokens), workers=options.workers))
+        _say(prepare(source, _out(options, "text"), Recipe(tokens=options.tokens), workers=options.workers))
+    elif options.kind == "pretokenized":
+        repository = published.TOKENS.get(options.name, Repository(options.name))
+        _say(fetch_shards(repository, _out(options, options.name), options.tokens))
+    else:
+        _say(_prepare_from_hub(options))
     return outcome.DONE
+
+
+def _prepare_from_hub(options: argparse.Namespace) -> Dataset:
+    repository = _repository(options)
+    out = _out(options, options.kind if options.kind != "hub" else repository.name)
+    column = getattr(options, "column", COLUMN)
+    source = hub_source(repository, column, out.with_name(out.name + UNFINISHED) / "fetched")
+    expected = min(source.tokens, options.tokens or source.tokens)
+    held_out = FirstTokens(min(_HELD_OUT, round(_HELD_OUT_SHARE * expected)))
+    return prepare(source, out, Recipe(held_out, tokens=options.tokens), workers=options.workers)
+
+
+def _repository(options: argparse.Namespace) -> Repository:
+    if options.kind == "fineweb-edu":
+        return published.fineweb_edu(options.sample)
+    if options.kind == "fineweb":
+        return published.fineweb(options.sample)
+    if options.kind == "openwebtext":
+        return published.OPENWEBTEXT
+    return Repository(options.repository, options.path, options.revision)
+
+
+def _out(options: argparse.Namespace, name: str) -> Path:
+    out: Path = options.out or PROJECT_DIR / "data" / name.rsplit("/", 1)[-1]
+    return out.absolute()
 
 
 def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> None:

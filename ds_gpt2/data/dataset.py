@@ -170,11 +170,11 @@ def _read_foreign(directory: Path) -> Dataset:
     if not paths:
         raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards")
     shards = tuple(
-        Shard(path.name, _split_of(path), count_tokens(path), path.stat().st_size, sha256=None) for path in paths
+        Shard(path.name, split_of(path), count_tokens(path), path.stat().st_size, sha256=None) for path in paths
     )
     return Dataset(directory, shards, "shards without an index")
 
 
-def _split_of(path: Path) -> Split:
-    """llm.c and build-nanogpt name their shards ..._val_000000 and ..._train_000001."""
+def split_of(path: Path) -> Split:
+    """By its name: llm.c and build-nanogpt name their shards ..._val_000000 and ..._train_000001."""
     return "val" if re.search(r"(^|[_-])val([_.-]|$)", path.name) else "train"

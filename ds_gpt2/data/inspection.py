@@ -51,7 +51,7 @@ def verify_shards(dataset: Dataset, tell: Callable[[ShardReport], object] = lamb
     seen: dict[str, str] = {}
     reports = []
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for report in pool.map(lambda shard: _read(dataset.dir, shard), dataset.shards):
+        for report in pool.map(lambda shard: read_shard(dataset.dir, shard), dataset.shards):
             if report.problem is None and report.sha256 in seen:
                 twin = f"has the same content as {seen[report.sha256]}"
                 report = ShardReport(**{**vars(report), "problem": twin})
@@ -85,7 +85,8 @@ def examples(dataset: Dataset, split: Split, count: int, tokens: int, seed: int)
         yield shard.file, start, tokenizer.gpt2().decode(content[start:end].tolist()).removeprefix("<|endoftext|>")
 
 
-def _read(directory: Path, shard: Shard) -> ShardReport:
+def read_shard(directory: Path, shard: Shard) -> ShardReport:
+    """All of one shard, compared with its entry in the index."""
     path = directory / shard.file
     try:
         content, digest = open_shard(path), sha256(path)

@@ -6,6 +6,7 @@ has come; whatever ends a preparation, the same command goes on from there, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ds_gpt2 import machine, tokenizer
-from ds_gpt2.data.dataset import INDEX, Dataset, Split, index_of, open_dataset
+from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
 from ds_gpt2.data.encoder import Encoder
 from ds_gpt2.data.holdout import EveryPiece, Holdout
 from ds_gpt2.data.pieces import Counts, Piece, Place, pieces_of
@@ -76,20 +77,58 @@ def prepare(
         UserError: ``out`` exists, another process writes it, what is unfinished there is of something else, the disk
             has no room, the source cannot be read, or there is too little text for both splits.
     """
+    with unfinished(out) as directory:
+        made = _Preparation(source, directory, recipe or Recipe()).run(workers or machine.usable_cores(), progress)
+        if made is None:
+            shutil.rmtree(directory)
+            raise UserError("too little text for training and validation: give more")
+        publish(directory, out, *made)
+    return open_dataset(out)
+
+
+@contextlib.contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """The directory that will be ``out``, for this process alone.
+
+    Raises:
+        UserError: ``out`` exists, another process is at it, or it cannot be made.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: remove it, or give another --out DIR")
-    unfinished = out.with_name(out.name + UNFINISHED)
+    directory = out.with_name(out.name + UNFINISHED)
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    with machine.lock(unfinished / _LOCK, f"{unfinished}"):
-        shards = _Preparation(source, unfinished, recipe or Recipe()).run(workers or machine.usable_cores(), progress)
-        if not shards:
-            shutil.rmtree(unfinished)
-            raise UserError("too little text for training and validation: give more")
-        _publish(unfinished, out)
-    return open_dataset(out)
+    with machine.lock(directory / _LOCK, f"{directory}"):
+        yield directory
+
+
+def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None:
+    """Give a whole dataset its index and its name; what else lies there is removed."""
+    _write_durably(directory / INDEX, index)
+    wanted = {INDEX, *(shard.file for shard in shards)}
+    for other in directory.iterdir():
+        if other.name not in wanted:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    if out.exists():
+        out.rmdir()
+    machine.sync_directory(directory)
+    directory.rename(out)
+    machine.sync_directory(out.parent)
+
+
+def check_room(directory: Path, needed: float, what: str) -> None:
+    """
+    Raises:
+        UserError: the disk has not ``needed`` bytes for ``what``.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory.parent} has {size(free)} free, some {size(int(needed))} are needed for {what}: make room,"
+            " give --out on another disk, or fewer --tokens"
+        )
 
 
 def is_prepared(out: Path) -> bool:
@@ -104,15 +143,16 @@ class _Preparation:
         self._source, self._directory, self._recipe = source, directory, recipe
         self._identity = json.loads(json.dumps({"source": source.identity(), "recipe": asdict(recipe)}))
         self._done = self._read_note()
-        self._check_room()
+        left = max(0.0, self._expected() - self._done.tokens)
+        check_room(directory, TOKEN_BYTES * left, f"{words(left)} tokens")
         self._writers: dict[Split, SplitWriter] = {
             split: SplitWriter(directory, split, recipe.shard_tokens, written)
             for split, written in self._done.splits.items()
         }
         self._next_note = time.monotonic() + _NOTE_SECONDS
 
-    def run(self, workers: int, progress: bool) -> bool:
-        """To the end; whether both splits have got something."""
+    def run(self, workers: int, progress: bool) -> tuple[list[Shard], str] | None:
+        """To the end; the shards and their index. None if there is nothing for one of the splits."""
         try:
             with Encoder(workers) as encoder, self._bar(progress) as bar:
                 texts = ((piece.text, (piece, counts)) for piece, counts in pieces_of(self._source, self._done.place))
@@ -126,9 +166,8 @@ class _Preparation:
             for writer in self._writers.values():
                 writer.abandon()
         if {shard.split for shard in shards} != {"train", "val"}:
-            return False
-        _write_durably(self._directory / INDEX, index_of(shards, self._source.name, asdict(self._done.counts)))
-        return True
+            return None
+        return shards, index_of(shards, self._source.name, asdict(self._done.counts))
 
     def _take(self, piece: Piece, counts: Counts, tokens: Tokens, is_last: bool) -> int:
         """Write one piece; returns how many tokens that came to."""
@@ -187,19 +226,6 @@ class _Preparation:
         splits = {split: Written.from_dict(written) for split, written in note["splits"].items()}
         return _Progress(Place(**note["place"]), note["pieces"], note["previous"], Counts(**note["counts"]), splits)
 
-    def _check_room(self) -> None:
-        """
-        Raises:
-            UserError: the disk is too small for what is left.
-        """
-        needed = int(TOKEN_BYTES * max(0.0, self._expected() - self._done.tokens))
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            raise UserError(
-                f"{self._directory.parent} has {size(free)} free, some {size(needed)} are needed for"
-                f" {words(self._expected())} tokens: make room, give --out on another disk, or fewer --tokens"
-            )
-
     def _expected(self) -> float:
         """Tokens that there will be, about."""
         return min(self._source.tokens, self._recipe.tokens or self._source.tokens)
@@ -246,14 +272,3 @@ def _write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-
-
-def _publish(unfinished: Path, out: Path) -> None:
-    """Give a whole dataset its name."""
-    for name in (_NOTE, _LOCK):
-        (unfinished / name).unlink(missing_ok=True)
-    if out.exists():
-        out.rmdir()
-    machine.sync_directory(unfinished)
-    unfinished.rename(out)
-    machine.sync_directory(out.parent)

@@ -1,0 +1,135 @@
+"""A hub on this machine: what huggingface_hub asks the real one for, and faults when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# Given the path of a file's request and how often it was asked for, what goes wrong: a status, "drop" (the connection
+# ends in the middle) or "lie" (other bytes); None: nothing.
+Fault = Callable[[str, int], int | str | None]
+
+
+class Hub:
+    """Datasets by name, each a dict from path to content; a context that serves them."""
+
+    def __init__(self, datasets: dict[str, dict[str, bytes]]) -> None:
+        self.datasets = datasets
+        self.fault: Fault = lambda path, time: None
+        self.asked: Counter[str] = Counter()
+        self.ranges: list[str] = []  # that were asked for
+        hub = self
+
+        class Handler(_Handler):
+            served = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    served: Hub
+
+    def log_message(self, *words: object) -> None:
+        """Nobody reads it."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = unquote(self.path.split("?")[0])
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+            self._tell_about(found[1])
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
+            self._list(found[1], found[2])
+        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            self._send(found[1], found[2], with_body)
+        else:
+            self._json(404, {"error": path})
+
+    def _tell_about(self, name: str) -> None:
+        if name not in self.served.datasets:
+            self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = [{"rfilename": path} for path in self.served.datasets[name]]
+        self._json(200, {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": files})
+
+    def _list(self, name: str, below: str) -> None:
+        files = self.served.datasets.get(name, {})
+        found = [
+            {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(content).hexdigest(),
+                "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
+            }
+            for path, content in files.items()
+            if path.startswith(below)
+        ]
+        self._json(200, found)
+
+    def _send(self, name: str, path: str, with_body: bool) -> None:
+        content = self.served.datasets.get(name, {}).get(path)
+        if content is None:
+            self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        fault = None
+        if with_body:
+            self.served.asked[path] += 1
+            fault = self.served.fault(path, self.served.asked[path])
+        if isinstance(fault, int):
+            self._json(fault, {"error": "busy"}, {"Retry-After": "0"})
+            return
+        start = 0
+        if wanted := self.headers.get("Range"):
+            self.served.ranges.append(wanted)
+            start = int(re.fullmatch(r"bytes=(\d+)-.*", wanted)[1])  # type: ignore[index]
+        body = content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if not with_body:
+            return
+        if fault == "drop":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+        else:
+            self.wfile.write(bytes(len(body)) if fault == "lie" else body)
+
+    def _json(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
