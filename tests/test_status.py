@@ -477,7 +477,7 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
     working.configure(CONFIG + "alerts: {disk_days: 0.1}\n")
     assert working.look().healthy
     _with_free(10**12, monkeypatch)
-    assert "disk        enough to the end, 1000.00 GB free" in screen(working.look())
+    assert "disk        enough to the end, 1.00 TB free" in screen(working.look())
 
 
 def test_each_of_two_disks_has_a_line(working: Files) -> None:
