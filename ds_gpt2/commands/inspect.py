@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 def is_data(name: str) -> bool:
     """Whether this is a directory of shards, and not one of checkpoints."""
     place = Path(name)
-    return place.is_dir() and ((place / INDEX).is_file() or any(place.glob(f"*{end}") for end in SUFFIXES))
+    return place.is_dir() and any(path.name == INDEX or path.suffix in SUFFIXES for path in place.iterdir())
 
 
 def verify(directory: Path, as_json: bool) -> int:
