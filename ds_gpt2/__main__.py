@@ -8,4 +8,5 @@ if not __package__:  # by its path: import from the project, whatever the workin
 
 from ds_gpt2.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # and not where a worker process of ``prepare`` imports it again
+    sys.exit(main())

@@ -25,6 +25,7 @@ from ds_gpt2.data.shards import header_of
 from ds_gpt2.data.sources import local_source
 
 PROJECT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]  # as launch.sh does
 
 
 def table_of(texts: list[str | None], ballast: int = 0) -> bytes:
@@ -77,7 +78,7 @@ def start(hub: Hub | str, folder: Path, *words: str) -> subprocess.Popen[str]:
     """``prepare`` as a person has it, who knows no other hub."""
     url = hub if isinstance(hub, str) else hub.url
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "ds_gpt2", "prepare", *words, "--out", str(folder / "out")]
+    command = [*PROGRAM, "prepare", *words, "--out", str(folder / "out")]
     return subprocess.Popen(
         command, cwd=PROJECT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -33,6 +33,7 @@ from ds_gpt2.errors import UserError
 
 END = tokenizer.END_OF_TEXT
 PROJECT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]  # as launch.sh does
 
 
 def joined(parts: Iterable[list[int]]) -> list[int]:
@@ -223,7 +224,7 @@ def test_what_is_unfinished_goes_on_only_with_the_same_text_and_options(
 
 
 def command(data: Path, out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "ds_gpt2", "prepare", "text", str(data), "--out", str(out), "--workers", "2", *words]
+    return [*PROGRAM, "prepare", "text", str(data), "--out", str(out), "--workers", "2", *words]
 
 
 @pytest.fixture(scope="module")
