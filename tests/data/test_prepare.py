@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ds_gpt2 import tokenizer
@@ -62,6 +62,7 @@ def content_of(directory: Path) -> dict[str, bytes]:
 PROSE = st.text(st.sampled_from("ab ,.\n\n\t1é€\u00a0\u2003"), max_size=200)
 
 
+@settings(deadline=None)  # the first example reads the vocabulary
 @given(PROSE, st.integers(1, 20))
 @example("aaaaaaaaaaaa\nb \n\n c", 3)
 @example("a b\u00a0 c d\n e f", 1)
@@ -77,6 +78,7 @@ def test_a_text_without_lines_is_cut_between_words() -> None:
     assert list(cut("x" * 5000, 1000)) == ["x" * 5000]
 
 
+@settings(deadline=None)
 @given(st.lists(PROSE | st.sampled_from(["<|endoftext|>", "half \ud800 pair", ""]), max_size=5))
 def test_the_encoder_is_tiktokens(texts: list[str]) -> None:
     assert [tokens.tolist() for tokens in encode_all(texts)] == [
