@@ -577,13 +577,11 @@ def test_two_gpus_that_are_well(look: str) -> None:
     ],
 )
 def test_gpus_that_are_not_well(look: str, question: str, answer: Any, status: str, word: str) -> None:
-    if question == "nvmlDeviceGetMemoryInfo":
-        free = answer
-        answer = lambda gpu: SimpleNamespace(total=24e9, free=free, used=24e9 - free)  # noqa: E731
-    elif question == "nvmlDeviceGetComputeRunningProcesses":
-        pid = answer
-        answer = lambda gpu: [SimpleNamespace(pid=pid)]  # noqa: E731
-    row = LOOKS[look](nvml(**{question: answer}), [0, 1])
+    answers = {
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(total=24e9, free=answer, used=24e9 - answer),
+        "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [SimpleNamespace(pid=answer)],
+    }
+    row = LOOKS[look](nvml(**{question: answers.get(question, answer)}), [0, 1])
     assert (row.status, word in row.found, bool(row.mend)) == (status, True, True), row
 
 

@@ -130,9 +130,10 @@ def install(faults: Sequence[Fault]) -> None:
         ours.before_fingerprint(self.model.wte.weight)
         return fingerprint(self)
 
-    Heartbeat.begin_step = begin  # type: ignore[method-assign]
-    GPT2.forward = faulty_forward  # type: ignore[method-assign]
-    Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]
+    # Methods are replaced on purpose: train.py must run as it is, and know nothing of faults.
+    Heartbeat.begin_step = begin  # type: ignore[method-assign]  # a fault's way in
+    GPT2.forward = faulty_forward  # type: ignore[method-assign]  # a fault's way in
+    Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]  # a fault's way in
 
 
 def main() -> int:
