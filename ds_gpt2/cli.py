@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb == "test":
             raise UserError("the tests are started by ./launch.sh test, or by pytest")
         verb = _VERBS[options.verb]
-        return int(verb.function(verb.run)(options))
+        code = int(verb.function(verb.run)(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough, as ``head`` has; what Python still holds has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return outcome.CRASHED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return outcome.MISTAKE

@@ -183,3 +183,13 @@ def test_deepspeed_starts_the_file_by_itself(tmp_path: Path, write_config: Calla
     )
     assert result.code == outcome.DONE, result.output
     assert "done at step 1 of 1" in result.output
+
+
+def test_who_reads_may_leave(dataset_dir: Path) -> None:
+    """As ``| head`` does."""
+    command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "inspect", str(dataset_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == outcome.CRASHED
