@@ -84,9 +84,10 @@ verb=${1:-}
 if [ -n "${DS_GPT2_PYTHON:-}" ]; then
   python=$DS_GPT2_PYTHON
 else
-  case $verb in
-    test) install '[dev]' dev ;;
-    *) install '' base dev ;;
+  case "$verb ${2:-}" in
+    test\ *) install '[dev]' dev ;;
+    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub | prepare\ pretokenized) install '[data]' data dev ;;
+    *) install '' base data dev ;;
   esac
   python=$venv/bin/python
 fi

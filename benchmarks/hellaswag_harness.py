@@ -120,7 +120,7 @@ def _tokenizer() -> Any:
 
     end = "<|endoftext|>"
     converted = TikTokenConverter(
-        str(tokenizer._RANKS), pattern=tokenizer._SPLIT, extra_special_tokens=[end]
+        str(tokenizer.RANKS), pattern=tokenizer._SPLIT, extra_special_tokens=[end]
     ).converted()
     return PreTrainedTokenizerFast(tokenizer_object=converted, eos_token=end, bos_token=end, pad_token=end)
 

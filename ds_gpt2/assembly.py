@@ -11,6 +11,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
 from ds_gpt2.dashboard import open_dashboard
 from ds_gpt2.data.batches import TrainingData
-from ds_gpt2.data.check import check_tokens
+from ds_gpt2.data.check import check_shards
 from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
@@ -99,9 +100,11 @@ def _train(
     wanted = dist.from_main(lambda: _what_to_resume(settings, origin.resume))
     heartbeat.beat()
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
-    check_tokens(dataset, settings.run_dir / "data_checked.json")
+    check_shards(dataset, settings.run_dir / "data_checked.json")
     heartbeat.beat()
-    data = _training_data(settings, dataset, plan, place)
+    tell_of_data = functools.partial(_tell_of_data, journal)
+    windows = Windows(dataset, "train", plan.sequence_length, tell_of_data)
+    data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
     course = _course(settings, data)
     identity = _identity(settings, dataset)
     backup = _backup(settings)
@@ -116,7 +119,7 @@ def _train(
     state.leave_out(origin.leave_out)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
     meter = _meter(settings, engine, plan, place)
-    hooks = _hooks(settings, dataset, engine, heartbeat)
+    hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
     if dist.is_main():
         _record_start(settings, state, plan)
         _open_dashboard(settings, monitor, engine, plan, restored, origin)
@@ -152,6 +155,13 @@ def _tell(journal: Journal, incident: Incident) -> None:
         log.warning(f"step {incident.step}: {incident.text}")
         facts = {"policy": incident.policy, "begun": incident.begun, "batches": list(incident.batches)}
         journal.write(incident.kind, incident.text, incident.step, **facts)
+
+
+def _tell_of_data(journal: Journal, text: str) -> None:
+    """Of whichever rank it befell, from whichever thread."""
+    text = f"rank {dist.rank()}: {text}"
+    log.error(text)
+    journal.write("data_error", text)
 
 
 def _outcome(ending: Ending, guard: Guard) -> Outcome:
@@ -233,15 +243,12 @@ def _backup(settings: Settings) -> Backup | None:
     return Backup(place, settings.run.name, settings.checkpoint.backup) if place else None
 
 
-def _training_data(settings: Settings, dataset: Dataset, plan: BatchPlan, place: torch.device) -> TrainingData:
-    windows = Windows(dataset, "train", plan.sequence_length)
-    return TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
-
-
-def _hooks(settings: Settings, dataset: Dataset, engine: Engine, heartbeat: Heartbeat) -> list[Hook]:
+def _hooks(
+    settings: Settings, dataset: Dataset, engine: Engine, heartbeat: Heartbeat, tell_of_data: Callable[[str], None]
+) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
     if settings.validation.every:
-        held_out = Windows(dataset, "val", settings.batch.sequence_length)
+        held_out = Windows(dataset, "val", settings.batch.sequence_length, tell_of_data)
         hooks.append(Validation(settings.validation, held_out, settings.batch.micro_batch))
     if settings.samples.every:
         directory, context = settings.run_dir / "samples", settings.batch.sequence_length

@@ -38,6 +38,7 @@ Kind = Literal[
     "frozen",
     "drift",
     "stuck_data",
+    "data_error",  # a shard could not be read, and is tried again
     "rollback",
     "disk_low",
     "alert",  # a message was sent, or could not be

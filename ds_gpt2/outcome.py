@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from ds_gpt2.errors import UserError
+
 DONE, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 3
 ROLLBACK = 4  # between the ranks and the supervisor only; without one it is a crash
 
@@ -51,7 +53,8 @@ def read(file: Path) -> Outcome:
 def leave_failure(rank: int, error: BaseException) -> None:
     """Leave what ended ``rank``, beside the outcome."""
     if _VARIABLE in os.environ:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        text = f"{kind}{' '.join(str(error).split())}"
         with contextlib.suppress(OSError):
             _failure(Path(os.environ[_VARIABLE]), rank).write_text(text[:_LONGEST_FAILURE], encoding="utf-8")
 

@@ -93,6 +93,7 @@ class _Supervisor:
         self._settings = settings
         self._run_dir = settings.run_dir
         self._requests = requests
+        self._has_trained = False
         self._journal = Journal(self._run_dir)
         self._alerts = Alerts(settings.alerts, self._run_dir)
         self._disk = DiskWatch(settings)
@@ -141,6 +142,9 @@ class _Supervisor:
         how = self._watch(ranks, watchdog)
         self._record(self._me)
         result, beat = ranks.outcome(), watchdog.newest
+        self._has_trained |= beat is not None and beat.step > 0
+        if result.code == outcome.MISTAKE and self._has_trained:  # nobody's: the same command was right before
+            result = Outcome(outcome.CRASHED)
         if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
             result = Outcome(outcome.CRASHED)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:

@@ -14,7 +14,7 @@ from ds_gpt2.errors import UserError
 NAME = "gpt2"
 END_OF_TEXT = 50_256
 
-_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 _RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # The split of OpenAI's gpt-2/src/encoder.py in tiktoken's possessive form (tiktoken_ext/openai_public.py).
 _SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -27,9 +27,9 @@ def gpt2() -> tiktoken.Encoding:
     Raises:
         UserError: the vocabulary file of this installation is damaged.
     """
-    content = _RANKS.read_bytes()
+    content = RANKS.read_bytes()
     if hashlib.sha256(content).hexdigest() != _RANKS_SHA256:
-        raise UserError(f"{_RANKS} is damaged (its sha256 is not GPT-2's): restore the file or install again")
+        raise UserError(f"{RANKS} is damaged (its sha256 is not GPT-2's): restore the file or install again")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
     return tiktoken.Encoding(
         NAME,

@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         if not dist.is_main():
             _let_the_main_rank_speak()
         print(f"error: {error}", file=sys.stderr, flush=True)
+        outcome.leave_failure(dist.rank(), error)
         outcome.leave(Outcome(outcome.MISTAKE))
         return outcome.MISTAKE
     except Exception as error:

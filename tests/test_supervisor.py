@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
     assert _told(undisturbed, "save", "best") == ["launch", "start", "done"]
     struck = [
         Fault("kill", step=6, rank=1, once=str(tmp_path / "killed")),
+        Fault("read_error", batch=10, rank=1, once=str(tmp_path / "unreadable")),
         Fault("freeze", step=13, rank=1, once=str(tmp_path / "frozen")),
         Fault("crash", step=19, rank=0, micro_batch=1, once=str(tmp_path / "crashed")),
     ]
@@ -96,8 +98,10 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
     assert ends[0] is not None and ends[1] is not None
     assert ends[0].state["ledger"] == ends[1].state["ledger"] != ""
     again = ["restart", "launch", "start"]
-    expected = ["launch", "start", "crash", *again, "hang", *again, "crash", *again, "done"]
+    expected = ["launch", "start", "crash", *again, "data_error", "hang", *again, "crash", *again, "done"]
     assert _told(disturbed, "save", "best") == expected
+    (unreadable,) = [event.text for event in _events(disturbed) if event.kind == "data_error"]
+    assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; again in 0.5 s" in unreadable
     killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
     assert "rank 1 ended without a word" in killed.text and "SIGKILL" in killed.text
     assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (13, True, True)
@@ -142,6 +146,27 @@ def test_a_mistake_is_not_tried_again(configure: Configure, capfd: pytest.Captur
     assert _told(settings) == ["launch", "mistake"]
     assert look(settings.run_dir, time.time()).state == "mistake"  # though no rank came so far as to train
     assert "epoch_00009" in capfd.readouterr().err
+
+
+def test_what_was_right_before_is_nobodys_mistake(configure: Configure, dataset_dir: Path, tmp_path: Path) -> None:
+    """The data goes away in the middle of a run, and comes back while it is being started again."""
+    data, away = Path(shutil.copytree(dataset_dir, tmp_path / "data")), tmp_path / "elsewhere"
+    patient = {"restarts": 30, "backoff_seconds": 1}
+    settings = configure("away", data={"dir": str(data)}, supervisor=patient, validation={"every": 0})
+    process = _supervisor(settings, [Fault("crash", step=20, rank=1, once=str(tmp_path / "crashed"))])
+    try:
+        _until(lambda: "save" in _told(settings))
+        data.rename(away)  # what is open stays readable
+        _until(lambda: "crash" in _told(settings))
+        _until(lambda: _told(settings).count("crash") == 2)
+        away.rename(data)
+        assert process.wait(timeout=120) == outcome.DONE
+    finally:
+        end_session(process)
+    crashed = [event.text for event in _events(settings) if event.kind == "crash"]
+    assert "a fault of the drill" in crashed[0]
+    assert f"no data: {data} does not exist" in crashed[1]
+    assert "mistake" not in _told(settings)
 
 
 def _supervisor(settings: Settings, struck: Sequence[Fault] = ()) -> subprocess.Popen[str]:

@@ -56,8 +56,8 @@ def test_any_unicode_comes_back(text: str) -> None:
 
 def test_a_damaged_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "gpt2.tiktoken"
-    damaged.write_bytes(tokenizer._RANKS.read_bytes()[:-5])
-    monkeypatch.setattr(tokenizer, "_RANKS", damaged)
+    damaged.write_bytes(tokenizer.RANKS.read_bytes()[:-5])
+    monkeypatch.setattr(tokenizer, "RANKS", damaged)
     tokenizer.gpt2.cache_clear()
     try:
         with pytest.raises(UserError, match="damaged"):

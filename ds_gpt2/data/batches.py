@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.batch import BatchPlan
+from ds_gpt2.data.ahead import Ahead
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.order import permute
 from ds_gpt2.errors import UserError
@@ -26,15 +28,27 @@ class TrainingData:
         self._rank = rank
         self._seed = seed
         self._device = device
+        self._ahead = Ahead(self._read)
+        self._order = functools.lru_cache(maxsize=4)(self._permuted)  # asked for before a step and after it
 
     def micro_batches(self, batch: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of ``batch`` (1-based, one a step), on its device."""
+        """This rank's micro-batches of ``batch`` (1-based, one a step), on its device.
+
+        Raises:
+            UserError: a shard cannot be read, or has what is no token.
+        """
+        yield from self._ahead.take(batch)
+
+    def _read(self, batch: int) -> list[MicroBatch]:
         mine = np.split(self.windows_of(batch), self.plan.world_size)[self._rank]
-        for indices in np.split(mine, self.plan.accumulation):
-            yield to_device(self.windows.read(indices), self._device)
+        rows = on_device(self.windows.read(mine), self._device)
+        return [with_targets(some) for some in rows.split(self.plan.micro_batch)]
 
     def windows_of(self, batch: int) -> npt.NDArray[np.int64]:
-        """The windows of ``batch`` over all ranks, in rank order: the same for every world size."""
+        """The windows of ``batch`` over all ranks, in rank order: the same for every world size. Not to be changed."""
+        return self._order(batch)
+
+    def _permuted(self, batch: int) -> npt.NDArray[np.int64]:
         size = self.plan.windows_per_step
         positions = np.arange((batch - 1) * size, batch * size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, len(self.windows))
@@ -54,8 +68,8 @@ class TrainingData:
         return int(np.ceil(epochs * len(self.windows) / self.plan.windows_per_step))
 
 
-def to_device(rows: npt.NDArray[np.int64], device: torch.device) -> MicroBatch:
-    """Split window rows (n, sequence_length + 1) into tokens and the targets one place later.
+def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Window rows (n, sequence_length + 1) on ``device``, which may compute meanwhile.
 
     Raises:
         UserError: a token id that GPT-2's vocabulary does not have.
@@ -63,6 +77,12 @@ def to_device(rows: npt.NDArray[np.int64], device: torch.device) -> MicroBatch:
     if int(rows.max()) >= VOCABULARY:
         raise UserError(f"token id {int(rows.max())} is out of GPT-2's range (0 to {VOCABULARY - 1}): check the shards")
     tensor = torch.from_numpy(rows)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor[:, :-1], tensor[:, 1:]
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # a thread begins with GPU 0
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def with_targets(rows: torch.Tensor) -> MicroBatch:
+    """Window rows as tokens, and the targets one place later."""
+    return rows[:, :-1], rows[:, 1:]

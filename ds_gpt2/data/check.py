@@ -1,58 +1,88 @@
-"""Before training: is every token one that GPT-2 has? Read once, shared out among the ranks, and remembered."""
+"""Before training: is the data what it was, and every token one that GPT-2 has? Read once, shared out, remembered."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ds_gpt2 import dist
-from ds_gpt2.data.dataset import Dataset, Shard
-from ds_gpt2.data.shards import open_shard
+from ds_gpt2.data.dataset import Dataset
+from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 24  # tokens read at a time
+_BLOCK_BYTES = 1 << 25
+
+_Known = dict[str, dict[str, Any]]  # by path: the size, time and hash that a shard had
 
 
-def check_tokens(dataset: Dataset, memory: Path) -> None:
-    """Scan all shards that have not been scanned since they last changed; every rank takes its share.
+def check_shards(dataset: Dataset, memory: Path) -> None:
+    """Read all shards that this run has not read since they last changed; every rank takes its share.
 
     Args:
-        memory: a JSON file of what was scanned before; rank 0 writes it.
+        memory: a JSON file of what was read before; rank 0 writes it.
 
     Raises:
-        UserError: a token id out of range, naming shard and place, on every rank.
+        UserError: on every rank: a shard is not the one of the index or, where there is none, not the one that the
+            run has read before; a token id out of range, with its shard and place.
     """
-    stamps = {shard.file: _stamp(dataset.dir / shard.file) for shard in dataset.shards}
-    known = dist.gather_objects(_remembered(memory))[0]  # rank 0's view, so that all ranks agree on what is left
-    left = [shard for shard in dataset.shards if known.get(str(dataset.dir / shard.file)) != stamps[shard.file]]
+    known: _Known = dist.gather_objects(_remembered(memory))[0]  # rank 0's, so that all agree on what is left
+    left = [shard for shard in dataset.shards if not _is_known(dataset.dir / shard.file, known)]
     if left:
         log.info(f"checking {sum(shard.tokens for shard in left):,} tokens, once ...")
     mine = left[dist.rank() :: dist.world_size()]
-    dist.together(lambda: _check_shards(dataset.dir, mine))
+    paths = [dataset.dir / shard.file for shard in mine]
+    promised = [shard.sha256 or known.get(str(path), {}).get("sha256") for path, shard in zip(paths, mine, strict=True)]
+    for found in dist.gather_objects(dist.together(lambda: _check(paths, promised))):
+        known |= found
     if left and dist.is_main():
-        scanned = {str(dataset.dir / file): stamp for file, stamp in stamps.items()}
-        memory.write_text(json.dumps(scanned, indent=1) + "\n", encoding="utf-8")
+        memory.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_shards(directory: Path, shards: list[Shard]) -> None:
-    for shard in shards:
-        _check_shard(directory, shard)
+def _check(shards: list[Path], promised: list[str | None]) -> _Known:
+    """What there is to be known of ``shards``, of which the hashes are ``promised``."""
+    found: _Known = {}
+    for path, sha256 in zip(shards, promised, strict=True):
+        stamp, digest = _stamp(path), _read(path)
+        if sha256 not in (None, digest):
+            raise UserError(f"shard {path} is not what it was (its sha256 is another): restore it or prepare it again")
+        found[str(path)] = {"stamp": stamp, "sha256": digest}
+    return found
 
 
-def _check_shard(directory: Path, shard: Shard) -> None:
-    tokens = open_shard(directory / shard.file)
-    for start in range(0, len(tokens), _BLOCK):
-        block = tokens[start : start + _BLOCK]
-        place = int(block.argmax())
-        if block[place] >= VOCABULARY:
-            raise UserError(
-                f"shard {directory / shard.file} has token id {block[place]} at position {start + place}:"
-                f" GPT-2's ids go from 0 to {VOCABULARY - 1}; the file is damaged or was made with another tokenizer"
-            )
+def _read(path: Path) -> str:
+    """Read a shard from end to end; returns its sha256."""
+    try:
+        position, start, digest = 0, start_of(path), hashlib.sha256()
+        with path.open("rb") as file:
+            digest.update(file.read(start))
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                _check_tokens(path, np.frombuffer(block, "<u2"), position)
+                position += len(block) // TOKEN_BYTES
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def _check_tokens(path: Path, tokens: Tokens, position: int) -> None:
+    place = int(tokens.argmax())
+    if tokens[place] >= VOCABULARY:
+        raise UserError(
+            f"shard {path} has token id {tokens[place]} at position {position + place}: GPT-2's ids go from 0 to"
+            f" {VOCABULARY - 1}; the file is damaged or was made with another tokenizer"
+        )
+
+
+def _is_known(path: Path, known: _Known) -> bool:
+    return str(path) in known and known[str(path)]["stamp"] == _stamp(path)
 
 
 def _stamp(path: Path) -> list[int]:
@@ -60,9 +90,9 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _remembered(memory: Path) -> dict[str, list[int]]:
+def _remembered(memory: Path) -> _Known:
     try:
         content = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # nothing remembered, or not readable: scan again
-    return content if isinstance(content, dict) else {}
+        return {path: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}  # nothing remembered, or not readable: read again

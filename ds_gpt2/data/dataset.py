@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +15,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ds_gpt2.data.shards import SUFFIXES, Tokens, count_tokens, open_shard
+from ds_gpt2.data.reader import ShardReader
+from ds_gpt2.data.shards import SUFFIXES, count_tokens
 from ds_gpt2.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -105,14 +110,18 @@ class Windows:
     A shard's tail shorter than a window is not used.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, sequence_length: int) -> None:
+    def __init__(
+        self, dataset: Dataset, split: Split, sequence_length: int, tell: Callable[[str], None] = log.warning
+    ) -> None:
         """
+        Args:
+            tell: is given what goes wrong when shards are read, one line each.
+
         Raises:
             UserError: no shard of this split is as long as one window.
         """
         self.sequence_length = sequence_length
-        self._paths = [dataset.dir / shard.file for shard in dataset.split(split)]
-        self._opened: list[Tokens | None] = [None] * len(self._paths)
+        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell)
         counts = [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
         self._ends = np.cumsum(counts, dtype=np.int64)
         if len(self) == 0:
@@ -125,20 +134,17 @@ class Windows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The tokens (len(indices), sequence_length + 1) of the windows at ``indices``."""
-        rows = np.empty((len(indices), self.sequence_length + 1), np.int64)
-        numbers = np.searchsorted(self._ends, indices, side="right")
-        for row, number, index in zip(rows, numbers, indices, strict=True):
-            first = self._ends[number - 1] if number else 0
-            start = int(index - first) * self.sequence_length
-            row[:] = self._shard(int(number))[start : start + self.sequence_length + 1]
-        return rows
+        """The tokens (len(indices), sequence_length + 1) of the windows at ``indices``.
 
-    def _shard(self, number: int) -> Tokens:
-        shard = self._opened[number]
-        if shard is None:
-            shard = self._opened[number] = open_shard(self._paths[number])
-        return shard
+        Raises:
+            UserError: see ``ShardReader.read``.
+        """
+        rows = np.empty((len(indices), self.sequence_length + 1), np.uint16)
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        for row, number, index in zip(rows, numbers.tolist(), indices.tolist(), strict=True):
+            first = int(self._ends[number - 1]) if number else 0
+            self._reader.read(number, (index - first) * self.sequence_length, row)
+        return rows.astype(np.int64)
 
 
 def _read_index(directory: Path, index: Path) -> Dataset:

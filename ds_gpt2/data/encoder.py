@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ds_gpt2 import tokenizer
 from ds_gpt2.data.shards import Tokens
+from ds_gpt2.data.tokenise import tokenise
 from ds_gpt2.errors import UserError
 
 _BATCH_CHARACTERS = 500_000
@@ -48,7 +48,7 @@ class Encoder:
             UserError: a worker was killed.
         """
         if self._pool is None:
-            yield from ((companion, encode_all([text])[0]) for text, companion in texts)
+            yield from ((companion, tokenise(text)) for text, companion in texts)
             return
         waiting: deque[tuple[list[Text], Future[tuple[Tokens, list[int]]]]] = deque()
         try:
@@ -62,19 +62,6 @@ class Encoder:
             raise UserError(
                 "a worker was killed, perhaps for want of memory: the same command goes on, --workers N takes fewer"
             ) from None
-
-
-def encode_all(texts: list[str]) -> list[Tokens]:
-    """The tokens of each text by itself, without any <|endoftext|>; what looks like one is text."""
-    return [_encode_one(text) for text in texts]
-
-
-def _encode_one(text: str) -> Tokens:
-    encoding = tokenizer.gpt2()
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return np.array(encoding.encode_ordinary(text), np.uint16)
 
 
 def _batches(texts: Iterable[tuple[str, Text]]) -> Iterator[tuple[list[str], list[Text]]]:
@@ -102,7 +89,7 @@ def _take(companions: list[Text], future: Future[tuple[Tokens, list[int]]]) -> I
 
 def _encode(texts: list[str]) -> tuple[Tokens, list[int]]:
     """In a worker: all tokens in a row, and where each text's end."""
-    found = encode_all(texts)
+    found = [tokenise(text) for text in texts]
     return np.concatenate(found), np.cumsum([len(tokens) for tokens in found]).tolist()
 
 

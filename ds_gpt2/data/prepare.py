@@ -24,7 +24,7 @@ from ds_gpt2 import machine, tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
 from ds_gpt2.data.encoder import Encoder
 from ds_gpt2.data.holdout import EveryPiece, Holdout
-from ds_gpt2.data.pieces import Counts, Piece, Place, pieces_of
+from ds_gpt2.data.pieces import Counts, Piece, Place, pieces_of, with_next
 from ds_gpt2.data.shard_writer import SplitWriter, Written
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens
 from ds_gpt2.data.sources import Source
@@ -36,10 +36,7 @@ UNFINISHED = ".unfinished"
 
 _NOTE, _LOCK = "progress.json", "lock"
 _NOTE_SECONDS = 0.2  # at least; more where noting takes more than a twentieth of the time
-_FORMAT = 1
-
-
-_Told = tuple[Piece, Counts]  # a piece, and what has come since the one before
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,8 @@ class _Preparation:
         try:
             with Encoder(workers) as encoder, self._bar(progress) as bar:
                 texts = ((piece.text, (piece, counts)) for piece, counts in pieces_of(self._source, self._done.place))
-                for (piece, counts), tokens, is_last in _marked(encoder.encode(texts)):
+                for ((piece, counts), tokens), following in with_next(encoder.encode(texts)):
+                    is_last = following is None or not following[0][0].text
                     bar.update(self._take(piece, counts, tokens, is_last))
                     if self._is_full():
                         break
@@ -240,19 +238,6 @@ class _Preparation:
             initial=self._done.tokens,
             total=round(self._expected()) or None,
         )
-
-
-def _marked(
-    encoded: Iterator[tuple[tuple[Piece, Counts], Tokens]],
-) -> Iterator[tuple[tuple[Piece, Counts], Tokens, bool]]:
-    """Each with whether it is the last that has a text."""
-    before: tuple[tuple[Piece, Counts], Tokens] | None = None
-    for following in encoded:
-        if before is not None:
-            yield *before, not following[0][0].text
-        before = following
-    assert before is not None  # there is always what came after the last
-    yield *before, True
 
 
 def _headed(tokens: Tokens) -> Tokens:

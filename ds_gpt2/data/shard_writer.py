@@ -19,10 +19,19 @@ class Written:
 
     shards: list[Shard] = field(default_factory=list)  # full ones
     tokens: int = 0  # in the one after them
+    full: int = field(init=False)  # tokens of the full ones
+
+    def __post_init__(self) -> None:
+        self.full = sum(shard.tokens for shard in self.shards)
 
     @property
     def total(self) -> int:
-        return self.tokens + sum(shard.tokens for shard in self.shards)
+        return self.full + self.tokens
+
+    def finish(self, shard: Shard) -> None:
+        self.shards.append(shard)
+        self.full += shard.tokens
+        self.tokens = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {"shards": [asdict(shard) for shard in self.shards], "tokens": self.tokens}
@@ -101,5 +110,4 @@ class SplitWriter:
         self._file = None
         digest = sha256(self._unfinished)
         self._unfinished.rename(path)
-        self.written.shards.append(Shard(path.name, self._split, tokens, path.stat().st_size, digest))
-        self.written.tokens = 0
+        self.written.finish(Shard(path.name, self._split, tokens, path.stat().st_size, digest))

@@ -37,11 +37,21 @@ def open_shard(path: Path) -> Tokens:
         UserError: not a shard, cut short, or unreadable.
     """
     try:
-        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+        return _open(path)
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing: restore it or prepare the data again") from None
     except (OSError, EOFError) as error:
         raise UserError(f"shard {path} cannot be read: {error}") from None
+
+
+def start_of(path: Path) -> int:
+    """The byte at which a shard's tokens begin.
+
+    Raises:
+        UserError: not a shard, or cut short.
+        OSError: it cannot be read.
+    """
+    return int(getattr(_open(path), "offset", HEADER_BYTES))  # one without tokens is no memory map
 
 
 def header_of(tokens: int) -> bytes:
@@ -58,6 +68,10 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _open(path: Path) -> Tokens:
+    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
 
 
 def _open_bin(path: Path) -> Tokens:

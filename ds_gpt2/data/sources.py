@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -27,7 +28,11 @@ COLUMN = "text"
 # 10BT sample: 28.5 GB, 9.96 B tokens). Only to say how long it will take and how much disk.
 _BYTES_PER_TOKEN = {"": 4.3, ".gz": 1.7, ".zst": 1.6, ".parquet": 2.8}
 
-_ROWS_AT_ONCE = 1000
+_MOST_ROWS, _BATCH_BYTES = 1000, 4_000_000  # of parquet at once
+_BUFFER_BYTES = 1 << 20  # pyarrow would else read a whole column before its first row
+_BLOCK_CHARACTERS = 1 << 20
+
+Document = str | Iterable[str] | None  # whole; a long one in blocks; a null
 
 
 class Part(Protocol):
@@ -48,8 +53,8 @@ class Part(Protocol):
     def tokens(self) -> float:
         """About how many it will make."""
 
-    def documents(self, skip: int) -> Iterator[str | None]:
-        """From document ``skip`` on; None for a null.
+    def documents(self, skip: int) -> Iterator[Document]:
+        """From document ``skip`` on; what comes in blocks is read before the next is asked for.
 
         Raises:
             UserError: it cannot be read, or is not what it should be.
@@ -99,7 +104,7 @@ class LocalFile:
     def tokens(self) -> float:
         return self.size / _BYTES_PER_TOKEN.get(self.path.suffix, _BYTES_PER_TOKEN[""])
 
-    def documents(self, skip: int) -> Iterator[str | None]:
+    def documents(self, skip: int) -> Iterator[Document]:
         if self.path.suffix in PARQUET:
             yield from parquet_documents(self.path, self.column, skip)
         else:
@@ -114,12 +119,12 @@ class Listed:
     """Documents that a function gives, always the same ones."""
 
     name: str
-    read: Callable[[], Iterable[str | None]]
+    read: Callable[[], Iterable[Document]]
     size: int = 0
     mark: str = ""
     tokens: float = 0.0
 
-    def documents(self, skip: int) -> Iterator[str | None]:
+    def documents(self, skip: int) -> Iterator[Document]:
         return itertools.islice(self.read(), skip, None)
 
     def prefetch(self) -> None:
@@ -173,7 +178,7 @@ def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | 
     except ImportError:
         raise _needs(path, "pyarrow") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise UserError(f"{path} has no column {column!r} but {', '.join(names)}: give --column")
@@ -181,12 +186,13 @@ def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | 
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{path}: column {column!r} holds {kind}, not text: give --column")
             first, skip = _first_row_group(file, skip)
-            groups = range(first, file.num_row_groups)
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=[column]):
-                rows = batch.column(0)
-                if skip < len(rows):
-                    yield from _strings(rows, skip)
-                skip = max(0, skip - len(rows))
+            for group in range(first, file.num_row_groups):
+                rows_at_once = _rows_at_once(file.metadata.row_group(group))
+                for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[column]):
+                    rows = batch.column(0)
+                    if skip < len(rows):
+                        yield from _strings(rows, skip)
+                    skip = max(0, skip - len(rows))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
@@ -222,6 +228,10 @@ def _first_row_group(file: Any, skip: int) -> tuple[int, int]:
     return file.num_row_groups, skip
 
 
+def _rows_at_once(group: Any) -> int:
+    return max(1, min(_MOST_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+
+
 def _strings(rows: Any, skip: int) -> list[str | None]:
     """Parquet does not check that text is UTF-8; what is not becomes U+FFFD."""
     rows = rows.slice(skip)
@@ -234,14 +244,31 @@ def _strings(rows: Any, skip: int) -> list[str | None]:
         return [None if each is None else each.decode("utf-8", errors="replace") for each in raw]
 
 
-def _text_documents(path: Path, field: str) -> Iterator[str | None]:
+def _text_documents(path: Path, field: str) -> Iterator[Document]:
     """One document per text file, one per line of a .jsonl file.
 
     Bytes that are no UTF-8 become U+FFFD, as they do in web corpora.
     """
+    with _named(path), _open_text(path) as file:
+        yield from _jsonl_documents(path, file, field) if ".jsonl" in path.suffixes else [_whole_text(path, file)]
+
+
+def _whole_text(path: Path, file: IO[str]) -> str | Iterable[str]:
+    first = file.read(_BLOCK_CHARACTERS)
+    return first if len(first) < _BLOCK_CHARACTERS else itertools.chain([first], _blocks(path, file))
+
+
+def _blocks(path: Path, file: IO[str]) -> Iterator[str]:
+    with _named(path):
+        while block := file.read(_BLOCK_CHARACTERS):
+            yield block
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of reading says of which file."""
     try:
-        with _open_text(path) as file:
-            yield from _jsonl_documents(path, file, field) if ".jsonl" in path.suffixes else [file.read()]
+        yield
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

@@ -1,11 +1,13 @@
 """``train.py`` with faults, each at a step, a rank and a micro-batch of one's choice.
 
-The faults are real where they can be: signals, exceptions, Inf and NaN in the loss, from where they spread.
+The faults are real where they can be: signals, exceptions, Inf and NaN in the loss, from where they spread. A disk that
+cannot be read is the exception that Python makes of it.
 Without faults asked for, training is what ``train.py`` makes of it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -25,7 +27,7 @@ from ds_gpt2.heartbeat import Heartbeat
 SCRIPT = Path(__file__)
 _VARIABLE = "DS_GPT2_FAULTS"  # environment
 
-Kind = Literal["nan", "inf", "spike", "crash", "kill", "freeze", "hang", "bit_flip"]
+Kind = Literal["nan", "inf", "spike", "crash", "kill", "freeze", "hang", "bit_flip", "read_error"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class _Faults:
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = [fault for fault in faults if fault.rank == dist.rank()]
         self._step = self._batch = self._micro_batch = 0
+        self.read_batch = 0  # of the data; it is read ahead of its step
 
     def begin_step(self, step: int, batch: int) -> None:
         self._step, self._batch, self._micro_batch = step, batch, 0
@@ -69,11 +72,17 @@ class _Faults:
 
             parameter.detach().view(torch.int16).view(-1)[0] ^= 1
 
+    def before_read(self) -> None:
+        for fault in self._faults:
+            if fault.kind == "read_error" and fault.batch == self.read_batch and _first_time(fault):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     def _due(self, micro_batch: int | None) -> list[Fault]:
         return [
             fault
             for fault in self._faults
-            if (fault.kind == "bit_flip") == (micro_batch is None)
+            if fault.kind != "read_error"
+            and (fault.kind == "bit_flip") == (micro_batch is None)
             and fault.step in (0, self._step)
             and fault.batch in (0, self._batch)
             and (fault.step or fault.batch)
@@ -112,11 +121,14 @@ def _strike(fault: Fault, loss: Any) -> Any:
 
 def install(faults: Sequence[Fault]) -> None:
     """Put ``faults`` between the loop and the model."""
+    from ds_gpt2.data.batches import TrainingData
+    from ds_gpt2.data.reader import ShardReader
     from ds_gpt2.engine import Engine
     from ds_gpt2.model import GPT2
 
     ours = _Faults(faults)
     begin_step, forward, fingerprint = Heartbeat.begin_step, GPT2.forward, Engine.fingerprint
+    read_batch, read_stretch = TrainingData._read, ShardReader._read
 
     def begin(self: Heartbeat, step: int, batch: int) -> None:
         ours.begin_step(step, batch)
@@ -130,10 +142,20 @@ def install(faults: Sequence[Fault]) -> None:
         ours.before_fingerprint(self.model.wte.weight)
         return fingerprint(self)
 
+    def faulty_batch(self: TrainingData, batch: int) -> Any:
+        ours.read_batch = batch
+        return read_batch(self, batch)
+
+    def faulty_stretch(self: ShardReader, number: int, first: int, into: Any) -> None:
+        ours.before_read()
+        read_stretch(self, number, first, into)
+
     # Methods are replaced on purpose: train.py must run as it is, and know nothing of faults.
     Heartbeat.begin_step = begin  # type: ignore[method-assign]  # a fault's way in
     GPT2.forward = faulty_forward  # type: ignore[method-assign]  # a fault's way in
     Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]  # a fault's way in
+    TrainingData._read = faulty_batch  # type: ignore[method-assign]  # a fault's way in
+    ShardReader._read = faulty_stretch  # type: ignore[method-assign]  # a fault's way in
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from ds_gpt2.launcher import Place
 
 # The scenes in their order: first those after which the run must be what it would have been ...
 EXACT = (
+    "read_error",
     "exception",
     "kill_rank",
     "freeze_rank",

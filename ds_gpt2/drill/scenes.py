@@ -128,6 +128,22 @@ def _after_death(stage: Stage, since: int, struck: float, reached: int, text: st
     return Done(text, max(0, reached - origin), when - struck)
 
 
+def read_error(stage: Stage) -> Done:
+    """A shard cannot be read at the first try: that is told, tried again, and changes nothing."""
+    run = stage.run
+    _stop(run)
+    batch, rank = max(0, run.saved_step()) + EVERY + stage.dice.randint(1, EVERY - 1), _a_rank(stage)
+    once, since = stage.folder / "read_error", run.now()
+    run.start(faults_asked=[Fault("read_error", batch=batch, rank=rank, once=str(once))])
+    run.wait_for("the step being made", lambda: run.done_steps() >= batch)
+    told = run.events(since, "data_error")
+    if not told or f"rank {rank}" not in told[0].text:
+        raise FailedError("the journal does not tell of it")
+    if run.events(since, "crash", "hang", "restart"):
+        raise FailedError("the run did not go on without a restart")
+    return Done(f"a shard could not be read by rank {rank} for step {batch}; told, read at the next try", 0, 0.0)
+
+
 def exception(stage: Stage) -> Done:
     run = stage.run
     _stop(run)
@@ -530,6 +546,7 @@ def _a_rank(stage: Stage) -> int:
 
 
 SCENES = {
+    "read_error": Scene("read_error", read_error),
     "exception": Scene("exception", exception),
     "kill_rank": Scene("kill_rank", kill_rank),
     "freeze_rank": Scene("freeze_rank", freeze_rank),

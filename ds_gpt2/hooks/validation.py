@@ -10,7 +10,7 @@ import torch
 
 from ds_gpt2 import dist
 from ds_gpt2.config import ValidationSettings
-from ds_gpt2.data.batches import to_device
+from ds_gpt2.data.batches import on_device, with_targets
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
 from ds_gpt2.hooks.hook import Hook
@@ -59,7 +59,7 @@ class Validation(Hook):
         engine.model.eval()
         losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
         for number in range(dist.rank(), len(self._groups), dist.world_size()):
-            tokens, targets = to_device(self._windows.read(self._groups[number]), engine.device)
+            tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
             losses[number] = engine.model(tokens, targets)
             self.progress()
         engine.model.train()

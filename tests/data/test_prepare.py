@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ds_gpt2 import tokenizer
 from ds_gpt2.data import prepare as preparing
 from ds_gpt2.data.dataset import INDEX, open_dataset
-from ds_gpt2.data.encoder import Encoder, encode_all
+from ds_gpt2.data.encoder import Encoder
 from ds_gpt2.data.holdout import EveryPiece, FirstTokens
 from ds_gpt2.data.pieces import cut
 from ds_gpt2.data.prepare import UNFINISHED, Recipe, prepare
@@ -79,11 +79,11 @@ def test_a_text_without_lines_is_cut_between_words() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(PROSE | st.sampled_from(["<|endoftext|>", "half \ud800 pair", ""]), max_size=5))
-def test_the_encoder_is_tiktokens(texts: list[str]) -> None:
-    assert [tokens.tolist() for tokens in encode_all(texts)] == [
-        tokenizer.gpt2().encode_ordinary(text) for text in texts
-    ]
+@given(PROSE, st.integers(1, 20), st.integers(1, 60))
+@example("aa aaaaaaa" + "\n" * 40 + "b\nccccccccc d", 1, 17)
+def test_a_document_in_blocks_is_cut_as_the_whole_one(text: str, characters: int, block: int) -> None:
+    blocks = (text[start : start + block] for start in range(0, len(text), block))
+    assert list(cut(blocks, characters)) == list(cut(text, characters))
 
 
 def test_documents_become_tokens_behind_end_of_text(tmp_path: Path) -> None:

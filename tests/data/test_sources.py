@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow
@@ -136,13 +137,26 @@ def test_zstandard_is_unpacked_whatever_its_frames(tmp_path: Path) -> None:
     half = len(text) // 2
     path = tmp_path / "x.txt.zst"
     path.write_bytes(packed(text[:half].encode()) + packed(text[half:].encode()))
-    assert list(LocalFile(path).documents(0)) == [text]
+    assert ["".join(document or "") for document in LocalFile(path).documents(0)] == [text]
     for broken in (path.read_bytes()[:-5], path.read_bytes()[:-5] + bytes(100), b"no zstandard"):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"x\.txt\.zst cannot be read"):
-            list(LocalFile(path).documents(0))
+            list(map("".join, LocalFile(path).documents(0)))
 
 
 def test_a_field_of_another_name(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"content": "one"}\n')
     assert list(LocalFile(tmp_path / "x.jsonl", "content").documents(0)) == ["one"]
+
+
+def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """Nor one row group of it: there are files that have no more than one."""
+    dice = random.Random(0)
+    rows = ["".join(dice.choices("abcdefgh ", k=10_000)) for _ in range(4000)]
+    table, plain = pyarrow.table({"text": rows}), {"compression": "none", "use_dictionary": False}
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=4000, **plain)
+    del rows, table
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in LocalFile(tmp_path / "x.parquet").documents(0):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < 25_000_000, f"{most:,} bytes of 40 MB"

@@ -1,0 +1,261 @@
+"""How fast does text become shards, and in how much memory?
+
+    python benchmarks/tokenising.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
+
+The same parquet file of documents becomes shards in two ways, in turns: by ``ds_gpt2.data.prepare``, and by the recipe
+of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents at a time,
+which go to the parent and from there into shards). Both with one worker, as the recipe has half of the cores, and with
+one for each core. The tokens are compared, all of them. What ours does beside (hashes, fsync, notes of progress) is in
+its time, as is the start of its workers.
+
+The text given is repeated until there is enough; in repetitions every fiftieth word is one that nobody has seen before:
+a cache of words, which the faster one has, would otherwise have it too easy.
+
+``--memory``: then the command itself is run over inputs of these sizes, as documents and as one text without an end,
+and the memory of all its processes together is watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import psutil
+import pyarrow
+from pyarrow import parquet
+
+from ds_gpt2 import tokenizer
+from ds_gpt2.data.dataset import Split, open_dataset
+from ds_gpt2.data.holdout import FirstTokens
+from ds_gpt2.data.prepare import Recipe, prepare
+from ds_gpt2.data.shards import open_shard
+from ds_gpt2.data.sources import local_source, parquet_documents
+
+PROJECT = Path(__file__).resolve().parents[1]
+DOCUMENT_CHARACTERS = 4_700  # FineWeb-Edu's mean, about
+SHARD_TOKENS = 10_000_000
+
+
+def main() -> None:
+    options = _options()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+        results: dict[str, Any] = {"speed": measure_speed(Path(name), options.text, options.megabytes, options.rounds)}
+        if options.memory:
+            results["memory"] = measure_memory(Path(name), options.text, options.memory)
+    print(json.dumps(results, indent=1))
+    if options.out:
+        from benchmarks.machine import describe  # imports torch
+
+        options.out.write_text(json.dumps({**results, "machine": _versions(describe())}, indent=1) + "\n", "utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="English text")
+    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of text to tokenise (default: 200)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each (default: 3)")
+    parser.add_argument("--memory", type=int, nargs="*", default=[], metavar="MB", help="sizes of input to watch")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the files are made (default: the system's)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
+    return parser.parse_args()
+
+
+def measure_speed(folder: Path, texts: list[Path], megabytes: int, rounds: int) -> dict[str, Any]:
+    """Megabytes of text a second, whole preparations; the ratio of each round is of arms that followed each other."""
+    source = folder / "speed.parquet"
+    size = write_documents(source, texts, megabytes * 1_000_000)
+    cores = os.cpu_count() or 1
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for turn in range(rounds):
+        for workers in sorted({1, max(1, cores // 2), cores}):
+            made = {}
+            for name, arm in (("recipe", by_recipe), ("ours", by_prepare)):
+                out = folder / f"{name}_{workers}_{turn}"
+                begun = time.perf_counter()
+                made[name] = arm(source, out, workers)
+                seconds.setdefault((name, workers), []).append(time.perf_counter() - begun)
+            _check_equal(*(made[name] for name in ("recipe", "ours")))
+    results: dict[str, Any] = {"megabytes": round(size / 1e6, 1), "cores": cores}
+    for workers in sorted({workers for _, workers in seconds}):
+        recipe, ours = (seconds[name, workers] for name in ("recipe", "ours"))
+        results[f"workers_{workers}"] = {
+            "recipe_mb_per_s": [round(size / each / 1e6, 1) for each in recipe],
+            "ours_mb_per_s": [round(size / each / 1e6, 1) for each in ours],
+            "ratio": [round(one / other, 2) for one, other in zip(recipe, ours, strict=True)],
+            "ratio_median": round(statistics.median(one / other for one, other in zip(recipe, ours, strict=True)), 2),
+        }
+    return results
+
+
+def by_prepare(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any, Any]]:
+    recipe = Recipe(FirstTokens(SHARD_TOKENS), SHARD_TOKENS)
+    dataset = prepare(local_source([source]), out, recipe, workers=workers, progress=False)
+
+    def tokens() -> Iterator[np.ndarray[Any, Any]]:
+        splits: tuple[Split, ...] = ("val", "train")
+        for split in splits:
+            for number, shard in enumerate(dataset.split(split)):
+                content = open_shard(dataset.dir / shard.file)
+                yield content[1:] if split == "train" and number == 0 else content  # it begins with <|endoftext|>
+
+    return tokens()
+
+
+def by_recipe(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any, Any]]:
+    """As build-nanogpt does it, but for where the documents come from."""
+    out.mkdir()
+    shard, filled = np.empty((SHARD_TOKENS,), np.uint16), 0
+    files: list[Path] = []
+
+    def save(tokens: np.ndarray[Any, Any]) -> None:
+        files.append(out / f"shard_{len(files):06d}.npy")
+        np.save(files[-1], tokens)
+
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for tokens in pool.imap(_recipe_of_one, parquet_documents(source, "text"), chunksize=16):
+            if filled + len(tokens) < SHARD_TOKENS:
+                shard[filled : filled + len(tokens)] = tokens
+                filled += len(tokens)
+            else:
+                left = SHARD_TOKENS - filled
+                shard[filled:] = tokens[:left]
+                save(shard)
+                filled = len(tokens) - left
+                shard[:filled] = tokens[left:]
+        if filled:
+            save(shard[:filled])
+    return (np.load(file) for file in files)
+
+
+def _recipe_of_one(text: str | None) -> np.ndarray[Any, Any]:
+    assert text is not None
+    tokens = np.array([tokenizer.END_OF_TEXT, *tokenizer.gpt2().encode_ordinary(text)])
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def _check_equal(one: Iterator[np.ndarray[Any, Any]], other: Iterator[np.ndarray[Any, Any]]) -> None:
+    if not np.array_equal(np.concatenate(list(one)), np.concatenate(list(other))):
+        raise SystemExit("the two have not made the same tokens")
+
+
+def measure_memory(folder: Path, texts: list[Path], sizes: list[int]) -> list[dict[str, Any]]:
+    """The most that the command and its workers held at once, in MB: resident, what they share counted once each."""
+    writers: dict[str, Callable[[Path, list[Path], int], int]] = {
+        "parquet": write_documents,
+        "txt": lambda path, texts, size: _write_text(path, texts, size),
+    }
+    results = []
+    for kind, write in writers.items():
+        for megabytes in sizes:
+            source = folder / f"memory.{kind}"
+            write(source, texts, megabytes * 1_000_000)
+            results.append({"input": kind, "megabytes": megabytes, **_watched(source, folder / "out")})
+            source.unlink()
+    return results
+
+
+def _watched(source: Path, out: Path) -> dict[str, float]:
+    command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "prepare", "text", str(source), "--out"]
+    begun, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([*command, str(out)], stdout=said, stderr=said)
+        while process.poll() is None:
+            peak = max(peak, _resident(process.pid))
+            time.sleep(0.02)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(said.read().decode())
+    tokens = sum(shard.tokens for shard in open_dataset(out).shards)
+    for file in out.iterdir():
+        file.unlink()
+    out.rmdir()
+    return {"peak_mb": round(peak / 1e6), "seconds": round(time.perf_counter() - begun, 1), "tokens": tokens}
+
+
+def _resident(pid: int) -> int:
+    total = 0
+    try:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            total += process.memory_info().rss
+    except psutil.Error:  # one has just ended
+        return total
+    return total
+
+
+def write_documents(path: Path, texts: list[Path], size: int) -> int:
+    """A parquet file of so many bytes of text, 1,000 documents to a row group as the hub's have; returns its bytes."""
+    written = 0
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with parquet.ParquetWriter(path, schema) as file:
+        documents = _documents(_endless(texts))
+        while written < size:
+            some = list(itertools.islice(documents, 1000))
+            file.write_table(pyarrow.table({"text": some}, schema=schema))
+            written += sum(len(each.encode()) for each in some)
+    return written
+
+
+def _write_text(path: Path, texts: list[Path], size: int) -> int:
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for stretch in _endless(texts):
+            written += len(stretch.encode())
+            file.write(stretch)
+            if written >= size:
+                return written
+    raise AssertionError("it is endless")
+
+
+def _documents(stretches: Iterable[str]) -> Iterator[str]:
+    """Of exponentially distributed length, as the web's are about."""
+    dice = random.Random(0)
+    for stretch in stretches:
+        start = 0
+        while start < len(stretch):
+            length = 200 + int(dice.expovariate(1 / (DOCUMENT_CHARACTERS - 200)))
+            yield stretch[start : start + length]
+            start += length
+
+
+def _endless(texts: list[Path]) -> Iterator[str]:
+    """The texts, a million characters at a time, first as they are and then with new words in them."""
+    dice = random.Random(1)
+
+    def new(word: re.Match[str]) -> str:
+        return word[0] if dice.random() > 0.02 else "".join(dice.choices("etaoinshrdlu", k=dice.randint(4, 12)))
+
+    words = re.compile(r"[a-z]+")
+    for turn in itertools.count():
+        for path in texts:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                for stretch in iter(lambda file=file: file.read(1_000_000), ""):  # type: ignore[misc]  # lambda's default
+                    yield words.sub(new, stretch) if turn else stretch
+
+
+def _versions(machine: dict[str, str]) -> dict[str, str]:
+    from importlib import metadata
+
+    return machine | {name: metadata.version(name) for name in ("tiktoken", "gigatoken", "pyarrow")}
+
+
+if __name__ == "__main__":
+    main()
