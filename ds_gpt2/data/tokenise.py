@@ -12,6 +12,7 @@ from ds_gpt2.data.shards import Tokens
 from ds_gpt2.errors import UserError
 
 _EVERY = 256  # texts: one of so many is tokenised by both and compared
+_LONGEST_COMPARED = 1_000_000  # characters: tiktoken takes minutes for some longer words, and gives up on spaces
 _RENEWED_AFTER = 64_000_000  # characters: gigatoken remembers every word that it has met
 _UNPRINTED = "\t\n\r\xa0\xad\u200b\u200c\u200d\u200e\u200f\ufeff"  # frequent, and old enough
 
@@ -20,7 +21,7 @@ def tokenise(text: str) -> Tokens:
     """The tokens of ``text``, without any <|endoftext|>; what looks like one is text.
 
     Raises:
-        UserError: gigatoken is not exact.
+        UserError: gigatoken is not exact; or tiktoken, where it is needed, cannot do it (a million spaces in a row).
     """
     fast = _gigatoken()
     return _by_tiktoken(text) if fast is None else fast.tokenise(text)
@@ -38,7 +39,7 @@ class _Gigatoken:
             return _by_tiktoken(text)
         tokens = self._tokenizer.encode(text).astype(np.uint16)
         self._texts += 1
-        if self._texts % _EVERY == 1:
+        if self._texts % _EVERY == 1 and len(text) <= _LONGEST_COMPARED:
             self._compare(text, tokens)
         self._characters += len(text)
         if self._characters > _RENEWED_AFTER:
@@ -88,3 +89,7 @@ def _by_tiktoken(text: str) -> Tokens:
         return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
     except UnicodeEncodeError:  # half of a surrogate pair
         return np.array(encoding.encode_ordinary(text), np.uint16)
+    except ValueError as error:
+        raise UserError(
+            f"text of {len(text):,} characters, {text[:40]!r}..., is too much for tiktoken: {error}"
+        ) from None

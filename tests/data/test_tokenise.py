@@ -97,6 +97,15 @@ def test_its_memory_of_words_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch)
     assert fast._tokenizer is not before
 
 
+def test_what_is_too_much_for_tiktoken_is_said_or_done_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces = " " * 2_000_000 + "end"
+    assert tokenizer.gpt2().decode(tokenise(spaces)) == spaces
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    module._gigatoken.cache_clear()
+    with pytest.raises(UserError, match=r"text of 2,000,003 characters, ' +'\.\.\., is too much for tiktoken"):
+        tokenise(spaces)
+
+
 def test_without_gigatoken_it_is_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     assert tokenise("A text, é and <|endoftext|>").tolist() == tokenizer.gpt2().encode_ordinary(
