@@ -45,6 +45,7 @@ from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.schedule import Every, learning_rate
@@ -115,7 +116,7 @@ def _train(
     heartbeat.beat()
     run_settings = settings.model_dump(mode="json")
     checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
-    state = checkpoints.load(restored) if restored else TrainState()
+    state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
     meter = _meter(settings, engine, plan, place)
@@ -270,6 +271,14 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
     engine = Engine(model, completed, settings.optimizer.weight_decay)
     seed_everything(settings.run.seed + dist.rank())  # dropout differs between ranks
     return engine
+
+
+def _fresh(settings: Settings, engine: Engine) -> TrainState:
+    """The state of a run that begins, with the weights of another model where the settings name one."""
+    if (path := settings.model.init_from) is not None:
+        engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, path)))
+        log.info(f"initial weights from {path}")
+    return TrainState()
 
 
 def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device) -> Meter:

@@ -46,6 +46,8 @@ _VERBS = {
         "delete the checkpoints that the settings do not keep", "checkpoints", "prune", "add_prune_arguments"
     ),
     "backup": _Verb("a verified copy of a checkpoint in another place", "backup"),
+    "export": _Verb("a run's model for transformers, or for plain PyTorch", "export"),
+    "generate": _Verb("text from a model: of a run, or exported", "generate"),
     "notes": _Verb("write down, or read, what you think of a run", "notes"),
     "report": _Verb("how a run went so far, as one HTML file for any browser", "report"),
     "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),

@@ -61,6 +61,7 @@ class ModelSettings(_Section):
     heads: PositiveInt | None = None
     width: PositiveInt | None = None
     dropout: Fraction = 0.0
+    init_from: Path | None = None  # a Hugging Face directory or an export, whose weights a new run begins with
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelSettings:
@@ -270,6 +271,7 @@ class Settings(_Section):
 
 _PATH_KEYS = (
     "run.dir",
+    "model.init_from",
     "data.dir",
     "checkpoint.dir",
     "checkpoint.backup.to",

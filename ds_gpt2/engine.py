@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.utils import safe_set_full_fp32_param
 from pydantic import ValidationError
 
 from ds_gpt2 import dist, machine
@@ -133,6 +134,15 @@ class Engine:
                 address = mapping.lp_fragment_address
                 parts[name] = part if len(part) == address.numel else part.narrow(0, address.start, address.numel)
         return parts
+
+    @torch.no_grad()
+    def begin_from(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take ``weights`` (fp32, by parameter name) for masters, and rounded for bf16; rows they lack stay."""
+        for name, parameter in self.model.named_parameters():
+            value = parameter.float()
+            value[: len(weights[name])] = weights[name]
+            parameter.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
 
     def fingerprint(self) -> str:
         """A hash of this rank's bf16 weights: ranks that hold the same weights have the same one.

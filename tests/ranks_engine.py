@@ -23,11 +23,26 @@ from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.hooks import Histograms, Validation
-from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
 from ds_gpt2.monitor import Histogram
 from ds_gpt2.state import TrainState
 
 LR = 1e-3
+
+
+def begin_from_another(engine: Engine) -> dict[str, bool]:
+    """What has become of weights that no bf16 holds, rows of padding apart."""
+    torch.manual_seed(9)
+    weights = {name: torch.randn(parameter.shape) for name, parameter in engine.model.named_parameters()}
+    weights["wte.weight"] = weights["wte.weight"][:VOCABULARY]
+    padding = engine.model.wte.weight[VOCABULARY:].clone()
+    engine.begin_from(weights)
+    masters = {name: safe_get_full_fp32_param(each) for name, each in engine.model.named_parameters()}
+    return {
+        "masters": all(torch.equal(masters[name][: len(each)], each) for name, each in weights.items()),
+        "rounded": all(torch.equal(each, masters[name].bfloat16()) for name, each in engine.model.named_parameters()),
+        "padding": torch.equal(engine.model.wte.weight[VOCABULARY:], padding),
+    }
 
 
 def main(config: Path, out: Path) -> None:
@@ -55,6 +70,7 @@ def main(config: Path, out: Path) -> None:
         return seen
 
     found: dict[str, object] = {"world_size": dist.world_size()}
+    found["begun_from"] = begin_from_another(fresh_engine())
     engine = fresh_engine()
     found["validation_before"] = validation.loss(engine)
     found["steps"] = steps(engine, 4)

@@ -34,6 +34,11 @@ def test_the_first_loss_is_that_of_the_same_windows_whatever_the_ranks(seen: See
     assert losses[0] == pytest.approx(math.log(50_257), abs=0.3)
 
 
+def test_another_models_weights_are_taken_exactly(seen: Seen) -> None:
+    for ranks in seen:
+        assert seen[ranks]["begun_from"] == {"masters": True, "rounded": True, "padding": True}
+
+
 def test_training_agrees_to_bf16_noise_whatever_the_ranks(seen: Seen) -> None:
     one, two, four = (seen[ranks]["steps"] for ranks in (1, 2, 4))
     for other in (two, four):

@@ -28,14 +28,17 @@ def partition_file(rank: int) -> str:
     return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
-def unpickle(path: Path) -> Any:
+def unpickle(path: Path, mapped: bool = False) -> Any:
     """The content of a checkpoint file, on the CPU: tensors, containers and DeepSpeed's three classes.
+
+    Args:
+        mapped: tensors stay in the file until they are looked at; it must not change as long as they live.
 
     Raises:
         pickle.UnpicklingError: there is something else in it; nothing of it was run.
     """
     with torch.serialization.safe_globals(_ALLOWED):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def pickle_into(content: Any, file: HashingFile) -> None:

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.disk import Disk, write_file
 from ds_gpt2.checkpoint.layout import MANIFEST, PARTIAL
-from ds_gpt2.checkpoint.manifest import encode, read
+from ds_gpt2.checkpoint.manifest import DamagedError, encode, read
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, pickle_into, unpickle
 
 WEIGHTS_FILE = "fp32_weights.pt"  # parameter name to fp32 tensor; torch.load(weights_only=True) reads it
 
 
 def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter by name, fp32, on the CPU, from a whole checkpoint of any number of ranks.
+    """Every parameter by name, fp32, on the CPU: of a whole checkpoint, by any number of ranks, or of weights alone.
+
+    Takes 4 bytes a parameter; the files are looked at one after the other, and of each only what is needed.
 
     Raises:
         DamagedError, OSError, pickle.UnpicklingError: it cannot be read.
     """
-    model = unpickle(checkpoint / MODEL_FILE)
-    ranks = range(read(checkpoint).world_size)
-    partitions = [unpickle(checkpoint / partition_file(rank))["optimizer_state_dict"] for rank in ranks]
-    weights: dict[str, torch.Tensor] = {}
-    for group, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat([part["single_partition_of_fp32_groups"][group] for part in partitions])
-        weights |= _cut(flat, shapes)
+    manifest = read(checkpoint)
+    if manifest.kind == "weights":
+        return unpickle(checkpoint / WEIGHTS_FILE)
+    groups = unpickle(checkpoint / MODEL_FILE, mapped=True)["param_shapes"]
+    weights = {name: torch.empty(tuple(shape)) for shapes in groups for name, shape in shapes.items()}
+    starts = [0] * len(groups)
+    for rank in range(manifest.world_size):
+        state = unpickle(checkpoint / partition_file(rank), mapped=True)["optimizer_state_dict"]
+        for group, part in enumerate(state["single_partition_of_fp32_groups"]):
+            _fill([weights[name] for name in groups[group]], starts[group], part)
+            starts[group] += part.numel()
+    if short := [name for shapes, end in zip(groups, starts, strict=True) for name in _beyond(shapes, end)]:
+        raise DamagedError(f"its files have no values of {short[0]}")
     return weights
 
 
@@ -47,7 +55,17 @@ def keep_weights(disk: Disk, source: Path, directory: Path, tag: str) -> None:
     commit.publish(disk, directory, tag)
 
 
-def _cut(flat: torch.Tensor, shapes: dict[str, Any]) -> dict[str, torch.Tensor]:
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    pieces = flat[: sum(sizes)].split(sizes)
-    return {name: piece.reshape(tuple(shape)) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+def _beyond(shapes: dict[str, torch.Size], end: int) -> list[str]:
+    """The parameters that a flat vector of ``end`` elements does not hold whole."""
+    ends = itertools.accumulate(math.prod(shape) for shape in shapes.values())
+    return [name for name, needed in zip(shapes, ends, strict=True) if needed > end]
+
+
+def _fill(tensors: list[torch.Tensor], start: int, part: torch.Tensor) -> None:
+    """Copy a rank's ``part`` of a flat vector, from its element ``start`` on, to where it belongs."""
+    offset = -start
+    for tensor in tensors:
+        begin, end = max(0, offset), min(part.numel(), offset + tensor.numel())
+        if begin < end:
+            tensor.view(-1)[begin - offset : end - offset] = part[begin:end]
+        offset += tensor.numel()

@@ -58,7 +58,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """``list``: a table of the checkpoints, newest first, and of what is unfinished."""
-    place = _find(options.run)
+    place = find_place(options.run)
     rows = [
         *rows_of(place.directory, place.found),
         *(unfinished_row(path, what) for path, what in unfinished(place.directory).items()),
@@ -95,7 +95,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """``prune``: delete what the run's settings do not keep; exit code 1 if something could not be deleted."""
-    place = _find(options.run)
+    place = find_place(options.run)
     policies = housekeeping.policies(_settings_of(place))
     doomed = retention.to_delete(housekeeping.known(place.directory, _newest_good(place)), policies)
     paths = [place.directory / kept.tag for kept in doomed]
@@ -110,7 +110,7 @@ def prune(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A directory of checkpoints, those in it, and the settings of the run that made them where these are known."""
 
     directory: Path
@@ -118,7 +118,7 @@ class _Place:
     settings: CheckpointSettings | None
 
 
-def _find(run: str | None) -> _Place:
+def find_place(run: str | None) -> Place:
     """The checkpoints of ``run``: a run's name or directory, or a directory of checkpoints; None for the newest run.
 
     Raises:
@@ -127,9 +127,9 @@ def _find(run: str | None) -> _Place:
     try:
         directory = _bare_directory(run)
         if directory is not None:
-            return _Place(directory, scan(directory), _settings_of_run_in(directory))
+            return Place(directory, scan(directory), _settings_of_run_in(directory))
         settings = load_settings(find_run(run) / "config.yaml")
-        return _Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
+        return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
         raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {error}") from None
 
@@ -150,7 +150,7 @@ def _settings_of_run_in(directory: Path) -> CheckpointSettings | None:
     return settings.checkpoint if settings.checkpoint_dir.resolve() == directory.resolve() else None
 
 
-def _settings_of(place: _Place) -> CheckpointSettings:
+def _settings_of(place: Place) -> CheckpointSettings:
     """The run's settings; of a bare directory those that its newest checkpoint was made under.
 
     Raises:
@@ -175,7 +175,7 @@ def _chosen(options: argparse.Namespace) -> list[Generation]:
         return [open_generation(Path(options.run))]
     if options.tag is None and options.run is not None and role_of(options.run):
         options.run, options.tag = None, options.run  # a tag alone, of the newest run
-    place = _find(options.run)
+    place = find_place(options.run)
     if not place.found:
         raise UserError(f"no checkpoints in {place.directory}: there is nothing to verify")
     if options.all:
@@ -185,7 +185,7 @@ def _chosen(options: argparse.Namespace) -> list[Generation]:
     return [next((one for one in place.found if one.role != "superseded"), place.found[0])]
 
 
-def _newest_good(place: _Place) -> set[str]:
+def _newest_good(place: Place) -> set[str]:
     """The tags of the newest checkpoints that verify, as many steps as retention protects.
 
     Raises:

@@ -53,7 +53,7 @@ def _shrink(tree: dict[str, Any], settings: Settings, ranks: int) -> None:
     layers, heads, width = settings.model.shape
     head = min(width // heads, max(8, _HEADS_WIDTH // heads // 8 * 8))
     shape = {"layers": min(layers, _LAYERS), "heads": heads, "width": heads * head}
-    tree["model"] |= {"preset": None, **shape}
+    tree["model"] |= {"preset": None, **shape, "init_from": None}
     batch = settings.batch
     micro_batch, sequence = min(batch.micro_batch, 2), min(batch.sequence_length, _SEQUENCE)
     accumulation = 2 if batch.tokens_per_step > batch.micro_batch * batch.sequence_length * ranks else 1

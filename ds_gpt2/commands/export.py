@@ -1,0 +1,172 @@
+"""``export``: a run's model as others read it: a Hugging Face directory, or one file for plain PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_gpt2 import device, machine, outcome
+from ds_gpt2.checkpoint.manifest import Manifest
+from ds_gpt2.commands.models import Opened, count_parameters, find_checkpoint, open_model, shape_of
+from ds_gpt2.errors import UserError
+from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.pretrained import file, huggingface
+from ds_gpt2.pretrained.card import card
+from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
+from ds_gpt2.tokenizer import END_OF_TEXT
+from ds_gpt2.wording import size, tokens
+
+FORMATS = ("hf", "bf16", "fp32")
+_SPARE_BYTES = 10_000_000  # tokenizer files and the rest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="a run, or a checkpoint's directory (default: the newest run)"
+    )
+    parser.add_argument("--tag", metavar="TAG", help="best_model, a step, an epoch, ... (default: the newest)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="hf: for transformers, in fp32; bf16: the same in half the size; fp32: one file for plain PyTorch",
+    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help="default: exports/TAG-FORMAT in the run's directory")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def run(options: argparse.Namespace) -> int:
+    device.choose("cpu")  # before DeepSpeed is imported
+    generation = find_checkpoint(options.run, options.tag)
+    if generation.manifest is None:
+        raise UserError(f"{generation.path} is damaged ({generation.problem}): choose another with --tag, see `list`")
+    out = options.out or _default_out(generation.manifest.settings, generation.tag, options.format)
+    if os.path.lexists(out) and not options.force:
+        raise UserError(f"{out} exists: give another --out PATH, or --force to replace it")
+    needed = (2 if options.format == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _SPARE_BYTES
+    with _appearing(out, needed) as unfinished:
+        opened = open_model(str(generation.path), None)
+        if options.format == "fp32":
+            _write_file(opened, unfinished)
+        else:
+            _write_directory(opened, unfinished, options.format)
+    total = sum(each.stat().st_size for each in [out, *out.rglob("*")] if each.is_file())
+    print(f"{opened.title}: {out}, {size(total)}")
+    return outcome.DONE
+
+
+def _default_out(settings: dict[str, Any], tag: str, kind: str) -> Path:
+    run = settings.get("run", {})
+    if not run.get("dir") or not run.get("name"):
+        raise UserError("the checkpoint does not say where its run lies: give --out PATH")
+    return Path(run["dir"]) / run["name"] / "exports" / (f"{tag}-{kind}" + (".pt" if kind == "fp32" else ""))
+
+
+@contextlib.contextmanager
+def _appearing(out: Path, needed: int) -> Iterator[Path]:
+    """A path to write to, which becomes ``out`` when all of it is there; whatever goes wrong, nothing is left of it."""
+    unfinished, replaced = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("unfinished", "replaced"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < needed:
+            raise UserError(f"{out.parent} has {size(free)} free, {size(needed)} are needed: make room, or give --out")
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _sync(path)
+        if os.path.lexists(out):
+            out.rename(replaced)
+        unfinished.rename(out)
+        machine.sync_directory(out.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        if os.path.lexists(replaced) and not os.path.lexists(out):
+            replaced.rename(out)
+        for left in (unfinished, replaced):
+            _remove(left)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        machine.sync_directory(path)
+        return
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_file(opened: Opened, path: Path) -> None:
+    assert opened.manifest is not None
+    manifest = opened.manifest
+    about = {"title": opened.title, "step": manifest.step, "state": manifest.state, "versions": manifest.versions}
+    file.write(opened.weights, opened.shape, about, path)
+
+
+def _write_directory(opened: Opened, directory: Path, kind: str) -> None:
+    assert opened.manifest is not None
+    directory.mkdir()
+    settings = opened.manifest.settings
+    name: huggingface.DTypeName = "bfloat16" if kind == "bf16" else "float32"
+    config = huggingface.config_of(opened.shape, settings.get("model", {}).get("dropout", 0.0), name)
+    end = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
+    _write(directory / huggingface.CONFIG, json.dumps(config, indent=2) + "\n")
+    _write(directory / "generation_config.json", json.dumps(end, indent=2) + "\n")
+    facts, parameters = _facts(opened.manifest), count_parameters(opened.shape)
+    _write(directory / "README.md", card(opened.title, opened.shape, parameters, facts, settings))
+    write_tokenizer(directory, opened.shape.sequence_length)
+    huggingface.write_weights(opened.weights, directory / huggingface.WEIGHTS, getattr(torch, name))
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the card tells of the training: of the checkpoint's own, and what was measured up to it."""
+    state, run = manifest.state, manifest.settings.get("run", {})
+    seen = _last_seen(Path(run.get("dir", ".")) / str(run.get("name")) / METRICS, manifest.step)
+    facts = [
+        ("data", Path(manifest.settings.get("data", {}).get("dir", "unknown")).name),
+        ("steps", f"{manifest.step:,}"),
+        ("tokens", f"{tokens(state.get('tokens', 0))}, {manifest.epoch:.2f} epochs"),
+    ]
+    for name, label in (
+        ("train/loss", "training loss"),
+        ("val/loss", "validation loss"),
+        ("hellaswag/acc", "HellaSwag, acc"),
+        ("hellaswag/acc_norm", "HellaSwag, acc_norm (by tokens)"),
+    ):
+        if name in seen:
+            step, value = seen[name]
+            facts.append((label, f"{value:.4f}" + ("" if step == manifest.step else f" (at step {step:,})")))
+    facts += [("checkpoint made", manifest.created), ("with", _versions(manifest.versions))]
+    return [*facts, ("exported by", f"`{shlex.join(['./launch.sh', *sys.argv[1:]])}`")]
+
+
+def _last_seen(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
+    """Of each scalar (the step, the value) that was recorded last, up to ``step``."""
+    seen: dict[str, tuple[int, float]] = {}
+    for record in read_metrics(metrics):
+        if record["step"] <= step:
+            seen |= {name: (record["step"], value) for name, value in record.items() if isinstance(value, float)}
+    return seen
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

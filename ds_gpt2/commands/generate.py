@@ -1,0 +1,99 @@
+"""``generate``: text from a model, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import itertools
+import sys
+from collections.abc import Iterator
+
+from ds_gpt2 import device, outcome
+from ds_gpt2.commands.models import open_model
+from ds_gpt2.errors import UserError
+from ds_gpt2.generate import Sampling, derived_seed, stream
+from ds_gpt2.model import GPT2
+from ds_gpt2.pretrained.opening import as_model
+from ds_gpt2.tokenizer import END_OF_TEXT, gpt2
+
+_RULE = "\n" + "-" * 8 + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a run, a checkpoint, a Hugging Face directory, an exported file"
+    )
+    parser.add_argument("--tag", metavar="TAG", help="which checkpoint of a run (default: the newest)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default="", metavar="TEXT", help="what to go on from; - reads it (default: nothing)")
+    what.add_argument("--interactive", action="store_true", help="prompt after prompt, from the keyboard")
+    parser.add_argument("--tokens", type=_count, default=200, metavar="N", help="at most (default: 200)")
+    parser.add_argument("--samples", type=_count, default=1, metavar="N", help="continuations of each prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None, metavar="K", help="of the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of those that have this share only")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run(options: argparse.Namespace) -> int:
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    place = device.choose(options.device)
+    opened = open_model(options.model, options.tag)
+    print(f"{opened.title} on {place.type}", file=sys.stderr)
+    model = as_model(opened.shape, opened.weights).to(place)
+    for prompt in _prompts(options):
+        for sample in range(options.samples):
+            if sample:
+                print(_RULE)
+            _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample))
+    return outcome.DONE
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[str]:
+    if not options.interactive:
+        yield sys.stdin.read() if options.prompt == "-" else options.prompt
+        return
+    asks = sys.stdin.isatty()
+    if asks:
+        print("a prompt and Enter; an empty line or Ctrl+D ends it", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("\n> " if asks else "")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        yield prompt
+
+
+def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) -> None:
+    """Write the prompt and what follows, each character as soon as it is whole; Ctrl+C ends this text only."""
+    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    sys.stdout.write(prompt)
+    try:
+        for token in itertools.islice(stream(model, prompt, sampling, seed=seed), tokens):
+            if token == END_OF_TEXT:
+                break
+            sys.stdout.write(characters.decode(gpt2().decode_single_token_bytes(token)))
+            sys.stdout.flush()
+    except FloatingPointError as error:
+        raise UserError(f"{error}: the weights are Inf or NaN somewhere, `verify --deep` says where") from None
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    print(characters.decode(b"", final=True), flush=True)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+    return number

@@ -1,0 +1,120 @@
+"""A model from what a person points at: a run, one of its checkpoints, or what was exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation
+from ds_gpt2.checkpoint.inspection import examine, hashing
+from ds_gpt2.checkpoint.layout import LATEST, MANIFEST
+from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
+from ds_gpt2.commands.checkpoints import find_place
+from ds_gpt2.errors import UserError
+from ds_gpt2.model import ModelShape
+from ds_gpt2.pretrained import opening
+from ds_gpt2.wording import size
+
+_WEIGHT_BYTES = 5  # one copy, and what is looked at of one rank's file
+_SPARE_BYTES = 300_000_000  # what a process holds beside the weights
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's weights, fp32, under our names; the vocabulary may be padded."""
+
+    title: str  # for people
+    shape: ModelShape
+    weights: dict[str, torch.Tensor]
+    path: Path  # where it lies
+    manifest: Manifest | None  # of the checkpoint; None if it comes from outside of a run
+
+
+def open_model(name: str | None, tag: str | None) -> Opened:
+    """The model that ``name`` and ``tag`` mean; of a checkpoint every byte is verified first.
+
+    Args:
+        name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory or an exported file; None: the
+            newest run.
+        tag: which checkpoint, see ``generations.candidates``; None: the newest.
+
+    Raises:
+        UserError: there is none, it is damaged, or too large for the memory.
+    """
+    if name is not None and opening.is_pretrained(Path(name)):
+        if tag is not None:
+            raise UserError(f"--tag {tag}: {name} is one model and has no checkpoints")
+        found = opening.read(Path(name))
+        return Opened(name, found.shape, found.weights, Path(name), None)
+    generation = find_checkpoint(name, tag)
+    verdict = _verified(generation)
+    assert verdict.manifest is not None
+    shape = shape_of(verdict.manifest)
+    check_memory(shape)
+    try:
+        from ds_gpt2.checkpoint.weights import fp32_weights  # imports DeepSpeed
+
+        weights = fp32_weights(verdict.path)
+    except (DamagedError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{verdict.path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    title = f"{verdict.path.parent.name}, step {verdict.step:,} ({verdict.tag})"
+    return Opened(title, shape, weights, verdict.path, verdict.manifest)
+
+
+def find_checkpoint(name: str | None, tag: str | None) -> Generation:
+    """
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if name is not None and (Path(name) / MANIFEST).is_file():
+        return open_generation(Path(name))
+    place = find_place(name)
+    history = [found for found in place.found if found.role != "superseded"]
+    if not history:
+        raise UserError(f"no checkpoints in {place.directory} yet")
+    return history[0] if tag in (None, LATEST) else candidates(place.directory, str(tag))[0]
+
+
+def shape_of(manifest: Manifest) -> ModelShape:
+    """
+    Raises:
+        UserError: the manifest does not tell.
+    """
+    try:
+        layers, heads, width = (int(manifest.identity[f"model.{name}"]) for name in ("layers", "heads", "width"))
+        return ModelShape(layers, heads, width, int(manifest.identity["batch.sequence_length"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's manifest does not tell the model's shape: {error!r}") from None
+
+
+def check_memory(shape: ModelShape) -> None:
+    """
+    Raises:
+        UserError: there is too little for one fp32 copy of the weights.
+    """
+    needed = _WEIGHT_BYTES * count_parameters(shape) + _SPARE_BYTES
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise UserError(f"the weights need {size(needed)} of memory, {size(free)} are free: end something else")
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Without the padding of the vocabulary."""
+    from ds_gpt2.pretrained.huggingface import shapes_of
+
+    return sum(int(torch.Size(each).numel()) for each in shapes_of(shape).values())
+
+
+def _verified(generation: Generation) -> Generation:
+    with hashing([generation]) as hashes:
+        verdict = examine(generation.path, [hashes.problem_of])
+    if verdict is None:
+        raise UserError(
+            f"{generation.path} was deleted while it was looked at: try again, or choose another with --tag"
+        )
+    if verdict.problem is not None:
+        raise UserError(f"{generation.path} is damaged ({verdict.problem}): choose another with --tag, see `list`")
+    return verdict.generation

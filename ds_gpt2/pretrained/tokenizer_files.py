@@ -1,0 +1,95 @@
+"""GPT-2's tokenizer as the files that Hugging Face's libraries read, made from tiktoken's ranks.
+
+Their files spell tokens in characters, one for each byte: printable ones of Latin-1 stand for themselves, the others
+for U+0100 and on, in order (``bytes_to_unicode`` of OpenAI's gpt-2/src/encoder.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2 import tokenizer
+
+_END = "<|endoftext|>"
+
+
+def write_tokenizer(directory: Path, sequence_length: int) -> None:
+    """Write ``tokenizer.json``, ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``."""
+    ranks = {tokenizer.gpt2().decode_single_token_bytes(rank): rank for rank in range(tokenizer.END_OF_TEXT)}
+    spelled = _spelling()
+    vocabulary = {"".join(spelled[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = [" ".join("".join(spelled[byte] for byte in part) for part in pair) for pair in _merges(ranks)]
+    vocabulary[_END] = tokenizer.END_OF_TEXT
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": sequence_length,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": _END,
+        "eos_token": _END,
+        "unk_token": _END,
+    }
+    _write(directory / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    _write(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    _write(directory / "tokenizer.json", json.dumps(_fast(vocabulary, merges), ensure_ascii=False))
+    _write(directory / "tokenizer_config.json", json.dumps(config, indent=2))
+
+
+def _fast(vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
+    """The content of ``tokenizer.json`` (the tokenizers library's format 1.0)."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": tokenizer.END_OF_TEXT, "content": _END, "special": True, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+
+
+def _spelling() -> list[str]:
+    """The character for each byte."""
+    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(0x100 + number) for number in range(256))
+    return [chr(byte) if byte in itself else next(others) for byte in range(256)]
+
+
+def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two tokens of which each longer one is made, in the order in which they were learned."""
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            yield _halves(token, rank, ranks)
+
+
+def _halves(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """What is left of ``token`` when all merges learned before it are made."""
+    parts = [token[place : place + 1] for place in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+        first = min(range(len(pairs)), key=pairs.__getitem__)
+        assert pairs[first] < rank, "a token is learned from two that were there before"
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,200 @@
+"""Our models in Hugging Face's layout: transformers finds the same numbers, and what is not ours is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ds_gpt2 import tokenizer
+from ds_gpt2.errors import UserError
+from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+from ds_gpt2.pretrained import file, huggingface
+from ds_gpt2.pretrained.opening import as_model, read, weights_for
+from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; of the extra dev")
+
+SHAPE = ModelShape(layers=2, heads=4, width=32, sequence_length=96)
+TEXT = "The statement's 3 parts:\n\n  if x == 1:\n\treturn 'é' \u2013 naïve 日本 👍  \n\nDon't  they've   I'll"
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    torch.manual_seed(3)
+    made = GPT2(SHAPE)
+    with torch.no_grad():  # biases and norms away from 0 and 1, where exchanged ones would not be noticed
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def weights_of(model: GPT2) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def directory(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("exported")
+    config = huggingface.config_of(SHAPE, 0.1, "float32")
+    (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    huggingface.write_weights(weights_of(model), made / "model.safetensors", torch.float32)
+    write_tokenizer(made, SHAPE.sequence_length)
+    return made
+
+
+def test_names_and_shapes_are_those_of_transformers_own_model(directory: Path) -> None:
+    """What converters such as llama.cpp's look for."""
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(directory)).state_dict()
+    del theirs["lm_head.weight"]  # tied
+    written = load_file(directory / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
+
+
+def test_transformers_computes_the_same(model: GPT2, directory: Path) -> None:
+    loaded, unused = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(unused.values())
+    assert loaded.config.resid_pdrop == 0.1 and loaded.dtype == torch.float32
+    tokens = torch.tensor([tokenizer.gpt2().encode_ordinary(TEXT * 4)[: SHAPE.sequence_length]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model.logits(tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_the_tokenizer_is_gpt2s(directory: Path, tmp_path: Path, files: list[str]) -> None:
+    for name in [*files, "tokenizer_config.json", "config.json"]:
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXT)["input_ids"] == tokenizer.gpt2().encode_ordinary(TEXT)
+    assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
+    assert theirs("a<|endoftext|>")["input_ids"] == [64, tokenizer.END_OF_TEXT]
+    assert (theirs.eos_token_id, theirs.model_max_length) == (tokenizer.END_OF_TEXT, SHAPE.sequence_length)
+
+
+def test_what_is_written_is_read_back_exactly(model: GPT2, directory: Path, tmp_path: Path) -> None:
+    file.write(weights_of(model), SHAPE, {"step": 7}, tmp_path / "model.pt")
+    for path in (directory, tmp_path / "model.pt"):
+        found = read(path)
+        assert found.shape == SHAPE
+        for name, parameter in as_model(found.shape, found.weights).named_parameters():
+            rows = VOCABULARY if name == "wte.weight" else len(parameter)
+            assert torch.equal(parameter[:rows], model.get_parameter(name)[:rows]), name
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["model"].keys() == dict(model.named_parameters()).keys()
+
+
+def test_what_transformers_has_saved_can_be_begun_from(model: GPT2, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=96)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    found = read(tmp_path)
+    tokens = torch.randint(0, VOCABULARY, (2, 50))
+    with torch.no_grad():
+        ours = as_model(found.shape, found.weights).logits(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_names_without_prefix_and_masks_are_read_too(directory: Path, tmp_path: Path) -> None:
+    """The files of openai-community/gpt2 on the hub."""
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    old = {name.removeprefix("transformer."): each for name, each in load_file(directory / "model.safetensors").items()}
+    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 96, 96) for layer in range(2)}
+    save_file(old, tmp_path / "model.safetensors")
+    expected = read(directory).weights
+    assert all(torch.equal(each, expected[name]) for name, each in read(tmp_path).weights.items())
+
+
+def test_a_shorter_context_takes_the_first_positions(directory: Path) -> None:
+    weights = weights_for(ModelShape(2, 4, 32, 10), directory)
+    assert torch.equal(weights["wpe.weight"], read(directory).weights["wpe.weight"][:10])
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (ModelShape(3, 4, 32, 96), r"has layers 2, not 3: set model\.layers=2"),
+        (ModelShape(2, 2, 32, 96), "has heads 4, not 2"),
+        (ModelShape(2, 4, 64, 96), "has width 32, not 64"),
+        (ModelShape(2, 4, 32, 97), r"knows 96 positions, batch\.sequence_length is 97: set it to 96"),
+    ],
+)
+def test_another_shape_is_refused(directory: Path, shape: ModelShape, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        weights_for(shape, directory)
+
+
+def _changed(**values: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def _cut(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickled(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save({"wte.weight": torch.zeros(3)}, directory / "pytorch_model.bin")
+
+
+def _without_a_tensor(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_changed(vocab_size=50_258), "a vocabulary of 50,258 tokens; GPT-2's has 50,257"),
+        (_changed(model_type="llama"), "is of another model: model_type"),
+        (_changed(activation_function="relu"), "is of another model: activation_function"),
+        (_changed(n_inner=77), "n_inner 77"),
+        (_changed(n_layer=3), r"has no h\.2\."),
+        (_changed(n_positions=95), r"wpe\.weight is \(96, 32\); of the model that it is said to be, \(95, 32\)"),
+        (_cut, r"model\.safetensors cannot be read"),
+        (_pickled, r"no model\.safetensors \(there are pytorch_model\.bin\): save it again as one safetensors"),
+        (_without_a_tensor, r"has no h\.1\.mlp\.c_fc\.bias"),
+        (lambda directory: (directory / "config.json").write_text("{"), r"config\.json cannot be read"),
+    ],
+)
+def test_what_is_not_ours_or_damaged_is_one_line(
+    directory: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=said) as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm was done"),)
+
+
+@pytest.mark.parametrize("content", [{"model": Harmful()}, {"wte.weight": torch.zeros(2)}, b"no file of torch"])
+def test_a_strangers_file_is_refused_and_nothing_in_it_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("model.pt").write_bytes(content)
+    else:
+        torch.save(content, "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt is not a file that `export --format fp32` has written") as raised:
+        read(Path("model.pt"))
+    assert "\n" not in str(raised.value)
+    assert not Path("harm was done").exists()
