@@ -309,7 +309,7 @@ def _open_dashboard(
         "parameters": count_parameters(engine.model),
         "world_size": plan.world_size,
         "data": settings.data.dir.name,
-        **_flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
+        **config.flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
     open_dashboard(monitor, config.dump_settings(settings), hyper_parameters, compare)
@@ -351,15 +351,8 @@ def _identity(settings: Settings, dataset: Dataset) -> dict[str, Any]:
 
 def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
     """The settings that differ from those a checkpoint was saved under, as ``name old -> new``."""
-    old, new = _flat(before), _flat(settings.model_dump(mode="json"))
+    old, new = config.flat(before), config.flat(settings.model_dump(mode="json"))
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> None:

@@ -282,6 +282,14 @@ _PATH_KEYS = (
 )
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def load_settings(
     path: Path, overrides: Mapping[str, str] | None = None, *, project_dir: Path = PROJECT_DIR, cwd: Path | None = None
 ) -> Settings:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     prices = _prices(options)
     seconds = None if options.since is None else parse_span(options.since)
     directories = [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
-    runs = [_load(directory) for directory in directories]
+    runs = [load(directory) for directory in directories]
     now = time.time()
     summaries = [summarize(each, now, prices, seconds) for each in runs]
     if prices.per_kwh is not None:
@@ -60,7 +60,11 @@ def run(options: argparse.Namespace) -> int:
     return outcome.DONE
 
 
-def _load(directory: Path) -> Run:
+def load(directory: Path) -> Run:
+    """
+    Raises:
+        UserError: a file of the run cannot be read.
+    """
     try:
         return load_run(directory)
     except OSError as error:

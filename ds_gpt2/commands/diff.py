@@ -1,0 +1,72 @@
+"""``diff``: what two runs were set to, and what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ds_gpt2 import outcome
+from ds_gpt2.commands.report import load
+from ds_gpt2.commands.runs import find_run
+from ds_gpt2.report.difference import Pair, ends, losses_at_equal_tokens, settings_that_differ
+from ds_gpt2.wording import tokens
+
+_WIDEST = 40  # characters of a setting's value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="RUN_A", help="a run's name or directory")
+    parser.add_argument("b", metavar="RUN_B", help="the one that is compared with it")
+    parser.add_argument("--json", action="store_true", help="for programs to read")
+
+
+def run(options: argparse.Namespace) -> int:
+    a, b = (load(find_run(name)) for name in (options.a, options.b))
+    settings = settings_that_differ(a.settings, b.settings)
+    losses, reached = losses_at_equal_tokens(a, b), ends(a, b)
+    if options.json:
+        content = {
+            "runs": [a.name, b.name],
+            "settings": {name: list(values) for name, values in settings.items()},
+            "losses": [asdict(each) for each in losses],
+            "ends": {name: asdict(pair) for name, pair in reached.items()},
+        }
+        print(json.dumps(content, indent=1))
+        return outcome.DONE
+    names = [a.name, b.name]
+    if settings:
+        rows = [[name, *(_short(value) for value in values)] for name, values in settings.items()]
+        _print("settings that differ", ["", *names], rows)
+    else:
+        print("all settings are the same\n")
+    if losses:
+        head = ["tokens", *(f"{kind} {name}" for kind in ("train", "val") for name in (*names, "difference"))]
+        rows = [[tokens(each.tokens), *_cells(each.training), *_cells(each.validation)] for each in losses]
+        _print("losses at equal tokens", head, rows)
+    _print("the newest", ["", *names, "difference"], [[name, *_cells(pair)] for name, pair in reached.items()])
+    return outcome.DONE
+
+
+def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    print(title)
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  " + "  ".join(cells).rstrip())
+    print()
+
+
+def _cells(pair: Pair) -> list[str]:
+    whole = any(value is not None and (abs(value) >= 1000 or value.is_integer()) for value in (pair.a, pair.b))
+    digits = ",.0f" if whole else ".4f"
+    numbers = [(pair.a, digits), (pair.b, digits), (pair.difference, f"+{digits}")]
+    return ["-" if value is None else format(value, form) for value, form in numbers]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."

@@ -1,0 +1,80 @@
+"""``diff``: two runs whose files are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_gpt2 import outcome
+from ds_gpt2.cli import main
+
+Made = Callable[..., str]
+
+
+@pytest.fixture
+def make(tmp_path: Path, write_config: Callable[..., Path]) -> Made:
+    """A run's directory, with a loss of 10 - log10(tokens) + ``above`` at every step and a validation each tenth."""
+
+    def made(name: str, steps: int, tokens_per_step: int, above: float, **sections: Any) -> str:
+        batch = {"tokens_per_step": tokens_per_step, "micro_batch": 1, "sequence_length": 64}
+        config = write_config(tmp_path / name, batch=batch, run={"name": name, "dir": str(tmp_path)}, **sections)
+        run_dir = tmp_path / "runs" / name
+        run_dir.mkdir(parents=True)
+        shutil.copy(config, run_dir / "config.yaml")
+        with (run_dir / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            for step in range(1, steps + 1):
+                loss = 10 - math.log10(step * tokens_per_step) + above
+                record = {"step": step, "time": float(step), "train/loss": loss, "perf/tokens_per_s": 5000.0}
+                record |= {"val/loss": loss + 1} if step % 10 == 0 else {}
+                file.write(json.dumps(record) + "\n")
+        return str(run_dir)
+
+    return made
+
+
+def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second takes twice the tokens a step, and is 0.25 above the first at the same tokens."""
+    one, other = make("one", 400, 640, 0.0), make("other", 400, 1280, 0.25)
+    assert main(["diff", one, other, "--json"]) == outcome.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"] == ["one", "other"]
+    assert found["settings"] == {"batch.tokens_per_step": [640, 1280]}
+    assert [each["tokens"] for each in found["losses"]] == [32_000 * number for number in range(1, 9)]
+    for each in found["losses"]:
+        assert each["validation"]["b"] - each["validation"]["a"] == pytest.approx(0.25, abs=0.02)
+        assert each["validation"]["a"] == pytest.approx(11 - math.log10(each["tokens"]), abs=0.02)
+    last = found["losses"][-1]
+    assert last["training"]["b"] - last["training"]["a"] == pytest.approx(0.25, abs=0.05)
+    assert found["ends"]["steps"] == {"a": 400, "b": 400}
+    assert found["ends"]["val/loss, lowest"]["b"] == pytest.approx(11.25 - math.log10(512_000))
+
+
+def test_a_person_reads_a_table(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = {"steps": 400, "warmup_steps": 3, "max_lr": 1e-3, "min_lr": 1e-4}
+    one, other = make("one", 400, 640, 0.0), make("other", 100, 640, -0.5, schedule=schedule)
+    assert main(["diff", one, other]) == outcome.DONE
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "schedule.max_lr 0.003 0.001" in lines
+    assert "tokens train one train other train difference val one val other val difference" in lines
+    (row,) = [line.split() for line in lines if line.startswith("64,000")]
+    assert row[-3:] == [f"{11 - math.log10(64_000):.4f}", f"{10.5 - math.log10(64_000):.4f}", "-0.5000"]
+    assert "steps 400 100 -300" in lines
+    assert "perf/tokens_per_s 5,000 5,000 +0" in lines
+
+
+def test_the_same_settings_are_said_to_be(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["diff", make("one", 5, 640, 0.0), make("other", 0, 640, 0.0)])
+    said = capsys.readouterr().out
+    assert said.startswith("all settings are the same\n")
+    assert "losses at equal tokens" not in said, "the second has none yet"
+
+
+def test_a_run_that_is_not_there(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", make("one", 5, 640, 0.0), "nobody"]) == outcome.MISTAKE
+    assert "no run nobody" in capsys.readouterr().err
