@@ -1,7 +1,7 @@
 """Are our answers to HellaSwag, on text that is ``cleaned``, those of lm-evaluation-harness? Item by item, offline.
 
-One model with random weights answers twice: here, and as a transformers GPT-2 under the harness's own task and
-scoring. The harness is no dependency of this project: install "lm_eval[hf]==0.4.13" into an environment, or with
+One model with random weights answers twice: here, and exported, as a transformers GPT-2 under the harness's own task
+and scoring. The harness is no dependency of this project: install "lm_eval[hf]==0.4.13" into an environment, or with
 ``pip install --target DIR`` into a directory for PYTHONPATH, of its own.
 
     python benchmarks/hellaswag_harness.py --file data/hellaswag/hellaswag_val.jsonl --out FILE
@@ -26,17 +26,17 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2 import tokenizer
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.hellaswag import MEASURES, Scores, score
-from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.pretrained import huggingface
+from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 SHAPE = ModelShape(layers=2, heads=2, width=64, sequence_length=256)
 GAIN = 5.0  # on weights that are as at the start of training: the model shall have opinions
 THEIRS = {"acc": "acc", "acc_norm": "acc_norm_chars", "acc_bytes": "acc_norm_bytes"}  # their names for our measures
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps these as (in, out)
 
 
 def main() -> None:
@@ -87,42 +87,19 @@ def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
         "metric_list": [{"metric": measure} for measure in THEIRS],
     }
     task.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    lm = HFLM(pretrained=_as_transformers(model), tokenizer=_tokenizer(), backend="causal", device="cpu", batch_size=8)
+    lm = HFLM(pretrained=_exported(model, folder / "exported"), backend="causal", device="cpu", batch_size=8)
     results = lm_eval.simple_evaluate(lm, tasks=[str(task)], bootstrap_iters=0)
     return sorted(results["samples"]["hellaswag"], key=lambda sample: int(sample["doc_id"]))
 
 
-def _as_transformers(model: GPT2) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = model.shape
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=shape.sequence_length,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-    )
-    weights = {
-        f"transformer.{name}": weight.t() if name.endswith(TRANSPOSED) else weight
-        for name, weight in model.state_dict().items()
-    }
-    weights["transformer.wte.weight"] = weights["lm_head.weight"] = weights["transformer.wte.weight"][:VOCABULARY]
-    twin = GPT2LMHeadModel(config).eval()
-    twin.load_state_dict(weights)
-    return twin
-
-
-def _tokenizer() -> Any:
-    """GPT-2's tokenizer out of this project's vocabulary, in Hugging Face's implementation."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    end = "<|endoftext|>"
-    converted = TikTokenConverter(
-        str(tokenizer.RANKS), pattern=tokenizer._SPLIT, extra_special_tokens=[end]
-    ).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=converted, eos_token=end, bos_token=end, pad_token=end)
+def _exported(model: GPT2, directory: Path) -> str:
+    """A directory as ``export`` writes it: model and tokenizer."""
+    directory.mkdir()
+    config = huggingface.config_of(model.shape, 0.0, "float32")
+    (directory / huggingface.CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    huggingface.write_weights(dict(model.state_dict()), directory / huggingface.WEIGHTS, torch.float32)
+    write_tokenizer(directory, model.shape.sequence_length)
+    return str(directory)
 
 
 def _compare(ours: Scores, theirs: list[dict[str, Any]]) -> dict[str, Any]:

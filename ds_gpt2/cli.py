@@ -48,6 +48,7 @@ _VERBS = {
     "backup": _Verb("a verified copy of a checkpoint in another place", "backup"),
     "export": _Verb("a run's model for transformers, or for plain PyTorch", "export"),
     "generate": _Verb("text from a model: of a run, or exported", "generate"),
+    "eval": _Verb("how good models are: loss on held-out text, HellaSwag, one table", "eval"),
     "diff": _Verb("two runs side by side: settings, losses at equal tokens, what each came to", "diff"),
     "notes": _Verb("write down, or read, what you think of a run", "notes"),
     "report": _Verb("how a run went so far, as one HTML file for any browser", "report"),

@@ -14,9 +14,10 @@ from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.console import StepLines
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.engine import Engine, Update
+from ds_gpt2.evaluation import perplexity
 from ds_gpt2.guard import Guard
 from ds_gpt2.heartbeat import Heartbeat
-from ds_gpt2.hooks import Hook, perplexity
+from ds_gpt2.hooks import Hook
 from ds_gpt2.meter import Meter
 from ds_gpt2.monitor import Monitor, Seen
 from ds_gpt2.schedule import Every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 MISSING = "–"  # noqa: RUF001  # an en dash, where nothing is known
@@ -25,6 +26,14 @@ def clock(time: float) -> str:
 def zone(time: float) -> str:
     """This machine's time zone then, as ``UTC+0100``."""
     return datetime.fromtimestamp(time).astimezone().strftime("UTC%z")
+
+
+def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Columns under each other: the first to the left, numbers and the rest to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        indent + "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines
+    )
 
 
 def size(count: int) -> str:

@@ -12,7 +12,7 @@ from ds_gpt2 import outcome
 from ds_gpt2.commands.report import load
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.report.difference import Pair, ends, losses_at_equal_tokens, settings_that_differ
-from ds_gpt2.wording import tokens
+from ds_gpt2.wording import table, tokens
 
 _WIDEST = 40  # characters of a setting's value
 
@@ -51,13 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    print(title)
-    for row in table:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  " + "  ".join(cells).rstrip())
-    print()
+    print(f"{title}\n{table([head, *rows], indent='  ')}\n")
 
 
 def _cells(pair: Pair) -> list[str]:

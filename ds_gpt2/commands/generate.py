@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from ds_gpt2 import device, outcome
+from ds_gpt2.commands.arguments import positive
 from ds_gpt2.commands.models import open_model
 from ds_gpt2.errors import UserError
 from ds_gpt2.generate import Sampling, derived_seed, stream
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", metavar="TEXT", help="what to go on from; - reads it (default: nothing)")
     what.add_argument("--interactive", action="store_true", help="prompt after prompt, from the keyboard")
-    parser.add_argument("--tokens", type=_count, default=200, metavar="N", help="at most (default: 200)")
-    parser.add_argument("--samples", type=_count, default=1, metavar="N", help="continuations of each prompt")
+    parser.add_argument("--tokens", type=positive, default=200, metavar="N", help="at most (default: 200)")
+    parser.add_argument("--samples", type=positive, default=1, metavar="N", help="continuations of each prompt")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=None, metavar="K", help="of the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of those that have this share only")
@@ -83,13 +84,6 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
         if not sys.stdin.isatty():
             raise
     print(characters.decode(b"", final=True), flush=True)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
-    return number
 
 
 def _seed(text: str) -> int:

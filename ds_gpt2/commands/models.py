@@ -70,6 +70,8 @@ def find_checkpoint(name: str | None, tag: str | None) -> Generation:
         UserError: there is no such checkpoint.
     """
     if name is not None and (Path(name) / MANIFEST).is_file():
+        if tag is not None:
+            raise UserError(f"--tag {tag}: {name} is one checkpoint already")
         return open_generation(Path(name))
     place = find_place(name)
     history = [found for found in place.found if found.role != "superseded"]

@@ -5,6 +5,6 @@ from ds_gpt2.hooks.hellaswag import HellaSwag, open_hellaswag
 from ds_gpt2.hooks.histograms import Histograms
 from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.hooks.samples import Samples
-from ds_gpt2.hooks.validation import Validation, perplexity
+from ds_gpt2.hooks.validation import Validation
 
-__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Samples", "Validation", "open_hellaswag", "perplexity"]
+__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Samples", "Validation", "open_hellaswag"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import numpy as np
 import torch
@@ -13,17 +12,13 @@ from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import on_device, with_targets
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
+from ds_gpt2.evaluation import count_windows, perplexity
 from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
 
 log = logging.getLogger(__name__)
-
-
-def perplexity(loss: float) -> float:
-    """The number of equally likely tokens that a loss in nats amounts to; inf where that is no float."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 class Validation(Hook):
@@ -41,7 +36,7 @@ class Validation(Hook):
         """
         self.every = Every(settings.every)
         self._windows = windows
-        count = max(1, min(settings.tokens // windows.sequence_length, len(windows)))
+        count = count_windows(windows, settings.tokens)
         self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
         self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
 
