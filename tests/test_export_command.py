@@ -17,6 +17,7 @@ import torch
 from launched import PROJECT, Launched, launch
 
 from ds_gpt2 import outcome, tokenizer
+from ds_gpt2.checkpoint import weights
 from ds_gpt2.checkpoint.weights import fp32_weights
 from ds_gpt2.cli import main
 from ds_gpt2.commands import export, models
@@ -226,6 +227,31 @@ def test_a_damaged_checkpoint_is_named_and_not_exported(
     said = _refused(capsys, "export", damaged, "--out", tmp_path / "out")
     assert f"{damaged} is damaged ({file.name}" in said and "--tag" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_two_checkpoints_are_never_mixed(
+    exported: Exported, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A training run puts a new best in the place of the one that is being read: then it is read again."""
+    best = Path(shutil.copytree(exported[0] / "checkpoints" / "test" / "best_model", tmp_path / "copy" / "best_model"))
+    newer = Path(shutil.copytree(exported[0] / "checkpoints" / "test" / TAG, tmp_path / "newer"))
+    read, replaced = weights.fp32_weights, []
+
+    def replacing(path: Path) -> dict[str, torch.Tensor]:
+        found = read(path)
+        if len(replaced) < often:
+            replaced.append(best.rename(tmp_path / f"old_{often}_{len(replaced)}"))
+            shutil.copytree(newer, best)
+        return found
+
+    monkeypatch.setattr(weights, "fp32_weights", replacing)
+    often = 1
+    opened = models.open_model(str(best), None)
+    assert opened.manifest is not None and opened.manifest.step == 12 and len(replaced) == 1
+    assert all(torch.equal(opened.weights[name], each) for name, each in read(newer).items())
+    replaced.clear()
+    often = 99
+    assert "was replaced again and again" in _refused(capsys, "generate", best)
 
 
 def test_a_checkpoint_being_written_is_none(

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation
-from ds_gpt2.checkpoint.inspection import examine, hashing
+from ds_gpt2.checkpoint.inspection import examine, hashing, mark
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.commands.checkpoints import find_place
@@ -19,6 +19,7 @@ from ds_gpt2.pretrained import opening
 from ds_gpt2.wording import size
 
 _WEIGHT_BYTES = 5  # one copy, and what is looked at of one rank's file
+_TRIES = 3  # a run may put a new best in the place of the one that is read: its files must not be mixed
 _SPARE_BYTES = 300_000_000  # what a process holds beside the weights
 
 
@@ -49,19 +50,31 @@ def open_model(name: str | None, tag: str | None) -> Opened:
             raise UserError(f"--tag {tag}: {name} is one model and has no checkpoints")
         found = opening.read(Path(name))
         return Opened(name, found.shape, found.weights, Path(name), None)
-    generation = find_checkpoint(name, tag)
-    verdict = _verified(generation)
-    assert verdict.manifest is not None
-    shape = shape_of(verdict.manifest)
+    path = find_checkpoint(name, tag).path
+    for _ in range(_TRIES):
+        before = mark(path)
+        try:
+            opened = _open_checkpoint(path)
+        except UserError:
+            if mark(path) == before:
+                raise
+            continue
+        if mark(path) == before:
+            return opened
+    raise UserError(f"{path} was replaced again and again while it was read: choose another with --tag")
+
+
+def _open_checkpoint(path: Path) -> Opened:
+    manifest = _verified(path)
+    shape = shape_of(manifest)
     check_memory(shape)
     try:
         from ds_gpt2.checkpoint.weights import fp32_weights  # imports DeepSpeed
 
-        weights = fp32_weights(verdict.path)
+        weights = fp32_weights(path)
     except (DamagedError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{verdict.path} cannot be read: {' '.join(str(error).split())[:300]}") from None
-    title = f"{verdict.path.parent.name}, step {verdict.step:,} ({verdict.tag})"
-    return Opened(title, shape, weights, verdict.path, verdict.manifest)
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    return Opened(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
 
 
 def find_checkpoint(name: str | None, tag: str | None) -> Generation:
@@ -110,13 +123,12 @@ def count_parameters(shape: ModelShape) -> int:
     return sum(int(torch.Size(each).numel()) for each in shapes_of(shape).values())
 
 
-def _verified(generation: Generation) -> Generation:
+def _verified(path: Path) -> Manifest:
+    generation = open_generation(path)
     with hashing([generation]) as hashes:
-        verdict = examine(generation.path, [hashes.problem_of])
+        verdict = examine(path, [hashes.problem_of])
     if verdict is None:
-        raise UserError(
-            f"{generation.path} was deleted while it was looked at: try again, or choose another with --tag"
-        )
-    if verdict.problem is not None:
-        raise UserError(f"{generation.path} is damaged ({verdict.problem}): choose another with --tag, see `list`")
-    return verdict.generation
+        raise UserError(f"{path} was deleted while it was looked at: try again, or choose with --tag")
+    if verdict.problem is not None or verdict.generation.manifest is None:
+        raise UserError(f"{path} is damaged ({verdict.problem}): choose another with --tag, see `list`")
+    return verdict.generation.manifest
