@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ds_gpt2 import tokenizer
 from ds_gpt2.data import prepare as preparing
 from ds_gpt2.data.dataset import INDEX, open_dataset
-from ds_gpt2.data.encoder import Encoder
+from ds_gpt2.data.encoder import Encoder, _Worker
 from ds_gpt2.data.holdout import EveryPiece, FirstTokens
 from ds_gpt2.data.pieces import cut
 from ds_gpt2.data.prepare import UNFINISHED, Recipe, prepare
@@ -266,6 +266,23 @@ def test_killed_again_and_again_it_comes_to_the_same_bytes(tmp_path: Path, text:
     assert ends == [-signal.SIGKILL, 2, -signal.SIGKILL, -signal.SIGKILL, 0]
     assert content_of(tmp_path / "killed") == content_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_worker_that_is_killed_while_it_writes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves half of a message, and another worker, of whose pipes it must be no part."""
+    killed, other = _Worker(), _Worker()
+    try:
+        killed._pipe.send(["word " * 1_000_000])  # more tokens than a pipe holds
+        assert killed._pipe.poll(60)
+        killed.kill()
+        monkeypatch.setattr(type(killed._pipe), "send", lambda pipe, texts: None)
+        with pytest.raises(UserError, match="a worker was killed"):
+            killed.encode([])
+    finally:
+        monkeypatch.undo()
+        other.kill()
+    with pytest.raises(UserError, match="a worker was killed"):
+        other.encode(["text"])
 
 
 def _after_a_while(
