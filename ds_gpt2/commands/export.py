@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ds_gpt2 import device, machine, outcome
 from ds_gpt2.checkpoint.manifest import Manifest
@@ -87,8 +88,9 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
             out.rename(replaced)
         unfinished.rename(out)
         machine.sync_directory(out.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch.save makes of a full disk
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"cannot write {out}: {reason}") from None
     finally:
         if os.path.lexists(replaced) and not os.path.lexists(out):
             replaced.rename(out)
