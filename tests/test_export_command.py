@@ -203,6 +203,18 @@ def test_a_failure_leaves_nothing_and_what_was_there(
     assert (out / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["hf", "fp32"])
+def test_a_file_that_cannot_grow_is_one_line(exported: Exported, tmp_path: Path, kind: str) -> None:
+    """A limit on file size stands for a disk that fills up on the way."""
+    program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({3_000_000}, {3_000_000}))"
+    program += "; import sys; sys.path.insert(0, sys.argv.pop(1)); from ds_gpt2.cli import main; sys.exit(main())"
+    words = ["export", str(exported[0] / "runs" / "test"), "--format", kind, "--out", str(tmp_path / "out")]
+    ran = subprocess.run([sys.executable, "-c", program, str(PROJECT), *words], capture_output=True, text=True)
+    assert ran.returncode == outcome.MISTAKE and ran.stderr.startswith("error: ")
+    assert "could not be written whole (is the disk full?)" in ran.stderr and ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_disk_or_memory_is_said_before_anything_is_written(
     exported: Exported, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -88,9 +88,11 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
             out.rename(replaced)
         unfinished.rename(out)
         machine.sync_directory(out.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch.save makes of a full disk
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"cannot write {out}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save make of one
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{out} could not be written whole (is the disk full?): {reason}") from None
     finally:
         if os.path.lexists(replaced) and not os.path.lexists(out):
             replaced.rename(out)
