@@ -153,7 +153,7 @@ def test_what_was_right_before_is_nobodys_mistake(configure: Configure, dataset_
     data, away = Path(shutil.copytree(dataset_dir, tmp_path / "data")), tmp_path / "elsewhere"
     patient = {"restarts": 30, "backoff_seconds": 1}
     settings = configure("away", data={"dir": str(data)}, supervisor=patient, validation={"every": 0})
-    process = _supervisor(settings, [Fault("crash", step=20, rank=1, once=str(tmp_path / "crashed"))])
+    process = _supervisor(settings, [Fault("crash", step=23, rank=1, once=str(tmp_path / "crashed"))])
     try:
         _until(lambda: "save" in _told(settings))
         data.rename(away)  # what is open stays readable

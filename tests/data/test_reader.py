@@ -141,4 +141,4 @@ def test_no_more_files_are_open_than_may_be(shards: list[Path], monkeypatch: pyt
         _read(reader, number, 0)
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     del reader
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
