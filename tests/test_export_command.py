@@ -18,11 +18,14 @@ from launched import PROJECT, Launched, launch
 
 from ds_gpt2 import outcome, tokenizer
 from ds_gpt2.checkpoint import weights
+from ds_gpt2.checkpoint.manifest import FileEntry, encode
+from ds_gpt2.checkpoint.manifest import read as read_manifest
 from ds_gpt2.checkpoint.weights import fp32_weights
 from ds_gpt2.cli import main
 from ds_gpt2.commands import export, models
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.data.shards import sha256
 from ds_gpt2.generate import Sampling, generate
 from ds_gpt2.hellaswag import score, score_one
 from ds_gpt2.metrics import METRICS, read_metrics
@@ -264,6 +267,30 @@ def test_files_of_two_checkpoints_are_never_mixed(
     replaced.clear()
     often = 99
     assert "was replaced again and again" in _refused(capsys, "generate", best)
+
+
+def test_a_forged_checkpoint_is_one_line_and_nothing_in_it_is_run(
+    exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its hashes are right: whoever forges a file can write a manifest, too."""
+    forged = Path(shutil.copytree(exported[0] / "checkpoints" / "test" / TAG, tmp_path / "copy" / TAG))
+    file = next(forged.glob("bf16_zero_pp_rank_0*"))
+    torch.save({"optimizer_state_dict": Harmful(tmp_path / "harm was done")}, file)
+    entry = FileEntry(bytes=file.stat().st_size, sha256=sha256(file))
+    honest = read_manifest(exported[0] / "checkpoints" / "test" / TAG)
+    (forged / "manifest.json").write_bytes(
+        encode(honest.model_copy(update={"files": honest.files | {file.name: entry}}))
+    )
+    assert f"{forged} cannot be read: " in _refused(capsys, "export", forged, "--out", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_a_checkpoint_being_written_is_none(

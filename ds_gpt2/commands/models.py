@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ds_gpt2.commands.checkpoints import find_place
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import ModelShape
 from ds_gpt2.pretrained import opening
+from ds_gpt2.pretrained.huggingface import shapes_of
 from ds_gpt2.wording import size
 
 _WEIGHT_BYTES = 5  # one copy, and what is looked at of one rank's file
@@ -72,7 +74,7 @@ def _open_checkpoint(path: Path) -> Opened:
         from ds_gpt2.checkpoint.weights import fp32_weights  # imports DeepSpeed
 
         weights = fp32_weights(path)
-    except (DamagedError, OSError, RuntimeError, ValueError) as error:
+    except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
     return Opened(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
 
@@ -101,7 +103,7 @@ def shape_of(manifest: Manifest) -> ModelShape:
     try:
         layers, heads, width = (int(manifest.identity[f"model.{name}"]) for name in ("layers", "heads", "width"))
         return ModelShape(layers, heads, width, int(manifest.identity["batch.sequence_length"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint's manifest does not tell the model's shape: {error!r}") from None
 
 
@@ -118,8 +120,6 @@ def check_memory(shape: ModelShape) -> None:
 
 def count_parameters(shape: ModelShape) -> int:
     """Without the padding of the vocabulary."""
-    from ds_gpt2.pretrained.huggingface import shapes_of
-
     return sum(int(torch.Size(each).numel()) for each in shapes_of(shape).values())
 
 
