@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="of a block; long enough for a save to end within it")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -50,7 +51,7 @@ def main() -> None:
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
     folder = dist.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
-    trainer = Trainer(settings_of(options.data, options.preset), place)
+    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation), place)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if dist.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}

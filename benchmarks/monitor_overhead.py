@@ -45,7 +45,7 @@ class Silent:
     def flush(self, durable: bool = False) -> None: ...
     def write(self, step: int, seen: object) -> None: ...
     def show(self, step: int, seen: object, eta: float) -> None: ...
-    def save(self, state: object, epoch: float) -> None: ...
+    def save(self, state: object, epoch: float, roles: object = ()) -> None: ...
 
     def waiting_for(self, items: Iterable[T]) -> Iterable[T]:
         return items
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--occasions", type=int, default=5)
@@ -101,7 +102,7 @@ def main() -> None:
     places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
     if options.hellaswag:
         places["hellaswag.path"] = str(options.hellaswag.absolute())
-    trainer = Trainer(settings_of(options.data, options.preset, **places), place)
+    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation, **places), place)
     trainer.steps(4)
     result = _scalars(trainer, options.rounds, options.steps)
     result["occasions"] = _occasions(trainer, options.occasions, bool(options.hellaswag), result["step_ms"])

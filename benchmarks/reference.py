@@ -28,7 +28,7 @@ if not __package__:
 
 from ds_gpt2 import dist
 from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import load_settings
+from ds_gpt2.config import Settings, load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.model import GPT2, ModelShape, parameter_groups
@@ -47,48 +47,72 @@ class PlainLoss(nn.Module):
         return F.cross_entropy(self.model.logits(tokens).float().flatten(0, 1), targets.flatten())
 
 
+class Reference:
+    """The loop, a step at a time; ``compiled`` has torch.compile take the whole model, loss and all."""
+
+    def __init__(self, settings: Settings, place: torch.device, compiled: bool = False) -> None:
+        batch = settings.batch
+        self.settings = settings
+        self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
+        self.place = place
+        seed_everything(settings.run.seed)
+        shape = ModelShape(*settings.model.shape, batch.sequence_length)
+        self.model = GPT2(shape, settings.model.dropout).to(place)
+        net: nn.Module = PlainLoss(self.model)
+        if compiled:
+            net.compile()
+        self.net = net
+        self.parallel = DistributedDataParallel(net) if dist.world_size() > 1 else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, settings.optimizer.weight_decay),
+            betas=settings.optimizer.betas,
+            eps=settings.optimizer.eps,
+            fused=True,
+        )
+
+    def step(self, step: int) -> float:
+        """Train step ``step`` (1-based); its loss, the mean over ranks."""
+        settings, accumulation = self.settings, self.plan.accumulation
+        total = torch.zeros((), device=self.place)
+        for number, (tokens, targets) in enumerate(self.data.micro_batches(step), start=1):
+            quiet: AbstractContextManager[None] = nullcontext()
+            if self.parallel is not None and number < accumulation:
+                quiet = self.parallel.no_sync()
+            with quiet:
+                with torch.autocast(self.place.type, torch.bfloat16):
+                    loss = (self.parallel or self.net)(tokens, targets)
+                (loss / accumulation).backward()
+            total += loss.detach() / accumulation
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.optimizer.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(settings, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(dist.sum_over_ranks(total)) / dist.world_size()
+
+
+def rate(settings: Settings, step: int) -> float:
+    """The learning rate of ``step``."""
+    schedule = settings.schedule
+    assert schedule.steps is not None
+    return learning_rate(
+        step,
+        steps=schedule.steps,
+        warmup_steps=schedule.warmup_steps,
+        max_lr=schedule.max_lr,
+        min_lr=schedule.min_lr,
+    )
+
+
 def train_reference(config: Path, steps: int, seconds: list[float] | None = None) -> list[float]:
     """Train on the CPU; the mean loss over ranks of every step. ``seconds`` collects how long each step took."""
-    settings = load_settings(config)
-    batch, schedule = settings.batch, settings.schedule
-    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
-    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-    data = TrainingData(windows, plan, dist.rank(), settings.run.seed, torch.device("cpu"))
-    seed_everything(settings.run.seed)
-    model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
-    net: nn.Module = PlainLoss(model)
-    parallel = DistributedDataParallel(net) if dist.world_size() > 1 else None
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.optimizer.weight_decay),
-        betas=settings.optimizer.betas,
-        eps=settings.optimizer.eps,
-        fused=True,
-    )
-    assert schedule.steps is not None
+    reference = Reference(load_settings(config), torch.device("cpu"))
     losses = []
     for step in range(1, steps + 1):
         begun = time.perf_counter()
-        total = torch.zeros(())
-        for number, (tokens, targets) in enumerate(data.micro_batches(step), start=1):
-            last = number == plan.accumulation
-            quiet: AbstractContextManager[None] = parallel.no_sync() if parallel and not last else nullcontext()
-            with quiet:
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = (parallel or net)(tokens, targets)
-                (loss / plan.accumulation).backward()
-            total += loss.detach() / plan.accumulation
-        nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                steps=schedule.steps,
-                warmup_steps=schedule.warmup_steps,
-                max_lr=schedule.max_lr,
-                min_lr=schedule.min_lr,
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(dist.sum_over_ranks(total)) / dist.world_size())
+        losses.append(reference.step(step))
         if seconds is not None:
             seconds.append(time.perf_counter() - begun)
     return losses

@@ -28,6 +28,7 @@ from benchmarks import machine
 from ds_gpt2.config import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.machine import free_port
 
+OURS, COMPILED, PLAIN = "ds_gpt2", "ds_gpt2, compiled", "plain DDP"
 WARM_UP = 5  # steps of each block that are not counted
 RANKS = 4
 
@@ -51,16 +52,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(options.data, Path(folder), options.curve)
-        ours, plain = [], []
+        blocks: dict[str, list[Block]] = {arm: [] for arm in (OURS, COMPILED, PLAIN)}
         for number in range(options.rounds):
             steps = options.curve if number == 0 else options.steps
-            ours.append(_run_ours(settings, f"ours{number}", steps, RANKS))
-            plain.append(_run_plain(settings, steps))
-            print(
-                f"round {number + 1}: {_rate(settings, ours[-1]):,.0f} against {_rate(settings, plain[-1]):,.0f} tok/s"
-            )
+            blocks[OURS].append(_run_ours(settings, f"ours{number}", steps, RANKS))
+            blocks[COMPILED].append(_run_ours(settings, f"compiled{number}", steps, RANKS, "run.compile=true"))
+            blocks[PLAIN].append(_run_plain(settings, steps))
+            rates = ", ".join(f"{arm} {_rate(settings, each[-1]):,.0f}" for arm, each in blocks.items())
+            print(f"round {number + 1}, tokens/s: {rates}", flush=True)
         fewer = _run_ours(settings, "fewer", options.curve, RANKS // 2)
-    result = _summary(settings, ours, plain, fewer)
+    result = _summary(settings, blocks, fewer)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "curves"}, indent=1))
 
@@ -86,11 +87,12 @@ def _settings(data: Path, folder: Path, steps: int) -> Settings:
     )
 
 
-def _run_ours(settings: Settings, name: str, steps: int, ranks: int) -> Block:
+def _run_ours(settings: Settings, name: str, steps: int, ranks: int, *words: str) -> Block:
     config = _write(settings, name)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
     train = [str(PROJECT_DIR / "ds_gpt2" / "train.py"), "--config", str(config), f"schedule.steps={steps}"]
-    command = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *train, f"run.name={name}"]
+    start = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [*start, *train, f"run.name={name}", *words]
     peaks = _run(command, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, "train.py")
     lines = (settings.run.dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -142,22 +144,27 @@ def _rate(settings: Settings, block: Block) -> float:
     return settings.batch.tokens_per_step / statistics.median(block.seconds[WARM_UP:])
 
 
-def _summary(settings: Settings, ours: list[Block], plain: list[Block], fewer: Block) -> dict[str, Any]:
-    ratios = [_rate(settings, one) / _rate(settings, other) for one, other in zip(ours, plain, strict=True)]
-    noise = _differences(ours[0].losses, fewer.losses)
+def _summary(settings: Settings, blocks: dict[str, list[Block]], fewer: Block) -> dict[str, Any]:
+    first = {arm: each[0].losses for arm, each in blocks.items()}
     return {
         "machine": machine.describe(),
         "setting": f"7 M parameters, T={settings.batch.sequence_length}, micro-batch {settings.batch.micro_batch},"
         f" {settings.batch.tokens_per_step} tokens a step, {RANKS} gloo ranks, 1 thread each",
-        "tokens_per_s": {"ds_gpt2": _rates(settings, ours), "plain DDP": _rates(settings, plain)},
-        "ratio": {"median": round(statistics.median(ratios), 3), "rounds": [round(ratio, 3) for ratio in ratios]},
-        "peak_resident_mb_per_rank": {"ds_gpt2": _megabytes(ours), "plain DDP": _megabytes(plain)},
+        "tokens_per_s": {arm: _rates(settings, each) for arm, each in blocks.items()},
+        "against plain DDP": {arm: _ratio(settings, blocks[arm], blocks[PLAIN]) for arm in (OURS, COMPILED)},
+        "peak_resident_mb_per_rank": {arm: _megabytes(each) for arm, each in blocks.items()},
         "loss_differences": {
-            "ds_gpt2 - plain DDP": _differences(ours[0].losses, plain[0].losses),
-            f"ds_gpt2 on {RANKS} - on {RANKS // 2} ranks (bf16 noise)": noise,
+            "ds_gpt2 - plain DDP": _differences(first[OURS], first[PLAIN]),
+            "compiled - plain DDP": _differences(first[COMPILED], first[PLAIN]),
+            f"ds_gpt2 on {RANKS} - on {RANKS // 2} ranks (bf16 noise)": _differences(first[OURS], fewer.losses),
         },
-        "curves": {"ds_gpt2": ours[0].losses, "plain DDP": plain[0].losses, "ds_gpt2 on 2 ranks": fewer.losses},
+        "curves": {**first, "ds_gpt2 on 2 ranks": fewer.losses},
     }
+
+
+def _ratio(settings: Settings, ours: list[Block], plain: list[Block]) -> dict[str, Any]:
+    ratios = [_rate(settings, one) / _rate(settings, other) for one, other in zip(ours, plain, strict=True)]
+    return {"median": round(statistics.median(ratios), 3), "rounds": [round(ratio, 3) for ratio in ratios]}
 
 
 def _rates(settings: Settings, blocks: list[Block]) -> dict[str, Any]:

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 
-from ds_gpt2 import config, deepspeed_file, dist
+from benchmarks.reference import rate
+from ds_gpt2 import compilation, config, deepspeed_file, dist
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine
 from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.rng import seed_everything
 from ds_gpt2.state import TrainState
 
 
-def settings_of(data: Path, preset: str, **overrides: str) -> Settings:
-    """One micro-batch a rank and step: short windows for the small presets, GPT-2's own for the others."""
-    sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 16)
+def settings_of(data: Path, preset: str, accumulation: int = 1, /, **overrides: str) -> Settings:
+    """Short windows for the small presets, GPT-2's own for the others."""
+    sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 32)
     return config.load_settings(
         config.PROJECT_DIR / "ds_configs" / "quickstart.yaml",
         {
@@ -27,7 +29,7 @@ def settings_of(data: Path, preset: str, **overrides: str) -> Settings:
             "model.preset": preset,
             "batch.sequence_length": str(sequence),
             "batch.micro_batch": str(micro),
-            "batch.tokens_per_step": str(sequence * micro * dist.world_size()),
+            "batch.tokens_per_step": str(sequence * micro * accumulation * dist.world_size()),
             "monitor.tensorboard": "false",
             **overrides,
         },
@@ -44,7 +46,10 @@ class Trainer:
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
         self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
         content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        seed_everything(settings.run.seed)
         model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
+        if compilation.decide(settings.run.compile, place):
+            model.compile_blocks()
         self.engine = Engine(model, deepspeed_file.complete(content, settings, self.plan), 0.1)
         self.state = TrainState()
 
@@ -57,6 +62,14 @@ class Trainer:
             self.state.advance(self.plan.tokens_per_step, True, b"")
         self.wait_for_device()
         return time.perf_counter() - begun
+
+    def step(self, step: int) -> float:
+        """Train step ``step`` (1-based) as the training loop does: its loss is read before the update."""
+        loss = self.engine.accumulate(self.data.micro_batches(step))
+        assert loss is not None
+        mean = float(dist.sum_over_ranks(loss)) / dist.world_size()
+        self.engine.apply(rate(self.settings, step))
+        return mean
 
     def wait_for_device(self) -> None:
         if self.engine.device.type == "cuda":

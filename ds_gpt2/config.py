@@ -46,6 +46,8 @@ class RunSettings(_Section):
     seed: Count = 1337  # initial weights, data order, dropout
     dir: Path = Path("runs")
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    compile: bool | Literal["auto"] = "auto"  # the model, by torch.compile; auto: on a GPU
+    deterministic: bool = False  # the same bits from the same state on a GPU too, at some cost
 
     @field_validator("name")
     @classmethod

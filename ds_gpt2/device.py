@@ -54,6 +54,17 @@ def choose(wanted: str) -> torch.device:
     return device
 
 
+def be_deterministic() -> None:
+    """Have the same kernels add in the same order whenever the same is computed; to be called before anything is.
+
+    On a CPU nothing else happens anyway. On a GPU attention's backward pass and cuBLAS choose speed otherwise.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's documentation, "Results reproducibility"
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that costs a pass over all memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch's C part
+
+
 def describe(device: torch.device) -> str:
     """One line: what the ranks run on."""
     ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")

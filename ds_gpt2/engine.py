@@ -22,6 +22,7 @@ from ds_gpt2.data.batches import MicroBatch
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import GPT2, parameter_groups
 from ds_gpt2.rng import get_rng_state, set_rng_state
+from ds_gpt2.zero import read_norm_at_once, sum_gradients_in_fp32
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Engine:
         except (ValidationError, DeepSpeedConfigError) as error:
             raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from None
         self.model = model
+        sum_gradients_in_fp32(model, self.deepspeed.optimizer)
+        read_norm_at_once(self.deepspeed.optimizer)
         # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
         self.deepspeed.monitor.enabled = False
         self._accumulation: int = deepspeed_config["gradient_accumulation_steps"]
@@ -77,16 +80,15 @@ class Engine:
         engine.train()
         losses: list[torch.Tensor] = []
         before = get_rng_state() if self._accumulation > 1 else None
-        for number, (tokens, targets) in enumerate(micro_batches, start=1):
-            if before is not None and number > 1 and interrupted():
-                set_rng_state(before)
-                return None
-            # Each micro-batch's gradients are reduced into fp32 partitions. DeepSpeed's coalesce_grad_reduction would
-            # reduce once a step but sums in bf16 until then, where a small gradient vanishes beside a large one.
-            engine.set_gradient_accumulation_boundary(number == self._accumulation)
-            loss = engine(tokens, targets)
-            engine.backward(loss)
-            losses.append(loss.detach())
+        engine.set_gradient_accumulation_boundary(True)
+        with engine.coalesce_grad_reduction():
+            for number, (tokens, targets) in enumerate(micro_batches, start=1):
+                if before is not None and number > 1 and interrupted():
+                    set_rng_state(before)
+                    return None
+                loss = engine(tokens, targets)
+                engine.backward(loss)
+                losses.append(loss.detach())
         return torch.stack(losses).mean()
 
     def apply(self, lr: float, skip: bool = False) -> Update:

@@ -7,6 +7,8 @@ backward pass neither keeps nor recomputes them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ import torch.nn.functional as F
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
 
-def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int, compiled: bool = False
+) -> torch.Tensor:
     """Mean next-token cross entropy in nats.
 
     Args:
@@ -26,19 +30,57 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
             and get no probability, so the loss is that of the unpadded model.
         targets: (tokens,) int64.
         vocabulary: number of real tokens.
+        compiled: let ``torch.compile`` make one kernel of a chunk's passes over its logits.
 
     Returns:
         fp32 scalar.
     """
     chunk = chunk_tokens(head.shape[0], hidden.device)
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate)
+    lose = _compiled() if compiled else _lose_by_passes
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate, lose)
 
 
 def chunk_tokens(columns: int, device: torch.device) -> int:
     """How many tokens' logits (a power of two) fit into the chunk budget of this kind of device."""
     fitting = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * columns)
     return max(1, 2 ** (fitting.bit_length() - 1)) if fitting else 1
+
+
+# (logits, targets, vocabulary, differentiate) -> the sum of the losses, fp32; logits (chunk, padded vocabulary) become
+# d(sum of losses)/d(logits) = softmax - one-hot, in their own memory, if they are to be differentiated.
+_Lose = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
+
+
+def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
+    logits[:, vocabulary:] = -torch.inf
+    largest, place = logits.max(dim=1, keepdim=True)
+    target_logit = logits.gather(1, target)
+    slope = F.softmax(logits, dim=-1, dtype=torch.float32)
+    # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
+    total = (largest.float() - slope.gather(1, place).log() - target_logit.float()).sum()
+    if differentiate:
+        slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+        logits.copy_(slope)
+    return total
+
+
+def _lose_at_once(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    """The same, written for a compiler: all element by element but for maximum and sum, which it finds in one pass."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    scores = torch.where(column < vocabulary, logits.float(), -torch.inf)
+    largest = scores.amax(dim=1, keepdim=True)
+    log_sum = largest + (scores - largest).exp().sum(dim=1, keepdim=True).log()
+    total = (log_sum - scores.gather(1, target)).sum()
+    if differentiate:
+        logits.copy_((scores - log_sum).exp() - (column == target).float())
+    return total
+
+
+@functools.cache
+def _compiled() -> _Lose:
+    return torch.compile(_lose_at_once, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -51,6 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary: int,
         chunk: int,
         differentiate: bool,
+        lose: _Lose,
     ) -> torch.Tensor:
         tokens = hidden.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -58,20 +101,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = part @ head.t()  # (chunk, padded vocabulary)
-            logits[:, vocabulary:] = -torch.inf
-            largest, place = logits.max(dim=1, keepdim=True)
-            target_logit = logits.gather(1, target)
-            slope = F.softmax(logits, dim=-1, dtype=torch.float32)
-            # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
-            total += (largest.float() - slope.gather(1, place).log() - target_logit.float()).sum()
+            total += lose(logits, target, vocabulary, differentiate)
             if not differentiate:
                 continue
-            # d(sum of losses)/d(logits) = softmax - one-hot. It takes the logits' own memory.
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-            slope = logits.copy_(slope)
-            hidden_grads.append(slope @ head)
+            hidden_grads.append(logits @ head)
             # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
-            share = slope.t() @ part
+            share = logits.t() @ part
             if tokens <= chunk:
                 head_grad = share
             elif head_grad is None:
@@ -87,4 +122,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scale = grad_outputs[0] / ctx.tokens
-        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None, None
+        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None, None, None

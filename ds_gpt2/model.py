@@ -117,12 +117,27 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(shape.sequence_length, shape.width)
         self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
         self.ln_f = nn.LayerNorm(shape.width)
+        self._compiled = False
         self._initialise()
+
+    def compile_blocks(self) -> None:
+        """Have ``forward`` compiled, block by block and chunk by chunk: all blocks share what one of them needs.
+
+        (PyTorch calls it regional compilation: it takes seconds, where the whole model takes minutes.)
+
+        Only there, where shapes stay the same from step to step: ``hidden`` and ``logits`` run as they are written.
+        """
+        for block in self.h:
+            block.compile(dynamic=False)
+        self._compiled = True
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of ``targets`` (batch, time) given ``tokens`` (batch, time)."""
-        hidden = self.hidden(tokens)
-        return cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten(), VOCABULARY)
+        x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.h:
+            x = block(x)
+        hidden = self.ln_f(x).flatten(0, 1)
+        return cross_entropy(hidden, self.wte.weight, targets.flatten(), VOCABULARY, self._compiled)
 
     def hidden(
         self,
@@ -144,14 +159,18 @@ class GPT2(nn.Module):
             positions = torch.arange(done, done + time, device=tokens.device)
         if mask is None and done:
             mask = torch.ones(time, done + time, dtype=torch.bool, device=tokens.device).tril(done)
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
+        x = self._embed(tokens, positions)
         for layer, block in enumerate(self.h):
-            x = block(x, mask, functools.partial(cache.extend, layer) if cache is not None else None)
+            past = functools.partial(cache.extend, layer) if cache is not None else None
+            x = block.forward(x, mask, past)  # never compiled: each of many shapes would be, anew
         return self.ln_f(x)
 
     def logits(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Scores (batch, time, 50257) of the token after each position; ``cache`` as in ``hidden``."""
         return F.linear(self.hidden(tokens, cache=cache), self.wte.weight[:VOCABULARY])
+
+    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
 
     @torch.no_grad()
     def _initialise(self) -> None:

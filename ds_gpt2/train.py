@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import config, device, dist, outcome
+from ds_gpt2 import compilation, config, device, dist, outcome
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -115,11 +115,15 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     place = device.choose(settings.run.device)
+    compiled = compilation.decide(settings.run.compile, place)
+    compilation.set_up(compiled)
+    if settings.run.deterministic:
+        device.be_deterministic()
     from ds_gpt2 import assembly  # only now: DeepSpeed picks its accelerator when it is imported
 
     prepare()
     origin = assembly.Origin(options.resume, parse_batches(options.leave_out))
-    return assembly.run(settings, deepspeed_settings, plan, place, origin)
+    return assembly.run(settings, deepspeed_settings, plan, place, compiled, origin)
 
 
 if __name__ == "__main__":

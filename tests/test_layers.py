@@ -30,9 +30,10 @@ LAYERS = [
         "wording",
         "notes",
     },
-    {"dist", "device", "loss", "model", "tokenizer", "data", "meter", "rng"},
+    {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {
         "engine",
+        "zero",
         "checkpoint",
         "monitor",
         "dashboard",

@@ -129,13 +129,13 @@ def test_arithmetic_alone_starts_nothing(config: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
-    far = ["--tflops", 989, "--gpu-memory-gb", 20, "--num_gpus", 4, "--json"]
+    far = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--json"]
     large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
     batch = ["batch.micro_batch=16", "batch.tokens_per_step=524288", "batch.sequence_length=1024"]
     done = run(command(config, *far, *large, *batch))
     assert done.code == outcome.MISTAKE
     (line,) = (line for line in done.output.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: memory: a rank takes") and "20.00 GB: set batch.micro_batch=" in line
+    assert line.startswith("error: memory: a rank takes") and "24.00 GB: set batch.micro_batch=" in line
     found = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
     assert not found["fits"]
     bases = {name: figure["basis"] for name, figure in found["figures"].items()}

@@ -26,6 +26,7 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     tree = settings.model_dump(mode="json")
     if not whole:
         _shrink(tree, settings, ranks)
+    tree["run"]["deterministic"] = True  # it is compared bit for bit
     warmup = min(settings.schedule.warmup_steps, steps // 10)
     tree["schedule"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup}
     tree["checkpoint"] |= {"every": EVERY, "keep_last": 4, "keep_every": 0, "keep_epochs": 1, "min_free_gb": 0.0}

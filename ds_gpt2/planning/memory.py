@@ -40,11 +40,6 @@ class Model:
         """Parameters of the tied embedding and output head, VC."""
         return PADDED_VOCABULARY * self.shape.width
 
-    @property
-    def blocks(self) -> int:
-        """Parameters whose gradients are ready before the embeddings'."""
-        return self.parameters - self.head - self.shape.sequence_length * self.shape.width
-
 
 @dataclass(frozen=True)
 class Zero:
@@ -110,25 +105,23 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
     partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
-    weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * partition
+    weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * model.parameters
     kept = activations(model, plan.micro_batch, accelerator)
     hidden = 2 * tokens * width
-    buckets = 2 * zero.bucket * zero.buffers
-    slice_of_head = min(head, partition)
     chunk = _chunk(plan, accelerator)
     several = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
     held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
     return (
         # Softmax in fp32: bf16 logits, their fp32 copy and the result. With several chunks there are also the head's
-        # fp32 gradient, its newest share, and the logits of the chunk before.
+        # fp32 gradient and its newest share.
         Memory(
             "loss",
             weights,
             optimizer,
             held,
             kept + hidden,
-            5 * logits + hidden + (logits + 6 * head if several else 0),
+            5 * logits + hidden + (6 * head if several else 0),
         ),
         # Its backward pass scales both gradients and rounds the head's.
         Memory(
@@ -139,26 +132,14 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
             kept + hidden,
             2 * hidden + (10 * head if several else 4 * head),
         ),
-        # The last layer: bucket, the head's gradient, which waits for the embedding's, and those of the MLP's inside.
-        Memory(
-            "backward",
-            weights,
-            optimizer,
-            sums + buckets + 2 * head + 5 * hidden + 16 * width * width,
-            kept + hidden,
-        ),
-        # A full bucket is flattened into a copy, reduced, and added to the sums in fp32.
-        Memory(
-            "reduction",
-            weights,
-            optimizer,
-            sums + buckets + 2 * min(zero.bucket or partition * ranks, partition * ranks) + 4 * slice_of_head,
-            int(kept * max(0.0, 1 - zero.bucket / model.blocks)),
-        ),
-        # The norm of the gradient in fp64.
-        Memory("update", weights, optimizer, sums + 8 * slice_of_head),
-        # No gradients; of the chunk before there are still both forms of the logits.
-        Memory("validation", weights, optimizer, 0, 6 * hidden, (7 if several else 5) * logits),
+        # The last layer: the head's gradient, which waits for the embedding's, and those of the MLP's inside.
+        Memory("backward", weights, optimizer, held + 2 * head + 5 * hidden + 16 * width * width, kept + hidden),
+        # The embedding's gradient in bf16 and fp32, and on its way to that of the micro-batches before.
+        Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
+        # The bucket; what it holds is flattened into a copy, so that together with what is still to come all is there
+        # once; and this rank's partition of what is reduced.
+        Memory("reduction", weights, optimizer, sums + 4 * zero.bucket * zero.buffers + 4 * partition),
+        Memory("validation", weights, optimizer, 0, 6 * hidden, 5 * logits),  # no gradients
         # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
         Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
     )

@@ -51,7 +51,7 @@ def memory_section(subject: Subject, traces: Traces | None, calibration: Calibra
     parts = (
         ("weights", most.weights, "in bf16, on every rank"),
         ("partition", most.optimizer, f"fp32 masters and two moments, shared out among {ranks} ranks"),
-        ("gradients", most.gradients, "fp32 sums of the partition, and what is on its way there"),
+        ("gradients", most.gradients, "fp32 sums on every rank, and what is being reduced"),
         ("activations", most.activations, "of one micro-batch"),
         ("logits", most.logits, "and what the loss makes of them, for a moment"),
     )

@@ -1,0 +1,64 @@
+"""The engine's arithmetic in a loop of its own on one rank, without DeepSpeed: the difference is what that costs."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.reference import rate
+from ds_gpt2 import compilation
+from ds_gpt2.batch import plan_batch
+from ds_gpt2.config import Settings
+from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.model import GPT2, ModelShape, parameter_groups
+from ds_gpt2.rng import seed_everything
+
+
+class Bare:
+    """bf16 weights; gradients summed in fp32; fp32 masters, clipped and updated by torch's fused AdamW."""
+
+    def __init__(self, settings: Settings, place: torch.device) -> None:
+        batch, optimizer = settings.batch, settings.optimizer
+        self.settings = settings
+        self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, 1)
+        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        self.data = TrainingData(windows, self.plan, 0, settings.run.seed, place)
+        seed_everything(settings.run.seed)
+        self.model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
+        self.model.to(place, torch.bfloat16)
+        if compilation.decide(settings.run.compile, place):
+            self.model.compile_blocks()
+        groups = parameter_groups(self.model, optimizer.weight_decay)
+        self.weights = [weight for group in groups for weight in group["params"]]
+        self.masters = [weight.detach().float() for weight in self.weights]
+        self.sums = [torch.zeros_like(master) for master in self.masters]
+        masters = iter(self.masters)
+        for group in groups:
+            group["params"] = [next(masters) for _ in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+
+    def step(self, step: int) -> float:
+        """Train step ``step`` (1-based); its loss."""
+        losses = []
+        torch._foreach_zero_(self.sums)
+        for tokens, targets in self.data.micro_batches(step):
+            loss = self.model(tokens, targets)
+            (loss / self.plan.accumulation).backward()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                torch._foreach_add_(self.sums, [weight.grad.float() for weight in self.weights])
+            self.model.zero_grad(set_to_none=True)
+        self._update(rate(self.settings, step))
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.sums)))
+        scale = (self.settings.optimizer.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self.sums, scale)
+        for master, gradient in zip(self.masters, self.sums, strict=True):
+            master.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.masters)

@@ -1,0 +1,62 @@
+"""Does a model fit? Peak of a rank's tensors for one preset after another: as ``plan`` predicts it, and as it is.
+
+    python benchmarks/memory.py --cases 124M:32 350M:16 774M:8 1558M:4 --data data/sample --out FILE       on a GPU
+    DS_ACCELERATOR=cpu python benchmarks/memory.py --cases 7M:2 --sequence_length 256 --data data/sample --out FILE
+
+One rank, two micro-batches a step; see tensor_peak.py for how it is measured. On four ranks the optimizer's share is a
+quarter, which is arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="+", default=["124M:32"], metavar="PRESET:MICRO_BATCH")
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    options = parser.parse_args()
+    cases = [{"case": case, **_measure(case, options)} for case in options.cases]
+    result = {"machine": machine.describe(), "command": " ".join(sys.argv), "cases": cases}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def _measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    preset, micro_batch = case.split(":")
+    length = options.sequence_length
+    settings = {
+        "model.preset": preset,
+        "batch.micro_batch": micro_batch,
+        "batch.sequence_length": length,
+        "batch.tokens_per_step": 2 * int(micro_batch) * length,
+    }
+    program = str(Path(__file__).with_name("tensor_peak.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peak.json"
+        words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        subprocess.run(
+            [sys.executable, program, "--data", str(options.data), "--out", str(out), *words],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return {**found, "off": round(found["predicted"] / found["measured"] - 1, 4)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The figures of docs/performance.md, measured again: a suite of programs, and a table of goals at its end.
+
+    python benchmarks/run.py --suite cpu --data data/sample --text FILES --hellaswag FILE --out DIR
+    python benchmarks/run.py --suite gpu --data data/sample --hellaswag FILE --out DIR         ten minutes on one GPU
+
+What each program has found goes to DIR as JSON, the table too. With ``--toy`` the GPU's programs run at a size that
+shows that they work, wherever that is; what they find then is no figure, and the table does not show it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+from ds_gpt2.machine import free_port
+
+Found = dict[str, Any]  # what a program has written
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One row of the table."""
+
+    name: str
+    what: str
+    wanted: float
+    unit: str
+    read: Callable[[Found], float]
+    at_most: bool = False  # lower is better
+
+    def ratio(self, value: float) -> float:
+        """1 and more is reached."""
+        return self.wanted / value if self.at_most else value / self.wanted
+
+
+@dataclass(frozen=True)
+class Program:
+    file: str
+    words: Sequence[object]
+    goals: Sequence[Goal] = ()
+    ranks: int = 0  # started by DeepSpeed's launcher; 0: a plain process
+    toy: Sequence[object] = ()  # in place of ``words``
+
+    @property
+    def name(self) -> str:
+        return self.file.removesuffix(".py")
+
+
+BYTES = Goal("S9", "a checkpoint", 1.01 * 14, "bytes a parameter", lambda it: it["bytes_per_parameter"], at_most=True)
+WATCHING = (
+    Goal("S5", "scalars of every step", 0.1, "%", lambda it: 100 * it["scalars_share_of_the_time"], at_most=True),
+    Goal("S5", "everything that looks", 1.0, "%", lambda it: _watching(it), at_most=True),
+)
+
+
+def gpu_suite(options: argparse.Namespace) -> list[Program]:
+    data, small = ["--data", options.data], ["--preset", "7M", "--micro_batch", 2, "--sequence_length", 64]
+    as_one_of_four = ["--preset", "124M", "--accumulation", 4, *data]
+    start = ["batch.tokens_per_step=131072", "batch.micro_batch=32", "hellaswag.every=0", f"data.dir={options.data}"]
+    return [
+        Program(
+            "training_run.py",
+            [*data, "--steps", 250],
+            [Goal("S1", "124M, train.py", 550_000, "tokens/s", lambda it: it["tokens_per_s"]["median"])],
+            toy=[*data, *small, "--tokens", 256, "--warm_up", 1, "--steps", 4],
+        ),
+        Program(
+            "throughput_gpu.py",
+            data,
+            [
+                Goal("S2", "engine, of a plain loop", 1.15, "x", lambda it: it["engine_against"]["plain"]["median"]),
+                Goal("S2", "engine, without DeepSpeed", 0.98, "x", lambda it: it["engine_against"]["bare"]["median"]),
+            ],
+            ranks=1,
+            toy=[*data, *small, "--accumulation", 2, "--rounds", 2, "--steps", 1, "--curve", 2],
+        ),
+        Program(
+            "checkpoint_stall.py",
+            [*as_one_of_four, "--rounds", 5, "--steps", 8],
+            [
+                Goal("S4", "held by a save", 5, "ms", lambda it: it["held_ms"]["background"]["p50"], at_most=True),
+                Goal("S4", "a save every 250 steps", 0.5, "%", lambda it: _saving(it), at_most=True),
+                BYTES,
+            ],
+            ranks=1,
+            toy=[*data, "--preset", "7M", "--rounds", 2, "--steps", 1],
+        ),
+        Program(
+            "monitor_overhead.py",
+            [*as_one_of_four, "--rounds", 5, "--steps", 10, "--occasions", 3, "--hellaswag", options.hellaswag],
+            WATCHING,
+            ranks=1,
+            toy=[*data, "--preset", "7M", "--rounds", 1, "--steps", 1, "--occasions", 1],
+        ),
+        Program(
+            "hellaswag.py",
+            ["--file", options.hellaswag, "--preset", "124M", "--device", "cuda", "--items", 1000, "--rounds", 4],
+            [Goal("S6", "HellaSwag, of a plain loop", 10, "x", lambda it: _hellaswag(it))],
+            toy=["--file", options.hellaswag, "--preset", "7M", "--items", 8, "--rounds", 2],
+        ),
+        Program(
+            "startup.py",
+            ["--config", "gpt2_124m", "--num_gpus", 1, "--starts", 2, "--cold", *start],
+            [Goal("S8", "restart, warm caches", 30, "s", lambda it: it["resumed_s"]["first step"], at_most=True)],
+            toy=["--num_gpus", 1, "--starts", 1, f"data.dir={options.data}"],
+        ),
+        Program(
+            "memory.py",
+            [*data, "--cases", "124M:16", "124M:32", "350M:16"],
+            toy=[*data, "--cases", "7M:2", "--sequence_length", 64],
+        ),
+    ]
+
+
+def cpu_suite(options: argparse.Namespace) -> list[Program]:
+    data = ["--data", options.data]
+    return [
+        Program(
+            "throughput.py",
+            data,
+            [Goal("S3", "7 M on four ranks, compiled, of a plain loop", 2.5, "x", lambda it: _throughput(it))],
+        ),
+        Program(
+            "checkpoint_stall.py",
+            [*data, "--rounds", 10],
+            [
+                Goal("S4", "held by a save, of a plain one", 5, "%", lambda it: 100 * it["held_ratio"], at_most=True),
+                BYTES,
+            ],
+            ranks=4,
+        ),
+        Program("monitor_overhead.py", [*data, "--rounds", 8, "--steps", 15, "--occasions", 3], WATCHING, ranks=4),
+        Program(
+            "hellaswag.py",
+            ["--file", options.hellaswag, "--items", 200, "--rounds", 4],
+            [Goal("S6", "HellaSwag, of a plain loop", 10, "x", lambda it: _hellaswag(it))],
+        ),
+        Program(
+            "tokenising.py",
+            ["--text", *options.text],
+            [Goal("S7", "text to shards, of the recipe", 1.5, "x", lambda it: _tokenising(it))],
+        ),
+        Program(
+            "startup.py",
+            [f"data.dir={options.data}"],
+            [Goal("S8", "restart, four ranks", 15, "s", lambda it: it["resumed_s"]["first step"], at_most=True)],
+        ),
+        Program("loader.py", []),
+        Program("memory.py", [*data, "--cases", "7M:2", "30M:2", "--sequence_length", 256]),
+    ]
+
+
+def _saving(it: Found) -> float:
+    """Percent of the time of 250 steps that a save takes: what it holds, and what slows the steps after it."""
+    step = it["block_ms"]["none"]["p50"] / it["steps_a_block"]
+    return 100 * (it["held_ms"]["background"]["p50"] + max(0.0, it["excess_ms_of_a_background_save"])) / (250 * step)
+
+
+def _watching(it: Found) -> float:
+    """Percent of the time, at the cadence of gpt2_124m.yaml; validation is not watching but work."""
+    shares = [each["share_of_the_time"] for name, each in it["occasions"].items() if name != "validation"]
+    return 100 * (it["scalars_share_of_the_time"] + sum(shares))
+
+
+def _hellaswag(it: Found) -> float:
+    (found,) = (each for each in it.values() if isinstance(each, dict) and "wall" in each)
+    return found["wall"]["ds_gpt2 against autocast"]["median"]
+
+
+def _throughput(it: Found) -> float:
+    return it["against plain DDP"]["ds_gpt2, compiled"]["median"]
+
+
+def _tokenising(it: Found) -> float:
+    return max(each["ratio_median"] for name, each in it["speed"].items() if name.startswith("workers_"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=["cpu", "gpu"], required=True)
+    parser.add_argument("--data", type=lambda text: Path(text).absolute(), required=True)
+    parser.add_argument("--hellaswag", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], metavar="FILE", help="English text, to tokenise")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="leave out the others")
+    parser.add_argument("--toy", action="store_true", help="as small as can be: do the GPU's programs run?")
+    parser.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="of one program (default: 240)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    programs = gpu_suite(options) if options.suite == "gpu" else cpu_suite(options)
+    if options.toy:
+        programs = [replace(program, words=program.toy) for program in programs]
+    chosen = [program for program in programs if options.only is None or program.name in options.only]
+    able = options.toy or options.suite == "cpu" or machine.describe()["gpu"] != "none"
+    found = {program.name: run(program, options) for program in chosen if able}
+    rows = [row for program in programs for row in _rows(program, None if options.toy else found.get(program.name))]
+    table = {"machine": machine.describe(), "suite": options.suite, "goals": rows}
+    (options.out / f"goals_{options.suite}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(_as_text(rows))
+    if failed := [name for name, result in found.items() if result is None]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def run(program: Program, options: argparse.Namespace) -> Found | None:
+    """Its results; None if it failed, which is said."""
+    out = options.out / f"{program.name}_{options.suite}.json"
+    out.unlink(missing_ok=True)
+    file = str(Path(__file__).with_name(program.file))
+    launcher = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(program.ranks)]
+    start = [*launcher, "--master_port", str(free_port())] if program.ranks else []
+    command = [sys.executable, *start, file, *map(str, program.words), "--out", str(out)]
+    environment = dict(os.environ)
+    if options.suite == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu"} | ({"OMP_NUM_THREADS": "1"} if program.ranks else {})
+    print(f"{program.name} ...", end=" ", flush=True)
+    begun = time.monotonic()
+    with (options.out / f"{program.name}_{options.suite}.log").open("w", encoding="utf-8") as log:
+        done = _succeeds(command, environment, log, options.limit)
+    print(f"{'' if done else 'failed after '}{time.monotonic() - begun:.0f} s", flush=True)
+    return json.loads(out.read_text(encoding="utf-8")) if done else None
+
+
+def _succeeds(command: Sequence[str], environment: dict[str, str], log: TextIO, limit: float) -> bool:
+    """Whether ``command`` ends well and in time; where it does not, nothing of it is left."""
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return process.wait(limit) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _rows(program: Program, found: Found | None) -> list[dict[str, Any]]:
+    rows = []
+    for goal in program.goals:
+        value = None if found is None else goal.read(found)
+        wanted = f"{'<=' if goal.at_most else '>='} {goal.wanted:,.6g} {goal.unit}"
+        measured = "not measured" if value is None else f"{value:,.6g} {goal.unit}"
+        ratio = None if value is None else round(goal.ratio(value), 3)
+        rows.append({"goal": goal.name, "what": goal.what, "wanted": wanted, "measured": measured, "ratio": ratio})
+    return rows
+
+
+def _as_text(rows: Sequence[dict[str, Any]]) -> str:
+    names = ("goal", "what", "wanted", "measured", "ratio")
+    lines = [names, *(tuple("" if row[name] is None else str(row[name]) for name in names) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What goes over the links in a step: counted in a real run, and as docs/scaling.md has it; then its tables.
+
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/scaling.py --data data/sample --out FILE
+
+Every collective operation of PyTorch is counted with the bytes of its tensor. Each of N ranks in a ring sends
+2 (N-1)/N of an all-reduced tensor and (N-1)/N of a gathered one (Patarasuk and Yuan 2009).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ds_gpt2 import device, dist, outcome
+
+PRESETS = ("124M", "350M", "774M", "1558M")
+RANKS = (1, 4, 8, 64)
+TOKENS_PER_STEP = 524_288
+GRADIENT, WEIGHT, STATE = 4, 2, 12  # bytes a parameter: fp32 sums, bf16 weights, fp32 masters with two moments
+
+# Name in torch.distributed -> which argument is the tensor that all ranks share in the end.
+_SHARED = {
+    "all_reduce": 0,
+    "all_gather_into_tensor": 0,
+    "reduce_scatter_tensor": 1,
+    "broadcast": 0,
+    "reduce": 0,
+    "all_gather": 0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="7M")
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    place = device.choose("auto")
+    from benchmarks import machine
+    from benchmarks.trainer import Trainer, settings_of
+    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.model import count_parameters
+
+    counted = _count_collectives()
+    open_process_group(place)
+    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation), place)
+    trainer.step(1)
+    counted.clear()
+    trainer.step(2)
+    ranks, parameters = dist.world_size(), count_parameters(trainer.engine.model)
+    sent = sum(size * _ring(name, ranks) for name, size in counted.items())
+    predicted = zero_2(parameters, ranks)
+    result = {
+        "machine": machine.describe(),
+        "command": " ".join(sys.argv),
+        "setting": f"{options.preset}, {ranks} ranks, {trainer.plan.accumulation} micro-batches a step",
+        "tensors_bytes": dict(counted),
+        "sent_bytes": round(sent),
+        "predicted_bytes": round(predicted),
+        "off": round(predicted / sent - 1, 5) if sent else None,
+        "memory_gb": {preset: _memory(preset) for preset in PRESETS},
+        "sent_gb_a_step": {preset: _sent(preset) for preset in PRESETS},
+    }
+    if dist.is_main():
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result, indent=1), flush=True)
+    close_process_group()
+
+
+def _count_collectives() -> Counter[str]:
+    """From here on, the bytes of what each kind of collective operation is given. DeepSpeed keeps what it finds."""
+    import torch
+    import torch.distributed as torch_dist
+
+    counted: Counter[str] = Counter()
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def counted_call(*arguments: Any, **named: Any) -> Any:
+            shared = arguments[_SHARED[name]] if arguments else next(iter(named.values()))
+            for tensor in [shared] if isinstance(shared, torch.Tensor) else shared:
+                counted[name] += tensor.numel() * tensor.element_size()
+            return call(*arguments, **named)
+
+        return counted_call
+
+    for name in _SHARED:
+        setattr(torch_dist, name, counting(name, getattr(torch_dist, name)))
+    return counted
+
+
+def _ring(name: str, ranks: int) -> float:
+    """What a rank sends of a tensor's bytes."""
+    return (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks
+
+
+def zero_2(parameters: int, ranks: int) -> float:
+    """Bytes that a rank sends a step: gradients all-reduced once, in fp32; weights gathered in bf16."""
+    return parameters * (2 * GRADIENT + WEIGHT) * (ranks - 1) / ranks
+
+
+def zero_3(parameters: int, ranks: int, accumulation: int) -> float:
+    """The same, as DeepSpeed's stage 3 would: weights gathered twice and gradients scattered a micro-batch, in bf16."""
+    return parameters * 3 * WEIGHT * accumulation * (ranks - 1) / ranks
+
+
+def _sent(preset: str, micro_batch: int = 16) -> dict[str, dict[str, float]]:
+    parameters = _describe(preset).parameters
+    found = {}
+    for ranks in RANKS:
+        accumulation = max(1, TOKENS_PER_STEP // (micro_batch * 1024 * ranks))
+        stages = {"ZeRO-1, 2": zero_2(parameters, ranks), "ZeRO-3": zero_3(parameters, ranks, accumulation)}
+        found[f"{ranks}"] = {name: round(size / 1e9, 2) for name, size in stages.items()}
+    return found
+
+
+def _memory(preset: str) -> dict[str, dict[str, float]]:
+    """Of the states alone, by stage; with ``peak`` what ``plan`` predicts for a micro-batch of 4 under ZeRO-2."""
+    from ds_gpt2.batch import BatchPlan
+    from ds_gpt2.planning.memory import Zero, peak
+
+    model = _describe(preset)
+    found = {}
+    for ranks in RANKS:
+        states = {
+            "ZeRO-1, 2": WEIGHT + GRADIENT + STATE / ranks,
+            "ZeRO-3": (WEIGHT + GRADIENT + STATE) / ranks,
+        }
+        plan = BatchPlan(4, 1024, max(1, TOKENS_PER_STEP // (4 * 1024 * ranks)), ranks)
+        sizes = {name: each * model.parameters for name, each in states.items()}
+        sizes["peak, 4 windows"] = peak(model, plan, Zero(100_000_000, 1), "cuda").total
+        found[f"{ranks}"] = {name: round(size / 1e9, 2) for name, size in sizes.items()}
+    return found
+
+
+def _describe(preset: str) -> Any:
+    from ds_gpt2.config import ModelSettings
+    from ds_gpt2.planning.memory import describe_model
+
+    return describe_model(ModelSettings(preset=preset), 1024)
+
+
+if __name__ == "__main__":
+    main()
+    outcome.end_process(outcome.DONE)

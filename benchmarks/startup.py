@@ -1,0 +1,123 @@
+"""How long a stopped run takes to train again: from the command to the first new step in its log.
+
+    python benchmarks/startup.py --config quickstart --num_gpus 4 --out FILE
+    python benchmarks/startup.py --config gpt2_124m --num_gpus 1 --out FILE data.dir=data/sample
+
+A run is started, stopped by SIGTERM once it has trained, and resumed again and again, each time as a person would:
+``launch.sh resume``. The first start's figure is that with cold caches if ``--cold`` is given: compiled kernels then go
+to an empty directory, and are found there by every start that follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+from ds_gpt2.config import PROJECT_DIR
+
+_LOOK_SECONDS = 0.1  # each look takes processor time from what is measured
+_LIMIT_SECONDS = 300.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--num_gpus", type=int, default=4)
+    parser.add_argument("--starts", type=int, default=5, help="resumed so often")
+    parser.add_argument("--cold", action="store_true", help="begin with no compiled kernels")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(options, Path(folder))
+    shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
+    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(shown, indent=1))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    environment = dict(os.environ)
+    if options.cold:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
+    settings = [f"run.dir={folder}/runs", f"checkpoint.dir={folder}/checkpoints", "run.name=startup", *options.settings]
+    train = ["train", options.config, "--num_gpus", str(options.num_gpus), *settings, "schedule.steps=100000"]
+    run_dir = folder / "runs" / "startup"
+    first = _start(train, run_dir, environment)
+    resume = ["resume", str(run_dir), "--num_gpus", str(options.num_gpus)]
+    again = [_start(resume, run_dir, environment) for _ in range(options.starts)]
+    marks = {name: [each[name] for each in again] for name in first}
+    return {
+        "setting": f"{options.config}, {options.num_gpus} rank(s)",
+        "first_start_s": first,
+        "resumed_s": {name: round(statistics.median(values), 2) for name, values in marks.items()},
+        "each": marks["first step"],
+    }
+
+
+def _start(command: list[str], run_dir: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Seconds from the command to each mark of one start, which is ended once it has trained a little."""
+    log = run_dir / "train.log"
+    before = log.stat().st_size if log.exists() else 0
+    begun = time.time()
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT_DIR / "ds_gpt2" / "__main__.py"), *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    marks: dict[str, float] = {}
+    looks = {
+        "ranks started": lambda: _first_rank(process.pid),
+        "model built": lambda: _said(log, before, " parameters; "),
+        "first step": lambda: _said(log, before, " tok/s "),
+    }
+    while len(marks) < len(looks):
+        if process.poll() is not None or time.time() - begun > _LIMIT_SECONDS:
+            raise SystemExit(f"no new step after {time.time() - begun:.0f} s: {command}")
+        for name, look in looks.items():
+            if name not in marks and (when := look()) is not None:
+                marks[name] = round(when - begun, 2)
+        time.sleep(_LOOK_SECONDS)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    return marks
+
+
+def _first_rank(supervisor: int) -> float | None:
+    """When the first rank's process was made."""
+    found = []
+    for child in psutil.Process(supervisor).children(recursive=True):
+        try:
+            if any(word.startswith("--local_rank=") for word in child.cmdline()):
+                found.append(child.create_time())
+        except psutil.Error:
+            continue
+    return min(found) if found else None
+
+
+def _said(log: Path, before: int, words: str) -> float | None:
+    """Now, if ``words`` are in what has come to the log; its lines are written one by one, at once."""
+    if not log.exists():
+        return None
+    with log.open(encoding="utf-8") as lines:
+        lines.seek(before)
+        return time.time() if words in lines.read() else None
+
+
+if __name__ == "__main__":
+    main()

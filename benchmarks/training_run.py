@@ -1,0 +1,93 @@
+"""Tokens a second of a real run: train.py with loader, clipping, logging and TensorBoard, as anybody would start it.
+
+    python benchmarks/training_run.py --num_gpus 1 --steps 350 --data data/sample --out FILE
+
+Evaluation and saving are left out here (monitor_overhead.py and checkpoint_stall.py are about them). On one GPU a step
+has what one of four does of 524,288 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine
+from ds_gpt2.config import PROJECT_DIR
+from ds_gpt2.metrics import METRICS, read_metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="124M")
+    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--micro_batch", type=int, default=32)
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=131_072, help="of a step and rank")
+    parser.add_argument("--warm_up", type=int, default=50, help="steps that are not counted")
+    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = {"machine": machine.describe(), "command": " ".join(sys.argv), **_run(options, Path(folder))}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    settings = {
+        "run.name": "run",
+        "run.dir": folder / "runs",
+        "checkpoint.dir": folder / "checkpoints",
+        "data.dir": options.data.absolute(),
+        "model.preset": options.preset,
+        "batch.micro_batch": options.micro_batch,
+        "batch.sequence_length": options.sequence_length,
+        "batch.tokens_per_step": options.tokens * options.num_gpus,
+        "schedule.steps": options.steps,
+        "schedule.warmup_steps": min(100, options.steps - 1),
+        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
+    }
+    words = [f"{name}={value}" for name, value in settings.items()] + options.settings
+    program = str(PROJECT_DIR / "ds_gpt2" / "__main__.py")
+    subprocess.run(
+        [sys.executable, program, "train", "gpt2_124m", "--num_gpus", str(options.num_gpus), *words],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    records = list(read_metrics(folder / "runs" / "run" / METRICS))[options.warm_up :]
+    rates = [record["perf/tokens_per_s"] for record in records]
+    quartiles = statistics.quantiles(rates, n=4)
+    return {
+        "setting": f"{options.preset}, {settings['batch.tokens_per_step']:,} tokens a step on {options.num_gpus}",
+        "steps": len(records),
+        "tokens_per_s": {"median": round(quartiles[1]), "quartiles": [round(quartiles[0]), round(quartiles[2])]},
+        "mfu": _median(records, "perf/mfu"),
+        "step_ms": _median(records, "perf/step_ms"),
+        "data_ms": _median(records, "perf/data_ms"),
+        "forward_backward_ms": _median(records, "perf/forward_backward_ms"),
+        "update_ms": _median(records, "perf/update_ms"),
+        "slowest_step_ms": round(max(record["perf/step_ms"] for record in records), 1),
+        "loss": [records[0]["train/loss"], records[-1]["train/loss"]],
+        "gpu_memory_gb": max((record.get("perf/gpu_memory_gb", 0.0) for record in records), default=0.0),
+        "gpu_power_w": _median(records, "perf/gpu_power_w"),
+    }
+
+
+def _median(records: list[dict[str, Any]], name: str) -> float | None:
+    values = [record[name] for record in records if name in record]
+    return round(statistics.median(values), 4) if values else None
+
+
+if __name__ == "__main__":
+    main()

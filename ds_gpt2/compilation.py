@@ -1,0 +1,72 @@
+"""torch.compile: whether a run uses it, and where what it makes is kept from start to start."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ds_gpt2 import dist
+from ds_gpt2.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def decide(wanted: bool | Literal["auto"], place: torch.device) -> bool:
+    """Whether to compile, by the setting run.compile: "auto" does on a GPU, and says so where it cannot.
+
+    Raises:
+        UserError: it was asked for and cannot be done.
+    """
+    if wanted is False or (wanted == "auto" and place.type != "cuda"):
+        return False
+    obstacle = _obstacle(place)
+    if obstacle and wanted is True:
+        raise UserError(f"run.compile is true, but {obstacle}; or set run.compile=false")
+    if obstacle and dist.is_main():
+        log.warning(f"the model is not compiled, which costs speed: {obstacle}")
+    return not obstacle
+
+
+def set_up(compiled: bool) -> None:
+    """Tell PyTorch, before DeepSpeed imports its compiler."""
+    if not compiled:
+        # DeepSpeed imports its Muon, which asks for a compiler that takes seconds to load.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        return
+    # PyTorch's own place for it is below /tmp, which a restart of the machine may empty.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_dir()))
+    # PyTorch would keep a process a core for each rank as long as it trains, to compile a dozen kernels once.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gpt2" / "compiled"
+
+
+def _obstacle(place: torch.device) -> str | None:
+    """What is missing, and the mend: Triton builds its launchers in C, the CPU's kernels are C++."""
+    if place.type == "cpu":
+        missing = _no_compiler("CXX", "g++", "clang++")
+        return f"there is no C++ compiler ({missing}): install one (Debian: apt install g++)" if missing else None
+    if torch.cuda.get_device_capability(place) < (7, 0):
+        return f"{torch.cuda.get_device_name(place)} is older than what Triton supports (compute capability 7.0)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: install PyTorch's CUDA build"
+    if missing := _no_compiler("CC", "gcc", "clang"):
+        return f"there is no C compiler ({missing}): install one (Debian: apt install gcc)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are not there: install them (Debian: apt install python3-dev)"
+    return None
+
+
+def _no_compiler(variable: str, *names: str) -> str | None:
+    """What was looked for in vain; None if it is there."""
+    sought = (os.environ[variable],) if variable in os.environ else names
+    return None if any(map(shutil.which, sought)) else ", ".join(sought)

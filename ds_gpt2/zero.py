@@ -1,0 +1,51 @@
+"""What is done otherwise than in DeepSpeed's ZeRO optimizer: how gradients are summed, and how their norm is found.
+
+Both replace methods of one optimizer object that are not public; tests/test_engine.py tells if a version of DeepSpeed
+no longer asks them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_gpt2 import dist
+
+
+def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
+    """Have micro-batches' gradients added up in fp32, on each rank, and reduced over ranks as they are.
+
+    DeepSpeed's ``coalesce_grad_reduction`` reduces once a step, but what it reduces is summed in the weights' bf16,
+    where a small gradient vanishes beside a large one. PyTorch adds into a gradient of the dtype that it is told.
+    """
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+
+def read_norm_at_once(optimizer: Any) -> None:
+    """Have the gradients' norm computed by few kernels, and read once, instead of by a dozen for each parameter.
+
+    A norm that is Inf or NaN tells of a gradient that is: no need to look for that on its own.
+    """
+    norms: list[torch.Tensor] = []
+
+    def has_overflow(partition_gradients: bool = True) -> bool:
+        norms[:] = [_global_norm(optimizer)]
+        return not math.isfinite(norms[0])
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        return norms.pop() if norms else _global_norm(optimizer)
+
+    optimizer.has_overflow = has_overflow
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _global_norm(optimizer: Any) -> torch.Tensor:
+    """Of all ranks' gradients, before clipping: fp32 scalar on the CPU."""
+    parts = [part for group in optimizer.averaged_gradients.values() for part in group]
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts))).square()
+    return dist.sum_over_ranks(total).sqrt().cpu()

@@ -1,0 +1,45 @@
+"""Run by DeepSpeed's launcher on one GPU: how often a step waits for it, as JSON for test_gpu.py to judge."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_gpt2 import device, outcome
+
+
+def waits(work: Callable[[], object]) -> list[str]:
+    """Where ``work`` makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    return [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+
+
+def main(data: Path, out: Path) -> None:
+    place = device.choose("cuda")
+    from benchmarks.trainer import Trainer, settings_of
+    from ds_gpt2.engine import close_process_group, open_process_group
+
+    open_process_group(place)
+    trainer = Trainer(settings_of(data, "7M", 2), place)
+    for step in (1, 2):
+        trainer.step(step)
+    accumulate = waits(lambda: trainer.engine.accumulate(trainer.data.micro_batches(3)))
+    found = {"accumulate": accumulate, "apply": waits(lambda: trainer.engine.apply(1e-4))}
+    out.write_text(json.dumps(found), encoding="utf-8")
+    close_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-2]), Path(sys.argv[-1]))
+    outcome.end_process(outcome.DONE)
