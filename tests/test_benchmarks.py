@@ -49,7 +49,7 @@ def test_a_goal_is_reached_at_a_ratio_of_one() -> None:
 
 def test_tokenising_loading_and_exporting_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The statement of a program is read, and it runs.\n" * 2000, encoding="utf-8")
+    text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
     out = tmp_path / "out.json"
     start("tokenising.py", "--text", text, "--megabytes", 60, "--rounds", 1, "--scratch", tmp_path, "--out", out)
     assert json.loads(out.read_text())["speed"]["megabytes"] > 0
