@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -53,6 +54,7 @@ class Program:
     words: Sequence[object]
     goals: Sequence[Goal] = ()
     ranks: int = 0  # started by DeepSpeed's launcher; 0: a plain process
+    limit: float = 240.0  # seconds
     toy: Sequence[object] = ()  # in place of ``words``
 
     @property
@@ -133,6 +135,7 @@ def cpu_suite(options: argparse.Namespace) -> list[Program]:
             "throughput.py",
             data,
             [Goal("S3", "7 M on four ranks, compiled, of a plain loop", 2.5, "x", lambda it: _throughput(it))],
+            limit=1500,
         ),
         Program(
             "checkpoint_stall.py",
@@ -198,8 +201,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="leave out the others")
     parser.add_argument("--toy", action="store_true", help="as small as can be: do the GPU's programs run?")
-    parser.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="of one program (default: 240)")
     options = parser.parse_args()
+    if options.suite == "cpu" and options.toy:
+        parser.error("--toy is for the GPU's suite")
+    if options.suite == "cpu" and not options.text:
+        parser.error("the CPU's suite needs --text")
     options.out.mkdir(parents=True, exist_ok=True)
     programs = gpu_suite(options) if options.suite == "gpu" else cpu_suite(options)
     if options.toy:
@@ -207,7 +213,7 @@ def main() -> None:
     chosen = [program for program in programs if options.only is None or program.name in options.only]
     able = options.toy or options.suite == "cpu" or machine.describe()["gpu"] != "none"
     found = {program.name: run(program, options) for program in chosen if able}
-    rows = [row for program in programs for row in _rows(program, None if options.toy else found.get(program.name))]
+    rows = [row for program in programs for row in _rows(program, found.get(program.name), options.toy)]
     table = {"machine": machine.describe(), "suite": options.suite, "goals": rows}
     (options.out / f"goals_{options.suite}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(_as_text(rows))
@@ -229,28 +235,30 @@ def run(program: Program, options: argparse.Namespace) -> Found | None:
     print(f"{program.name} ...", end=" ", flush=True)
     begun = time.monotonic()
     with (options.out / f"{program.name}_{options.suite}.log").open("w", encoding="utf-8") as log:
-        done = _succeeds(command, environment, log, options.limit)
+        done = _succeeds(command, environment, log, program.limit)
     print(f"{'' if done else 'failed after '}{time.monotonic() - begun:.0f} s", flush=True)
     return json.loads(out.read_text(encoding="utf-8")) if done else None
 
 
 def _succeeds(command: Sequence[str], environment: dict[str, str], log: TextIO, limit: float) -> bool:
-    """Whether ``command`` ends well and in time; where it does not, nothing of it is left."""
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    """Whether ``command`` ends well and in time; where it does not, nothing of it is left to disturb the next."""
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         return process.wait(limit) == 0
     except subprocess.TimeoutExpired:
-        return False
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        started = psutil.Process(process.pid)
+        for each in [*started.children(recursive=True), started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
+        return False
 
 
-def _rows(program: Program, found: Found | None) -> list[dict[str, Any]]:
+def _rows(program: Program, found: Found | None, toy: bool) -> list[dict[str, Any]]:
     rows = []
     for goal in program.goals:
         value = None if found is None else goal.read(found)
+        value = None if toy else value  # it can be read, and that is all
         wanted = f"{'<=' if goal.at_most else '>='} {goal.wanted:,.6g} {goal.unit}"
         measured = "not measured" if value is None else f"{value:,.6g} {goal.unit}"
         ratio = None if value is None else round(goal.ratio(value), 3)

@@ -119,7 +119,7 @@ def _sent(preset: str, micro_batch: int = 16) -> dict[str, dict[str, float]]:
     parameters = _describe(preset).parameters
     found = {}
     for ranks in RANKS:
-        accumulation = max(1, TOKENS_PER_STEP // (micro_batch * 1024 * ranks))
+        accumulation = TOKENS_PER_STEP // (min(micro_batch, TOKENS_PER_STEP // (1024 * ranks)) * 1024 * ranks)
         stages = {"ZeRO-1, 2": zero_2(parameters, ranks), "ZeRO-3": zero_3(parameters, ranks, accumulation)}
         found[f"{ranks}"] = {name: round(size / 1e9, 2) for name, size in stages.items()}
     return found

@@ -80,6 +80,16 @@ def _start(command: list[str], run_dir: Path, environment: dict[str, str]) -> di
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
+    try:
+        return _watched(process, log, before, begun, command)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _watched(
+    process: subprocess.Popen[bytes], log: Path, before: int, begun: float, command: list[str]
+) -> dict[str, float]:
     marks: dict[str, float] = {}
     looks = {
         "ranks started": lambda: _first_rank(process.pid),
@@ -93,8 +103,6 @@ def _start(command: list[str], run_dir: Path, environment: dict[str, str]) -> di
             if name not in marks and (when := look()) is not None:
                 marks[name] = round(when - begun, 2)
         time.sleep(_LOOK_SECONDS)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
     return marks
 
 

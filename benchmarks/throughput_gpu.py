@@ -97,14 +97,11 @@ def _build(options: argparse.Namespace, place: torch.device) -> dict[str, Step]:
 def _measure(arms: dict[str, Step], options: argparse.Namespace, place: torch.device) -> dict[str, Any]:
     first: dict[str, float] = {}  # seconds of the first step: what is compiled is compiled then
     curves: dict[str, list[float]] = {}
-    memory: dict[str, int] = {}
     for name, step in arms.items():
         begun = time.perf_counter()
         curves[name] = [step(1)]
         first[name] = round(time.perf_counter() - begun, 2)
-        _reset_peak()
         curves[name] += [step(number) for number in range(2, options.curve + 1)]
-        memory[name] = _peak()
         print(f"{name}: first step {first[name]} s, losses {curves[name][0]:.4f} to {curves[name][-1]:.4f}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     done = options.curve
@@ -122,7 +119,6 @@ def _measure(arms: dict[str, Step], options: argparse.Namespace, place: torch.de
         f" {options.accumulation}, {dist.world_size()} rank(s)",
         "first_step_s": first,
         **_speeds(seconds, settings, place),
-        "peak_allocated_gb": {name: round(size / 1e9, 2) for name, size in memory.items()},
         "loss_differences_from_plain": _differences(curves),
         "curves": curves,
     }
@@ -162,15 +158,6 @@ def _differences(curves: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         name: {"mean_absolute": round(float(np.abs(gap).mean()), 5), "largest": round(float(np.abs(gap).max()), 5)}
         for name, gap in gaps.items()
     }
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 if __name__ == "__main__":

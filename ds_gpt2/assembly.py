@@ -148,6 +148,7 @@ def _train(
     stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
     stop.listen()
     lines = console.StepLines(state.step, course.steps)
+    gc.collect()
     gc.freeze()  # looking through the libraries' 400,000 objects takes 0.2 s, on each rank at another time
     ending = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop, guard, heartbeat)
     lines.close()

@@ -26,12 +26,12 @@ def decide(wanted: bool | Literal["auto"], place: torch.device) -> bool:
     """
     if wanted is False or (wanted == "auto" and place.type != "cuda"):
         return False
-    obstacle = _obstacle(place)
-    if obstacle and wanted is True:
-        raise UserError(f"run.compile is true, but {obstacle}; or set run.compile=false")
-    if obstacle and dist.is_main():
-        log.warning(f"the model is not compiled, which costs speed: {obstacle}")
-    return not obstacle
+    missing = obstacle(place)
+    if missing and wanted is True:
+        raise UserError(f"run.compile is true, but {': '.join(missing)}; or set run.compile=false")
+    if missing and dist.local_rank() == 0:  # machines may differ
+        log.warning(f"the model is not compiled, which costs speed: {': '.join(missing)}")
+    return missing is None
 
 
 def set_up(compiled: bool) -> None:
@@ -40,29 +40,38 @@ def set_up(compiled: bool) -> None:
         # DeepSpeed imports its Muon, which asks for a compiler that takes seconds to load.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         return
-    # PyTorch's own place for it is below /tmp, which a restart of the machine may empty.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_dir()))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (kept := _cache_dir()) is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
     # PyTorch would keep a process a core for each rank as long as it trains, to compile a dozen kernels once.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gpt2" / "compiled"
+def _cache_dir() -> Path | None:
+    """Where what is compiled outlives a restart of the machine, which may empty PyTorch's own place below /tmp.
+
+    None where there is no such place.
+    """
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gpt2" / "compiled"
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none that is ours
+        return None
+    return place if os.access(place, os.W_OK) else None
 
 
-def _obstacle(place: torch.device) -> str | None:
-    """What is missing, and the mend: Triton builds its launchers in C, the CPU's kernels are C++."""
+def obstacle(place: torch.device) -> tuple[str, str] | None:
+    """What is missing, and the mend. Triton builds its launchers in C, a CPU's kernels are C++."""
     if place.type == "cpu":
         missing = _no_compiler("CXX", "g++", "clang++")
-        return f"there is no C++ compiler ({missing}): install one (Debian: apt install g++)" if missing else None
+        return (f"there is no C++ compiler ({missing})", "install one (Debian: apt install g++)") if missing else None
     if torch.cuda.get_device_capability(place) < (7, 0):
-        return f"{torch.cuda.get_device_name(place)} is older than what Triton supports (compute capability 7.0)"
+        return f"{torch.cuda.get_device_name(place)} is too old for Triton", "set run.compile=false"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: install PyTorch's CUDA build"
+        return "Triton is not installed", "install PyTorch's CUDA build"
     if missing := _no_compiler("CC", "gcc", "clang"):
-        return f"there is no C compiler ({missing}): install one (Debian: apt install gcc)"
+        return f"there is no C compiler ({missing})", "install one (Debian: apt install gcc)"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python's headers are not there: install them (Debian: apt install python3-dev)"
+        return "Python's headers are not there", "install them (Debian: apt install python3-dev)"
     return None
 
 

@@ -84,6 +84,8 @@ def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan) -> di
     }
     return {
         **content,
+        "data_types": {"grad_accum_dtype": "fp32", **content.get("data_types", {})},
+        "communication_data_type": content.get("communication_data_type", "fp32"),
         "train_batch_size": plan.windows_per_step,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,

@@ -78,18 +78,29 @@ class Engine:
         """
         engine = self.deepspeed
         engine.train()
+        engine.set_gradient_accumulation_boundary(True)
+        losses = None
+        with engine.coalesce_grad_reduction():  # it reduces what gradients there are, also after an exception
+            try:
+                losses = self._backward(micro_batches, interrupted)
+            finally:
+                if losses is None:
+                    self.model.zero_grad()
+        return torch.stack(losses).mean() if losses is not None else None
+
+    def _backward(
+        self, micro_batches: Iterable[MicroBatch], interrupted: Callable[[], bool]
+    ) -> list[torch.Tensor] | None:
         losses: list[torch.Tensor] = []
         before = get_rng_state() if self._accumulation > 1 else None
-        engine.set_gradient_accumulation_boundary(True)
-        with engine.coalesce_grad_reduction():
-            for number, (tokens, targets) in enumerate(micro_batches, start=1):
-                if before is not None and number > 1 and interrupted():
-                    set_rng_state(before)
-                    return None
-                loss = engine(tokens, targets)
-                engine.backward(loss)
-                losses.append(loss.detach())
-        return torch.stack(losses).mean()
+        for number, (tokens, targets) in enumerate(micro_batches, start=1):
+            if before is not None and number > 1 and interrupted():
+                set_rng_state(before)
+                return None
+            loss = self.deepspeed(tokens, targets)
+            self.deepspeed.backward(loss)
+            losses.append(loss.detach())
+        return losses
 
     def apply(self, lr: float, skip: bool = False) -> Update:
         """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite.

@@ -1,18 +1,20 @@
 """What is done otherwise than in DeepSpeed's ZeRO optimizer: how gradients are summed, and how their norm is found.
 
-Both replace methods of one optimizer object that are not public; tests/test_engine.py tells if a version of DeepSpeed
-no longer asks them.
+Both replace methods of one optimizer object that are not public; tests/test_engine.py tells whether they are asked.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
 
 from ds_gpt2 import dist
+from ds_gpt2.errors import UserError
 
 
 def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
@@ -23,7 +25,7 @@ def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
     """
     for parameter in model.parameters():
         parameter.grad_dtype = torch.float32
-    optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+    _replace(optimizer, "_gradient_reduction_buffer_dtype", lambda: torch.float32)
 
 
 def read_norm_at_once(optimizer: Any) -> None:
@@ -40,12 +42,23 @@ def read_norm_at_once(optimizer: Any) -> None:
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
         return norms.pop() if norms else _global_norm(optimizer)
 
-    optimizer.has_overflow = has_overflow
-    optimizer.scaled_global_norm = scaled_global_norm
+    _replace(optimizer, "has_overflow", has_overflow)
+    _replace(optimizer, "scaled_global_norm", scaled_global_norm)
+
+
+def _replace(optimizer: Any, name: str, method: Callable[..., object]) -> None:
+    """
+    Raises:
+        UserError: there is no such method, so nothing would ask for this one.
+    """
+    if not callable(getattr(optimizer, name, None)):
+        version = metadata.version("deepspeed")
+        raise UserError(f"DeepSpeed {version} has no {name} where 0.19.8 has it: pip install deepspeed==0.19.8")
+    setattr(optimizer, name, method)
 
 
 def _global_norm(optimizer: Any) -> torch.Tensor:
     """Of all ranks' gradients, before clipping: fp32 scalar on the CPU."""
     parts = [part for group in optimizer.averaged_gradients.values() for part in group]
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts))).square()
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, torch.float32))).square()
     return dist.sum_over_ranks(total).sqrt().cpu()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +18,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from benchmarks.bad_gradients import inject
-from ds_gpt2 import deepspeed_file, device, dist, outcome
+from ds_gpt2 import deepspeed_file, device, dist, outcome, zero
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import HistogramsSettings, ValidationSettings, load_settings
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.data.batches import MicroBatch, TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.hooks import Histograms, Validation
@@ -73,7 +75,10 @@ def main(config: Path, out: Path) -> None:
     found["begun_from"] = begin_from_another(fresh_engine())
     engine = fresh_engine()
     found["validation_before"] = validation.loss(engine)
+    norms = _count_norms()
     found["steps"] = steps(engine, 4)
+    found["norms"] = len(norms)
+    found["dropped"] = _dropped(engine, data)
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
     found["bad"] = inject(engine, data, count=25, seed=dist.world_size())
     found["fingerprints"] = _fingerprints(engine)
@@ -87,6 +92,38 @@ def main(config: Path, out: Path) -> None:
         out.write_text(json.dumps(found))
     engine.close()
     close_process_group()
+
+
+def _count_norms() -> list[object]:
+    """Grows whenever the norm of the gradients is computed by us."""
+    norms: list[object] = []
+    ours = zero._global_norm
+    zero._global_norm = lambda optimizer: norms.append(optimizer) or ours(optimizer)  # type: ignore[func-returns-value]  # None is meant
+    return norms
+
+
+def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
+    """What is left of gradients, and which reductions were made, when a step ends before its last micro-batch.
+
+    Ranks may fail alone: one that reduced what it has would wait for the others for ever.
+    """
+
+    def failing() -> Iterator[MicroBatch]:
+        yield next(data.micro_batches(6))
+        raise OSError("no more")
+
+    reduced: list[object] = []
+    all_reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *tensors, **named: reduced.append(tensors) or all_reduce(*tensors, **named)  # type: ignore[func-returns-value]  # None is meant
+    try:
+        stopped = trained.accumulate(data.micro_batches(6), lambda: True)
+        left = [float(part.abs().max()) for part in trained.gradients().values()]
+        with contextlib.suppress(OSError):
+            trained.accumulate(failing())
+        left += [float(part.abs().max()) for part in trained.gradients().values()]
+    finally:
+        torch.distributed.all_reduce = all_reduce
+    return {"stopped": stopped is None, "left": max(left), "reductions": len(reduced)}
 
 
 def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -> float:

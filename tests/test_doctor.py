@@ -487,6 +487,14 @@ def test_hellaswag(tmp_path: Path) -> None:
     assert data.hellaswag(preset("quickstart").hellaswag).status == "ok"
 
 
+def test_what_compiling_needs_is_asked_for_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert [software.compiler(wanted, "cpu").status for wanted in ("auto", False, True)] == ["ok", "ok", "fail"]
+    assert "no C++ compiler (no-such-compiler)" in software.compiler(True, "cpu").found
+    monkeypatch.setenv("CXX", sys.executable)
+    assert software.compiler(True, "cpu").status == "ok"
+
+
 def test_packages_against_their_ranges(tmp_path: Path) -> None:
     assert [row.status for row in software.versions()] == ["ok"]
     assert software.tensorboard().status == "ok"

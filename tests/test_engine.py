@@ -55,6 +55,16 @@ def test_gradients_accumulate_in_fp32(seen: Seen) -> None:
         assert seen[ranks]["summed_gradient"] == pytest.approx(1 + (accumulation - 1) / 512, rel=1e-6)
 
 
+def test_the_norm_is_computed_once_a_step_and_by_us(seen: Seen) -> None:
+    """DeepSpeed asks methods that it does not promise to have: it must go on asking them."""
+    assert {seen[ranks]["norms"] for ranks in seen} == {4}
+
+
+def test_a_step_that_ends_early_reduces_nothing_and_leaves_nothing(seen: Seen) -> None:
+    for ranks in seen:
+        assert seen[ranks]["dropped"] == {"stopped": True, "left": 0.0, "reductions": 0}
+
+
 def test_validation_is_bit_identical_whatever_the_ranks(seen: Seen) -> None:
     assert len({seen[ranks]["validation_before"] for ranks in seen}) == 1
 

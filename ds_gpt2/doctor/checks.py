@@ -48,6 +48,7 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("settings", "run's name", partial(_name, settings)),
         Check("settings", "versions", software.versions),
         Check("settings", "TensorBoard", software.tensorboard),
+        Check("settings", "compiler", partial(software.compiler, settings.run.compile, accelerator)),
         Check("disk", "directories", partial(disk.directories, settings.output_dirs), quick=True),
         Check("disk", "room", partial(disk.room, directory, storage), quick=True),
         Check("disk", "room for logs", partial(disk.room_for_logs, settings.run_dir, directory), quick=True),

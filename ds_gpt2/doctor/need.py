@@ -11,8 +11,8 @@ STATE_BYTES = 14  # a parameter in a checkpoint: bf16 weights, fp32 masters and 
 WEIGHT_BYTES = 4  # where a checkpoint keeps its fp32 weights alone
 
 _VOCABULARY_ROWS = 50_304  # as ds_gpt2.model has them, whose import would bring in torch
-_REPLICATED_BYTES = 4  # a parameter on every rank: bf16 weights and gradients
-_SHARED_BYTES = 16  # a parameter, shared out among the ranks: fp32 masters, two moments, fp32 gradients
+_REPLICATED_BYTES = 6  # a parameter on every rank: bf16 weights, fp32 gradients
+_SHARED_BYTES = 16  # a parameter, shared out among the ranks: fp32 masters, two moments, reduced gradients
 _LIBRARIES = 250_000_000  # bytes that torch and DeepSpeed take in a rank: benchmarks/results/README.md
 
 

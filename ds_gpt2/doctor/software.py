@@ -46,6 +46,21 @@ def tensorboard() -> Row:
     return Row("TensorBoard", "ok", f"{metadata.version('tensorboard')}, {SummaryWriter.__name__} loads")
 
 
+def compiler(wanted: bool | str, accelerator: str) -> Row:
+    """What torch.compile needs, where run.compile has it used."""
+    import torch
+
+    from ds_gpt2 import compilation
+
+    if wanted is False or (wanted == "auto" and accelerator == "cpu"):
+        return Row("compiler", "ok", f"not needed: run.compile is {str(wanted).lower()}")
+    if (missing := compilation.obstacle(torch.device(accelerator))) is None:
+        return Row("compiler", "ok", "the model will be compiled")
+    if wanted is True:
+        return Row("compiler", "fail", f"run.compile is true, but {missing[0]}", missing[1])
+    return Row("compiler", "warn", f"the model will not be compiled, which costs speed: {missing[0]}", missing[1])
+
+
 def terminal_tools() -> list[str]:
     """Of the programs that keep a run alive without a terminal, those that are here."""
     return [tool for tool in ("tmux", "screen", "systemd-run") if shutil.which(tool)]

@@ -46,7 +46,8 @@ class Zero:
     """What of DeepSpeed's ``zero_optimization`` takes memory."""
 
     bucket: int  # elements of a reduce bucket
-    buffers: int  # such buckets at once
+    buffers: int  # such buckets that are kept filled at once; 0: gradients are reduced from where they are
+    link_bytes: int = 4  # of an element, on its way over the links
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Memory:
     moment: str
     weights: int = 0
     optimizer: int = 0  # fp32 masters and two moments of this rank's partition
-    gradients: int = 0  # fp32 partition, buckets, and what is on its way to them
+    gradients: int = 0  # fp32 sums, what is on its way to them, and what is being reduced
     activations: int = 0  # what the backward pass needs of the forward pass
     logits: int = 0  # of the loss, and what is made of them
 
@@ -87,9 +88,9 @@ def describe_model(settings: ModelSettings, sequence_length: int) -> Model:
 def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
     """From a DeepSpeed file that ``load_deepspeed_file`` has checked."""
     block = deepspeed_settings["zero_optimization"]
-    if not block.get("contiguous_gradients", True):
-        return Zero(0, 0)
-    return Zero(int(block.get("reduce_bucket_size", _DEFAULT_BUCKET)), 2 if block.get("overlap_comm") else 1)
+    bucket = int(block.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    buffers = (2 if block.get("overlap_comm") else 1) if block.get("contiguous_gradients", True) else 0
+    return Zero(bucket, buffers, 4 if deepspeed_settings.get("communication_data_type", "fp32") == "fp32" else 2)
 
 
 def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
@@ -136,13 +137,25 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
         Memory("backward", weights, optimizer, held + 2 * head + 5 * hidden + 16 * width * width, kept + hidden),
         # The embedding's gradient in bf16 and fp32, and on its way to that of the micro-batches before.
         Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
-        # The bucket; what it holds is flattened into a copy, so that together with what is still to come all is there
-        # once; and this rank's partition of what is reduced.
-        Memory("reduction", weights, optimizer, sums + 4 * zero.bucket * zero.buffers + 4 * partition),
+        Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks) + 4 * partition),
         Memory("validation", weights, optimizer, 0, 6 * hidden, 5 * logits),  # no gradients
         # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
         Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
     )
+
+
+def _reduction(model: Model, zero: Zero, ranks: int) -> int:
+    """Bytes beside the sums, which become fewer as buckets are filled.
+
+    What a bucket holds is flattened into a copy: where it has a buffer of its own, sums, copy and buffer together come
+    to the sums and the buffer. A tensor larger than the bucket has none.
+    """
+    filled = min(zero.bucket, model.parameters)
+    if zero.buffers == 0:
+        copies = 4 * filled
+    else:
+        copies = 4 * zero.bucket * zero.buffers + (4 * model.head if zero.bucket < model.head and ranks > 1 else 0)
+    return copies + (2 * filled if zero.link_bytes == 2 else 0)
 
 
 def largest_block(plan: BatchPlan, accelerator: str) -> int:
