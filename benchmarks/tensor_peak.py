@@ -35,11 +35,20 @@ def main() -> None:
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
+    if dist.world_size() == 1:
+        _reduce_nothing()
     settings = settings_of(options.data, "7M", **parse_overrides(options.set))
     measured = max(dist.gather_objects(_peak(settings, place)))
     if dist.is_main():
         options.out.write_text(json.dumps({"measured": measured, **_predicted(settings, place)}), encoding="utf-8")
     close_process_group()
+
+
+def _reduce_nothing() -> None:
+    """With one rank there is nothing to reduce, and gloo would keep what it was given alive, for a moment."""
+    import torch.distributed as torch_dist
+
+    torch_dist.all_reduce = lambda *tensors, **named: None
 
 
 def _peak(settings: Any, place: Any) -> int:
@@ -71,7 +80,7 @@ def _predicted(settings: Any, place: Any) -> dict[str, Any]:
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     model = describe_model(settings.model, batch.sequence_length)
     memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
-    return {"predicted": memory.total, "moment": memory.moment}
+    return {"predicted": memory.total, "moment": memory.moment, "parameters": model.parameters}
 
 
 if __name__ == "__main__":

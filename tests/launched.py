@@ -61,7 +61,8 @@ def end_session(session: int) -> list[str]:
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                left.append(" ".join(process.cmdline()))
+                if command := process.cmdline():  # none: it is ending
+                    left.append(" ".join(command))
                 process.kill()
         except (psutil.Error, ProcessLookupError):
             continue

@@ -69,7 +69,7 @@ def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkey
 def test_a_stop_while_starting_ends_at_once_and_leaves_nobody(endless: Path) -> None:
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
     _read_until(process, "^starting 2 ranks")
-    time.sleep(5)  # DeepSpeed's launcher is up, or the ranks are importing
+    time.sleep(2)  # DeepSpeed's launcher is up, or the ranks are importing
     process.send_signal(signal.SIGTERM)
     output = _end(process, 60)
     assert process.returncode not in (outcome.DONE, outcome.STOPPED)
