@@ -47,7 +47,7 @@ class RunSettings(_Section):
     dir: Path = Path("runs")
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool | Literal["auto"] = "auto"  # the model, by torch.compile; auto: on a GPU
-    deterministic: bool = False  # the same bits from the same state on a GPU too, at some cost
+    deterministic: bool = False  # ask for the same bits from the same state on a GPU too
 
     @field_validator("name")
     @classmethod

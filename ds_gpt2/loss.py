@@ -30,7 +30,7 @@ def cross_entropy(
             and get no probability, so the loss is that of the unpadded model.
         targets: (tokens,) int64.
         vocabulary: number of real tokens.
-        compiled: let ``torch.compile`` make one kernel of a chunk's passes over its logits.
+        compiled: let ``torch.compile`` fuse a chunk's passes over its logits.
 
     Returns:
         fp32 scalar.
@@ -67,7 +67,7 @@ def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int,
 
 
 def _lose_at_once(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
-    """The same, written for a compiler: all element by element but for maximum and sum, which it finds in one pass."""
+    """The same, written for a compiler to fuse: all element by element but for maximum and sum."""
     column = torch.arange(logits.shape[1], device=logits.device)
     scores = torch.where(column < vocabulary, logits.float(), -torch.inf)
     largest = scores.amax(dim=1, keepdim=True)

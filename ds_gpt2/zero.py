@@ -29,9 +29,10 @@ def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
 
 
 def read_norm_at_once(optimizer: Any) -> None:
-    """Have the gradients' norm computed by few kernels, and read once, instead of by a dozen for each parameter.
+    """Have the gradients' norm computed by few kernels, and read once, instead of by some ten for each parameter.
 
-    A norm that is Inf or NaN tells of a gradient that is: no need to look for that on its own.
+    A norm that is Inf or NaN tells of a gradient that is, or of one beyond 1e19, whose square is: no need to look for
+    that on its own.
     """
     norms: list[torch.Tensor] = []
 

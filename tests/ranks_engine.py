@@ -98,7 +98,12 @@ def _count_norms() -> list[object]:
     """Grows whenever the norm of the gradients is computed by us."""
     norms: list[object] = []
     ours = zero._global_norm
-    zero._global_norm = lambda optimizer: norms.append(optimizer) or ours(optimizer)  # type: ignore[func-returns-value]  # None is meant
+
+    def counted(optimizer: object) -> torch.Tensor:
+        norms.append(optimizer)
+        return ours(optimizer)
+
+    zero._global_norm = counted
     return norms
 
 
@@ -114,7 +119,12 @@ def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
 
     reduced: list[object] = []
     all_reduce = torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda *tensors, **named: reduced.append(tensors) or all_reduce(*tensors, **named)  # type: ignore[func-returns-value]  # None is meant
+
+    def counted(*tensors: object, **named: object) -> object:
+        reduced.append(tensors)
+        return all_reduce(*tensors, **named)
+
+    torch.distributed.all_reduce = counted
     try:
         stopped = trained.accumulate(data.micro_batches(6), lambda: True)
         left = [float(part.abs().max()) for part in trained.gradients().values()]

@@ -38,6 +38,16 @@ def test_our_numbers_are_put_in_once() -> None:
     assert content == load_deepspeed_file(SHIPPED), "the file's own content was changed"
 
 
+def test_gradients_are_summed_and_reduced_in_fp32_unless_the_file_says_otherwise() -> None:
+    settings = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
+    silent = load_deepspeed_file(SHIPPED)
+    del silent["data_types"], silent["communication_data_type"]
+    told = {**silent, "data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
+    found = [complete(content, settings, BatchPlan(16, 1024, 8, 4)) for content in (silent, told)]
+    assert [each["data_types"]["grad_accum_dtype"] for each in found] == ["fp32", "bf16"]
+    assert [each["communication_data_type"] for each in found] == ["fp32", "bf16"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
