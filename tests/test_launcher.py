@@ -128,6 +128,14 @@ def _ranks_of(config: Path) -> list[list[str]]:
     return [words for words in listed if str(config) in words]
 
 
+def test_the_signal_that_ended_a_rank_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGKILL)\n", encoding="utf-8")
+    ranks = launcher.Ranks([], Place("cpu", 1), tmp_path / "outcome", {}, script)
+    assert ranks.exit_status == "a rank was killed by SIGKILL"
+    assert not ranks.launcher_died and ranks.gone
+
+
 @pytest.fixture
 def as_rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """This process as the only rank; its signal handlers and environment come back afterwards."""
