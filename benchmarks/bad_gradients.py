@@ -38,7 +38,8 @@ def main() -> None:
     options = parser.parse_args()
     place = device.choose("auto")
     from benchmarks import machine
-    from benchmarks.trainer import Trainer, settings_of
+    from benchmarks.settings import settings_of
+    from benchmarks.trainer import Trainer
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)

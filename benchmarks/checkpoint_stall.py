@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2 import device, dist, outcome
 from ds_gpt2.config import CheckpointSettings
 
@@ -44,14 +45,16 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     place = device.choose("auto")
+    settings = settings_of(options.data, options.preset, options.accumulation)
+    set_up_compiler(settings, place)
     from benchmarks import machine
-    from benchmarks.trainer import Trainer, settings_of
+    from benchmarks.trainer import Trainer
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
     folder = dist.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
-    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation), place)
+    trainer = Trainer(settings, place)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if dist.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}

@@ -46,7 +46,7 @@ from ds_gpt2.data.holdout import EveryPiece
 from ds_gpt2.data.prepare import Recipe, prepare
 from ds_gpt2.data.sources import Listed, Source, python_documents
 from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
-from ds_gpt2.machine import free_port
+from ds_gpt2.launcher import TRAIN, Place, start_command
 from ds_gpt2.metrics import METRICS, read_metrics
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -79,11 +79,8 @@ class Ranks:
     """A started run: its processes, and how far its output says that it has come."""
 
     def __init__(self, config: Path, ranks: int) -> None:
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-        train = [str(PROJECT / "ds_gpt2" / "train.py"), "--config", str(config), "--resume", "auto"]
-        command = [*runner, "--num_gpus", str(ranks), "--master_port", str(free_port()), *train]
         self.process = subprocess.Popen(
-            command,
+            start_command(Place("cpu", ranks), TRAIN, ["--config", str(config), "--resume", "auto"]),
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             text=True,
             stdout=subprocess.PIPE,

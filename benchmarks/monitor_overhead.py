@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2 import config, device, dist, outcome
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     place = device.choose("auto")
+    set_up_compiler(settings_of(options.data, options.preset), place)
     from benchmarks import machine
-    from benchmarks.trainer import Trainer, settings_of
+    from benchmarks.trainer import Trainer
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)

@@ -26,8 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.machine import describe
 from ds_gpt2.config import PROJECT_DIR, load_settings
-from ds_gpt2.launcher import Place, Ranks
-from ds_gpt2.machine import free_port
+from ds_gpt2.launcher import Place, Ranks, start_command
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.planning import trial_rank
 
@@ -174,10 +173,9 @@ def bytes_below(directory: Path) -> int:
 
 def _tensor_peak(ranks: int, data: Path, overrides: dict[str, str], folder: Path) -> dict[str, Any]:
     out = folder / "tensors.json"
-    program = str(Path(__file__).with_name("tensor_peak.py"))
+    program = Path(__file__).with_name("tensor_peak.py")
     settings = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(ranks)]
-    command = [*runner, "--master_port", str(free_port()), program, "--data", str(data), "--out", str(out), *settings]
+    command = start_command(Place("cpu", ranks), program, ["--data", str(data), "--out", str(out), *settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return json.loads(out.read_text(encoding="utf-8"))

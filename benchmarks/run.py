@@ -27,7 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.machine import free_port
+from ds_gpt2.launcher import Place, start_command
 
 Found = dict[str, Any]  # what a program has written
 
@@ -225,10 +225,9 @@ def run(program: Program, options: argparse.Namespace) -> Found | None:
     """Its results; None if it failed, which is said."""
     out = options.out / f"{program.name}_{options.suite}.json"
     out.unlink(missing_ok=True)
-    file = str(Path(__file__).with_name(program.file))
-    launcher = ["-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(program.ranks)]
-    start = [*launcher, "--master_port", str(free_port())] if program.ranks else []
-    command = [sys.executable, *start, file, *map(str, program.words), "--out", str(out)]
+    file, words = Path(__file__).with_name(program.file), [*map(str, program.words), "--out", str(out)]
+    place = Place("cpu" if options.suite == "cpu" else "cuda", program.ranks)
+    command = start_command(place, file, words) if program.ranks else [sys.executable, str(file), *words]
     environment = dict(os.environ)
     if options.suite == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu"} | ({"OMP_NUM_THREADS": "1"} if program.ranks else {})

@@ -20,6 +20,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2 import device, dist, outcome
 
 PRESETS = ("124M", "350M", "774M", "1558M")
@@ -47,14 +48,16 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     place = device.choose("auto")
+    settings = settings_of(options.data, options.preset, options.accumulation)
+    set_up_compiler(settings, place)
     from benchmarks import machine
-    from benchmarks.trainer import Trainer, settings_of
+    from benchmarks.trainer import Trainer
     from ds_gpt2.engine import close_process_group, open_process_group
     from ds_gpt2.model import count_parameters
 
     counted = _count_collectives()
     open_process_group(place)
-    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation), place)
+    trainer = Trainer(settings, place)
     trainer.step(1)
     counted.clear()
     trainer.step(2)
@@ -126,7 +129,7 @@ def _sent(preset: str, micro_batch: int = 16) -> dict[str, dict[str, float]]:
 
 
 def _memory(preset: str) -> dict[str, dict[str, float]]:
-    """Of the states alone, by stage; with ``peak`` what ``plan`` predicts for a micro-batch of 4 under ZeRO-2."""
+    """Of the states alone, by stage; with ``peak`` what ``plan`` predicts for 4 windows under ZeRO-2, compiled."""
     from ds_gpt2.batch import BatchPlan
     from ds_gpt2.planning.memory import Zero, peak
 
@@ -148,7 +151,7 @@ def _describe(preset: str) -> Any:
     from ds_gpt2.config import ModelSettings
     from ds_gpt2.planning.memory import describe_model
 
-    return describe_model(ModelSettings(preset=preset), 1024)
+    return describe_model(ModelSettings(preset=preset), 1024, compiled=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import device, dist, outcome
+from benchmarks.settings import set_up_compiler, settings_of
+from ds_gpt2 import compilation, device, dist, outcome
+from ds_gpt2.config import parse_overrides
 
 _STEPS = 4
 
@@ -30,14 +32,13 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     place = device.choose("auto")
-    from benchmarks.trainer import settings_of
-    from ds_gpt2.config import parse_overrides
+    settings = settings_of(options.data, "7M", **parse_overrides(options.set))
+    set_up_compiler(settings, place)
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
     if dist.world_size() == 1:
         _reduce_nothing()
-    settings = settings_of(options.data, "7M", **parse_overrides(options.set))
     measured = max(dist.gather_objects(_peak(settings, place)))
     if dist.is_main():
         options.out.write_text(json.dumps({"measured": measured, **_predicted(settings, place)}), encoding="utf-8")
@@ -58,11 +59,18 @@ def _peak(settings: Any, place: Any) -> int:
 
     from benchmarks.trainer import Trainer
 
+    def train() -> None:
+        trainer = Trainer(settings, place)
+        trainer.steps(_STEPS)
+        model = trainer.engine.model
+        with torch.no_grad():
+            model.eval()(*next(trainer.data.micro_batches(1)))
+
     if place.type == "cuda":
-        Trainer(settings, place).steps(_STEPS)
+        train()
         return int(torch.cuda.max_memory_allocated())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        Trainer(settings, place).steps(_STEPS)
+        train()
     taken = highest = 0
     events = profiler.profiler.kineto_results.events()
     for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
@@ -78,7 +86,8 @@ def _predicted(settings: Any, place: Any) -> dict[str, Any]:
 
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
-    model = describe_model(settings.model, batch.sequence_length)
+    compiled = compilation.is_wanted(settings.run.compile, place.type)
+    model = describe_model(settings.model, batch.sequence_length, compiled)
     memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
     return {"predicted": memory.total, "moment": memory.moment, "parameters": model.parameters}
 

@@ -26,6 +26,7 @@ if not __package__:
 
 from benchmarks import machine
 from ds_gpt2.config import PROJECT_DIR, Settings, dump_settings, load_settings
+from ds_gpt2.launcher import TRAIN, Place, start_command
 from ds_gpt2.machine import free_port
 
 OURS, COMPILED, PLAIN = "ds_gpt2", "ds_gpt2, compiled", "plain DDP"
@@ -89,10 +90,8 @@ def _settings(data: Path, folder: Path, steps: int) -> Settings:
 
 def _run_ours(settings: Settings, name: str, steps: int, ranks: int, *words: str) -> Block:
     config = _write(settings, name)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
-    train = [str(PROJECT_DIR / "ds_gpt2" / "train.py"), "--config", str(config), f"schedule.steps={steps}"]
-    start = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command = [*start, *train, f"run.name={name}", *words]
+    train = ["--config", str(config), f"schedule.steps={steps}", f"run.name={name}", *words]
+    command = start_command(Place("cpu", ranks), TRAIN, train)
     peaks = _run(command, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, "train.py")
     lines = (settings.run.dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]

@@ -28,6 +28,7 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2 import device, dist, outcome
 from ds_gpt2.config import Settings
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     place = device.choose("auto")
+    set_up_compiler(_settings(options, True), place)
     from benchmarks import machine
     from ds_gpt2.engine import close_process_group, open_process_group
 
@@ -63,8 +65,6 @@ def main() -> None:
 
 
 def _settings(options: argparse.Namespace, compiled: bool) -> Settings:
-    from benchmarks.trainer import settings_of
-
     length, micro = options.sequence_length, options.micro_batch
     sizes = {
         "batch.sequence_length": length,
@@ -108,9 +108,11 @@ def _measure(arms: dict[str, Step], options: argparse.Namespace, place: torch.de
     for number in range(options.rounds):
         for name in list(arms)[:: 1 if number % 2 else -1]:
             arms[name](done + 1)  # what the arm before it left in caches
+            _wait_for(place)
             begun = time.perf_counter()
             for step_number in range(done + 2, done + 2 + options.steps):
                 arms[name](step_number)
+            _wait_for(place)  # a step ends when its loss is known, with the update still to be done
             seconds[name].append((time.perf_counter() - begun) / options.steps)
         done += options.steps + 1
     settings = _settings(options, True)
@@ -122,6 +124,11 @@ def _measure(arms: dict[str, Step], options: argparse.Namespace, place: torch.de
         "loss_differences_from_plain": _differences(curves),
         "curves": curves,
     }
+
+
+def _wait_for(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _speeds(seconds: dict[str, list[float]], settings: Settings, place: torch.device) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks.reference import rate
-from ds_gpt2 import compilation, config, deepspeed_file, dist
+from ds_gpt2 import compilation, deepspeed_file, dist
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.data.batches import TrainingData
@@ -17,23 +16,6 @@ from ds_gpt2.engine import Engine
 from ds_gpt2.model import GPT2, ModelShape
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.state import TrainState
-
-
-def settings_of(data: Path, preset: str, accumulation: int = 1, /, **overrides: str) -> Settings:
-    """Short windows for the small presets, GPT-2's own for the others."""
-    sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 32)
-    return config.load_settings(
-        config.PROJECT_DIR / "ds_configs" / "quickstart.yaml",
-        {
-            "data.dir": str(data.absolute()),
-            "model.preset": preset,
-            "batch.sequence_length": str(sequence),
-            "batch.micro_batch": str(micro),
-            "batch.tokens_per_step": str(sequence * micro * accumulation * dist.world_size()),
-            "monitor.tensorboard": "false",
-            **overrides,
-        },
-    )
 
 
 class Trainer:

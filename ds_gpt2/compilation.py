@@ -18,13 +18,18 @@ from ds_gpt2.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def is_wanted(setting: bool | Literal["auto"], accelerator: str) -> bool:
+    """What the setting run.compile means on ``accelerator``, cuda or cpu."""
+    return accelerator == "cuda" if setting == "auto" else setting
+
+
 def decide(wanted: bool | Literal["auto"], place: torch.device) -> bool:
     """Whether to compile, by the setting run.compile: "auto" does on a GPU, and says so where it cannot.
 
     Raises:
         UserError: it was asked for and cannot be done.
     """
-    if wanted is False or (wanted == "auto" and place.type != "cuda"):
+    if not is_wanted(wanted, place.type):
         return False
     missing = obstacle(place)
     if missing and wanted is True:

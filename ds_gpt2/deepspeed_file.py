@@ -43,6 +43,12 @@ _OPTIMIZER_OURS = {
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay",
 }
+# What must stay as it is by default: without it a gradient with Inf or NaN would reach the weights.
+_GUARDS = (
+    ("bf16", "check_grad_overflow"),
+    ("bfloat16", "check_grad_overflow"),
+    ("zero_optimization", "compute_grad_norm"),
+)
 # What else torch's and DeepSpeed's Adam take.
 _OPTIMIZER_PARAMS = frozenset({"torch_adam", "fused", "foreach", "adam_w_mode", "bias_correction", "capturable"})
 
@@ -52,7 +58,8 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: unreadable, no JSON object, an unknown top-level key, a number that is ours stated as anything but
-            "auto", or what this project does not run (a ZeRO stage other than 2, an optimizer other than Adam).
+            "auto", a guard of the weights that is off, or what this project does not run (a ZeRO stage other than 2,
+            an optimizer other than Adam).
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -64,6 +71,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
     _check_owners(path, content, _OURS, "")
     _check_known(path, content)
+    _check_guards(path, content)
     _check_optimizer(path, content.get("optimizer"))
     zero = content.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
@@ -103,6 +111,13 @@ def _check_owners(path: Path, block: dict[str, Any], owners: dict[str, str], pre
     for key, owner in owners.items():
         if block.get(key, "auto") != "auto":
             raise UserError(f'{path}: {prefix}{key} belongs to the setting {owner}: write "auto" or remove it')
+
+
+def _check_guards(path: Path, content: dict[str, Any]) -> None:
+    for name, guard in _GUARDS:
+        block = content.get(name)
+        if isinstance(block, dict) and block.get(guard, True) is not True:
+            raise UserError(f"{path}: {name}.{guard} keeps gradients with Inf or NaN off the weights: remove it")
 
 
 def _check_optimizer(path: Path, optimizer: Any) -> None:

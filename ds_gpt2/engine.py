@@ -198,7 +198,7 @@ def open_process_group(device: torch.device) -> None:
     if device.type == "cpu":
         # DeepSpeed's shared-memory all-reduce needs g++ and half a minute at first use, and was no faster
         # where ranks share cores (benchmarks/LOG.md).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # asked for what else it can, it runs g++
         if os.environ.get("CROSS_SIZE", "1") == "1" and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
     if dist.rank() == 0:

@@ -102,17 +102,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = part @ head.t()  # (chunk, padded vocabulary)
             total += lose(logits, target, vocabulary, differentiate)
-            if not differentiate:
-                continue
-            hidden_grads.append(logits @ head)
-            # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
-            share = logits.t() @ part
-            if tokens <= chunk:
-                head_grad = share
-            elif head_grad is None:
-                head_grad = share.float()
-            else:
-                head_grad += share
+            if differentiate:
+                hidden_grads.append(logits @ head)
+                # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
+                share = logits.t() @ part
+                if tokens <= chunk:
+                    head_grad = share
+                elif head_grad is None:
+                    head_grad = share.float()
+                else:
+                    head_grad += share
+                del share
+            del logits  # or both would still be there when the next chunk's are made
         if head_grad is not None:
             ctx.save_for_backward(torch.cat(hidden_grads), head_grad)
             ctx.tokens, ctx.dtype = tokens, head.dtype

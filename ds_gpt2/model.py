@@ -125,7 +125,7 @@ class GPT2(nn.Module):
 
         (PyTorch calls it regional compilation; it takes half as long as the whole model, see benchmarks/LOG.md.)
 
-        Only there, where shapes stay the same from step to step: ``hidden`` and ``logits`` run as they are written.
+        Only in training, where shapes stay the same from step to step: whatever evaluates runs as it is written.
         """
         for block in self.h:
             block.compile(dynamic=False)
@@ -133,11 +133,12 @@ class GPT2(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of ``targets`` (batch, time) given ``tokens`` (batch, time)."""
+        compiled = self._compiled and torch.is_grad_enabled()
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.h:
-            x = block(x)
+            x = block(x) if compiled else block.forward(x)
         hidden = self.ln_f(x).flatten(0, 1)
-        return cross_entropy(hidden, self.wte.weight, targets.flatten(), VOCABULARY, self._compiled)
+        return cross_entropy(hidden, self.wte.weight, targets.flatten(), VOCABULARY, compiled)
 
     def hidden(
         self,

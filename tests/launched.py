@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from ds_gpt2.machine import free_port
+from ds_gpt2.launcher import TRAIN, Place, start_command
 
 PROJECT = Path(__file__).resolve().parents[1]
-TRAIN = PROJECT / "ds_gpt2" / "train.py"
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,8 @@ class Launched:
 def launch(
     ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 240
 ) -> Launched:
-    """``deepspeed --num_gpus RANKS SCRIPT ARGUMENTS``, to its end."""
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", str(ranks)]
-    command = [*runner, "--master_port", str(free_port()), str(script), *arguments]
-    return run(command, accelerator, timeout)
+    """SCRIPT ARGUMENTS on so many ranks, to its end."""
+    return run(start_command(Place(accelerator, ranks), script, arguments), accelerator, timeout)
 
 
 def run(command: list[str], accelerator: str = "cpu", timeout: float = 240) -> Launched:

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2 import device, outcome
 
 
@@ -27,11 +28,13 @@ def waits(work: Callable[[], object]) -> list[str]:
 
 def main(data: Path, out: Path) -> None:
     place = device.choose("cuda")
-    from benchmarks.trainer import Trainer, settings_of
+    settings = settings_of(data, "7M", 2)
+    set_up_compiler(settings, place)
+    from benchmarks.trainer import Trainer
     from ds_gpt2.engine import close_process_group, open_process_group
 
     open_process_group(place)
-    trainer = Trainer(settings_of(data, "7M", 2), place)
+    trainer = Trainer(settings, place)
     for step in (1, 2):
         trainer.step(step)
     accumulate = waits(lambda: trainer.engine.accumulate(trainer.data.micro_batches(3)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import hellaswag_item
-from launched import PROJECT, run
+from launched import PROJECT, launch, run
 
 from benchmarks.run import Goal
 
@@ -59,9 +59,7 @@ def test_tokenising_loading_and_exporting_run(tmp_path: Path) -> None:
 
 def test_what_goes_over_the_links_is_what_the_docs_say(tmp_path: Path, dataset_dir: Path) -> None:
     out = tmp_path / "scaling.json"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--num_gpus", "2"]
-    program = [str(PROJECT / "benchmarks" / "scaling.py"), "--data", str(dataset_dir), "--out", str(out)]
-    done = run([*command, *program])
+    done = launch(2, "--data", str(dataset_dir), "--out", str(out), script=PROJECT / "benchmarks" / "scaling.py")
     assert done.code == 0, done.output
     found = json.loads(out.read_text())
     assert abs(found["off"]) < 1e-4

@@ -62,6 +62,8 @@ def test_gradients_are_summed_and_reduced_in_fp32_unless_the_file_says_otherwise
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
             r"optimizer\.params\.lr belongs to .* schedule\.max_lr",
         ),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, r"bf16\.check_grad_overflow keeps .*: remove it"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm keeps gradients with Inf"),
         ({"optimizer": {"params": {}}}, r"optimizer\.type is None: ds_gpt2 runs AdamW"),
         ({"optimizer": None}, r"optimizer\.type is None"),
         ({"optimizer": {"type": "Sophia"}}, r"optimizer\.type is Sophia"),

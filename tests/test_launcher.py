@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launched import TRAIN, end_session, start
+from launched import TRAIN, end_session, run, start
 
 from ds_gpt2 import cli, device, launcher, outcome
 from ds_gpt2.checkpoint.generations import newest_tag, scan
@@ -265,6 +265,7 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     auto = load_settings(endless, {"run.device": "auto"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cu130")
     assert launcher.choose_ranks(auto, None) == Place("cuda", 3)
     assert launcher.choose_ranks(auto, 2) == Place("cuda", 2)
     with pytest.raises(UserError, match=r"--num_gpus 4, but this machine shows 3 GPU"):
@@ -274,20 +275,31 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     assert launcher.choose_ranks(auto, None) == Place("cpu", 4)
 
 
+def test_a_build_of_pytorch_for_cpus_is_not_imported_to_be_asked(
+    endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cpu")
+    assert launcher.choose_ranks(load_settings(endless, {"run.device": "auto"}), None) == Place("cpu", 4)
+
+
 @pytest.mark.parametrize(
-    ("visible", "where"),
-    [("", ["--num_gpus", "2"]), ("2,3", ["--include", "localhost:2,3"]), ("5, 1,0", ["--include", "localhost:5,1"])],
+    ("visible", "seen"),
+    [("", ["0", "1"]), ("2,3", ["2", "3"]), ("5, 1,0", ["5", "1"]), ("GPU-89,GPU-f3", ["GPU-89", "GPU-f3"])],
 )
-def test_visible_devices_are_the_ones_used(visible: str, where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_devices_are_the_ones_used(visible: str, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher._which_devices(Place("cuda", 2)) == where
-    assert launcher._which_devices(Place("cpu", 2)) == ["--num_gpus", "2"]
+    assert launcher._devices(Place("cuda", 2)) == seen
+    assert launcher._devices(Place("cpu", 2)) == ["0", "1"]
 
 
-def test_devices_deepspeed_cannot_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c")
-    with pytest.raises(UserError, match="needs GPUs by number"):
-        launcher._which_devices(Place("cuda", 1))
+def test_ranks_see_devices_that_have_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-89,GPU-f3")
+    script = tmp_path / "seen.py"
+    script.write_text("import os; print('seen', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)", encoding="utf-8")
+    done = run(launcher.start_command(Place("cuda", 2), script, []))
+    assert done.output.count("seen GPU-89,GPU-f3\n") == 2, done.output
 
 
 @pytest.mark.parametrize(

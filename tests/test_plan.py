@@ -109,19 +109,30 @@ def test_energy_and_its_price_follow_from_the_time(planned: tuple[Launched, dict
 
 
 @pytest.mark.parametrize(
-    ("ranks", "bucket", "moment"),
-    [(1, 100_000_000, "reduction"), (1, 5_000_000, "loss"), (2, 100_000_000, "reduction")],
+    ("ranks", "bucket", "windows", "compiled", "moment"),
+    [
+        (1, 100_000_000, 8, False, "reduction"),
+        (2, 100_000_000, 8, False, "reduction"),
+        (1, 5_000_000, 16, False, "loss"),
+        (1, 5_000_000, 96, True, "loss"),
+    ],
 )
 def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
-    tmp_path: Path, dataset_dir: Path, ranks: int, bucket: int, moment: str
+    tmp_path: Path, dataset_dir: Path, ranks: int, bucket: int, windows: int, compiled: bool, moment: str
 ) -> None:
     """On several ranks gloo may keep one or two of the reduced copies alive, for a moment."""
     out, program = tmp_path / "tensors.json", PROJECT / "benchmarks" / "tensor_peak.py"
     content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
     content["zero_optimization"]["reduce_bucket_size"] = bucket
     (tmp_path / "zero.json").write_text(json.dumps(content))
-    words = ["batch.sequence_length=64", "batch.micro_batch=8", f"batch.tokens_per_step={1024 * ranks}"]
-    settings = [word for each in (*words, f"deepspeed={tmp_path}/zero.json") for word in ("--set", each)]
+    words = [
+        "batch.sequence_length=64",
+        f"batch.micro_batch={windows}",
+        f"batch.tokens_per_step={2 * 64 * windows * ranks}",
+        f"run.compile={str(compiled).lower()}",
+        f"deepspeed={tmp_path}/zero.json",
+    ]
+    settings = [word for each in words for word in ("--set", each)]
     done = launch(ranks, "--data", str(dataset_dir), "--out", str(out), *settings, script=program)
     assert done.code == 0, done.output
     found = json.loads(out.read_text())

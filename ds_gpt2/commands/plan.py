@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import outcome
+from ds_gpt2 import compilation, outcome
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint.generations import scan
 from ds_gpt2.commands.arguments import add_start_arguments, positive
@@ -192,12 +192,13 @@ def _subject(settings: Settings, num_gpus: int | None, hardware: Hardware | None
     batch = settings.batch
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+    compiled = compilation.is_wanted(settings.run.compile, place.accelerator)
     own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
         settings,
         shared,
         place,
-        describe_model(settings.model, batch.sequence_length),
+        describe_model(settings.model, batch.sequence_length, compiled),
         zero,
         course_of(settings, shared.windows_per_step, len(windows)),
         disk_free=supplies.disk_free(settings.checkpoint_dir) + own,

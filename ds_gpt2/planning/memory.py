@@ -28,6 +28,7 @@ class Model:
 
     shape: ModelShape
     dropout: float
+    compiled: bool
     groups: tuple[int, ...]  # parameters of each optimizer group
     flops_per_token: float  # forward and backward
 
@@ -76,13 +77,13 @@ class Memory:
         return self.gradients + self.activations + self.logits
 
 
-def describe_model(settings: ModelSettings, sequence_length: int) -> Model:
+def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool) -> Model:
     """The model as it would be built; nothing is allocated."""
     shape = ModelShape(*settings.shape, sequence_length)
     with torch.device("meta"):
         model = GPT2(shape, settings.dropout)
     groups = tuple(sum(each.numel() for each in group["params"]) for group in parameter_groups(model, 0.0))
-    return Model(shape, settings.dropout, groups, flops_per_token(model))
+    return Model(shape, settings.dropout, compiled, groups, flops_per_token(model))
 
 
 def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
@@ -112,18 +113,13 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     chunk = _chunk(plan, accelerator)
     several = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
+    # Softmax in fp32: bf16 logits, their fp32 copy and the result; compiled, all is made in the logits' own memory.
+    losing = (1 if model.compiled else 5) * logits + (4 * head if several else 0)
+    # The head's gradient: a chunk's share in bf16, the sum of several in fp32; a CPU adds a copy of the share in fp32.
+    sharing = logits + ((10 if accelerator == "cpu" else 6) * head if several else 2 * head)
     held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
     return (
-        # Softmax in fp32: bf16 logits, their fp32 copy and the result. With several chunks there are also the head's
-        # fp32 gradient and its newest share.
-        Memory(
-            "loss",
-            weights,
-            optimizer,
-            held,
-            kept + hidden,
-            5 * logits + hidden + (6 * head if several else 0),
-        ),
+        Memory("loss", weights, optimizer, held, kept + hidden, hidden + max(losing, sharing)),
         # Its backward pass scales both gradients and rounds the head's.
         Memory(
             "loss, backward",
