@@ -114,7 +114,7 @@ def test_energy_and_its_price_follow_from_the_time(planned: tuple[Launched, dict
         (1, 100_000_000, 8, False, "reduction"),
         (2, 100_000_000, 8, False, "reduction"),
         (1, 5_000_000, 16, False, "loss"),
-        (1, 5_000_000, 96, True, "loss"),
+        (1, 5_000_000, 128, True, "loss"),
     ],
 )
 def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
