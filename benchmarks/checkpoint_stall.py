@@ -104,11 +104,15 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         checkpoints.finish(state, for_good=False)
     held: dict[str, list[float]] = {kind: [] for kind in KINDS}
     blocks: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    still_writing = []
     for _ in range(rounds):
         for kind in KINDS:
             held[kind].append(1000 * save(kind))
             blocks[kind].append(1000 * trainer.steps(steps))
+            begun = time.perf_counter()
             checkpoints.finish(state, for_good=False)
+            if kind == "background":
+                still_writing.append(1000 * (time.perf_counter() - begun))
     engine.close()
     size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
     parameters = count_parameters(engine.model)
@@ -122,6 +126,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         "held_ratio": round(statistics.median(held["background"]) / statistics.median(held["torch.save"]), 4),
         "block_ms": {kind: _spread(blocks[kind]) for kind in KINDS},
         "excess_ms_of_a_background_save": round(statistics.median(blocks["background"]) - usual, 1),
+        "still_writing_ms": round(statistics.median(still_writing), 1),
         "waited_seconds": round(checkpoints.waited_seconds, 3),
     }
 

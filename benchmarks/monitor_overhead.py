@@ -1,12 +1,13 @@
 """What does watching a run cost?
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/monitor_overhead.py --data DIR --out FILE
-    deepspeed --num_gpus 1 benchmarks/monitor_overhead.py --preset 124M --data DIR --out FILE
+    deepspeed --num_gpus 1 benchmarks/monitor_overhead.py --preset 124M --accumulation 4 --one_of 4 --data DIR ...
 
 The training loop runs in blocks that take turns: nothing is recorded; every scalar of every step goes to metrics.jsonl
 and TensorBoard, and the machine is looked at. The difference is far below what blocks differ by anyway, so the calls
 themselves are timed too. What validation, samples, histograms and HellaSwag cost is timed at single occasions, and
-divided by the steps between two of them in ds_configs/gpt2_124m.yaml.
+divided by the steps between two of them in ds_configs/gpt2_124m.yaml. With ``--one_of 4`` a rank stands for four: what
+ranks share among them then counts a quarter.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--occasions", type=int, default=5)
+    parser.add_argument("--one_of", type=int, default=1, metavar="RANKS", help="what each rank here stands for")
     parser.add_argument("--hellaswag", type=Path, help="its file; left out without one")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -107,7 +109,10 @@ def main() -> None:
     trainer = Trainer(settings_of(options.data, options.preset, options.accumulation, **places), place)
     trainer.steps(4)
     result = _scalars(trainer, options.rounds, options.steps)
-    result["occasions"] = _occasions(trainer, options.occasions, bool(options.hellaswag), result["step_ms"])
+    result["occasions"] = {
+        name: _occasions(trainer, hook, every, options.occasions, result["step_ms"] * (options.one_of if shared else 1))
+        for name, every, hook, shared in _hooks(trainer, bool(options.hellaswag))
+    }
     if dist.is_main():
         setting = f"{options.preset}, {dist.world_size()} ranks on {place.type}, {trainer.plan}"
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), "setting": setting, **result}
@@ -175,34 +180,30 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _occasions(trainer: Trainer, count: int, with_hellaswag: bool, step_ms: float) -> dict[str, Any]:
-    """What one occasion of each hook costs, and its share of the time at the mission's cadence."""
-    mission = config.load_settings(config.PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
-    found = {}
-    for name, hook in _hooks(trainer, mission, with_hellaswag):
-        every = getattr(mission, name).every
-        costs = [1000 * _occasion(trainer, hook) for _ in range(count)]
-        cost = statistics.median(costs)
-        found[name] = {
-            "ms": [round(one, 1) for one in costs],
-            "every": every,
-            "share_of_the_time": round(cost / (every * step_ms), 6),
-        }
-    return found
+def _occasions(trainer: Trainer, hook: Hook, every: int, count: int, step_ms: float) -> dict[str, Any]:
+    """What one occasion costs, a first one not counted, and its share of the time."""
+    _occasion(trainer, hook)
+    costs = [1000 * _occasion(trainer, hook) for _ in range(count)]
+    share = statistics.median(costs) / (every * step_ms)
+    return {"ms": [round(one, 1) for one in costs], "every": every, "share_of_the_time": round(share, 6)}
 
 
-def _hooks(trainer: Trainer, mission: config.Settings, with_hellaswag: bool) -> Iterator[tuple[str, Hook]]:
+def _hooks(trainer: Trainer, with_hellaswag: bool) -> Iterator[tuple[str, int, Hook, bool]]:
+    """Name, steps between two occasions in the mission, the hook, and whether ranks share its work."""
     from ds_gpt2.data.dataset import Windows, open_dataset
     from ds_gpt2.hooks import Histograms, Samples, Validation, open_hellaswag
 
+    mission = config.load_settings(config.PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
     settings = trainer.settings
     context = settings.batch.sequence_length
     held_out = Windows(open_dataset(settings.data.dir), "val", context)
-    yield "validation", Validation(mission.validation, held_out, settings.batch.micro_batch)
-    yield "samples", Samples(mission.samples, settings.run.seed, settings.run_dir / "samples", context)
-    yield "histograms", Histograms(mission.histograms, trainer.engine.model)
+    validation = Validation(mission.validation, held_out, settings.batch.micro_batch)
+    yield f"validation, {len(held_out)} windows", mission.validation.every, validation, True
+    samples = Samples(mission.samples, settings.run.seed, settings.run_dir / "samples", context)
+    yield "samples", mission.samples.every, samples, False
+    yield "histograms", mission.histograms.every, Histograms(mission.histograms, trainer.engine.model), True
     if with_hellaswag and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
-        yield "hellaswag", hellaswag
+        yield "hellaswag", mission.hellaswag.every, hellaswag, True
 
 
 def _occasion(trainer: Trainer, hook: Hook) -> float:
