@@ -79,6 +79,8 @@ def test_evaluation_and_samples_compile_nothing(models: tuple[GPT2, GPT2]) -> No
     for length in (1, 7, 64):
         tokens = torch.arange(length)[None]
         torch.testing.assert_close(models[1].logits(tokens), models[0].logits(tokens))
+        with torch.no_grad():
+            assert torch.equal(models[1](tokens, tokens), models[0](tokens, tokens))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
