@@ -142,7 +142,7 @@ def _memory(preset: str) -> dict[str, dict[str, float]]:
         }
         plan = BatchPlan(4, 1024, max(1, TOKENS_PER_STEP // (4 * 1024 * ranks)), ranks)
         sizes = {name: each * model.parameters for name, each in states.items()}
-        sizes["peak, 4 windows"] = peak(model, plan, Zero(100_000_000, 1), "cuda").total
+        sizes["peak, 4 windows"] = peak(model, plan, Zero(100_000_000, 1, in_place=True), "cuda").total
         found[f"{ranks}"] = {name: round(size / 1e9, 2) for name, size in sizes.items()}
     return found
 

@@ -48,6 +48,7 @@ class Zero:
 
     bucket: int  # elements of a reduce bucket
     buffers: int  # such buckets that are kept filled at once; 0: gradients are reduced from where they are
+    in_place: bool  # a bucket is reduced where it lies, not in a copy
     link_bytes: int = 4  # of an element, on its way over the links
 
 
@@ -91,7 +92,8 @@ def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
     block = deepspeed_settings["zero_optimization"]
     bucket = int(block.get("reduce_bucket_size", _DEFAULT_BUCKET))
     buffers = (2 if block.get("overlap_comm") else 1) if block.get("contiguous_gradients", True) else 0
-    return Zero(bucket, buffers, 4 if deepspeed_settings.get("communication_data_type", "fp32") == "fp32" else 2)
+    link_bytes = 4 if deepspeed_settings.get("communication_data_type", "fp32") == "fp32" else 2
+    return Zero(bucket, buffers, not block.get("reduce_scatter", True), link_bytes)
 
 
 def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
@@ -106,7 +108,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     """
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
-    partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
+    partition = _partition(model, ranks)
     weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * model.parameters
     kept = activations(model, plan.micro_batch, accelerator)
     hidden = 2 * tokens * width
@@ -133,7 +135,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
         Memory("backward", weights, optimizer, held + 2 * head + 5 * hidden + 16 * width * width, kept + hidden),
         # The embedding's gradient in bf16 and fp32, and on its way to that of the micro-batches before.
         Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
-        Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks) + 4 * partition),
+        Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks)),
         Memory("validation", weights, optimizer, 0, 6 * hidden, 5 * logits),  # no gradients
         # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
         Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
@@ -141,17 +143,19 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
 
 
 def _reduction(model: Model, zero: Zero, ranks: int) -> int:
-    """Bytes beside the sums, which become fewer as buckets are filled.
+    """Bytes beside the sums, which become fewer as buckets are filled: buckets, copies of them, this rank's part.
 
-    What a bucket holds is flattened into a copy: where it has a buffer of its own, sums, copy and buffer together come
-    to the sums and the buffer. A tensor larger than the bucket has none.
+    A tensor larger than the bucket has no buffer.
     """
-    filled = min(zero.bucket, model.parameters)
+    filled, part = 4 * min(zero.bucket, model.parameters), 4 * _partition(model, ranks)
+    large = zero.bucket < model.head
     if zero.buffers == 0:
-        copies = 4 * filled
-    else:
-        copies = 4 * zero.bucket * zero.buffers + (4 * model.head if zero.bucket < model.head and ranks > 1 else 0)
-    return copies + (2 * filled if zero.link_bytes == 2 else 0)
+        beside = filled + part
+    elif zero.in_place:  # there is a part only once a bucket is full, and its sums are gone
+        beside = 4 * zero.bucket * zero.buffers + (part if large else max(0, part - filled))
+    else:  # sums, copy and buffer together come to the sums and the buffer
+        beside = 4 * zero.bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
+    return beside + (filled // 2 if zero.link_bytes == 2 else 0)
 
 
 def largest_block(plan: BatchPlan, accelerator: str) -> int:
@@ -184,14 +188,18 @@ def activations(model: Model, micro_batch: int, accelerator: str) -> int:
 
 def snapshot(model: Model, ranks: int, rank: int) -> int:
     """Bytes of the copy in host memory that a save in the background writes from; kept from the first save on."""
-    partition = sum(_aligned(group, ranks) // ranks for group in model.groups)
-    return 12 * partition + (2 * model.parameters if rank == 0 else 0)
+    return 12 * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
 
 
 def _chunk(plan: BatchPlan, accelerator: str) -> int:
     """Tokens whose logits exist at once."""
     tokens = plan.micro_batch * plan.sequence_length
     return min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
+
+
+def _partition(model: Model, ranks: int) -> int:
+    """Parameters of which a rank keeps the optimizer's state, with what fills them up."""
+    return sum(_aligned(group, ranks) // ranks for group in model.groups)
 
 
 def _aligned(group: int, ranks: int) -> int:
