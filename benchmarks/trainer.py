@@ -13,7 +13,7 @@ from ds_gpt2.config import Settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine
-from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.model import GPT2, ModelShape, count_parameters
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.state import TrainState
 
@@ -32,7 +32,8 @@ class Trainer:
         model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
         if compilation.decide(settings.run.compile, place):
             model.compile_blocks()
-        self.engine = Engine(model, deepspeed_file.complete(content, settings, self.plan), 0.1)
+        completed = deepspeed_file.complete(content, settings, self.plan, count_parameters(model))
+        self.engine = Engine(model, completed, 0.1)
         self.state = TrainState()
 
     def steps(self, count: int) -> float:

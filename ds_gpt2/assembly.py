@@ -282,7 +282,7 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
     model = GPT2(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.dropout)
     if compiled:
         model.compile_blocks()
-    completed = deepspeed_file.complete(deepspeed_settings, settings, plan)
+    completed = deepspeed_file.complete(deepspeed_settings, settings, plan, count_parameters(model))
     engine = Engine(model, completed, settings.optimizer.weight_decay)
     seed_everything(settings.run.seed + dist.rank())  # dropout differs between ranks
     return engine

@@ -43,6 +43,7 @@ _OPTIMIZER_OURS = {
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay",
 }
+_DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's default for zero_optimization.reduce_bucket_size
 # What must stay as it is by default: without it a gradient with Inf or NaN would reach the weights.
 _GUARDS = (
     ("bf16", "check_grad_overflow"),
@@ -77,12 +78,20 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 2:
         raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 runs stage 2")
+    try:
+        bucket_size(content)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: zero_optimization.reduce_bucket_size must be a number of elements") from None
     return content
 
 
-def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan) -> dict[str, Any]:
-    """The configuration handed to ``deepspeed.initialize``: ``content`` with our numbers in their places."""
-    optimizer = content["optimizer"]
+def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan, parameters: int) -> dict[str, Any]:
+    """The configuration handed to ``deepspeed.initialize``: ``content`` with our numbers in their places.
+
+    Args:
+        parameters: of the model; a bucket for gradients is no larger, as DeepSpeed makes all of it.
+    """
+    optimizer, zero = content["optimizer"], content["zero_optimization"]
     params = {
         **optimizer.get("params", {}),
         "lr": settings.schedule.max_lr,
@@ -99,12 +108,19 @@ def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan) -> di
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": settings.optimizer.grad_clip,
         "optimizer": {**optimizer, "params": params},
+        "zero_optimization": {**zero, "reduce_bucket_size": min(bucket_size(content), parameters)},
         "tensorboard": {
             "enabled": settings.monitor.tensorboard,
             "output_path": str(settings.tensorboard_dir.parent),
             "job_name": settings.tensorboard_dir.name,
         },
     }
+
+
+def bucket_size(content: dict[str, Any]) -> int:
+    """Elements of a bucket for gradients that a checked file asks for."""
+    size = content["zero_optimization"].get("reduce_bucket_size", "auto")
+    return _DEFAULT_BUCKET if size == "auto" else int(size)
 
 
 def _check_owners(path: Path, block: dict[str, Any], owners: dict[str, str], prefix: str) -> None:

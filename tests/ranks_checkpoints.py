@@ -27,7 +27,7 @@ from ds_gpt2.config import CheckpointSettings, Settings, load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
-from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.model import GPT2, ModelShape, count_parameters
 from ds_gpt2.rng import get_rng_state, seed_everything
 from ds_gpt2.state import TrainState
 
@@ -64,8 +64,9 @@ class Bench:
     def fresh_engine(self, settings: Settings) -> Engine:
         torch.manual_seed(5)
         content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
-        complete = deepspeed_file.complete(content, settings, self.plan)
-        engine = Engine(GPT2(ModelShape(2, 2, 32, 64), 0.1), complete, settings.optimizer.weight_decay)
+        model = GPT2(ModelShape(2, 2, 32, 64), 0.1)
+        complete = deepspeed_file.complete(content, settings, self.plan, count_parameters(model))
+        engine = Engine(model, complete, settings.optimizer.weight_decay)
         seed_everything(7 + dist.rank())
         return engine
 

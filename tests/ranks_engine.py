@@ -25,7 +25,7 @@ from ds_gpt2.data.batches import MicroBatch, TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.hooks import Histograms, Validation
-from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+from ds_gpt2.model import GPT2, VOCABULARY, ModelShape, count_parameters
 from ds_gpt2.monitor import Histogram
 from ds_gpt2.state import TrainState
 
@@ -60,7 +60,7 @@ def main(config: Path, out: Path) -> None:
         torch.manual_seed(5)
         content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64))
-        return Engine(model, deepspeed_file.complete(content, settings, plan), 0.1)
+        return Engine(model, deepspeed_file.complete(content, settings, plan, count_parameters(model)), 0.1)
 
     def steps(trained: Engine, count: int) -> list[tuple[float, float]]:
         seen = []

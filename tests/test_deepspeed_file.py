@@ -26,7 +26,8 @@ def _with(tmp_path: Path, **changes: Any) -> Path:
 def test_our_numbers_are_put_in_once() -> None:
     settings = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml", {"optimizer.grad_clip": "0.5"})
     content = load_deepspeed_file(SHIPPED)
-    completed = complete(content, settings, BatchPlan(16, 1024, 8, 4))
+    completed = complete(content, settings, BatchPlan(16, 1024, 8, 4), 1_000)
+    assert completed["zero_optimization"]["reduce_bucket_size"] == 1_000
     assert completed["train_batch_size"] == 512
     assert completed["train_micro_batch_size_per_gpu"] == 16
     assert completed["gradient_accumulation_steps"] == 8
@@ -43,9 +44,10 @@ def test_gradients_are_summed_and_reduced_in_fp32_unless_the_file_says_otherwise
     silent = load_deepspeed_file(SHIPPED)
     del silent["data_types"], silent["communication_data_type"]
     told = {**silent, "data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
-    found = [complete(content, settings, BatchPlan(16, 1024, 8, 4)) for content in (silent, told)]
+    found = [complete(content, settings, BatchPlan(16, 1024, 8, 4), 10**9) for content in (silent, told)]
     assert [each["data_types"]["grad_accum_dtype"] for each in found] == ["fp32", "bf16"]
     assert [each["communication_data_type"] for each in found] == ["fp32", "bf16"]
+    assert {each["zero_optimization"]["reduce_bucket_size"] for each in found} == {100_000_000}  # as the file says
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_gradients_are_summed_and_reduced_in_fp32_unless_the_file_says_otherwise
         ({"optimizer": {"type": "AdamW", "params": None}}, r"optimizer\.params must be an object"),
         ({"optimizer": {"type": "AdamW", "params": {"fusd": True}}}, r"optimizer\.params\.fusd is unknown"),
         ({"zero_optimization": {"stage": 3}}, r"stage is 3: ds_gpt2 runs stage 2"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, "reduce_bucket_size must be a number of el"),
         ({"zero_optimization": {}}, "stage is None"),
         ({"zero_optimization": None}, "stage is None"),
         ({"zero_optimization": []}, "stage is None"),

@@ -15,11 +15,11 @@ import torch
 
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import ModelSettings
+from ds_gpt2.deepspeed_file import bucket_size
 from ds_gpt2.loss import chunk_tokens
 from ds_gpt2.model import GPT2, PADDED_VOCABULARY, ModelShape, flops_per_token, parameter_groups
 
 _ALIGNMENT = 2  # elements, times the ranks: what DeepSpeed fills a parameter group up to (nccl_start_alignment_factor)
-_DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's default for zero_optimization.reduce_bucket_size
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,9 @@ def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool
 def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
     """From a DeepSpeed file that ``load_deepspeed_file`` has checked."""
     block = deepspeed_settings["zero_optimization"]
-    bucket = int(block.get("reduce_bucket_size", _DEFAULT_BUCKET))
     buffers = (2 if block.get("overlap_comm") else 1) if block.get("contiguous_gradients", True) else 0
     link_bytes = 4 if deepspeed_settings.get("communication_data_type", "fp32") == "fp32" else 2
-    return Zero(bucket, buffers, not block.get("reduce_scatter", True), link_bytes)
+    return Zero(bucket_size(deepspeed_settings), buffers, not block.get("reduce_scatter", True), link_bytes)
 
 
 def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
@@ -147,15 +146,15 @@ def _reduction(model: Model, zero: Zero, ranks: int) -> int:
 
     A tensor larger than the bucket has no buffer.
     """
-    filled, part = 4 * min(zero.bucket, model.parameters), 4 * _partition(model, ranks)
+    bucket, part = 4 * min(zero.bucket, model.parameters), 4 * _partition(model, ranks)
     large = zero.bucket < model.head
     if zero.buffers == 0:
-        beside = filled + part
+        beside = bucket + part
     elif zero.in_place:  # there is a part only once a bucket is full, and its sums are gone
-        beside = 4 * zero.bucket * zero.buffers + (part if large else max(0, part - filled))
+        beside = bucket * zero.buffers + (part if large else max(0, part - bucket))
     else:  # sums, copy and buffer together come to the sums and the buffer
-        beside = 4 * zero.bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
-    return beside + (filled // 2 if zero.link_bytes == 2 else 0)
+        beside = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
+    return beside + (bucket // 2 if zero.link_bytes == 2 else 0)
 
 
 def largest_block(plan: BatchPlan, accelerator: str) -> int:
