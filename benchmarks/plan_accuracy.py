@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,16 +136,25 @@ def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder
     """The whole run, its ranks reporting their memory, to ``folder``, as a trial's do."""
     settings = load_settings(config, overrides)
     arguments = ["--config", str(config), *(f"{key}={value}" for key, value in overrides.items())]
-    begun, most = time.time(), 0
+    begun, most, ended = time.time(), 0, threading.Event()
+
+    def watch_the_disk() -> None:
+        nonlocal most
+        while not ended.wait(0.005):
+            most = max(most, bytes_below(settings.checkpoint_dir))
+
+    watcher = threading.Thread(target=watch_the_disk)
     started = Ranks(
         arguments, Place("cpu", ranks), folder / "outcome", trial_rank.request(folder), script=trial_rank.SCRIPT
     )
+    watcher.start()
     try:
         while not started.gone:
-            most = max(most, bytes_below(settings.checkpoint_dir))
-            time.sleep(0.02)
+            time.sleep(0.1)
     finally:
         started.kill()
+        ended.set()
+        watcher.join()
     if (code := started.outcome().code) != 0:
         raise RuntimeError(f"the run ended with exit code {code}")
     records = list(read_metrics(settings.run_dir / METRICS))
