@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -185,10 +186,13 @@ def write_stacks(run_dir: Path, ranks: int, group: int, into: Path) -> None:
     states = {rank: _state(process) for rank, process in found.items()}
     for process in found.values():
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGUSR2)
+            _ask_for_stacks(process)
             process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + _STACKS_SECONDS
-    while time.monotonic() < deadline and not all(_size(stacks_file(run_dir, rank)) for rank in found):
+    deadline, sizes = time.monotonic() + _STACKS_SECONDS, dict.fromkeys(found, 0)
+    while time.monotonic() < deadline:
+        before, sizes = sizes, {rank: _size(stacks_file(run_dir, rank)) for rank in found}
+        if sizes == before and all(sizes.values()):  # each has begun, and none is still writing
+            break
         time.sleep(0.05)
     for rank in found:
         target = into / f"rank_{rank:05d}.txt"
@@ -206,6 +210,13 @@ def out_of_memory_kills() -> int:
             if name == "oom_kill":
                 return int(count)
     return 0
+
+
+def _ask_for_stacks(process: psutil.Process) -> None:
+    """Of its main thread if possible: while another thread answers, that one would run on from where it was stopped."""
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # since glibc 2.30
+    if tgkill is None or tgkill(process.pid, process.pid, signal.SIGUSR2):
+        process.send_signal(signal.SIGUSR2)
 
 
 def _state(process: psutil.Process) -> str:

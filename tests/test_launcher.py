@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -282,6 +283,41 @@ def test_a_build_of_pytorch_for_cpus_is_not_imported_to_be_asked(
     monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("it was asked"))
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cpu")
     assert launcher.choose_ranks(load_settings(endless, {"run.device": "auto"}), None) == Place("cpu", 4)
+
+
+STOPPED = """
+import os, signal, sys, threading
+from pathlib import Path
+from ds_gpt2.heartbeat import Heartbeat, open_stacks
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def run_on():
+    while True: pass
+
+Heartbeat(Path(sys.argv[1]), 0).begin_step(1, 1)
+open_stacks(Path(sys.argv[1]), 0)
+for _ in range(3):
+    threading.Thread(target=run_on, daemon=True).start()
+stop()
+run_on()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="glibc before 2.30 cannot signal one thread")
+def test_stacks_tell_where_a_rank_was_stopped_though_other_threads_are_quicker(tmp_path: Path) -> None:
+    for turn in range(12):  # with a signal to the process, every third of these was of what came after
+        run_dir, into = tmp_path / f"run{turn}", tmp_path / f"stacks{turn}"
+        process = start([sys.executable, "-c", STOPPED, str(run_dir)])
+        try:
+            while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                time.sleep(0.01)
+            launcher.write_stacks(run_dir, 1, process.pid, into)
+            stacks = (into / "rank_00000.txt").read_text(encoding="utf-8")
+        finally:
+            end_session(process.pid)
+        assert "in stop\n" in stacks and stacks.count("in run_on\n") == 3, stacks
 
 
 @pytest.mark.parametrize(
