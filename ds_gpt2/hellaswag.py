@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_gpt2.data.hellaswag import ENDINGS, Item
-from ds_gpt2.loss import chunk_tokens
+from ds_gpt2.loss import chunk_tokens, rows_at_once
 from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
 
 MEASURES = ("acc", "acc_norm", "acc_norm_bytes", "acc_norm_chars")
@@ -26,7 +26,6 @@ MEASURES = ("acc", "acc_norm", "acc_norm_bytes", "acc_norm_chars")
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _LIKE = 0.9  # of the longest row is the shortest of a batch, at least
 _TIME_MULTIPLE = 8  # what attention kernels want the length of a masked row to be a multiple of
-_SOFTMAX_ROWS = 8  # on a CPU: their fp32 copies of the logits stay in its cache
 
 # Two endings are too close to tell apart if their sums differ by less than so many times the root of the sum of their
 # squared ``rounding``. On CPUs that difference was off from the plain loop's by 0.66 of it at most and by 0.03 to 0.14
@@ -218,7 +217,7 @@ def _token_scores(model: GPT2, hidden: torch.Tensor, targets: torch.Tensor) -> t
 
 def _log_softmax(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-likelihoods (tokens, 4), fp32, of ``targets`` (tokens, 4)."""
-    rows = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    rows = rows_at_once(len(logits), logits.device)
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     return torch.cat([F.log_softmax(part, dim=1, dtype=torch.float32).gather(1, target) for part, target in parts])
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 # Bytes of fp32 logits that may exist at once. Small on a CPU, where a chunk should stay near the cache and where
 # fresh memory is slow; large on a GPU, where few big matrix products are fast.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+_ROWS = 8  # of a chunk on a CPU: 1.6 MB of GPT-2's logits in fp32
 
 
 def cross_entropy(
@@ -47,12 +48,23 @@ def chunk_tokens(columns: int, device: torch.device) -> int:
     return max(1, 2 ** (fitting.bit_length() - 1)) if fitting else 1
 
 
+def rows_at_once(tokens: int, device: torch.device) -> int:
+    """How many of a chunk's tokens go through softmax together: on a CPU few, which its caches hold."""
+    return min(tokens, _ROWS) if device.type == "cpu" else tokens
+
+
 # (logits, targets, vocabulary, differentiate) -> the sum of the losses, fp32; logits (chunk, padded vocabulary) become
 # d(sum of losses)/d(logits) = softmax - one-hot, in their own memory, if they are to be differentiated.
 _Lose = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
 def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    size = rows_at_once(len(logits), logits.device)
+    parts = zip(logits.split(size), target.split(size), strict=True)
+    return torch.stack([_lose_rows(*part, vocabulary, differentiate) for part in parts]).sum()
+
+
+def _lose_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
     """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
     logits[:, vocabulary:] = -torch.inf
     largest, place = logits.max(dim=1, keepdim=True)

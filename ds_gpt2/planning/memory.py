@@ -16,7 +16,7 @@ import torch
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import ModelSettings
 from ds_gpt2.deepspeed_file import bucket_size
-from ds_gpt2.loss import chunk_tokens
+from ds_gpt2.loss import chunk_tokens, rows_at_once
 from ds_gpt2.model import GPT2, PADDED_VOCABULARY, ModelShape, flops_per_token, parameter_groups
 
 _ALIGNMENT = 2  # elements, times the ranks: what DeepSpeed fills a parameter group up to (nccl_start_alignment_factor)
@@ -114,8 +114,9 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     chunk = _chunk(plan, accelerator)
     several = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
-    # Softmax in fp32: bf16 logits, their fp32 copy and the result; compiled, all is made in the logits' own memory.
-    losing = (1 if model.compiled else 5) * logits + (4 * head if several else 0)
+    # Softmax makes an fp32 copy and the result, of some of a chunk's tokens; compiled, all in the logits' own memory.
+    softmax = 8 * rows_at_once(chunk, torch.device(accelerator)) * PADDED_VOCABULARY
+    losing = logits + (0 if model.compiled else softmax) + (4 * head if several else 0)
     # The head's gradient: a chunk's share in bf16, the sum of several in fp32; a CPU adds a copy of the share in fp32.
     sharing = logits + ((10 if accelerator == "cpu" else 6) * head if several else 2 * head)
     held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
@@ -135,7 +136,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
         # The embedding's gradient in bf16 and fp32, and on its way to that of the micro-batches before.
         Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
         Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks)),
-        Memory("validation", weights, optimizer, 0, 6 * hidden, 5 * logits),  # no gradients
+        Memory("validation", weights, optimizer, 0, 6 * hidden, logits + softmax),  # no gradients
         # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
         Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
     )
