@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks import measured_rank
 from benchmarks.machine import describe
+from benchmarks.measured_rank import bytes_below
 from ds_gpt2.config import PROJECT_DIR, load_settings
 from ds_gpt2.launcher import Place, Ranks, start_command
 from ds_gpt2.metrics import METRICS, read_metrics
@@ -136,49 +137,24 @@ def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder
     """The whole run, its ranks reporting their memory, to ``folder``, as a trial's do."""
     settings = load_settings(config, overrides)
     arguments = ["--config", str(config), *(f"{key}={value}" for key, value in overrides.items())]
-    begun, most, ended = time.time(), 0, threading.Event()
-
-    def watch_the_disk() -> None:
-        nonlocal most
-        while not ended.wait(0.005):
-            most = max(most, bytes_below(settings.checkpoint_dir))
-
-    watcher = threading.Thread(target=watch_the_disk)
-    started = Ranks(
-        arguments, Place("cpu", ranks), folder / "outcome", trial_rank.request(folder), script=trial_rank.SCRIPT
-    )
-    watcher.start()
+    begun, environment = time.time(), measured_rank.request(settings.checkpoint_dir, folder)
+    started = Ranks(arguments, Place("cpu", ranks), folder / "outcome", environment, script=measured_rank.SCRIPT)
     try:
         while not started.gone:
             time.sleep(0.1)
     finally:
         started.kill()
-        ended.set()
-        watcher.join()
     if (code := started.outcome().code) != 0:
         raise RuntimeError(f"the run ended with exit code {code}")
     records = list(read_metrics(settings.run_dir / METRICS))
     return {
         "rank_memory": max(trial_rank.read_record(folder, rank).resident for rank in range(ranks)),
-        "checkpoints_most": most,
+        "checkpoints_most": measured_rank.most_bytes(folder, ranks),
         "checkpoints_at_end": bytes_below(settings.checkpoint_dir),
         "logs": bytes_below(settings.run_dir),
         "step": round(statistics.fmean(record["perf/step_ms"] for record in records) / 1000, 4),
         "seconds": round(records[-1]["time"] - begun, 1),
     }
-
-
-def bytes_below(directory: Path) -> int:
-    """Each file once, however many names it has; files may go while one looks."""
-    sizes: dict[int, int] = {}
-    for place, _, names in os.walk(directory):
-        for name in names:
-            try:
-                status = os.stat(os.path.join(place, name))
-            except FileNotFoundError:
-                continue
-            sizes[status.st_ino] = status.st_size
-    return sum(sizes.values())
 
 
 def _tensor_peak(ranks: int, data: Path, overrides: dict[str, str], folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from ds_gpt2.heartbeat import Heartbeat, open_stacks
 from ds_gpt2.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
+from ds_gpt2.machine import write_whole
 from ds_gpt2.meter import Meter, Past
 from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
@@ -132,6 +133,9 @@ def _train(
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
     meter = _meter(settings, engine, plan, place)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
+    stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
+    stop.listen()
+    dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
         _record_start(settings, state, plan)
         _open_dashboard(settings, monitor, engine, plan, restored, origin)
@@ -145,8 +149,6 @@ def _train(
         del restored  # a copy of all the state
 
     guard = Guard(settings.guards, functools.partial(_tell, journal))
-    stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
-    stop.listen()
     lines = console.StepLines(state.step, course.steps)
     gc.collect()
     gc.freeze()  # looking through the libraries' 400,000 objects takes 0.2 s, on each rank at another time
@@ -372,7 +374,7 @@ def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
 
 def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> None:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
-    (settings.run_dir / "config.yaml").write_text(config.dump_settings(settings), encoding="utf-8")
+    write_whole(settings.run_dir / "config.yaml", config.dump_settings(settings))
     start = {
         "time": time.strftime(TIME),
         "from_step": state.step,

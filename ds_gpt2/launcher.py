@@ -28,7 +28,7 @@ from ds_gpt2.machine import free_port
 TRAIN = Path(__file__).with_name("train.py")
 CPU_RANKS = 4
 
-_STACKS_SECONDS = 3.0  # how long ranks are given to write down what they are doing
+_STACKS_SECONDS = 10.0  # how long ranks are given to write down what they are doing
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def write_stacks(run_dir: Path, ranks: int, group: int, into: Path) -> None:
         before, sizes = sizes, {rank: _size(stacks_file(run_dir, rank)) for rank in found}
         if sizes == before and all(sizes.values()):  # each has begun, and none is still writing
             break
-        time.sleep(0.05)
+        time.sleep(0.2)
     for rank in found:
         target = into / f"rank_{rank:05d}.txt"
         with contextlib.suppress(OSError):

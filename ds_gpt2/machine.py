@@ -1,7 +1,8 @@
-"""What this machine has to offer: ports, cores, directories."""
+"""What this machine has to offer: ports, cores, directories, files."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -88,6 +89,22 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace ``file``: who reads it finds the old text or the new one. What a power cut leaves is not said.
+
+    Raises:
+        OSError: it cannot be written; what was there is still there.
+    """
+    partial = file.with_name(file.name + ".tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def usable_cores() -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import psutil
+
+from ds_gpt2.machine import write_whole
 
 RECORD = "supervisor.json"
 
@@ -35,9 +36,7 @@ class Supervised:
         Raises:
             OSError: it cannot be written.
         """
-        partial = run_dir / (RECORD + ".tmp")
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(partial, run_dir / RECORD)
+        write_whole(run_dir / RECORD, json.dumps(asdict(self)))
 
     @property
     def alive(self) -> bool:

@@ -23,6 +23,7 @@ from ds_gpt2.disk_watch import DiskWatch
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
 from ds_gpt2.launcher import Place, Ranks
+from ds_gpt2.machine import write_whole
 from ds_gpt2.outcome import Outcome
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.supervised import Supervised, lives, read_supervised
@@ -124,7 +125,7 @@ class _Supervisor:
         """So that ``status`` has something to say while a first start takes its time, or fails."""
         config = self._run_dir / "config.yaml"
         if not config.exists():
-            config.write_text(dump_settings(self._settings), encoding="utf-8")
+            write_whole(config, dump_settings(self._settings))
 
     def _start(self, run: Run) -> Ended:
         """One start of the ranks, to its end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from launched import Launched, launch
 
 from ds_gpt2.data.holdout import EveryPiece
 from ds_gpt2.data.prepare import Recipe, prepare
 from ds_gpt2.data.sources import Listed, Source, python_documents
+
+# A machine that stalls for a moment is no failure of a property.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+# Whoever starts the tests in the background of a script has it ignored, in all that they start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEQUENCE = 64
 MODEL = {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1}  # so that a resume needs the random state too
@@ -29,6 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
 
 
+@pytest.fixture(autouse=True)
+def _fresh_log() -> None:
+    """The project's log as it is before anybody has set it up, whatever tests before have made of it."""
+    log = logging.getLogger("ds_gpt2")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For matrices as small as the tests', threads that wait for each other on a busy machine are most of the time."""
@@ -39,18 +58,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def heard() -> Iterator[list[str]]:
-    """What the project says in its log, each message once, whatever handlers other tests have left."""
+def heard(_fresh_log: None) -> list[str]:
+    """What the project says in its log, from INFO on."""
     messages: list[str] = []
     listener = logging.Handler()
     listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # a test's
     log = logging.getLogger("ds_gpt2")
-    level = log.level
     log.addHandler(listener)
     log.setLevel(logging.INFO)
-    yield messages
-    log.removeHandler(listener)
-    log.setLevel(level)
+    return messages
 
 
 @pytest.fixture(scope="session")

@@ -51,11 +51,12 @@ class Service:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                status = service.status  # before anybody knows that it was asked, and changes it
                 service.asked += 1
-                service.busy.wait(10)
-                if service.status == 200:
+                service.busy.wait(60)
+                if status == 200:
                     service.taken.append(json.loads(body))
-                self.send_response(service.status)
+                self.send_response(status)
                 self.end_headers()
 
             def log_message(self, *words: object) -> None:
@@ -120,7 +121,7 @@ def told(run_dir: Path) -> list[str]:
 
 
 def wait_for(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -304,7 +305,7 @@ def test_the_supervisor_does_not_wait_and_no_process_shows_the_address(run_dir: 
     Journal(run_dir).write("crash", "gone")
     begun = time.monotonic()
     mine.tell_news()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 30  # the service keeps it for 60
     wait_for(lambda: service.asked)
     children = psutil.Process().children(recursive=True)
     assert any(ways.sender.__file__ in child.cmdline() for child in children)
@@ -335,8 +336,8 @@ def test_a_command_that_hangs_is_killed_with_all_it_started_and_holds_up_nobody(
     hangs, works = ways.Command(f"sleep 60 & echo $! > {file}; wait"), ways.Command("exit 0")
     message = ways.Message("mine", "hang", "mine: hang", "stuck", time.time())
     begun = time.monotonic()
-    assert ways.deliver({hangs: message, works: message}, 1.0) == {hangs: "no end within 1 s", works: None}
-    assert time.monotonic() - begun < 5
+    assert ways.deliver({hangs: message, works: message}, 3.0) == {hangs: "no end within 3 s", works: None}
+    assert time.monotonic() - begun < 30
     sleeper = int(file.read_text(encoding="ascii"))
     wait_for(lambda: not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE)
 
@@ -494,7 +495,7 @@ def test_an_address_that_never_answers_ends_in_time(service: Service) -> None:
     message = ways.Message("mine", "crash", "mine: crash", "gone", time.time())
     begun = time.monotonic()
     assert Address("it", service.address).take(message, 2.0) == "no end within 2 s"
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 30
 
 
 def test_alerts_do_not_wait_for_torch_or_apprise() -> None:

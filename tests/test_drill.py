@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import MODEL
-from launched import PROJECT, start
+from launched import PROJECT, end_session, start
 
 from ds_gpt2 import outcome
 from ds_gpt2.batch import plan_batch
@@ -27,7 +27,7 @@ from ds_gpt2.config import load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.drill import rehearsal, room
-from ds_gpt2.drill.actor import Actor, FailedError, marked
+from ds_gpt2.drill.actor import Actor, FailedError, end_all, marked
 from ds_gpt2.drill.compare import curve_differences, differences, expected_ledger
 from ds_gpt2.drill.plan import CHANGING, EXACT
 from ds_gpt2.drill.record import WIDTH, Record, Row, head, lines_of
@@ -73,7 +73,7 @@ def test_a_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
     assert [(row["name"], row["verdict"]) for row in content["rows"]] == [(name, "pass") for name in names]
     assert content["passed"] and content["seed"] == 3
     lost = {row["name"]: row for row in content["rows"]}
-    assert 0 <= lost["kill_rank"]["lost_steps"] < 10 and 1 <= lost["flip_byte"]["lost_steps"] <= 5
+    assert 0 <= lost["kill_rank"]["lost_steps"] <= 10 and 1 <= lost["flip_byte"]["lost_steps"] <= 5
     assert lost["kill_rank"]["lost_seconds"] > 1
     *lines, where = output.splitlines()
     assert where == f"record: {record.with_name('drill.md')}"
@@ -99,10 +99,14 @@ def test_ctrl_c_ends_a_drill_and_all_that_it_has_started(tmp_path: Path, write_c
     (place,) = (tmp_path / "runs" / "test" / "drill").iterdir()
     mark = str(tmp_path / "checkpoints" / f".drill-{place.name}")
     assert len(marked(mark)) >= 3
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode != outcome.DONE, output
-    assert marked(mark) == []
+    try:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != outcome.DONE, output
+        assert marked(mark) == []
+    finally:
+        end_session(process.pid)
+        end_all(mark)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

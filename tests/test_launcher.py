@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,9 +46,16 @@ def _read_until(process: subprocess.Popen[str], pattern: str, seconds: float = 1
 
 
 def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
+    """What is left of its output; not by ``communicate``, which knows nothing of lines that are read ahead."""
+    assert process.stdout is not None
+    deadline = threading.Timer(seconds, end_session, [process.pid])
+    deadline.start()
     try:
-        return process.communicate(timeout=seconds)[0]
+        output = process.stdout.read()
+        process.wait()
+        return output
     finally:
+        deadline.cancel()
         end_session(process.pid)
 
 
@@ -70,7 +78,7 @@ def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkey
 def test_a_stop_while_starting_ends_at_once_and_leaves_nobody(endless: Path) -> None:
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
     _read_until(process, "^starting 2 ranks")
-    time.sleep(2)  # DeepSpeed's launcher is up, or the ranks are importing
+    _wait_for_a_rank(endless)  # it is importing
     process.send_signal(signal.SIGTERM)
     output = _end(process, 60)
     assert process.returncode not in (outcome.DONE, outcome.STOPPED)
@@ -108,7 +116,7 @@ def test_one_request_anywhere_stops_all_ranks_within_the_step(
     if request_by == "a STOP file":
         stop_file.touch()
     else:
-        rank = next(found for found in psutil.process_iter(["environ"]) if _is_rank_one(found, config))
+        rank = next(found for found in psutil.process_iter(["environ", "cmdline"]) if _is_rank_one(found, config))
         rank.send_signal(signal.SIGUSR1)
     output += _end(process)
     assert process.returncode == outcome.STOPPED, output
@@ -119,7 +127,14 @@ def test_one_request_anywhere_stops_all_ranks_within_the_step(
 
 
 def _is_rank_one(process: psutil.Process, config: Path) -> bool:
-    return (process.info["environ"] or {}).get("RANK") == "1" and str(config) in process.cmdline()
+    return (process.info["environ"] or {}).get("RANK") == "1" and str(config) in (process.info["cmdline"] or [])
+
+
+def _wait_for_a_rank(config: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not any(_is_rank_one(found, config) for found in psutil.process_iter(["environ", "cmdline"])):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _ranks_of(config: Path) -> list[list[str]]:
@@ -293,13 +308,17 @@ from ds_gpt2.heartbeat import Heartbeat, open_stacks
 def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
+running = threading.Semaphore(0)
+
 def run_on():
+    running.release()
     while True: pass
 
 Heartbeat(Path(sys.argv[1]), 0).begin_step(1, 1)
 open_stacks(Path(sys.argv[1]), 0)
 for _ in range(3):
     threading.Thread(target=run_on, daemon=True).start()
+    running.acquire()
 stop()
 run_on()
 """
@@ -333,9 +352,9 @@ def test_visible_devices_are_the_ones_used(visible: str, seen: list[str], monkey
 def test_ranks_see_devices_that_have_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-89,GPU-f3")
     script = tmp_path / "seen.py"
-    script.write_text("import os; print('seen', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)", encoding="utf-8")
+    script.write_text("import os; print('seen ' + os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
     done = run(launcher.start_command(Place("cuda", 2), script, []))
-    assert done.output.count("seen GPU-89,GPU-f3\n") == 2, done.output
+    assert done.output.count("seen GPU-89,GPU-f3") == 2, done.output  # the ends of two ranks' lines may mingle
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 from launched import PROJECT, Launched, launch, run, start
 
-from benchmarks.plan_accuracy import bytes_below, train_to_the_end
+from benchmarks.measured_rank import bytes_below
+from benchmarks.plan_accuracy import train_to_the_end
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.housekeeping import policies
 from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag
@@ -123,15 +124,15 @@ DEEP = ("model.preset=null", "model.layers=32", "model.heads=4", "model.width=25
 def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
     tmp_path: Path, dataset_dir: Path, ranks: int, windows: int, settings: tuple[str, ...], moment: str
 ) -> None:
-    """On several ranks gloo may keep the bucket that was reduced alive, for a moment."""
+    """On several ranks each of gloo's two threads may keep the bucket that it has reduced alive, for a moment."""
     out, program = tmp_path / "tensors.json", PROJECT / "benchmarks" / "tensor_peak.py"
     batch = [f"batch.micro_batch={windows}", f"batch.tokens_per_step={2 * 64 * windows * ranks}"]
     words = [word for each in ("batch.sequence_length=64", *batch, *settings) for word in ("--set", each)]
-    done = launch(ranks, "--data", str(dataset_dir), "--out", str(out), *words, script=program)
+    done = launch(ranks, "--data", str(dataset_dir), "--out", str(out), *words, script=program, timeout=600)  # compiles
     assert done.code == 0, done.output
     found = json.loads(out.read_text())
     assert found["moment"] == moment
-    kept = 0 if ranks == 1 else 4 * found["parameters"]
+    kept = 0 if ranks == 1 else 2 * 4 * found["parameters"]
     assert 0.99 * found["measured"] - kept < found["predicted"] < 1.01 * found["measured"]
 
 
@@ -186,7 +187,7 @@ def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, write_config
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != outcome.DONE
-    assert len(ranks) >= 2 and psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert len(ranks) >= 2 and psutil.wait_procs(ranks, timeout=60)[1] == []
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
@@ -210,7 +211,7 @@ def test_what_is_due_is_what_training_does(every: int, steps: int) -> None:
     assert due(every, steps) == [step for step in range(1, steps + 1) if Every(every).due(step, steps)]
 
 
-@property_settings(max_examples=150, deadline=None)
+@property_settings(max_examples=150)
 @given(data=st.data())
 def test_the_disk_is_simulated_by_the_rules_of_retention(data: st.DataObject) -> None:
     """Against keeping every checkpoint in one list, which takes too long for runs of thousands of epochs."""

@@ -29,7 +29,7 @@ from ds_gpt2.checkpoint.generations import scan
 from ds_gpt2.checkpoint.layout import LOCK, rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.config import load_settings
-from ds_gpt2.heartbeat import Heartbeat, Phase
+from ds_gpt2.heartbeat import Heartbeat, Phase, read_beat
 from ds_gpt2.metrics import read_metrics
 from ds_gpt2.reference import REFERENCE_CURVE
 from ds_gpt2.status import figures, room, tail
@@ -388,7 +388,9 @@ def test_the_rank_that_hangs_is_named(working: Files) -> None:
     Heartbeat(working.run_dir, 1).begin_step(1000, 1000)
     time.sleep(0.01)
     Heartbeat(working.run_dir, 2).begin_step(1000, 1000)
-    status = working.look(later=time.time() - NOW + 400.5)
+    beat = read_beat(working.run_dir, 1)
+    assert beat is not None
+    status = working.look(later=beat.time - NOW + 400.5)
     assert (status.state, status.state_text) == ("hung?", "rank 1 has not moved for 6m 40s in step 1,000 (training)")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.launcher import Place
 from ds_gpt2.status.figures import look
+from ds_gpt2.stop import STOP_FILE
 from ds_gpt2.supervised import read_supervised
 from ds_gpt2.supervisor import Run, supervise
 
@@ -162,7 +162,7 @@ def test_what_was_right_before_is_nobodys_mistake(configure: Configure, dataset_
         away.rename(data)
         assert process.wait(timeout=120) == outcome.DONE
     finally:
-        end_session(process)
+        end_session(process.pid)
     crashed = [event.text for event in _events(settings) if event.kind == "crash"]
     assert "a fault of the drill" in crashed[0]
     assert f"no data: {data} does not exist" in crashed[1]
@@ -216,7 +216,7 @@ def test_what_can_do_nothing_by_itself_is_ended_by_the_next_supervisor(configure
     try:
         _until(lambda: _told(settings).count("start") == 2)
         assert "orphans" in _told(settings)
-        after.send_signal(signal.SIGTERM)
+        (settings.run_dir / STOP_FILE).touch()  # a signal would leave them no more than the three seconds
         assert after.wait(60) == outcome.STOPPED
         assert _left(settings) == []
     finally:

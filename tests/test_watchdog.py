@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -124,7 +125,8 @@ def test_the_stopped_rank_is_the_one_that_is_named(tmp_path: Path) -> None:
         watched.ranks[0].begin_step(5, 5)
         watched.wait(1)
         process.send_signal(signal.SIGSTOP)
-        psutil.Process(process.pid).status()
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
         text = watched.wait(31 * 60)
         assert text is not None and text.startswith("rank 1") and "its process is stopped" in text
     finally:

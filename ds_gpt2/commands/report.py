@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import re
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from ds_gpt2 import outcome
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
+from ds_gpt2.machine import write_whole
 from ds_gpt2.report.charts import charts_of, views_of
 from ds_gpt2.report.page import Part, render
 from ds_gpt2.report.run import Run, load_run
@@ -102,15 +102,11 @@ def _default_out(directories: list[Path]) -> Path:
 
 
 def _write(file: Path, page: str) -> None:
-    """Whole, or not at all: a browser may have the last one open.
-
+    """
     Raises:
         UserError: it cannot be written.
     """
-    partial = file.with_name(file.name + ".tmp")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {file}: {error.strerror}; give another place with --out FILE") from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.config import load_settings
 from ds_gpt2.journal import Kind
+from ds_gpt2.machine import write_whole
 from ds_gpt2.status.figures import Status
 from ds_gpt2.status.screen import screen
 
@@ -63,7 +63,5 @@ def _told(run_dir: Path) -> set[str]:
 
 
 def _remember(run_dir: Path, kinds: set[str]) -> None:
-    partial = run_dir / (MEMORY + ".tmp")
     with contextlib.suppress(OSError):  # a full disk: then it is told more than once
-        partial.write_text(json.dumps({"problems": sorted(kinds)}), encoding="utf-8")
-        os.replace(partial, run_dir / MEMORY)
+        write_whole(run_dir / MEMORY, json.dumps({"problems": sorted(kinds)}))

@@ -14,6 +14,7 @@ from ds_gpt2 import dist
 from ds_gpt2.data.dataset import Dataset
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 from ds_gpt2.errors import UserError
+from ds_gpt2.machine import write_whole
 from ds_gpt2.model import VOCABULARY
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def check_shards(dataset: Dataset, memory: Path) -> None:
     for found in dist.gather_objects(dist.together(lambda: _check(paths, promised))):
         known |= found
     if left and dist.is_main():
-        memory.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_whole(memory, json.dumps(known, indent=1) + "\n")
 
 
 def _check(shards: list[Path], promised: list[str | None]) -> _Known:

@@ -21,6 +21,7 @@ if not __package__:  # started as a file: import from the project, not from this
 import torch
 
 from ds_gpt2 import device, dist, outcome
+from ds_gpt2.machine import write_whole
 
 SIZES = (4, 1 << 20, 16 << 20)  # bytes of fp32; the first tells the latency
 _SECONDS = 0.5  # at most, for each size
@@ -77,10 +78,7 @@ def measure(place: torch.device) -> tuple[dict[int, float], bool]:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    """Whole, or not at all."""
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(record))
 
 
 def _wait_for(place: torch.device) -> None:

@@ -116,7 +116,7 @@ def _recover(run: Actor, since: int, reached: int) -> tuple[int, float]:
     """
     run.wait_for("a new start", lambda: run.events(since, "start"))
     origin = run.events(since, "start")[-1].step or 0
-    if origin <= reached - 2 * EVERY:
+    if origin < reached - 2 * EVERY:
         raise FailedError(f"went on from step {origin}, though {reached} was reached and every {EVERY} is saved")
     when = run.wait_for("a new step", lambda: run.done_steps() > max(reached, origin))
     return origin, when

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from ds_gpt2.config import SamplesSettings
 from ds_gpt2.engine import Engine
 from ds_gpt2.generate import Sampling, derived_seed, encode_prompt, generate
 from ds_gpt2.hooks.hook import Hook
+from ds_gpt2.machine import write_whole
 from ds_gpt2.model import GPT2
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
@@ -84,10 +84,10 @@ class Samples(Hook):
         return "\n\n".join([self._prompts[number], *numbered])
 
     def _save(self, state: TrainState, written: list[list[str]]) -> None:
-        content = self._markdown(state, written).encode()
+        content = self._markdown(state, written)
         self._directory.mkdir(parents=True, exist_ok=True)
-        _replace(self._directory / f"step_{state.step:06d}.md", content)
-        _replace(self._directory / "latest.md", content)
+        write_whole(self._directory / f"step_{state.step:06d}.md", content)
+        write_whole(self._directory / "latest.md", content)
 
     def _markdown(self, state: TrainState, written: list[list[str]]) -> str:
         settings = self._settings
@@ -140,18 +140,6 @@ def _code_block(text: str) -> str:
     longest = max((len(row) for row in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The file is there as a whole or not at all, except for a power cut: training does not wait for the disk."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def _shortened(text: str) -> str:

@@ -9,9 +9,9 @@ from ds_gpt2.planning import memory
 from ds_gpt2.planning.subject import Basis, Subject
 from ds_gpt2.planning.traces import Traces
 
-# Resident memory of a CPU rank without a trial: libraries, and what glibc's heap comes to for each byte that comes and
-# goes at most. Gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy_cpu.json.
-_LIBRARIES, _HEAP = 263_000_000, 2.5
+# Resident memory of a CPU rank without a trial: libraries and small things, and what glibc's heap comes to for each
+# byte that comes and goes at most. Gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy_cpu.json.
+_LIBRARIES, _HEAP = 460_000_000, 1.9
 # On a GPU without a trial: CUDA's context, NCCL's buffers, what PyTorch's allocator cannot use. A guess: not measured.
 _BESIDE_TENSORS = 1_000_000_000
 
@@ -31,10 +31,10 @@ class Calibration:
         """On a CPU with what the heap, which gives nothing back, grows by after a trial's few steps.
 
         In time it may find no room for the largest tensor between others that stay: of two runs that are the same one
-        grows by all of its size, the other by nothing. Half of it is at most that much off.
+        grows by twice its size, the other by nothing.
         """
         lasting, passing = tensor_bytes(subject, batch)
-        growth = memory.largest_block(batch, "cpu") / 2 if subject.on_cpu else 0
+        growth = memory.largest_block(subject.model, batch, "cpu") if subject.on_cpu else 0
         return round(self.base + lasting + self.factor * passing + growth)
 
 

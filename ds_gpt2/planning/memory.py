@@ -158,9 +158,9 @@ def _reduction(model: Model, zero: Zero, ranks: int) -> int:
     return beside + (bucket // 2 if zero.link_bytes == 2 else 0)
 
 
-def largest_block(plan: BatchPlan, accelerator: str) -> int:
-    """Bytes of the largest tensor that comes and goes: the logits of a chunk in fp32."""
-    return 4 * _chunk(plan, accelerator) * PADDED_VOCABULARY
+def largest_block(model: Model, plan: BatchPlan, accelerator: str) -> int:
+    """Bytes of the largest tensor that comes and goes: a chunk's logits, or the head's gradient in fp32."""
+    return max(2 * _chunk(plan, accelerator) * PADDED_VOCABULARY, 4 * model.head)
 
 
 def activations(model: Model, micro_batch: int, accelerator: str) -> int:

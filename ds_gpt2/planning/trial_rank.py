@@ -33,6 +33,11 @@ def request(directory: Path) -> dict[str, str]:
     return {_VARIABLE: str(directory)}
 
 
+def directory_asked_for() -> Path:
+    """Where this rank leaves what it has to say."""
+    return Path(os.environ[_VARIABLE])
+
+
 def record_file(directory: Path, rank: int) -> Path:
     return directory / f"rank_{rank:05d}.json"
 
@@ -72,8 +77,7 @@ def _device_bytes() -> dict[str, int]:
 
 def main() -> int:
     """As ``train.main``."""
-    directory = Path(os.environ[_VARIABLE])
-    with output_file(directory, dist.rank()).open("w", encoding="utf-8") as file:
+    with output_file(directory_asked_for(), dist.rank()).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     before = [0]
@@ -83,7 +87,7 @@ def main() -> int:
 
     code = train.main(prepare=note)
     record = RankMemory(before[0], resident_bytes()[1], **_device_bytes())
-    record_file(directory, dist.rank()).write_text(json.dumps(asdict(record)), encoding="utf-8")
+    record_file(directory_asked_for(), dist.rank()).write_text(json.dumps(asdict(record)), encoding="utf-8")
     return code
 
 

@@ -807,7 +807,7 @@ def test_the_queue_copies_what_is_due_and_prunes(run_dir: Path, place: str, capl
         settle(queue)
     link(run_dir, rolling_tag(300), epoch_tag(1))
     queue.offer(rolling_tag(350), [epoch_tag(1)], 350)
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert set(tags(backup)) == {rolling_tag(200), rolling_tag(300), epoch_tag(1)}
     assert "rolling_step_000300 is in " in caplog.text and "3,000 bytes" in caplog.text
     assert not (run_dir / COPYING).exists()
@@ -823,14 +823,14 @@ def test_the_last_checkpoint_of_a_run_is_copied_whatever_the_cadence(run_dir: Pa
         settle(queue)
     assert {copy.tag: copy.manifest.step for copy in backup.held()} == {rolling_tag(100): 100, "best_model": 100}
     queue.offer_last(rolling_tag(200), 200)
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     held = {copy.tag: copy.manifest.step for copy in backup.held()}
     assert held == {rolling_tag(100): 100, rolling_tag(200): 200, "best_model": 200}
 
 
 def settle(queue: BackupQueue) -> None:
     """Wait for the thread, as a run does by training."""
-    queue._thread.submit(lambda: None).result(10)
+    queue._thread.submit(lambda: None).result(60)
 
 
 class Gate:
@@ -842,7 +842,7 @@ class Gate:
 
         def wait_and_write(file: MemoryFile, data: bytes) -> int:
             self.reached.set()
-            assert self.open.wait(10)
+            assert self.open.wait(60)
             return write(file, data)
 
         monkeypatch.setattr(MemoryFile, "write", wait_and_write)
@@ -859,10 +859,10 @@ def test_retention_may_delete_what_is_being_copied(run_dir: Path, gate: Gate) ->
     whole = read_in(generation.path)
     queue = BackupQueue(Backup("memory://place", "run", SETTINGS), run_dir)
     queue.offer(generation.tag, [], 100)
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(60)
     commit.remove(Disk(), run_dir, generation.tag)
     gate.open.set()
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert read_at("memory://place", generation.tag) == whole
 
 
@@ -872,10 +872,10 @@ def test_a_place_slower_than_the_cadence_gets_the_newest(run_dir: Path, gate: Ga
     for step in (100, 200, 300, 400):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
-        assert gate.reached.wait(10)
+        assert gate.reached.wait(60)
     assert {path.name for path in (run_dir / COPYING).iterdir()} == {rolling_tag(100), rolling_tag(400)}
     gate.open.set()
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert tags(backup) == [rolling_tag(400), rolling_tag(100)]
 
 
@@ -886,13 +886,13 @@ def test_a_best_that_is_being_read_is_not_replaced_below_the_reader(run_dir: Pat
         save(run_dir, step, seed=step)
         link(run_dir, rolling_tag(step), BEST_TAG)
         queue.offer(rolling_tag(step), [BEST_TAG], step)
-        assert gate.reached.wait(10)
+        assert gate.reached.wait(60)
     gate.open.set()
     settle(queue)
     assert [copy.manifest.step for copy in backup.held()] == [100]
     save(run_dir, 120)
     queue.offer(rolling_tag(120), [], 120)
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert [(copy.tag, copy.manifest.step) for copy in backup.held()] == [(BEST_TAG, 110)]
 
 
@@ -901,7 +901,7 @@ def test_the_end_of_a_run_is_not_held_up(run_dir: Path, gate: Gate, heard: list[
     for step in (100, 200):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(60)
     assert queue.finish(0.05) == [rolling_tag(100), rolling_tag(200)]
     text = "rolling_step_000100, rolling_step_000200 not in memory://place/run; `./launch.sh backup`"
     assert any(text in message for message in heard)
@@ -938,7 +938,7 @@ def test_a_failing_place_is_logged_once_a_failure_and_tried_again(
     assert "hunter2" not in caplog.text
     save(run_dir, 120)
     queue.offer(rolling_tag(120), [], 120)
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert set(tags(backup)) == {epoch_tag(1), epoch_tag(2)}
 
 
@@ -946,7 +946,7 @@ def test_what_failed_last_is_said_at_the_end(run_dir: Path, tmp_path: Path) -> N
     queue = BackupQueue(Backup(str(tmp_path / "nas"), "run", SETTINGS), run_dir)
     save(run_dir, 100)
     queue.offer(rolling_tag(100), [], 100)
-    assert queue.finish(10) == [rolling_tag(100)]
+    assert queue.finish(60) == [rolling_tag(100)]
 
 
 def test_a_checkpoint_that_cannot_be_linked_costs_a_line(
@@ -957,7 +957,7 @@ def test_a_checkpoint_that_cannot_be_linked_costs_a_line(
     assert "could not begin with rolling_step_000100: manifest.json cannot be read" in caplog.text
     save(run_dir, 110)
     queue.offer(rolling_tag(110), [], 110)  # due, as nothing has been copied
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
 
 
 def test_an_epoch_that_an_earlier_process_could_not_copy_is_made_up_for(run_dir: Path, place: str) -> None:
@@ -969,7 +969,7 @@ def test_an_epoch_that_an_earlier_process_could_not_copy_is_made_up_for(run_dir:
     save(run_dir, 110)
     assert queue.due(rolling_tag(110), [], 110) == [epoch_tag(1)]
     queue.offer(rolling_tag(110), [], 110)
-    assert queue.finish(10) == []
+    assert queue.finish(60) == []
     assert tags(backup) == [epoch_tag(1)]
 
 
@@ -989,7 +989,7 @@ def test_a_place_that_was_away_at_the_start_is_asked_again(
     queue.offer(rolling_tag(110), [], 110)
     settle(queue)
     assert queue.due(rolling_tag(120), [], 120) == [epoch_tag(1)]
-    queue.finish(10)
+    queue.finish(60)
 
 
 def test_links_left_by_a_crash_are_swept(run_dir: Path, local_place: Path) -> None:
@@ -997,7 +997,7 @@ def test_links_left_by_a_crash_are_swept(run_dir: Path, local_place: Path) -> No
     (run_dir / COPYING).mkdir()
     commit.link(Disk(), generation.path, run_dir / COPYING, generation.tag)
     (run_dir / COPYING / "epoch_00001.tmp").mkdir()
-    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(10)
+    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(60)
     assert not (run_dir / COPYING).exists()
     assert problem_of(generation) is None
 
@@ -1015,7 +1015,7 @@ def test_a_copy_onto_the_checkpoints_is_refused_without_harm(run_dir: Path, capl
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
         settle(queue)
-    queue.finish(10)
+    queue.finish(60)
     assert [found.step for found in scan(run_dir)] == [300, 200, 100]
     assert "is where the checkpoints themselves are" in caplog.text
 
@@ -1023,8 +1023,8 @@ def test_a_copy_onto_the_checkpoints_is_refused_without_harm(run_dir: Path, capl
 def test_a_place_on_the_same_disk_is_said_to_be_one(
     run_dir: Path, local_place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(10)
+    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(60)
     queue = BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir)
     settle(queue)
-    queue.finish(10)
+    queue.finish(60)
     assert "is on the disk of the checkpoints, and is lost with it" in caplog.text

@@ -76,7 +76,7 @@ _manifests = st.builds(
 
 
 @given(_manifests)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_manifest_survives_the_round_trip(written: Manifest) -> None:
     assert decode(encode(written)) == written
 

@@ -42,7 +42,7 @@ def test_a_step_holds_the_same_windows_whatever_the_world_size(windows: Windows,
         assert _step(windows, plan, step) == _step(windows, BatchPlan(2, SEQUENCE, 2, 4), step)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     windows_count=st.integers(1, 300),
     plan=st.builds(BatchPlan, st.integers(1, 4), st.just(SEQUENCE), st.integers(1, 4), st.integers(1, 5)),
@@ -64,7 +64,7 @@ def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan,
     assert data.epoch(steps - 1) < epochs
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5),
     sequence=st.integers(1, 20),
