@@ -158,12 +158,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_files_that_were(
     hook.observe(engine, STATE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fill(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
+    def fill(path: Path, content: str, encoding: str) -> int:
+        with path.open("w", encoding=encoding) as file:
             file.write(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr(Path, "write_text", fill)
     assert hook.observe(engine, TrainState(step=250, tokens=5)) != {}
     assert caplog.messages == [f"step 250: samples are not written to {tmp_path}: No space left on device"]
     monkeypatch.undo()
