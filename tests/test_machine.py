@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ds_gpt2.errors import UserError
-from ds_gpt2.machine import check_writable, lock
+from ds_gpt2.machine import check_writable, lock, write_whole
 
 
 def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
@@ -36,3 +36,19 @@ def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(UserError, match=r"cannot lock .*: Is a directory"):
         lock(tmp_path / "lock", "run x")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("old")
+    with file.open() as reader:
+        write_whole(file, "new")
+        assert (reader.read(), file.read_text()) == ("old", "new")
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no"):
+        write_whole(file, "newer")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.yaml", "new")]
