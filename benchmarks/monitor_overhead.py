@@ -3,11 +3,12 @@
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/monitor_overhead.py --data DIR --out FILE
     deepspeed --num_gpus 1 benchmarks/monitor_overhead.py --preset 124M --accumulation 4 --one_of 4 --data DIR ...
 
-The training loop runs in blocks that take turns: nothing is recorded; every scalar of every step goes to metrics.jsonl
-and TensorBoard, and the machine is looked at. The difference is far below what blocks differ by anyway, so the calls
-themselves are timed too. What validation, samples, histograms and HellaSwag cost is timed at single occasions, and
-divided by the steps between two of them in ds_configs/gpt2_124m.yaml. With ``--one_of 4`` a rank stands for four: what
-ranks share among them then counts a quarter.
+The training loop runs in blocks that take turns: nothing is recorded; every scalar of every step goes to
+metrics.jsonl and TensorBoard, and the machine is looked at. The difference is far below what blocks differ by anyway,
+so the calls themselves are timed too, by the clock and by the processor: the rest is waiting for a core. What
+validation, samples, histograms and HellaSwag cost is timed at single occasions, and divided by the steps between two
+of them in ds_configs/gpt2_124m.yaml. With ``--one_of 4`` a rank stands for four: what ranks share among them then
+counts a quarter.
 """
 
 from __future__ import annotations
@@ -66,17 +67,18 @@ class Timed:
     """Hands on every call, and adds up what the calls take."""
 
     def __init__(self, target: Any, *names: str) -> None:
-        self.seconds = 0.0
+        self.seconds = self.busy = 0.0  # busy: of the processor, what this thread did itself
         for name in names:
             setattr(self, name, self._timed(getattr(target, name)))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            begun = time.perf_counter()
+            begun, busy = time.perf_counter(), time.thread_time()
             try:
                 return call(*arguments, **named)
             finally:
                 self.seconds += time.perf_counter() - begun
+                self.busy += time.thread_time() - busy
 
         return timed
 
@@ -165,11 +167,12 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         off.append(block([], nothing, nothing))
         on.append(block([health], timed_monitor, timed_meter))
     monitor.close()
-    spent = sum(timed.seconds for timed in watching)
+    spent, busy = (sum(values) for values in zip(*((timed.seconds, timed.busy) for timed in watching), strict=True))
     ratios = [with_it / without - 1 for with_it, without in zip(on, off, strict=True)]
     return {
         "step_ms": round(1000 * statistics.median(off) / steps, 2),
         "scalars_a_step_ms": round(1000 * spent / (rounds * steps), 4),
+        "scalars_a_step_processor_ms": round(1000 * busy / (rounds * steps), 4),
         "scalars_share_of_the_time": round(spent / sum(on), 6),
         "paired_blocks": {
             "blocks": rounds,

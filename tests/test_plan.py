@@ -86,8 +86,8 @@ def test_memory_and_disk_are_what_the_run_then_takes(
     planned: tuple[Launched, dict[str, Any]], trained: dict[str, float]
 ) -> None:
     # Of two equal runs the heap of one may hold one or two more of the largest temporaries, the logits of 256 tokens:
-    # see benchmarks/results/README.md. Of so small a model that is a sixth. Tensors: the test below.
-    assert figure(planned, "rank_memory_bytes") == pytest.approx(trained["rank_memory"], abs=2 * 256 * 50_304 * 4)
+    # see benchmarks/results/README.md. Of so small a model that is a tenth. Tensors: the test below.
+    assert figure(planned, "rank_memory_bytes") == pytest.approx(trained["rank_memory"], abs=2 * 256 * 50_304 * 2)
     assert figure(planned, "checkpoints_most_bytes") == pytest.approx(trained["checkpoints_most"], rel=0.05)
     assert figure(planned, "checkpoints_at_end_bytes") == pytest.approx(trained["checkpoints_at_end"], rel=0.05)
     assert figure(planned, "logs_bytes") == pytest.approx(trained["logs"], rel=0.2)  # kilobytes
