@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,12 +28,15 @@ from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.housekeeping import policies
 from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.retention import Kept, to_delete
+from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
-from ds_gpt2.config import CheckpointSettings
+from ds_gpt2.config import CheckpointSettings, load_settings
+from ds_gpt2.planning import fit, memory
 from ds_gpt2.planning.course import Course, due
 from ds_gpt2.planning.disk import Count, Logs, Store, simulate
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Save
+from ds_gpt2.planning.trial_rank import RankMemory
 from ds_gpt2.report.summary import Range
 from ds_gpt2.schedule import Every
 
@@ -134,6 +139,24 @@ def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
     assert found["moment"] == moment
     kept = 0 if ranks == 1 else 2 * 4 * found["parameters"]
     assert 0.99 * found["measured"] - kept < found["predicted"] < 1.01 * found["measured"]
+
+
+@pytest.mark.parametrize("factor", [1.2, 10.0])
+def test_what_is_no_tensor_does_not_grow_with_the_batch(config: Path, factor: float) -> None:
+    """A trial took ``factor`` bytes for each of its tensors'; another micro-batch takes at most 1.9 for each more."""
+    subject = plan._subject(load_settings(config), RANKS, None)
+    batch, libraries = subject.batch, 300_000_000
+    larger = replace(batch, micro_batch=8 * batch.micro_batch)
+    (lasting, passing), (_, more) = (fit.tensor_bytes(subject, each) for each in (batch, larger))
+    resident = round(libraries + lasting + factor * passing)
+    traces: Any = SimpleNamespace(ranks=[RankMemory(libraries, resident)], accumulation=batch.accumulation)
+    calibration = fit.calibrate(subject, traces)
+    own, other = (
+        calibration.rank_bytes(subject, each) - memory.largest_block(subject.model, each, "cpu")
+        for each in (batch, larger)
+    )
+    assert own == pytest.approx(resident, abs=2)
+    assert more > 1.1 * passing and other - own == pytest.approx(min(factor, 1.9) * (more - passing), abs=2)
 
 
 def test_arithmetic_alone_starts_nothing(config: Path) -> None:

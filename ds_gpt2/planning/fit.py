@@ -70,7 +70,10 @@ def calibrate(subject: Subject, traces: Traces | None) -> Calibration:
         base = max(rank.device_beside or 0 for rank in traces.ranks)
         taken = max(rank.device_reserved or 0 for rank in traces.ranks)
     lasting, passing = tensor_bytes(subject, replace(subject.batch, accumulation=traces.accumulation))
-    return Calibration(base, (taken - lasting) / passing, "measured")
+    factor = (taken - lasting) / passing
+    if subject.on_cpu and factor > _HEAP:  # the heap makes no more of tensors: the rest is there anyway
+        base, factor = base + round((factor - _HEAP) * passing), _HEAP
+    return Calibration(base, factor, "measured")
 
 
 def micro_batches(subject: Subject, calibration: Calibration) -> list[Option]:
