@@ -67,11 +67,11 @@ def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int,
 def _lose_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
     """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
     logits[:, vocabulary:] = -torch.inf
-    largest, place = logits.max(dim=1, keepdim=True)
+    largest = logits.amax(dim=1, keepdim=True)
     target_logit = logits.gather(1, target)
     slope = F.softmax(logits, dim=-1, dtype=torch.float32)
     # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
-    total = (largest.float() - slope.gather(1, place).log() - target_logit.float()).sum()
+    total = (largest.float() - slope.amax(dim=1, keepdim=True).log() - target_logit.float()).sum()
     if differentiate:
         slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
         logits.copy_(slope)
