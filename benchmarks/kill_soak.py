@@ -88,7 +88,7 @@ class Ranks:
             start_new_session=True,
         )
         self.lines: list[str] = []
-        self.training = threading.Event()
+        self.shown = 0  # steps in its output
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -96,9 +96,7 @@ class Ranks:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            if line.startswith("step "):
-                self.training.set()
-        self.training.set()
+            self.shown += bool(re.match(r"step +\d+/", line))
 
     @property
     def step(self) -> int:
@@ -111,6 +109,12 @@ class Ranks:
     def resumed_from(self) -> str | None:
         found = re.search(r"resumed from \S*/(\S+), step", "".join(self.lines))
         return found[1] if found else None
+
+    def wait_for_steps(self, count: int) -> None:
+        """Or for its end."""
+        deadline = time.monotonic() + 300
+        while self.shown < count and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def members(self) -> list[psutil.Process]:
         found = []
@@ -178,12 +182,12 @@ def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: T
 
 
 def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> None:
-    """At a random instant: one in eight while starting, else within some ten steps of training."""
+    """At a random instant: one in eight while starting, else within ten steps of training."""
     if dice.random() < 1 / 8:
         time.sleep(dice.uniform(0.5, 8))
     else:
-        run.training.wait(timeout=300)
-        time.sleep(dice.uniform(0, 1.5))
+        run.wait_for_steps(dice.randint(1, 10))
+        time.sleep(dice.uniform(0, 0.15))
     way = dice.choice(WAYS)
     members = run.members()
     if not members:
@@ -191,7 +195,7 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> Non
     ranks = [member for member in members if _is_rank(member)]
     tally.kills[way] += 1
     saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
-    tally.moments["in a save" if saving else "between saves" if run.training.is_set() else "while starting"] += 1
+    tally.moments["in a save" if saving else "between saves" if run.shown else "while starting"] += 1
     number = signal.SIGTERM if way == STOP else signal.SIGKILL
     targets = {
         "one rank": [dice.choice(ranks)] if ranks else members,
