@@ -18,7 +18,7 @@ from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
-from ds_gpt2.config import Settings, dump_settings
+from ds_gpt2.config import Settings
 from ds_gpt2.disk_watch import DiskWatch
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
@@ -26,6 +26,7 @@ from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.outcome import Outcome
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
+from ds_gpt2.run_location import CONFIG, stored_settings
 from ds_gpt2.supervised import Supervised, lives, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import duration
@@ -123,9 +124,9 @@ class _Supervisor:
 
     def _make_known(self) -> None:
         """So that ``status`` has something to say while a first start takes its time, or fails."""
-        config = self._run_dir / "config.yaml"
+        config = self._run_dir / CONFIG
         if not config.exists():
-            write_whole(config, dump_settings(self._settings))
+            write_whole(config, stored_settings(self._settings))
 
     def _start(self, run: Run) -> Ended:
         """One start of the ranks, to its end."""

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import compilation, config, device, dist, outcome
+from ds_gpt2 import compilation, config, device, dist, outcome, preflight, run_location
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         options, extra = parser().parse_known_args(arguments)
         if options.config is None:
             raise UserError("which run? give --config YAML, for example ds_configs/quickstart.yaml")
-        settings = config.load_settings(Path(options.config), _overrides(options, extra))
+        settings = run_location.load(Path(options.config), _overrides(options, extra))
         if options.print_config:
             if dist.is_main():
                 print(config.dump_settings(settings), end="")
@@ -114,6 +114,7 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    preflight.check_start(settings, plan, options.resume)
     place = device.choose(settings.run.device)
     compiled = compilation.decide(settings.run.compile, place)
     compilation.set_up(compiled)

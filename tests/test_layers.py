@@ -29,6 +29,8 @@ LAYERS = [
         "reference",
         "wording",
         "notes",
+        "run_location",
+        "strict_yaml",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {
@@ -52,6 +54,7 @@ LAYERS = [
         "launcher",
         "supervisor",
         "disk_watch",
+        "preflight",
         "alerts",
         "planning",
         "doctor",

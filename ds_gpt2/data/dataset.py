@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
+_NAMED = ("fineweb-edu", "fineweb", "openwebtext", "sample")  # data sets that `prepare` makes by their names
+
 INDEX = "dataset.json"
 FORMAT = 1
 
@@ -83,15 +85,19 @@ def read_dataset(directory: Path) -> Dataset:
         UserError: no directory, no shards, another tokenizer or format.
     """
     if not directory.is_dir():
-        raise UserError(
-            f"no data: {directory} does not exist: make it with `./launch.sh prepare sample --out {directory}`"
-            " or `prepare text FILE...`, or set data.dir"
-        )
+        raise UserError(f"no data: {directory} does not exist: {_how_to_prepare(directory)}, or set data.dir")
     index = directory / INDEX
     try:
         return _read_index(directory, index) if index.exists() else _read_foreign(directory)
     except OSError as error:
         raise _unreadable(directory, error) from None
+
+
+def _how_to_prepare(directory: Path) -> str:
+    """The command that makes the data set that ``directory`` is named after."""
+    if directory.name in _NAMED:
+        return f"make it with `./launch.sh prepare {directory.name} --out {directory}`"
+    return f"make it from your text with `./launch.sh prepare text FILE... --out {directory}`"
 
 
 def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
@@ -102,6 +108,25 @@ def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
     """
     head = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "counts": counts}
     return json.dumps({**head, "shards": [asdict(shard) for shard in shards]}, indent=1) + "\n"
+
+
+def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> int:
+    """The windows of a split.
+
+    Raises:
+        UserError: no shard of this split is as long as one window.
+    """
+    counts = _windows_of_shards(dataset, split, sequence_length)
+    if not sum(counts):
+        raise UserError(
+            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
+            f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+        )
+    return sum(counts)
+
+
+def _windows_of_shards(dataset: Dataset, split: Split, sequence_length: int) -> list[int]:
+    return [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
 
 
 class Windows:
@@ -122,13 +147,8 @@ class Windows:
         """
         self.sequence_length = sequence_length
         self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell)
-        counts = [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        if len(self) == 0:
-            raise UserError(
-                f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
-                f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
-            )
+        count_windows_of(dataset, split, sequence_length)
+        self._ends = np.cumsum(_windows_of_shards(dataset, split, sequence_length), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -14,10 +14,11 @@ from typing import Any
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.config import Settings
 from ds_gpt2.metrics import METRICS, STARTS, TIME
 from ds_gpt2.notes import NOTES
 from ds_gpt2.report.records import Records, read_records
+from ds_gpt2.run_location import load_run_settings
 
 CONFIG, LOG, JOURNAL = "config.yaml", "train.log", "journal.jsonl"
 
@@ -89,7 +90,7 @@ def load_run(directory: Path) -> Run:
     Raises:
         UserError: its settings cannot be read.
     """
-    settings = load_settings(directory / CONFIG)
+    settings = load_run_settings(directory)
     records = read_records(directory / METRICS)
     starts = [_start(line) for line in _json_lines(directory / STARTS)]
     return Run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.config import load_settings
+from ds_gpt2.run_location import load_run_settings
 from ds_gpt2.status import life, room, tail
 from ds_gpt2.status.health import Problem, damage_of, problems_of
 from ds_gpt2.status.history import DAY, History, history_of, newest_events
@@ -77,7 +77,7 @@ def look(run_dir: Path, now: float) -> Status:
     Raises:
         UserError: its settings cannot be read.
     """
-    settings = load_settings(run_dir / "config.yaml")
+    settings = load_run_settings(run_dir)
     records, events = tail.newest(run_dir, RECORDS), newest_events(run_dir)
     found = generations.scan(settings.checkpoint_dir)
     newest = next((one for one in found if one.role != "superseded" and not one.weights_only), None)

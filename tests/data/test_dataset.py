@@ -79,9 +79,17 @@ def test_the_fingerprint_follows_the_content(dataset_dir: Path, copy: Path) -> N
     assert open_dataset(copy).fingerprint != open_dataset(dataset_dir).fingerprint
 
 
-def test_a_missing_directory_names_the_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prepare sample"):
-        open_dataset(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("sample", "prepare sample --out"),
+        ("fineweb-edu", "prepare fineweb-edu --out"),
+        ("mine", "prepare text FILE... --out"),
+    ],
+)
+def test_a_missing_directory_names_the_command_that_makes_it(name: str, command: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{command} {tmp_path / name}"):
+        open_dataset(tmp_path / name)
 
 
 def test_an_empty_directory_is_no_data(tmp_path: Path) -> None:
