@@ -85,7 +85,7 @@ class Journal:
         try:
             file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(file, json.dumps(event, ensure_ascii=False).encode() + b"\n")
+                os.write(file, json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                 os.fsync(file)
             finally:
                 os.close(file)

@@ -115,7 +115,7 @@ def write_whole(file: Path, text: str) -> None:
     """
     partial = file.with_name(file.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, file)
     except OSError:
         with contextlib.suppress(OSError):

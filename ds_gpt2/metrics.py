@@ -26,7 +26,7 @@ class Records:
         self._waiting = bytearray()
 
     def append(self, record: dict[str, Any]) -> None:
-        self._waiting += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._waiting += json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
     def flush(self, durable: bool = False) -> None:
         """

@@ -32,6 +32,8 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         raise UserError(
             f"schedule.warmup_steps {settings.schedule.warmup_steps} must be below the {steps} steps of the run"
         )
+    if settings.validation.every:
+        count_windows_of(dataset, "val", plan.sequence_length)
     check_outputs(settings)
     wanted = what_to_resume(settings, resume)
     if wanted is not None:

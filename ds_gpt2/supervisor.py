@@ -57,7 +57,7 @@ def supervise(run: Run, settings: Settings) -> int:
     """Keep ``run`` going to its end; returns its exit code (see outcome).
 
     Raises:
-        UserError: the run is supervised already, or alerts are set up wrongly.
+        UserError: the run is supervised already.
     """
     directory = settings.run_dir / _DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,6 @@ class _Supervisor:
 
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
-        self._alerts.check()
         self._make_known()
         self._end_orphans()
         restarts = Restarts(self._settings.supervisor, self._saved_step())
@@ -247,7 +246,10 @@ class _Supervisor:
         """On the terminal, in the run's log and in its journal."""
         with contextlib.suppress(OSError):  # a closed terminal
             print(f"supervisor: {text}", flush=True)
-        with contextlib.suppress(OSError), (self._run_dir / "train.log").open("a", encoding="utf-8") as log:
+        with (
+            contextlib.suppress(OSError),
+            (self._run_dir / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as log,
+        ):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
         self._journal.write(kind, text, step, **facts)
 

@@ -8,10 +8,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # started by the path of this file, as launchers do
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from ds_gpt2.own_modules import ignore_working_directory
 
-from ds_gpt2 import compilation, config, device, dist, outcome, preflight, run_location
+    ignore_working_directory()
+
+from ds_gpt2 import (
+    compilation,
+    config,
+    device,
+    dist,
+    launch_environment,
+    outcome,
+    preflight,
+    run_location,
+    terminal,
+)
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -28,7 +41,14 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     Args:
         prepare: called once DeepSpeed may be imported, before anything is built.
     """
+    terminal.make_safe()
+    terminal.ignore_failures()
     die_silently()
+    try:
+        launch_environment.adopt()
+    except UserError as error:  # which rank this is cannot be known
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return outcome.MISTAKE
     try:
         options, extra = parser().parse_known_args(arguments)
         if options.config is None:

@@ -31,6 +31,9 @@ LAYERS = [
         "notes",
         "run_location",
         "strict_yaml",
+        "launch_environment",
+        "own_modules",
+        "terminal",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {
@@ -52,6 +55,7 @@ LAYERS = [
         "assembly",
         "train",
         "launcher",
+        "launch_ranks",
         "supervisor",
         "disk_watch",
         "preflight",

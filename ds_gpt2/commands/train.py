@@ -16,6 +16,7 @@ from ds_gpt2.doctor.checks import quick
 from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
+from ds_gpt2.messages import ways
 from ds_gpt2.preflight import check_start
 from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
@@ -90,6 +91,7 @@ def start(
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     check_start(settings, plan, resume)
+    ways.check(settings.alerts)
     if not _is_ready(settings, place):
         return outcome.MISTAKE
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"

@@ -182,7 +182,12 @@ def _apt_settings(root: Path) -> dict[str, str]:
 def _ask_slurm(job: str) -> float | None:
     try:
         answer = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=_PATIENCE, check=True
+            ["squeue", "-h", "-j", job, "-o", "%L"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PATIENCE,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
