@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ds_gpt2.data.dataset import Dataset, Shard, index_of, open_dataset, split_of
 from ds_gpt2.data.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.inspection import read_shard
-from ds_gpt2.data.prepare import check_room, publish, unfinished
+from ds_gpt2.data.output import check_room, publish, unfinished
 from ds_gpt2.data.published import Repository
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens, sha256
 from ds_gpt2.errors import UserError
