@@ -221,7 +221,7 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
     if not parts:
         raise UserError("no text found: all files were left out")
     more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return Source(", ".join(part.path.name for part in parts[:5]) + more, parts)
+    return Source(", ".join(_printable(part.path.name) for part in parts[:5]) + more, parts)
 
 
 def python_source() -> Source:
@@ -260,6 +260,11 @@ def _part(found: FoundFile, reading: Reading) -> LocalFile:
     part = LocalFile(found.path, reading.column, reading.separator, reading.encoding, form)
     format_of(found.path, form)  # refuses what is not text
     return part
+
+
+def _printable(name: str) -> str:
+    """A file's name as valid Unicode; its bytes may be anything."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _whole_text(path: Path, file: IO[str]) -> str | Iterable[str]:

@@ -33,14 +33,14 @@ _BINARY = (
     (b"PK\x03\x04", "a zip archive (or a document of an office program)"),
     (b"\x1f\x8b", "gzip data: rename it to end in .gz"),
     (b"\x28\xb5\x2f\xfd", "zstd data: rename it to end in .zst"),
-    (b"BZh", "bzip2 data: unpack it"),
+    (b"BZh91AY", "bzip2 data: unpack it"),
     (b"\xfd7zXZ\x00", "xz data: unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
-    (b"Rar!", "a rar archive: unpack it"),
+    (b"Rar!\x1a\x07", "a rar archive: unpack it"),
     (b"%PDF-", "a PDF document: save it as text"),
-    (b"PAR1", "parquet data: rename it to end in .parquet"),
+    (b"PAR1\x15", "parquet data: rename it to end in .parquet"),
     (b"\x93NUMPY", "a numpy array"),
-    (b"SQLite format 3", "a SQLite database"),
+    (b"SQLite format 3\0", "a SQLite database"),
 )
 # Of ASCII's control characters these occur in text.
 _USUAL = frozenset("\t\n\v\f\r\b\x1b\x1a")
@@ -58,7 +58,7 @@ def check_text(path: Path, packing: str, encoding: str | None) -> str | None:
     for magic, what in _BINARY:
         if head.startswith(magic):
             raise UserError(f"{path} is not text but {what}")
-    used = encoding or _encoding(head)
+    used = _encoding(head, encoding)
     text = _decoded(head, used)
     control = sum(text.count(chr(code)) for code in (*range(32), 127) if chr(code) not in _USUAL)
     if control > _MOST_CONTROL * len(text):
@@ -72,17 +72,14 @@ def check_text(path: Path, packing: str, encoding: str | None) -> str | None:
 
 
 def open_text(path: Path, packing: str, encoding: str | None) -> IO[str]:
-    """Open a text file; invalid bytes become U+FFFD, and a byte order mark decides on the encoding.
+    """Open a text file; invalid bytes become U+FFFD, and a byte order mark is no part of the text.
 
     Raises:
         OSError, EOFError, zlib.error: it cannot be read; see ``named``.
     """
-    if encoding is None:
-        with open_bytes(path, packing) as file:
-            encoding = _encoding(_read(file, 4))
-    elif codecs.lookup(encoding).name == "utf-8":
-        encoding = "utf-8-sig"
-    return io.TextIOWrapper(cast(IO[bytes], open_bytes(path, packing)), encoding=encoding, errors="replace")
+    with open_bytes(path, packing) as file:
+        used = _encoding(_read(file, 4), encoding)
+    return io.TextIOWrapper(cast(IO[bytes], open_bytes(path, packing)), encoding=used, errors="replace")
 
 
 def open_bytes(path: Path, packing: str) -> io.BufferedIOBase:
@@ -140,8 +137,12 @@ def _read(file: io.BufferedIOBase, count: int) -> bytes:
     return found
 
 
-def _encoding(head: bytes) -> str:
-    return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+def _encoding(head: bytes, given: str | None) -> str:
+    """What a byte order mark says, unless another kind of encoding is given; else the one given, or UTF-8."""
+    marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+    if given is not None and not codecs.lookup(given).name.startswith("utf-"):
+        return given
+    return marked or given or "utf-8"
 
 
 def _decoded(head: bytes, encoding: str) -> str:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -120,6 +121,14 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str, end
     assert read(tmp_path / "x.txt.gz") == [LINES]
 
 
+def test_a_byte_order_mark_is_no_text_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(2 * LINES.encode("utf-8-sig"))  # one file appended to another
+    assert read(path) == 2 * [row["text"] for row in ROWS]
+    path.write_bytes(LINES.encode("utf-16"))
+    assert read(path, encoding="utf-16-le") == [row["text"] for row in ROWS]
+
+
 def test_another_encoding_has_to_be_given(tmp_path: Path, heard: list[str]) -> None:
     text = "Les élèves étaient là. " * 50
     path = tmp_path / "x.txt"
@@ -147,6 +156,13 @@ def test_what_is_not_text_is_refused_before_anything_is_read(tmp_path: Path, nam
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         with pytest.raises(UserError, match=rf"{name} (is not text|cannot be read)"):
             local_source([path])
+
+
+def test_a_file_name_of_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"n\xe4me.txt")
+    path.write_text("text")
+    assert read(path) == ["text"]
+    assert local_source([path]).name == "n\\udce4me.txt"
 
 
 def test_a_stray_nul_or_half_a_surrogate_pair_is_text(tmp_path: Path) -> None:
