@@ -31,6 +31,7 @@ LAYERS = [
         "notes",
         "run_location",
         "strict_yaml",
+        "model_names",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {
