@@ -16,7 +16,9 @@ from ds_gpt2.doctor.checks import quick
 from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
-from ds_gpt2.preflight import check_start
+from ds_gpt2.model import ModelShape
+from ds_gpt2.preflight import check_start, what_to_resume
+from ds_gpt2.pretrained.opening import prepare
 from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
 
@@ -92,6 +94,8 @@ def start(
     check_start(settings, plan, resume)
     if not _is_ready(settings, place):
         return outcome.MISTAKE
+    if settings.model.init_from is not None and what_to_resume(settings, resume) is None:
+        prepare(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.init_from)
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {place.ranks} ranks on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))

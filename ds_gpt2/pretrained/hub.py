@@ -2,18 +2,21 @@
 
 ``HF_ENDPOINT`` names another hub, ``HF_TOKEN`` opens what is gated or private, ``HF_HOME`` moves the cache; the library
 reads them itself. What is in the cache is used as it is, without asking the hub, so a run needs no network after its
-first start. The library's file locks let one process per machine download a file, and an interrupted download continues
-where it stopped.
+first start. The library's file locks let one process per machine download a file; after a broken connection a download
+continues where it stopped.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2.data.shards import sha256
 from ds_gpt2.errors import UserError
 from ds_gpt2.model_names import HubName
 from ds_gpt2.pretrained import gpt2_config, tensors
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 _CONTACT_SECONDS = 5.0  # for the first answer of the hub, while a person waits
 _ATTEMPTS = 6  # to download one file
 _LONGEST_PAUSE = 30.0  # seconds
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cached(name: HubName) -> Path | None:
@@ -122,7 +127,9 @@ def _download(name: HubName, file: str, revision: str) -> Path:
     library = _library()
     for attempt in range(_ATTEMPTS):
         try:
-            return Path(library.hf_hub_download(name.repository, file, revision=revision))
+            path = Path(library.hf_hub_download(name.repository, file, revision=revision))
+            _verify(path)
+            return path
         except library.errors.EntryNotFoundError as error:
             if not isinstance(error, library.errors.LocalEntryNotFoundError):  # that one means: the network is gone
                 raise
@@ -137,6 +144,19 @@ def _download(name: HubName, file: str, revision: str) -> Path:
     raise AssertionError("the last attempt returns or raises")
 
 
+def _verify(path: Path) -> None:
+    """Compare a file of weights with the checksum that the hub announced, after which the cache calls its content.
+
+    Raises:
+        OSError: they differ; the file is removed.
+    """
+    content = path.resolve()
+    if path.suffix == ".safetensors" and _SHA256.fullmatch(content.name) and sha256(content) != content.name:
+        path.unlink()
+        content.unlink(missing_ok=True)
+        raise OSError("checksum mismatch")
+
+
 def _explained(name: HubName, file: str, error: Exception) -> UserError:
     errors, where = _library().errors, f"{name.repository} on {_endpoint()}"
     if isinstance(error, errors.GatedRepoError):
@@ -147,13 +167,12 @@ def _explained(name: HubName, file: str, error: Exception) -> UserError:
         return UserError(f"{where} has no revision {name.revision}")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{where} has no {file}")
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return UserError(
-            f"{file} of {where} cannot be stored: {error.strerror}: {error.filename}; HF_HOME moves the cache"
-        )
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        cache = _library().constants.HF_HUB_CACHE
+        return UserError(f"{file} of {where} cannot be stored in {cache}: {error.strerror}; HF_HOME moves the cache")
     return UserError(
-        f"{file} of {where} cannot be downloaded ({_first_line(error)}) and is not in the cache: check the network, or"
-        " give a directory"
+        f"cannot download {file} of {name.repository} from {_endpoint()} ({_first_line(error)}), and it is not in the"
+        " cache: check the network, or give a local directory"
     )
 
 
@@ -161,8 +180,8 @@ def _is_temporary(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if isinstance(error, OSError) and error.filename is not None:
-        return False  # of the disk, not of the network
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return False
     return isinstance(error, (OSError, RuntimeError)) or "http" in type(error).__module__
 
 
@@ -175,6 +194,7 @@ def _endpoint() -> str:
 
 
 def _library() -> Any:
-    import huggingface_hub  # takes a part of a second
+    import huggingface_hub.constants  # takes a part of a second
+    import huggingface_hub.errors
 
     return huggingface_hub
