@@ -117,7 +117,7 @@ if [ -n "${DS_GPT2_PYTHON:-}" ]; then
 else
   case "$verb ${2:-}" in
     test\ *) install '[dev]' dev ;;
-    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub | prepare\ pretokenized) install '[data]' data dev ;;
+    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub) install '[data]' data dev ;;
     *) install '' base data dev ;;
   esac
   python=$venv/bin/python

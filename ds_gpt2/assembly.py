@@ -46,7 +46,7 @@ from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.preflight import backup_of, identity_of, steps_of, what_to_resume
-from ds_gpt2.pretrained.opening import weights_for
+from ds_gpt2.pretrained.opening import locate, weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_owner
@@ -245,9 +245,10 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 
 def _fresh(settings: Settings, engine: Engine) -> TrainState:
     """The state of a run that begins, with the weights of another model where the settings name one."""
-    if (path := settings.model.init_from) is not None:
-        engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, path)))
-        log.info(f"initial weights from {path}")
+    if (name := settings.model.init_from) is not None:
+        dist.from_main_at_length(lambda: locate(name))  # downloads it if it is on the hub
+        engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, name)))
+        log.info(f"initial weights from {name}")
     return TrainState()
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ds_gpt2 import strict_yaml
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import INCIDENTS, KINDS
+from ds_gpt2.model_names import resolve
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
@@ -95,7 +96,7 @@ class ModelSettings(_Section):
     heads: PositiveInt | None = None
     width: PositiveInt | None = None
     dropout: Fraction = 0.0
-    init_from: Path | None = None  # a Hugging Face directory or an export, whose weights a new run begins with
+    init_from: str | None = None  # a directory, an export or a name on the Hugging Face hub: a new run's first weights
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelSettings:
@@ -530,12 +531,12 @@ def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
 
 
 def _absolute(key: str, text: str, base: Path) -> str:
-    """``text`` relative to ``base``; a URL as it is."""
+    """``text`` relative to ``base``; a URL, or the name of a model on the hub, as it is."""
     if "://" in text:
         return text
     if not text or "\0" in text:
         raise UserError(f"{key} is an empty path or no path: give a path")
-    return str(base / text)
+    return resolve(text, base) if key == "model.init_from" else str(base / text)
 
 
 def _expanded(key: str, text: str) -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import machine, run_location
+from ds_gpt2 import dist, machine, run_location
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
@@ -14,6 +14,8 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
 from ds_gpt2.data.dataset import Dataset, count_windows_of, open_dataset
 from ds_gpt2.errors import UserError
+from ds_gpt2.model import ModelShape
+from ds_gpt2.pretrained import opening
 from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
 
 
@@ -38,6 +40,8 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     wanted = what_to_resume(settings, resume)
     if wanted is not None:
         _check_resume(settings, wanted, identity_of(settings, dataset), steps)
+    elif settings.model.init_from is not None and dist.is_main():  # the hub is not asked by all ranks at once
+        opening.check(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.init_from)
     for directory in settings.output_dirs:
         machine.check_may_write(directory)
 

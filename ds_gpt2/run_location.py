@@ -22,6 +22,7 @@ from ds_gpt2.config import PATH_KEYS, PROJECT_DIR, Settings, load_settings, read
 from ds_gpt2.journal import JOURNAL
 from ds_gpt2.machine import write_whole
 from ds_gpt2.metrics import STARTS, TIME
+from ds_gpt2.model_names import hub_name
 
 CONFIG = "config.yaml"
 OWNER = "run.json"  # in a directory of outputs: which run writes there
@@ -176,11 +177,13 @@ def _last_start(run_dir: Path) -> dict[str, Any]:
 
 
 def _portable(key: str, text: str, run_dir: Path) -> str:
+    if key == "model.init_from" and hub_name(text) is not None:
+        return text
     path = Path(os.path.abspath(text))
     if path.is_relative_to(run_dir):
         return str(Path(_RUN_DIR) / path.relative_to(run_dir))
     if path.is_relative_to(PROJECT_DIR):
-        return str(path.relative_to(PROJECT_DIR))
+        return os.path.join("." if key == "model.init_from" else "", path.relative_to(PROJECT_DIR))  # no hub's name
     base = _base(run_dir)
     if base is not None and path.is_relative_to(base):  # beside the run: copied and moved together with it
         return os.path.join(_RUN_DIR, os.path.relpath(path, run_dir))

@@ -34,6 +34,7 @@ LAYERS = [
         "launch_environment",
         "own_modules",
         "terminal",
+        "model_names",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {

@@ -230,8 +230,7 @@ def _endpoint() -> str:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError("fetching needs huggingface_hub: pip install 'ds_gpt2[data]'") from None
+    import huggingface_hub.constants  # takes a part of a second
+    import huggingface_hub.errors
+
     return huggingface_hub
