@@ -29,6 +29,7 @@ LAYERS = [
         "reference",
         "wording",
         "notes",
+        "pace",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {

@@ -31,13 +31,13 @@ from ds_gpt2.checkpoint.retention import Kept, to_delete
 from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
 from ds_gpt2.config import CheckpointSettings, load_settings
+from ds_gpt2.pace import Range
 from ds_gpt2.planning import fit, memory
 from ds_gpt2.planning.course import Course, due
 from ds_gpt2.planning.disk import Count, Logs, Store, simulate
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Save
 from ds_gpt2.planning.trial_rank import RankMemory
-from ds_gpt2.report.summary import Range
 from ds_gpt2.schedule import Every
 
 RANKS, STEPS = 2, 24

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from ds_gpt2.metrics import TIME
+from ds_gpt2.pace import Range
 from ds_gpt2.report import page
 from ds_gpt2.report.charts import Chart, charts_of, views_of
 from ds_gpt2.report.page import Part, render
 from ds_gpt2.report.records import EMPTY, Curve, mean_per_step, read_records, smoothed, thinned
 from ds_gpt2.report.run import load_run
-from ds_gpt2.report.summary import Prices, Range, summarize
+from ds_gpt2.report.summary import Prices, summarize
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0

@@ -26,6 +26,7 @@ from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
+from ds_gpt2.pace import Range
 from ds_gpt2.planning import supplies, timing
 from ds_gpt2.planning.course import course_of
 from ds_gpt2.planning.fit import Option, calibrate, micro_batches, other_ranks
@@ -42,7 +43,7 @@ from ds_gpt2.planning.sections import (
 from ds_gpt2.planning.subject import Hardware, Row, Section, Subject, Value
 from ds_gpt2.planning.traces import Traces
 from ds_gpt2.planning.trial import LEAST_STEPS, Limits, TrialError, run_trial
-from ds_gpt2.report.summary import Prices, Range
+from ds_gpt2.report.summary import Prices
 from ds_gpt2.wording import size
 
 WIDTH = 100  # columns

@@ -45,11 +45,9 @@ class Validation(Hook):
         loss = self.loss(engine)
         state.validated(loss)
         if not math.isfinite(loss):
-            best = (
-                "none yet" if state.best_val_loss is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
-            )
+            held = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
             log.warning(
-                f"step {state.step}: the validation loss is {loss}, not a finite number; the best stays: {best}"
+                f"step {state.step}: the validation loss is {loss}, not a finite number; the best stays: {held}"
             )
             return {"val/loss": loss, "val/perplexity": loss}
         best = state.best_step == state.step

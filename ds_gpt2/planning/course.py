@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ds_gpt2.config import Settings
+from ds_gpt2.pace import EVALUATIONS
 
-HOOKS = ("samples", "hellaswag", "histograms", "validation")  # sections of the settings with a cadence of their own
+HOOKS = EVALUATIONS
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_gpt2.doctor.need import STATE_BYTES, WEIGHT_BYTES
+from ds_gpt2.pace import Range
 from ds_gpt2.planning import memory
 from ds_gpt2.planning.course import occasions
 from ds_gpt2.planning.disk import Count, simulate
@@ -12,7 +13,7 @@ from ds_gpt2.planning.fit import Calibration, micro_batches
 from ds_gpt2.planning.subject import Basis, Row, Section, Subject, Value
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Traces
-from ds_gpt2.report.summary import Prices, Range
+from ds_gpt2.report.summary import Prices
 from ds_gpt2.wording import clock, duration, percent, size, tokens, zone
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
 from ds_gpt2.launcher import Place
+from ds_gpt2.pace import Range
 from ds_gpt2.planning.course import Course
 from ds_gpt2.planning.memory import Model, Zero
-from ds_gpt2.report.summary import Range
 
 # exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or from what was
 # measured to what was not run; estimated: with figures of another machine or run.
