@@ -20,7 +20,7 @@ from ds_gpt2.config import Settings
 EVALUATIONS = ("samples", "hellaswag", "histograms", "validation")  # sections of the settings with their own ``every``
 
 RECENT = 50  # steps
-RECENT_LABEL = f"median of the last {RECENT} steps"
+RECENT_LABEL = f"median of last {RECENT} steps"
 
 WINDOW = 2000  # newest steps whose mean is the time of a step
 _STRETCHES = 8  # parts of the window whose spread gives the range
@@ -71,7 +71,7 @@ def timed_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Timed]:
         step, when = record["step"], _number(record.get("time"))
         train = _number(record.get("perf/step_ms")) / 1000
         evaluation, save = (_or_zero(record.get(tag)) / 1000 for tag in ("perf/eval_ms", "perf/save_ms"))
-        if math.isnan(train) and before is not None and step > before[0]:
+        if math.isnan(train) and before is not None and step > before[0] and not math.isnan(when - before[1]):
             train = max(0.0, (when - before[1]) / (step - before[0]) - evaluation - save)
         before = (step, when)
         if not math.isnan(train):

@@ -5,7 +5,7 @@ import pytest
 
 from ds_gpt2 import meter
 from ds_gpt2.meter import Meter, Past
-from ds_gpt2.pace import Cadence, Pace
+from ds_gpt2.pace import Cadence, Pace, timed_of
 
 _PHASES = [f"perf/{name}_ms" for name in ("data", "forward_backward", "update", "eval", "save", "step")]
 NEVER = Cadence({}, 0)
@@ -77,11 +77,11 @@ def test_the_eta_counts_steps_evaluations_and_saves_apart(clock: list[float]) ->
     """Steps of 1 s; an evaluation of 30 s every 10 steps, a save of 4 s every 20: no jump after either."""
     timed = Meter(1000, 2e9, None, past(cadence=Cadence({"validation": 10}, 20)))
     assert timed.eta(0, 100) == 0
-    told = []
+    told, records = [], []
     for step in range(1, 61):
         timed.begin()
         clock[0] += 1
-        timed.end(step)
+        records.append({"step": step, **timed.end(step)})
         told.append(timed.eta(step, 100))
         if step % 10 == 0:
             clock[0] += 30
@@ -94,6 +94,10 @@ def test_the_eta_counts_steps_evaluations_and_saves_apart(clock: list[float]) ->
     assert told[20] == 79 + 8 * 30 + 4 * 4
     assert told[40:50] == [59 - step + 6 * 30 + 3 * 4 for step in range(9)] + [50 + 5 * 30 + 3 * 4]
     assert timed.eta(100, 100) == 0
+    recorded = Pace(Cadence({"validation": 10}, 20), [0])  # as status and report have it
+    for each in timed_of(records):
+        recorded.add(each)
+    assert recorded.mean_left(60, 100) == pytest.approx(told[-1])
 
 
 class Event:

@@ -65,7 +65,8 @@ def _points(a: Run, b: Run, points: int) -> list[int]:
     both = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= furthest)
     if not both:
         return sorted({furthest * number // points for number in range(1, points + 1)} - {0})
-    chosen = {both[place * (len(both) - 1) // max(1, points - 2)] for place in range(points - 1)}
+    count = points if both[-1] == furthest else points - 1
+    chosen = {both[place * (len(both) - 1) // max(1, count - 1)] for place in range(count)}
     return sorted({*chosen, furthest})
 
 
