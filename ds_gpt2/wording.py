@@ -37,9 +37,13 @@ def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
     )
 
 
-def counted(count: int, noun: str) -> str:
-    """``1`` as ``1 rank``, ``2000`` as ``2,000 ranks``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """``1`` as ``1 rank``, ``2000`` as ``2,000 ranks``.
+
+    Args:
+        plural: where it is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def done_share(step: int, steps: int, digits: int = 1) -> str:
