@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -33,7 +34,7 @@ from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
 from ds_gpt2.config import CheckpointSettings, load_settings
 from ds_gpt2.pace import Range
-from ds_gpt2.planning import fit, memory
+from ds_gpt2.planning import fit, memory, trial
 from ds_gpt2.planning.course import Course, due
 from ds_gpt2.planning.disk import Count, Logs, Store, simulate
 from ds_gpt2.planning.timing import Timing
@@ -367,6 +368,19 @@ def test_the_time_of_a_run_is_the_sum_of_its_parts() -> None:
 def test_logs_grow_with_steps_and_occasions() -> None:
     logs = Logs(start=1000, step=10, occasion={"samples": 200})
     assert logs.total(50, {"samples": 3, "validation": 7}) == 1000 + 500 + 600
+
+
+def test_only_what_dead_plans_have_left_is_removed(tmp_path: Path) -> None:
+    """The directory may be shared: a process number of another machine means nothing here."""
+    me, here = psutil.Process(), trial._host()
+    alive = f".plan-{me.pid}-{int(me.create_time())}-{here}-x"
+    dead, foreign, old = f".plan-{me.pid}-1000-{here}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
+    for name in (alive, dead, foreign, old, "other"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+    os.utime(tmp_path / old, (time.time() - 90_000,) * 2)
+    with trial._folder(tmp_path / "checkpoints") as folder:
+        assert folder.is_dir() and not trial._is_abandoned(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {alive, foreign, "other"}
 
 
 def test_what_is_on_the_disk_counts_once(tmp_path: Path) -> None:

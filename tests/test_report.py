@@ -402,6 +402,57 @@ def test_several_runs_lie_over_each_other(write: Write) -> None:
     assert "ms a step, by phase: second" in found.text
 
 
+def test_what_is_not_configured_is_not_announced(write: Write) -> None:
+    """No "no data yet" for what the run will never have."""
+    directory = write([record(step) for step in range(1, 41)])
+    config = directory / "config.yaml"
+    assert "HellaSwag" not in shown(directory).text.replace("hellaswag", "")
+    assert "What it writes" in shown(directory).text
+    text = config.read_text()
+    config.write_text(text.replace("samples: {", "samples: {every: 0, "))
+    found = shown(directory)
+    assert "What it writes" not in found.text and "Notes" not in found.text
+    config.write_text(text + "hellaswag: {every: 10}\n")
+    assert "HellaSwagno data yet" in "".join(shown(directory).text.split("\n"))
+    config.write_text(text)
+    other = write([record(step, **{"hellaswag/acc_norm": 0.3}) for step in range(1, 41)], name="other")
+    assert "HellaSwag" in shown(directory, other).text  # one of them has it
+
+
+def journal(directory: Path, *events: tuple[str, float, int, dict[str, Any]]) -> None:
+    lines = [
+        {"time": NOW - ago, "kind": kind, "step": step, "text": f"{kind} at {step}", "facts": facts}
+        for kind, ago, step, facts in events
+    ]
+    (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_restarts_and_lost_time_are_those_of_the_journal(write: Write) -> None:
+    """A crash that the supervisor got around, and a pause that somebody wanted."""
+    directory = write(
+        [record(step) for step in range(1, 41)],
+        [start(NOW - ago, step) for ago, step in ((900, 0), (700, 10), (100, 20))],
+    )
+    journal(
+        directory,
+        ("launch", 910, 0, {"restart": False}), ("start", 900, 0, {}), ("save", 850, 10, {"taken": NOW - 850}),
+        ("crash", 800, 12, {}), ("restart", 790, 12, {}),
+        ("launch", 780, 12, {"restart": True}), ("start", 700, 10, {}),
+        ("save", 600, 20, {"taken": NOW - 600}), ("stop", 599, 20, {}),
+        ("launch", 110, 20, {"restart": False}), ("start", 100, 20, {}),
+    )  # fmt: skip
+    run = load_run(directory)
+    summary = summarize(run, NOW)
+    assert (summary.restarts, summary.resumes) == (1, 1)
+    assert summary.lost_seconds == pytest.approx(150)
+    assert [each.restart for each in run.starts] == [False, True, False]
+    assert [each.lost_seconds for each in run.starts] == [None, pytest.approx(150), None]
+    found = "".join(shown(directory).text.split("\n"))
+    assert "restarts by the supervisor1" in found and "resumes by hand1" in found and "time lost2m 30s" in found
+    assert "crash at 12" in found
+    assert "save at 20" not in found and "launch at 20" not in found  # nothing that has gone wrong
+
+
 def test_a_run_without_records_says_so(write: Write) -> None:
     found = shown(write([]))
     assert found.figures == {}

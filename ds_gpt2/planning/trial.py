@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +37,7 @@ _SLOW_ACCUMULATION = 2  # micro-batches a step: the least that hold the sums of 
 _ENOUGH = 3  # steps after which lack of time ends a trial
 _PREFIX = ".plan-"
 _LOOK_SECONDS = 0.05
+_FOREIGN_SECONDS = 86_400.0  # after which the folder of another machine's plan counts as left behind
 
 
 class TrialError(Exception):
@@ -205,11 +208,12 @@ def _folder(checkpoints: Path) -> Iterator[Path]:
     """An empty directory on the disk of the checkpoints, gone afterwards; so are those that killed plans have left."""
     place = existing(checkpoints)
     for left in place.glob(f"{_PREFIX}*"):
-        if not _is_of_the_living(left.name):
+        if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
     process = psutil.Process()
+    owner = f"{process.pid}-{math.floor(process.create_time())}-{_host()}-"
     try:
-        folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{process.pid}-{math.floor(process.create_time())}-", dir=place)
+        folder = tempfile.mkdtemp(prefix=_PREFIX + owner, dir=place)
     except OSError as error:
         raise UserError(f"cannot write to {place}: {error.strerror}; set checkpoint.dir, or use --quick") from None
     try:
@@ -218,10 +222,22 @@ def _folder(checkpoints: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_of_the_living(name: str) -> bool:
-    """Whether the process that made this folder still lives."""
-    pid, started, _ = [*name.removeprefix(_PREFIX).split("-", 2), "", ""][:3]
-    return pid.isdigit() and started.isdigit() and lives(int(pid), float(started))
+def _is_abandoned(folder: Path) -> bool:
+    """Whether the plan that made this folder is gone.
+
+    The directory may be shared with other machines, whose processes cannot be seen: theirs is left alone for a day.
+    """
+    pid, started, host, _ = [*folder.name.removeprefix(_PREFIX).split("-", 3), "", "", ""][:4]
+    if host == _host():
+        return not (pid.isdigit() and started.isdigit() and lives(int(pid), float(started)))
+    with contextlib.suppress(OSError):
+        return time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS
+    return False
+
+
+def _host() -> str:
+    """This machine's name, fit for a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ds_gpt2.config import ValidationSettings
+from ds_gpt2.evaluation import perplexity
 from ds_gpt2.hooks import Validation
 from ds_gpt2.state import TrainState
 
@@ -47,6 +48,12 @@ def test_a_loss_that_is_not_finite_is_reported_and_is_not_the_best(validation: A
         "step 15: the validation loss is inf, not a finite number; the best stays: 3.0000 at step 5",
         "step 20: validation loss 2.5000  (best so far)",
     ]
+
+
+def test_the_perplexity_of_no_number_is_none() -> None:
+    assert math.isnan(perplexity(math.nan))
+    assert perplexity(math.inf) == perplexity(800.0) == math.inf
+    assert perplexity(0.0) == 1.0
 
 
 def test_a_first_loss_that_is_not_finite_leaves_the_run_without_a_best(validation: Any, heard: list[str]) -> None:
