@@ -17,6 +17,7 @@ from ds_gpt2.drill.plan import NAMES, Plan
 from ds_gpt2.drill.record import Row, head, lines_of, summary
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import choose_ranks
+from ds_gpt2.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.json:
         size = "whole" if plan.whole else "shrunk"
-        print(f"drill of {plan.settings.run.name}, {size}, on {plan.place.ranks} ranks ({plan.place.accelerator})")
+        ranks = counted(plan.place.ranks, "rank")
+        print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.place.accelerator})")
         print(f"again with the same moments and victims: --seed {plan.seed}\n\n{head()}", flush=True)
     record, folder = rehearse(plan, _quiet if options.json else _show)
     if options.json:
