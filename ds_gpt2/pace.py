@@ -7,13 +7,14 @@ Time left = time of a training step x steps left
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ds_gpt2.config import Settings
 
@@ -99,8 +100,7 @@ class Cadence:
         if step >= steps or not self.evaluations:
             return {}
         exactly: dict[_Kinds, int] = {}
-        for kinds in sorted(self._combinations(), key=len, reverse=True):
-            every = self._together(kinds)
+        for kinds, every in self._together.items():
             count = (steps - 1) // every - step // every
             exactly[kinds] = count - sum(other for larger, other in exactly.items() if kinds < larger)
         exactly[frozenset(self.evaluations)] += 1
@@ -114,25 +114,25 @@ class Cadence:
 
     def occasions(self, step: int) -> list[int]:
         """Return the steps of the records that tell what the newest evaluations and saves up to ``step`` took."""
-        found = {place for kinds in self._combinations() for place in self._newest_of(kinds, step)}
+        found = {place for kinds in self._together for place in self._newest_of(kinds, step)}
         if self.save:
             newest = (step - 1) // self.save
             found |= {number * self.save for number in range(max(1, newest - _USUAL + 1), newest + 1)}
         return sorted(place + 1 for place in found)
 
     def _newest_of(self, kinds: _Kinds, step: int) -> list[int]:
-        every = self._together(kinds)
+        every = self._together[kinds]
         newest = (step - 1) // every
         places = (number * every for number in range(newest, max(0, newest - _LOOK_BACK), -1))
         return list(itertools.islice((place for place in places if self.due(place) == kinds), _USUAL))
 
-    def _combinations(self) -> list[_Kinds]:
+    @functools.cached_property
+    def _together(self) -> dict[_Kinds, int]:
+        """Every combination of kinds, the largest first, and how many steps lie between two of its occasions."""
         names = tuple(self.evaluations)
-        sizes = range(1, len(names) + 1)
-        return [frozenset(chosen) for size in sizes for chosen in itertools.combinations(names, size)]
-
-    def _together(self, kinds: _Kinds) -> int:
-        return math.lcm(*(self.evaluations[name] for name in kinds))
+        sizes = range(len(names), 0, -1)
+        chosen = (part for size in sizes for part in itertools.combinations(names, size))
+        return {frozenset(part): math.lcm(*(self.evaluations[name] for name in part)) for part in chosen}
 
 
 class _Step(NamedTuple):
@@ -156,7 +156,9 @@ class Pace:
         self._cadence = cadence
         self._first_steps = {step + 1 for step in starts}
         self._newest_start = starts[-1] if starts else 0
-        self._steps: deque[_Step] = deque(maxlen=WINDOW)
+        self._steps: deque[_Step] = deque()
+        self._all, self._fresh = _Sum(), _Sum()  # of these steps, and of those among them since the newest start
+        self._off_cadence = 0  # saves among them
         self._first: float | None = None  # seconds of the newest first step: better than nothing
         self._evaluations: dict[_Kinds, deque[float]] = {}
         self._saves: deque[float] = deque(maxlen=_USUAL)
@@ -172,7 +174,7 @@ class Pace:
             self._saves.append(one.save)
         small = 0.0 if kinds else one.evaluation  # what every step has, such as its line in the log
         off_cadence = bool(one.save) and (not self._cadence.save or (one.step - 1) % self._cadence.save != 0)
-        self._steps.append(_Step(one.step, one.train + small, one.evaluation - small + one.save, off_cadence))
+        self._count(_Step(one.step, one.train + small, one.evaluation - small + one.save, off_cadence), 1)
 
     @property
     def step_seconds(self) -> Range | None:
@@ -189,9 +191,9 @@ class Pace:
         return _range([each.train + each.aside for each in counted]) if counted else self.step_seconds
 
     def mean_step_seconds(self) -> float | None:
-        """Return the mean of ``step_seconds`` without its range, which takes longer."""
-        counted = self._counted()
-        return statistics.fmean(each.train for each in counted) if counted else self._first
+        """Return the mean of ``step_seconds`` without its range: microseconds, as the console asks at every step."""
+        counted = self._fresh if self._is_fresh() else self._all
+        return counted.seconds / counted.steps if counted.steps else self._first
 
     def left(self, step: int, steps: int) -> Range | None:
         """Return the seconds from the end of ``step`` to the end of ``steps``; None where no step is known."""
@@ -202,7 +204,7 @@ class Pace:
         return Range(alone.mean + aside, alone.low + aside, alone.high + aside)
 
     def mean_left(self, step: int, steps: int) -> float | None:
-        """Return the mean of ``left`` without its range, which takes longer."""
+        """Return the mean of ``left`` without its range, see ``mean_step_seconds``."""
         mean = self.mean_step_seconds()
         return None if mean is None else max(0, steps - step) * mean + self._aside_left(step, steps)
 
@@ -211,7 +213,7 @@ class Pace:
         left = self._cadence.evaluations_left(step, steps)
         seconds = sum(count * self._evaluation_seconds(kinds) for kinds, count in left.items())
         if self._saves:
-            off_cadence = sum(each.off_cadence for each in self._steps) / len(self._steps) * max(0, steps - step)
+            off_cadence = self._off_cadence / max(1, len(self._steps)) * max(0, steps - step)
             seconds += (self._cadence.saves_left(step, steps) + off_cadence) * statistics.median(self._saves)
         return seconds
 
@@ -229,12 +231,36 @@ class Pace:
             seconds += statistics.median(self._evaluations[min(larger, key=len)])
         return seconds
 
-    def _counted(self) -> Sequence[_Step]:
-        """Those since the newest start, which may have other ranks; before there are enough of them all."""
-        if not self._steps or self._steps[0].step > self._newest_start:
-            return self._steps
-        newest = [each for each in self._steps if each.step > self._newest_start]
-        return newest if len(newest) >= _ENOUGH else self._steps
+    def _count(self, step: _Step, sign: Literal[1, -1]) -> None:
+        """Put ``step`` into the window, or take it out."""
+        if sign == 1:
+            self._steps.append(step)
+            if len(self._steps) > WINDOW:
+                self._count(self._steps.popleft(), -1)
+        self._all.add(step, sign)
+        if step.step > self._newest_start:
+            self._fresh.add(step, sign)
+        self._off_cadence += sign * step.off_cadence
+
+    def _counted(self) -> list[_Step]:
+        """The steps since the newest start, which may have other ranks; before there are enough of them all."""
+        if not self._is_fresh():
+            return list(self._steps)
+        return [each for each in self._steps if each.step > self._newest_start]
+
+    def _is_fresh(self) -> bool:
+        return self._fresh.steps >= _ENOUGH
+
+
+class _Sum:
+    """Seconds of training of so many steps."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+
+    def add(self, step: _Step, sign: Literal[1, -1]) -> None:
+        self.seconds += sign * step.train
+        self.steps += sign
 
 
 def _range(seconds: Sequence[float]) -> Range:

@@ -555,7 +555,7 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
         assert (found.days_left is None) is enough
     assert found.days_left == pytest.approx(1000 * 10 / DAY, rel=0.01)
     assert "0.1 days left, 0.1 MB free" in screen(working.look())
-    assert working.problems() == [f"the disk of {working.run_dir} lasts 0.1 days: 0.1 MB free"]
+    assert working.problems() == [f"the disk of {working.run_dir} lasts 0.1 days at what this run writes: 0.1 MB free"]
     working.configure(CONFIG + "alerts: {disk_days: 0.1}\n")
     assert working.look().healthy
     _with_free(10**12, monkeypatch)
