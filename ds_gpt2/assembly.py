@@ -41,10 +41,11 @@ from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
 from ds_gpt2.machine import write_whole
 from ds_gpt2.meter import Meter, Past
-from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
+from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, read_metrics, read_starts, started_from
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.pace import Cadence, Pace, timed_of
 from ds_gpt2.preflight import backup_of, identity_of, steps_of, what_to_resume
 from ds_gpt2.pretrained.opening import locate, weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
@@ -131,13 +132,13 @@ def _train(
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
-    meter = _meter(settings, engine, plan, place)
+    meter = _meter(settings, engine, plan, place, state.step)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
     stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
-        _record_start(settings, state, plan)
+        _record_start(settings, state, plan, course.steps)
         _open_dashboard(settings, monitor, engine, plan, restored, origin)
         journal.write("start", _start_text(plan, restored, origin), state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(place)}{', compiled' if compiled else ''}")
@@ -252,18 +253,26 @@ def _fresh(settings: Settings, engine: Engine) -> TrainState:
     return TrainState()
 
 
-def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device) -> Meter:
+def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device, from_step: int) -> Meter:
     peak = device.peak_flops(place)
     flops = flops_per_token(engine.model)
-    return Meter(plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings), engine.moment)
+    return Meter(
+        plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings, from_step), engine.moment
+    )
 
 
-def _past(settings: Settings) -> Past:
-    """What the run has behind it; only rank 0 tells of it."""
+def _past(settings: Settings, from_step: int) -> Past:
+    """What the run has behind it, up to this start; only rank 0 reports it."""
+    starts = started_from(read_starts(settings.run_dir / STARTS)) if dist.is_main() else []
+    pace = Pace(Cadence.of(settings), [*starts, from_step])
     begun = first_start(settings.run_dir / STARTS) if dist.is_main() else None
     if begun is None:
-        return Past(trained_seconds=0.0, begun=time.time())
-    return Past(trained_seconds(settings.run_dir / METRICS), begun)
+        return Past(trained_seconds=0.0, begun=time.time(), pace=pace)
+    trained = 0.0
+    for timed in timed_of(read_metrics(settings.run_dir / METRICS)):
+        trained += timed.train
+        pace.add(timed)
+    return Past(trained, begun, pace)
 
 
 def _start_text(plan: BatchPlan, restored: Restored | None, origin: Origin) -> str:
@@ -309,7 +318,7 @@ def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
-def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> None:
+def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
     write_whole(settings.run_dir / CONFIG, stored_settings(settings))
     for directory in settings.shared_output_dirs:
@@ -318,6 +327,7 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> Non
         "time": time.strftime(TIME),
         "from_step": state.step,
         "run_dir": str(settings.run_dir),
+        "steps": steps,
         "world_size": plan.world_size,
         "command": sys.argv,
         "versions": library_versions(),

@@ -45,8 +45,8 @@ Kind = Literal[
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# What a run may come to that a person would want to look at.
-INCIDENTS = frozenset(KINDS) - {"launch", "start", "restart", "save", "best", "done", "stop", "alert"}
+ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "alert"})
+INCIDENTS = frozenset(KINDS) - ROUTINE  # what a person would want to look at
 
 log = logging.getLogger(__name__)
 

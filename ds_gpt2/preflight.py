@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,14 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
 
 
 def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:
-    """The steps of a whole run; the last step of a number of epochs is filled up from the next epoch.
+    """The steps of a whole run.
 
     Args:
         windows: of an epoch.
     """
     if schedule.steps is not None:
         return schedule.steps
-    return math.ceil((schedule.epochs or 0) * windows / plan.windows_per_step)
+    return plan.steps_for(schedule.epochs or 0, windows)
 
 
 def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:

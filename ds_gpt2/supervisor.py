@@ -95,7 +95,7 @@ class _Supervisor:
         self._settings = settings
         self._run_dir = settings.run_dir
         self._requests = requests
-        self._has_trained = False
+        self._has_trained = self._launched = False
         self._journal = Journal(self._run_dir)
         self._alerts = Alerts(settings.alerts, self._run_dir)
         self._disk = DiskWatch(settings)
@@ -135,7 +135,8 @@ class _Supervisor:
             left.unlink()
         from_journal = self._journal.size()
         killed_for_memory = launcher.out_of_memory_kills()
-        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}")
+        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}", restart=self._launched)
+        self._launched = True
         environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
         self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))

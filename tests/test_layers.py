@@ -35,6 +35,7 @@ LAYERS = [
         "own_modules",
         "terminal",
         "model_names",
+        "pace",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {
