@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import compilation, config, device, dist, outcome
+from ds_gpt2 import compilation, config, device, dist, outcome, trackers
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -112,6 +114,8 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
 
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
+    if dist.is_main():
+        trackers.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     place = device.choose(settings.run.device)
@@ -126,5 +130,15 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
     return assembly.run(settings, deepspeed_settings, plan, place, compiled, origin)
 
 
+def _main_process() -> NoReturn:
+    """Run this rank and end its process, after an error too: exit handlers of a library could wait for a service."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = outcome.CRASHED
+    outcome.end_process(code)
+
+
 if __name__ == "__main__":
-    outcome.end_process(main())
+    _main_process()

@@ -29,6 +29,8 @@ LAYERS = [
         "reference",
         "wording",
         "notes",
+        "trackers",
+        "tracker_process",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {

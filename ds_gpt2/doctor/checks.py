@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ds_gpt2 import trackers
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import newest_tag
@@ -153,7 +154,7 @@ def _checksums(dataset: Dataset | UserError) -> list[Row]:
 
 def _deepspeed_file(settings: Settings) -> Row:
     try:
-        load_deepspeed_file(settings.deepspeed)
+        trackers.check(load_deepspeed_file(settings.deepspeed))
     except UserError as error:
         return Row("DeepSpeed's file", "fail", str(error))
     return Row("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
