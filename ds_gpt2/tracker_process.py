@@ -53,6 +53,7 @@ class WandbRun:
             raise
         except Exception as error:
             answer(warning=f"cannot be reached ({one_line(error)}); this start is recorded offline")
+            wandb.teardown()  # its service process still holds the run's id
             self._run = wandb.init(**arguments, mode="offline")
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -81,10 +82,15 @@ class CometRun:
         chosen = arguments["experiment_key"] or arguments["mode"] or os.environ.get("COMET_EXPERIMENT_KEY")
         if not chosen:
             arguments |= {"experiment_key": request["id"], "mode": "get_or_create"}
-        self._experiment = comet_ml.start(**arguments)
-        if not self._experiment.alive:
-            answer(warning="cannot be reached, or refuses the API key; this start is recorded offline")
-            self._experiment.end()
+        try:
+            self._experiment = comet_ml.start(**arguments)
+            problem = "" if self._experiment.alive else "no connection, or the API key is refused"
+        except ValueError:  # no API key
+            raise
+        except Exception as error:
+            problem = one_line(error)
+        if problem:
+            answer(warning=f"cannot be reached ({problem}); this start is recorded offline")
             self._experiment = comet_ml.start(**{**arguments, "online": False})
         self._experiment.set_name(request["name"])
 
@@ -100,6 +106,7 @@ class CometRun:
 
 _KINDS: dict[str, type[WandbRun] | type[CometRun]] = {"wandb": WandbRun, "comet": CometRun}
 _answers = sys.stdout
+_secrets = [os.environ[name] for name in ("WANDB_API_KEY", "COMET_API_KEY") if os.environ.get(name)]
 
 
 def main() -> None:
@@ -108,6 +115,7 @@ def main() -> None:
     _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the libraries print must not come between the answers
     request = json.loads(sys.stdin.readline())
+    _secrets.extend(filter(None, [request["arguments"].get("api_key")]))
     try:
         run: Run = _KINDS[request["tracker"]](request)
     except Exception as error:  # whatever the library raises
@@ -149,7 +157,11 @@ def answer(**message: object) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    """An exception as one line without API keys, fit for a log."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for secret in _secrets:
+        text = text.replace(secret, "***")
+    return text[:300]
 
 
 def _leave() -> None:

@@ -232,7 +232,7 @@ def test_a_service_that_is_away_is_recorded_offline_and_ends_in_time(
     (tmp_path / "ds.json").write_text(json.dumps({"wandb": {"enabled": True}, "comet": {"enabled": True}}))
     said = rank(tmp_path, 1, 30)
     assert "W&B cannot be reached (" in said and "this start is recorded offline" in said
-    assert "Comet cannot be reached, or refuses the API key" in said
+    assert "Comet cannot be reached (" in said
     assert SECRET not in said
     assert [row["step"] for row in one(wandb_rows(tmp_path))] == list(range(1, 31))
     assert len(comet_values(tmp_path, "x")[0]) == 30
