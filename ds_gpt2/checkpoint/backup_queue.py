@@ -139,7 +139,7 @@ class BackupQueue:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, "backup")
         self._attempt("clean up after an earlier one", lambda: commit.sweep_copying(self._disk, directory))
-        self._thread.submit(self._look)
+        self._thread.submit(self._try_out)
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
         """See ``Cadence.due``."""
@@ -240,6 +240,12 @@ class BackupQueue:
         """In the thread, until it works once: the place may be slow or away, and nobody should wait for it."""
         self._has_looked = self._attempt("see what is there", self._start_from_what_is_there)
 
+    def _try_out(self) -> None:
+        """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
+        self._look()
+        if self._has_looked and self._news is not None:
+            self._attempt("write a test file", self._backup.probe)
+
     def _start_from_what_is_there(self) -> None:
         held, local = self._backup.held(), scan(self._directory)
         with self._lock:
@@ -258,7 +264,7 @@ class BackupQueue:
     def _check_stuck(self) -> None:
         """Report a copy that does not move: a mounted file system can hang without any error."""
         silent = time.monotonic() - self._moved
-        if silent > _STUCK_SECONDS and any(job.running() for job in list(self._under_way.values())):
+        if silent > _STUCK_SECONDS and self._under_way:
             self._report(f"a copy to {self._backup.where()} has not moved for {duration(silent)}")
 
     def _note_failure(self, tag: str) -> None:

@@ -194,3 +194,19 @@ def test_no_key_reaches_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
         "Signature of hunter2hunter2 for me-and-my-key with swordfish and tttttt at http://me:pass@host/ is wrong"
     )
     assert reason_of(error) == "Signature of *** for *** with *** and *** at http://***@host/ is wrong"
+
+
+def test_a_place_that_takes_no_file_is_reported_before_the_first_copy_is_due(
+    run_dir: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: MemoryFile, data: bytes) -> int:
+        raise PermissionError("403 Forbidden")
+
+    monkeypatch.setattr(MemoryFile, "write", refuse)
+    queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), run_dir, news=BackupNews(Journal(run_dir)))
+    deadline = time.monotonic() + 20
+    while not events(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (failed,) = events(run_dir)
+    assert failed.text == "could not write a test file: 403 Forbidden (copies go to memory://nas/run)"
+    queue.finish(10)
