@@ -138,6 +138,7 @@ class Tracker:
     def _receive(self) -> None:
         """In a thread: what the process answers, until it ends."""
         assert self._process.stdout is not None
+        self._process.wait()  # it has left a child that goes on: no zombie stays
         for line in self._process.stdout:
             answer = json.loads(line)
             if "warning" in answer:

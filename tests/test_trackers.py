@@ -60,6 +60,16 @@ def wandb_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def wandb_exit_codes(folder: Path) -> dict[str, int]:
+    """What each offline W&B run says of its end, in the order in which they were started."""
+    return {
+        file.parent.name: record.exit.exit_code
+        for file in sorted(folder.glob("wandb_dir/wandb/offline-run-*/*.wandb"))
+        for record in map(Record.FromString, wandb_records(file.read_bytes()))
+        if record.WhichOneof("record_type") == "exit"
+    }
+
+
 def wandb_records(data: bytes) -> Iterator[bytes]:
     """The records of a file of W&B's, which has LevelDB's log format after a header of seven bytes."""
     assert data[:4] == b":W&B"
@@ -185,6 +195,7 @@ def test_a_kill_loses_no_row_and_steps_that_a_resume_repeats_are_kept(
     assert comet_values(tmp_path, "x")[1] == [(n, n) for n in range(21, 41)]
     rank(tmp_path, 1, 2)
     assert wandb_id(tmp_path) not in first, "a run that starts anew went into the old one"
+    assert list(wandb_exit_codes(tmp_path).values()) == [1, 1, 0]
 
 
 def test_repeated_steps_in_one_wandb_run_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
