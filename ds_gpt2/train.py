@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -130,15 +128,5 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
     return assembly.run(settings, deepspeed_settings, plan, place, compiled, origin)
 
 
-def _main_process() -> NoReturn:
-    """Run this rank and end its process, after an error too: exit handlers of a library could wait for a service."""
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = outcome.CRASHED
-    outcome.end_process(code)
-
-
 if __name__ == "__main__":
-    _main_process()
+    outcome.run_process(main)
