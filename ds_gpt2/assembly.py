@@ -5,6 +5,7 @@ Importing this imports DeepSpeed, which then picks its accelerator: call ``devic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -54,6 +55,7 @@ from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_o
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import STOP_FILE, StopRequest
+from ds_gpt2.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +90,13 @@ def run(
         UserError: on every rank, for whatever the person who started the run can mend.
     """
     open_process_group(place)
-    try:
-        result = _train(settings, deepspeed_settings, plan, place, compiled, origin)
-    except UserError:
+    with contextlib.ExitStack() as endings:
+        try:
+            result = _train(settings, deepspeed_settings, plan, place, compiled, origin, endings)
+        except UserError:
+            close_process_group()
+            raise
         close_process_group()
-        raise
-    close_process_group()
     return result
 
 
@@ -104,7 +107,12 @@ def _train(
     place: torch.device,
     compiled: bool,
     origin: Origin,
+    endings: contextlib.ExitStack,
 ) -> Outcome:
+    """
+    Args:
+        endings: gets what must be closed, however the run ends.
+    """
     dist.together(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, dist.rank()), Journal(settings.run_dir)
     open_stacks(settings.run_dir, dist.rank())
@@ -131,7 +139,9 @@ def _train(
     checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
-    monitor = Monitor(engine, settings.run_dir / METRICS, state.step)
+    trackers = dist.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
+    monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers)
+    endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
     stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
@@ -211,6 +221,14 @@ def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
     lock = machine.lock(house.directory / LOCK, f"run {settings.run.name}")
     house.start()
     return lock
+
+
+def _open_trackers(
+    settings: Settings, deepspeed_settings: dict[str, Any], state: TrainState, plan: BatchPlan
+) -> dict[str, Tracker]:
+    if not dist.is_main():
+        return {}
+    return open_trackers(deepspeed_settings, settings.run_dir, settings.run.name, state.step, plan.windows_per_step)
 
 
 def _hooks(

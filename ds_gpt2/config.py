@@ -67,7 +67,7 @@ PRESETS: dict[str, tuple[int, int, int]] = {
     "1558M": (48, 25, 1600),
 }
 
-DEFAULT_ALERTS = (*sorted(INCIDENTS), "done", "launch", "stop")
+DEFAULT_ALERTS = (*sorted(INCIDENTS), "backup_ok", "done", "launch", "stop")
 
 
 class _Section(BaseModel):

@@ -14,6 +14,7 @@ from typing import Any
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.trackers import without_trackers
 
 # What DeepSpeed 0.19.8 reads at the top level (runtime/config.py, runtime/constants.py and the config classes they
 # import). It ignores any other key in silence, so a misspelt one would do nothing for a month.
@@ -110,7 +111,7 @@ def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan, param
         "weight_decay": settings.optimizer.weight_decay,
     }
     return {
-        **content,
+        **without_trackers(content),
         "data_types": {"grad_accum_dtype": "fp32", **content.get("data_types", {})},
         "communication_data_type": content.get("communication_data_type", "fp32"),
         "train_batch_size": plan.windows_per_step,

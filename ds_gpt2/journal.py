@@ -41,11 +41,13 @@ Kind = Literal[
     "data_error",  # a shard could not be read, and is tried again
     "rollback",
     "disk_low",
+    "backup_failed",  # a copy was not made; once a day while that lasts
+    "backup_ok",  # a copy was made after that
     "alert",  # a message was sent, or could not be
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "alert"})
+ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"})
 INCIDENTS = frozenset(KINDS) - ROUTINE  # what a person would want to look at
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,10 @@ class Journal:
             return self._file.stat().st_size
         except OSError:
             return 0
+
+    def read(self) -> Iterator[Event]:
+        """The events so far."""
+        return read_journal(self._file.parent)
 
     def write(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> None:
         """

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from ds_gpt2 import dist
 from ds_gpt2.engine import Engine
 from ds_gpt2.metrics import Records, forget_after
+from ds_gpt2.trackers import Tracker, finish
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _AtStep:
         return {tag: value for tag, value in self.seen.items() if isinstance(value, float | int)}
 
 
+_SERVICES = ("wandb_monitor", "csv_monitor", "comet_monitor")  # DeepSpeed's monitors besides TensorBoard
 _FLUSH_SECONDS = 10.0
 _MOST_TO_SHOW = 10_000  # steps that wait for TensorBoard
 _SHOW = "write TensorBoard's events"
@@ -63,13 +65,19 @@ class Monitor:
     too; other services miss what came meanwhile.
     """
 
-    def __init__(self, engine: Engine, metrics_file: Path, start_step: int) -> None:
+    def __init__(
+        self, engine: Engine, metrics_file: Path, start_step: int, trackers: Mapping[str, Tracker] | None = None
+    ) -> None:
         """
         Args:
             start_step: the step this process starts from; anything recorded beyond it is about to be replayed and
                 is dropped, so that curves neither overlap nor jump back.
+            trackers: by the name of the DeepSpeed monitor that each replaces.
         """
         self._master = engine.deepspeed.monitor
+        self._trackers = dict(trackers or {})
+        for name, tracker in self._trackers.items():
+            setattr(self._master, name, tracker)
         self._pending: list[_AtStep] = []  # since the last flush
         self._to_show: list[_AtStep] = []  # TensorBoard could not be given it yet
         self._flushed = time.monotonic()
@@ -78,6 +86,7 @@ class Monitor:
         if dist.is_main():
             forget_after(metrics_file, start_step)
             self._records = Records(metrics_file)
+            self._continue_csv()
             if self._has_written_before():
                 self._reopen_tensorboard(start_step + 1)
 
@@ -108,7 +117,7 @@ class Monitor:
         if not seen:
             return
         scalars = [(tag, value, one.step) for one in seen for tag, value in one.scalars.items()]
-        for name in ("wandb_monitor", "csv_monitor", "comet_monitor"):
+        for name in _SERVICES:
             if (backend := getattr(self._master, name, None)) is not None:
                 self.attempt(f"write to {name}", functools.partial(backend.write_events, scalars))
         if self.tensorboard is not None:
@@ -135,12 +144,21 @@ class Monitor:
             log.info(f"could {what} again")
         return True
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Write what is left and finish everything; a second call does nothing. Takes a limited time.
+
+        Args:
+            failed: the run ends with an error; W&B shows that.
+        """
+        records = self._records
+        if records is None:
+            return
         self.flush()
         if self.tensorboard is not None:
             self.attempt("close TensorBoard's events", self.tensorboard.close)
-        if self._records is not None:
-            self._records.close()
+        self._records = None
+        records.close()
+        finish(self._trackers.values(), failed)
 
     def _show(self) -> None:
         if _SHOW in self._failing:  # the writer's thread does not survive an error; nothing is to come twice
@@ -148,6 +166,12 @@ class Monitor:
         for one in self._to_show:
             _add_to(self.tensorboard, one)
         self.tensorboard.flush()
+
+    def _continue_csv(self) -> None:
+        """DeepSpeed's CSV monitor writes the header of a file once per process: name the files that have one."""
+        backend: Any = getattr(self._master, "csv_monitor", None)
+        if (directory := getattr(backend, "log_dir", None)) is not None:
+            backend.filenames += [file.stem for file in Path(directory).glob("*.csv") if file.stat().st_size]
 
     def _has_written_before(self) -> bool:
         opened = self.tensorboard

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -73,6 +74,16 @@ def read_failures(file: Path, ranks: int) -> dict[int, str]:
 
 def _failure(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.name}.failure_{rank}")
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Run a rank and end its process, after an error too: a library's exit handler could wait for a service."""
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = CRASHED
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:

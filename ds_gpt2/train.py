@@ -24,6 +24,7 @@ from ds_gpt2 import (
     preflight,
     run_location,
     terminal,
+    trackers,
 )
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
@@ -132,6 +133,8 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
 
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
+    if dist.is_main():
+        trackers.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     preflight.check_start(settings, plan, options.resume)
@@ -148,4 +151,4 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
 
 
 if __name__ == "__main__":
-    outcome.end_process(main())
+    outcome.run_process(main)

@@ -14,12 +14,14 @@ from launched import PROJECT
 
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint import commit
+from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import candidates, problem_of
 from ds_gpt2.checkpoint.layout import rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.commands import backup
 from ds_gpt2.errors import UserError
+from ds_gpt2.journal import Journal, read_journal
 from ds_gpt2.machine import lock
 
 CONFIG = """
@@ -92,6 +94,22 @@ def test_another_can_be_named(folder: Path, capsys: pytest.CaptureFixture[str], 
         "sent": 13,
         "verified": True,
     }
+
+
+def test_a_copy_made_by_hand_ends_a_failure(folder: Path) -> None:
+    run_dir = folder / "runs" / "test"
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(
+        config.replace("checkpoint: {", f"checkpoint: {{backup: {{to: {folder}/nas}}, ")
+    )
+    BackupNews(Journal(run_dir)).failed("no such directory")
+    assert run(folder) == outcome.DONE  # elsewhere, which says nothing about the configured location
+    assert [event.kind for event in read_journal(run_dir)] == ["backup_failed"]
+    (folder / "nas").mkdir()
+    assert run(folder, to=None) == outcome.DONE
+    assert [event.kind for event in read_journal(run_dir)] == ["backup_failed", "backup_ok"]
+    assert run(folder, to=None) == outcome.DONE
+    assert len(list(read_journal(run_dir))) == 2
 
 
 def test_where_the_newest_is_damaged_the_one_before_is_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from launched import PROJECT
 
 from ds_gpt2 import outcome
@@ -197,6 +198,42 @@ def test_the_disk_is_timed_and_nothing_stays(tmp_path: Path) -> None:
     assert 16 << 20 <= seen.written <= 32 << 20
     assert 0 < seen.sync_seconds <= seen.worst_sync_seconds < 10
     assert list(tmp_path.iterdir()) == []
+
+
+def backup_row(settings: Settings, to: str) -> Row:
+    backup = settings.checkpoint.backup.model_copy(update={"to": to})
+    wanted = changed(settings, checkpoint={"backup": backup})
+    (check,) = [check for check in checks(wanted, "cpu", 1) if check.name == "backup"]
+    (row,) = examine(check)
+    return row
+
+
+def test_the_backup_is_written_to_read_and_cleaned_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = backup_row(settings, "memory://nas")
+    assert (row.status, row.found) == ("ok", "memory://nas/test: a file was written, read back and deleted")
+    assert MemoryFileSystem.store == {}
+
+    def refuse(self: object, data: bytes) -> int:
+        raise PermissionError("403 for sesame-sesame")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame-sesame")
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryFile, "write", refuse)
+        row = backup_row(settings, "memory://nas")
+    assert (row.status, row.found) == ("fail", "memory://nas/test: 403 for ***")
+    assert "check that the directory or bucket exists" in row.mend
+    assert MemoryFileSystem.store == {}
+
+
+def test_a_backup_that_does_not_answer_does_not_hold_up_the_doctor(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ds_gpt2.doctor.checks._BACKUP_SECONDS", 0.2)
+    monkeypatch.setattr(MemoryFile, "write", lambda self, data: time.sleep(3))
+    begun = time.monotonic()
+    row = backup_row(settings, "memory://nas")
+    assert (row.status, row.found) == ("fail", "memory://nas/test: no answer within 0.2 s")
+    assert time.monotonic() - begun < 2
 
 
 def test_speed_is_told_as_the_time_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

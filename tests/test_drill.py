@@ -26,10 +26,11 @@ from ds_gpt2.commands import drill
 from ds_gpt2.config import load_settings
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.drill import rehearsal, room
 from ds_gpt2.drill.actor import Actor, FailedError, end_all, marked
 from ds_gpt2.drill.compare import curve_differences, differences, expected_ledger
-from ds_gpt2.drill.plan import CHANGING, EXACT
+from ds_gpt2.drill.plan import CHANGING, EXACT, Plan
 from ds_gpt2.drill.record import WIDTH, Record, Row, head, lines_of
 from ds_gpt2.drill.scenes import SCENES, Done, NotDoneError, Scene, Stage
 from ds_gpt2.drill.shrink import tree_for
@@ -254,3 +255,16 @@ def test_a_disk_is_filled_where_nobody_else_sees_it(tmp_path: Path) -> None:
     done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["No space left on device", "20000"], done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
+    outside = {"wandb": {"enabled": True, "project": "p"}, "csv_monitor": {"enabled": True, "output_path": "/data"}}
+    (tmp_path / "ds.json").write_text(json.dumps({**content, **outside}))
+    settings = load_settings(write_config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
+    (tmp_path / "drill").mkdir()
+    actor = rehearsal._actor(Plan(settings, Place("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark")
+    drilled = load_deepspeed_file(actor.settings.deepspeed)
+    assert drilled["wandb"] == {"enabled": False, "project": "p"}
+    assert drilled["csv_monitor"] == {"enabled": False}
+    assert drilled["optimizer"] == content["optimizer"]

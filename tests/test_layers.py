@@ -36,6 +36,8 @@ LAYERS = [
         "terminal",
         "model_names",
         "pace",
+        "trackers",
+        "tracker_process",
     },
     {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
     {

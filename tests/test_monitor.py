@@ -91,3 +91,46 @@ def test_a_service_that_is_away_misses_what_came_meanwhile_and_ends_nothing(tmp_
         "could write to wandb_monitor again",
     ]
     assert [record["step"] for record in _records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+class FakeTracker:
+    """A tracker whose service never answers at the end."""
+
+    name, location = "W&B", "its rows are in wandb/run-1"
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float, int]] = []
+        self.ended: list[bool] = []
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.events += events
+
+    def begin_to_finish(self, failed: bool) -> None:
+        self.ended.append(failed)
+
+    def wait_finished(self, seconds: float) -> str | None:
+        assert 0 < seconds < 60
+        return "did not finish in time"
+
+
+def test_the_end_finishes_trackers_once_and_says_what_is_missing(tmp_path: Path, heard: list[str]) -> None:
+    tracker: Any = FakeTracker()
+    master = SimpleNamespace(tb_monitor=None, wandb_monitor=None)
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
+    monitor = Monitor(engine, tmp_path / "metrics.jsonl", 0, {"wandb_monitor": tracker})
+    monitor.write(1, {"x": 1.0})
+    monitor.close(failed=True)
+    monitor.close()
+    assert tracker.events == [("x", 1.0, 1)]
+    assert tracker.ended == [True]
+    assert heard == ["W&B: did not finish in time; its rows are in wandb/run-1"]
+
+
+def test_csv_files_that_a_resume_continues_get_no_second_header(tmp_path: Path) -> None:
+    (tmp_path / "train_loss.csv").write_text("step,loss\n1,2.0\n")
+    (tmp_path / "val_loss.csv").write_text("")
+    csv = SimpleNamespace(log_dir=str(tmp_path), filenames=[], write_events=lambda events: None)
+    master = SimpleNamespace(tb_monitor=None, csv_monitor=csv)
+    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
+    Monitor(engine, tmp_path / "metrics.jsonl", 1)
+    assert csv.filenames == ["train_loss"]

@@ -39,6 +39,7 @@ from ds_gpt2.status.progress import reference_loss, steps_of
 from ds_gpt2.status.room import Course
 from ds_gpt2.status.screen import WIDTH, line, screen
 from ds_gpt2.supervised import Supervised
+from ds_gpt2.wording import clock
 
 HOUR, DAY = 3600.0, 86_400.0
 NOW = time.time()
@@ -481,6 +482,40 @@ def test_a_save_that_failed_is_a_problem_until_one_succeeds(working: Files) -> N
     working.note("save_failed", 60, 1000)
     assert working.problems() == ["step 1,000 could not be saved"]
     working.note("save", 30, 1000)
+    assert working.look().healthy
+
+
+def test_backups_that_fail_are_a_problem_until_one_is_made(working: Files) -> None:
+    working.note("backup_failed", 3600, text="could not copy rolling_step_000950: no such bucket")
+    assert working.look().healthy, "a run that wants no backups"
+    backup = "backup: {to: 's3://nobucket/x'}, dir:"
+    working.configure(CONFIG.replace("dir: FOLDER/checkpoints", f"{backup} FOLDER/checkpoints"))
+    since = clock(NOW - 3600)
+    assert working.problems() == [f"no backups since {since}: could not copy rolling_step_000950: no such bucket"]
+    assert [problem.kind for problem in working.look().problems] == ["backup_failed"]
+    working.note("backup_ok", 60, 1000)
+    assert working.look().healthy
+
+
+def test_a_finished_run_whose_last_checkpoint_was_not_copied_is_a_problem(files: Files) -> None:
+    files.configure(CONFIG.replace("dir: FOLDER/checkpoints", "backup: {to: /nas}, dir: FOLDER/checkpoints"))
+    files.train(10)
+    files.note("start", 100, 0)
+    files.note("backup_failed", 20, 10, "rolling_step_000010 could not be copied before the end of the run")
+    files.note("done", 10, 10)
+    status = files.look()
+    assert (status.state, status.healthy) == ("finished", False)
+    assert "could not be copied before the end of the run" in status.problems[0].text
+
+
+def test_messages_that_nobody_takes_are_a_problem_until_one_is_taken(working: Files) -> None:
+    working.note("alert", 60, text="the command did not take 'test: crash' (exit status 1): it is tried again")
+    (problem,) = working.look().problems
+    assert problem.kind == "alert"
+    assert problem.text.startswith(f"messages are not delivered since {clock(NOW - 60)}: the command did not take")
+    event = {"time": NOW - 30, "kind": "alert", "step": None, "text": "told it", "facts": {"by": ["the command"]}}
+    with (working.run_dir / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        journal.write(json.dumps(event) + "\n")
     assert working.look().healthy
 
 

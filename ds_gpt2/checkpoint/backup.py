@@ -79,6 +79,14 @@ class Backup:
         if isinstance(self._place, LocalPlace) and self._place.root.resolve() == checkpoints.resolve():
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
 
+    def probe(self) -> None:
+        """Write, read and delete a small file there; nothing is left behind.
+
+        Raises:
+            OSError: one of these does not work.
+        """
+        self._place.probe()
+
     def shares_disk_with(self, checkpoints: Path) -> bool:
         """Whether what destroys that disk destroys both."""
         place = self._place

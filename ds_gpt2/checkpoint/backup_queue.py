@@ -13,11 +13,15 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup, Copy
+from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
 from ds_gpt2.checkpoint.layout import BEST_TAG, COPYING, role_of
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import BackupSettings
+from ds_gpt2.wording import duration
+
+_STUCK_SECONDS = 1800.0  # a copy of which no block has been sent or read for so long counts as failed
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +113,21 @@ class BackupQueue:
     """
 
     def __init__(
-        self, backup: Backup, directory: Path, disk: Disk | None = None, now: Callable[[], float] = time.time
+        self,
+        backup: Backup,
+        directory: Path,
+        disk: Disk | None = None,
+        now: Callable[[], float] = time.time,
+        news: BackupNews | None = None,
     ) -> None:
         """
         Args:
             directory: ``checkpoints/<run>/``; what an earlier process left in ``COPYING`` there is removed.
+            news: gets failures and the end of them.
         """
         self._backup = backup
+        self._news = news
+        self._moved = time.monotonic()  # when the copy under way last sent or read a block
         self._directory = directory
         self._private = directory / COPYING
         self._disk = disk or Disk()
@@ -127,7 +139,7 @@ class BackupQueue:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, "backup")
         self._attempt("clean up after an earlier one", lambda: commit.sweep_copying(self._disk, directory))
-        self._thread.submit(self._look)
+        self._thread.submit(self._try_out)
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
         """See ``Cadence.due``."""
@@ -138,6 +150,7 @@ class BackupQueue:
         """``tag`` has just been committed and is known by ``roles`` too: have copied what is due. Returns at once."""
         if self._stop.is_set():
             return
+        self._check_stuck()
         with self._lock:
             for due in self._cadence.take(tag, roles, step):
                 self._submit(due)
@@ -152,6 +165,9 @@ class BackupQueue:
         """The end of the run: wait at most ``timeout`` seconds. Returns, and says, what has not been copied."""
         with self._lock:
             under_way = list(self._under_way.values())
+            waiting = ", ".join(self._under_way)
+        if waiting:
+            log.info(f"backup: waiting for {waiting}, {duration(timeout)} at most")
         futures.wait(under_way, timeout)
         self._stop.set()  # a copy under way ends with its next block
         with self._lock:
@@ -168,6 +184,10 @@ class BackupQueue:
     def _submit(self, tag: str) -> None:
         if not self._withdraw(tag):  # an older one of this name is being read
             self._cadence.failed(tag)
+            return
+        if role_of(tag) == "epoch" and not (self._directory / tag).exists():
+            log.warning(f"backup: {tag} is not copied: retention has deleted it meanwhile")
+            self._lacking.discard(tag)
             return
         if not self._attempt(f"begin with {tag}", lambda: self._link(tag)):
             self._note_failure(tag)
@@ -195,15 +215,19 @@ class BackupQueue:
         try:
             if not self._has_looked:
                 self._look()
-            if self._attempt(f"copy {tag}", lambda: self._copy(tag)):
-                self._attempt("delete old copies", lambda: self._backup.prune(self._step_of(tag)))
-            else:
+            if not self._attempt(f"copy {tag}", lambda: self._copy(tag)):
                 self._note_failure(tag)
+                return
+            step = self._step_of(tag)
+            pruned = self._attempt("delete old copies", lambda: self._backup.prune(step))
+            if pruned and self._news is not None:
+                self._news.works(f"{tag} is in {self._backup.where(tag)}", step)
         finally:
             with self._lock:
                 self._release(tag)
 
     def _copy(self, tag: str) -> None:
+        self._moved = time.monotonic()
         self._backup.check_apart_from(self._directory)
         begun = time.monotonic()
         sent = self._backup.copy(open_generation(self._private / tag), self._go_on)
@@ -216,6 +240,12 @@ class BackupQueue:
         """In the thread, until it works once: the place may be slow or away, and nobody should wait for it."""
         self._has_looked = self._attempt("see what is there", self._start_from_what_is_there)
 
+    def _try_out(self) -> None:
+        """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
+        self._look()
+        if self._has_looked and self._news is not None:
+            self._attempt("write a test file", self._backup.probe)
+
     def _start_from_what_is_there(self) -> None:
         held, local = self._backup.held(), scan(self._directory)
         with self._lock:
@@ -227,8 +257,15 @@ class BackupQueue:
         return open_generation(self._private / tag).step
 
     def _go_on(self, _: int) -> None:
+        self._moved = time.monotonic()
         if self._stop.is_set():
             raise StoppedError("the run has ended")
+
+    def _check_stuck(self) -> None:
+        """Report a copy that does not move: a mounted file system can hang without any error."""
+        silent = time.monotonic() - self._moved
+        if silent > _STUCK_SECONDS and self._under_way:
+            self._report(f"a copy to {self._backup.where()} has not moved for {duration(silent)}")
 
     def _note_failure(self, tag: str) -> None:
         with self._lock:
@@ -248,6 +285,12 @@ class BackupQueue:
         except StoppedError:
             return False
         except Exception as error:  # from whatever library reaches the place; none of it is worth a run
-            log.warning(f"backup: could not {what}: {reason_of(error)}; it is tried again after the next checkpoint")
+            text = f"could not {what}: {reason_of(error)}"
+            self._report(f"{text} (copies go to {self._backup.where()})")
+            log.warning(f"backup: {text}; it is tried again after the next checkpoint")
             return False
         return True
+
+    def _report(self, text: str) -> None:
+        if self._news is not None:
+            self._news.failed(text)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +18,12 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.layout import MANIFEST, PARTIAL, role_of
 from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.config import flat
 from ds_gpt2.errors import UserError
 
 BLOCK = 1 << 22  # bytes read at a time
+_SECRET_NAME = re.compile(r"key|secret|token|password|passwd|credential", re.IGNORECASE)
+_SHORTEST_SECRET = 6  # characters; shorter values would hide ordinary words
 
 
 def redact(text: str) -> str:
@@ -30,7 +34,17 @@ def redact(text: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An exception as one line that may be shown."""
-    return redact(" ".join(str(error).split()) or type(error).__name__)[:500]
+    text = redact(" ".join(str(error).split()) or type(error).__name__)
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return text[:500]
+
+
+def _secrets() -> list[str]:
+    """Keys and passwords that the file systems were given, by the environment or by fsspec's settings."""
+    given = {**os.environ, **flat({"fsspec": fsspec.config.conf})}
+    secrets = [value for name, value in given.items() if _SECRET_NAME.search(name) and isinstance(value, str)]
+    return sorted((value for value in secrets if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
 def check_protocol(place: str) -> None:
@@ -118,6 +132,38 @@ class Place:
         with self._system.open(self._path(tag, name), "wb") as file:
             for block in blocks:
                 file.write(block)
+
+    def probe(self) -> None:
+        """Write a small file, read it back and delete it, with the directories that were made for it.
+
+        Raises:
+            OSError: one of these does not work.
+        """
+        tag, data = f"probe-{uuid.uuid4().hex}", os.urandom(64)
+        was_there = self._is_directory(self._root)
+        try:
+            self.make(tag)
+            self.write(tag, "probe", [data])
+            if self.content(tag, "probe") != data:
+                raise OSError(f"{redact(self._root)}: a file does not read back as it was written")
+            self.remove_file(tag, "probe")
+            if self.size(tag, "probe") is not None:
+                raise OSError(f"{redact(self._root)}: a file is still there after it was deleted")
+        finally:
+            self._unmake(tag, was_there)
+
+    def _unmake(self, tag: str, was_there: bool) -> None:
+        """Remove what ``probe`` has left; the run's directory only if it is empty and new."""
+        with contextlib.suppress(Exception):
+            self._system.rm_file(self._path(tag, "probe"))
+        for path in (self._path(tag), *([] if was_there else [self._root])):
+            with contextlib.suppress(Exception):
+                if self._is_directory(path) and not self._names(path):
+                    self._system.rmdir(path)
+
+    @only_os_errors()
+    def _is_directory(self, path: str) -> bool:
+        return bool(self._fresh().isdir(path))
 
     def sync(self, tag: str) -> None:
         """The names of files are as durable as they become by themselves."""

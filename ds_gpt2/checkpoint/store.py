@@ -16,6 +16,7 @@ import torch
 
 from ds_gpt2 import __version__, dist
 from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.backup_queue import BackupQueue
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
@@ -83,6 +84,7 @@ class Checkpoints:
         engine.deepspeed.checkpoint_engine = self._serializer
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
+        self._news: BackupNews | None = None
         dist.together(lambda: self._start(backup))
 
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
@@ -139,7 +141,9 @@ class Checkpoints:
         if self._queue is not None:
             if for_good and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
-            self._queue.finish(_LAST_COPIES_SECONDS if for_good else _COPIES_SECONDS)
+            left = self._queue.finish(_LAST_COPIES_SECONDS if for_good else _COPIES_SECONDS)
+            if left and for_good and self._news is not None:  # after a stop, the next start makes up for it
+                self._news.failed(f"{', '.join(left)} could not be copied before the end of the run", state.step)
         return saved
 
     def load(self, restored: Restored) -> TrainState:
@@ -172,7 +176,9 @@ class Checkpoints:
     def _start(self, backup: Backup | None) -> None:
         if dist.is_main():
             self._housekeeping.check_room(self._estimate())
-            self._queue = BackupQueue(backup, self.directory, self._housekeeping.disk) if backup else None
+            self._news = BackupNews(self._journal) if self._journal is not None else None
+            disk = self._housekeeping.disk
+            self._queue = BackupQueue(backup, self.directory, disk, news=self._news) if backup else None
 
     def _continue_from(self, generation: Generation) -> None:
         if not dist.is_main():

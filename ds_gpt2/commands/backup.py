@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ds_gpt2 import machine, outcome
 from ds_gpt2.checkpoint.backup import Backup, Copy
+from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.generations import Generation, candidates
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.manifest import DamagedError
@@ -19,6 +20,7 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.journal import Journal
 from ds_gpt2.preflight import check_outputs
 from ds_gpt2.run_location import load_run_settings
 
@@ -45,7 +47,10 @@ def run(options: argparse.Namespace) -> int:
         backup.check_apart_from(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
-        return _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
+        copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
+        if copied == outcome.DONE and options.to is None:
+            BackupNews(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
+        return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
         return outcome.CRASHED

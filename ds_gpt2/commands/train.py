@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_gpt2 import outcome, run_location
+from ds_gpt2 import outcome, run_location, trackers
 from ds_gpt2.batch import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.runs import find_run
@@ -86,7 +86,7 @@ def start(
     leave_out: tuple[int, ...] = (),
 ) -> int:
     """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
-    load_deepspeed_file(settings.deepspeed)
+    trackers.check(load_deepspeed_file(settings.deepspeed))
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import getpass
 import os
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ds_gpt2 import trackers
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import newest_tag
+from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import PROJECT_DIR, Settings
 from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -21,6 +24,9 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.pace import recent
+
+_BACKUP_SECONDS = 60.0  # for a small file to be written to the backup, read and deleted
+_BACKUP_FIX = "check that the directory or bucket exists, the credentials, the network; or change checkpoint.backup.to"
 
 
 def quick(settings: Settings, accelerator: str, count: int) -> list[Row]:
@@ -151,7 +157,7 @@ def _checksums(dataset: Dataset | UserError) -> list[Row]:
 
 def _deepspeed_file(settings: Settings) -> Row:
     try:
-        load_deepspeed_file(settings.deepspeed)
+        trackers.check(load_deepspeed_file(settings.deepspeed))
     except UserError as error:
         return Row("DeepSpeed's file", "fail", str(error))
     return Row("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
@@ -184,11 +190,30 @@ def _backup(settings: Settings) -> Row:
         backup.check_exists()
     except UserError as error:
         return Row("backup", "fail", str(error))
+    if (problem := _problem_of(backup)) is not None:
+        return Row("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
     if backup.shares_disk_with(disk.existing(settings.checkpoint_dir)):
         return Row(
             "backup", "warn", f"{backup.where()} is on the same disk", "a disk that breaks takes both: use another"
         )
-    return Row("backup", "ok", backup.where())
+    return Row("backup", "ok", f"{backup.where()}: a file was written, read back and deleted")
+
+
+def _problem_of(backup: Backup) -> str | None:
+    """Why a file cannot be written, read and deleted there; None if it can."""
+    found: list[str] = []
+
+    def probe() -> None:
+        try:
+            backup.probe()
+            found.append("")
+        except Exception as error:  # whatever library reaches the location
+            found.append(reason_of(error))
+
+    thread = threading.Thread(target=probe, daemon=True)  # a mounted disk or a server may never answer
+    thread.start()
+    thread.join(_BACKUP_SECONDS)
+    return (found[0] or None) if found else f"no answer within {_BACKUP_SECONDS:g} s"
 
 
 def _speed(settings: Settings, count: int) -> list[Row]:

@@ -168,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    outcome.end_process(main())
+    outcome.run_process(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import random
 import shutil
@@ -19,6 +20,7 @@ import yaml
 from ds_gpt2 import __version__, machine
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.doctor.need import checkpoint_bytes
 from ds_gpt2.drill import shrink
 from ds_gpt2.drill.actor import Actor, FailedError, end_all
@@ -26,6 +28,7 @@ from ds_gpt2.drill.plan import CHANGING, EXACT, Plan
 from ds_gpt2.drill.record import Record, Row
 from ds_gpt2.drill.scenes import FINISH, SCENES, NotDoneError, Scene, Stage
 from ds_gpt2.errors import UserError
+from ds_gpt2.trackers import without_trackers
 
 _LEAST_STEPS = 8 * shrink.EVERY  # as many losses as a guard wants to have seen
 _PATIENCE_SECONDS = {False: 300.0, True: 1200.0}  # whole or not: for a start, a stop, or a few steps
@@ -135,12 +138,21 @@ def _actor(plan: Plan, name: str, steps: int, folder: Path, checkpoints: Path, m
     tree = shrink.tree_for(plan.settings, plan.place.ranks, steps, plan.whole)
     tree["run"] |= {"name": name, "dir": str(folder)}
     tree["checkpoint"]["dir"] = str(checkpoints)
+    tree["deepspeed"] = str(_deepspeed_file(plan.settings, folder))
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     settings = load_settings(config)
     for directory in settings.output_dirs:
         machine.check_writable(directory)
     return Actor(config, settings, plan.place, folder / f"{name}.log", mark, _PATIENCE_SECONDS[plan.whole])
+
+
+def _deepspeed_file(settings: Settings, folder: Path) -> Path:
+    """The user's DeepSpeed file without what writes outside the drill's directories: W&B, Comet and CSV files."""
+    content = without_trackers(load_deepspeed_file(settings.deepspeed))
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({**content, "csv_monitor": {"enabled": False}}), encoding="utf-8")
+    return file
 
 
 def _check_room(drill: Settings, users: Settings) -> None:

@@ -25,6 +25,7 @@ _TO_DO = {
     "stop": "type `./launch.sh resume {run}` to go on",
     "done": "`./launch.sh report {run}` draws the curves",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what could go",
+    "backup_failed": "`./launch.sh backup {run}` tries a copy now; training retries after its next checkpoint",
     "save_failed": "`./launch.sh prune {run} --dry-run` shows what could go if the disk is full",
 }
 

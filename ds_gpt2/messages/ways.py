@@ -28,7 +28,15 @@ from ds_gpt2.messages.message import Message
 ADDRESSES = "DS_GPT2_ALERT_URLS"  # environment: apprise's addresses, separated by white space
 LIMIT_SECONDS = 30.0
 
-_TYPES = {"done": "success", "launch": "info", "start": "info", "save": "info", "best": "info", "test": "info"}
+_TYPES = {
+    "done": "success",
+    "backup_ok": "success",
+    "launch": "info",
+    "start": "info",
+    "save": "info",
+    "best": "info",
+    "test": "info",
+}
 
 
 @dataclass(frozen=True)

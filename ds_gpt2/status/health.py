@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.backup_news import since_of
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
 from ds_gpt2.journal import Event, Kind
 from ds_gpt2.status.life import AT_WORK, TRAINED, Life, State
 from ds_gpt2.status.room import Room
-from ds_gpt2.wording import duration, size
+from ds_gpt2.wording import clock, duration, size
 
 _DAY = 86_400.0
 _SAVES_LATE = 3  # intervals without a checkpoint
@@ -44,12 +45,15 @@ def problems_of(
         now: seconds since 1970.
     """
     problems = _of_life(life, settings.run.name, now)
+    if life.state in AT_WORK or life.state in ("waiting", "hung?", "finished"):
+        problems += _of_backups(settings, events)
     if life.state in AT_WORK or life.state in ("waiting", "hung?"):
         problems += [
             *_of_saves(events, newest),
             *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
             *_of_training(events, now),
             *_of_disks(rooms, settings.alerts.disk_days),
+            *_of_messages(events),
         ]
     return problems
 
@@ -80,6 +84,22 @@ def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Proble
     if newest is not None and (damage := damage_of(newest)) is not None:
         problems.append(Problem("save_failed", f"{newest.tag} is damaged: {damage}"))
     return problems
+
+
+def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
+    last = next((event for event in reversed(events) if event.kind in ("backup_failed", "backup_ok")), None)
+    since = since_of(last)
+    if last is None or since is None or settings.checkpoint.backup.to is None:
+        return []
+    return [Problem("backup_failed", f"no backups since {clock(since)}: {last.text}")]
+
+
+def _of_messages(events: Sequence[Event]) -> list[Problem]:
+    """Alerts that nobody has taken: the newest attempt failed on every channel that was tried."""
+    last = next((event for event in reversed(events) if event.kind == "alert"), None)
+    if last is None or "by" in last.facts:
+        return []
+    return [Problem("alert", f"messages are not delivered since {clock(last.time)}: {last.text}")]
 
 
 def _of_late_saves(settings: Settings, step: int, newest: Generation | None) -> list[Problem]:
