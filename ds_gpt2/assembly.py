@@ -340,7 +340,8 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
     write_whole(settings.run_dir / CONFIG, stored_settings(settings))
     for directory in settings.shared_output_dirs:
-        write_owner(directory, settings.run_dir)
+        with contextlib.suppress(OSError):  # a backup that is away, which reports that itself
+            write_owner(directory, settings.run_dir)
     start = {
         "time": time.strftime(TIME),
         "from_step": state.step,

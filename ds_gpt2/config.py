@@ -306,9 +306,16 @@ class Settings(_Section):
         return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
     @property
+    def backup_dir(self) -> Path | None:
+        """Where the run's backups are if that is a directory and no URL."""
+        to = self.checkpoint.backup.to
+        return Path(to) / self.run.name if to is not None and "://" not in to else None
+
+    @property
     def shared_output_dirs(self) -> tuple[Path, ...]:
-        """Those of ``output_dirs`` that lie elsewhere than in the run's directory, so that two runs may meet there."""
-        return tuple(path for path in self.output_dirs[1:] if not path.is_relative_to(self.run_dir))
+        """What the run writes to outside of its own directory, so that two runs may meet there."""
+        backup = () if self.backup_dir is None else (self.backup_dir,)
+        return tuple(path for path in (*self.output_dirs[1:], *backup) if not path.is_relative_to(self.run_dir))
 
 
 PATH_KEYS = (

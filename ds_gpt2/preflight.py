@@ -112,10 +112,10 @@ def check_outputs(settings: Settings) -> None:
     """
     for directory in settings.shared_output_dirs:
         if (other := _other_owner(directory, settings)) is not None:
-            key = "checkpoint.dir" if directory == settings.checkpoint_dir else "monitor.dir"
+            keys = {settings.checkpoint_dir: "checkpoint.dir", settings.backup_dir: "checkpoint.backup.to"}
             raise UserError(
-                f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}: set {key} to a copy"
-                " of its own, or choose another run.name"
+                f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}:"
+                f" set {keys.get(directory, 'monitor.dir')} to another directory, or choose another run.name"
             )
     if (left := _checkpoints_left_behind(settings)) is not None:
         still_used = is_run_dir(run_location.last_seen(settings.run_dir)) and left.name != settings.run.name
@@ -138,7 +138,7 @@ def _other_owner(directory: Path, settings: Settings) -> Path | None:
     before = run_location.last_seen(settings.run_dir)  # no owner is recorded: an earlier version's
     if before.resolve() == run_dir or not is_run_dir(before):
         return None
-    shared = directory.resolve() in [path.resolve() for path in load_run_settings(before).output_dirs]
+    shared = directory.resolve() in [path.resolve() for path in load_run_settings(before).shared_output_dirs]
     return before if shared else None
 
 

@@ -127,6 +127,31 @@ def run_of(checkpoints: Path) -> Path | None:
     return next((one for one in started if _is_checkpoint_dir(checkpoints, one)), None)
 
 
+def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings that ``checkpoint`` was saved under, with the paths of its run as it is found now.
+
+    Args:
+        stored: the settings in its manifest.
+
+    Returns:
+        Nested dicts. Without a run, a path into the run's directory is None, and ``run.dir`` is missing.
+    """
+    run_dir = run_of(checkpoint.resolve().parent)
+    now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
+    tree = json.loads(json.dumps(stored))
+    for key in PATH_KEYS:
+        section, name = section_of(tree, key)
+        if now:
+            section[name] = section_of(now, key)[0].get(name)
+        elif isinstance(text := section.get(name), str) and "://" not in text:
+            section[name] = None if text.startswith(_RUN_DIR) else str(PROJECT_DIR / text)
+    if run_dir is None:
+        section_of(tree, "run.dir")[0].pop("dir", None)
+    else:
+        section_of(tree, "run.name")[0]["name"] = run_dir.name
+    return tree
+
+
 @dataclass(frozen=True)
 class Owner:
     """Which run writes into a directory of outputs, as ``run.json`` there says."""
@@ -145,11 +170,12 @@ def read_owner(directory: Path) -> Owner | None:
 
 
 def write_owner(directory: Path, run_dir: Path) -> None:
-    """Record that the run in ``run_dir`` writes into ``directory``.
+    """Record that the run in ``run_dir`` writes into ``directory``, which is made in a directory that is there.
 
     Raises:
         OSError: it cannot be written.
     """
+    directory.mkdir(exist_ok=True)
     owner = Owner(run_dir.resolve(), directory.resolve())
     if read_owner(directory) != owner:
         content = {"run_dir": str(owner.run_dir), "directory": str(owner.directory)}

@@ -41,14 +41,17 @@ def start(project: Path, name: str = "a", run_dir: Path | None = None, old: bool
         "model": {"preset": "7M"},
         "data": {"dir": paths.get("data", "data/ds")},
         "schedule": {"steps": 1000},
-        "checkpoint": {"dir": paths.get("checkpoints", str(project / "checkpoints"))},
+        "checkpoint": {
+            "dir": paths.get("checkpoints", str(project / "checkpoints")),
+            "backup": {"to": paths.get("backups")},
+        },
         "monitor": {"dir": paths.get("monitor")},
         "deepspeed": str(project / "ds_configs" / "zero2_bf16.json"),
     }
     config = project / "settings.yaml"
     config.write_text(yaml.safe_dump(tree))
     settings = load_settings(config, project_dir=project)
-    for directory in settings.output_dirs:
+    for directory in (*settings.output_dirs, *settings.shared_output_dirs):
         directory.mkdir(parents=True, exist_ok=True)
     (settings.run_dir / "config.yaml").write_text(dump_settings(settings) if old else stored_settings(settings))
     line = {"time": "2026-01-01T00:00:00+0000"} | ({} if old else {"run_dir": str(settings.run_dir)})
@@ -151,7 +154,7 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
-@pytest.mark.parametrize("shared", ["checkpoints", "monitor"])
+@pytest.mark.parametrize("shared", ["checkpoints", "monitor", "backups"])
 def test_a_copy_that_would_write_where_the_original_does_is_refused(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, old: bool
 ) -> None:

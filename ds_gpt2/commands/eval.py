@@ -38,6 +38,7 @@ from ds_gpt2.evaluation import (
 from ds_gpt2.hellaswag import MEASURES
 from ds_gpt2.model import GPT2
 from ds_gpt2.pretrained import opening
+from ds_gpt2.run_location import settings_now
 from ds_gpt2.wording import MISSING, fixed, table, tokens
 
 _TOKENS = 1_048_576  # to measure the loss on, where no settings say how many
@@ -118,7 +119,8 @@ def _look(name: str | None, tag: str | None) -> _Subject:
     found = find_checkpoint(name, tag)
     if found.manifest is None:
         raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
-    return _Subject(str(found.path), shape_of(found.manifest).sequence_length, found.manifest.settings)
+    settings = settings_now(found.path, found.manifest.settings)
+    return _Subject(str(found.path), shape_of(found.manifest).sequence_length, settings)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 
 from ds_gpt2 import device, machine, outcome
-from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.commands.models import Opened, count_parameters, find_checkpoint, open_model, shape_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.pretrained import file, huggingface
 from ds_gpt2.pretrained.card import card
 from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
+from ds_gpt2.run_location import settings_now
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import size, tokens
 
@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     generation = find_checkpoint(options.run, options.tag)
     if generation.manifest is None:
         raise UserError(f"{generation.path} is damaged ({generation.problem}): choose another with --tag, see `list`")
-    out = options.out or _default_out(generation.manifest.settings, generation.tag, options.format)
+    settings = settings_now(generation.path, generation.manifest.settings)
+    out = options.out or _default_out(settings, generation.tag, options.format)
     if os.path.lexists(out) and not options.force:
         raise UserError(f"{out} exists: give another --out PATH, or --force to replace it")
     needed = (2 if options.format == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _SPARE_BYTES
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 def _default_out(settings: dict[str, Any], tag: str, kind: str) -> Path:
     run = settings.get("run", {})
     if not run.get("dir") or not run.get("name"):
-        raise UserError("the checkpoint does not say where its run lies: give --out PATH")
+        raise UserError("the directory of the checkpoint's run is not found: give --out PATH")
     return Path(run["dir"]) / run["name"] / "exports" / (f"{tag}-{kind}" + (".pt" if kind == "fp32" else ""))
 
 
@@ -131,16 +132,18 @@ def _write_directory(opened: Opened, directory: Path, kind: str) -> None:
     end = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
     _write(directory / huggingface.CONFIG, json.dumps(config, indent=2) + "\n")
     _write(directory / "generation_config.json", json.dumps(end, indent=2) + "\n")
-    facts, parameters = _facts(opened.manifest), count_parameters(opened.shape)
+    facts, parameters = _facts(opened), count_parameters(opened.shape)
     _write(directory / "README.md", card(opened.title, opened.shape, parameters, facts, settings))
     write_tokenizer(directory, opened.shape.sequence_length)
     huggingface.write_weights(opened.weights, directory / huggingface.WEIGHTS, getattr(torch, name))
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+def _facts(opened: Opened) -> list[tuple[str, str]]:
     """What the card tells of the training: of the checkpoint's own, and what was measured up to it."""
-    state, run = manifest.state, manifest.settings.get("run", {})
-    seen = _last_seen(Path(run.get("dir", ".")) / str(run.get("name")) / METRICS, manifest.step)
+    assert opened.manifest is not None
+    manifest, state = opened.manifest, opened.manifest.state
+    run = settings_now(opened.path, manifest.settings).get("run", {})
+    seen = _last_seen(Path(run["dir"]) / run["name"] / METRICS, manifest.step) if "dir" in run else {}
     facts = [
         ("data", Path(manifest.settings.get("data", {}).get("dir", "unknown")).name),
         ("steps", f"{manifest.step:,}"),

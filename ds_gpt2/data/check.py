@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 25
 
-_Known = dict[str, dict[str, Any]]  # by path: the size, time and hash that a shard had
+_Known = dict[str, dict[str, Any]]  # by name in the dataset: the size, time and hash that a shard had
 
 
 def check_shards(dataset: Dataset, memory: Path) -> None:
@@ -35,26 +35,26 @@ def check_shards(dataset: Dataset, memory: Path) -> None:
             run has read before; a token id out of range, with its shard and place.
     """
     known: _Known = dist.gather_objects(_remembered(memory))[0]  # rank 0's, so that all agree on what is left
-    left = [shard for shard in dataset.shards if not _is_known(dataset.dir / shard.file, known)]
+    left = [shard for shard in dataset.shards if not _is_known(dataset.dir, shard.file, known)]
     if left:
         log.info(f"checking {sum(shard.tokens for shard in left):,} tokens, once ...")
     mine = left[dist.rank() :: dist.world_size()]
-    paths = [dataset.dir / shard.file for shard in mine]
-    promised = [shard.sha256 or known.get(str(path), {}).get("sha256") for path, shard in zip(paths, mine, strict=True)]
-    for found in dist.gather_objects(dist.together(lambda: _check(paths, promised))):
+    promised = {shard.file: shard.sha256 or known.get(shard.file, {}).get("sha256") for shard in mine}
+    for found in dist.gather_objects(dist.together(lambda: _check(dataset.dir, promised))):
         known |= found
     if left and dist.is_main():
         write_whole(memory, json.dumps(known, indent=1) + "\n")
 
 
-def _check(shards: list[Path], promised: list[str | None]) -> _Known:
-    """What there is to be known of ``shards``, of which the hashes are ``promised``."""
+def _check(directory: Path, promised: dict[str, str | None]) -> _Known:
+    """What is to be remembered of the shards in ``directory`` whose hashes are ``promised``."""
     found: _Known = {}
-    for path, sha256 in zip(shards, promised, strict=True):
+    for name, sha256 in promised.items():
+        path = directory / name
         stamp, digest = _stamp(path), _read(path)
         if sha256 not in (None, digest):
             raise UserError(f"shard {path} is not what it was (its sha256 is another): restore it or prepare it again")
-        found[str(path)] = {"stamp": stamp, "sha256": digest}
+        found[name] = {"stamp": stamp, "sha256": digest}
     return found
 
 
@@ -82,8 +82,8 @@ def _check_tokens(path: Path, tokens: Tokens, position: int) -> None:
         )
 
 
-def _is_known(path: Path, known: _Known) -> bool:
-    return str(path) in known and known[str(path)]["stamp"] == _stamp(path)
+def _is_known(directory: Path, name: str, known: _Known) -> bool:
+    return name in known and known[name]["stamp"] == _stamp(directory / name)
 
 
 def _stamp(path: Path) -> list[int]:
@@ -94,6 +94,7 @@ def _stamp(path: Path) -> list[int]:
 def _remembered(memory: Path) -> _Known:
     try:
         content = json.loads(memory.read_text(encoding="utf-8"))
-        return {path: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
+        # Earlier versions remembered absolute paths.
+        return {Path(path).name: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}  # nothing remembered, or not readable: read again
