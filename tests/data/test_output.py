@@ -190,12 +190,16 @@ def test_a_move_that_is_killed_is_finished_by_the_same_command(
     assert content(out) == expected and sorted(path.name for path in out.iterdir()) == NAMES
 
 
-def test_a_mistake_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
-    """Found while the text is read, so that the directory is there."""
+def test_a_mistake_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found at the end of the text, when the directory is there."""
+    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 99)
     packed = tmp_path / "x.jsonl.gz"
-    packed.write_bytes(gzip.compress(corpus.read_bytes()) + b"garbage")
-    before = sorted(tmp_path.iterdir())
-    assert prepare(packed, tmp_path / "out") == 2
+    packed.write_bytes(gzip.compress(b'{"text": "a document"}\n' * 20_000) + b"garbage")
     (tmp_path / "empty").mkdir()
-    assert prepare(packed, tmp_path / "empty") == 2
-    assert sorted(path for path in tmp_path.rglob("*") if path.name != "empty") == before
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("out", "empty"):
+        assert prepare(packed, tmp_path / name) == 2
+        assert "other data follows its gzip data" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before

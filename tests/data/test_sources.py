@@ -188,7 +188,7 @@ def test_gzip_of_several_members_is_one_file_and_other_data_behind_it_is_named(t
         ("<sep><sep>x", ["", "", "x"]),
         ("x" * 3_000_000 + "<sep>" + "y" * 2_500_000 + "<sep>z", ["x" * 3_000_000, "y" * 2_500_000, "z"]),
         # Across the ends of blocks, which are 2 ** 20 characters.
-        *((f"{'x' * (2**21 - cut)}<sep>two", ["x" * (2**21 - cut), "two"]) for cut in range(7)),
+        *((f"{'x' * (2**22 - cut)}<sep>two", ["x" * (2**22 - cut), "two"]) for cut in range(7)),
     ],
     ids=len,
 )
