@@ -6,6 +6,7 @@ The functions here take names that ``model_names.resolve`` has told apart.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,10 +19,19 @@ from ds_gpt2.model_names import hub_name
 from ds_gpt2.pretrained import file, gpt2_config, hub, huggingface
 from ds_gpt2.pretrained.huggingface import Pretrained
 
+log = logging.getLogger(__name__)
+
 
 def is_pretrained(path: Path) -> bool:
-    """Return whether ``path`` is a file or a Hugging Face directory, so that it can be no run."""
-    return path.is_file() or huggingface.is_directory_of(path)
+    """Return whether ``path`` is a file or a Hugging Face directory, so that it can be no run.
+
+    Raises:
+        UserError: it cannot be looked at.
+    """
+    try:
+        return path.is_file() or huggingface.is_directory_of(path)
+    except OSError as error:
+        raise UserError(f"{str(path)[:300]} cannot be read: {error.strerror}") from None
 
 
 def locate(name: str) -> Path:
@@ -44,11 +54,7 @@ def shape_at(path: Path) -> ModelShape:
     Raises:
         UserError: there is no model that ours can be, or its files are damaged.
     """
-    if path.is_file():
-        _check_is_export(path)
-        return file.check(path)
-    _check_is_directory(path)
-    return huggingface.check(path).shape
+    return file.check(path) if _is_export(path) else huggingface.check(path).shape
 
 
 def read(path: Path) -> Pretrained:
@@ -57,26 +63,26 @@ def read(path: Path) -> Pretrained:
     Raises:
         UserError: there is no model that ours can be, or its files are damaged.
     """
-    if path.is_file():
-        _check_is_export(path)
-        return file.read(path)
-    _check_is_directory(path)
-    return huggingface.read(path)
+    return file.read(path) if _is_export(path) else huggingface.read(path)
 
 
-def _check_is_export(path: Path) -> None:
+def _is_export(path: Path) -> bool:
+    """Return whether ``path`` is to be read as one of our files; otherwise it is a Hugging Face directory.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not is_pretrained(path):
+        problem = f"no model in {path}" if path.exists() else f"{path} does not exist"
+        raise UserError(
+            f"{problem}: give a Hugging Face directory of GPT-2, a file of `export --format fp32`, or a name on the hub"
+            " (gpt2, OWNER/NAME)"
+        )
+    if not path.is_file():
+        return False
     if path.name == gpt2_config.CONFIG or path.suffix in (".safetensors", ".bin"):
         raise UserError(f"{path} is one file of a model: give its directory, {path.parent}")
-
-
-def _check_is_directory(path: Path) -> None:
-    if huggingface.is_directory_of(path):
-        return
-    problem = f"no model in {path}" if path.is_dir() else f"{path} does not exist"
-    raise UserError(
-        f"{problem}: give a Hugging Face directory of GPT-2, a file of `export --format fp32`, or a name on the hub"
-        " (gpt2, OWNER/NAME)"
-    )
+    return True
 
 
 def padding_note(found: Pretrained) -> str | None:
@@ -137,6 +143,8 @@ def weights_for(shape: ModelShape, name: str) -> dict[str, torch.Tensor]:
     """
     found = read(locate(name))
     _check_shape(name, found.shape, shape)
+    if (note := padding_note(found)) is not None:
+        log.info(f"{name}: {note}")
     return {**found.weights, "wpe.weight": found.weights["wpe.weight"][: shape.sequence_length]}
 
 

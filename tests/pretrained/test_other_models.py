@@ -17,7 +17,7 @@ from ds_gpt2 import tokenizer
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY, ModelShape
 from ds_gpt2.pretrained import file
-from ds_gpt2.pretrained.opening import as_model, is_pretrained, padding_note, read, shape_at
+from ds_gpt2.pretrained.opening import as_model, is_pretrained, padding_note, read, shape_at, weights_for
 from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; of the extra dev")
@@ -341,13 +341,16 @@ def test_files_that_are_none_are_one_line(copy: Path, tmp_path: Path) -> None:
         read(tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"no model in {tmp_path}"):
         read(tmp_path)
+    for look in (read, is_pretrained):
+        with pytest.raises(UserError, match="x cannot be read: File name too long"):
+            look(tmp_path / ("x" * 300))
 
 
 # Vocabulary
 
 
 @pytest.mark.parametrize("vocabulary", [50_258, 50_304, 50_311, 51_200])
-def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path, vocabulary: int) -> None:
+def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path, vocabulary: int, heard: list[str]) -> None:
     """The loss is the cross entropy over GPT-2's tokens: theirs, less what the padding has of the probability."""
     directory = make(tmp_path / "padded", vocabulary)
     logits, targets = theirs(directory)[:-1], TOKENS[0, 1:]
@@ -362,6 +365,8 @@ def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path, vocabulary: int) 
     assert real.log().mean() < -1e-6, "else the padding has no share of the probability"
     assert found.padding == vocabulary - VOCABULARY
     assert f"vocabulary of {vocabulary:,}: the {vocabulary - VOCABULARY:,} rows" in str(padding_note(found))
+    assert len(weights_for(found.shape, str(directory))["wte.weight"]) == VOCABULARY
+    assert heard == [f"{directory}: {padding_note(found)}"]
 
 
 def test_a_model_without_padding_has_no_note(plain: Path) -> None:
