@@ -29,7 +29,7 @@ from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import CONFIG, stored_settings
 from ds_gpt2.supervised import Supervised, lives, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
-from ds_gpt2.wording import duration
+from ds_gpt2.wording import counted, duration
 
 _LOOK_SECONDS = 0.5  # between two looks at the ranks
 _DIRECTORY, _LOCK, _OUTCOME = "supervisor", "lock", "outcome"
@@ -135,7 +135,8 @@ class _Supervisor:
             left.unlink()
         from_journal = self._journal.size()
         killed_for_memory = launcher.out_of_memory_kills()
-        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}", restart=self._launched)
+        text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
+        self._journal.write("launch", text, restart=self._launched)
         self._launched = True
         environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
