@@ -3,7 +3,17 @@
 #
 #   DS_GPT2_PYTHON=/path/to/python   use this interpreter as it is (a container's, conda's); nothing is installed
 #   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured
+if [ -z "${BASH_VERSION:-}" ]; then # started by another shell, as in `sh launch.sh`
+  if command -v bash >/dev/null 2>&1; then exec bash "$0" "$@"; fi
+  echo 'error: this script needs bash: install it (Debian: apt install bash)' >&2
+  exit 2
+fi
 set -euo pipefail
+for descriptor in 0 1 2; do # closed ones would be given to the next file that is opened
+  if ! { true <&$descriptor || true >&$descriptor; } 2>/dev/null; then
+    eval "exec $descriptor<>/dev/null"
+  fi
+done
 
 script=${BASH_SOURCE[0]}
 while [ -L "$script" ]; do
@@ -20,7 +30,7 @@ fail() {
 }
 
 fits() {
-  "$1" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+  "$1" -I -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
 find_python() {
@@ -36,7 +46,26 @@ find_python() {
 
 # Changes whenever what has to be installed does.
 wanted() {
-  { echo "$project"; cat "$project/pyproject.toml" "$constraints"; } | cksum
+  cat "$project/pyproject.toml" "$constraints" | cksum
+}
+
+# A moved or copied project brings its environment along, whose scripts still name the directory it was made in.
+relocate() {
+  local made_in
+  made_in=$(cat "$venv/.made-in" 2>/dev/null) || return 0
+  [ "$made_in" != "$project" ] || return 0
+  "$venv/bin/python" -I - "$made_in" "$project" "$venv" <<'PYTHON' || return 0
+import pathlib, sys
+old, new, venv = sys.argv[1:]
+files = [*pathlib.Path(venv, "bin").iterdir(), *pathlib.Path(venv).glob("lib/python*/site-packages/__editable__*")]
+for file in files:
+    if file.is_file() and not file.is_symlink():
+        content = file.read_bytes()
+        changed = content.replace(old.encode() + b"/", new.encode() + b"/").replace(old.encode() + b"'", new.encode() + b"'")
+        if changed != content:
+            file.write_bytes(changed)
+PYTHON
+  echo "$project" >"$venv/.made-in"
 }
 
 installed() {
@@ -54,6 +83,7 @@ install() {
   local extras=$1 python
   shift
   if installed "$@"; then
+    relocate
     return
   fi
   if command -v flock >/dev/null; then
@@ -61,18 +91,19 @@ install() {
     flock 9
   fi
   if ! installed "$@"; then # another shell may have done it meanwhile
-    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none, or one that was cut short
+    if ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then # none, or one that was cut short
       python=$(find_python) || exit 2
       rm -rf "$venv"
       echo "making $venv with $("$python" --version) ..."
-      "$python" -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
+      "$python" -I -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
     fi
     echo "installing PyTorch, DeepSpeed and what they need (once; minutes) ..."
     local quiet=--quiet
     [ -t 1 ] && quiet=--progress-bar=on # a person sees the gigabytes go by
-    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "$quiet" --disable-pip-version-check \
+    DS_BUILD_OPS=0 "$venv/bin/python" -I -m pip install "$quiet" --disable-pip-version-check \
       --constraint "$constraints" --editable "$project$extras" ||
       fail 'the installation failed: see the lines above (no network, or a full disk?), then run the same command again'
+    echo "$project" >"$venv/.made-in"
     wanted >"$venv/.installed-$1"
   fi
   if command -v flock >/dev/null; then
@@ -86,7 +117,7 @@ if [ -n "${DS_GPT2_PYTHON:-}" ]; then
 else
   case "$verb ${2:-}" in
     test\ *) install '[dev]' dev ;;
-    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub | prepare\ pretokenized) install '[data]' data dev ;;
+    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub) install '[data]' data dev ;;
     *) install '' base data dev ;;
   esac
   python=$venv/bin/python

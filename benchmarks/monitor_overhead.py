@@ -134,12 +134,13 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     from ds_gpt2.meter import Meter, Past
     from ds_gpt2.model import flops_per_token
     from ds_gpt2.monitor import Monitor
+    from ds_gpt2.pace import Cadence, Pace
     from ds_gpt2.schedule import Every
 
     engine, settings, nothing = trainer.engine, trainer.settings, Silent()
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", 0)
-    past = Past(0.0, time.time())
+    past = Past(0.0, time.time(), Pace(Cadence({}, 0), []))
     meter = Meter(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, past, engine.moment)
     guard, heartbeat = Guard(settings.guards, print), Heartbeat(settings.run_dir, dist.rank())
     watching = (

@@ -44,9 +44,10 @@ from pyarrow import parquet
 from ds_gpt2 import tokenizer
 from ds_gpt2.data.dataset import Split, open_dataset
 from ds_gpt2.data.holdout import FirstTokens
+from ds_gpt2.data.parquet import parquet_documents
 from ds_gpt2.data.prepare import Recipe, prepare
 from ds_gpt2.data.shards import open_shard
-from ds_gpt2.data.sources import local_source, parquet_documents
+from ds_gpt2.data.sources import local_source
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCUMENT_CHARACTERS = 4_700  # FineWeb-Edu's mean, about

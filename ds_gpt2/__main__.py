@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # by its path: import from the project, whatever the working directory holds
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # by its path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from ds_gpt2.own_modules import ignore_working_directory
+
+    ignore_working_directory()
 
 from ds_gpt2.cli import main
 

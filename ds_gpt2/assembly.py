@@ -22,12 +22,10 @@ import torch
 from ds_gpt2 import config, console, deepspeed_file, device, dist, loop, machine
 from ds_gpt2.batch import BatchPlan, format_batches
 from ds_gpt2.checkpoint import restore
-from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.disk import Disk
 from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.layout import LOCK
-from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.restore import Restored
 from ds_gpt2.checkpoint.store import Checkpoints, library_versions
 from ds_gpt2.config import Settings
@@ -44,13 +42,16 @@ from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
 from ds_gpt2.machine import write_whole
 from ds_gpt2.meter import Meter, Past
-from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, trained_seconds
+from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, read_metrics, read_starts, started_from
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
-from ds_gpt2.pretrained.opening import weights_for
+from ds_gpt2.pace import Cadence, Pace, timed_of
+from ds_gpt2.preflight import backup_of, identity_of, steps_of, what_to_resume
+from ds_gpt2.pretrained.opening import locate, weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
+from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_owner
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import STOP_FILE, StopRequest
@@ -118,7 +119,7 @@ def _train(
     console.open_log(settings.run_dir / "train.log")
     house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint)
     lock = dist.together(lambda: _take_over(settings, house))
-    wanted = dist.from_main(lambda: _what_to_resume(settings, origin.resume))
+    wanted = dist.from_main(lambda: what_to_resume(settings, origin.resume))
     heartbeat.beat()
     dataset = dist.together(lambda: open_dataset(settings.data.dir))
     check_shards(dataset, settings.run_dir / "data_checked.json")
@@ -127,27 +128,27 @@ def _train(
     windows = Windows(dataset, "train", plan.sequence_length, tell_of_data)
     data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
     course = _course(settings, data)
-    identity = _identity(settings, dataset)
-    backup = _backup(settings)
+    identity = identity_of(settings, dataset)
+    backup = backup_of(settings)
     restored = restore.choose(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
 
     heartbeat.beat()
     engine = _engine(settings, deepspeed_settings, plan, compiled)
     heartbeat.beat()
-    run_settings = settings.model_dump(mode="json")
+    run_settings = portable_tree(settings)
     checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
     trackers = dist.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
-    meter = _meter(settings, engine, plan, place)
+    meter = _meter(settings, engine, plan, place, state.step)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
     stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
-        _record_start(settings, state, plan)
+        _record_start(settings, state, plan, course.steps)
         _open_dashboard(settings, monitor, engine, plan, restored, origin)
         journal.write("start", _start_text(plan, restored, origin), state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(place)}{', compiled' if compiled else ''}")
@@ -207,48 +208,6 @@ def _note_end(journal: Journal, result: Outcome, state: TrainState, course: loop
         journal.write("stop", f"stopped on request at step {state.step:,} of {course.steps:,}, saved", state.step)
 
 
-def _what_to_resume(settings: Settings, resume: str | None) -> str | None:
-    """What to look for among the checkpoints; None to start afresh, which a run that has checkpoints forbids.
-
-    Raises:
-        UserError: a run must not be trained over.
-    """
-    directory = settings.checkpoint_dir
-    newest = newest_tag(directory)
-    if newest is None:
-        _check_not_saved_elsewhere(settings)
-    if resume is None and newest is not None:
-        raise UserError(
-            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}:"
-            " go on from it with --resume latest, or choose another run.name"
-        )
-    automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
-    if automatic and newest is None and not _has_copies(settings):
-        return None
-    return resume
-
-
-def _has_copies(settings: Settings) -> bool:
-    backup = _backup(settings)
-    try:
-        return backup is not None and bool(backup.held())
-    except OSError as error:
-        raise UserError(f"cannot tell whether {settings.run.name} has backups: {reason_of(error)}") from None
-
-
-def _check_not_saved_elsewhere(settings: Settings) -> None:
-    """A run of this name whose checkpoints lie in another directory must not lose its history to a new one."""
-    previous = settings.run_dir / "config.yaml"
-    if not previous.exists():
-        return
-    elsewhere = config.load_settings(previous).checkpoint_dir
-    if elsewhere != settings.checkpoint_dir and newest_tag(elsewhere) is not None:
-        raise UserError(
-            f"run {settings.run.name} has its checkpoints in {elsewhere}: set checkpoint.dir={elsewhere.parent} to"
-            " go on from them, or choose another run.name"
-        )
-
-
 def _check_directories(settings: Settings) -> None:
     if dist.is_main():
         for directory in settings.output_dirs:
@@ -262,11 +221,6 @@ def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
     lock = machine.lock(house.directory / LOCK, f"run {settings.run.name}")
     house.start()
     return lock
-
-
-def _backup(settings: Settings) -> Backup | None:
-    place = settings.checkpoint.backup.to
-    return Backup(place, settings.run.name, settings.checkpoint.backup) if place else None
 
 
 def _open_trackers(
@@ -310,24 +264,33 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 
 def _fresh(settings: Settings, engine: Engine) -> TrainState:
     """The state of a run that begins, with the weights of another model where the settings name one."""
-    if (path := settings.model.init_from) is not None:
-        engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, path)))
-        log.info(f"initial weights from {path}")
+    if (name := settings.model.init_from) is not None:
+        dist.from_main_at_length(lambda: locate(name))  # downloads it if it is on the hub
+        engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, name)))
+        log.info(f"initial weights from {name}")
     return TrainState()
 
 
-def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device) -> Meter:
+def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device, from_step: int) -> Meter:
     peak = device.peak_flops(place)
     flops = flops_per_token(engine.model)
-    return Meter(plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings), engine.moment)
+    return Meter(
+        plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings, from_step), engine.moment
+    )
 
 
-def _past(settings: Settings) -> Past:
-    """What the run has behind it; only rank 0 tells of it."""
+def _past(settings: Settings, from_step: int) -> Past:
+    """What the run has behind it, up to this start; only rank 0 reports it."""
+    starts = started_from(read_starts(settings.run_dir / STARTS)) if dist.is_main() else []
+    pace = Pace(Cadence.of(settings), [*starts, from_step])
     begun = first_start(settings.run_dir / STARTS) if dist.is_main() else None
     if begun is None:
-        return Past(trained_seconds=0.0, begun=time.time())
-    return Past(trained_seconds(settings.run_dir / METRICS), begun)
+        return Past(trained_seconds=0.0, begun=time.time(), pace=pace)
+    trained = 0.0
+    for timed in timed_of(read_metrics(settings.run_dir / METRICS)):
+        trained += timed.train
+        pace.add(timed)
+    return Past(trained, begun, pace)
 
 
 def _start_text(plan: BatchPlan, restored: Restored | None, origin: Origin) -> str:
@@ -347,19 +310,14 @@ def _open_dashboard(
         **config.flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
-    open_dashboard(monitor, config.dump_settings(settings), hyper_parameters, compare)
+    open_dashboard(monitor, stored_settings(settings), hyper_parameters, compare)
     text = _start_text(plan, restored, origin)
     monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {text}")
 
 
 def _course(settings: Settings, data: TrainingData) -> loop.Course:
     schedule = settings.schedule
-    steps = schedule.steps or data.steps_for(schedule.epochs or 0)
-    if schedule.warmup_steps >= steps:
-        raise UserError(
-            f"schedule.warmup_steps {schedule.warmup_steps} must be below the {steps} steps that"
-            f" schedule.epochs={schedule.epochs:g} come to with this data"
-        )
+    steps = steps_of(schedule, len(data.windows), data.plan)
     rate = functools.partial(
         learning_rate,
         steps=steps,
@@ -370,32 +328,24 @@ def _course(settings: Settings, data: TrainingData) -> loop.Course:
     return loop.Course(steps, rate, Every(settings.checkpoint.every or steps))
 
 
-def _identity(settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run must share with the one that saved: change any of it and it is another experiment."""
-    layers, heads, width = settings.model.shape
-    return {
-        "model.layers": layers,
-        "model.heads": heads,
-        "model.width": width,
-        "batch.sequence_length": settings.batch.sequence_length,
-        "batch.tokens_per_step": settings.batch.tokens_per_step,
-        "run.seed": settings.run.seed,
-        "data": dataset.fingerprint,
-    }
-
-
 def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
     """The settings that differ from those a checkpoint was saved under, as ``name old -> new``."""
-    old, new = config.flat(before), config.flat(settings.model_dump(mode="json"))
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+    old, new = config.flat(before), config.flat(portable_tree(settings))
+    absolute = "run.dir" in old  # an earlier version stored absolute paths: where they lead to now says nothing
+    names = [name for name in new if not (absolute and name in config.PATH_KEYS)]
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
-def _record_start(settings: Settings, state: TrainState, plan: BatchPlan) -> None:
+def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
-    write_whole(settings.run_dir / "config.yaml", config.dump_settings(settings))
+    write_whole(settings.run_dir / CONFIG, stored_settings(settings))
+    for directory in settings.shared_output_dirs:
+        write_owner(directory, settings.run_dir)
     start = {
         "time": time.strftime(TIME),
         "from_step": state.step,
+        "run_dir": str(settings.run_dir),
+        "steps": steps,
         "world_size": plan.world_size,
         "command": sys.argv,
         "versions": library_versions(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.errors import UserError
+from ds_gpt2.wording import counted
 
 _MOST_LEFT_OUT = 100_000
 
@@ -28,10 +30,15 @@ class BatchPlan:
     def tokens_per_step(self) -> int:
         return self.windows_per_step * self.sequence_length
 
+    def steps_for(self, epochs: float, windows: int) -> int:
+        """Steps until ``epochs`` epochs of ``windows`` windows are done, the last one filled up from the next epoch."""
+        return math.ceil(epochs * windows / self.windows_per_step)
+
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_step:,} tokens a step = {self.micro_batch} windows x {self.sequence_length} tokens"
-            f" x {self.accumulation} micro-batches x {self.world_size} ranks"
+            f"{self.tokens_per_step:,} tokens a step = {counted(self.micro_batch, 'window')}"
+            f" x {counted(self.sequence_length, 'token')}"
+            f" x {counted(self.accumulation, 'micro-batch', 'micro-batches')} x {counted(self.world_size, 'rank')}"
         )
 
 
@@ -55,7 +62,7 @@ def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, wor
         proposal = f"batch.micro_batch={nearest}, or {proposal}"
     raise UserError(
         f"batch.tokens_per_step={tokens_per_step} cannot be divided by micro_batch {micro_batch} x sequence_length"
-        f" {sequence_length} x {world_size} ranks = {at_once}: set {proposal}"
+        f" {sequence_length} x {counted(world_size, 'rank')} = {at_once}: set {proposal}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ds_gpt2 import __version__, outcome
+from ds_gpt2 import __version__, outcome, terminal
 from ds_gpt2.errors import UserError
 
 
@@ -55,11 +56,17 @@ _VERBS = {
     "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),
 }
 
+_TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
+_OUTPUT_FAILED = frozenset({errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT})
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    terminal.make_safe()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
+    if options.verb in _TRAINING:
+        terminal.ignore_failures()
     try:
         if options.verb == "test":
             raise UserError("the tests are started by ./launch.sh test, or by pytest")
@@ -69,6 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # who reads has seen enough, as ``head`` has; what Python still holds has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return outcome.CRASHED
+    except OSError as error:
+        if error.errno not in _OUTPUT_FAILED or error.filename is not None:
+            raise
+        terminal.ignore_failures()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         return outcome.CRASHED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

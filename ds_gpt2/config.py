@@ -1,28 +1,61 @@
 """The settings of a run: a YAML file plus ``key=value`` overrides, typed, checked once and frozen.
 
 Paths in a YAML file are relative to the project's directory, so that a run means the same from anywhere; paths in
-an override were typed by a person and are relative to where that person stands.
+an override are relative to the working directory. ``~`` and ``$VARIABLE`` are expanded in both.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import reprlib
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ds_gpt2 import strict_yaml
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import INCIDENTS, KINDS
+from ds_gpt2.model_names import resolve
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+_LARGEST_FILE = 1_000_000  # bytes of a settings file
+
+
+def _whole_number(value: object) -> object:
+    """Text as a whole number: decimal, without leading zeros; ``_`` may separate groups of digits."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)", value, re.ASCII):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("must be a whole number, such as 250 or 524_288")
+    return value
+
+
+def _decimal_number(value: object) -> object:
+    """Text as a number: ``0.1``, ``1e-4``, ``.5`` or a whole number."""
+    number = r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?"
+    if isinstance(value, str) and re.search("[0-9]", value) and re.fullmatch(number, value, re.ASCII):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number, such as 0.1 or 6e-4")
+    return value
+
+
+_Int = Annotated[int, BeforeValidator(_whole_number)]
+_Float = Annotated[float, BeforeValidator(_decimal_number)]
+
+PositiveInt = Annotated[_Int, Field(gt=0)]
+Count = Annotated[_Int, Field(ge=0)]
+PositiveFloat = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
+AboveOne = Annotated[_Float, Field(gt=1, allow_inf_nan=False)]
+Fraction = Annotated[_Float, Field(ge=0, lt=1)]
 
 # (layers, heads, width). 124M to 1558M: OpenAI's GPT-2 checkpoints, Radford et al. 2019 table 2.
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -63,7 +96,7 @@ class ModelSettings(_Section):
     heads: PositiveInt | None = None
     width: PositiveInt | None = None
     dropout: Fraction = 0.0
-    init_from: Path | None = None  # a Hugging Face directory or an export, whose weights a new run begins with
+    init_from: str | None = None  # a directory, an export or a name on the Hugging Face hub: a new run's first weights
 
     @model_validator(mode="after")
     def _one_shape(self) -> ModelSettings:
@@ -101,10 +134,10 @@ class BatchSettings(_Section):
 
 class ScheduleSettings(_Section):
     steps: PositiveInt | None = None  # give steps or epochs
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    epochs: PositiveFloat | None = None
     warmup_steps: Count = 715
-    max_lr: Annotated[float, Field(gt=0)] = 6e-4
-    min_lr: Annotated[float, Field(ge=0)] = 6e-5
+    max_lr: PositiveFloat = 6e-4
+    min_lr: NonNegativeFloat = 6e-5
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
@@ -119,16 +152,16 @@ class ScheduleSettings(_Section):
 
 class OptimizerSettings(_Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # on 2-D tensors only
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns clipping off
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1  # on 2-D tensors only
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
 
 
 class BackupSettings(_Section):
     to: str | None = None  # a directory, or a URL such as s3://bucket/folder; None: no backups
     roles: tuple[Literal["latest", "epoch", "best"], ...] = ("latest", "epoch", "best")
     every: PositiveInt = 1000  # steps that lie at least between two copies of the newest checkpoint
-    best_every_hours: Annotated[float, Field(ge=0)] = 168.0  # that lie at least between two copies of the best one
+    best_every_hours: NonNegativeFloat = 168.0  # that lie at least between two copies of the best one
     keep: PositiveInt = 3  # newest copies of rolling checkpoints; those of epochs and of the best stay
 
     @field_validator("to")
@@ -151,9 +184,9 @@ class CheckpointSettings(_Section):
     keep_best: bool = True  # by validation loss
     epochs_as: Literal["full", "weights"] = "full"  # "weights": fp32 weights alone, 4 bytes a parameter; no resuming
     best_as: Literal["full", "weights"] = "full"
-    min_free_gb: Annotated[float, Field(ge=0)] = 1.0  # a save must leave so much of the disk free
+    min_free_gb: NonNegativeFloat = 1.0  # a save must leave so much of the disk free
     in_background: bool = Field(default=True, alias="async")  # write while training goes on
-    write_mb_per_s: Annotated[float, Field(ge=0)] = 0.0  # of one rank, to spare a shared disk; 0: as fast as it goes
+    write_mb_per_s: NonNegativeFloat = 0.0  # of one rank, to spare a shared disk; 0: as fast as it goes
     backup: BackupSettings = BackupSettings()
 
 
@@ -167,7 +200,7 @@ class SamplesSettings(_Section):
     prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
     per_prompt: PositiveInt = 2  # different continuations of each
     tokens: PositiveInt = 48  # of a continuation
-    temperature: Annotated[float, Field(gt=0)] = 0.8
+    temperature: PositiveFloat = 0.8
     top_k: PositiveInt = 50
 
 
@@ -193,7 +226,7 @@ class GuardSettings(_Section):
     """What is done where something is wrong with the training itself."""
 
     spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent ones
-    spike_z: Annotated[float, Field(gt=0)] = 10.0  # robust standard deviations above their median
+    spike_z: PositiveFloat = 10.0  # robust standard deviations above their median
     divergence: Literal["off", "alert", "rollback"] = "rollback"  # that many such losses one after another
     divergence_steps: PositiveInt = 20
     skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # that many updates skipped one after another
@@ -205,12 +238,14 @@ class GuardSettings(_Section):
 
 class SupervisorSettings(_Section):
     restarts: Count = 8  # one after another without getting further; 0: none at all
-    backoff_seconds: Annotated[float, Field(ge=0)] = 5.0  # before the first of them, and twice as long before each next
-    longest_backoff_seconds: Annotated[float, Field(ge=0)] = 600.0
-    hang_factor: Annotated[float, Field(gt=1)] = 20.0  # times the run's usual step that a step may take
-    hang_seconds: Annotated[float, Field(gt=0)] = 300.0  # but it may always take so long
-    patience_minutes: Annotated[float, Field(gt=0)] = 45.0  # without progress in starting, evaluating or saving
-    stop_seconds: Annotated[float, Field(gt=0)] = 120.0  # processes that should have ended are killed after so long
+    backoff_seconds: NonNegativeFloat = 5.0  # before the first of them, and twice as long before each next
+    longest_backoff_seconds: NonNegativeFloat = 600.0
+    hang_factor: Annotated[_Float, Field(gt=1, allow_inf_nan=False)] = (
+        20.0  # times the run's usual step that a step may take
+    )
+    hang_seconds: PositiveFloat = 300.0  # but it may always take so long
+    patience_minutes: PositiveFloat = 45.0  # without progress in starting, evaluating or saving
+    stop_seconds: PositiveFloat = 120.0  # processes that should have ended are killed after so long
     skip_data: bool = False  # leave out the data of a step at which the run has crashed again and again
 
 
@@ -221,7 +256,7 @@ class AlertSettings(_Section):
     per_hour: PositiveInt = 12  # messages; what comes beyond is summed up in the next one
     command: str | None = None  # run by the shell for each message, which it gets on stdin
     urls_file: Path | None = None  # apprise's addresses, one a line; readable by its owner only
-    disk_days: Annotated[float, Field(ge=0)] = 3.0  # tell when the disk lasts no longer than so many days
+    disk_days: NonNegativeFloat = 3.0  # tell when the disk lasts no longer than so many days
 
     @field_validator("kinds")
     @classmethod
@@ -270,8 +305,13 @@ class Settings(_Section):
         """Everything a run writes is below these."""
         return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
+    @property
+    def shared_output_dirs(self) -> tuple[Path, ...]:
+        """Those of ``output_dirs`` that lie elsewhere than in the run's directory, so that two runs may meet there."""
+        return tuple(path for path in self.output_dirs[1:] if not path.is_relative_to(self.run_dir))
 
-_PATH_KEYS = (
+
+PATH_KEYS = (
     "run.dir",
     "model.init_from",
     "data.dir",
@@ -282,6 +322,9 @@ _PATH_KEYS = (
     "alerts.urls_file",
     "deepspeed",
 )
+
+
+_MAY_BE_SECRET = frozenset({"checkpoint.backup.to", "alerts.command"})  # values that are not shown in errors
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -295,22 +338,42 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_settings(
     path: Path, overrides: Mapping[str, str] | None = None, *, project_dir: Path = PROJECT_DIR, cwd: Path | None = None
 ) -> Settings:
-    """Read a run's YAML, lay ``key=value`` overrides over it, check everything.
+    """Read a run's YAML, apply ``key=value`` overrides, check everything.
 
     Args:
         path: the YAML file; without a ``run.name`` in it, the file's stem names the run.
-        overrides: dotted key to the text typed for it (YAML syntax: ``3``, ``1e-4``, ``[a, b]``).
+        overrides: dotted key to the text typed for it (``3``, ``1e-4``, ``[a, b]``).
         project_dir: what relative paths in the file are relative to.
         cwd: what relative paths in overrides are relative to (default: the working directory).
 
     Raises:
         UserError: no such file, no valid YAML, an unknown key, a wrong type or an impossible value.
     """
-    tree = _read_yaml(path)
-    _make_absolute(tree, project_dir)
+    return settings_of(read_tree(path), path, overrides, project_dir=project_dir, cwd=cwd)
+
+
+def settings_of(
+    tree: dict[str, Any],
+    path: Path,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    project_dir: Path = PROJECT_DIR,
+    cwd: Path | None = None,
+    expand: bool = True,
+) -> Settings:
+    """As ``load_settings``, from the content of the file.
+
+    Args:
+        tree: nested sections of text, see ``read_tree``.
+        path: where it comes from.
+        expand: ``~`` and variables in the file's paths.
+    """
+    tree = _without_nulls(Settings, tree)
+    _make_absolute(tree, project_dir, expand)
     typed: dict[str, Any] = {}
     for key, text in (overrides or {}).items():
         _set_dotted(typed, key, _parse_value(key, text))
+    typed = _without_nulls(Settings, typed)
     _make_absolute(typed, cwd or Path.cwd())
     tree = _merged(tree, typed)
     run = tree.setdefault("run", {})
@@ -358,25 +421,72 @@ def known_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[st
     return keys
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the sections of a settings file as nested dicts whose leaves are text.
+
+    Raises:
+        UserError: no such file, or no settings file.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE or b"\0" in content:
+            raise UserError(f"{path} is not a settings file: give a YAML file such as those in ds_configs/")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"no config file {path}: some come along in {PROJECT_DIR / 'ds_configs'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config not found: {path}; examples are in {PROJECT_DIR / 'ds_configs'}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    tree = strict_yaml.parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping of sections (run:, model:, data:, ...)")
     return tree
 
 
+def _without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with None where a setting may be None and its text says so; an empty section has only defaults."""
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    result = dict(tree)
+    for key, value in tree.items():
+        if key not in fields:
+            continue
+        inner: Any = fields[key].annotation
+        if _is_section(inner):
+            value = {} if strict_yaml.is_null(value) else value
+            result[key] = _without_nulls(inner, value) if isinstance(value, dict) else value
+        elif strict_yaml.is_null(value) and type(None) in get_args(inner):
+            result[key] = None
+    return result
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _parse_value(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text} is not valid YAML: put quotes around the value") from None
+    """The text typed for a setting: as it is for names, paths and commands, as YAML for lists and quoted text."""
+    if _is_plain_text(_annotation(key)) and text[:1] not in ("'", '"'):
+        return text
+    return strict_yaml.parse(text, f"{key}={text[:100]}: the value")
+
+
+def _annotation(key: str) -> Any:
+    """The type of the setting called ``key``; None if there is no such setting."""
+    found: Any = Settings
+    for name in key.split("."):
+        if not _is_section(found):
+            return None
+        fields = {field.alias or own: field for own, field in found.model_fields.items()}
+        found = fields[name].annotation if name in fields else None
+    return found
+
+
+def _is_plain_text(annotation: Any) -> bool:
+    """Whether the setting is text or a path, or may be None besides."""
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return {str, Path} >= set(alternatives) - {type(None)}
 
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -404,14 +514,46 @@ def _without_rivals(section: dict[str, Any], over: dict[str, Any]) -> dict[str, 
     return {key: value for key, value in section.items() if key not in displaced or key in over}
 
 
-def _make_absolute(tree: dict[str, Any], base: Path) -> None:
-    for dotted in _PATH_KEYS:
-        *sections, name = dotted.split(".")
-        node: Any = tree
-        for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(name), str) and "://" not in node[name]:
-            node[name] = str(base / Path(node[name]).expanduser())
+def _make_absolute(tree: dict[str, Any], base: Path, expand: bool = True) -> None:
+    for dotted in PATH_KEYS:
+        section, name = section_of(tree, dotted)
+        if isinstance(text := section.get(name), str):
+            section[name] = _absolute(dotted, _expanded(dotted, text) if expand else text, base)
+
+
+def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The section of ``tree`` that holds the setting ``dotted`` and its name there; {} if there is none."""
+    *sections, name = dotted.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else {}), name
+
+
+def _absolute(key: str, text: str, base: Path) -> str:
+    """``text`` relative to ``base``; a URL, or the name of a model on the hub, as it is."""
+    if "://" in text:
+        return text
+    if not text or "\0" in text:
+        raise UserError(f"{key} is an empty path or no path: give a path")
+    return resolve(text, base) if key == "model.init_from" else str(base / text)
+
+
+def _expanded(key: str, text: str) -> str:
+    """``text`` with the home directory for ``~`` and the environment's values for ``$VARIABLE``.
+
+    Raises:
+        UserError: a variable that is not set, or an unknown user.
+    """
+    if (known := re.match(r"(/[^$]*\$[^/]*)", text)) is not None and os.path.lexists(known[1]):
+        return text  # a directory whose name has a dollar sign
+    text = os.path.expandvars(text)
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", text):
+        raise UserError(f"{key}={text}: the environment variable {unset[0]} is not set")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise UserError(f"{key}={text}: {error}") from None
 
 
 def _default_path(tree: dict[str, Any], section: str, name: str, value: Path) -> None:
@@ -426,14 +568,32 @@ def _explain(error: ValidationError) -> str:
 
 
 def _explain_one(item: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = _setting_named(item["loc"])
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known_keys())}"
         return f"unknown setting {key}: {hint}"
     if item["type"] == "missing":
-        return f"{key} is not set"
+        too_short = isinstance(item["loc"][-1], int)
+        return f"{key} has too few values" if too_short else f"{key} is not set"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return message if message.startswith((key, "give ", "model.", "schedule.")) else f"{key} {message}"
-    return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
+    if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.")):
+        return message
+    value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
+    return f"{key}{value}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) < 100:
+        return value
+    return reprlib.repr(value)
+
+
+def _setting_named(location: tuple[int | str, ...]) -> str:
+    """The dotted setting of an error's location, without the names of types that pydantic adds for a union."""
+    *parents, last = (str(part) for part in location if isinstance(part, str)) if location else ("",)
+    for known in known_keys():
+        names = known.split(".")
+        if [*parents, last][: len(names)] == names:
+            return known
+    return ".".join(str(part) for part in location)

@@ -27,7 +27,7 @@ def open_log(file: Path | None) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if file is not None and dist.is_main():
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         log.addHandler(to_file)
 

@@ -64,10 +64,10 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
             an optimizer other than Adam).
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
-        raise UserError(f"no DeepSpeed file {path}: set deepspeed=PATH") from None
-    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed file not found: {path}; set deepspeed=PATH") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"DeepSpeed file {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
@@ -84,6 +84,16 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError):
         raise UserError(f"{path}: zero_optimization.reduce_bucket_size must be a number of elements") from None
     return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's own reader would keep the last of two equal keys in silence."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in one object: remove one")
+    return result
 
 
 def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan, parameters: int) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine (``LOCAL_SIZE`` is what DeepSpeed's launcher sets)."""
-    return int(os.environ.get("LOCAL_SIZE", world_size()))
+    """Ranks on this machine; see ``launch_environment.adopt``."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +20,17 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_set_full_fp32_param
 from pydantic import ValidationError
 
-from ds_gpt2 import dist, machine
+from ds_gpt2 import dist, launch_environment, machine, outcome
 from ds_gpt2.data.batches import MicroBatch
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import GPT2, parameter_groups
 from ds_gpt2.rng import get_rng_state, set_rng_state
 from ds_gpt2.zero import read_norm_at_once, sum_gradients_in_fp32
+
+log = logging.getLogger(__name__)
+
+_NOTICE_SECONDS = 30.0  # without the other ranks, until that is said
+_ALONE_SECONDS = 60.0  # until a rank gives up whose variables are probably left over from another job
 
 
 @dataclass(frozen=True)
@@ -189,24 +197,56 @@ def open_process_group(device: torch.device) -> None:
     """Join the ranks of this run: NCCL on GPUs, gloo on CPUs.
 
     Raises:
-        UserError: the port for the rendezvous is taken, usually by another run.
+        UserError: the port for the rendezvous is taken, usually by another run, or other ranks do not come.
     """
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)  # started by hand without a launcher: one rank
+    started_by = launch_environment.adopt()
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(machine.free_port())
     if device.type == "cpu":
         # DeepSpeed's shared-memory all-reduce needs g++ and half a minute at first use, and was no faster
         # where ranks share cores (benchmarks/LOG.md).
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # asked for what else it can, it runs g++
-        if os.environ.get("CROSS_SIZE", "1") == "1" and os.path.exists("/sys/class/net/lo"):
+        if dist.local_world_size() == dist.world_size() and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
-    if dist.rank() == 0:
+    # torchrun's agent listens on the port itself, and the ranks are its clients.
+    if dist.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         machine.check_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    # DeepSpeed's calls, DeepSpeed's to mend: one line per rank would be all that a newcomer reads.
+    # Raised in DeepSpeed's calls: one line per rank would be all that a newcomer reads.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    with _waiting_for_ranks(started_by):
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     dist.open_cpu_group()
+
+
+@contextlib.contextmanager
+def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None]:
+    """Say so where other ranks do not come; on one machine, where nothing known has started them, give up soon.
+
+    Raises:
+        UserError: PyTorch has waited for its own limit.
+    """
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"rank {dist.rank()} has waited {{:.0f}} s for all {dist.world_size()} ranks to meet at {where}"
+    if started_by == "environment":
+        text += "; RANK and WORLD_SIZE come from the environment: unset them if they are left over from another job"
+    alone = started_by == "environment" and os.environ["MASTER_ADDR"] in launch_environment.LOOPBACK
+
+    def give_up() -> None:  # the main thread waits in C++ and cannot be interrupted
+        print(f"error: {text.format(_ALONE_SECONDS)}", file=sys.stderr, flush=True)
+        os._exit(outcome.MISTAKE)
+
+    timers = [threading.Timer(_NOTICE_SECONDS, lambda: log.warning(text.format(_NOTICE_SECONDS)))]
+    timers += [threading.Timer(_ALONE_SECONDS, give_up)] if alone else []
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        raise UserError(f"the ranks cannot meet at {where}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def close_process_group() -> None:

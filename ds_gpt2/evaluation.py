@@ -101,5 +101,5 @@ def difference(values: Array | npt.NDArray[np.bool_], base: Array | npt.NDArray[
 
 
 def perplexity(loss: float) -> float:
-    """The number of equally likely tokens that a loss in nats amounts to; inf where that is no float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """The number of equally likely tokens that a loss in nats amounts to; inf where that is no float, NaN for NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -89,6 +89,14 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
         return None
 
 
+def beat_written(run_dir: Path, rank: int) -> float | None:
+    """When the file system says that ``rank`` gave its newest beat, in seconds since 1970; None if there is none."""
+    try:
+        return _file(run_dir, rank).stat().st_mtime
+    except OSError:
+        return None
+
+
 def forget_beats(run_dir: Path) -> None:
     """Nobody beats now: what is there is of processes that are gone."""
     with contextlib.suppress(OSError):

@@ -47,8 +47,8 @@ Kind = Literal[
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# What a run may come to that a person would want to look at.
-INCIDENTS = frozenset(KINDS) - {"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"}
+ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"})
+INCIDENTS = frozenset(KINDS) - ROUTINE  # what a person would want to look at
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Journal:
         try:
             file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(file, json.dumps(event, ensure_ascii=False).encode() + b"\n")
+                os.write(file, json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                 os.fsync(file)
             finally:
                 os.close(file)

@@ -23,9 +23,11 @@ from ds_gpt2 import outcome
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import read_beat, stacks_file
+from ds_gpt2.launch_environment import without_ranks
 from ds_gpt2.machine import free_port
 
 TRAIN = Path(__file__).with_name("train.py")
+LAUNCHER = Path(__file__).with_name("launch_ranks.py")
 CPU_RANKS = 4
 
 _STACKS_SECONDS = 10.0  # how long ranks are given to write down what they are doing
@@ -73,7 +75,7 @@ def start_command(place: Place, script: Path, arguments: Sequence[str]) -> list[
     Started by itself it spares a second process of PyTorch, in the time of each start and in memory for all of a run.
     """
     world = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(place)}).encode()).decode()
-    launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
+    launch = [sys.executable, "-u", str(LAUNCHER), "--log_level", "critical"]
     return [*launch, f"--world_info={world}", "--master_port", str(free_port()), str(script), *arguments]
 
 
@@ -98,7 +100,8 @@ class Ranks:
             environment: laid over this process's own.
         """
         command = start_command(place, script, arguments)
-        inherited = {**os.environ, **environment, **outcome.request(outcome_file), "DS_ACCELERATOR": place.accelerator}
+        inherited = {**without_ranks(os.environ), **environment, **outcome.request(outcome_file)}
+        inherited["DS_ACCELERATOR"] = place.accelerator
         self._process = subprocess.Popen(command, env=inherited, start_new_session=True)
         self._outcome_file = outcome_file
         self.count = place.ranks

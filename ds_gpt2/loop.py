@@ -91,8 +91,8 @@ def train(
         windows = data.windows_of(batch).tobytes()
         state.advance(data.plan.tokens_per_step, update.applied, windows, update.clipped)
         guard.judge_update(state, mean_loss, update.applied, windows)
-        seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end()}
-        lines.show(step, seen, meter.eta(course.steps - step))
+        seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end(step)}
+        lines.show(step, seen, meter.eta(step, course.steps))
         heartbeat.enter("evaluating")
         for hook in due:
             seen |= hook.observe(engine, state)

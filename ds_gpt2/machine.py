@@ -54,6 +54,22 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
+def check_may_write(directory: Path) -> None:
+    """As ``check_writable``, without a trace: what is not there yet is judged by the nearest parent that is.
+
+    Raises:
+        UserError: ``directory`` cannot be written to or made.
+    """
+    existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    problem = None
+    if not existing.is_dir():
+        problem = f"{existing} is no directory"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = f"{existing} may not be written to"
+    if problem is not None:
+        raise UserError(f"cannot write to {directory}: {problem}; check its permissions and its disk")
+
+
 def lock(path: Path, whose: str) -> BinaryIO:
     """Make this process the only one that holds ``path``, until the file returned is closed or the process ends.
 
@@ -99,7 +115,7 @@ def write_whole(file: Path, text: str) -> None:
     """
     partial = file.with_name(file.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, file)
     except OSError:
         with contextlib.suppress(OSError):

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 import torch
 
+from ds_gpt2.pace import Pace, Timed
+
 T = TypeVar("T")
 
 _WORTH_TELLING = 1e-4  # seconds beside a step
-_MEMORY = 0.95  # of the running mean of a step's wall time
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class Past:
 
     trained_seconds: float  # of the steps that count, evaluation and saving left out
     begun: float  # the run's very first start, seconds since 1970
+    pace: Pace  # of the steps so far
 
 
 class Meter:
-    """Times steps and their phases. Training time is a step alone; the ETA counts evaluation and saving too.
+    """Times steps and their phases. Training time is a step alone; the time left counts evaluation and saving apart.
 
     Nothing here waits for the device: on a GPU phases lie between events on its stream, read when the loop has waited
     for the step anyway.
@@ -48,19 +50,17 @@ class Meter:
         self._peak = peak_flops
         self._trained = past.trained_seconds
         self._first_start = past.begun
+        self._pace = past.pace
         self._moment = moment
         self._marks: list[tuple[str, float, torch.cuda.Event | None]] = []
         self._waited = self._begun = 0.0
         self._aside: dict[str, float] = {}  # seconds that went into other things than steps since the last report
-        self._mean: float | None = None
 
     def begin(self) -> None:
         """A step begins."""
         for phase, (seconds, _) in self._phases():
             self._aside[phase] = self._aside.get(phase, 0.0) + seconds
-        previous, self._begun = self._begun, time.monotonic()
-        if previous:
-            self._remember(self._begun - previous)
+        self._begun = time.monotonic()
         self._waited = 0.0
         self._marks = [("", self._begun, self._moment())]
 
@@ -81,14 +81,12 @@ class Meter:
         """``phase`` ends here, and began with the mark before."""
         self._marks.append((phase, time.monotonic(), self._moment()))
 
-    def end(self) -> dict[str, float]:
-        """The step is done, and the device with it: ``perf/*`` of it, and of what went on beside steps before it."""
+    def end(self, step: int) -> dict[str, float]:
+        """``step`` is done, and the device with it: ``perf/*`` of it, and of what went on beside steps before it."""
         now = time.monotonic()
         phases = {phase: on_device for phase, (_, on_device) in self._phases()}
         evaluated = phases.pop("eval", 0.0)
         seconds = now - self._begun - evaluated
-        if self._mean is None:
-            self._remember(seconds)
         self._trained += seconds
         rate = self._tokens / seconds
         measured = {"perf/step_ms": 1000 * seconds, "perf/tokens_per_s": rate, "perf/data_ms": 1000 * self._waited}
@@ -97,13 +95,14 @@ class Meter:
         measured["perf/goodput"] = min(1.0, self._trained / max(time.time() - self._first_start, 1e-9))
         if self._peak is not None:
             measured["perf/mfu"] = rate * self._flops / self._peak
+        self._pace.add(Timed(step, seconds, aside.get("eval", 0.0), aside.get("save", 0.0)))
         self._aside = {"eval": evaluated}
         self._marks = [("", now, None)]
         return measured
 
-    def eta(self, steps_left: int) -> float:
-        """Seconds until the run is done."""
-        return steps_left * (self._mean or 0.0)
+    def eta(self, step: int, steps: int) -> float:
+        """Return the seconds from the end of ``step`` until all ``steps`` are done."""
+        return self._pace.mean_left(step, steps) or 0.0
 
     def _phases(self) -> Iterator[tuple[str, tuple[float, float]]]:
         """Each phase since the first mark, and its seconds by the host's clock and, if it has one, by the device's."""
@@ -112,6 +111,3 @@ class Meter:
             if first is not None and last is not None and last.query():
                 on_device = first.elapsed_time(last) / 1000
             yield phase, (on_host, on_device)
-
-    def _remember(self, seconds: float) -> None:
-        self._mean = seconds if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * seconds

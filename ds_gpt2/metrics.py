@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Records:
         self._waiting = bytearray()
 
     def append(self, record: dict[str, Any]) -> None:
-        self._waiting += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._waiting += json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
     def flush(self, durable: bool = False) -> None:
         """
@@ -71,11 +71,6 @@ def forget_after(file: Path, step: int) -> None:
     os.replace(partial, file)
 
 
-def trained_seconds(file: Path) -> float:
-    """Wall time of the steps in ``file``, evaluation and saving left out."""
-    return sum(record.get("perf/step_ms") or 0.0 for record in read_metrics(file)) / 1000
-
-
 def first_start(file: Path) -> float | None:
     """When the run of this ``starts.jsonl`` began, in seconds since 1970; None where that is not recorded."""
     try:
@@ -83,6 +78,34 @@ def first_start(file: Path) -> float | None:
             return datetime.strptime(json.loads(lines.readline())["time"], TIME).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """The lines of ``starts.jsonl``, the newest last; none if there is no file. Lines cut by a crash are left out."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [start for line in lines if (start := _object(line)) is not None]
+
+
+def started_from(starts: Iterable[dict[str, Any]]) -> list[int]:
+    """The step that each start went on from, the newest last."""
+    return [step if isinstance(step := start.get("from_step"), int) else 0 for start in starts]
+
+
+def planned_steps(starts: Sequence[dict[str, Any]]) -> int | None:
+    """How many steps the run is to have, as its newest start said; None where an earlier version did not."""
+    steps = starts[-1].get("steps") if starts else None
+    return steps if isinstance(steps, int) else None
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _parse(line: str) -> dict[str, Any] | None:

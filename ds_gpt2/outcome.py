@@ -57,7 +57,9 @@ def leave_failure(rank: int, error: BaseException) -> None:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         text = f"{kind}{' '.join(str(error).split())}"
         with contextlib.suppress(OSError):
-            _failure(Path(os.environ[_VARIABLE]), rank).write_text(text[:_LONGEST_FAILURE], encoding="utf-8")
+            _failure(Path(os.environ[_VARIABLE]), rank).write_text(
+                text[:_LONGEST_FAILURE], encoding="utf-8", errors="backslashreplace"
+            )
 
 
 def read_failures(file: Path, ranks: int) -> dict[int, str]:

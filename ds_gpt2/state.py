@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,9 +21,9 @@ class TrainState:
     tokens: int = 0  # training tokens seen, over all ranks
     clipped_share: float = 0.0  # of updates whose gradient was clipped, over about the last hundred
     skipped_steps: int = 0  # updates skipped because a gradient was Inf or NaN
-    val_loss: float | None = None  # the newest validation loss, nats per token
+    val_loss: float | None = None  # the newest finite validation loss, nats per token
     val_step: int | None = None  # when it was measured
-    best_val_loss: float | None = None
+    best_val_loss: float | None = None  # finite
     best_step: int | None = None
     ledger: str = ""  # a hash over the windows of every step so far, in order: equal for runs that saw the same data
     recent_losses: list[float] = field(default_factory=list)  # the newest ones that were not too high
@@ -59,7 +60,9 @@ class TrainState:
         self.clipped_share += (clipped - self.clipped_share) * _CLIPPED_SHARE
 
     def validated(self, loss: float) -> None:
-        """Take in a validation loss."""
+        """Record the validation loss of this step. A loss that is NaN or infinite is never the newest or the best."""
+        if not math.isfinite(loss):
+            return
         self.val_loss, self.val_step = loss, self.step
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss, self.best_step = loss, self.step
@@ -70,7 +73,15 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """The inverse of ``to_dict``; fields of newer versions are ignored."""
+        """The inverse of ``to_dict``; fields of newer versions are ignored.
+
+        Earlier versions could store NaN as the newest or the best validation loss: it is dropped.
+        """
         known = {each.name for each in fields(cls)}
         values = {"batch": values.get("step", 0), **values}  # before batches could be left out the two were one
-        return cls(**{name: value for name, value in values.items() if name in known})
+        state = cls(**{name: value for name, value in values.items() if name in known})
+        if state.val_loss is not None and not math.isfinite(state.val_loss):
+            state.val_loss = state.val_step = None
+        if state.best_val_loss is not None and not math.isfinite(state.best_val_loss):
+            state.best_val_loss = state.best_step = None
+        return state

@@ -18,7 +18,7 @@ from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
-from ds_gpt2.config import Settings, dump_settings
+from ds_gpt2.config import Settings
 from ds_gpt2.disk_watch import DiskWatch
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
@@ -26,6 +26,7 @@ from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.outcome import Outcome
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
+from ds_gpt2.run_location import CONFIG, stored_settings
 from ds_gpt2.supervised import Supervised, lives, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import duration
@@ -56,7 +57,7 @@ def supervise(run: Run, settings: Settings) -> int:
     """Keep ``run`` going to its end; returns its exit code (see outcome).
 
     Raises:
-        UserError: the run is supervised already, or alerts are set up wrongly.
+        UserError: the run is supervised already.
     """
     directory = settings.run_dir / _DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ class _Supervisor:
         self._settings = settings
         self._run_dir = settings.run_dir
         self._requests = requests
-        self._has_trained = False
+        self._has_trained = self._launched = False
         self._journal = Journal(self._run_dir)
         self._alerts = Alerts(settings.alerts, self._run_dir)
         self._disk = DiskWatch(settings)
@@ -103,7 +104,6 @@ class _Supervisor:
 
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
-        self._alerts.check()
         self._make_known()
         self._end_orphans()
         restarts = Restarts(self._settings.supervisor, self._saved_step())
@@ -123,9 +123,9 @@ class _Supervisor:
 
     def _make_known(self) -> None:
         """So that ``status`` has something to say while a first start takes its time, or fails."""
-        config = self._run_dir / "config.yaml"
+        config = self._run_dir / CONFIG
         if not config.exists():
-            write_whole(config, dump_settings(self._settings))
+            write_whole(config, stored_settings(self._settings))
 
     def _start(self, run: Run) -> Ended:
         """One start of the ranks, to its end."""
@@ -135,7 +135,8 @@ class _Supervisor:
             left.unlink()
         from_journal = self._journal.size()
         killed_for_memory = launcher.out_of_memory_kills()
-        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}")
+        self._journal.write("launch", f"starting {run.place.ranks} ranks, {_origin(run)}", restart=self._launched)
+        self._launched = True
         environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
         self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))
@@ -246,7 +247,10 @@ class _Supervisor:
         """On the terminal, in the run's log and in its journal."""
         with contextlib.suppress(OSError):  # a closed terminal
             print(f"supervisor: {text}", flush=True)
-        with contextlib.suppress(OSError), (self._run_dir / "train.log").open("a", encoding="utf-8") as log:
+        with (
+            contextlib.suppress(OSError),
+            (self._run_dir / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as log,
+        ):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
         self._journal.write(kind, text, step, **facts)
 

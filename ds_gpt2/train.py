@@ -8,10 +8,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # started by the path of this file, as launchers do
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from ds_gpt2.own_modules import ignore_working_directory
 
-from ds_gpt2 import compilation, config, device, dist, outcome, trackers
+    ignore_working_directory()
+
+from ds_gpt2 import (
+    compilation,
+    config,
+    device,
+    dist,
+    launch_environment,
+    outcome,
+    preflight,
+    run_location,
+    terminal,
+    trackers,
+)
 from ds_gpt2.batch import parse_batches, plan_batch
 from ds_gpt2.config import Settings
 from ds_gpt2.deepspeed_file import load_deepspeed_file
@@ -28,12 +42,19 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     Args:
         prepare: called once DeepSpeed may be imported, before anything is built.
     """
+    terminal.make_safe()
+    terminal.ignore_failures()
     die_silently()
+    try:
+        launch_environment.adopt()
+    except UserError as error:  # which rank this is cannot be known
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return outcome.MISTAKE
     try:
         options, extra = parser().parse_known_args(arguments)
         if options.config is None:
             raise UserError("which run? give --config YAML, for example ds_configs/quickstart.yaml")
-        settings = config.load_settings(Path(options.config), _overrides(options, extra))
+        settings = run_location.load(Path(options.config), _overrides(options, extra))
         if options.print_config:
             if dist.is_main():
                 print(config.dump_settings(settings), end="")
@@ -116,6 +137,7 @@ def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], 
         trackers.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    preflight.check_start(settings, plan, options.resume)
     place = device.choose(settings.run.device)
     compiled = compilation.decide(settings.run.compile, place)
     compilation.set_up(compiled)

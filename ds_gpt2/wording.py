@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -34,6 +35,21 @@ def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
     return "\n".join(
         indent + "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines
     )
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """``1`` as ``1 rank``, ``2000`` as ``2,000 ranks``.
+
+    Args:
+        plural: where it is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def done_share(step: int, steps: int, digits: int = 1) -> str:
+    """How far a run is, in percent, rounded down: 100% only when every step is done."""
+    scale = 10**digits
+    return f"{min(1.0, math.floor(100 * scale * step / steps) / (100 * scale)):.{digits}%}"
 
 
 def size(count: int) -> str:

@@ -62,12 +62,16 @@ def main(config: Path, out: Path) -> None:
         model = GPT2(ModelShape(2, 2, 32, 64))
         return Engine(model, deepspeed_file.complete(content, settings, plan, count_parameters(model)), 0.1)
 
+    norm_errors: list[float] = []
+
     def steps(trained: Engine, count: int) -> list[tuple[float, float]]:
         seen = []
         for step in range(1, count + 1):
             loss = trained.accumulate(data.micro_batches(step))
+            exact = _exact_norm(trained)
             update = trained.apply(LR)
             assert update.applied
+            norm_errors.append(abs(update.grad_norm / exact - 1))
             seen.append((float(dist.sum_over_ranks(loss)) / dist.world_size(), update.grad_norm))
         return seen
 
@@ -78,6 +82,7 @@ def main(config: Path, out: Path) -> None:
     norms = _count_norms()
     found["steps"] = steps(engine, 4)
     found["norms"] = len(norms)
+    found["norm_error"] = max(norm_errors)
     found["dropped"] = _dropped(engine, data)
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
     found["bad"] = inject(engine, data, count=25, seed=dist.world_size())
@@ -92,6 +97,12 @@ def main(config: Path, out: Path) -> None:
         out.write_text(json.dumps(found))
     engine.close()
     close_process_group()
+
+
+def _exact_norm(trained: Engine) -> float:
+    """Of all ranks' gradients, every square in fp64."""
+    total = torch.stack([part.double().square().sum() for part in trained.gradients().values()]).sum()
+    return float(dist.sum_over_ranks(total).sqrt())
 
 
 def _count_norms() -> list[object]:

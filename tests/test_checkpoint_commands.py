@@ -19,7 +19,7 @@ import torch
 import yaml
 from launched import PROJECT
 
-from ds_gpt2 import cli, outcome
+from ds_gpt2 import cli, outcome, run_location
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint import manifest as manifest_module
 from ds_gpt2.checkpoint.disk import Disk
@@ -65,7 +65,7 @@ def size_of(path: Path) -> int:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project directory that the commands take for theirs."""
-    for module in (checkpoints, runs, train):
+    for module in (checkpoints, run_location, runs, train):
         monkeypatch.setattr(module, "PROJECT_DIR", tmp_path / "project")
     (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path / "project"
@@ -277,10 +277,12 @@ def test_mistakes_are_one_line(run_with: Callable[..., Path], command: Command) 
         outcome.MISTAKE,
         f"error: no run nothing: known in {checkpoints.PROJECT_DIR}/runs are test\n",
     )
-    assert command("list", "test")[:2] == (
-        outcome.DONE,
-        f"no checkpoints in {checkpoints.PROJECT_DIR}/checkpoints/test\n",
+    assert command("list", "test") == (
+        outcome.MISTAKE,
+        "",
+        f"error: no checkpoints in {checkpoints.PROJECT_DIR}/checkpoints/test\n",
     )
+    assert command("list", "test", "--json")[:2] == (outcome.MISTAKE, "[]\n")
     code, _, err = command("verify", "test")
     assert code == outcome.MISTAKE and err.startswith("error: no checkpoints in ") and err.count("\n") == 1
 

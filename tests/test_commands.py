@@ -15,7 +15,7 @@ from test_train import Run
 
 from ds_gpt2 import cli, outcome
 from ds_gpt2.batch import plan_batch
-from ds_gpt2.commands import quickstart
+from ds_gpt2.commands import prepare, quickstart
 from ds_gpt2.config import known_keys, load_settings
 from ds_gpt2.data.dataset import open_dataset
 
@@ -32,6 +32,28 @@ def test_prepare_text_makes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_prepare_text_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "text", str(tmp_path / "gone.txt")]) == outcome.MISTAKE
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
+
+
+def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "PROJECT_DIR", tmp_path)
+    for name in ("my corpus.txt", "essays/a.txt", "sample.txt", "x.jsonl.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("A line of text.\n" * 5000)
+    monkeypatch.chdir(tmp_path / "essays")
+    for words in (["my corpus.txt"], ["essays"], ["sample.txt"], ["x.jsonl.txt", "essays"]):
+        assert cli.main(["prepare", "text", *(str(tmp_path / word) for word in words)]) == outcome.DONE
+    assert cli.main(["prepare", "text", "."]) == outcome.MISTAKE  # it is essays again
+    names = ["essays", "my-corpus", "sample-text", "x.jsonl-and-1-more"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == names
+
+
+def test_prepare_text_tells_what_was_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"text": "some <|endoftext|> words"}', "{}", '{"text": "more words"}', '{"text": "and more"}']
+    (tmp_path / "a.ndjson").write_text("\n".join(lines))
+    assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == outcome.DONE
+    said = capsys.readouterr().out
+    assert "skipped: 1 documents that are damaged or have no text" in said
+    assert "<|endoftext|> stands in the text 1 times and is read as ordinary characters: see --separator" in said
 
 
 def test_prepare_sample_twice_keeps_the_first(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_gpt2.config import PROJECT_DIR, dump_settings, known_keys, load_settings, parse_overrides
+from ds_gpt2.config import PROJECT_DIR, dump_settings, flat, known_keys, load_settings, parse_overrides
 from ds_gpt2.errors import UserError
 
 CONFIGS = sorted((PROJECT_DIR / "ds_configs").glob("*.yaml"))
@@ -70,20 +70,33 @@ def test_settings_are_frozen() -> None:
         ("schedule.max_Lr=4", r"did you mean schedule\.max_lr\?"),
         ("bathc.micro_batch=4", r"unknown setting bathc: .*batch"),
         ("zzzzz=4", "unknown setting zzzzz"),
-        ("batch.micro_batch=four", r"batch\.micro_batch='four': input should be a valid integer"),
-        ("batch.micro_batch=2.5", r"batch\.micro_batch=2\.5: input should be a valid integer"),
-        ("batch.micro_batch=true", r"batch\.micro_batch=True: input should be a valid integer"),
+        ("batch.micro_batch=four", r"batch\.micro_batch=four: must be a whole number"),
+        ("batch.micro_batch=2.5", r"batch\.micro_batch=2\.5: must be a whole number"),
+        ("batch.micro_batch=true", r"batch\.micro_batch=true: must be a whole number"),
         ("batch.micro_batch=0", r"batch\.micro_batch=0: input should be greater than 0"),
         ("batch.tokens_per_step=-5", r"batch\.tokens_per_step=-5"),
         ("model.preset=125M", r"model\.preset is '125M': known are 7M, 30M, 124M"),
         ("model.dropout=1.5", r"model\.dropout=1\.5"),
         ("schedule.min_lr=1", r"schedule\.min_lr 1\.0 is above schedule\.max_lr"),
         ("schedule.steps=715", r"warmup_steps 715 must be below schedule\.steps 715"),
-        ("run.name=../x", r"run\.name must be letters"),
-        ("run.name=a/b", r"run\.name must be letters"),
-        ("run.name=", r"run\.name=None: input should be a valid string"),
-        ("run.device=tpu", r"run\.device='tpu': input should be 'auto', 'cuda' or 'cpu'"),
-        ("optimizer.betas=[0.9]", r"optimizer\.betas\.1 is not set"),
+        ("run.name=../x", r"run\.name=\.\./x: must be letters"),
+        ("run.name=a/b", r"run\.name=a/b: must be letters"),
+        ("run.name=", r"run\.name='': must be letters"),
+        ("run.device=tpu", r"run\.device=tpu: input should be 'auto', 'cuda' or 'cpu'"),
+        ("optimizer.betas=[0.9]", r"optimizer\.betas has too few values"),
+        ("schedule.steps=010", r"schedule\.steps=010: must be a whole number"),
+        ("schedule.steps=2:30", r"schedule\.steps=2:30: must be a whole number"),
+        ("schedule.steps=0x10", r"schedule\.steps=0x10: must be a whole number"),
+        ("schedule.max_lr=nan", r"schedule\.max_lr=nan: must be a number"),
+        ("schedule.max_lr=.inf", r"schedule\.max_lr=\.inf: must be a number"),
+        ("schedule.max_lr=1e999", r"schedule\.max_lr=1e999: input should be a finite number"),
+        ("supervisor.hang_factor=1:30", r"supervisor\.hang_factor=1:30: must be a number"),
+        ("run.deterministic=2", r"run\.deterministic=2: input should be a valid boolean"),
+        ("checkpoint.dir=$NOT_SET_ANYWHERE/ck", r"checkpoint\.dir=.*variable \$NOT_SET_ANYWHERE is not set"),
+        ("data.dir=${NOT_SET_ANYWHERE}", r"data\.dir=.*variable \$\{NOT_SET_ANYWHERE\} is not set"),
+        ("checkpoint.dir=~nobody-by-this-name/ck", r"checkpoint\.dir=~nobody-by-this-name/ck: "),
+        ("checkpoint.dir=", r"checkpoint\.dir is an empty path"),
+        ("samples.prompts=" + "[" * 3000, "not valid YAML"),
         ("run=5", "run="),
         ("samples.prompts=[", "not valid YAML"),
     ],
@@ -92,6 +105,65 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_settings(MISSION, parse_overrides([override]))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("guards.spike=off", "off"),
+        ("run.compile=off", False),
+        ("run.compile=auto", "auto"),
+        ("run.deterministic=yes", True),
+        ("run.name=123", "123"),
+        ("run.name=2026-11-29", "2026-11-29"),
+        ("run.name=off", "off"),
+        ("schedule.steps=1_000", 1000),
+        ("schedule.max_lr=1", 1.0),
+        ("checkpoint.keep_epochs=3", 3),
+        ("checkpoint.keep_epochs=all", "all"),
+        ("checkpoint.backup.to=null", None),
+        ("monitor.dir=", None),
+        ("alerts.command=echo 'a: b' | mail me", "echo 'a: b' | mail me"),
+        ('alerts.command="echo: a"', "echo: a"),
+        ("samples.prompts=[1, off, 'null']", ("1", "off", "null")),
+    ],
+)
+def test_the_type_of_a_setting_decides_what_its_text_means(override: str, value: object, tmp_path: Path) -> None:
+    typed = load_settings(MISSION, parse_overrides([override]))
+    key = override.partition("=")[0]
+    assert flat(typed.model_dump())[key] == value
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump_settings(typed), encoding="utf-8")
+    assert load_settings(stored) == typed
+
+
+def test_the_word_off_in_a_file_turns_a_guard_off(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {preset: 7M}\ndata: {dir: x}\nschedule: {steps: 800}\nguards: {spike: off}\nvalidation:\n", "utf-8"
+    )
+    settings = load_settings(tmp_path / "run.yaml")
+    assert settings.guards.spike == "off"
+    assert settings.validation.every == 250  # an empty section has the defaults
+
+
+def test_variables_and_the_home_directory_are_expanded_in_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    settings = load_settings(MISSION, {"checkpoint.dir": "$SCRATCH/ck", "data.dir": "~/data"})
+    assert settings.checkpoint.dir == tmp_path / "scratch" / "ck"
+    assert settings.data.dir == tmp_path / "home" / "data"
+    copies = load_settings(MISSION, {"checkpoint.backup.to": "${SCRATCH}/copies"}).checkpoint.backup.to
+    assert copies == str(tmp_path / "scratch" / "copies")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: \xe9\n", bytes(2_000_000), b"\x80PK\x03\x04"])
+def test_what_is_no_settings_file_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"not a settings file|not UTF-8") as refused:
+        load_settings(tmp_path / "model.safetensors")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_shape_must_be_whole_and_divisible() -> None:
@@ -106,6 +178,12 @@ def test_a_shape_must_be_whole_and_divisible() -> None:
     [
         ("run: [", "not valid YAML"),
         ("- 1", "must be a mapping"),
+        (
+            "schedule: {steps: 800}\nmodel: {preset: 7M}\nschedule: {steps: 900}\n",
+            "'schedule' appears twice, in lines 1 and 3",
+        ),
+        ("schedule: {steps: 800, steps: 900}\n", "'steps' appears twice"),
+        ("model: {preset: 7M}\ndata: {dir: x}\nschedule: {steps: 010}\n", "steps=010: must be a whole number"),
         ("", "must be a mapping"),
         ("run: 5\n", "run=5"),
         ("!!python/object/apply:os.system ['touch owned']", "not valid YAML"),
@@ -126,7 +204,7 @@ def test_a_bad_file_is_one_clear_line(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no config file .*nowhere\.yaml"):
+    with pytest.raises(UserError, match=r"config not found: .*nowhere\.yaml"):
         load_settings(tmp_path / "nowhere.yaml")
 
 

@@ -84,13 +84,13 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, changes: dict[str, Any], me
         load_deepspeed_file(_with(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "{'a': 1}"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{'a': 1}", '{"bf16": {}, "bf16": {}}', "[" * 100_000])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(content)
     with pytest.raises(UserError, match=str(path)):
         load_deepspeed_file(path)
-    with pytest.raises(UserError, match="no DeepSpeed file"):
+    with pytest.raises(UserError, match="DeepSpeed file not found"):
         load_deepspeed_file(tmp_path / "nowhere.json")
 
 

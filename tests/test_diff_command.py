@@ -45,12 +45,14 @@ def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert found["runs"] == ["one", "other"]
     assert found["settings"] == {"batch.tokens_per_step": [640, 1280]}
-    assert [each["tokens"] for each in found["losses"]] == [32_000 * number for number in range(1, 9)]
+    each_tenth = 10 * 1280  # where the second was validated; so was the first, twenty steps apart
+    points = [each["tokens"] for each in found["losses"]]
+    assert len(points) == 8 and points[-1] == 256_000 and all(point % each_tenth == 0 for point in points)
     for each in found["losses"]:
-        assert each["validation"]["b"] - each["validation"]["a"] == pytest.approx(0.25, abs=0.02)
-        assert each["validation"]["a"] == pytest.approx(11 - math.log10(each["tokens"]), abs=0.02)
+        assert each["validation"]["a"] == 11 - math.log10(each["tokens"])
+        assert each["validation"]["b"] == 11.25 - math.log10(each["tokens"])
     last = found["losses"][-1]
-    assert last["training"]["b"] - last["training"]["a"] == pytest.approx(0.25, abs=0.05)
+    assert last["training"]["b"] - last["training"]["a"] == pytest.approx(0.25, abs=0.06)
     assert found["ends"]["steps"] == {"a": 400, "b": 400}
     assert found["ends"]["val/loss, lowest"]["b"] == pytest.approx(11.25 - math.log10(512_000))
 
@@ -65,7 +67,18 @@ def test_a_person_reads_a_table(make: Made, capsys: pytest.CaptureFixture[str]) 
     (row,) = [line.split() for line in lines if line.startswith("64,000")]
     assert row[-3:] == [f"{11 - math.log10(64_000):.4f}", f"{10.5 - math.log10(64_000):.4f}", "-0.5000"]
     assert "steps 400 100 -300" in lines
-    assert "perf/tokens_per_s 5,000 5,000 +0" in lines
+    assert "perf/tokens_per_s, median of last 50 steps 5,000 5,000 +0" in lines
+
+
+def test_a_validation_loss_is_shown_where_it_was_measured_only(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first is validated each 6,400 tokens, the second each 7,040: never at the same."""
+    one, other = make("one", 100, 640, 0.0), make("other", 90, 704, 0.0)
+    main(["diff", one, other, "--json"])
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert [each["tokens"] for each in losses] == [63_360 * number // 8 for number in range(1, 9)]
+    measured = {side: {each["tokens"] for each in losses if each["validation"][side]} for side in "ab"}
+    assert measured == {"a": set(), "b": {63_360}}
+    assert all(each["training"][side] for each in losses for side in "ab")
 
 
 def test_the_same_settings_are_said_to_be(make: Made, capsys: pytest.CaptureFixture[str]) -> None:

@@ -513,7 +513,7 @@ def test_no_data_is_one_row(settings: Settings, tmp_path: Path) -> None:
     gone = changed(settings, data={"dir": tmp_path / "gone"})
     rows = [row for check in checks(gone, "cpu", 2) if check.group == "data" for row in examine(check)]
     assert [(row.name, row.status) for row in rows] == [("data", "fail"), ("HellaSwag", "ok")]
-    assert "prepare sample" in rows[0].found
+    assert f"prepare text FILE... --out {tmp_path}" in rows[0].found
 
 
 def test_hellaswag(tmp_path: Path) -> None:

@@ -363,12 +363,22 @@ def test_mistakes_in_what_is_asked_for(
     assert said in _refused(capsys, "generate", exported[1], *words)
 
 
-def test_weights_that_are_not_finite_are_told(
+def test_weights_that_are_not_finite_are_refused_by_name(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     spoiled = Path(shutil.copytree(exported[1], tmp_path / "spoiled"))
     found = read(spoiled)
     found.weights["ln_f.weight"][0] = float("nan")
+    export.huggingface.write_weights(found.weights, spoiled / "model.safetensors", torch.float32)
+    assert f"{spoiled}: ln_f.weight has values that are Inf or NaN" in _refused(capsys, "generate", spoiled)
+
+
+def test_scores_that_overflow_are_reported(
+    exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spoiled = Path(shutil.copytree(exported[1], tmp_path / "spoiled"))
+    found = read(spoiled)
+    found.weights["ln_f.weight"].fill_(3e38)
     export.huggingface.write_weights(found.weights, spoiled / "model.safetensors", torch.float32)
     assert "scores are not finite" in _refused(capsys, "generate", spoiled)
 
@@ -376,5 +386,5 @@ def test_weights_that_are_not_finite_are_told(
 def test_a_vocabulary_that_is_not_gpt2s(exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = Path(shutil.copytree(exported[1], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY + 1}))
-    assert "a vocabulary of 50,258 tokens" in _refused(capsys, "generate", other)
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY - 1}))
+    assert "vocab_size is 50,256; GPT-2's vocabulary has 50,257 tokens" in _refused(capsys, "generate", other)

@@ -188,7 +188,7 @@ def test_a_taken_port_is_named_with_a_free_one(
         (["batch.micro_batch=5"], r"cannot be divided .* set batch\.micro_batch=4, or batch\.tokens_per_step=\d+"),
         (["model.preset=7B"], r"model\.preset is '7B': known are 7M"),
         (["batch.micro_batc=5"], r"did you mean batch\.micro_batch\?"),
-        (["deepspeed=/nowhere.json"], "no DeepSpeed file /nowhere.json"),
+        (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
         (["run.device=cuda"], r"run\.device is cuda, but PyTorch .* sees no GPU"),
         (["nonsense"], "not of the form key=value"),
     ],

@@ -91,11 +91,11 @@ class Parts:
     def flush(self, durable: bool = False) -> None: ...
     def mark(self, phase: str) -> None: ...
     def begin(self) -> None: ...
-    def end(self) -> dict[str, float]:
+    def end(self, step: int) -> dict[str, float]:
         return {"perf/step_ms": 1.0}
 
-    def eta(self, steps_left: int) -> float:
-        return float(steps_left)
+    def eta(self, step: int, steps: int) -> float:
+        return float(steps - step)
 
     def show(self, step: int, seen: dict[str, Any], eta: float) -> None: ...
 

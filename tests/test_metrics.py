@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_gpt2.metrics import first_start, forget_after, read_metrics, trained_seconds
+from ds_gpt2.metrics import first_start, forget_after, planned_steps, read_metrics, read_starts, started_from
+from ds_gpt2.pace import timed_of
 
 DAMAGED = ['{"step": 3, "x"', "[1]", '{"step": "3"}', "\0\0\0", "", '{"x": 1}', "\udcff"]
 
@@ -28,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 def test_damaged_lines_are_passed_over(file: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3, 4]
     assert list(read_metrics(tmp_path / "nothing")) == []
-    assert trained_seconds(file) == pytest.approx(0.3)
+    assert sum(timed.train for timed in timed_of(read_metrics(file))) == pytest.approx(0.3)
 
 
 def test_what_comes_after_a_step_is_forgotten(file: Path, tmp_path: Path) -> None:
@@ -45,6 +46,15 @@ def test_the_first_start_is_when_the_run_began(tmp_path: Path) -> None:
     assert first_start(starts) == 1767225600
     starts.write_text("{")
     assert first_start(starts) is None
+
+
+def test_the_starts_say_from_where_and_how_far(tmp_path: Path) -> None:
+    file = tmp_path / "starts.jsonl"
+    assert (read_starts(file), planned_steps([])) == ([], None)
+    file.write_text('{"from_step": 0}\n[1]\n{"from_step": 250, "steps": 1000}\n{"from_step": 2')
+    assert started_from(read_starts(file)) == [0, 250]
+    assert planned_steps(read_starts(file)) == 1000
+    assert planned_steps(read_starts(file)[:1]) is None  # of an earlier version
 
 
 def test_records_wait_for_room_on_the_disk_and_a_half_written_line_is_taken_back(tmp_path: Path) -> None:

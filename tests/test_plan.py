@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,16 +29,17 @@ from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.housekeeping import policies
 from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.retention import Kept, to_delete
+from ds_gpt2.cli import main
 from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
 from ds_gpt2.config import CheckpointSettings, load_settings
-from ds_gpt2.planning import fit, memory
+from ds_gpt2.pace import Range
+from ds_gpt2.planning import fit, memory, trial
 from ds_gpt2.planning.course import Course, due
 from ds_gpt2.planning.disk import Count, Logs, Store, simulate
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Save
 from ds_gpt2.planning.trial_rank import RankMemory
-from ds_gpt2.report.summary import Range
 from ds_gpt2.schedule import Every
 
 RANKS, STEPS = 2, 24
@@ -169,7 +171,7 @@ def test_arithmetic_alone_starts_nothing(config: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
-    far = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--json"]
+    far = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--disk-free-gb", 1000, "--json"]
     large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
     batch = ["batch.micro_batch=16", "batch.tokens_per_step=524288", "batch.sequence_length=1024"]
     done = run(command(config, *far, *large, *batch))
@@ -191,13 +193,80 @@ def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
         (["--watts", "-3"], "error: --watts -3: give a number above 0"),
         (["--steps", "3"], "error: --steps 3: give 10 at least"),
         (["batch.micro_batch=3"], "error: "),
-        (["data.dir=nowhere"], "error: "),
+        (["--disk-free-gb", "0"], "error: --disk-free-gb 0: give a number above 0"),
     ],
 )
 def test_a_mistake_is_one_line(config: Path, words: list[str], line: str) -> None:
     done = run(command(config, *words))
     assert done.code == outcome.MISTAKE and len(done.output.splitlines()) == 1
     assert done.output.startswith(line)
+
+
+def _plan(config: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """The exit code of a plan made in this process, what it prints, and its errors."""
+    code = main(["plan", str(config), *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+FAR = ("--tflops", 989, "--gpu-memory-gb", 80, "--num_gpus", 1)
+
+
+@pytest.mark.parametrize("far", [(), FAR])
+def test_steps_and_sizes_are_known_before_the_data_is_there(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], far: tuple[object, ...]
+) -> None:
+    """No rank is started without data; only the epochs are not known."""
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "nowhere", tmp_path / "empty"):
+        code, out, err = _plan(config, capsys, *far, "--json", f"data.dir={place}")
+        found = json.loads(out)
+        figures = {name: each["value"] for name, each in found["figures"].items()}
+        assert (code, err, found["fits"]) == (outcome.DONE, "", True)
+        assert (figures["steps"], figures["tokens"], figures["epochs"]) == (STEPS, STEPS * 1024, None)
+        assert figures["checkpoints_most_bytes"] > 2 * figures["checkpoint_bytes"] > 0
+        assert (figures.get("run_seconds") is not None) is bool(far)
+    code, out, _ = _plan(config, capsys, *far, f"data.dir={tmp_path / 'nowhere'}")
+    assert f"{tmp_path / 'nowhere'} does not exist" in "".join(out.split("\n")).replace(" " * plan._TEXT, " ")
+    assert not list(config.parent.glob("**/.plan-*"))
+
+
+def test_steps_that_follow_from_epochs_are_not_known_before_the_data_is_there(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*FAR, f"data.dir={tmp_path / 'nowhere'}", "schedule.steps=null", "schedule.epochs=5")
+    code, out, err = _plan(config, capsys, *words)
+    assert (code, err) == (outcome.DONE, "")
+    assert re.search(r"not known +steps +not known: schedule.epochs=5 of data that is not there yet", out)
+    assert re.search(r"estimated +a step ", out) and re.search(r"predicted +a checkpoint ", out)
+    code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.01)
+    assert code == outcome.MISTAKE and err.startswith("error: disk: the run takes at least ")
+
+
+def test_data_that_is_there_and_damaged_is_a_mistake(
+    config: Path, tmp_path: Path, dataset_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(dataset_dir, tmp_path / "data")
+    next(data.glob("*train*.bin")).unlink()
+    code, out, err = _plan(config, capsys, "--quick", f"data.dir={data}")
+    assert (code, out) == (outcome.MISTAKE, "") and err.startswith("error: ")
+
+
+def test_a_disk_that_is_too_small_is_a_mistake_for_other_gpus_too(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of so many epochs, each of which is kept, and one rank."""
+    words = (*FAR, "schedule.steps=40000", "checkpoint.every=20000")
+    code, out, err = _plan(config, capsys, *words, "--disk-free-gb", 10_000)
+    assert (code, err) == (outcome.DONE, "")
+    assert re.search(
+        r"40,000: 40.96 M tokens, [1-9]\d\d epochs of [\d,]+ windows: the model will memorize", " ".join(out.split())
+    )
+    assert "plan of test: 1 rank on GPUs" in out and "x 1 rank\n" in out and "1 ranks" not in out
+    code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.5)
+    assert code == outcome.MISTAKE
+    assert err.startswith("error: disk: the run takes up to ") and "there are 500.0 MB" in err
+    assert "--disk-free-gb" not in err and len(err.splitlines()) == 1
 
 
 def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, write_config: Callable[..., Path]) -> None:
@@ -299,6 +368,19 @@ def test_the_time_of_a_run_is_the_sum_of_its_parts() -> None:
 def test_logs_grow_with_steps_and_occasions() -> None:
     logs = Logs(start=1000, step=10, occasion={"samples": 200})
     assert logs.total(50, {"samples": 3, "validation": 7}) == 1000 + 500 + 600
+
+
+def test_only_what_dead_plans_have_left_is_removed(tmp_path: Path) -> None:
+    """The directory may be shared: a process number of another machine means nothing here."""
+    me, here = psutil.Process(), trial._host()
+    alive = f".plan-{me.pid}-{int(me.create_time())}-{here}-x"
+    dead, foreign, old = f".plan-{me.pid}-1000-{here}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
+    for name in (alive, dead, foreign, old, "other"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+    os.utime(tmp_path / old, (time.time() - 90_000,) * 2)
+    with trial._folder(tmp_path / "checkpoints") as folder:
+        assert folder.is_dir() and not trial._is_abandoned(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {alive, foreign, "other"}
 
 
 def test_what_is_on_the_disk_counts_once(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from ds_gpt2.metrics import TIME
+from ds_gpt2.pace import Range
 from ds_gpt2.report import page
 from ds_gpt2.report.charts import Chart, charts_of, views_of
 from ds_gpt2.report.page import Part, render
 from ds_gpt2.report.records import EMPTY, Curve, mean_per_step, read_records, smoothed, thinned
 from ds_gpt2.report.run import load_run
-from ds_gpt2.report.summary import Prices, Range, summarize
+from ds_gpt2.report.summary import Prices, summarize
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0
@@ -137,7 +138,10 @@ def test_a_short_curve_is_not_thinned() -> None:
 def test_smoothing_leaves_out_what_is_not_finite() -> None:
     curve = Curve(np.arange(1, 6), np.array([1.0, np.nan, 3.0, 5.0, np.nan]))
     np.testing.assert_array_equal(smoothed(curve, 2).values, [1.0, 1.0, 3.0, 4.0, 5.0])
-    assert Curve(np.arange(40), np.array([*[9.0] * 38, 1.0, np.nan])).recent() == 1.0
+    assert (
+        Curve(np.arange(60), np.array([*[9.0] * 35, *[1.0] * 24, np.nan])).recent() == 9.0
+    )  # 25 and 24 of the last 49
+    assert Curve(np.arange(60), np.array([*[9.0] * 33, *[1.0] * 26, np.nan])).recent() == 1.0
     assert np.isnan(smoothed(Curve(np.array([1]), np.array([np.nan]))).values).all()
 
 
@@ -207,13 +211,13 @@ def test_the_figures_are_those_of_the_files(write: Write) -> None:
     summary = summarize(load_run(write(records)), NOW + 60)
     assert (summary.state, summary.step, summary.steps, summary.last_record_age_seconds) == ("running", 40, 100, 60.0)
     assert (summary.val_loss, summary.best_val_loss, summary.best_val_step) == (3.25, 3.0, 30)
-    assert summary.loss == pytest.approx((10 / 39 + 10 / 40) / 2)  # of 40 steps the newest two
+    assert summary.loss == pytest.approx(10 / 20)  # the median of all but step 21
     assert (summary.not_finite_losses, summary.goodput, summary.tokens) == (1, 0.9, 40960.0)
     assert summary.seconds_per_step == Range(2.0, 2.0, 2.0)
     assert summary.seconds_left == Range(120.0, 120.0, 120.0)
     assert summary.finish == NOW + 180
-    assert page.sentence(summary).startswith("Running: step 40 of 100 (40.0%), last record 1m ago. Loss 0.253, ")
-    assert "validation 3.250 (best 3.000 at step 30)" in page.sentence(summary)
+    assert page.sentence(summary).startswith("Running: step 40 of 100 (40.0%), last record 1m ago. Loss 0.5000 (")
+    assert "(median of last 50 steps), validation 3.2500 (best 3.0000 at step 30)" in page.sentence(summary)
 
 
 STOPPED = "2027-01-15 08:00:00 stopped on request at step 40 of 100; checkpoint x"
@@ -250,20 +254,19 @@ def test_lost_time_is_what_lies_between_two_starts_that_count(write: Write) -> N
     run = load_run(write(records, [start(NOW - 90, 0), gone, start(NOW - 50, 20)]))
     assert [each.lost_seconds for each in run.starts] == [None, None, HOUR]
     summary = summarize(run, NOW + HOUR)
-    assert (summary.restarts, summary.lost_seconds) == (2, HOUR)
+    assert (summary.restarts, summary.resumes, summary.lost_seconds) == (0, 2, HOUR)  # nothing tells who made them
     assert summary.seconds_per_step == Range(2.0, 2.0, 2.0)  # the hour is no step's
 
 
 def test_the_range_is_that_of_the_newest_windows(write: Write) -> None:
-    seconds = [float(1 + step // 10) for step in range(200)]  # 20 windows of 10 steps, of 1 to 20 s a step
-    times = NOW - 2e6 + np.cumsum([0.0, *seconds])
-    run = load_run(write([record(step + 1, time=at) for step, at in enumerate(times)]))
-    pace = summarize(run, NOW).seconds_per_step
-    assert pace == Range(10.5, pytest.approx(2.9), pytest.approx(18.1))  # numpy's linear percentiles of 1 to 20
+    """Eight stretches of a thousand steps."""
+    records = [record(step, **{"perf/step_ms": 1000.0 * (1 + (step - 2) // 125)}) for step in range(1, 1002)]
+    pace = summarize(load_run(write(records, [start(NOW - 9e4, 0)])), NOW).seconds_per_step
+    assert pace == Range(4.5, pytest.approx(1.7), pytest.approx(7.3))  # numpy's linear percentiles of 1 to 8
 
 
 def test_costs_by_hand(write: Write) -> None:
-    records = [record(step, time=NOW - 3600 * (40 - step)) for step in range(1, 41)]  # an hour a step, 60 left
+    records = [record(step, **{"perf/step_ms": 3.6e6}) for step in range(1, 41)]  # an hour a step, 60 left
     directory = write(records)
     assert summarize(load_run(directory), NOW).cost is None
     cost = summarize(load_run(directory), NOW, Prices(watts=2000, per_kwh=0.25, per_hour=8)).cost
@@ -291,7 +294,8 @@ def test_a_window_has_its_own_figures(write: Write) -> None:
     since = summarize(load_run(directory), NOW, since_seconds=19).since  # steps 31 to 40
     assert since is not None
     assert (since.steps, since.starts) == (10, 1)
-    assert since.loss_before == pytest.approx((10 / 29 + 10 / 30) / 2)
+    assert since.loss_before == pytest.approx((10 / 15 + 10 / 16) / 2)
+    assert since.loss_now == summarize(load_run(directory), NOW).loss == pytest.approx((10 / 20 + 10 / 21) / 2)
     assert (since.best_val_loss, since.best_val_step) == (4.0, 36)
     assert (since.worst_grad_norm, since.worst_grad_norm_step) == (99.0, 34)
     nothing = summarize(load_run(directory), NOW + 9999, since_seconds=60).since
@@ -394,8 +398,59 @@ def test_several_runs_lie_over_each_other(write: Write) -> None:
     assert loss["first"]["line"]["color"] == loss["first: validation"]["line"]["color"]
     assert loss["first"]["line"]["color"] != loss["second"]["line"]["color"]
     assert "firstsecond" in found.text  # the head of the table
-    assert "best validation loss3.000 at step 12.000 at step 1" in found.text
+    assert "best validation loss3.0000 at step 12.0000 at step 1" in found.text
     assert "ms a step, by phase: second" in found.text
+
+
+def test_what_is_not_configured_is_not_announced(write: Write) -> None:
+    """No "no data yet" for what the run will never have."""
+    directory = write([record(step) for step in range(1, 41)])
+    config = directory / "config.yaml"
+    assert "HellaSwag" not in shown(directory).text.replace("hellaswag", "")
+    assert "What it writes" in shown(directory).text
+    text = config.read_text()
+    config.write_text(text.replace("samples: {", "samples: {every: 0, "))
+    found = shown(directory)
+    assert "What it writes" not in found.text and "Notes" not in found.text
+    config.write_text(text + "hellaswag: {every: 10}\n")
+    assert "HellaSwagno data yet" in "".join(shown(directory).text.split("\n"))
+    config.write_text(text)
+    other = write([record(step, **{"hellaswag/acc_norm": 0.3}) for step in range(1, 41)], name="other")
+    assert "HellaSwag" in shown(directory, other).text  # one of them has it
+
+
+def journal(directory: Path, *events: tuple[str, float, int, dict[str, Any]]) -> None:
+    lines = [
+        {"time": NOW - ago, "kind": kind, "step": step, "text": f"{kind} at {step}", "facts": facts}
+        for kind, ago, step, facts in events
+    ]
+    (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_restarts_and_lost_time_are_those_of_the_journal(write: Write) -> None:
+    """A crash that the supervisor got around, and a pause that somebody wanted."""
+    directory = write(
+        [record(step) for step in range(1, 41)],
+        [start(NOW - ago, step) for ago, step in ((900, 0), (700, 10), (100, 20))],
+    )
+    journal(
+        directory,
+        ("launch", 910, 0, {"restart": False}), ("start", 900, 0, {}), ("save", 850, 10, {"taken": NOW - 850}),
+        ("crash", 800, 12, {}), ("restart", 790, 12, {}),
+        ("launch", 780, 12, {"restart": True}), ("start", 700, 10, {}),
+        ("save", 600, 20, {"taken": NOW - 600}), ("stop", 599, 20, {}),
+        ("launch", 110, 20, {"restart": False}), ("start", 100, 20, {}),
+    )  # fmt: skip
+    run = load_run(directory)
+    summary = summarize(run, NOW)
+    assert (summary.restarts, summary.resumes) == (1, 1)
+    assert summary.lost_seconds == pytest.approx(150)
+    assert [each.restart for each in run.starts] == [False, True, False]
+    assert [each.lost_seconds for each in run.starts] == [None, pytest.approx(150), None]
+    found = "".join(shown(directory).text.split("\n"))
+    assert "restarts by the supervisor1" in found and "resumes by hand1" in found and "time lost2m 30s" in found
+    assert "crash at 12" in found
+    assert "save at 20" not in found and "launch at 20" not in found  # nothing that has gone wrong
 
 
 def test_a_run_without_records_says_so(write: Write) -> None:

@@ -1,3 +1,7 @@
+import math
+
+import pytest
+
 from ds_gpt2.state import TrainState
 
 
@@ -62,3 +66,23 @@ def test_updates_skipped_in_a_row_are_counted() -> None:
     for applied in (False, True, False, False):
         state.advance(10, applied=applied, windows=b"")
     assert (state.skipped_in_row, state.skipped_steps, state.updates) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(bad: float) -> None:
+    state = TrainState(step=5)
+    state.validated(bad)
+    assert (state.val_loss, state.best_val_loss, state.best_step) == (None, None, None)
+    state.validated(2.0)
+    state.step = 6
+    state.validated(bad)
+    assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (2.0, 5, 2.0, 5)
+
+
+def test_a_run_whose_best_is_nan_recovers_at_the_next_finite_loss() -> None:
+    """As a checkpoint of an earlier version may say."""
+    saved = {"step": 5, "val_loss": math.nan, "val_step": 5, "best_val_loss": math.nan, "best_step": 5}
+    state = TrainState.from_dict(saved)
+    assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (None, None, None, None)
+    state.validated(7.0)
+    assert (state.best_val_loss, state.best_step) == (7.0, 5)

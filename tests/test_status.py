@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -32,9 +33,9 @@ from ds_gpt2.config import load_settings
 from ds_gpt2.heartbeat import Heartbeat, Phase, read_beat
 from ds_gpt2.metrics import read_metrics
 from ds_gpt2.reference import REFERENCE_CURVE
-from ds_gpt2.status import figures, room, tail
+from ds_gpt2.status import figures, history, room, tail
 from ds_gpt2.status.figures import Status
-from ds_gpt2.status.progress import pace_of, reference_loss, steps_of
+from ds_gpt2.status.progress import reference_loss, steps_of
 from ds_gpt2.status.room import Course
 from ds_gpt2.status.screen import WIDTH, line, screen
 from ds_gpt2.supervised import Supervised
@@ -72,16 +73,23 @@ class Files:
         text = "".join(json.dumps(record) + "\n" for record in records)
         (self.run_dir / "metrics.jsonl").write_text(text, encoding="utf-8")
 
-    def note(self, kind: str, ago: float, step: int | None = None, text: str = "as it was") -> None:
-        event = {"time": NOW - ago, "kind": kind, "step": step, "text": text}
+    def note(
+        self,
+        kind: str,
+        ago: float,
+        step: int | None = None,
+        text: str = "as it was",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        event = {"time": NOW - ago, "kind": kind, "step": step, "text": text, "facts": facts or {}}
         with (self.run_dir / "journal.jsonl").open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(event) + "\n")
 
-    def save(self, step: int, size: int = 1000) -> Path:
+    def save(self, step: int, size: int = 1000, state: dict[str, Any] | None = None) -> Path:
         directory, tag = self.folder / "checkpoints" / "test", rolling_tag(step)
         (directory / (tag + ".tmp")).mkdir(parents=True)
         (directory / (tag + ".tmp") / "model.pt").write_bytes(bytes(size))
-        state = {"step": step, "val_loss": 5.5, "val_step": step - 1}
+        state = {"step": step, "val_loss": 5.5, "val_step": step - 1, **(state or {})}
         files = {"model.pt": FileEntry(bytes=size, sha256="0" * 64)}
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(NOW))
         manifest = Manifest(
@@ -102,6 +110,13 @@ class Files:
         heart.begin_step(step, step)
         heart.enter(phase)
         return heart
+
+    def beat_elsewhere(self, phase: Phase, step: int, time: float = NOW) -> None:
+        """A rank whose process is none of this machine's."""
+        (self.run_dir / "heartbeat").mkdir(exist_ok=True)
+        file = self.run_dir / "heartbeat" / "rank_00000"
+        file.write_text(f"9 {time} 1 {step} {step} {phase}")
+        os.utime(file, (max(NOW, time), max(NOW, time)))
 
     def look(self, later: float = 0.0) -> Status:
         return figures.look(self.run_dir, NOW + later)
@@ -378,9 +393,74 @@ def test_ranks_on_another_machine_are_taken_at_their_word(working: Files, asleep
     asleep.wait()
     (working.run_dir / "heartbeat" / "rank_00000").write_text(f"9 {NOW} {asleep.pid} 1000 1000 training")
     assert working.look().state == "dead"
+    os.utime(working.run_dir / "heartbeat" / "rank_00000", (NOW, NOW))
     (working.folder / "checkpoints" / "test" / LOCK).write_text(f"{asleep.pid} on elsewhere\n")
     assert working.look(later=200).state == "running"
     assert working.look(later=400).state == "dead"
+
+
+@pytest.fixture
+def elsewhere(working: Files) -> Files:
+    """A run whose ranks are on another machine; its directory is shared. Their process numbers mean nothing here."""
+    (working.folder / "checkpoints" / "test" / LOCK).write_text("1 on elsewhere\n")
+    working.beat_elsewhere("training", 1000)
+    return working
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "healthy"),
+    [
+        ("stop", "stopped", True),
+        ("done", "finished", True),
+        ("crash", "dead", False),
+        ("hang", "dead", False),
+        ("mistake", "mistake", False),
+        ("gave_up", "gave up", False),
+    ],
+)
+def test_an_end_on_another_machine_counts_at_once(elsewhere: Files, kind: str, state: str, healthy: bool) -> None:
+    """Not only when the last sign of life, a moment ago, is older than a rank may be silent."""
+    elsewhere.beat_elsewhere("finishing", 1000)
+    assert elsewhere.look().state == "finishing"
+    elsewhere.note(kind, 0, 1000)
+    status = elsewhere.look(later=1)
+    assert (status.state, status.healthy) == (state, healthy)
+    assert (status.beat_age_seconds, status.finish_time) == (None, None)
+
+
+@pytest.mark.parametrize("clock", [-3 * HOUR, 3 * HOUR])
+def test_an_end_on_another_machine_is_not_judged_by_its_clock(elsewhere: Files, clock: float) -> None:
+    elsewhere.beat_elsewhere("finishing", 1000, NOW + clock)
+    elsewhere.note("stop", -clock, 1000)
+    assert elsewhere.look(later=1).state == "stopped"
+
+
+def test_a_supervisor_on_another_machine_that_has_ended_has_said_how(elsewhere: Files) -> None:
+    elsewhere.supervise("running", host="elsewhere")
+    for kind, ago in (("launch", 90), ("start", 80), ("stop", 1)):
+        elsewhere.note(kind, ago, 1000)
+    assert elsewhere.look().state == "stopped"
+    elsewhere.supervise("ended", host="elsewhere", code=3)
+    assert elsewhere.look().state == "stopped"
+
+
+def test_a_start_by_hand_on_another_machine_is_seen_before_it_trains(elsewhere: Files) -> None:
+    elsewhere.note("stop", 60, 1000)
+    elsewhere.beat_elsewhere("starting", 0)
+    assert elsewhere.look().state == "starting"
+    elsewhere.note("start", 0, 1000)
+    elsewhere.beat_elsewhere("training", 1001)
+    assert elsewhere.look().state == "running"
+
+
+def test_a_slow_clock_of_another_machine_does_not_make_it_dead(elsewhere: Files) -> None:
+    """The time of the file is that of the machine that keeps it."""
+    elsewhere.beat_elsewhere("training", 1000, NOW - 3 * HOUR)
+    status = elsewhere.look()
+    assert status.state == "running"
+    assert status.beat_age_seconds is not None and status.beat_age_seconds < 600
+    os.utime(elsewhere.run_dir / "heartbeat" / "rank_00000", (NOW - 3 * HOUR, NOW - 3 * HOUR))
+    assert elsewhere.look().state == "dead"
 
 
 def test_the_rank_that_hangs_is_named(working: Files) -> None:
@@ -510,7 +590,7 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
         assert (found.days_left is None) is enough
     assert found.days_left == pytest.approx(1000 * 10 / DAY, rel=0.01)
     assert "0.1 days left, 0.1 MB free" in screen(working.look())
-    assert working.problems() == [f"the disk of {working.run_dir} lasts 0.1 days: 0.1 MB free"]
+    assert working.problems() == [f"the disk of {working.run_dir} lasts 0.1 days at what this run writes: 0.1 MB free"]
     working.configure(CONFIG + "alerts: {disk_days: 0.1}\n")
     assert working.look().healthy
     _with_free(10**12, monkeypatch)
@@ -570,29 +650,6 @@ def test_epochs_come_on_top(working: Files) -> None:
 # --- pace, loss, time
 
 
-def test_the_pace_leaves_out_what_lies_between_two_starts() -> None:
-    steady = [{"step": step, "time": 10.0 * step} for step in range(1, 101)]
-    later = [{"step": step, "time": 5000 + 10.0 * step} for step in range(101, 201)]
-    pace = pace_of(steady + later, [0, 100])
-    assert pace is not None
-    assert (pace.low, pace.mean, pace.high) == (10.0, 10.0, 10.0)
-    slowed = pace_of(steady + later, [0])
-    assert slowed is not None
-    assert slowed.mean > 20
-    assert pace_of(steady[:1], []) is None
-
-
-def test_the_pace_has_a_range() -> None:
-    times, records = 0.0, []
-    for step in range(1, 2002):
-        times += 1.0 if step % 500 < 250 else 3.0
-        records.append({"step": step, "time": times})
-    pace = pace_of(records, [])
-    assert pace is not None
-    assert pace.mean == pytest.approx(2.0, abs=0.02)
-    assert (pace.low, pace.high) == (pytest.approx(1.0, abs=0.05), pytest.approx(3.0, abs=0.05))
-
-
 def test_what_is_left_follows_from_the_pace(working: Files) -> None:
     status = working.look()
     assert (status.progress.steps, status.progress.done_share) == (2000, 0.5)
@@ -601,6 +658,22 @@ def test_what_is_left_follows_from_the_pace(working: Files) -> None:
     text = screen(status)
     assert "step        1,000 of 2,000, 50.0%" in text
     assert "left        2h 46m" in text
+
+
+def test_the_steps_that_a_start_has_planned_count_where_epochs_are_set(files: Files) -> None:
+    """Batches that were left out make epochs pass faster than steps."""
+    files.configure(CONFIG.replace("steps: 2000", "epochs: 3"))
+    files.train(50, **{"train/epoch": 0.26})
+    (files.run_dir / "starts.jsonl").write_text('{"from_step": 0, "steps": 600}\n')
+    assert files.look().progress.steps == 600
+
+
+def test_a_run_is_not_all_done_before_its_last_step(working: Files) -> None:
+    working.train(1999)
+    assert "step        1,999 of 2,000, 99.9%" in screen(working.look())
+    assert " 99% " in line(working.look())
+    working.train(2000)
+    assert "step        2,000 of 2,000, 100.0%" in screen(working.look())
 
 
 def test_steps_follow_from_epochs(files: Files) -> None:
@@ -625,8 +698,27 @@ def test_losses_are_medians_of_some_records(files: Files) -> None:
     assert status.loss.train == statistics.median(losses[-50:])
     assert status.loss.train_day_before == statistics.median(losses[-8640 - 1 - 50 : -8640 - 1])
     assert (status.loss.val, status.loss.val_step, status.loss.reference) == (None, None, None)
+    assert "loss        10.1234 (median of last 50 steps)" in screen(
+        replace(status, loss=replace(status.loss, train=10.1234))
+    )
     files.save(19_000)
     assert (files.look().loss.val, files.look().loss.val_step) == (5.5, 18_999)  # what it remembers
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_is_neither_the_newest_nor_the_best(files: Files, bad: float) -> None:
+    """Also where a checkpoint of an earlier version has it for the best."""
+    files.train(20)
+    state = {"val_loss": bad, "val_step": 949, "best_val_loss": bad, "best_step": 949}
+    files.save(950, state=state)
+    assert files.look().loss.val is files.look().loss.best_val is None
+    with (files.run_dir / "metrics.jsonl").open("a") as records:
+        for step, value in ((951, 3.5), (952, 4.0), (953, None)):
+            records.write(json.dumps({"step": step, "time": NOW, "val/loss": value}) + "\n")
+    loss = files.look().loss
+    assert (loss.val, loss.val_step, loss.best_val, loss.best_val_step) == (4.0, 952, 3.5, 951)
+    text = screen(files.look())
+    assert "validation  4.0000 at step 952\n  best      3.5000 at step 951" in text
 
 
 def test_the_reference_is_for_runs_that_are_like_it(files: Files) -> None:
@@ -663,12 +755,48 @@ def test_lost_time_is_work_done_again_and_time_that_nobody_worked(files: Files) 
         files.note("crash", ago - 150, step + 60)
         files.note("start", ago - 450, step)
     files.beat(step=200)
+    past = files.look().history
+    assert (past.starts, past.incidents, past.incidents_24h) == (3, 2, {"crash": 2})
+    assert (past.lost_seconds, past.lost_seconds_24h) == (pytest.approx(1800), pytest.approx(1350))
+    assert past.kept_share == pytest.approx(1 - 1800 / (2 * DAY))
+    assert past.kept_share_24h == pytest.approx(1 - 1350 / DAY)
+    assert (past.read_back_step, past.read_back_time) == (200, pytest.approx(NOW - HOUR + 450))
+
+
+LAUNCHES = [
+    # by hand, restarted twice, of which the first got nowhere, stopped, by hand, by hand without a supervisor
+    [("launch", False), ("start", None), ("crash", None), ("restart", None), ("launch", True), ("crash", None)],
+    [("restart", None), ("launch", True), ("start", None), ("stop", None), ("launch", False), ("start", None)],
+    [("stop", None), ("start", None)],
+    # by hand, and where that got nowhere once more by the supervisor: somebody resumed it
+    [("stop", None), ("launch", False), ("crash", None), ("restart", None), ("launch", True), ("start", None)],
+    # a supervisor that was killed while it waited does not restart
+    [("crash", None), ("restart", None), ("launch", False), ("start", None)],
+]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_restarts_by_the_supervisor_are_counted_apart_from_resumes_by_hand(files: Files, told: bool) -> None:
+    """Journals of earlier versions do not say who launches: there a launch after a restart is a supervisor's own."""
+    groups = LAUNCHES if told else LAUNCHES[:-1]
+    for number, (kind, restart) in enumerate(itertools.chain(*groups)):
+        facts = {"restart": restart} if told and restart is not None else {}
+        files.note(kind, 9000 - 60 * number, number if kind == "start" else None, facts=facts)
+    history, resumes = files.look().history, 4 if told else 3
+    assert (history.starts, history.restarts, history.resumes) == (resumes + 2, 1, resumes)
+    assert f"restarts    1 by the supervisor, {resumes} by hand" in screen(files.look())
+
+
+def test_goodput_is_what_is_recorded(files: Files) -> None:
+    """Of two days in which half the time went into steps, and three quarters on the second day."""
+    starts = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(NOW - 2 * DAY)), "from_step": 0}
+    (files.run_dir / "starts.jsonl").write_text(json.dumps(starts) + "\n")
+    records = [(1, NOW - DAY - 1, 0.25), (2, NOW, 0.5)]
+    text = "".join(json.dumps({"step": s, "time": t, "perf/goodput": share}) + "\n" for s, t, share in records)
+    (files.run_dir / "metrics.jsonl").write_text(text)
     history = files.look().history
-    assert (history.starts, history.incidents, history.incidents_24h) == (3, 2, {"crash": 2})
-    assert (history.lost_seconds, history.lost_seconds_24h) == (pytest.approx(1800), pytest.approx(1350))
-    assert history.goodput == pytest.approx(1 - 1800 / (2 * DAY))
-    assert history.goodput_24h == pytest.approx(1 - 1350 / DAY)
-    assert (history.read_back_step, history.read_back_time) == (200, pytest.approx(NOW - HOUR + 450))
+    assert (history.goodput, history.goodput_24h) == (0.5, pytest.approx(0.75, abs=1e-4))
+    assert "goodput     50.0%, in 24 h 75.0%" in screen(files.look())
 
 
 def test_a_run_that_does_not_go_on_loses_time(files: Files) -> None:
@@ -676,20 +804,21 @@ def test_a_run_that_does_not_go_on_loses_time(files: Files) -> None:
     files.note("save", HOUR, 100)
     assert files.look().state == "dead"
     assert files.look().history.lost_seconds == pytest.approx(HOUR)
-    assert files.look().history.goodput == pytest.approx(0.8)
+    assert files.look().history.kept_share == pytest.approx(0.8)
 
 
 def test_a_run_that_is_not_wanted_loses_nothing(files: Files) -> None:
     files.note("start", 5 * HOUR, 0)
     files.note("save", 4 * HOUR, 100)
     files.note("stop", 4 * HOUR, 100)
-    assert (files.look().history.lost_seconds, files.look().history.goodput) == (0.0, 1.0)
+    assert (files.look().history.lost_seconds, files.look().history.kept_share) == (0.0, 1.0)
     files.note("start", HOUR, 100)
     files.beat(step=101)
-    assert (files.look().history.lost_seconds, files.look().history.goodput) == (0.0, 1.0)
+    assert (files.look().history.lost_seconds, files.look().history.kept_share) == (0.0, 1.0)
 
 
-def test_of_a_long_journal_the_end_is_read(working: Files) -> None:
+def test_of_a_long_journal_the_end_is_read(working: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_BYTES", 1 << 20)
     for number in range(14_000):
         working.note("spike", 9 * DAY - number, number)
     working.note("spike", 60, 990)
@@ -772,7 +901,7 @@ def test_the_screen_fits_a_phone_whatever_there_is_to_tell(working: Files, monke
     assert len(status.problems) == 5
     lines = screen(status).splitlines()
     assert max(map(len, lines)) <= WIDTH == 46
-    assert len(screen(replace(status, problems=[])).splitlines()) <= 21
+    assert len(screen(replace(status, problems=[])).splitlines()) <= 25
     assert lines[0].startswith("gpt2-124m-fineweb-...: hung?  ")
     assert len(line(status)) <= WIDTH
 

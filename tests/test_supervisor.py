@@ -138,6 +138,9 @@ def test_a_run_that_gets_nowhere_is_given_up(configure: Configure) -> None:
     settings = configure("vain", supervisor={"restarts": 1})
     assert supervise(_run(settings, Fault("crash", step=1)), settings) == outcome.CRASHED
     assert _told(settings) == ["launch", "start", "crash", "restart", "launch", "start", "crash", "gave_up"]
+    assert [event.facts["restart"] for event in _events(settings) if event.kind == "launch"] == [False, True]
+    history = look(settings.run_dir, time.time()).history
+    assert (history.starts, history.restarts, history.resumes) == (2, 1, 0)
 
 
 def test_a_mistake_is_not_tried_again(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:

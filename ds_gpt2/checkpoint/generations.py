@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_gpt2.checkpoint import layout, manifest
 from ds_gpt2.checkpoint.commit import read_pointer
@@ -85,6 +86,23 @@ def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | N
             return problem
     shares = (manifest.problem_of(generation.path, name, entry) for name, entry in files[part::parts])
     return next((problem for problem in shares if problem is not None), None)
+
+
+def check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the checkpoint was made by another experiment.
+    """
+    differing = [
+        f"{name} {manifest.identity.get(name)} (this run has {value})"
+        for name, value in identity.items()
+        if manifest.identity.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"checkpoint {generation.path} was made with {', '.join(differing)}: set it back, or start a new run with"
+            " run.name=NAME"
+        )
 
 
 def candidates(directory: Path, wanted: str) -> list[Generation]:

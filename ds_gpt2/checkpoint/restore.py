@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_gpt2 import dist
 from ds_gpt2.checkpoint.backup import Backup
-from ds_gpt2.checkpoint.generations import Generation, candidates, problem_of
+from ds_gpt2.checkpoint.generations import Generation, candidates, check_identity, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
@@ -47,7 +47,7 @@ def choose(directory: Path, wanted: str, identity: dict[str, Any], backup: Backu
     for generation in _to_try(directory, wanted, backup):
         tried.append(generation.tag)
         if generation.manifest is not None:
-            _check_identity(generation, generation.manifest, identity)
+            check_identity(generation, generation.manifest, identity)
         reason, contents = _read(generation)
         reasons = [one for one in dist.gather_objects(reason) if one]
         if not reasons:
@@ -105,16 +105,3 @@ def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
         return None, {name: unpickle(generation.path / name) for name in names}
     except Exception as error:  # whatever a forged file may bring about: the other ranks wait for this one's word
         return f"its files cannot be loaded safely: {' '.join(str(error).split())[:300]}", {}
-
-
-def _check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
-    differing = [
-        f"{name} {manifest.identity.get(name)} (this run has {value})"
-        for name, value in identity.items()
-        if manifest.identity.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"checkpoint {generation.path} was made with {', '.join(differing)}: set it back, or start a new run with"
-            " run.name=NAME"
-        )

@@ -33,6 +33,7 @@ from ds_gpt2.journal import Journal
 from ds_gpt2.model import count_parameters
 from ds_gpt2.rng import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.state import TrainState
+from ds_gpt2.wording import counted
 
 _KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
 _BYTES_PER_PARAMETER = 14  # bf16 weights, fp32 masters and two moments
@@ -244,13 +245,17 @@ class Checkpoints:
         saved_by, ranks = restored.manifest.world_size, dist.world_size()
         if saved_by == ranks:
             return restored.contents
-        log.info(f"{restored.generation.tag} was saved by {saved_by} ranks: cutting its partitions for {ranks}")
+        log.info(
+            f"{restored.generation.tag} was saved by {counted(saved_by, 'rank')}: cutting its partitions for {ranks}"
+        )
         partitions = [restored.contents[partition_file(rank)] for rank in range(saved_by)]
         sizes = [part.numel() for part in self._engine.deepspeed.optimizer.single_partition_of_fp32_groups]
         try:
             mine = repartition(partitions, dist.rank(), sizes)
         except ValueError as error:
-            raise UserError(f"checkpoint {restored.generation.path} was saved by {saved_by} ranks: {error}") from None
+            raise UserError(
+                f"checkpoint {restored.generation.path} was saved by {counted(saved_by, 'rank')}: {error}"
+            ) from None
         model = {**restored.contents[MODEL_FILE], "dp_world_size": ranks}
         return {MODEL_FILE: model, partition_file(dist.rank()): mine}
 

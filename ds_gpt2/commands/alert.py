@@ -8,10 +8,10 @@ import socket
 import time
 from pathlib import Path
 
-from ds_gpt2 import outcome
+from ds_gpt2 import outcome, run_location
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.config import Settings, parse_overrides
 from ds_gpt2.errors import UserError
 from ds_gpt2.messages.message import Message
 from ds_gpt2.messages.ways import ADDRESSES, Address, Way, check, deliver, ways
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = load_settings(_find(options.run), parse_overrides(options.settings))
+    settings = run_location.load(_find(options.run), parse_overrides(options.settings))
     services = check(settings.alerts)
     found = ways(settings.alerts)
     if not found:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 def _find(name: str) -> Path:
     """The settings of a run that was started, else of one that could be."""
     try:
-        return find_run(name) / "config.yaml"
+        return find_run(name) / run_location.CONFIG
     except UserError as no_run:
         try:
             return find_config(name)

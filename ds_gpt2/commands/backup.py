@@ -18,9 +18,11 @@ from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import Journal
+from ds_gpt2.preflight import check_outputs
+from ds_gpt2.run_location import load_run_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = load_settings(find_run(options.run) / "config.yaml")
+    settings = load_run_settings(find_run(options.run))
+    check_outputs(settings)
     backup = Backup(_place(settings, options.to), settings.run.name, settings.checkpoint.backup)
     try:
         backup.check_exists()

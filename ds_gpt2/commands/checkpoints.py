@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
 from ds_gpt2.commands import inspect
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR, CheckpointSettings, load_settings
+from ds_gpt2.config import PROJECT_DIR, CheckpointSettings
 from ds_gpt2.errors import UserError
+from ds_gpt2.preflight import check_outputs
+from ds_gpt2.run_location import CONFIG, load_run_settings, run_of
 from ds_gpt2.wording import size
 
 
@@ -65,10 +68,10 @@ def show(options: argparse.Namespace) -> int:
     ]
     if options.json:
         _print_json([asdict(row) for row in rows])
-    elif rows:
+    if not rows:
+        raise UserError(f"no checkpoints in {place.directory}")
+    if not options.json:
         print(f"{place.directory}\n\n{as_table(rows)}")
-    else:
-        print(f"no checkpoints in {place.directory}")
     return outcome.DONE
 
 
@@ -122,13 +125,14 @@ def find_place(run: str | None) -> Place:
     """The checkpoints of ``run``: a run's name or directory, or a directory of checkpoints; None for the newest run.
 
     Raises:
-        UserError: there is no such run, or its checkpoints cannot be looked at.
+        UserError: there is no such run, its checkpoints are another run's, or they cannot be looked at.
     """
     try:
         directory = _bare_directory(run)
         if directory is not None:
             return Place(directory, scan(directory), _settings_of_run_in(directory))
-        settings = load_settings(find_run(run) / "config.yaml")
+        settings = load_run_settings(find_run(run))
+        check_outputs(settings)
         return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
         raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {error}") from None
@@ -136,18 +140,15 @@ def find_place(run: str | None) -> Place:
 
 def _bare_directory(run: str | None) -> Path | None:
     """Where ``run`` names checkpoints themselves: a backup, or those of a run whose own directory is gone."""
-    if run is None or (PROJECT_DIR / "runs" / run / "config.yaml").is_file():
+    if run is None or (PROJECT_DIR / "runs" / run / CONFIG).is_file():
         return None
     places = (Path(run), PROJECT_DIR / "checkpoints" / run)
-    return next((path for path in places if scan(path) or unfinished(path)), None)
+    return next((Path(os.path.abspath(path)) for path in places if scan(path) or unfinished(path)), None)
 
 
 def _settings_of_run_in(directory: Path) -> CheckpointSettings | None:
-    config = PROJECT_DIR / "runs" / directory.resolve().name / "config.yaml"
-    if not config.is_file():
-        return None
-    settings = load_settings(config)
-    return settings.checkpoint if settings.checkpoint_dir.resolve() == directory.resolve() else None
+    run_dir = run_of(directory)
+    return load_run_settings(run_dir).checkpoint if run_dir is not None else None
 
 
 def _settings_of(place: Place) -> CheckpointSettings:

@@ -11,9 +11,11 @@ from typing import Any
 from ds_gpt2 import outcome
 from ds_gpt2.commands.report import load
 from ds_gpt2.commands.runs import find_run
+from ds_gpt2.pace import RECENT_LABEL
 from ds_gpt2.report.difference import Pair, ends, losses_at_equal_tokens, settings_that_differ
 from ds_gpt2.wording import table, tokens
 
+_LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
 _WIDEST = 40  # characters of a setting's value
 
 
@@ -45,8 +47,9 @@ def run(options: argparse.Namespace) -> int:
     if losses:
         head = ["tokens", *(f"{kind} {name}" for kind in ("train", "val") for name in (*names, "difference"))]
         rows = [[tokens(each.tokens), *_cells(each.training), *_cells(each.validation)] for each in losses]
-        _print("losses at equal tokens", head, rows)
-    _print("the newest", ["", *names, "difference"], [[name, *_cells(pair)] for name, pair in reached.items()])
+        _print(f"losses at equal tokens (train: {RECENT_LABEL}; val: measured at that point)", head, rows)
+    rows = [[_LABELS.get(name, name), *_cells(pair)] for name, pair in reached.items()]
+    _print("the newest", ["", *names, "difference"], rows)
     return outcome.DONE
 
 

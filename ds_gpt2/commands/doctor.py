@@ -11,10 +11,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
-from ds_gpt2 import outcome
+from ds_gpt2 import outcome, run_location
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, load_settings, parse_overrides
+from ds_gpt2.config import Settings, parse_overrides
 from ds_gpt2.doctor.checks import checks
 from ds_gpt2.doctor.finding import Check, Row, examine
 from ds_gpt2.errors import UserError
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = load_settings(find_config(options.config), parse_overrides(options.settings))
+    settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
     wanted = [check for check in _checks(settings, options.num_gpus) if check.quick or not options.quick]
     if options.json:
         found = [(check.group, row) for check in wanted for row in examine(check)]

@@ -6,17 +6,18 @@ import argparse
 import os
 import secrets
 
-from ds_gpt2 import outcome
+from ds_gpt2 import outcome, run_location
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import load_settings, parse_overrides
+from ds_gpt2.config import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.drill.plan import NAMES, Plan
 from ds_gpt2.drill.record import Row, head, lines_of, summary
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import choose_ranks
+from ds_gpt2.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.json:
         size = "whole" if plan.whole else "shrunk"
-        print(f"drill of {plan.settings.run.name}, {size}, on {plan.place.ranks} ranks ({plan.place.accelerator})")
+        ranks = counted(plan.place.ranks, "rank")
+        print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.place.accelerator})")
         print(f"again with the same moments and victims: --seed {plan.seed}\n\n{head()}", flush=True)
     record, folder = rehearse(plan, _quiet if options.json else _show)
     if options.json:
@@ -51,7 +53,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     Raises:
         UserError: the settings could not train, or there is no such scene.
     """
-    settings = load_settings(find_config(options.config), parse_overrides(options.settings))
+    settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
     load_deepspeed_file(settings.deepspeed)
     open_dataset(settings.data.dir)
     place = choose_ranks(settings, options.num_gpus)

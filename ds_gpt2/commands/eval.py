@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ds_gpt2 import device, outcome
 from ds_gpt2.commands.arguments import positive
-from ds_gpt2.commands.models import Opened, find_checkpoint, open_model, shape_of
+from ds_gpt2.commands.models import Opened, find_checkpoint, find_outside, open_model, shape_of
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
 from ds_gpt2.errors import UserError
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="*",
         metavar="WHAT",
-        help="runs, checkpoints, Hugging Face directories, exported files (default: the newest run)",
+        help="runs, checkpoints, exported files, Hugging Face directories or names on the hub (default: newest run)",
     )
     parser.add_argument(
         "--tag", action="append", metavar="TAG", help="which checkpoint of the run; give several for a row each"
@@ -113,8 +113,8 @@ def _find(names: Sequence[str], tags: Sequence[str] | None) -> list[_Subject]:
 
 
 def _look(name: str | None, tag: str | None) -> _Subject:
-    if name is not None and opening.is_pretrained(Path(name)):
-        return _Subject(name, open_model(name, tag).shape.sequence_length, {})
+    if (outside := find_outside(name, tag)) is not None:
+        return _Subject(str(name), opening.shape_at(outside).sequence_length, {})
     found = find_checkpoint(name, tag)
     if found.manifest is None:
         raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
@@ -202,6 +202,8 @@ class _Result:
 
 def _examine(subject: _Subject, exam: _Exam, where: torch.device) -> _Result:
     opened = open_model(subject.name, None)
+    if opened.note is not None:
+        print(f"{opened.title}: {opened.note}", file=sys.stderr, flush=True)
     try:
         model = opening.as_model(opened.shape, opened.weights).to(where)
         losses, right = _losses(model, exam, opened.title), _right(model, exam, opened.title)

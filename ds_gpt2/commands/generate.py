@@ -22,7 +22,10 @@ _RULE = "\n" + "-" * 8 + "\n"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a run, a checkpoint, a Hugging Face directory, an exported file"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a run, a checkpoint, an exported file, a Hugging Face directory or a name on the hub (gpt2, OWNER/NAME)",
     )
     parser.add_argument("--tag", metavar="TAG", help="which checkpoint of a run (default: the newest)")
     what = parser.add_mutually_exclusive_group()
@@ -42,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     place = device.choose(options.device)
     opened = open_model(options.model, options.tag)
     print(f"{opened.title} on {place.type}", file=sys.stderr)
+    if opened.note is not None:
+        print(opened.note, file=sys.stderr)
     model = as_model(opened.shape, opened.weights).to(place)
     for prompt in _prompts(options):
         for sample in range(options.samples):

@@ -15,7 +15,7 @@ from ds_gpt2 import outcome
 from ds_gpt2.commands.arguments import positive
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
 from ds_gpt2.data.inspection import ShardReport, examples, lengths, verify_shards
-from ds_gpt2.data.shards import SUFFIXES
+from ds_gpt2.data.shards import is_shard
 from ds_gpt2.errors import UserError
 from ds_gpt2.wording import percent, tokens
 
@@ -48,7 +48,10 @@ def run(options: argparse.Namespace) -> int:
 def is_data(name: str) -> bool:
     """Whether this is a directory of shards, and not one of checkpoints."""
     place = Path(name)
-    return place.is_dir() and any(path.name == INDEX or path.suffix in SUFFIXES for path in place.iterdir())
+    try:
+        return place.is_dir() and any(path.name == INDEX or is_shard(path.name) for path in place.iterdir())
+    except OSError as error:
+        raise UserError(f"{place} cannot be read: {error.strerror}") from None
 
 
 def verify(directory: Path, as_json: bool) -> int:
@@ -70,6 +73,8 @@ def _show(dataset: Dataset, reports: list[ShardReport]) -> None:
         print(f"{'BAD ' if report.problem else 'good'}  {report.file}  {report.tokens:,} tokens{ends}")
         if report.problem:
             print(f"      {report.problem}")
+    if dataset.left_out:
+        print(f"not read, for testing by their names: {', '.join(dataset.left_out)}")
     unknown = sum(shard.sha256 is None for shard in dataset.shards)
     if unknown:
         print(f"{unknown} shards have no checksum to compare with: {dataset.dir} has no {INDEX}")

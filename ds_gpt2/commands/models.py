@@ -16,6 +16,7 @@ from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.commands.checkpoints import find_place
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import ModelShape
+from ds_gpt2.model_names import hub_name, resolve
 from ds_gpt2.pretrained import opening
 from ds_gpt2.pretrained.huggingface import shapes_of
 from ds_gpt2.wording import size
@@ -34,24 +35,25 @@ class Opened:
     weights: dict[str, torch.Tensor]
     path: Path  # where it lies
     manifest: Manifest | None  # of the checkpoint; None if it comes from outside of a run
+    note: str | None = None  # what a person must know of it
 
 
 def open_model(name: str | None, tag: str | None) -> Opened:
     """The model that ``name`` and ``tag`` mean; of a checkpoint every byte is verified first.
 
     Args:
-        name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory or an exported file; None: the
-            newest run.
+        name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory, an exported file, or a name on
+            the hub; None: the newest run.
         tag: which checkpoint, see ``generations.candidates``; None: the newest.
 
     Raises:
         UserError: there is none, it is damaged, or too large for the memory.
     """
-    if name is not None and opening.is_pretrained(Path(name)):
-        if tag is not None:
-            raise UserError(f"--tag {tag}: {name} is one model and has no checkpoints")
-        found = opening.read(Path(name))
-        return Opened(name, found.shape, found.weights, Path(name), None)
+    outside = find_outside(name, tag)
+    if outside is not None:
+        check_memory(opening.shape_at(outside))
+        found = opening.read(outside)
+        return Opened(str(name), found.shape, found.weights, outside, None, opening.padding_note(found))
     path = find_checkpoint(name, tag).path
     for _ in range(_TRIES):
         before = mark(path)
@@ -77,6 +79,40 @@ def _open_checkpoint(path: Path) -> Opened:
     except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
     return Opened(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
+
+
+def find_outside(name: str | None, tag: str | None) -> Path | None:
+    """Return the path of a model that comes from outside of runs, downloaded if it is on the hub; None for a run's.
+
+    A run of the same name comes before the hub.
+
+    Raises:
+        UserError: it cannot be downloaded, or ``tag`` is given, which such a model does not have.
+    """
+    if name is None:
+        return None
+    path = Path(name)
+    if not opening.is_pretrained(path):
+        resolved = resolve(name, Path.cwd())
+        if hub_name(resolved) is None or _is_run(name):
+            return None
+        _refuse_tag(name, tag)
+        return opening.locate(resolved)
+    _refuse_tag(name, tag)
+    return path
+
+
+def _refuse_tag(name: str, tag: str | None) -> None:
+    if tag is not None:
+        raise UserError(f"--tag {tag}: {name} is one model and has no checkpoints")
+
+
+def _is_run(name: str) -> bool:
+    try:
+        find_place(name)
+    except UserError:
+        return False
+    return True
 
 
 def find_checkpoint(name: str | None, tag: str | None) -> Generation:

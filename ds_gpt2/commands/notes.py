@@ -12,6 +12,7 @@ from ds_gpt2 import notes, outcome
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.tensorboard import event_directory
 from ds_gpt2.errors import UserError
+from ds_gpt2.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     run_dir = find_run(options.run)
     if not options.text:
         return _show(run_dir, options)
-    text = sys.stdin.read() if options.text == ["-"] else " ".join(options.text)
+    text = printable(sys.stdin.read() if options.text == ["-"] else " ".join(options.text))
     if not text.strip():
         raise UserError('the note is empty: give its text, as in `./launch.sh notes RUN "halved the learning rate"`')
     return _add(run_dir, notes.now(notes.newest_step(run_dir), text), options.json)

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import compilation, outcome
+from ds_gpt2 import compilation, outcome, run_location
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint.generations import scan
 from ds_gpt2.commands.arguments import add_start_arguments, positive
 from ds_gpt2.commands.checkpoint_table import freed_by
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, load_settings, parse_overrides
-from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.config import Settings, parse_overrides
+from ds_gpt2.data.dataset import INDEX, Windows, open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
+from ds_gpt2.pace import Range
 from ds_gpt2.planning import supplies, timing
 from ds_gpt2.planning.course import course_of
 from ds_gpt2.planning.fit import Option, calibrate, micro_batches, other_ranks
@@ -42,8 +43,8 @@ from ds_gpt2.planning.sections import (
 from ds_gpt2.planning.subject import Hardware, Row, Section, Subject, Value
 from ds_gpt2.planning.traces import Traces
 from ds_gpt2.planning.trial import LEAST_STEPS, Limits, TrialError, run_trial
-from ds_gpt2.report.summary import Prices, Range
-from ds_gpt2.wording import size
+from ds_gpt2.report.summary import Prices
+from ds_gpt2.wording import counted, size
 
 WIDTH = 100  # columns
 
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tflops", type=float, metavar="T", help="for other GPUs than these: their bf16 peak, each")
     parser.add_argument("--gpu-memory-gb", type=float, metavar="G", help="and their memory, each; nothing is run then")
+    parser.add_argument("--disk-free-gb", type=float, metavar="G", help="free space for the run (default: this disk's)")
     parser.add_argument("--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs)")
     parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
     parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
@@ -81,12 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config, overrides = find_config(options.config), parse_overrides(options.settings)
-    settings = load_settings(config, overrides)
+    settings = run_location.load(config, overrides)
     _check(options)
     prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
-    subject = _subject(settings, options.num_gpus, _hardware(options))
+    disk_free = None if options.disk_free_gb is None else int(options.disk_free_gb * 1e9)
+    subject = _subject(settings, options.num_gpus, _hardware(options), disk_free)
     traces = None
-    if not options.quick and subject.elsewhere is None:
+    if not options.quick and subject.elsewhere is None and subject.no_data is None:
         try:
             traces = _trial(config, overrides, subject, Limits(options.steps, options.seconds))
         except TrialError as error:
@@ -127,7 +130,7 @@ def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
     """The plan as it is printed, nothing wider than ``width`` columns."""
     subject = plan.subject
     where = "the CPU" if subject.on_cpu else "GPUs that are not here" if subject.elsewhere else "GPUs"
-    yield f"plan of {subject.settings.run.name}: {subject.place.ranks} ranks on {where}"
+    yield f"plan of {subject.settings.run.name}: {counted(subject.place.ranks, 'rank')} on {where}"
     for section in plan.sections:
         yield f"\n{section.title}"
         for row in section.rows:
@@ -166,7 +169,7 @@ def _plain(value: Value) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("seconds", "tflops", "gpu_memory_gb", "watts", "price_per_kwh", "price_per_hour"):
+    for name in ("seconds", "tflops", "gpu_memory_gb", "disk_free_gb", "watts", "price_per_kwh", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
@@ -182,8 +185,13 @@ def _hardware(options: argparse.Namespace) -> Hardware | None:
     return Hardware(options.tflops * 1e12, int(options.gpu_memory_gb * 1e9))
 
 
-def _subject(settings: Settings, num_gpus: int | None, hardware: Hardware | None) -> Subject:
+def _subject(
+    settings: Settings, num_gpus: int | None, hardware: Hardware | None, disk_free: int | None = None
+) -> Subject:
     """
+    Args:
+        disk_free: bytes; None: as it is here.
+
     Raises:
         UserError: the settings could not train.
     """
@@ -191,7 +199,7 @@ def _subject(settings: Settings, num_gpus: int | None, hardware: Hardware | None
     place = Place("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
     batch = settings.batch
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
-    windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+    windows, no_data = _windows(settings)
     compiled = compilation.is_wanted(settings.run.compile, place.accelerator)
     own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
@@ -200,11 +208,28 @@ def _subject(settings: Settings, num_gpus: int | None, hardware: Hardware | None
         place,
         describe_model(settings.model, batch.sequence_length, compiled),
         zero,
-        course_of(settings, shared.windows_per_step, len(windows)),
-        disk_free=supplies.disk_free(settings.checkpoint_dir) + own,
+        course_of(settings, shared.windows_per_step, windows),
+        disk_free=supplies.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
         memory_free=hardware.memory if hardware is not None else supplies.memory_for_a_rank(place),
         elsewhere=hardware,
+        disk_given=disk_free is not None,
+        no_data=no_data,
     )
+
+
+def _windows(settings: Settings) -> tuple[int | None, str | None]:
+    """The windows of an epoch; or None, and why: the data may still have to be prepared.
+
+    Raises:
+        UserError: it is there, but cannot be trained on.
+    """
+    try:
+        dataset = open_dataset(settings.data.dir)
+    except UserError as error:
+        if (settings.data.dir / INDEX).exists():
+            raise
+        return None, str(error)
+    return len(Windows(dataset, "train", settings.batch.sequence_length)), None
 
 
 def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
@@ -227,8 +252,9 @@ def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
 def _option_row(subject: Subject, option: Option) -> Row:
     verdicts = {True: "fits", False: "DOES NOT FIT", None: "not known whether it fits"}
     ours = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
-    text = (
-        f"{size(option.rank_bytes):>9}  a rank: {option.micro_batch} windows x {option.accumulation} micro-batches"
-        f" x {option.ranks} ranks; {verdicts[option.fits]}{' (as set)' if ours else ''}"
+    shared = (
+        f"{counted(option.micro_batch, 'window')} x {counted(option.accumulation, 'micro-batch', 'micro-batches')}"
+        f" x {counted(option.ranks, 'rank')}"
     )
+    text = f"{size(option.rank_bytes):>9}  a rank: {shared}; {verdicts[option.fits]}{' (as set)' if ours else ''}"
     return Row(f"micro-batch {option.micro_batch}", text, "predicted")

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import re
 from pathlib import Path
 
 from ds_gpt2 import outcome
 from ds_gpt2.commands.arguments import positive
 from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.data import hellaswag, published
-from ds_gpt2.data.dataset import Dataset, open_dataset
+from ds_gpt2.data import formats, hellaswag, published
+from ds_gpt2.data.dataset import UNFINISHED, Dataset, open_dataset
+from ds_gpt2.data.documents import COLUMN
+from ds_gpt2.data.formats import FORMS
 from ds_gpt2.data.holdout import FirstTokens
 from ds_gpt2.data.hub import hub_source
-from ds_gpt2.data.prepare import UNFINISHED, Recipe, is_prepared, prepare
+from ds_gpt2.data.output import workplace
+from ds_gpt2.data.pieces import SEPARATOR
+from ds_gpt2.data.prepare import Recipe, is_prepared, prepare
 from ds_gpt2.data.pretokenized import fetch_shards
 from ds_gpt2.data.published import Repository
-from ds_gpt2.data.sources import COLUMN, local_source, python_source
+from ds_gpt2.data.sources import Reading, local_source, python_source
+
+log = logging.getLogger(__name__)
 
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
 
+_EARLIER = PROJECT_DIR / "data" / f"text{UNFINISHED}"  # where `prepare text` wrote before it named its directories
+_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *published.TOKENS}  # other kinds' names
 _HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # tokens of the hub's datasets, the less of both
 
 
@@ -27,8 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
     sample.add_argument("--out", type=Path, default=SAMPLE_DIR, metavar="DIR")
-    text = kinds.add_parser("text", help="your own .txt, .md, .rst, .jsonl or .parquet files, or directories of them")
+    text = kinds.add_parser("text", help="your own plain text, JSON lines or parquet files, or directories of them")
     text.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    text.add_argument(
+        "--separator",
+        type=separator,
+        metavar="TEXT",
+        help="split documents where this stands, for example '<|endoftext|>' (default: a text file is one document)",
+    )
+    text.add_argument("--encoding", metavar="NAME", help="of text files (default: UTF-8, or by the byte order mark)")
+    text.add_argument(
+        "--format", choices=FORMS, help="of the files named, whatever their endings (default: by the ending)"
+    )
     hub = kinds.add_parser("hub", help="any dataset of the Hugging Face hub that has parquet files")
     hub.add_argument("repository", metavar="OWNER/NAME")
     hub.add_argument("--path", default="", metavar="DIR", help="only what is below this directory of it")
@@ -58,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.kind == "hellaswag":
         prepare_hellaswag(options.out, options.source)
     elif options.kind == "text":
-        source = local_source(options.files, options.column)
-        _say(prepare(source, _out(options, "text"), Recipe(tokens=options.tokens), workers=options.workers))
+        _say(_prepare_text(options))
     elif options.kind == "pretokenized":
         repository = published.TOKENS.get(options.name, Repository(options.name))
         _say(fetch_shards(repository, _out(options, options.name), options.tokens))
@@ -68,13 +87,42 @@ def run(options: argparse.Namespace) -> int:
     return outcome.DONE
 
 
+def separator(text: str) -> str:
+    """Anything but nothing, as a type for argparse."""
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+def _prepare_text(options: argparse.Namespace) -> Dataset:
+    source = local_source(
+        options.files, reading=Reading(options.column, options.separator, options.encoding, options.format)
+    )
+    if options.out is None and _EARLIER.is_dir():
+        log.warning(
+            f"{_EARLIER} was begun by an earlier version: remove it, or continue with --out {_EARLIER.with_suffix('')}"
+        )
+    out = _out(options, _name_for(options.files))
+    return prepare(source, out, Recipe(tokens=options.tokens), workers=options.workers)
+
+
+def _name_for(files: list[Path]) -> str:
+    """The name of a dataset, by the first of the files that it is made of."""
+    first = files[0].resolve() if files[0].name in ("", "..") else files[0]
+    name = re.sub(r"\s+", "-", first.name if files[0].is_dir() else formats.stem_of(first.name)).strip(".-")
+    name = name.removesuffix(UNFINISHED) or "text"
+    if len(files) > 1:
+        name += f"-and-{len(files) - 1}-more"
+    return f"{name}-text" if name in _TAKEN else name
+
+
 def _prepare_from_hub(options: argparse.Namespace) -> Dataset:
     repository = _repository(options)
     out = _out(options, options.kind if options.kind != "hub" else repository.name)
     column = getattr(options, "column", COLUMN)
-    source = hub_source(repository, column, out.with_name(out.name + UNFINISHED) / "fetched")
+    source = hub_source(repository, column, workplace(out) / "fetched")
     expected = min(source.tokens, options.tokens or source.tokens)
-    held_out = FirstTokens(min(_HELD_OUT, round(_HELD_OUT_SHARE * expected)))
+    held_out = FirstTokens(min(_HELD_OUT, max(1, round(_HELD_OUT_SHARE * expected))))
     return prepare(source, out, Recipe(held_out, tokens=options.tokens), workers=options.workers)
 
 
@@ -118,3 +166,7 @@ def _say(dataset: Dataset) -> None:
         f"data in {dataset.dir}: {dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens"
         f" from {dataset.source}"
     )
+    if skipped := dataset.counts.get("unreadable"):
+        print(f"skipped: {skipped:,} documents that are damaged or have no text")
+    if marks := dataset.counts.get("endoftext"):
+        print(f"{SEPARATOR} stands in the text {marks:,} times and is read as ordinary characters: see --separator")

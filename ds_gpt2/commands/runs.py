@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_gpt2.config import PROJECT_DIR, load_settings
+from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
+from ds_gpt2.run_location import CONFIG, absolute_run_dir, last_started, run_of
 
 
 def started_runs() -> list[Path]:
     """The directories of all runs, the one started last at the end."""
-    configs = sorted((PROJECT_DIR / "runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    return [config.parent for config in configs]
+    return sorted((config.parent for config in (PROJECT_DIR / "runs").glob(f"*/{CONFIG}")), key=last_started)
 
 
 def find_run(name: str | None) -> Path:
-    """The directory of a run by name, by path, or of the one started last.
+    """The directory of a run by name, by path, by the path of its checkpoints, or of the one started last.
 
     Raises:
         UserError: there is no such run.
@@ -26,12 +26,9 @@ def find_run(name: str | None) -> Path:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
         return started[-1]
     for path in (runs / name, Path(name)):
-        if (path / "config.yaml").is_file():
-            return path
-    of_checkpoints = runs / Path(name).name  # where NAME is checkpoints/<run>, and not a backup of them
-    if (of_checkpoints / "config.yaml").is_file():
-        settings = load_settings(of_checkpoints / "config.yaml")
-        if settings.checkpoint_dir.resolve() == Path(name).resolve():
-            return of_checkpoints
+        if (path / CONFIG).is_file():
+            return absolute_run_dir(path)
+    if (run_dir := run_of(Path(name))) is not None:
+        return run_dir
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}: known in {runs} are {known}")

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2.config import load_settings
 from ds_gpt2.journal import Kind
 from ds_gpt2.machine import write_whole
+from ds_gpt2.run_location import load_run_settings
 from ds_gpt2.status.figures import Status
 from ds_gpt2.status.screen import screen
 
@@ -51,7 +51,7 @@ def news_of(status: Status, told: set[str]) -> News | None:
 def _send(run_dir: Path, news: News) -> bool:
     from ds_gpt2.alerts import Alerts  # only here: most looks send nothing, and are to be quick
 
-    alerts = Alerts(load_settings(run_dir / "config.yaml").alerts, run_dir)
+    alerts = Alerts(load_run_settings(run_dir).alerts, run_dir)
     return alerts.send(news.kind, news.title, news.text)
 
 

@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 
 from ds_gpt2 import outcome
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR, load_settings
+from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import free_port
+from ds_gpt2.run_location import CONFIG, load_run_settings
 
 # How many points of a tag TensorBoard holds and sends; where there are more it draws them at random. Its own choice,
 # 1000, 100 and 500, shows few of 100,000 steps and loses notes, but sends more histograms than one can tell apart.
@@ -63,10 +64,10 @@ def event_directory(run_dir: Path) -> Path:
     """Where the event files of the run in ``run_dir`` are, or will be."""
     usual = run_dir / "tensorboard"
     try:
-        configured = load_settings(run_dir / "config.yaml").tensorboard_dir
+        configured = load_run_settings(run_dir).tensorboard_dir
     except UserError:  # of another version, or damaged: no reason to show nothing
         return usual
-    return usual if usual.is_dir() and not configured.is_dir() else configured  # the run may have been moved
+    return usual if usual.is_dir() and not configured.is_dir() else configured  # monitor.dir may not have moved along
 
 
 def link_runs(place: Path, links: Path) -> None:
@@ -116,9 +117,9 @@ def _find_place(word: str | None) -> Path:
 
 
 def _runs_in(place: Path) -> list[Path]:
-    if (place / "config.yaml").is_file():
+    if (place / CONFIG).is_file():
         return [place]
-    return sorted(config.parent for config in place.glob("*/config.yaml"))
+    return sorted(config.parent for config in place.glob(f"*/{CONFIG}"))
 
 
 def _event_files(links: Path) -> list[Path]:

@@ -6,19 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_gpt2 import outcome, trackers
+from ds_gpt2 import outcome, run_location, trackers
 from ds_gpt2.batch import fit_ranks, parse_batches, plan_batch
-from ds_gpt2.checkpoint.generations import newest_tag
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
-from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.config import PROJECT_DIR, Settings, parse_overrides
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.doctor.checks import quick
 from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
-from ds_gpt2.machine import check_writable
+from ds_gpt2.messages import ways
+from ds_gpt2.preflight import check_start, what_to_resume
+from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
 
 
@@ -44,16 +44,8 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     config = find_config(options.config)
     overrides = parse_overrides(options.settings)
-    settings = load_settings(config, overrides)
-    if options.auto:
-        return start(config, overrides, settings, options.num_gpus, "auto")
-    if latest := newest_tag(settings.checkpoint_dir):
-        name = settings.run.name
-        raise UserError(
-            f"run {name} already has checkpoints (newest: {latest}): go on with `./launch.sh resume {name}`,"
-            " or start another with run.name=NAME"
-        )
-    return start(config, overrides, settings, options.num_gpus)
+    resume = "auto" if options.auto else None
+    return start(config, overrides, run_location.load(config, overrides), options.num_gpus, resume)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -61,14 +53,15 @@ def resume(options: argparse.Namespace) -> int:
     if words and "=" in words[0]:  # no RUN was given, the first setting took its place
         options.run, options.settings = None, words
     run_dir = find_run(options.run)
-    config = run_dir / "config.yaml"
     overrides = parse_overrides(options.settings)
-    settings = load_settings(config, overrides)
+    if named := sorted({"run.name", "run.dir"} & set(overrides)):
+        raise UserError(f"{named[0]} of a run is where it is found: move {run_dir}, or start another run with `train`")
+    settings = load_run_settings(run_dir, overrides)
     ranks = options.num_gpus
     if ranks is None:
         ranks, overrides = _shared_out(settings, overrides)
-    leave_out = parse_batches(options.leave_out)
-    return start(config, overrides, load_settings(config, overrides), ranks, options.source, leave_out)
+    settings = load_run_settings(run_dir, overrides)
+    return start(run_dir / CONFIG, overrides, settings, ranks, options.source, parse_batches(options.leave_out))
 
 
 def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
@@ -77,9 +70,9 @@ def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dic
     available = choose_ranks(settings, None).ranks
     ranks, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, available)
     if ranks < available:
-        print(f"{available} ranks cannot share {batch.tokens_per_step} tokens a step equally: going on with {ranks}")
+        print(f"{available} ranks cannot share {batch.tokens_per_step} tokens a step equally: resuming with {ranks}")
     if micro_batch != batch.micro_batch:
-        print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: going on with {micro_batch}")
+        print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: resuming with {micro_batch}")
         overrides = {**overrides, "batch.micro_batch": str(micro_batch)}
     return ranks, overrides
 
@@ -96,16 +89,26 @@ def start(
     trackers.check(load_deepspeed_file(settings.deepspeed))
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
-    plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
-    open_dataset(settings.data.dir)
-    for directory in settings.output_dirs:
-        check_writable(directory)
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
+    check_start(settings, plan, resume)
+    ways.check(settings.alerts)
     if not _is_ready(settings, place):
         return outcome.MISTAKE
+    _fetch_initial_weights(settings, resume)
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {place.ranks} ranks on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
     return supervise(Run(arguments, place, resume, leave_out), settings)
+
+
+def _fetch_initial_weights(settings: Settings, resume: str | None) -> None:
+    """Check the model that a new run begins from; one of the hub is downloaded once, here."""
+    if settings.model.init_from is None or what_to_resume(settings, resume) is not None:
+        return
+    from ds_gpt2.model import ModelShape  # imports PyTorch, which this process needs for nothing else
+    from ds_gpt2.pretrained.opening import prepare
+
+    prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
 
 
 def _is_ready(settings: Settings, place: Place) -> bool:

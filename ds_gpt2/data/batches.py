@@ -65,7 +65,7 @@ class TrainingData:
 
     def steps_for(self, epochs: float) -> int:
         """Steps until ``epochs`` epochs are done, the last one filled up from the next epoch."""
-        return int(np.ceil(epochs * len(self.windows) / self.plan.windows_per_step))
+        return self.plan.steps_for(epochs, len(self.windows))
 
 
 def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:

@@ -95,5 +95,5 @@ def _remembered(memory: Path) -> _Known:
     try:
         content = json.loads(memory.read_text(encoding="utf-8"))
         return {path: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}  # nothing remembered, or not readable: read again

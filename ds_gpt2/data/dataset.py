@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ds_gpt2.data.reader import ShardReader
-from ds_gpt2.data.shards import SUFFIXES, count_tokens
+from ds_gpt2.data.shards import count_tokens, is_shard
 from ds_gpt2.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
+_NAMED = ("fineweb-edu", "fineweb", "openwebtext", "sample")  # data sets that `prepare` makes by their names
+
 INDEX = "dataset.json"
+UNFINISHED = ".unfinished"  # what ends the name of a directory that is being prepared
 FORMAT = 1
 
 
@@ -47,6 +50,7 @@ class Dataset:
     shards: tuple[Shard, ...]
     source: str
     counts: dict[str, int] = field(default_factory=dict)  # of documents, where that is known
+    left_out: tuple[str, ...] = ()  # shards of a test split
 
     def split(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -82,16 +86,24 @@ def read_dataset(directory: Path) -> Dataset:
     Raises:
         UserError: no directory, no shards, another tokenizer or format.
     """
-    if not directory.is_dir():
-        raise UserError(
-            f"no data: {directory} does not exist: make it with `./launch.sh prepare sample --out {directory}`"
-            " or `prepare text FILE...`, or set data.dir"
-        )
     index = directory / INDEX
     try:
-        return _read_index(directory, index) if index.exists() else _read_foreign(directory)
+        if not directory.is_dir():
+            raise _missing(directory)
+        if index.exists():
+            return _read_index(directory, index)
+        if (directory / UNFINISHED).is_dir():
+            raise UserError(f"{directory} is not finished: run the `prepare` command that makes it again")
+        return _read_foreign(directory)
     except OSError as error:
         raise _unreadable(directory, error) from None
+
+
+def _how_to_prepare(directory: Path) -> str:
+    """The command that makes the data set that ``directory`` is named after."""
+    if directory.name in _NAMED:
+        return f"make it with `./launch.sh prepare {directory.name} --out {directory}`"
+    return f"make it from your text with `./launch.sh prepare text FILE... --out {directory}`"
 
 
 def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
@@ -102,6 +114,25 @@ def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
     """
     head = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "counts": counts}
     return json.dumps({**head, "shards": [asdict(shard) for shard in shards]}, indent=1) + "\n"
+
+
+def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> int:
+    """The windows of a split.
+
+    Raises:
+        UserError: no shard of this split is as long as one window.
+    """
+    counts = _windows_of_shards(dataset, split, sequence_length)
+    if not sum(counts):
+        raise UserError(
+            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
+            f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+        )
+    return sum(counts)
+
+
+def _windows_of_shards(dataset: Dataset, split: Split, sequence_length: int) -> list[int]:
+    return [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
 
 
 class Windows:
@@ -122,13 +153,8 @@ class Windows:
         """
         self.sequence_length = sequence_length
         self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell)
-        counts = [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        if len(self) == 0:
-            raise UserError(
-                f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
-                f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
-            )
+        count_windows_of(dataset, split, sequence_length)
+        self._ends = np.cumsum(_windows_of_shards(dataset, split, sequence_length), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -147,16 +173,44 @@ class Windows:
         return rows.astype(np.int64)
 
 
+def _missing(directory: Path) -> UserError:
+    if directory.with_name(directory.name + UNFINISHED).is_dir():
+        return UserError(f"{directory} is not finished: run the `prepare` command that makes it again")
+    if directory.exists():
+        return UserError(f"{directory} is a file: data.dir is the directory with {INDEX} or the shards")
+    return UserError(f"no data: {directory} does not exist: {_how_to_prepare(directory)}, or set data.dir")
+
+
 def _read_index(directory: Path, index: Path) -> Dataset:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        shards = tuple(Shard(**{key: entry[key] for key in Shard.__annotations__}) for entry in content["shards"])
+        shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error!r}): prepare the data again") from None
+        counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{index} is not a dataset index of ds_gpt2 ({type(error).__name__}: {reason}): prepare the data again"
+        ) from None
     if version != FORMAT or tokenizer != "gpt2":
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
-    return Dataset(directory, shards, str(source), dict(content.get("counts", {})))
+    return Dataset(directory, shards, str(source), counts)
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    """
+    Raises:
+        ValueError, LookupError, TypeError: it is no entry of an index.
+    """
+    shard = Shard(**{key: entry[key] for key in Shard.__annotations__})
+    numbers, hashed = (shard.tokens, shard.bytes), shard.sha256
+    if not isinstance(shard.file, str) or "\0" in shard.file or Path(shard.file).name != shard.file:
+        raise ValueError(f"file {shard.file!r} is not a name")
+    if shard.split not in SPLITS or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"entry of {shard.file}")
+    if hashed is not None and not isinstance(hashed, str):
+        raise ValueError(f"sha256 of {shard.file}")
+    return shard
 
 
 def _unreadable(directory: Path, error: OSError) -> UserError:
@@ -172,15 +226,49 @@ def _check_size(path: Path, shard: Shard) -> None:
 
 
 def _read_foreign(directory: Path) -> Dataset:
-    paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES)
+    paths = sorted(path for path in directory.iterdir() if is_shard(path.name))
     if not paths:
-        raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards")
+        raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards{_below(directory)}")
+    splits = {path: split_of(path) for path in paths}
+    left_out = tuple(path.name for path, split in splits.items() if split is None)
     shards = tuple(
-        Shard(path.name, split_of(path), count_tokens(path), path.stat().st_size, sha256=None) for path in paths
+        Shard(path.name, split, count_tokens(path), path.stat().st_size, sha256=None)
+        for path, split in splits.items()
+        if split is not None
     )
-    return Dataset(directory, shards, "shards without an index")
+    source = "shards without an index"
+    if left_out:
+        some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        source += f"; not used, by their names for testing: {some}"
+        log.info(f"{directory}: {len(left_out)} shards are for testing by their names and are not used: {some}")
+    return Dataset(directory, shards, source, left_out=left_out)
 
 
-def split_of(path: Path) -> Split:
-    """By its name: llm.c and build-nanogpt name their shards ..._val_000000 and ..._train_000001."""
-    return "val" if re.search(r"(^|[_-])val([_.-]|$)", path.name) else "train"
+def _below(directory: Path) -> str:
+    """Where shards lie instead."""
+    found = [
+        child.name
+        for child in sorted(directory.iterdir())
+        if child.is_dir() and any(is_shard(path.name) for path in child.iterdir())
+    ]
+    return f"; its subdirectories {', '.join(found)} do: name one of them" if found else ""
+
+
+# Words of names, as of ..._val_000000 (llm.c, build-nanogpt), validation-00000-of-00001 or Test.bin.
+_TRAIN = {"train", "training", "trainset"}
+_VAL = {"val", "valid", "validation", "valset", "dev", "devel", "development", "devset", "eval", "evaluation"}
+_VAL |= {"evalset", "heldout", "holdout"}
+_TEST = {"test", "tests", "testing", "testset"}
+
+
+def split_of(path: Path) -> Split | None:
+    """Return the split of a shard by its name: the last word that names one; None for testing, training without any."""
+    stem = re.sub(r"(held|hold)[^a-z]?out", r"\1out", path.name.lower().removesuffix(path.suffix.lower()))
+    for word in reversed(re.findall(r"[a-z]+", stem)):
+        if word in _TRAIN:
+            return "train"
+        if word in _VAL:
+            return "val"
+        if word in _TEST:
+            return None
+    return "train"

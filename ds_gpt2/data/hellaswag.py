@@ -177,13 +177,14 @@ def prompt(question: Question, style: TextStyle) -> tuple[str, list[str]]:
 def _clean(text: str) -> str:
     """Without the marks of WikiHow's pages, step for step as the harness does it."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    last = text.rfind("]") + 1  # what comes after it closes no bracket, and a search there takes quadratic time
+    return (re.sub(r"\[.*?\]", "", text[:last]) + text[last:]).replace("  ", " ")
 
 
 def _question(line: bytes, place: str) -> Question:
     try:
         fields: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{place}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{place}: not an object with HellaSwag's fields")
@@ -199,7 +200,16 @@ def _question(line: bytes, place: str) -> Question:
 
 
 def _has_text(ending: object) -> bool:
-    return isinstance(ending, str) and bool(_clean(ending))
+    return isinstance(ending, str) and bool(_clean(ending)) and _is_utf8(ending)
+
+
+def _is_utf8(text: str) -> bool:
+    """Half of a surrogate pair is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _download(url: str, partial: Path) -> str:

@@ -7,6 +7,7 @@ that breaks off goes on where it was, also in another process.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_gpt2.data.documents import COLUMN
+from ds_gpt2.data.formats import PARQUET
+from ds_gpt2.data.parquet import parquet_documents
 from ds_gpt2.data.published import Repository
 from ds_gpt2.data.shards import sha256
-from ds_gpt2.data.sources import PARQUET, Source, parquet_documents
+from ds_gpt2.data.sources import Source
 from ds_gpt2.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,8 @@ _FIRST_TRIES = 4  # of the list of them, while a person looks on
 _LONGEST_WAIT = 120.0  # seconds
 _BYTES_PER_TOKEN = 2.86  # of parquet: FineWeb-Edu's 10BT sample, see published.py
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it has made of other formats
+
+_TEST_SPLIT = re.compile(r"(^|/)test(-\d+-of-\d+\.|[./])")  # as the hub's tools name a split's files or directory
 
 Result = TypeVar("Result")
 
@@ -118,6 +124,10 @@ class Fetched:
         return self.file.mark
 
     @property
+    def reading(self) -> tuple[str, ...]:
+        return () if self.column == COLUMN else (f"column {self.column}",)
+
+    @property
     def tokens(self) -> float:
         return self.file.size / _BYTES_PER_TOKEN
 
@@ -153,9 +163,10 @@ def hub_source(repository: Repository, column: str, directory: Path) -> Source:
     Raises:
         UserError: it has none.
     """
-    files = list_files(repository, PARQUET)
-    if not files:
-        files = _converted(repository)
+    listed = list_files(repository, PARQUET) or _converted(repository)
+    files = [file for file in listed if not _TEST_SPLIT.search(file.path)] or listed
+    if len(files) < len(listed):
+        log.warning(f"{repository.name}: {len(listed) - len(files)} files of its test split are left out")
     return Source(source_name(repository, files), [Fetched(file, directory, column) for file in files])
 
 
@@ -219,8 +230,7 @@ def _endpoint() -> str:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError("fetching needs huggingface_hub: pip install 'ds_gpt2[data]'") from None
+    import huggingface_hub.constants  # takes a part of a second
+    import huggingface_hub.errors
+
     return huggingface_hub

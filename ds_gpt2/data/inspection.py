@@ -82,7 +82,7 @@ def examples(dataset: Dataset, split: Split, count: int, tokens: int, seed: int)
         start = _next_document(content, place)
         end = _next_document(content, start + 1) if start + 1 < len(content) else len(content)
         end = min(end if end > start else len(content), start + 1 + tokens)
-        yield shard.file, start, tokenizer.gpt2().decode(content[start:end].tolist()).removeprefix("<|endoftext|>")
+        yield shard.file, start, _text(dataset.dir / shard.file, content[start:end]).removeprefix("<|endoftext|>")
 
 
 def read_shard(directory: Path, shard: Shard) -> ShardReport:
@@ -121,6 +121,15 @@ def _document_lengths(content: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int
     starts = np.flatnonzero(np.asarray(content) == tokenizer.END_OF_TEXT)
     edges = np.unique(np.concatenate(([0], starts, [len(content)])))
     return np.diff(edges).astype(np.int64)
+
+
+def _text(path: Path, tokens: Tokens) -> str:
+    if int(tokens.max()) > tokenizer.END_OF_TEXT:
+        raise UserError(
+            f"shard {path} has token id {int(tokens.max())}, GPT-2's end at {tokenizer.END_OF_TEXT}: made with another"
+            " tokenizer, or damaged; `verify` reads all shards"
+        )
+    return tokenizer.gpt2().decode(tokens.tolist())
 
 
 def _next_document(content: Tokens, place: int) -> int:

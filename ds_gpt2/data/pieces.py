@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from ds_gpt2.data.sources import Document, Source
+from ds_gpt2.data.documents import Document, Unreadable
+from ds_gpt2.data.sources import Source
+
+log = logging.getLogger(__name__)
 
 PIECE_CHARACTERS = 16_384
+SEPARATOR = "<|endoftext|>"  # as other programs write it between documents
 
 # They begin with the character itself, which is found thirty times as fast as one that a look-behind leads to.
 _LINE = re.compile(r"\n(?<=\S\n)(?=\S)")
 _WORD = re.compile(r" (?<=\S )(?=\S)")
+_ALWAYS = ("documents", "empty", "null")
+_MOST_NAMED = 20  # damaged documents that are logged
 _LONGEST = 16  # pieces: where no line ends for so long, words do
 
 Item = TypeVar("Item")
@@ -44,11 +51,19 @@ class Counts:
     documents: int = 0  # of which pieces were made
     empty: int = 0  # nothing but white space
     null: int = 0
+    unreadable: int = 0  # damaged
+    endoftext: int = 0  # times that SEPARATOR stands in the text, which does not separate there
+
+    def to_dict(self) -> dict[str, int]:
+        """What is recorded: always the first three, the others if there are any."""
+        return {name: count for name, count in asdict(self).items() if count or name in _ALWAYS}
 
     def add(self, document: Document) -> bool:
         """Whether there is anything to tokenise."""
         if document is None:
             self.null += 1
+        elif isinstance(document, Unreadable):
+            self.unreadable += 1
         elif isinstance(document, str) and not document.strip():
             self.empty += 1
         else:
@@ -58,17 +73,30 @@ class Counts:
 
 
 def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
-    """All pieces from ``start`` on, each with what was passed over or begun since the one before."""
-    counts, place = Counts(), start
+    """All pieces from ``start`` on, each with what was passed over or begun since the one before.
+
+    The first damaged documents are logged, and the first <|endoftext|> in a text.
+    """
+    counts, place, damaged, warned = Counts(), start, 0, False
     for number in range(start.part, len(source.parts)):
         if number + 1 < len(source.parts):
             source.parts[number + 1].prefetch()
         for order, document in enumerate(source.parts[number].documents(place.document), start=place.document):
             goes_on = place.piece > 0  # its beginning was counted then
             if not goes_on and not counts.add(document):
+                if isinstance(document, Unreadable):
+                    damaged += 1
+                    _warn_of_damage(document, damaged)
                 continue
-            assert document is not None
+            assert document is not None and not isinstance(document, Unreadable)
             for piece in _pieces_of_one(document, Place(number, order, place.piece)):
+                counts.endoftext += piece.text.count(SEPARATOR)
+                if counts.endoftext and not warned:
+                    warned = True
+                    log.warning(
+                        f"{source.parts[number].name} has {SEPARATOR} in its text, read as ordinary characters; if it"
+                        f" separates documents, start again with --separator '{SEPARATOR}'"
+                    )
                 yield piece, counts
                 counts = Counts()
             place = Place(number, order + 1)
@@ -99,6 +127,13 @@ def with_next(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
         before = item
     if before is not None:
         yield before, None
+
+
+def _warn_of_damage(document: Unreadable, number: int) -> None:
+    if number <= _MOST_NAMED:
+        log.warning(f"skipped: {document.reason}")
+    if number == _MOST_NAMED:
+        log.warning("more documents that are skipped are only counted")
 
 
 def _pieces_of_one(document: str | Iterable[str], start: Place) -> Iterator[Piece]:

@@ -1,18 +1,16 @@
 """A source to a dataset directory: cut into pieces, tokenised on all cores, held out, sharded, indexed.
 
-The directory appears under its name when it is whole. Until then it is ``<name>.unfinished``, with a note of how far it
-has come; whatever ends a preparation, the same command goes on from there, and the result is the same to the last byte.
+Until the dataset is whole its directory is an unfinished one (see ``output``), with a note of the progress. Whatever
+ends a preparation, the same command continues from there, and the result is the same to the last byte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +20,22 @@ from tqdm import tqdm
 
 from ds_gpt2 import machine, tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
+from ds_gpt2.data.dataset import UNFINISHED as UNFINISHED
 from ds_gpt2.data.encoder import Encoder
 from ds_gpt2.data.holdout import EveryPiece, Holdout
+from ds_gpt2.data.output import NOTE, check_room, publish, unfinished, write_durably
 from ds_gpt2.data.pieces import Counts, Piece, Place, pieces_of, with_next
-from ds_gpt2.data.shard_writer import SplitWriter, Written
+from ds_gpt2.data.shard_writer import SplitWriter, Written, is_there
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens
 from ds_gpt2.data.sources import Source
 from ds_gpt2.errors import UserError
-from ds_gpt2.wording import size
 from ds_gpt2.wording import tokens as words
 
-UNFINISHED = ".unfinished"
+log = logging.getLogger(__name__)
 
-_NOTE, _LOCK = "progress.json", "lock"
 _NOTE_SECONDS = 0.2  # at least; more where noting takes more than a twentieth of the time
 _FORMAT = 2
+_READER = 2  # of text; a note without it was written by an earlier version
 
 
 @dataclass(frozen=True)
@@ -75,57 +74,13 @@ def prepare(
             has no room, the source cannot be read, or there is too little text for both splits.
     """
     with unfinished(out) as directory:
-        made = _Preparation(source, directory, recipe or Recipe()).run(workers or machine.usable_cores(), progress)
+        preparation = _Preparation(source, directory, recipe or Recipe())
+        made = preparation.run(workers or machine.usable_cores(), progress)
         if made is None:
             shutil.rmtree(directory)
-            raise UserError("too little text for training and validation: give more")
+            raise UserError(preparation.why_too_little())
         publish(directory, out, *made)
     return open_dataset(out)
-
-
-@contextlib.contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """The directory that will be ``out``, for this process alone.
-
-    Raises:
-        UserError: ``out`` exists, another process is at it, or it cannot be made.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: remove it, or give another --out DIR")
-    directory = out.with_name(out.name + UNFINISHED)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    with machine.lock(directory / _LOCK, f"{directory}"):
-        yield directory
-
-
-def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None:
-    """Give a whole dataset its index and its name; what else lies there is removed."""
-    _write_durably(directory / INDEX, index)
-    wanted = {INDEX, *(shard.file for shard in shards)}
-    for other in directory.iterdir():
-        if other.name not in wanted:
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
-    if out.exists():
-        out.rmdir()
-    machine.sync_directory(directory)
-    directory.rename(out)
-    machine.sync_directory(out.parent)
-
-
-def check_room(directory: Path, needed: float, what: str) -> None:
-    """
-    Raises:
-        UserError: the disk has not ``needed`` bytes for ``what``.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"{directory.parent} has {size(free)} free, some {size(int(needed))} are needed for {what}: make room,"
-            " give --out on another disk, or fewer --tokens"
-        )
 
 
 def is_prepared(out: Path) -> bool:
@@ -154,7 +109,7 @@ class _Preparation:
             with Encoder(workers) as encoder, self._bar(progress) as bar:
                 texts = ((piece.text, (piece, counts)) for piece, counts in pieces_of(self._source, self._done.place))
                 for ((piece, counts), tokens), following in with_next(encoder.encode(texts)):
-                    is_last = following is None or not following[0][0].text
+                    is_last = following is None or not following[0][0].text or self._would_fill(tokens)
                     bar.update(self._take(piece, counts, tokens, is_last))
                     if self._is_full():
                         break
@@ -165,7 +120,24 @@ class _Preparation:
                 writer.abandon()
         if {shard.split for shard in shards} != {"train", "val"}:
             return None
-        return shards, index_of(shards, self._source.name, asdict(self._done.counts))
+        return shards, index_of(shards, self._source.name, self._done.counts.to_dict())
+
+    def why_too_little(self) -> str:
+        """What is missing where ``run`` returned None."""
+        done, most = self._done, self._recipe.tokens
+        held_out, trained = done.splits["val"].total, done.splits["train"].total
+        if held_out and not trained:
+            fewer = f" or --tokens {held_out} (fewer are held out then)" if most != held_out and held_out > 1 else ""
+            return f"too little text: all of its {held_out:,} tokens are held out for validation; give more{fewer}"
+        if most is not None and trained >= most:
+            return (
+                f"--tokens {most} is too small: the first stretch of text alone has more, and nothing would be left for"
+                " validation; give larger --tokens"
+            )
+        return (
+            f"too little text for training and validation: {done.counts.documents:,} documents with {trained:,} tokens,"
+            " in fewer than two stretches; give more"
+        )
 
     def _take(self, piece: Piece, counts: Counts, tokens: Tokens, is_last: bool) -> int:
         """Write one piece; returns how many tokens that came to."""
@@ -194,6 +166,10 @@ class _Preparation:
     def _is_full(self) -> bool:
         return self._recipe.tokens is not None and self._done.tokens >= self._recipe.tokens
 
+    def _would_fill(self, tokens: Tokens) -> bool:
+        """Whether a piece is the last one that is taken, with <|endoftext|> before it."""
+        return self._recipe.tokens is not None and self._done.tokens + 1 + len(tokens) >= self._recipe.tokens
+
     def _note_now_and_then(self) -> None:
         begun = time.monotonic()
         if begun < self._next_note:
@@ -202,27 +178,57 @@ class _Preparation:
             writer.sync()
         machine.sync_directory(self._directory)
         splits = {split: written.to_dict() for split, written in self._done.splits.items()}
-        note = {"format": _FORMAT, "identity": self._identity, **asdict(self._done), "splits": splits}
-        _write_durably(self._directory / _NOTE, json.dumps(note))
+        note = {
+            "format": _FORMAT,
+            "reader": _READER,
+            "identity": self._identity,
+            **asdict(self._done),
+            "splits": splits,
+        }
+        write_durably(self._directory / NOTE, json.dumps(note))
         now = time.monotonic()
         self._next_note = now + max(_NOTE_SECONDS, 20 * (now - begun))
 
     def _read_note(self) -> _Progress:
         """
         Raises:
-            UserError: what is there is of another source or recipe.
+            UserError: what is there is of another source or recipe, or damaged.
         """
         try:
-            note = json.loads((self._directory / _NOTE).read_text(encoding="utf-8"))
+            note = json.loads((self._directory / NOTE).read_text(encoding="utf-8"))
+            is_ours = note["format"] == _FORMAT and self._is_same(note)
+            progress = _progress_of(note)
         except FileNotFoundError:
             return _Progress()
-        if note["format"] != _FORMAT or note["identity"] != self._identity:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{self._directory / NOTE} is damaged: remove {self._directory} to start again, or give another"
+                " --out DIR"
+            ) from None
+        if not is_ours:
             raise UserError(
                 f"{self._directory} is unfinished, of another text or with other options: remove it to begin anew,"
                 " or give another --out DIR"
             )
-        splits = {split: Written.from_dict(written) for split, written in note["splits"].items()}
-        return _Progress(Place(**note["place"]), note["pieces"], note["previous"], Counts(**note["counts"]), splits)
+        if "reader" not in note and self._reads_otherwise():
+            log.warning(
+                f"{self._directory} was begun by an earlier version, which reads text differently: starting again"
+            )
+            (self._directory / NOTE).unlink()
+            return _Progress()
+        _check_written(self._directory, progress)
+        return progress
+
+    def _is_same(self, note: dict[str, Any]) -> bool:
+        if "reader" in note:
+            return bool(note["identity"] == self._identity)
+        before = [row[:3] for row in self._identity["source"]]  # how a part is read was not noted
+        return bool(note["identity"] == {**self._identity, "source": before})
+
+    def _reads_otherwise(self) -> bool:
+        """Whether an earlier version found other documents in some part."""
+        readings = (reading for row in self._identity["source"] for reading in row[3:])
+        return any(not reading.startswith("column ") for reading in readings)
 
     def _expected(self) -> float:
         """Tokens that there will be, about."""
@@ -248,12 +254,27 @@ def _add(total: Counts, more: Counts) -> None:
     total.documents += more.documents
     total.empty += more.empty
     total.null += more.null
+    total.unreadable += more.unreadable
+    total.endoftext += more.endoftext
 
 
-def _write_durably(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def _progress_of(note: dict[str, Any]) -> _Progress:
+    """
+    Raises:
+        LookupError, TypeError, AttributeError: it is no note.
+    """
+    # In the order of a new preparation, which is that of the shards in the index.
+    splits = {split: Written.from_dict(note["splits"][split]) for split in _Progress().splits}
+    return _Progress(Place(**note["place"]), note["pieces"], note["previous"], Counts(**note["counts"]), splits)
+
+
+def _check_written(directory: Path, progress: _Progress) -> None:
+    """
+    Raises:
+        UserError: what is noted as written is not there.
+    """
+    for split, written in progress.splits.items():
+        if not is_there(directory, split, written):
+            raise UserError(
+                f"{directory} lacks tokens that {NOTE} promises: remove it to start again, or give another --out DIR"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from tqdm import tqdm
 from ds_gpt2.data.dataset import Dataset, Shard, index_of, open_dataset, split_of
 from ds_gpt2.data.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.inspection import read_shard
-from ds_gpt2.data.prepare import check_room, publish, unfinished
+from ds_gpt2.data.output import check_room, publish, unfinished
 from ds_gpt2.data.published import Repository
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens, sha256
 from ds_gpt2.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def fetch_shards(repository: Repository, out: Path, tokens: int | None) -> Dataset:
@@ -34,10 +37,15 @@ def fetch_shards(repository: Repository, out: Path, tokens: int | None) -> Datas
 
 
 def _chosen(files: list[HubFile], repository: Repository, tokens: int | None) -> list[HubFile]:
-    held_out = [file for file in files if split_of(Path(file.path)) == "val"]
-    training = [file for file in files if split_of(Path(file.path)) == "train"]
+    splits = [(file, split_of(Path(file.path))) for file in files]
+    held_out = [file for file, split in splits if split == "val"]
+    training = [file for file, split in splits if split == "train"]
     if not held_out or not training:
         raise UserError(f"{repository.name} has no .bin shards for both training and validation")
+    if len({Path(file.path).name for file in (*held_out, *training)}) < len(held_out) + len(training):
+        raise UserError(f"{repository.name} has shards of the same name in several directories")
+    if test := [file.path for file, split in splits if split is None]:
+        log.warning(f"{repository.name}: {len(test)} shards are for testing by their names and are not used")
     ends = itertools.accumulate(map(_tokens_in, training))
     enough = next((number for number, end in enumerate(ends, start=1) if tokens and end >= tokens), len(training))
     return [*held_out, *training[:enough]]
@@ -54,7 +62,9 @@ def _checked(path: Path, directory: Path, file: HubFile) -> Shard:
     """
     if path.parent != directory:
         path = path.rename(directory / path.name)
-    shard = Shard(path.name, split_of(path), count_tokens(path), file.size, file.sha256 or sha256(path))
+    split = split_of(path)
+    assert split is not None  # see _chosen
+    shard = Shard(path.name, split, count_tokens(path), file.size, file.sha256 or sha256(path))
     if (problem := read_shard(directory, shard).problem) is not None:
         raise UserError(f"{file.path} of {file.repository} {problem}")
     return shard

@@ -41,6 +41,16 @@ class Written:
         return Written([Shard(**shard) for shard in content["shards"]], int(content["tokens"]))
 
 
+def is_there(directory: Path, split: Split, written: Written) -> bool:
+    """Return whether what was noted as written has its full length in ``directory``."""
+    sizes = {shard.file: shard.bytes for shard in written.shards}
+    if any(_size(directory / file) != size for file, size in sizes.items()):
+        return False
+    path = _path(directory, split, len(written.shards))
+    longest = max(_size(path), _size(_unfinished(path)))
+    return not written.tokens or longest >= HEADER_BYTES + TOKEN_BYTES * written.tokens
+
+
 class SplitWriter:
     """Numbers the shards of one split and begins a new one when the current is full."""
 
@@ -86,11 +96,11 @@ class SplitWriter:
 
     @property
     def _path(self) -> Path:
-        return self._directory / f"{self._split}_{len(self.written.shards):06d}.bin"
+        return _path(self._directory, self._split, len(self.written.shards))
 
     @property
     def _unfinished(self) -> Path:
-        return self._path.with_name(self._path.name + _UNFINISHED)
+        return _unfinished(self._path)
 
     def _go_on(self) -> None:
         """Cut back what was written after the last note."""
@@ -111,3 +121,16 @@ class SplitWriter:
         digest = sha256(self._unfinished)
         self._unfinished.rename(path)
         self.written.finish(Shard(path.name, self._split, tokens, path.stat().st_size, digest))
+
+
+def _path(directory: Path, split: Split, number: int) -> Path:
+    return directory / f"{split}_{number:06d}.bin"
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + _UNFINISHED)
+
+
+def _size(path: Path) -> int:
+    """Of a file; -1 if it is not there."""
+    return path.stat().st_size if path.exists() else -1

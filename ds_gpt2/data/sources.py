@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
 import itertools
-import json
+import logging
+import os
 import re
-import sys
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from ds_gpt2.config import PROJECT_DIR
+from ds_gpt2.data import formats
+from ds_gpt2.data.documents import BLOCK_CHARACTERS, COLUMN, Document
+from ds_gpt2.data.files import FoundFile, find_files
+from ds_gpt2.data.formats import Form, Format, format_of
+from ds_gpt2.data.jsonl import check_jsonl, jsonl_documents
+from ds_gpt2.data.parquet import check_parquet, parquet_documents
+from ds_gpt2.data.separators import split_all
+from ds_gpt2.data.unpacking import check_text, named, open_text
 from ds_gpt2.errors import UserError
 
-TEXT, JSONL, PARQUET = (".txt", ".md", ".rst"), (".jsonl",), (".parquet",)
-PACKED = ("", ".gz", ".zst")
-ENDINGS = (*(kind + packed for kind in (*TEXT, *JSONL) for packed in PACKED), *PARQUET)
-COLUMN = "text"
+log = logging.getLogger(__name__)
 
 # Bytes of a file that make a token, about: English text, the same packed, and FineWeb-Edu's parquet files (its card's
 # 10BT sample: 28.5 GB, 9.96 B tokens). Only to say how long it will take and how much disk.
-_BYTES_PER_TOKEN = {"": 4.3, ".gz": 1.7, ".zst": 1.6, ".parquet": 2.8}
+_BYTES_PER_TOKEN = {"": 4.3, ".gz": 1.7, ".zst": 1.6, "parquet": 2.8}
 
-_MOST_ROWS, _BATCH_BYTES = 1000, 4_000_000  # of parquet at once
-_BUFFER_BYTES = 1 << 20  # pyarrow would else read a whole column before its first row
-_BLOCK_CHARACTERS = 1 << 20
-
-Document = str | Iterable[str] | None  # whole; a long one in blocks; a null
+_READER = "text 2"  # changes when the documents of a text file change, for preparations that are continued
+_MOST_WARNINGS = 5
 
 
 class Part(Protocol):
@@ -48,6 +45,10 @@ class Part(Protocol):
     @property
     def mark(self) -> str:
         """Changes when its content does."""
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """How its documents are found in its content, where that can differ."""
 
     @property
     def tokens(self) -> float:
@@ -77,8 +78,18 @@ class Source:
         return sum(part.tokens for part in self.parts)
 
     def identity(self) -> list[list[Any]]:
-        """What must be the same when a preparation goes on."""
-        return [[part.name, part.size, part.mark] for part in self.parts]
+        """What must be the same when a preparation is continued."""
+        return [[part.name, part.size, part.mark, *part.reading] for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the user wants files to be read."""
+
+    column: str = COLUMN
+    separator: str | None = None  # splits a document into several
+    encoding: str | None = None  # None: UTF-8, or what a byte order mark says
+    form: Form | None = None  # of named files, whatever their endings
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,9 @@ class LocalFile:
 
     path: Path
     column: str = COLUMN
+    separator: str | None = None
+    encoding: str | None = None
+    form: Form | None = None
 
     @property
     def name(self) -> str:
@@ -94,24 +108,70 @@ class LocalFile:
 
     @property
     def size(self) -> int:
-        return self.path.stat().st_size
+        return self._status.st_size
 
     @property
     def mark(self) -> str:
-        return str(self.path.stat().st_mtime_ns)
+        return str(self._status.st_mtime_ns)
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        options = {"column": self.column, "separator": self.separator, "encoding": self.encoding, "form": self.form}
+        defaults = {"column": COLUMN}
+        given = [f"{name} {value}" for name, value in options.items() if value != defaults.get(name)]
+        return (*given, *([] if self._format.form == "parquet" else [_READER]))
 
     @property
     def tokens(self) -> float:
-        return self.size / _BYTES_PER_TOKEN.get(self.path.suffix, _BYTES_PER_TOKEN[""])
+        packing = "parquet" if self._format.form == "parquet" else self._format.packing
+        return self.size / _BYTES_PER_TOKEN[packing]
 
     def documents(self, skip: int) -> Iterator[Document]:
-        if self.path.suffix in PARQUET:
-            yield from parquet_documents(self.path, self.column, skip)
+        if self.separator is not None:
+            yield from itertools.islice(split_all(self._documents(0), self.separator), skip, None)
         else:
-            yield from itertools.islice(_text_documents(self.path, self.column), skip, None)
+            yield from self._documents(skip)
 
     def prefetch(self) -> None:
         """It is here."""
+
+    def check(self) -> str | None:
+        """Look at the beginning; returns a warning, if there is one to give.
+
+        Raises:
+            UserError: the file cannot be read, or is not what it should be.
+        """
+        form, packing = self._format.form, self._format.packing
+        if form == "parquet":
+            check_parquet(self.path, self.column)
+            return None
+        warning = check_text(self.path, packing, self.encoding)
+        if form == "jsonl":
+            with named(self.path), open_text(self.path, packing, self.encoding) as lines:
+                check_jsonl(self.path, lines, self.column)
+        return warning
+
+    def _documents(self, skip: int) -> Iterator[Document]:
+        if self._format.form == "parquet":
+            yield from parquet_documents(self.path, self.column, skip)
+        else:
+            yield from itertools.islice(self._text_documents(), skip, None)
+
+    def _text_documents(self) -> Iterator[Document]:
+        with named(self.path), open_text(self.path, self._format.packing, self.encoding) as file:
+            if self._format.form == "jsonl":
+                yield from jsonl_documents(self.path, file, self.column)
+            else:
+                yield _whole_text(self.path, file)
+
+    @property
+    def _format(self) -> Format:
+        return format_of(self.path, self.form)
+
+    @property
+    def _status(self) -> os.stat_result:
+        with named(self.path):
+            return self.path.stat()
 
 
 @dataclass(frozen=True)
@@ -123,6 +183,7 @@ class Listed:
     size: int = 0
     mark: str = ""
     tokens: float = 0.0
+    reading: tuple[str, ...] = ()
 
     def documents(self, skip: int) -> Iterator[Document]:
         return itertools.islice(self.read(), skip, None)
@@ -131,15 +192,36 @@ class Listed:
         """It is here."""
 
 
-def local_source(paths: Iterable[Path], column: str = COLUMN) -> Source:
-    """Files and directories of them.
+def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading | None = None) -> Source:
+    """Return files, and directories of them, as a source; each file is looked at.
+
+    Args:
+        column: the field or column with the text, where no ``reading`` is given.
 
     Raises:
-        UserError: a path that does not exist, or nothing found.
+        UserError: a path does not exist, a file is not what it should be, or nothing was found.
     """
-    files = find_text_files(paths)
-    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-    return Source(", ".join(file.name for file in files[:5]) + more, [LocalFile(file, column) for file in files])
+    reading = reading or Reading(column)
+    parts, warnings = [], []
+    for found in find_files(paths):
+        part = _part(found, reading)
+        try:
+            warning = part.check()
+        except UserError as error:
+            if found.is_named or not formats.is_plain_json(found.path.name):
+                raise
+            log.warning(f"left out: {error}")  # a directory's .json may be anything
+            continue
+        parts.append(part)
+        warnings += [warning] if warning else []
+    for line in warnings[:_MOST_WARNINGS]:
+        log.warning(line)
+    if len(warnings) > _MOST_WARNINGS:
+        log.warning(f"and {len(warnings) - _MOST_WARNINGS:,} more files with invalid characters")
+    if not parts:
+        raise UserError("no text found: all files were left out")
+    more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return Source(", ".join(_printable(part.path.name) for part in parts[:5]) + more, parts)
 
 
 def python_source() -> Source:
@@ -148,53 +230,12 @@ def python_source() -> Source:
 
 
 def find_text_files(paths: Iterable[Path]) -> list[Path]:
-    """The files themselves, and below each directory every file with an ending known as text, sorted.
+    """Return the paths that ``find_files`` finds.
 
     Raises:
         UserError: a path that does not exist, or nothing found.
     """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(child for child in path.rglob("*") if child.is_file() and child.name.endswith(ENDINGS))
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"no such text file or directory: {path}")
-    if not files:
-        raise UserError(f"no text found: directories are searched for {', '.join(ENDINGS)}")
-    return files
-
-
-def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | None]:
-    """The strings of one column, some rows at a time.
-
-    Raises:
-        UserError: it is cut or no parquet file, has no such column, or one that is not text.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise _needs(path, "pyarrow") from None
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(f"{path} has no column {column!r} but {', '.join(names)}: give --column")
-            kind = file.schema_arrow.field(column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{path}: column {column!r} holds {kind}, not text: give --column")
-            first, skip = _first_row_group(file, skip)
-            for group in range(first, file.num_row_groups):
-                rows_at_once = _rows_at_once(file.metadata.row_group(group))
-                for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[column]):
-                    rows = batch.column(0)
-                    if skip < len(rows):
-                        yield from _strings(rows, skip)
-                    skip = max(0, skip - len(rows))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    return [found.path for found in find_files(paths)]
 
 
 def python_documents() -> Iterator[str]:
@@ -214,133 +255,24 @@ def python_documents() -> Iterator[str]:
             yield re.sub("^ +", lambda indent: " " * ((len(indent[0]) + 3) // 4), source, flags=re.MULTILINE)
 
 
-def _needs(path: Path, package: str) -> UserError:
-    return UserError(f"{path} needs {package}: `{sys.executable} -m pip install --editable '{PROJECT_DIR}[data]'`")
+def _part(found: FoundFile, reading: Reading) -> LocalFile:
+    form = reading.form if found.is_named else None
+    part = LocalFile(found.path, reading.column, reading.separator, reading.encoding, form)
+    format_of(found.path, form)  # refuses what is not text
+    return part
 
 
-def _first_row_group(file: Any, skip: int) -> tuple[int, int]:
-    """(the row group in which row ``skip`` lies, rows of it before that)."""
-    for number in range(file.num_row_groups):
-        rows = file.metadata.row_group(number).num_rows
-        if skip < rows:
-            return number, skip
-        skip -= rows
-    return file.num_row_groups, skip
-
-
-def _rows_at_once(group: Any) -> int:
-    return max(1, min(_MOST_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
-
-
-def _strings(rows: Any, skip: int) -> list[str | None]:
-    """Parquet does not check that text is UTF-8; what is not becomes U+FFFD."""
-    rows = rows.slice(skip)
-    try:
-        return rows.to_pylist()
-    except UnicodeDecodeError:
-        import pyarrow
-
-        raw = rows.cast(pyarrow.binary()).to_pylist()
-        return [None if each is None else each.decode("utf-8", errors="replace") for each in raw]
-
-
-def _text_documents(path: Path, field: str) -> Iterator[Document]:
-    """One document per text file, one per line of a .jsonl file.
-
-    Bytes that are no UTF-8 become U+FFFD, as they do in web corpora.
-    """
-    with _named(path), _open_text(path) as file:
-        yield from _jsonl_documents(path, file, field) if ".jsonl" in path.suffixes else [_whole_text(path, file)]
+def _printable(name: str) -> str:
+    """A file's name as valid Unicode; its bytes may be anything."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _whole_text(path: Path, file: IO[str]) -> str | Iterable[str]:
-    first = file.read(_BLOCK_CHARACTERS)
-    return first if len(first) < _BLOCK_CHARACTERS else itertools.chain([first], _blocks(path, file))
+    first = file.read(BLOCK_CHARACTERS)
+    return first if len(first) < BLOCK_CHARACTERS else itertools.chain([first], _blocks(path, file))
 
 
 def _blocks(path: Path, file: IO[str]) -> Iterator[str]:
-    with _named(path):
-        while block := file.read(_BLOCK_CHARACTERS):
+    with named(path):
+        while block := file.read(BLOCK_CHARACTERS):
             yield block
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An error of reading says of which file."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
-    if path.suffix == ".zst":
-        return io.TextIOWrapper(_Unpacked(path), encoding="utf-8", errors="replace")
-    return path.open(encoding="utf-8", errors="replace")
-
-
-class _Unpacked(io.BufferedReader):
-    """A .zst file's content; the library takes a cut file's end for an end, which this does not."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise _needs(path, "zstandard") from None
-        super().__init__(_Zstd(path, zstandard), 1 << 20)
-
-
-class _Zstd(io.RawIOBase):
-    def __init__(self, path: Path, zstandard: Any) -> None:
-        self._file = path.open("rb")
-        self._library, self._errors = zstandard, zstandard.ZstdError
-        self._unpacker = zstandard.ZstdDecompressor().decompressobj()
-        self._left = b""
-        self._ended = True  # whether a frame is complete
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            packed = self._file.read(1 << 17)
-            if not packed:
-                if not self._ended:
-                    raise EOFError("the file ends in the middle of a frame")
-                return 0
-            self._left = self._unpack(packed)
-        taken = min(len(buffer), len(self._left))
-        buffer[:taken], self._left = self._left[:taken], self._left[taken:]
-        return taken
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def _unpack(self, packed: bytes) -> bytes:
-        found = []
-        try:
-            while packed:
-                found.append(self._unpacker.decompress(packed))
-                packed = self._unpacker.unused_data
-                self._ended = self._unpacker.eof
-                if self._ended:  # more frames may follow
-                    self._unpacker = self._library.ZstdDecompressor().decompressobj()
-        except self._errors as error:
-            raise OSError(str(error)) from None
-        return b"".join(found)
-
-
-def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[str | None]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}: not a JSON object with a string field "{field}"') from None
-        if text is not None and not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: not a JSON object with a string field "{field}"')
-        yield text

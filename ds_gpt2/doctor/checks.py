@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -24,8 +23,8 @@ from ds_gpt2.doctor.finding import Check, Row, examine
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place
 from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.pace import recent
 
-_RECENT_STEPS = 100
 _BACKUP_SECONDS = 60.0  # for a small file to be written to the backup, read and deleted
 _BACKUP_FIX = "check that the directory or bucket exists, the credentials, the network; or change checkpoint.backup.to"
 
@@ -226,10 +225,10 @@ def _speed(settings: Settings, count: int) -> list[Row]:
 
 
 def _step_seconds(settings: Settings) -> float | None:
-    """Of a step, the median of the last ones that this run has recorded; None where there are none."""
-    times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)][-_RECENT_STEPS:]
-    known = [time for time in times if isinstance(time, int | float)]
-    return statistics.median(known) / 1000 if known else None
+    """Of a step, ``pace.recent`` of those that this run has recorded; None where there are none."""
+    times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)]
+    step_ms = recent(times)
+    return None if step_ms is None else step_ms / 1000
 
 
 def _memory(settings: Settings, accelerator: str, count: int) -> Row:

@@ -15,7 +15,7 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.machine import usable_cores
 from ds_gpt2.wording import size, tokens
 
-_MANY_EPOCHS = 20
+MANY_EPOCHS = 20  # from which on a model memorizes its data
 
 
 def shards(dataset: Dataset) -> Row:
@@ -110,6 +110,6 @@ def _enough(dataset: Dataset, settings: Settings) -> Row:
         return Row(
             name, "warn", f"{found}: a step is more than an epoch", "prepare more text, or a smaller token budget"
         )
-    if epochs > _MANY_EPOCHS:
+    if epochs > MANY_EPOCHS:
         return Row(name, "warn", found, "it will learn them by heart: prepare more text, or fewer steps")
     return Row(name, "ok", found)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ds_gpt2.doctor.finding import Row
-from ds_gpt2.wording import duration, size
+from ds_gpt2.wording import counted, duration, size
 
 _BUSY = 1_000_000_000  # bytes: more than a desktop takes
 _HOT = 15  # degrees below the point where a GPU slows itself down
@@ -52,7 +52,7 @@ _TROUBLE = {
 
 def unused(accelerator: str, ranks: int, devices: Path = Path("/dev")) -> Row:
     """For a run on the CPU: whether a GPU lies idle."""
-    found = f"none used: {ranks} ranks on the CPU"
+    found = f"none used: {counted(ranks, 'rank')} on the CPU"
     if (devices / "nvidia0").exists():
         mend = "for a GPU, install a CUDA build of PyTorch and set run.device=cuda"
         return Row("GPUs", "warn", f"{found}, though there is an NVIDIA device", mend)
@@ -94,7 +94,10 @@ def count(nvml: Any, gpus: list[Any], ranks: int) -> Row:
     found = ", ".join(f"{number} x {name}" for name, number in names.items()) or "none"
     if len(gpus) < ranks:
         return Row(
-            "GPUs", "fail", f"{found}; {ranks} ranks", f"start with --num_gpus {len(gpus)}, or look at `nvidia-smi`"
+            "GPUs",
+            "fail",
+            f"{found}; {counted(ranks, 'rank')}",
+            f"start with --num_gpus {len(gpus)}, or look at `nvidia-smi`",
         )
     if len(names) > 1:
         return Row("GPUs", "warn", found, "the slowest sets the pace: choose alike ones with CUDA_VISIBLE_DEVICES")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.doctor.finding import Row
-from ds_gpt2.wording import clock, duration, size
+from ds_gpt2.wording import clock, counted, duration, size
 
 _INFINITY = resource.RLIM_INFINITY
 _OWN_FILES = 128  # that a rank has open beside shards and connections: libraries, logs, event files, checkpoints
@@ -41,7 +41,7 @@ def processes(ranks: int) -> Row:
     if os.geteuid() == 0 or soft == _INFINITY:
         return Row("processes", "ok", "no limit" + (" for root" if os.geteuid() == 0 else ""))
     used = _threads_of(os.getuid())
-    found = f"{soft:,} allowed, {used:,} in use; {ranks} ranks take up to {need:,} threads"
+    found = f"{soft:,} allowed, {used:,} in use; {counted(ranks, 'rank')} may have up to {need:,} threads"
     if soft - used < need:
         return Row("processes", "fail", found, f"`ulimit -u {used + 2 * need}`, or end what else runs")
     return Row("processes", "ok", found)
@@ -182,7 +182,12 @@ def _apt_settings(root: Path) -> dict[str, str]:
 def _ask_slurm(job: str) -> float | None:
     try:
         answer = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=_PATIENCE, check=True
+            ["squeue", "-h", "-j", job, "-o", "%L"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PATIENCE,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,7 @@ import psutil
 
 from ds_gpt2.doctor.finding import Row
 from ds_gpt2.machine import usable_cores
-from ds_gpt2.wording import size
+from ds_gpt2.wording import counted, size
 
 _NO_LIMIT = 1 << 60  # bytes; cgroup v1 writes a number about 2**63 for none
 _SHM_WANTED = 1 << 30  # bytes: NVIDIA's advice for containers, `--shm-size=1g`
@@ -66,7 +66,7 @@ def host(need: int, limits: Cgroup) -> Row:
 def cores(accelerator: str, ranks: int, limits: Cgroup) -> Row:
     """Cores that this process may use, against ranks."""
     count = usable_cores()
-    found = f"{count} for {ranks} ranks"
+    found = f"{count} for {counted(ranks, 'rank')}"
     if limits.cores is not None and limits.cores < count:
         found += f", of which the cgroup grants {limits.cores:g}"
         threads = max(1, int(limits.cores // ranks))
@@ -83,7 +83,7 @@ def tasks(ranks: int, limits: Cgroup, per_rank: int = 128) -> Row:
     """Processes and threads that a container may still start."""
     if limits.tasks is None:
         return Row("cgroup tasks", "ok", "no limit")
-    found = f"{limits.tasks:,} more processes and threads; {ranks} ranks take up to {per_rank * ranks:,}"
+    found = f"{limits.tasks:,} more processes and threads; {counted(ranks, 'rank')} may have up to {per_rank * ranks:,}"
     if limits.tasks < per_rank * ranks:
         return Row("cgroup tasks", "fail", found, "start the container with a larger `--pids-limit`")
     return Row("cgroup tasks", "ok", found)

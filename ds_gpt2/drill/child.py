@@ -10,8 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: import from the project, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:  # started by the path of this file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from ds_gpt2.own_modules import ignore_working_directory
+
+    ignore_working_directory()
 
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.generations import candidates

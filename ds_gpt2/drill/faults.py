@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-if not __package__:  # started as a file by DeepSpeed's launcher: import from the project, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__:  # started by the path of this file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from ds_gpt2.own_modules import ignore_working_directory
+
+    ignore_working_directory()
 
 from ds_gpt2 import dist, outcome, train
 from ds_gpt2.heartbeat import Heartbeat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ class Validation(Hook):
     def observe(self, engine: Engine, state: TrainState) -> Seen:
         loss = self.loss(engine)
         state.validated(loss)
+        if not math.isfinite(loss):
+            held = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
+            log.warning(
+                f"step {state.step}: the validation loss is {loss}, not a finite number; the best stays: {held}"
+            )
+            return {"val/loss": loss, "val/perplexity": loss}
         best = state.best_step == state.step
         log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if best else ''}")
         seen: Seen = {"val/loss": loss, "val/perplexity": perplexity(loss)}

@@ -164,7 +164,8 @@ def _run(
     child = subprocess.Popen(
         command,
         env={**environment, **(variables or {})},
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if keep_output else subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

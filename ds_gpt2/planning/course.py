@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ds_gpt2.config import Settings
+from ds_gpt2.pace import EVALUATIONS
 
-HOOKS = ("samples", "hellaswag", "histograms", "validation")  # sections of the settings with a cadence of their own
+HOOKS = EVALUATIONS
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,19 @@ class Course:
 
     steps: int
     windows_per_step: int
-    windows_per_epoch: int
+    windows_per_epoch: int | None  # None: the data is not there yet
     validation_every: int  # steps; 0: never
     save_every: int  # steps
 
     @property
-    def epochs(self) -> float:
-        return self.steps * self.windows_per_step / self.windows_per_epoch
+    def epochs(self) -> float | None:
+        return None if self.windows_per_epoch is None else self.steps * self.windows_per_step / self.windows_per_epoch
 
     @property
     def epoch_ends(self) -> list[int]:
-        """The step that completes each epoch."""
+        """The step that completes each epoch; none where the data is not there yet."""
+        if self.windows_per_epoch is None:
+            return []
         whole = self.steps * self.windows_per_step // self.windows_per_epoch
         return [math.ceil(epoch * self.windows_per_epoch / self.windows_per_step) for epoch in range(1, whole + 1)]
 
@@ -45,10 +48,16 @@ class Course:
         return sorted({*due(self.save_every, self.steps), *self.epoch_ends, *best})
 
 
-def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int) -> Course:
-    """The run as ``settings`` have it."""
+def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> Course | None:
+    """The run as ``settings`` have it.
+
+    Args:
+        windows_per_epoch: None where the data is not there yet; then None is returned if the steps follow from epochs.
+    """
     schedule = settings.schedule
-    steps = schedule.steps or math.ceil((schedule.epochs or 0) * windows_per_epoch / windows_per_step)
+    if schedule.steps is None and windows_per_epoch is None:
+        return None
+    steps = schedule.steps or math.ceil((schedule.epochs or 0) * (windows_per_epoch or 0) / windows_per_step)
     every = settings.checkpoint.every or steps
     return Course(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
 

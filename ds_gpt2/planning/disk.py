@@ -11,6 +11,7 @@ from ds_gpt2.checkpoint.retention import PROTECTED, Kept, to_delete
 from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.doctor.need import STATE_BYTES, WEIGHT_BYTES
 from ds_gpt2.planning.course import Course
+from ds_gpt2.wording import counted
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Count:
         return self.full * full + self.weights * weights
 
     def __str__(self) -> str:
-        return f"{self.full} checkpoints" + (f" and {self.weights} of weights alone" if self.weights else "")
+        return counted(self.full, "checkpoint") + (f" and {self.weights:,} of weights alone" if self.weights else "")
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ds_gpt2.doctor.need import STATE_BYTES, WEIGHT_BYTES
+from ds_gpt2.config import Settings
+from ds_gpt2.doctor.data import MANY_EPOCHS
+from ds_gpt2.doctor.need import STATE_BYTES, WEIGHT_BYTES, storage
+from ds_gpt2.pace import Range
 from ds_gpt2.planning import memory
-from ds_gpt2.planning.course import occasions
+from ds_gpt2.planning.course import Course, occasions
 from ds_gpt2.planning.disk import Count, simulate
 from ds_gpt2.planning.fit import Calibration, micro_batches
 from ds_gpt2.planning.subject import Basis, Row, Section, Subject, Value
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Traces
-from ds_gpt2.report.summary import Prices, Range
-from ds_gpt2.wording import clock, duration, percent, size, tokens, zone
+from ds_gpt2.report.summary import Prices
+from ds_gpt2.wording import clock, counted, duration, percent, size, tokens, zone
+
+_NO_STEPS = "not known without the number of steps"
 
 
 def batch_section(subject: Subject) -> Section:
     batch, course, model = subject.batch, subject.course, subject.model
     shared = (
-        f"{batch.tokens_per_step:,} = {batch.micro_batch} windows x {batch.sequence_length:,} tokens"
-        f" x {batch.accumulation} micro-batches x {batch.world_size} ranks"
-    )
-    whole = batch.tokens_per_step * course.steps
-    length = (
-        f"{course.steps:,}: {tokens(whole)} tokens, {course.epochs:.2f} epochs of {course.windows_per_epoch:,} windows"
+        f"{batch.tokens_per_step:,} = {counted(batch.micro_batch, 'window')} x {batch.sequence_length:,} tokens"
+        f" x {counted(batch.accumulation, 'micro-batch', 'micro-batches')} x {counted(batch.world_size, 'rank')}"
     )
     shape = f"{model.shape.layers} layers, {model.shape.heads} heads, width {model.shape.width:,}"
     arithmetic: dict[str, Value] = {
@@ -38,10 +39,30 @@ def batch_section(subject: Subject) -> Section:
         "batch",
         [
             Row("tokens a step", shared, "exact", arithmetic),
-            Row("steps", length, "exact", {"steps": course.steps, "tokens": whole, "epochs": course.epochs}),
+            _steps_row(subject, course),
+            *_data_rows(subject),
             Row("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
         ],
     )
+
+
+def _data_rows(subject: Subject) -> list[Row]:
+    if subject.no_data is None:
+        return []
+    return [Row("data", f"epochs are not known yet, and no trial is run: {subject.no_data}", "not known")]
+
+
+def _steps_row(subject: Subject, course: Course | None) -> Row:
+    if course is None:
+        text = f"not known: schedule.epochs={subject.settings.schedule.epochs:g} of data that is not there yet"
+        return Row("steps", text, "not known", {"steps": None, "tokens": None, "epochs": None})
+    whole, epochs = subject.batch.tokens_per_step * course.steps, course.epochs
+    text = f"{course.steps:,}: {tokens(whole)} tokens"
+    if epochs is not None and course.windows_per_epoch is not None:
+        digits = 2 if epochs < MANY_EPOCHS else 0
+        text += f", {epochs:,.{digits}f} epochs of {counted(course.windows_per_epoch, 'window')}"
+        text += ": the model will memorize the data" if epochs > MANY_EPOCHS else ""
+    return Row("steps", text, "exact", {"steps": course.steps, "tokens": whole, "epochs": epochs})
 
 
 def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> Section:
@@ -50,7 +71,7 @@ def memory_section(subject: Subject, traces: Traces | None, calibration: Calibra
     ranks = subject.batch.world_size
     parts = (
         ("weights", most.weights, "in bf16, on every rank"),
-        ("partition", most.optimizer, f"fp32 masters and two moments, shared out among {ranks} ranks"),
+        ("partition", most.optimizer, f"fp32 masters and two moments, shared out among {counted(ranks, 'rank')}"),
         ("gradients", most.gradients, "fp32 sums on every rank, and what is being reduced"),
         ("activations", most.activations, "of one micro-batch"),
         ("logits", most.logits, "and what the loss makes of them, for a moment"),
@@ -90,8 +111,16 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> Section
     """
     if timing is None:
         return Section("time", [Row("a step", "not measured: no step was run", "not known", {"step_seconds": None})])
-    rows = [_step_row(subject, timing), *_evaluation_rows(subject, timing), *_save_rows(subject, timing)]
-    whole = run_seconds(subject, timing)
+    if subject.course is None:
+        rows = [_step_row(subject, timing)]
+        return Section("time", [*rows, Row("the whole run", _NO_STEPS, "not known", {"run_seconds": None})])
+    course = subject.course
+    rows = [
+        _step_row(subject, timing),
+        *_evaluation_rows(subject, course, timing),
+        *_save_rows(course, timing),
+    ]
+    whole = run_seconds(subject, course, timing)
     span = f"{duration(whole.mean)} ({duration(whole.low)} to {duration(whole.high)})"
     ends = Range(now + whole.mean, now + whole.low, now + whole.high)
     date = f"{clock(ends.mean)} {zone(ends.mean)} ({clock(ends.low)} to {clock(ends.high)}), if started now"
@@ -111,44 +140,47 @@ def _step_row(subject: Subject, timing: Timing) -> Row:
     return Row("a step", text, timing.basis, figures)
 
 
-def _evaluation_rows(subject: Subject, timing: Timing) -> list[Row]:
+def _evaluation_rows(subject: Subject, course: Course, timing: Timing) -> list[Row]:
     rows = []
-    for name, count in occasions(subject.settings, subject.course.steps).items():
+    for name, count in occasions(subject.settings, course.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
-            rows.append(Row(name, f"{_seconds(cost)} each of {count:,} times", "measured", figures))
+            rows.append(Row(name, f"{_seconds(cost)} each of {counted(count, 'time')}", "measured", figures))
         elif count:
-            rows.append(Row(name, f"not measured, {count:,} times: taken for nothing below", "not known", figures))
+            rows.append(
+                Row(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
+            )
     return rows
 
 
-def _save_rows(subject: Subject, timing: Timing) -> list[Row]:
-    count = _saves(subject)
+def _save_rows(course: Course, timing: Timing) -> list[Row]:
+    count = _saves(course)
     if timing.save is None:
-        text = f"not measured, {count:,} times: taken for nothing below"
+        text = f"not measured, {counted(count, 'time')}: counted as 0 s below"
         return [Row("saves", text, "not known", {"save_seconds": None, "save_times": count})]
-    cost, write = timing.save_seconds(subject.course.save_every), timing.save.write_seconds
-    text = f"{_seconds(cost)} of training each of {count:,} times at most; written within {_seconds(write)}"
+    cost, write = timing.save_seconds(course.save_every), timing.save.write_seconds
+    text = f"{_seconds(cost)} of training each of {counted(count, 'time')} at most; written within {_seconds(write)}"
     figures: dict[str, Value] = {"save_seconds": cost, "save_write_seconds": write, "save_times": count}
     return [Row("saves", text, "measured", figures)]
 
 
-def _saves(subject: Subject) -> int:
+def _saves(course: Course) -> int:
     """At most: as if every validation loss were the best so far."""
-    return len(subject.course.saves(subject.course.validations))
+    return len(course.saves(course.validations))
 
 
-def run_seconds(subject: Subject, timing: Timing) -> Range:
+def run_seconds(subject: Subject, course: Course, timing: Timing) -> Range:
     """Of the whole run, evaluation and saves included."""
-    times = occasions(subject.settings, subject.course.steps)
-    return timing.run_seconds(subject.course, times, _saves(subject))
+    times = occasions(subject.settings, course.steps)
+    return timing.run_seconds(course, times, _saves(course))
 
 
 @dataclass(frozen=True)
 class Room:
     """Bytes on the disk of the checkpoints, the logs of the whole run among them."""
 
+    course: Course
     checkpoint: int
     most: int  # of all checkpoints at once
     most_of: Count  # those
@@ -163,9 +195,11 @@ class Room:
         return self.most + (self.logs or 0) + int(free_gb * 1e9)
 
 
-def room(subject: Subject, traces: Traces | None) -> Room:
-    """By simulation of all the run's saves."""
+def room(subject: Subject, traces: Traces | None) -> Room | None:
+    """By simulation of all the run's saves; None where the number of steps is not known."""
     settings, course, parameters = subject.settings, subject.course, subject.model.parameters
+    if course is None:
+        return None
     full = traces.checkpoint_bytes if traces is not None else None
     weights = traces.weights_bytes if traces is not None else None
     full, weights = full or STATE_BYTES * parameters, weights or WEIGHT_BYTES * parameters
@@ -173,6 +207,7 @@ def room(subject: Subject, traces: Traces | None) -> Room:
     most_of = max((alone.most, shared.most), key=lambda count: count.bytes(full, weights))
     times = occasions(settings, course.steps)
     return Room(
+        course=course,
         checkpoint=full,
         most=most_of.bytes(full, weights),
         most_of=most_of,
@@ -184,10 +219,13 @@ def room(subject: Subject, traces: Traces | None) -> Room:
     )
 
 
-def disk_section(subject: Subject, traces: Traces | None, found: Room) -> Section:
+def disk_section(subject: Subject, traces: Traces | None, found: Room | None) -> Section:
+    if found is None:
+        return Section("disk", _disk_rows_without_steps(subject))
     free_gb = subject.settings.checkpoint.min_free_gb
     basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
     most = f"{size(found.most):>9}  {found.most_of}, one being written among them"
+    most += "" if found.course.windows_per_epoch else "; ends of epochs, not known yet, come on top"
     needed = found.needed(free_gb)
     room_text = f"{size(needed):>9}  with {free_gb:g} GB to stay free; there are {size(subject.disk_free)} free"
     rows = [
@@ -203,8 +241,19 @@ def disk_section(subject: Subject, traces: Traces | None, found: Room) -> Sectio
         Row("room needed", room_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}),
     ]
     if subject.settings.checkpoint.backup.to is not None:
-        rows.append(_backup_row(subject, found))
+        rows.append(_backup_row(subject.settings, found))
     return Section("disk", rows)
+
+
+def _disk_rows_without_steps(subject: Subject) -> list[Row]:
+    checkpoint = STATE_BYTES * subject.model.parameters
+    least = storage(subject.settings, None, None).least
+    text = f"{size(least):>9}  at least; the whole is {_NO_STEPS}; there are {size(subject.disk_free)} free"
+    figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": subject.disk_free}
+    return [
+        Row("a checkpoint", f"{size(checkpoint):>9}", "predicted", {"checkpoint_bytes": checkpoint}),
+        Row("room needed", text, "predicted", figures),
+    ]
 
 
 def _logs_row(found: Room) -> Row:
@@ -215,9 +264,9 @@ def _logs_row(found: Room) -> Row:
     return Row("logs", text, "predicted", figures)
 
 
-def _backup_row(subject: Subject, found: Room) -> Row:
+def _backup_row(settings: Settings, found: Room) -> Row:
     """Copies elsewhere share nothing with each other."""
-    backup, course = subject.settings.checkpoint.backup, subject.course
+    backup, course = settings.checkpoint.backup, found.course
     rolling = min(backup.keep, found.saves) if "latest" in backup.roles else 0
     epochs = len(course.epoch_ends) if "epoch" in backup.roles else 0
     best = int("best" in backup.roles and bool(course.validations))
@@ -230,8 +279,10 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Sec
     """Energy and money of the whole run; money is in whatever the prices are in."""
     if timing is None:
         return Section("cost", [Row("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
+    if subject.course is None:
+        return Section("cost", [Row("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    hours = run_seconds(subject, timing).times(1 / 3600)
+    hours = run_seconds(subject, subject.course, timing).times(1 / 3600)
     watts = prices.watts if prices.watts is not None else timing.watts
     rows = []
     if watts is None:
@@ -259,11 +310,22 @@ def problems_of(subject: Subject, traces: Traces | None, calibration: Calibratio
     if there is not None and needed > there:
         mend = _smaller_batch(subject, calibration)
         problems.append(f"memory: a rank takes {size(needed)}, there are {size(there)}: {mend}")
-    wanted = room(subject, traces).needed(subject.settings.checkpoint.min_free_gb)
-    if wanted > subject.disk_free and subject.elsewhere is None:
-        mend = _fewer_checkpoints(subject, traces)
-        problems.append(f"disk: the run takes up to {size(wanted)}, there are {size(subject.disk_free)}: {mend}")
+    wanted = _disk_needed(subject, traces)
+    if wanted > subject.disk_free:
+        hint = _fewer_checkpoints(subject, traces)
+        if subject.elsewhere is not None and not subject.disk_given:
+            hint += "; if that machine has another disk, give --disk-free-gb"
+        most = "up to" if subject.course is not None else "at least"
+        problems.append(f"disk: the run takes {most} {size(wanted)}, there are {size(subject.disk_free)}: {hint}")
     return problems
+
+
+def _disk_needed(subject: Subject, traces: Traces | None) -> int:
+    """Bytes for the whole run; where its steps are not known, what it cannot do without."""
+    found = room(subject, traces)
+    if found is None:
+        return storage(subject.settings, None, None).least
+    return found.needed(subject.settings.checkpoint.min_free_gb)
 
 
 def _smaller_batch(subject: Subject, calibration: Calibration) -> str:
@@ -281,7 +343,7 @@ def _fewer_checkpoints(subject: Subject, traces: Traces | None) -> str:
         changed = subject.settings.model_copy(
             update={"checkpoint": checkpoint.model_copy(update={"keep_last": keep_last})}
         )
-        if room(replace(subject, settings=changed), traces).needed(checkpoint.min_free_gb) <= subject.disk_free:
+        if _disk_needed(replace(subject, settings=changed), traces) <= subject.disk_free:
             return f"set checkpoint.keep_last={keep_last}, or make room"
     return "set checkpoint.keep_epochs or epochs_as=weights, or checkpoint.dir to a larger disk"
 

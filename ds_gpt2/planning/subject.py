@@ -9,9 +9,9 @@ from typing import Literal
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
 from ds_gpt2.launcher import Place
+from ds_gpt2.pace import Range
 from ds_gpt2.planning.course import Course
 from ds_gpt2.planning.memory import Model, Zero
-from ds_gpt2.report.summary import Range
 
 # exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or from what was
 # measured to what was not run; estimated: with figures of another machine or run.
@@ -36,10 +36,12 @@ class Subject:
     place: Place
     model: Model
     zero: Zero
-    course: Course
+    course: Course | None  # None: the steps follow from data that is not there yet
     disk_free: int  # bytes for checkpoints, those that the run already has included
     memory_free: int | None  # bytes for one rank, of its GPU or its share of the host; None where not known
     elsewhere: Hardware | None = None  # the run is to be on other GPUs than this machine's
+    disk_given: bool = False  # that disk is not this machine's either
+    no_data: str | None = None  # why the data cannot be read yet
 
     @property
     def on_cpu(self) -> bool:

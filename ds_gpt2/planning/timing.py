@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ds_gpt2.pace import Range
 from ds_gpt2.planning.course import Course
 from ds_gpt2.planning.subject import Basis, Hardware, Subject
 from ds_gpt2.planning.traces import Save, Traces
-from ds_gpt2.report.summary import Range
 
 _MFU = Range(0.35, 0.5, 0.25)  # of GPUs that are not here; nanoGPT and llm.c have reported such shares for GPT-2
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +18,9 @@ from typing import NoReturn
 
 import psutil
 
-from ds_gpt2 import launcher, outcome, stop
+from ds_gpt2 import launcher, outcome, run_location, stop
 from ds_gpt2.batch import BatchPlan
-from ds_gpt2.config import Settings, load_settings
+from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.launcher import Place, Ranks
@@ -35,6 +37,7 @@ _SLOW_ACCUMULATION = 2  # micro-batches a step: the least that hold the sums of 
 _ENOUGH = 3  # steps after which lack of time ends a trial
 _PREFIX = ".plan-"
 _LOOK_SECONDS = 0.05
+_FOREIGN_SECONDS = 86_400.0  # after which the folder of another machine's plan counts as left behind
 
 
 class TrialError(Exception):
@@ -92,7 +95,7 @@ def run_trial(
             scenes = plan_scenes(settings, LEAST_STEPS, _SLOW_ACCUMULATION)
             begun = time.time()
             _train(folder, config, overrides, scenes, plan, place, limits, tell)
-        tried = load_settings(config, {**overrides, **_overrides(folder, settings, scenes, plan)})
+        tried = run_location.load(config, {**overrides, **_overrides(folder, settings, scenes, plan)})
         return read_traces(tried, folder, place.ranks, plan.accumulation, scenes.accumulation, scenes.due, begun)
 
 
@@ -115,7 +118,7 @@ def _train(
     tell: Callable[[str], None],
 ) -> bool:
     """Whether the scenes were played; False if the first step takes too long to wait for the others."""
-    settings = load_settings(config, overrides)
+    settings = run_location.load(config, overrides)
     ours = {**overrides, **_overrides(folder, settings, scenes, plan)}
     arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in ours.items())]
     killed_for_memory = launcher.out_of_memory_kills()
@@ -205,11 +208,12 @@ def _folder(checkpoints: Path) -> Iterator[Path]:
     """An empty directory on the disk of the checkpoints, gone afterwards; so are those that killed plans have left."""
     place = existing(checkpoints)
     for left in place.glob(f"{_PREFIX}*"):
-        if not _is_of_the_living(left.name):
+        if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
     process = psutil.Process()
+    owner = f"{process.pid}-{math.floor(process.create_time())}-{_host()}-"
     try:
-        folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{process.pid}-{math.floor(process.create_time())}-", dir=place)
+        folder = tempfile.mkdtemp(prefix=_PREFIX + owner, dir=place)
     except OSError as error:
         raise UserError(f"cannot write to {place}: {error.strerror}; set checkpoint.dir, or use --quick") from None
     try:
@@ -218,10 +222,22 @@ def _folder(checkpoints: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_of_the_living(name: str) -> bool:
-    """Whether the process that made this folder still lives."""
-    pid, started, _ = [*name.removeprefix(_PREFIX).split("-", 2), "", ""][:3]
-    return pid.isdigit() and started.isdigit() and lives(int(pid), float(started))
+def _is_abandoned(folder: Path) -> bool:
+    """Whether the plan that made this folder is gone.
+
+    The directory may be shared with other machines, whose processes cannot be seen: theirs is left alone for a day.
+    """
+    pid, started, host, _ = [*folder.name.removeprefix(_PREFIX).split("-", 3), "", "", ""][:4]
+    if host == _host():
+        return not (pid.isdigit() and started.isdigit() and lives(int(pid), float(started)))
+    with contextlib.suppress(OSError):
+        return time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS
+    return False
+
+
+def _host() -> str:
+    """This machine's name, fit for a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 
 
 @contextlib.contextmanager

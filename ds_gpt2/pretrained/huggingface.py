@@ -1,12 +1,11 @@
 """Hugging Face's layout of GPT-2: names, shapes and config, as ``transformers``' modeling_gpt2.py has them.
 
 Its projections are ``Conv1D``, which keep matrices as (in, out) where ``nn.Linear`` has (out, in). The head is the
-embedding and is not written a second time. The vocabulary is cut to the 50,257 tokens there are.
+embedding and is not written a second time. The vocabulary is cut to GPT-2's 50,257 tokens, in both directions.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,40 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY, ModelShape
+from ds_gpt2.pretrained import tensors
+from ds_gpt2.pretrained.gpt2_config import CONFIG as CONFIG
+from ds_gpt2.pretrained.gpt2_config import GPT2Config, read_config
+from ds_gpt2.pretrained.tensors import WEIGHTS as WEIGHTS
+from ds_gpt2.pretrained.tokenizer_files import check_tokenizer
 from ds_gpt2.tokenizer import END_OF_TEXT
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 _PREFIX = "transformer."  # of GPT2LMHeadModel; OpenAI's own files on the hub have none
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_proj|c_fc)\.weight")
 _NO_PARAMETERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # old files hold the causal mask, too
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 
 DTypeName = Literal["float32", "bfloat16"]
-
-
-class _Config(BaseModel):
-    """What of ``config.json`` the model must have."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model_type: Literal["gpt2"]
-    vocab_size: PositiveInt
-    n_positions: PositiveInt
-    n_embd: PositiveInt
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_inner: PositiveInt | None = None
-    activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_by_inverse_layer_idx: Literal[False] = False
-    tie_word_embeddings: Literal[True] = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +38,7 @@ class Pretrained:
 
     shape: ModelShape
     weights: dict[str, torch.Tensor]
+    padding: int = 0  # rows of the embedding beyond GPT-2's vocabulary that were left out
 
 
 def config_of(shape: ModelShape, dropout: float, dtype: DTypeName) -> dict[str, Any]:
@@ -92,66 +75,121 @@ def write_weights(weights: dict[str, torch.Tensor], file: Path, dtype: torch.dty
 
 
 def is_directory_of(path: Path) -> bool:
-    """Whether a Hugging Face model seems to lie in ``path``."""
-    return (path / CONFIG).is_file()
+    """Return whether ``path`` seems to be the directory of a Hugging Face model."""
+    return (path / CONFIG).is_file() or tensors.has_weights(path)
 
 
-def read(directory: Path) -> Pretrained:
-    """A GPT-2 from its directory; only safetensors, as other formats can run what they like.
+def check(directory: Path) -> GPT2Config:
+    """Check the config and the headers of a directory; no tensor is read.
 
     Raises:
-        UserError: it is no GPT-2, or not one that ours can be; its files are damaged, incomplete or of another kind.
+        UserError: it is no GPT-2, or one that computes another function than ours; its files are incomplete or damaged.
     """
-    config = _read_config(directory / CONFIG)
-    shape = ModelShape(config.n_layer, config.n_head, config.n_embd, config.n_positions)
-    file = directory / WEIGHTS
-    if not file.is_file():
-        others = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".safetensors", ".pt"))
-        raise UserError(
-            f"{directory} has no {WEIGHTS} (there are {', '.join(others) or 'no weights'}): save it again as one"
-            " safetensors file, with transformers' save_pretrained(max_shard_size='100GB')"
-        )
-    try:
-        weights = dict(_read_weights(file))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    check_shapes(file, shape, config.vocab_size, weights)
-    return Pretrained(shape, weights)
-
-
-def _read_config(file: Path) -> _Config:
-    try:
-        config = _Config.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file} is of another model: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if config.vocab_size != VOCABULARY:
-        raise UserError(f"{file}: a vocabulary of {config.vocab_size:,} tokens; GPT-2's has {VOCABULARY:,}")
-    if config.n_inner not in (None, 4 * config.n_embd):
-        raise UserError(f"{file}: n_inner {config.n_inner}; this model's is always 4 x n_embd = {4 * config.n_embd}")
-    if config.layer_norm_epsilon != 1e-5 or config.n_embd % config.n_head:
-        raise UserError(f"{file}: layer_norm_epsilon {config.layer_norm_epsilon}, n_head {config.n_head}: not GPT-2's")
+    config = read_config(directory / CONFIG)
+    check_tokenizer(directory, config.vocabulary)
+    _model_tensors(directory, config)
     return config
 
 
-def _read_weights(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for theirs in opened.keys():  # noqa: SIM118  (it is no dictionary)
-            name = theirs.removeprefix(_PREFIX)
-            if name != _HEAD and not _NO_PARAMETERS.fullmatch(name):
-                yield name, _to_theirs(name, opened.get_tensor(theirs)).float().contiguous()
+def read(directory: Path) -> Pretrained:
+    """Return the GPT-2 of a directory, without the padding of its vocabulary.
+
+    Raises:
+        UserError: as ``check`` does, or its weights are not finite or its head is not its embedding.
+    """
+    config = read_config(directory / CONFIG)
+    check_tokenizer(directory, config.vocabulary)
+    found = _model_tensors(directory, config)
+    weights: dict[str, torch.Tensor] = {}
+    for theirs, tensor in tensors.read({each.name: each.tensor for each in found.values()}):
+        name = _our_name(theirs)
+        weights[name] = as_weight(directory, name, _to_theirs(name, tensor))
+    _check_tied(directory, weights)
+    return Pretrained(config.shape, weights, config.vocabulary - VOCABULARY)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A tensor and its name in the files."""
+
+    name: str
+    tensor: tensors.Stored
+
+
+def _model_tensors(directory: Path, config: GPT2Config) -> dict[str, _Named]:
+    """Return the tensors of the model, and of the head if it is stored, by our names.
+
+    Raises:
+        UserError: one is missing, unknown, there twice, or of another shape or dtype.
+    """
+    found: dict[str, _Named] = {}
+    for theirs, stored in tensors.headers(directory).items():
+        name = _our_name(theirs)
+        if _NO_PARAMETERS.fullmatch(name):
+            continue
+        if name in found:
+            raise UserError(
+                f"{directory} has both {found[name].name} and {theirs}: only one of them can be the model's"
+            )
+        tensors.check_dtype(theirs, stored)
+        found[name] = _Named(theirs, stored)
+    sizes = {name: _our_size(name, each.tensor.shape) for name, each in found.items()}
+    head = sizes.pop(HEAD, None)
+    check_shapes(directory, config.shape, config.vocabulary, sizes)
+    if head is not None and head != sizes["wte.weight"]:
+        raise UserError(
+            f"{directory}: {HEAD} is {head}, the embedding {sizes['wte.weight']}; this model's are the same"
+        )
+    return found
+
+
+def _our_name(theirs: str) -> str:
+    return theirs.removeprefix(_PREFIX) if theirs != _PREFIX + HEAD else theirs
+
+
+def _our_size(name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+    return size[::-1] if _TRANSPOSED.fullmatch(name) and len(size) == 2 else size
+
+
+def as_weight(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in fp32, contiguous.
+
+    Raises:
+        UserError: it holds an Inf or NaN, or a number beyond the range of fp32.
+    """
+    weight = tensor.float().contiguous()
+    low, high = torch.aminmax(weight)  # unlike isfinite, without a tensor of flags; a NaN is both
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"{path}: {name} has values that are Inf or NaN in fp32: the weights are unusable")
+    return weight
+
+
+def _check_tied(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Remove the output head from ``weights`` if it is there.
+
+    Raises:
+        UserError: it is not the embedding.
+    """
+    head = weights.pop(HEAD, None)
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise UserError(
+            f"{path}: {HEAD} differs from the embedding wte.weight; this model's output head is the embedding"
+            " (tie_word_embeddings)"
+        )
 
 
 def _to_theirs(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """From our layout to theirs, or back."""
-    tensor = tensor[:VOCABULARY] if name == "wte.weight" else tensor
+    tensor = tensor[:VOCABULARY] if name in ("wte.weight", HEAD) else tensor
     return tensor.t() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
 
 
 def shapes_of(shape: ModelShape, vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model under our names."""
+    return dict(_shapes(shape, vocabulary))
+
+
+def _shapes(shape: ModelShape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     width = shape.width
     layer = {
         "ln_1.weight": (width,),
@@ -167,26 +205,27 @@ def shapes_of(shape: ModelShape, vocabulary: int = VOCABULARY) -> dict[str, tupl
         "mlp.c_proj.weight": (width, 4 * width),
         "mlp.c_proj.bias": (width,),
     }
-    return {
-        "wte.weight": (vocabulary, width),
-        "wpe.weight": (shape.sequence_length, width),
-        **{f"h.{number}.{name}": size for number in range(shape.layers) for name, size in layer.items()},
-        "ln_f.weight": (width,),
-        "ln_f.bias": (width,),
-    }
+    yield "wte.weight", (vocabulary, width)
+    yield "wpe.weight", (shape.sequence_length, width)
+    for number in range(shape.layers):
+        for name, size in layer.items():
+            yield f"h.{number}.{name}", size
+    yield "ln_f.weight", (width,)
+    yield "ln_f.bias", (width,)
 
 
-def check_shapes(file: Path, shape: ModelShape, vocabulary: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """
+def check_shapes(path: Path, shape: ModelShape, vocabulary: int, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the sizes of tensors, by our names, with those of a model of this shape.
+
     Raises:
-        UserError: ``weights``, under our names, are not those of a model of this shape.
+        UserError: a tensor is missing, unknown or of another size.
     """
-    expected = shapes_of(shape, vocabulary)
-    if strange := sorted(weights.keys() ^ expected.keys()):
-        what = "no" if strange[0] in expected else "an unknown"
-        raise UserError(f"{file} has {what} {strange[0]}: it is not the model that it is said to be")
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise UserError(
-                f"{file}: {name} is {tuple(tensor.shape)}; of the model that it is said to be, {expected[name]}"
-            )
+    expected = set()
+    for name, size in _shapes(shape, vocabulary):  # ends at the first that is missing, however many layers are claimed
+        if name not in sizes:
+            raise UserError(f"{path} has no {name}: it is not the model that it is said to be")
+        if sizes[name] != size:
+            raise UserError(f"{path}: {name} is {sizes[name]}; of the model that it is said to be, {size}")
+        expected.add(name)
+    if unknown := sorted(sizes.keys() - expected):
+        raise UserError(f"{path} has an unknown {tensors.shown(unknown[0])}: it is not the model that it is said to be")

@@ -13,17 +13,67 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2 import tokenizer
+from ds_gpt2.errors import UserError
 
+_LARGEST_BYTES = 50_000_000  # of one file; GPT-2's own have at most 4 MB
 _END = "<|endoftext|>"
+
+
+VOCABULARY_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json")
+
+
+def check_tokenizer(directory: Path, rows: int) -> None:
+    """Check that the tokenizer files of a directory, if there are any, are GPT-2's.
+
+    A model of another tokenizer computes with other tokens under the same numbers, which neither its config nor its
+    weights show.
+
+    Args:
+        rows: of the embedding; those beyond GPT-2's vocabulary are padding unless a file gives them a token.
+
+    Raises:
+        UserError: a file cannot be read, or gives a number another token than GPT-2's tokenizer does.
+    """
+    tokens: dict[int, str] = {}
+    for name in VOCABULARY_FILES:
+        if (directory / name).is_file():
+            tokens = tokens or {number: token for token, number in _vocabulary().items()}
+            _compare(directory / name, _numbered(directory / name), tokens, rows)
+
+
+def _compare(file: Path, theirs: dict[str, int], tokens: dict[int, str], rows: int) -> None:
+    for token, number in theirs.items():
+        if number < len(tokens) and tokens.get(number) != token:
+            raise UserError(
+                f"{file}: token {number:,} is {ascii(token)[:60]}, GPT-2's is {tokens.get(number)!a}: the model has"
+                " another tokenizer"
+            )
+        if len(tokens) <= number < rows:
+            raise UserError(
+                f"{file}: token {number:,}, {ascii(token)[:60]}, is added to GPT-2's {len(tokens):,}: remove it with"
+                f" transformers' resize_token_embeddings({len(tokens)}) and save GPT-2's own tokenizer"
+            )
+
+
+def _numbered(file: Path) -> dict[str, int]:
+    """Return the tokens of a file and their numbers."""
+    try:
+        if file.stat().st_size > _LARGEST_BYTES:
+            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == "tokenizer.json":
+            content = content["model"]["vocab"] | {each["content"]: each["id"] for each in content["added_tokens"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict) or any(type(number) is not int for number in content.values()):
+        raise UserError(f"{file} does not hold tokens and their numbers")
+    return content
 
 
 def write_tokenizer(directory: Path, sequence_length: int) -> None:
     """Write ``tokenizer.json``, ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``."""
-    ranks = {tokenizer.gpt2().decode_single_token_bytes(rank): rank for rank in range(tokenizer.END_OF_TEXT)}
-    spelled = _spelling()
-    vocabulary = {"".join(spelled[byte] for byte in token): rank for token, rank in ranks.items()}
+    ranks, spelled, vocabulary = _ranks(), _spelling(), _vocabulary()
     merges = [" ".join("".join(spelled[byte] for byte in part) for part in pair) for pair in _merges(ranks)]
-    vocabulary[_END] = tokenizer.END_OF_TEXT
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": sequence_length,
@@ -64,6 +114,17 @@ def _fast(vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
             "merges": merges,
         },
     }
+
+
+def _ranks() -> dict[bytes, int]:
+    return {tokenizer.gpt2().decode_single_token_bytes(rank): rank for rank in range(tokenizer.END_OF_TEXT)}
+
+
+def _vocabulary() -> dict[str, int]:
+    """Return every token as the files spell it, and its number."""
+    spelled = _spelling()
+    vocabulary = {"".join(spelled[byte] for byte in token): rank for token, rank in _ranks().items()}
+    return {**vocabulary, _END: tokenizer.END_OF_TEXT}
 
 
 def _spelling() -> list[str]:

@@ -57,10 +57,15 @@ def charts_of(views: list[View], reference: bool = False) -> list[Chart]:
         _loss(views, reference),
         _gradients(views),
         _simple("learning rate", views, "train/lr", {"yaxis": {"exponentformat": "e"}}),
-        _hellaswag(views),
+        *([_hellaswag(views)] if _has_hellaswag(views) else []),
         _simple("tokens a second", views, "perf/tokens_per_s", mean=True),
         *[_phases(view, len(views) > 1) for view in views],
-        _simple("goodput: share of the time that trained", views, "perf/goodput", {"yaxis": {"tickformat": ".0%"}}),
+        _simple(
+            "goodput: share of the time since the first start that went into steps",
+            views,
+            "perf/goodput",
+            {"yaxis": {"tickformat": ".0%"}},
+        ),
     ]
     hardware = [
         _simple("temperature of the hottest GPU, °C", views, "perf/gpu_temperature_c"),
@@ -135,6 +140,11 @@ def _gradients(views: list[View]) -> Chart:
     layout = {"yaxis": {"rangemode": "tozero"}, "yaxis2": {**axis, "tickmode": "auto"}}
     note = "" if len(views) == 1 else "Solid: norm; dotted: clipped."
     return Chart("gradient norm before clipping, and share of updates clipped", traces, layout, note)
+
+
+def _has_hellaswag(views: list[View]) -> bool:
+    """Whether a run is set to measure it, or has measured it."""
+    return any(view.settings.hellaswag.every or len(view.curve("hellaswag/acc_norm")) for view in views)
 
 
 def _hellaswag(views: list[View]) -> Chart:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ds_gpt2.config import Settings, flat
 from ds_gpt2.report.records import Curve
 from ds_gpt2.report.run import Run
@@ -33,8 +31,8 @@ class Losses:
     """Of both runs, when each had trained on ``tokens``."""
 
     tokens: float
-    training: Pair  # the mean of the newest steps
-    validation: Pair  # between two validations on the line from one to the other
+    training: Pair  # the median of the last 50 steps
+    validation: Pair  # as measured at that very point, or None
 
 
 def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
@@ -45,43 +43,61 @@ def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]
 
 
 def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]:
-    """At so many places, evenly spread up to where the shorter of the runs has come."""
-    furthest = min(run.records.newest * run.settings.batch.tokens_per_step for run in (a, b))
-    width = min(run.records.curve("train/loss").smoothing for run in (a, b))
+    """At so many points at most, evenly spread up to where the shorter of the runs has come.
+
+    These are points at which both runs were validated, if there are any, and the furthest one. Nothing is interpolated.
+    """
     return [
         Losses(
-            tokens,
-            Pair(*(_training(run, tokens, width) for run in (a, b))),
-            Pair(*(_validation(run, tokens) for run in (a, b))),
+            float(tokens),
+            Pair(*(_training(run, tokens) for run in (a, b))),
+            Pair(*(_validations(run).get(tokens) for run in (a, b))),
         )
-        for tokens in (furthest * number / points for number in range(1, points + 1))
-        if furthest
+        for tokens in _points(a, b, points)
     ]
+
+
+def _points(a: Run, b: Run, points: int) -> list[int]:
+    """Tokens, ascending."""
+    furthest = min(_tokens(run, run.records.newest) for run in (a, b))
+    if not furthest:
+        return []
+    both = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= furthest)
+    if not both:
+        return sorted({furthest * number // points for number in range(1, points + 1)} - {0})
+    count = points if both[-1] == furthest else points - 1
+    chosen = {both[place * (len(both) - 1) // max(1, count - 1)] for place in range(count)}
+    return sorted({*chosen, furthest})
+
+
+def _tokens(run: Run, step: int) -> int:
+    """Tokens that ``run`` has trained on after ``step``."""
+    return step * run.settings.batch.tokens_per_step
 
 
 def ends(a: Run, b: Run) -> dict[str, Pair]:
     """What each run has come to, by name."""
     found = {
         "steps": Pair(float(a.records.newest), float(b.records.newest)),
-        "tokens": Pair(*(float(run.records.newest * run.settings.batch.tokens_per_step) for run in (a, b))),
+        "tokens": Pair(*(float(_tokens(run, run.records.newest)) for run in (a, b))),
         "train/loss": Pair(*(run.records.curve("train/loss").recent() for run in (a, b))),
         "val/loss": Pair(*(run.records.curve("val/loss").last() for run in (a, b))),
         "val/loss, lowest": Pair(*(_lowest(run.records.curve("val/loss")) for run in (a, b))),
     }
-    for tag in ("hellaswag/acc", "hellaswag/acc_norm", "perf/tokens_per_s"):
+    for tag in ("hellaswag/acc", "hellaswag/acc_norm"):
         found[tag] = Pair(*(run.records.curve(tag).last() for run in (a, b)))
+    found["perf/tokens_per_s"] = Pair(*(run.records.curve("perf/tokens_per_s").recent() for run in (a, b)))
     return {name: pair for name, pair in found.items() if (pair.a, pair.b) != (None, None)}
 
 
-def _training(run: Run, tokens: float, width: int) -> float | None:
-    return run.records.curve("train/loss").until(int(tokens / run.settings.batch.tokens_per_step)).recent(width)
+def _training(run: Run, tokens: int) -> float | None:
+    return run.records.curve("train/loss").until(tokens // run.settings.batch.tokens_per_step).recent()
 
 
-def _validation(run: Run, tokens: float) -> float | None:
-    curve, step = run.records.curve("val/loss").finite(), tokens / run.settings.batch.tokens_per_step
-    if not len(curve) or not curve.steps[0] <= step <= curve.steps[-1]:
-        return None
-    return float(np.interp(step, curve.steps, curve.values))
+def _validations(run: Run) -> dict[int, float]:
+    """Every finite validation loss, by the tokens trained on until then."""
+    curve = run.records.curve("val/loss").finite()
+    return {_tokens(run, step): loss for step, loss in zip(curve.steps.tolist(), curve.values.tolist(), strict=True)}
 
 
 def _lowest(curve: Curve) -> float | None:

@@ -10,11 +10,13 @@ from html import escape
 from plotly.offline import get_plotlyjs
 
 from ds_gpt2.checkpoint.generations import Generation
+from ds_gpt2.journal import ROUTINE
+from ds_gpt2.pace import RECENT_LABEL, Range
 from ds_gpt2.report.charts import Chart
 from ds_gpt2.report.look import SCRIPT, STYLE
 from ds_gpt2.report.run import Run
-from ds_gpt2.report.summary import Range, Since, Summary
-from ds_gpt2.wording import MISSING, clock, duration, fixed, percent, size, tokens, zone
+from ds_gpt2.report.summary import Since, Summary
+from ds_gpt2.wording import MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
 
 _SAMPLES = 5  # of each prompt that are shown
 _INCIDENTS = 50  # newest that are shown
@@ -55,15 +57,15 @@ def sentence(summary: Summary) -> str:
     """The run in one line, for a person in a hurry."""
     if summary.state == "no data yet":
         return "No data yet: nothing is recorded."
-    share = f" of {summary.steps:,} ({summary.step / summary.steps:.1%})" if summary.steps else ""
+    share = f" of {summary.steps:,} ({done_share(summary.step, summary.steps)})" if summary.steps else ""
     ago = f"last record {duration(summary.last_record_age_seconds or 0)} ago"
     words = [f"{_STATES[summary.state]}: step {summary.step:,}{share}, {ago}"]
     if summary.ending and summary.state != "finished":
         words[0] += f" ({summary.ending})"
-    losses = [f"loss {fixed(summary.loss)}"]
+    losses = [f"loss {_loss(summary.loss)} ({RECENT_LABEL})"]
     if summary.best_val_loss is not None:
-        best = f"best {fixed(summary.best_val_loss)} at step {summary.best_val_step:,}"
-        losses.append(f"validation {fixed(summary.val_loss)} ({best})")
+        best = f"best {_loss(summary.best_val_loss)} at step {summary.best_val_step:,}"
+        losses.append(f"validation {_loss(summary.val_loss)} ({best})")
     words.append(", ".join(losses).capitalize())
     if summary.tokens_per_s is not None:
         words.append(f"{summary.tokens_per_s:,.0f} tokens/s, goodput {percent(summary.goodput)}")
@@ -94,7 +96,7 @@ def _since(summaries: Sequence[Summary]) -> str:
         return ""
     rows = [
         ("steps done", [f"{window.steps:,}" for window in windows]),
-        ("loss", [_change(window) for window in windows]),
+        (f"loss ({RECENT_LABEL})", [_change(window) for window in windows]),
         ("starts", [str(window.starts) for window in windows]),
         ("best validation loss", [_at(window.best_val_loss, window.best_val_step) for window in windows]),
         ("worst gradient norm", [_at(window.worst_grad_norm, window.worst_grad_norm_step) for window in windows]),
@@ -107,9 +109,9 @@ def _change(window: Since) -> str:
     if window.loss_now is None:
         return "no step was recorded"
     if window.loss_before is None:
-        return fixed(window.loss_now)
+        return _loss(window.loss_now)
     change = window.loss_now - window.loss_before
-    return f"{fixed(window.loss_before)} → {fixed(window.loss_now)} ({change:+.3f})"
+    return f"{_loss(window.loss_before)} → {_loss(window.loss_now)} ({change:+.4f})"
 
 
 def _figures(summaries: Sequence[Summary]) -> str:
@@ -125,19 +127,21 @@ def _figures_of(summary: Summary) -> dict[str, str]:
         "step": f"{summary.step:,}" + (f" of {summary.steps:,}" if summary.steps else ""),
         "tokens": MISSING if summary.tokens is None else tokens(summary.tokens),
         "epochs": fixed(summary.epoch, 2),
-        "loss": fixed(summary.loss),
-        "validation loss": fixed(summary.val_loss),
+        f"loss ({RECENT_LABEL})": _loss(summary.loss),
+        "newest validation loss": _loss(summary.val_loss),
         "best validation loss": _at(summary.best_val_loss, summary.best_val_step),
-        "HellaSwag (acc_norm)": percent(summary.hellaswag_acc_norm, 2),
-        "gradient norm": fixed(summary.grad_norm),
+        "HellaSwag (newest acc_norm)": percent(summary.hellaswag_acc_norm, 2),
+        f"gradient norm ({RECENT_LABEL})": fixed(summary.grad_norm),
         "updates clipped": percent(summary.clipped_share),
         "updates skipped": _if_any(summary.skipped_steps),
         "losses that were no number": _if_any(summary.not_finite_losses),
-        "tokens/s": fixed(summary.tokens_per_s, 0),
-        "MFU": percent(summary.mfu),
-        "goodput": percent(summary.goodput),
-        "restarts": str(summary.restarts),
-        "lost to restarts": MISSING if summary.lost_seconds is None else duration(summary.lost_seconds),
+        f"tokens/s ({RECENT_LABEL})": fixed(summary.tokens_per_s, 0),
+        f"seconds a step ({RECENT_LABEL})": fixed(summary.step_seconds),
+        f"MFU ({RECENT_LABEL})": percent(summary.mfu),
+        "goodput (share of the time that went into steps)": percent(summary.goodput),
+        "restarts by the supervisor": str(summary.restarts),
+        "resumes by hand": str(summary.resumes),
+        "time lost": MISSING if summary.lost_seconds is None else duration(summary.lost_seconds),
         "damaged lines left out": _if_any(summary.damaged_lines),
         "times that are estimated": _if_any(summary.estimated_times),
     }
@@ -148,7 +152,12 @@ def _if_any(count: float | None) -> str:
 
 
 def _at(value: float | None, step: int | None) -> str:
-    return MISSING if value is None else f"{fixed(value)} at step {step:,}"
+    return MISSING if value is None else f"{fixed(value, 4)} at step {step:,}"
+
+
+def _loss(value: float | None) -> str:
+    """As ``status`` shows it."""
+    return fixed(value, 4)
 
 
 def _by_run(summaries: Sequence[Summary], rows: Sequence[tuple[str, list[str]]]) -> str:
@@ -167,9 +176,9 @@ def _chart(number: int, chart: Chart) -> str:
 def _told(part: Part) -> str:
     """What is told of one run alone."""
     run = part.run
-    notes = f"<pre>{escape(run.notes)}</pre>" if run.notes else _NOTHING
+    notes = f"<pre>{escape(run.notes)}</pre>" if run.notes else ""
     sections = [
-        ("What it writes", _samples(run)),
+        ("What it writes", _samples(run) if run.settings.samples.every or run.records.samples else ""),
         ("Starts", _starts(run)),
         ("Incidents", _incidents(run)),
         ("Checkpoints kept", _checkpoints(run.checkpoints)),
@@ -216,26 +225,23 @@ def _starts(run: Run) -> str:
                 MISSING if start.time is None else clock(start.time),
                 f"{start.from_step:,}",
                 MISSING if start.world_size is None else str(start.world_size),
+                "the supervisor" if start.restart else "hand",
                 MISSING if lost is None else duration(lost),
                 (start.commit or MISSING)[:9],
             ]
         )
-    return _table(["when", "from step", "ranks", "time lost", "commit"], rows) if rows else _NOTHING
+    return _table(["when", "from step", "ranks", "started by", "time lost", "commit"], rows) if rows else _NOTHING
 
 
 def _incidents(run: Run) -> str:
     """Nothing at all where there is none: a quiet run has no such section."""
-    newest = run.incidents[: -_INCIDENTS - 1 : -1]
+    incidents = [event for event in run.events if event.kind not in ROUTINE]
+    newest = incidents[: -_INCIDENTS - 1 : -1]
     rows = [
-        [
-            MISSING if incident.time is None else clock(incident.time),
-            MISSING if incident.step is None else f"{incident.step:,}",
-            incident.kind,
-            incident.text,
-        ]
-        for incident in newest
+        [clock(event.time), MISSING if event.step is None else f"{event.step:,}", event.kind, event.text]
+        for event in newest
     ]
-    older = len(run.incidents) - len(newest)
+    older = len(incidents) - len(newest)
     more = f'<p class="faint">and {older:,} older ones</p>' if older else ""
     return _table(["when", "step", "what", ""], rows) + more if rows else ""
 
@@ -266,7 +272,7 @@ def _left(summary: Summary) -> str:
         return _NOTHING
     rows = [
         ["steps", f"{summary.steps - summary.step:,}"],
-        ["seconds a step", _range(pace, 3)],
+        ["seconds a step, evaluation and saves included", _range(pace, 3)],
         ["hours", _range(left.times(1 / 3600), 1)],
     ]
     if summary.finish is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds_gpt2.metrics import read_metrics
+from ds_gpt2.pace import RECENT, recent
 
 _SMOOTHING = 100  # values that a mean is taken over, at most
 
@@ -57,11 +58,9 @@ class Curve:
         """How many values a mean is to be taken over: a twentieth of the curve, a hundred at most."""
         return min(_SMOOTHING, max(1, len(self) // 20))
 
-    def recent(self, width: int | None = None) -> float | None:
-        """The mean of the newest ``width`` values (default: ``smoothing``), those that are finite."""
-        newest = slice(-(width or self.smoothing), None)
-        values = Curve(self.steps[newest], self.values[newest]).finite().values
-        return float(values.mean()) if len(values) else None
+    def recent(self) -> float | None:
+        """``pace.recent`` of the newest values."""
+        return recent(self.values[-RECENT:].tolist())
 
     def lowest(self) -> tuple[int, float] | None:
         """(step, value) of the least finite value, the first of equal ones."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,13 +12,17 @@ from typing import Any
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.config import Settings, load_settings
-from ds_gpt2.metrics import METRICS, STARTS, TIME
+from ds_gpt2.config import Settings
+from ds_gpt2.journal import Event
+from ds_gpt2.metrics import METRICS, STARTS, TIME, planned_steps, read_starts
 from ds_gpt2.notes import NOTES
 from ds_gpt2.report.records import Records, read_records
+from ds_gpt2.run_location import load_run_settings
+from ds_gpt2.status.history import lost_by_start, newest_events, restarts_of
 
-CONFIG, LOG, JOURNAL = "config.yaml", "train.log", "journal.jsonl"
+CONFIG, LOG = "config.yaml", "train.log"
 
+_SAME_START_SECONDS = 60.0  # between the two records of a start
 _TAIL = 1 << 16  # bytes of the log that are looked at
 _ENDING = re.compile(r"^\S+ \S+ (done|stopped on request|ended, but its last state could not be saved) at step \d+ of ")
 _AT_WORK = re.compile(r"^\S+ \S+ (run \S+: |step +\d+/\d+ )")
@@ -34,17 +36,8 @@ class Start:
     from_step: int
     world_size: int | None
     commit: str | None
-    lost_seconds: float | None = None  # see `_lost`
-
-
-@dataclass(frozen=True)
-class Incident:
-    """One line of ``journal.jsonl``."""
-
-    time: float | None  # seconds since 1970
-    step: int | None
-    kind: str
-    text: str
+    lost_seconds: float | None = None  # by the journal; where there is none see `_lost`
+    restart: bool = False  # made by the supervisor
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ class Run:
     settings_text: str
     records: Records
     starts: list[Start]  # in the order of the file
-    incidents: list[Incident]
+    events: list[Event]  # of the journal, the oldest first
+    planned: int | None  # steps that it is to have, as its newest start said
     checkpoints: list[Generation]  # newest first
     notes: str | None
     ending: str | None  # what the log says of its end; None where it goes on, or has died without a word
@@ -65,8 +59,8 @@ class Run:
     def steps(self) -> int | None:
         """How many it is to have; None where that follows from the data and nothing is recorded yet."""
         schedule = self.settings.schedule
-        if schedule.steps is not None:
-            return schedule.steps
+        if schedule.steps is not None or self.planned is not None:
+            return schedule.steps or self.planned
         epoch, step = self.records.curve("train/epoch").last(), self.records.newest
         if not epoch or schedule.epochs is None:
             return None
@@ -78,7 +72,7 @@ class Run:
             self,
             records=self.records.since(time),
             starts=[start for start in self.starts if start.time is not None and start.time >= time],
-            incidents=[one for one in self.incidents if one.time is not None and one.time >= time],
+            events=[event for event in self.events if event.time >= time],
             checkpoints=[one for one in self.checkpoints if one.manifest and one.manifest.made_at >= time],
         )
 
@@ -89,23 +83,49 @@ def load_run(directory: Path) -> Run:
     Raises:
         UserError: its settings cannot be read.
     """
-    settings = load_settings(directory / CONFIG)
+    settings = load_run_settings(directory)
     records = read_records(directory / METRICS)
-    starts = [_start(line) for line in _json_lines(directory / STARTS)]
+    lines = read_starts(directory / STARTS)
+    events = newest_events(directory)
     return Run(
         name=settings.run.name,
         settings=settings,
         settings_text=_text_of(directory / CONFIG) or "",
         records=records,
-        starts=[
-            replace(start, lost_seconds=_lost(start, starts[place + 1 :], records))
-            for place, start in enumerate(starts)
-        ],
-        incidents=[_incident(line) for line in _json_lines(directory / JOURNAL)],
+        starts=_starts([_start(line) for line in lines], records, events),
+        events=events,
+        planned=planned_steps(lines),
         checkpoints=generations.scan(settings.checkpoint_dir),
         notes=_text_of(directory / NOTES),
         ending=_ending(directory / LOG),
     )
+
+
+def _starts(starts: list[Start], records: Records, events: list[Event]) -> list[Start]:
+    """With what the journal tells about each: what it cost, and who made it."""
+    noted = [event for event in events if event.kind == "start"]
+    if not noted:
+        return [
+            replace(start, lost_seconds=_lost(start, starts[place + 1 :], records))
+            for place, start in enumerate(starts)
+        ]
+    lost, restarts = lost_by_start(events), restarts_of(events)
+    places = [_place_of(start, noted) for start in starts]
+    return [
+        start if place is None else replace(start, lost_seconds=lost.get(noted[place].time), restart=restarts[place])
+        for start, place in zip(starts, places, strict=True)
+    ]
+
+
+def _place_of(start: Start, noted: list[Event]) -> int | None:
+    """Which of the journal's starts is this one."""
+    if start.time is None:
+        return None
+    apart = [
+        (abs(event.time - start.time), place) for place, event in enumerate(noted) if event.step == start.from_step
+    ]
+    seconds, place = min(apart, default=(math.inf, 0))
+    return place if seconds <= _SAME_START_SECONDS else None
 
 
 def _lost(start: Start, later: list[Start], records: Records) -> float | None:
@@ -130,26 +150,6 @@ def _start(line: dict[str, Any]) -> Start:
         world_size=_whole(line.get("world_size")),
         commit=commit if isinstance(commit, str) else None,
     )
-
-
-def _incident(line: dict[str, Any]) -> Incident:
-    return Incident(
-        time=_time(line.get("time")),
-        step=_whole(line.get("step")),
-        kind=str(line.get("kind", "")),
-        text=str(line.get("text", "")),
-    )
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in ``file``; lines cut by a crash are left out."""
-    for line in (_text_of(file) or "").splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
 
 
 def _time(value: object) -> float | None:

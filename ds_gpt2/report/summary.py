@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from ds_gpt2.pace import WINDOW, Cadence, Pace, Range, timed_of
 from ds_gpt2.report.records import Records
 from ds_gpt2.report.run import Run
+from ds_gpt2.status.history import history_of
+from ds_gpt2.status.life import State as LifeState
 
-_WINDOWS, _WINDOW = 20, 250  # the pace is that of the newest so many windows of at most so many steps
 _SILENT = 600.0  # seconds without a record, or ten steps if they take longer, after which a run no longer looks alive
 
+_TIMES = ("perf/step_ms", "perf/eval_ms", "perf/save_ms")
+
 State = Literal["no data yet", "running", "stopped", "silent", "finished"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A mean, and the 10th and 90th percentile around it."""
-
-    mean: float
-    low: float
-    high: float
-
-    def times(self, factor: float) -> Range:
-        return Range(self.mean * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
@@ -76,23 +69,26 @@ class Summary:
     last_record_age_seconds: float | None
     tokens: float | None
     epoch: float | None
-    loss: float | None  # mean of the newest steps
+    loss: float | None  # median of the last 50 steps
     not_finite_losses: int
     val_loss: float | None
     best_val_loss: float | None
     best_val_step: int | None
     hellaswag_acc_norm: float | None
-    grad_norm: float | None
+    grad_norm: float | None  # median of the last 50 steps
     clipped_share: float | None
     skipped_steps: float | None
-    tokens_per_s: float | None
-    mfu: float | None
-    goodput: float | None
-    seconds_per_step: Range | None  # wall time, evaluation and saving included
-    seconds_left: Range | None
+    tokens_per_s: float | None  # median of the last 50 steps
+    step_seconds: float | None  # the same
+    mfu: float | None  # the same
+    goodput: float | None  # perf/goodput as last recorded
+    seconds_per_step: Range | None  # wall time, evaluation and saving included, mean of the last 2,000 steps
+    seconds_left: Range | None  # see ds_gpt2.pace
     finish: float | None  # seconds since 1970; None where it does not run
-    restarts: int
+    restarts: int  # by the supervisor
+    resumes: int  # by hand
     lost_seconds: float | None
+    kept_share: float | None  # of the time, what is not lost
     damaged_lines: int
     estimated_times: int
     since: Since | None
@@ -109,12 +105,13 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
     records = run.records
     curve = records.curve
     pace = pace_of(run)
-    state = _state(run, now, pace)
+    state = _state(run, now, pace.wall_seconds)
     steps = run.steps
-    left = pace.times(max(0, steps - records.newest)) if pace and steps and state != "finished" else None
+    left = pace.left(records.newest, steps) if steps and state != "finished" else None
     newest = float(records.times[-1]) if len(records.times) else None
     best_step, best = curve("val/loss").lowest() or (None, None)
-    lost = [start.lost_seconds for start in run.starts if start.lost_seconds is not None]
+    step_ms = curve("perf/step_ms").recent()
+    past = _past(run, state, now)
     return Summary(
         run=run.name,
         state=state,
@@ -135,13 +132,16 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         clipped_share=curve("train/clipped_share").last(),
         skipped_steps=curve("train/skipped_steps").last(),
         tokens_per_s=curve("perf/tokens_per_s").recent(),
+        step_seconds=None if step_ms is None else step_ms / 1000,
         mfu=curve("perf/mfu").recent(),
         goodput=curve("perf/goodput").last(),
-        seconds_per_step=pace,
+        seconds_per_step=pace.wall_seconds,
         seconds_left=left,
         finish=now + left.mean if left and state == "running" else None,
-        restarts=max(0, len(run.starts) - 1),
-        lost_seconds=sum(lost) if lost else None,
+        restarts=past.restarts,
+        resumes=past.resumes,
+        lost_seconds=past.lost_seconds,
+        kept_share=past.kept_share,
         damaged_lines=records.damaged,
         estimated_times=records.estimated,
         since=None if since_seconds is None else since(run, now, since_seconds),
@@ -149,29 +149,62 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
     )
 
 
-def pace_of(run: Run) -> Range | None:
-    """Wall seconds a step, from the newest windows of steps; what lay between two starts is left out."""
+def pace_of(run: Run) -> Pace:
+    """The pace of a run by all its records."""
     records = run.records
-    if len(records.steps) < 2:
-        alone = records.curve("perf/step_ms").last()
-        return None if alone is None else Range(alone / 1000, alone / 1000, alone / 1000)
-    first_steps = [start.from_step + 1 for start in run.starts]
-    of_this_process = ~np.isin(records.steps[1:], first_steps)
-    seconds = (np.diff(records.times) / np.diff(records.steps))[of_this_process]
-    if not len(seconds):
-        return None
-    size = min(_WINDOW, max(1, len(seconds) // _WINDOWS))
-    count = min(_WINDOWS, len(seconds) // size)
-    windows = seconds[-size * count :].reshape(count, size).mean(axis=1)
-    low, high = np.percentile(windows, [10, 90])
-    return Range(float(windows.mean()), float(low), float(high))
+    pace = Pace(Cadence.of(run.settings), [start.from_step for start in run.starts])
+    for timed in timed_of(_times_of(records)):
+        pace.add(timed)
+    return pace
+
+
+def _times_of(records: Records) -> Iterator[dict[str, Any]]:
+    """What ``timed_of`` reads, step by step."""
+    columns = [_at_all_steps(records, tag) for tag in _TIMES]
+    for step, when, *values in zip(records.steps.tolist(), records.times.tolist(), *columns, strict=True):
+        yield {"step": step, "time": when, **dict(zip(_TIMES, values, strict=True))}
+
+
+def _at_all_steps(records: Records, tag: str) -> list[float]:
+    """A curve as one value a step, NaN where it was not recorded."""
+    values = np.full(len(records.steps), np.nan)
+    curve = records.curve(tag)
+    values[np.searchsorted(records.steps, curve.steps)] = curve.values
+    found: list[float] = values.tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class _Past:
+    restarts: int
+    resumes: int
+    lost_seconds: float | None
+    kept_share: float | None
+
+
+def _past(run: Run, state: State, now: float) -> _Past:
+    """As ``status`` has it; a run of before there was a journal by its starts and records."""
+    if any(event.kind == "start" for event in run.events):
+        history = history_of(run.events, _LIFE[state], now)
+        return _Past(history.restarts, history.resumes, history.lost_seconds, history.kept_share)
+    lost = [start.lost_seconds for start in run.starts if start.lost_seconds is not None]
+    return _Past(0, max(0, len(run.starts) - 1), sum(lost) if lost else None, None)
+
+
+_LIFE: dict[State, LifeState] = {
+    "no data yet": "starting",
+    "running": "running",
+    "stopped": "stopped",
+    "silent": "dead",
+    "finished": "finished",
+}
 
 
 def since(run: Run, now: float, seconds: float) -> Since:
     """What happened in the last ``seconds``."""
     window = run.records.since(now - seconds)
     loss = run.records.curve("train/loss")
-    before = loss.until(int(window.steps[0]) - 1).recent(loss.smoothing) if len(window.steps) else None
+    before = loss.until(int(window.steps[0]) - 1).recent() if len(window.steps) else None
     best_step, best = window.curve("val/loss").lowest() or (None, None)
     worst_step, worst = window.curve("train/grad_norm").highest() or (None, None)
     return Since(
@@ -200,7 +233,7 @@ def _state(run: Run, now: float, pace: Range | None) -> State:
 
 def _power(records: Records) -> float | None:
     """Watts of the GPUs, the mean over the newest steps; None where none were recorded among them."""
-    first = records.newest - _WINDOWS * _WINDOW + 1
+    first = records.newest - WINDOW + 1
     watts = records.curve("perf/gpu_power_w").since(first).finite().values
     return float(watts.mean()) if len(watts) else None
 

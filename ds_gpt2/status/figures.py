@@ -8,21 +8,21 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.config import load_settings
+from ds_gpt2.metrics import STARTS, first_start, planned_steps, read_starts
+from ds_gpt2.run_location import load_run_settings
 from ds_gpt2.status import life, room, tail
 from ds_gpt2.status.health import Problem, damage_of, problems_of
-from ds_gpt2.status.history import DAY, History, history_of, newest_events
+from ds_gpt2.status.history import DAY, Goodput, History, history_of, newest_events
 from ds_gpt2.status.life import AT_WORK, Life, State
 from ds_gpt2.status.progress import (
     RECORDS,
     SMOOTHED,
     Loss,
-    Pace,
     Progress,
     epochs_per_step,
     loss_of,
-    pace_of,
     progress_of,
+    read_pace,
     steps_of,
 )
 from ds_gpt2.status.room import Course, Room
@@ -77,14 +77,16 @@ def look(run_dir: Path, now: float) -> Status:
     Raises:
         UserError: its settings cannot be read.
     """
-    settings = load_settings(run_dir / "config.yaml")
+    settings = load_run_settings(run_dir)
     records, events = tail.newest(run_dir, RECORDS), newest_events(run_dir)
     found = generations.scan(settings.checkpoint_dir)
     newest = next((one for one in found if one.role != "superseded" and not one.weights_only), None)
-    pace = pace_of(records, [event.step or 0 for event in events if event.kind == "start"])
-    alive = life.look(run_dir, settings, events, pace.mean if pace else None, now)
-    progress = progress_of(records, _step(records, alive), steps_of(settings, records), pace)
-    rooms = room.look(run_dir, settings, found, _course(progress, pace, epochs_per_step(records)))
+    pace = read_pace(run_dir, settings, records, [event.step or 0 for event in events if event.kind == "start"])
+    alive = life.look(run_dir, settings, events, pace.mean_step_seconds(), now)
+    steps = steps_of(settings, records, planned_steps(read_starts(run_dir / STARTS)))
+    progress = progress_of(settings, records, _step(records, alive), steps, pace)
+    day_before = _day_before(run_dir, records)
+    rooms = room.look(run_dir, settings, found, _course(progress, epochs_per_step(records)))
     problems = problems_of(alive, settings, events, progress.step, newest, rooms, now)
     at_work = alive.state in AT_WORK and progress.left_seconds is not None
     return Status(
@@ -98,9 +100,9 @@ def look(run_dir: Path, now: float) -> Status:
         next_start_time=alive.next_start,
         finish_time=now + (progress.left_seconds or 0.0) if at_work else None,
         progress=progress,
-        loss=loss_of(records, _day_before(run_dir, records), newest, settings),
+        loss=loss_of(records, day_before, newest, settings),
         checkpoint=_checkpoint(newest, now) if newest else None,
-        history=history_of(events, alive.state, now),
+        history=history_of(events, alive.state, now, _goodput(run_dir, records, day_before)),
         disks=rooms,
         gpus=_gpus(records),
     )
@@ -112,10 +114,20 @@ def _step(records: Sequence[Record], alive: Life) -> int:
     return max(recorded, alive.beat.step - 1) if alive.beat else recorded
 
 
-def _course(progress: Progress, pace: Pace | None, epochs_a_step: float | None) -> Course | None:
-    if pace is None or progress.steps is None or not progress.step:
+def _course(progress: Progress, epochs_a_step: float | None) -> Course | None:
+    if progress.seconds_per_step is None or progress.steps is None or not progress.step:
         return None
-    return Course(progress.step, progress.steps, pace.mean, epochs_a_step or 0.0)
+    left = progress.steps - progress.step
+    a_step = progress.left_seconds / left if progress.left_seconds and left > 0 else progress.seconds_per_step
+    return Course(progress.step, progress.steps, a_step, epochs_a_step or 0.0)
+
+
+def _goodput(run_dir: Path, records: Sequence[Record], day_before: Sequence[Record]) -> Goodput | None:
+    newest, older = ([one for one in found if values([one], "perf/goodput")] for found in (records, day_before))
+    if not newest:
+        return None
+    begun = first_start(run_dir / STARTS)
+    return Goodput.of(newest[-1], older[-1] if older else None, begun)
 
 
 def _day_before(run_dir: Path, records: Sequence[Record]) -> list[Record]:

@@ -138,7 +138,8 @@ def _of_disks(rooms: Sequence[Room], enough_days: float) -> list[Problem]:
     return [
         Problem(
             "disk_low",
-            f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days: {size(room.free_bytes)} free",
+            f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days at what this run writes:"
+            f" {size(room.free_bytes)} free",
         )
         for room in rooms
         if room.days_left is not None and room.days_left < enough_days

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import psutil
 from ds_gpt2 import outcome
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.config import Settings, SupervisorSettings
-from ds_gpt2.heartbeat import Beat, read_beat
+from ds_gpt2.heartbeat import Beat, beat_written, read_beat
 from ds_gpt2.journal import Event
 from ds_gpt2.supervised import RECORD, Supervised, read_supervised
 from ds_gpt2.wording import duration
@@ -47,6 +47,7 @@ _BY_PHASE: dict[str, State] = {
 }
 _LAST_WORDS: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
 _BY_CODE: dict[int, State] = {outcome.DONE: "finished", outcome.STOPPED: "stopped", outcome.MISTAKE: "mistake"}
+_ENDS = frozenset({"crash", "hang", "restart", *_LAST_WORDS})  # of the ranks: none of that start is left
 _TURNS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_LAST_WORDS})
 
 _SAME_TIME_SECONDS = 2.0  # a process begins before it says so, but for the rounding of clocks
@@ -74,14 +75,34 @@ def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_second
     supervisor = read_supervised(run_dir)
     turns = [event for event in events if event.kind in _TURNS]
     beats = _beats(run_dir)
-    patience = _Patience(settings.supervisor, step_seconds, _first_step(turns))
     here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
-    living = {rank: beat for rank, beat in beats.items() if (_is_there(beat) if here else patience.left(beat, now) > 0)}
+    if not here:
+        beats = {rank: _by_any_clock(run_dir, rank, beat) for rank, beat in beats.items()}
+    patience = _Patience(settings.supervisor, step_seconds, _first_step(turns))
+    if here:
+        living = {rank: beat for rank, beat in beats.items() if _is_there(beat)}
+    else:
+        living = _still_beating(beats, turns, patience, now)
     if living:
         return _of_ranks(living, patience, now)
     if supervisor is not None and supervisor.alive:
         return _of_supervisor(supervisor, turns, list(beats.values()), settings.supervisor, now)
     return _of_the_past(run_dir, supervisor, turns)
+
+
+def _still_beating(beats: dict[int, Beat], turns: Sequence[Event], patience: _Patience, now: float) -> dict[int, Beat]:
+    """Ranks on another machine, whose processes cannot be seen: by their signs of life.
+
+    Once the journal says that they have ended, no sign of life counts: it was given before. The order of the journal
+    tells, not the clocks of two machines.
+    """
+    ended = bool(turns) and turns[-1].kind in _ENDS
+    begun_again = ended and turns[-1].kind in ("done", "stop")  # by hand: it is in the journal once it trains
+    return {
+        rank: beat
+        for rank, beat in beats.items()
+        if patience.left(beat, now) > 0 and (not ended or (begun_again and beat.phase == "starting"))
+    }
 
 
 class _Patience:
@@ -166,6 +187,12 @@ def _beats(run_dir: Path) -> dict[int, Beat]:
     """The newest signs of life by rank, also of processes that are gone."""
     found = itertools.takewhile(lambda beat: beat is not None, (read_beat(run_dir, rank) for rank in itertools.count()))
     return {rank: beat for rank, beat in enumerate(found) if beat is not None}
+
+
+def _by_any_clock(run_dir: Path, rank: int, beat: Beat) -> Beat:
+    """The clock of a rank's machine may be slow: then the time that the file system gave the file is newer."""
+    written = beat_written(run_dir, rank)
+    return beat if written is None else replace(beat, time=max(beat.time, written))
 
 
 def _is_there(beat: Beat) -> bool:

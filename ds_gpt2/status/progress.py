@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
+from ds_gpt2.pace import RECENT, WINDOW, Cadence, Pace, recent, timed_of
 from ds_gpt2.reference import REFERENCE_CURVE, REFERENCE_TOKENS_PER_STEP
-from ds_gpt2.status.tail import Record, time_of, values
+from ds_gpt2.status import tail
+from ds_gpt2.status.tail import Record, values
 
-_WINDOWS, _WINDOW = 8, 250  # the pace is that of so many stretches of so many steps: they hold evaluation and saves too
-RECORDS = _WINDOWS * _WINDOW + 1  # that are looked at
-SMOOTHED = 50  # records of which a loss or a speed is the median
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Wall seconds a step: the mean, and the 10th and 90th percentile of stretches of late."""
-
-    mean: float
-    low: float
-    high: float
+RECORDS = WINDOW + 50  # that are looked at: first steps of starts do not count
+SMOOTHED = RECENT
 
 
 @dataclass(frozen=True)
@@ -33,9 +24,12 @@ class Progress:
     step: int
     steps: int | None
     done_share: float | None
-    tokens_per_second: float | None  # of steps alone
-    seconds_per_step: float | None  # wall time, evaluation and saves included
-    left_seconds: float | None
+    tokens: int  # seen in training
+    epochs: float | None  # as far as recorded
+    tokens_per_second: float | None  # of steps alone, median of the last 50
+    step_seconds: float | None  # the same
+    seconds_per_step: float | None  # wall time, evaluation and saves included, mean of the last 2,000 steps
+    left_seconds: float | None  # see ds_gpt2.pace
     left_seconds_low: float | None
     left_seconds_high: float | None
 
@@ -44,41 +38,42 @@ class Progress:
 class Loss:
     """Nats a token."""
 
-    train: float | None  # median of the newest records
-    train_day_before: float | None
-    val: float | None
+    train: float | None  # median of the last 50 steps
+    train_day_before: float | None  # the same
+    val: float | None  # the newest
     val_step: int | None
+    best_val: float | None
+    best_val_step: int | None
     reference: float | None  # llm.c's validation loss at that step, where the run is like it
 
 
-def pace_of(records: Sequence[Record], started_from: Collection[int]) -> Pace | None:
-    """From records in a row; what lay between two starts is left out.
+def read_pace(run_dir: Path, settings: Settings, records: Sequence[Record], starts: Sequence[int]) -> Pace:
+    """The run's pace by its newest records, and by those of older evaluations and saves.
 
     Args:
-        started_from: the steps that the run has gone on from.
+        records: the newest ones, in a row.
+        starts: the steps that the run was started from, the newest last.
     """
-    timed = [(record["step"], when) for record in records if (when := time_of(record)) is not None]
-    first_steps = {step + 1 for step in started_from}
-    seconds = [
-        (now - before) / (step - earlier)
-        for (earlier, before), (step, now) in itertools.pairwise(timed)
-        if step > earlier and step not in first_steps
-    ]
-    if not seconds:
-        return None
-    size = min(_WINDOW, max(1, len(seconds) // _WINDOWS))
-    count = min(_WINDOWS, len(seconds) // size)
-    newest = seconds[-size * count :]
-    means = [statistics.fmean(newest[begin : begin + size]) for begin in range(0, len(newest), size)]
-    tenths = statistics.quantiles(means, n=10, method="inclusive") if count > 1 else means
-    return Pace(statistics.fmean(means), tenths[0], tenths[-1])
+    cadence = Cadence.of(settings)
+    pace = Pace(cadence, starts)
+    if records:
+        older = [step for step in cadence.occasions(records[-1]["step"]) if step < records[0]["step"]]
+        for timed in timed_of(tail.at_steps(run_dir, older)):
+            pace.add(timed)
+    for timed in timed_of(records):
+        pace.add(timed)
+    return pace
 
 
-def steps_of(settings: Settings, records: Sequence[Record]) -> int | None:
-    """How many the run is to have; None where that follows from the data and nothing is recorded yet."""
+def steps_of(settings: Settings, records: Sequence[Record], planned: int | None = None) -> int | None:
+    """How many the run is to have; None where that follows from the data and nothing is recorded yet.
+
+    Args:
+        planned: what the newest start said.
+    """
     schedule = settings.schedule
-    if schedule.steps is not None:
-        return schedule.steps
+    if schedule.steps is not None or planned is not None:
+        return schedule.steps or planned
     a_step = epochs_per_step(records)
     if a_step is None or schedule.epochs is None:
         return None
@@ -94,22 +89,32 @@ def epochs_per_step(records: Sequence[Record]) -> float | None:
     return None
 
 
-def progress_of(records: Sequence[Record], step: int, steps: int | None, pace: Pace | None) -> Progress:
+def progress_of(settings: Settings, records: Sequence[Record], step: int, steps: int | None, pace: Pace) -> Progress:
     """
     Args:
         step: the newest one done.
     """
-    left = None if steps is None or pace is None else max(0, steps - step)
+    left = None if steps is None else pace.left(step, steps)
+    step_ms, wall = recent_of(records, "perf/step_ms"), pace.wall_seconds
+    epochs = values(records[-SMOOTHED:], "train/epoch")
     return Progress(
         step=step,
         steps=steps,
         done_share=min(1.0, step / steps) if steps else None,
-        tokens_per_second=_median(values(records[-SMOOTHED:], "perf/tokens_per_s")),
-        seconds_per_step=pace.mean if pace else None,
-        left_seconds=left * pace.mean if pace and left is not None else None,
-        left_seconds_low=left * pace.low if pace and left is not None else None,
-        left_seconds_high=left * pace.high if pace and left is not None else None,
+        tokens=step * settings.batch.tokens_per_step,
+        epochs=epochs[-1] if epochs else None,
+        tokens_per_second=recent_of(records, "perf/tokens_per_s"),
+        step_seconds=None if step_ms is None else step_ms / 1000,
+        seconds_per_step=wall.mean if wall else None,
+        left_seconds=left.mean if left else None,
+        left_seconds_low=left.low if left else None,
+        left_seconds_high=left.high if left else None,
     )
+
+
+def recent_of(records: Sequence[Record], tag: str) -> float | None:
+    """``pace.recent`` of a metric."""
+    return recent(values(records[-SMOOTHED:], tag))
 
 
 def loss_of(
@@ -121,12 +126,16 @@ def loss_of(
         day_before: those up to a day earlier.
         newest: the newest checkpoint, which remembers a validation loss of long ago.
     """
-    val_step, val = _validation(records, newest)
+    measured = _validations(records, newest)
+    val_step, val = max(measured, default=(None, None))
+    best_val, best_step = min(((loss, step) for step, loss in [*measured, *_best_of(newest)]), default=(None, None))
     return Loss(
-        train=_median(values(records[-SMOOTHED:], "train/loss")),
-        train_day_before=_median(values(day_before, "train/loss")),
+        train=recent_of(records, "train/loss"),
+        train_day_before=recent_of(day_before, "train/loss"),
         val=val,
         val_step=val_step,
+        best_val=best_val,
+        best_val_step=best_step,
         reference=None if val_step is None else reference_loss(settings, val_step),
     )
 
@@ -143,14 +152,18 @@ def reference_loss(settings: Settings, step: int) -> float | None:
     return losses[right - 1] + share * (losses[right] - losses[right - 1])
 
 
-def _validation(records: Sequence[Record], newest: Generation | None) -> tuple[int | None, float | None]:
-    for record in reversed(records):
-        if found := values([record], "val/loss"):
-            return record["step"], found[0]
+def _validations(records: Sequence[Record], newest: Generation | None) -> list[tuple[int, float]]:
+    """(step, loss) of the finite ones in the records and of the newest that the checkpoint remembers."""
+    recorded = [(record["step"], loss) for record in records for loss in values([record], "val/loss")]
+    return [*recorded, *_remembered(newest, "val_step", "val_loss")]
+
+
+def _best_of(newest: Generation | None) -> list[tuple[int, float]]:
+    return _remembered(newest, "best_step", "best_val_loss")
+
+
+def _remembered(newest: Generation | None, step_name: str, loss_name: str) -> list[tuple[int, float]]:
+    """(step, loss) from a checkpoint's state, if there is a finite one; earlier versions could store NaN."""
     state = newest.manifest.state if newest is not None and newest.manifest is not None else {}
-    loss, step = state.get("val_loss"), state.get("val_step")
-    return (step, loss) if isinstance(loss, float) and isinstance(step, int) and math.isfinite(loss) else (None, None)
-
-
-def _median(found: Sequence[float]) -> float | None:
-    return statistics.median(found) if found else None
+    step, loss = state.get(step_name), state.get(loss_name)
+    return [(step, loss)] if isinstance(loss, float) and isinstance(step, int) and math.isfinite(loss) else []

@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from ds_gpt2.pace import RECENT_LABEL
 from ds_gpt2.reference import REFERENCE
 from ds_gpt2.status.figures import Status
 from ds_gpt2.status.health import Problem
 from ds_gpt2.status.history import History
 from ds_gpt2.status.room import Room
-from ds_gpt2.wording import clock, duration, size
+from ds_gpt2.wording import clock, done_share, duration, size
 
 WIDTH = 46
 _LABEL = 12  # columns before what is told
@@ -30,7 +31,7 @@ def line(status: Status, coloured: bool = False) -> str:
     """The same in one line, for several runs below each other."""
     progress, loss = status.progress, status.loss.train
     mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
-    done = "" if progress.done_share is None else f"{100 * progress.done_share:.0f}%"
+    done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
     left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
     cells = (
         f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {'' if loss is None else f'{loss:.3f}':>6} {left:>7}"
@@ -61,14 +62,15 @@ def _lines(status: Status) -> Iterator[str]:
 def _course(status: Status) -> Iterator[str]:
     progress = status.progress
     of = "" if progress.steps is None else f" of {progress.steps:,}"
-    done = "" if progress.done_share is None else f", {100 * progress.done_share:.1f}%"
+    done = f", {done_share(progress.step, progress.steps)}" if progress.steps else ""
     yield _labelled("step", f"{progress.step:,}{of}{done}")
     if status.beat_age_seconds is not None:
         yield _labelled("alive", f"{duration(status.beat_age_seconds)} ago")
     if status.next_start_time is not None:
         yield _labelled("next start", f"in {duration(status.next_start_time - status.time)}")
-    if progress.tokens_per_second is not None and progress.seconds_per_step is not None:
-        yield _labelled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_per_step:.3g} s/step")
+    step_seconds = progress.step_seconds or progress.seconds_per_step
+    if progress.tokens_per_second is not None and step_seconds is not None:
+        yield _labelled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {step_seconds:.3g} s/step")
     if progress.left_seconds:
         low, high = duration(progress.left_seconds_low or 0.0), duration(progress.left_seconds_high or 0.0)
         between = "" if low == high else f" ({low} to {high})"
@@ -80,10 +82,13 @@ def _course(status: Status) -> Iterator[str]:
 def _learnt(status: Status) -> Iterator[str]:
     loss = status.loss
     if loss.train is not None:
-        before = "" if loss.train_day_before is None else f", a day before {loss.train_day_before:.4f}"
-        yield _labelled("loss", f"{loss.train:.4f}{before}")
+        yield _labelled("loss", f"{loss.train:.4f} ({RECENT_LABEL})")
+    if loss.train_day_before is not None:
+        yield _labelled("  a day ago", f"{loss.train_day_before:.4f}")
     if loss.val is not None and loss.val_step is not None:
         yield _labelled("validation", f"{loss.val:.4f} at step {loss.val_step:,}")
+        if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
+            yield _labelled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
         if loss.reference is not None:
             yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} there: {loss.val - loss.reference:+.4f}")
 
@@ -104,12 +109,15 @@ def _checkpoint(status: Status) -> Iterator[str]:
 
 def _past(history: History, now: float) -> Iterator[str]:
     if history.last_start_time is not None:
-        last = duration(now - history.last_start_time)
-        yield _labelled("restarts", f"{history.starts - 1}, last start {last} ago")
+        yield _labelled("restarts", f"{history.restarts} by the supervisor, {history.resumes} by hand")
+        yield _labelled("last start", f"{duration(now - history.last_start_time)} ago")
+    if history.kept_share is not None:
+        yield _labelled("lost", _lost(history.lost_seconds, history.kept_share))
+    if history.kept_share_24h is not None and history.kept_share_24h != history.kept_share:
+        yield _labelled("  in 24 h", _lost(history.lost_seconds_24h, history.kept_share_24h))
     if history.goodput is not None:
-        yield _labelled("lost", f"{duration(history.lost_seconds)}, goodput {100 * history.goodput:.1f}%")
-    if history.goodput_24h is not None and history.goodput_24h != history.goodput:
-        yield _labelled("  in 24 h", f"{duration(history.lost_seconds_24h)}, goodput {100 * history.goodput_24h:.1f}%")
+        day = "" if history.goodput_24h is None else f", in 24 h {100 * history.goodput_24h:.1f}%"
+        yield _labelled("goodput", f"{100 * history.goodput:.1f}%{day}")
     of_late = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
     if history.last_incident is not None:
         yield _labelled("incidents", f"{history.incidents}, in 24 h {of_late}")
@@ -118,6 +126,10 @@ def _past(history: History, now: float) -> Iterator[str]:
             yield _labelled("", part)
     else:
         yield _labelled("incidents", "none")
+
+
+def _lost(seconds: float, kept_share: float) -> str:
+    return f"{duration(seconds)}, {100 * (1 - kept_share):.1f}% of the time"
 
 
 def _room(room: Room) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,14 @@ def before(run_dir: Path, time: float, count: int) -> list[Record]:
     """The last ``count`` records of before ``time``, in seconds since 1970, oldest first; times ascend in the file."""
     with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
         return _up_to(file, _end_before(file, time), count)
+    return []
+
+
+def at_steps(run_dir: Path, steps: Iterable[int]) -> list[Record]:
+    """The records of ``steps``, in that order, without those that are missing; steps ascend in the file."""
+    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+        found = (_at_step(file, step) for step in steps)
+        return [record for record in found if record is not None]
     return []
 
 
@@ -57,6 +65,32 @@ def _up_to(file: BinaryIO, end: int, count: int) -> list[Record]:
         del lines[0]
     records = [record for line in lines if (record := _parse(line)) is not None]
     return records[-count:]
+
+
+def _at_step(file: BinaryIO, step: int) -> Record | None:
+    low, high = 0, file.seek(0, os.SEEK_END)
+    while low < high:  # the record begins at the first byte from which on none of an earlier step begins
+        middle = (low + high) // 2
+        later = _record_from(file, middle)
+        if later is not None and later["step"] < step:
+            low = middle + 1
+        else:
+            high = middle
+    found = _record_from(file, low)
+    return found if found is not None and found["step"] == step else None
+
+
+def _record_from(file: BinaryIO, place: int) -> Record | None:
+    """The first record that begins at byte ``place`` or behind it; None where there is none."""
+    file.seek(max(0, place - 1))
+    if place > 0:
+        file.readline()
+    for _ in range(_WITHOUT_TIME):
+        if not (line := file.readline()):
+            return None
+        if (record := _parse(line)) is not None:
+            return record
+    return None
 
 
 def _end_before(file: BinaryIO, time: float) -> int:

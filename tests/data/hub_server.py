@@ -19,12 +19,20 @@ Fault = Callable[[str, int], int | str | None]
 
 
 class Hub:
-    """Datasets by name, each a dict from path to content; a context that serves them."""
+    """Datasets and models by name, each a dict from path to content; a context that serves them.
 
-    def __init__(self, datasets: dict[str, dict[str, bytes]]) -> None:
+    A model may be there at several revisions, each under ``NAME@REVISION``; without one it is ``main``.
+    """
+
+    def __init__(
+        self, datasets: dict[str, dict[str, bytes]], models: dict[str, dict[str, bytes]] | None = None
+    ) -> None:
         self.datasets = datasets
+        self.models = models or {}
         self.fault: Fault = lambda path, time: None
         self.asked: Counter[str] = Counter()
+        self.gated: set[str] = set()  # models that need access
+        self.heads: list[str] = []  # paths of files whose headers were asked for
         self.ranges: list[str] = []  # that were asked for
         hub = self
 
@@ -41,6 +49,11 @@ class Hub:
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def commit_of(model: str) -> str:
+    """The commit at which a model is served."""
+    return hashlib.sha1(model.encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -63,7 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             self._list(found[1], found[2])
         elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self._send(found[1], found[2], with_body)
+            self._send(self.served.datasets.get(found[1], {}), found[2], with_body, COMMIT)
+        elif found := re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._send_of_model(found[1], found[2], found[3], with_body)
         else:
             self._json(404, {"error": path})
 
@@ -89,12 +104,34 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json(200, found)
 
-    def _send(self, name: str, path: str, with_body: bool) -> None:
-        content = self.served.datasets.get(name, {}).get(path)
+    def _send_of_model(self, name: str, revision: str, path: str, with_body: bool) -> None:
+        keys = [key for key in self.served.models if key.split("@")[0] == name]
+        if not keys and "/" not in name:  # as the real hub does with OpenAI's short names
+            where = {"Location": f"/openai-community/{name}/resolve/{revision}/{path}"}
+            self._json(307, {"error": "moved"}, where)
+            return
+        if not keys:
+            self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        if (refused := self.served.gated) and name in refused:
+            self._json(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
+            return
+        wanted = name if revision == "main" else f"{name}@{revision}"
+        key = next((key for key in keys if key == wanted or commit_of(key) == revision), None)
+        if key is None:
+            self._json(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
+            return
+        self._send(self.served.models[key], path, with_body, commit_of(key))
+
+    def _send(self, files: dict[str, bytes], path: str, with_body: bool, commit: str) -> None:
+        content = files.get(path)
         if content is None:
-            self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+            self._json(404, {"error": "Entry not found"}, headers)
             return
         fault = None
+        if not with_body:
+            self.served.heads.append(path)
         if with_body:
             self.served.asked[path] += 1
             fault = self.served.fault(path, self.served.asked[path])
@@ -108,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(body)))
         if start:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_gpt2.data.dataset import INDEX, Windows, open_dataset
+from ds_gpt2.data.check import check_shards
+from ds_gpt2.data.dataset import INDEX, Windows, open_dataset, split_of
 from ds_gpt2.data.shards import header_of, sha256
 from ds_gpt2.errors import UserError
 
@@ -79,9 +80,17 @@ def test_the_fingerprint_follows_the_content(dataset_dir: Path, copy: Path) -> N
     assert open_dataset(copy).fingerprint != open_dataset(dataset_dir).fingerprint
 
 
-def test_a_missing_directory_names_the_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prepare sample"):
-        open_dataset(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("sample", "prepare sample --out"),
+        ("fineweb-edu", "prepare fineweb-edu --out"),
+        ("mine", "prepare text FILE... --out"),
+    ],
+)
+def test_a_missing_directory_names_the_command_that_makes_it(name: str, command: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{command} {tmp_path / name}"):
+        open_dataset(tmp_path / name)
 
 
 def test_an_empty_directory_is_no_data(tmp_path: Path) -> None:
@@ -102,7 +111,7 @@ def test_a_cut_shard_is_named(copy: Path) -> None:
         open_dataset(copy)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": [1]}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": [1]}', "\x00", "[" * 30_000], ids=len)
 def test_a_damaged_index_is_refused(copy: Path, content: str) -> None:
     (copy / INDEX).write_text(content)
     with pytest.raises(UserError, match="not a dataset index"):
@@ -114,3 +123,104 @@ def test_another_tokenizers_data_is_refused(copy: Path) -> None:
     (copy / INDEX).write_text(json.dumps({**index, "tokenizer": "llama"}))
     with pytest.raises(UserError, match="llama"):
         open_dataset(copy)
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["fineweb_train_000001.bin", "TRAIN.bin", "tokens_0.npy", "training-00.bin", "my_test_train_1.bin"]),
+        ("val", ["x_val_000000.bin", "VAL.bin", "x_validation_0.npy", "valid.bin", "x-Dev-1.bin", "eval_0.bin"]),
+        ("val", ["held_out.bin", "heldout0.bin", "hold-out_1.bin", "x_dev_set_0.bin", "evaluation.bin", "val0001.npy"]),
+        (None, ["x_test_000000.bin", "Test.bin", "TESTING_1.npy", "x-test.bin", "test-00000-of-00001.bin"]),
+    ],
+)
+def test_the_split_is_told_by_any_usual_name(split: str | None, names: list[str]) -> None:
+    assert {name: split_of(Path(name)) for name in names} == dict.fromkeys(names, split)
+
+
+def test_shards_for_testing_are_left_out_and_named(llm_c: Path, heard: list[str]) -> None:
+    before = open_dataset(llm_c).fingerprint
+    _bin(llm_c / "fineweb_test_000000.bin", 70, first=7000)
+    _bin(llm_c / "Fineweb_Validation_000001.BIN", 30, first=8000)
+    dataset = open_dataset(llm_c)
+    assert (dataset.tokens("train"), dataset.tokens("val")) == (158, 80)
+    assert dataset.left_out == ("fineweb_test_000000.bin",) and "fineweb_test_000000.bin" in dataset.source
+    assert [line for line in heard if "1 shards are for testing by their names and are not used" in line]
+    assert dataset.fingerprint != before
+
+
+def test_hidden_files_are_no_shards(llm_c: Path) -> None:
+    before = open_dataset(llm_c).fingerprint
+    (llm_c / "._fineweb_train_000001.bin").write_bytes(b"another program's note")
+    assert open_dataset(llm_c).fingerprint == before
+
+
+def test_shards_that_cannot_be_read_are_named(llm_c: Path) -> None:
+    (llm_c / "fineweb_train_000003.bin").symlink_to("/no/such/file")
+    with pytest.raises(UserError, match=r"fineweb_train_000003\.bin is missing"):
+        open_dataset(llm_c)
+
+
+def test_shards_in_subdirectories_are_pointed_out(llm_c: Path) -> None:
+    (llm_c / "deep").mkdir()
+    for path in llm_c.glob("*.bin"):
+        path.rename(llm_c / "deep" / path.name)
+    with pytest.raises(UserError, match="its subdirectories deep do: name one of them"):
+        open_dataset(llm_c)
+
+
+def test_a_directory_as_nanogpt_leaves_it(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(1).integers(0, 50_257, 5000, dtype=np.uint16)
+    for name, part in (("train.bin", tokens[:4000]), ("val.bin", tokens[4000:])):
+        part.astype("<u2").tofile(tmp_path / name)
+    (tmp_path / "prepare.py").touch()
+    dataset = open_dataset(tmp_path)
+    assert (dataset.tokens("train"), dataset.tokens("val")) == (4000, 1000)
+    rows = Windows(dataset, "train", 10).read(np.arange(399))
+    assert rows[:, :-1].ravel().tolist() == tokens[:3990].tolist()
+    check_shards(dataset, tmp_path / "memory.json")
+    spoiled = np.fromfile(tmp_path / "val.bin", "<u2")
+    spoiled[500] = 50_257
+    spoiled.tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match=r"val\.bin .*token id 50257"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("file", "../train_000000.bin"),
+        ("file", "/etc/passwd"),
+        ("file", 5),
+        ("split", "test"),
+        ("split", []),
+        ("tokens", -1),
+        ("tokens", "many"),
+        ("bytes", 1.5),
+        ("sha256", 5),
+    ],
+)
+def test_an_index_with_a_wrong_entry_is_refused(copy: Path, entry: str, value: object) -> None:
+    index = json.loads((copy / INDEX).read_text())
+    index["shards"][0][entry] = value
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a dataset index"):
+        open_dataset(copy)
+
+
+@pytest.mark.parametrize("counts", [[1], "x", {"documents": "many"}, {"documents": None}])
+def test_an_index_with_wrong_counts_is_refused(copy: Path, counts: object) -> None:
+    index = json.loads((copy / INDEX).read_text())
+    (copy / INDEX).write_text(json.dumps({**index, "counts": counts}))
+    with pytest.raises(UserError, match="not a dataset index"):
+        open_dataset(copy)
+
+
+@pytest.mark.parametrize("name", ["out", "out.unfinished"])
+def test_what_is_not_finished_is_no_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    if name == "out":
+        (tmp_path / "out" / ".unfinished").mkdir()
+        _bin(tmp_path / "out" / "train_000000.bin", 50)
+    with pytest.raises(UserError, match="out is not finished: run the `prepare` command"):
+        open_dataset(tmp_path / "out")

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -247,3 +248,20 @@ def test_prepare_downloads_what_is_not_there(
     assert capsys.readouterr().out == f"2,000 items in {tmp_path / 'hellaswag_val.jsonl'}: the original file\n"
     monkeypatch.setattr(hellaswag, "URL", f"{server}/gone")
     assert run("--out", str(tmp_path)) == outcome.DONE  # it is there: nothing is downloaded
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 30_000, {**TEA, "endings": ["a", "b", "c", "half \ud800 pair"]}], ids=["deep", "half"]
+)
+def test_a_line_that_python_cannot_hold_as_text_is_named(tmp_path: Path, line: object) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" if isinstance(each, dict) else f"{each}\n" for each in (TEA, line)))
+    with pytest.raises(UserError, match=r"items\.jsonl, line 2: "):
+        list(read_questions(path))
+
+
+def test_open_brackets_take_no_time(tmp_path: Path) -> None:
+    (item,) = read_questions(write(tmp_path / "items.jsonl", {**TEA, "ctx_a": "[step] tea " + "[" * 300_000}))
+    begun = time.monotonic()
+    assert prompt(item, "cleaned")[0] == "Making tea:  tea ".replace("  ", " ") + "[" * 300_000 + " Then she"
+    assert time.monotonic() - begun < 20

@@ -150,6 +150,30 @@ def test_token_shards_are_fetched_and_checked(hub: Hub, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "dataset.json"])
 
 
+def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
+    names = [
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/test-00000-of-00001.parquet",
+    ]
+    hub.datasets["some/splits"] = {name: table_of([f"{name} {row}" for row in range(90)]) for name in names}
+    output = finish(start(hub, tmp_path, "hub", "some/splits", "--workers", "1"))
+    assert "some/splits: 1 files of its test split are left out" in output
+    assert open_dataset(tmp_path / "out").counts["documents"] == 180
+    assert not any("test-00000" in path for path in hub.asked)
+
+
+def test_token_shards_for_testing_are_left_out(hub: Hub, tmp_path: Path) -> None:
+    shards = hub.datasets["karpathy/fineweb-edu-100B-gpt2-token-shards"]
+    shards["edu_fineweb_test_000000.bin"] = shard([tokenizer.END_OF_TEXT, *range(300)])
+    output = finish(start(hub, tmp_path, "pretokenized", "fineweb-edu100B"))
+    assert "1 shards are for testing by their names and are not used" in output
+    assert open_dataset(tmp_path / "out").tokens("train") == 3000
+    shards["more/edu_fineweb_train_000001.bin"] = shard([tokenizer.END_OF_TEXT, 5])
+    output = finish(start(hub, tmp_path / "second", "pretokenized", "fineweb-edu100B"), code=2)
+    assert "has shards of the same name in several directories" in output
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

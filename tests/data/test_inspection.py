@@ -98,3 +98,20 @@ def test_inspect_prints_what_a_person_wants_to_know(data: Path, capsys: pytest.C
     told = capsys.readouterr().out
     assert "documents  100" in told and "null       1" in told
     assert "This is document number" in told
+
+
+def test_inspect_names_the_shard_of_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = np.full(500, 60_000, "<u2")
+    for name in ("x_train_0.bin", "x_val_0.bin"):
+        (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "x_train_0.bin has token id 60000, GPT-2's end at 50256" in capsys.readouterr().err
+
+
+def test_verify_names_shards_that_are_for_testing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("x_train_0.bin", "x_validation_0.bin", "x_test_0.bin")):
+        content = np.arange(number, number + 500, dtype="<u2")
+        (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
+    assert main(["verify", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "not read, for testing by their names: x_test_0.bin" in told and "2 of 2 shards are good" in told

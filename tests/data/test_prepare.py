@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from ds_gpt2 import tokenizer
 from ds_gpt2.data import prepare as preparing
@@ -28,7 +30,7 @@ from ds_gpt2.data.holdout import EveryPiece, FirstTokens
 from ds_gpt2.data.pieces import cut
 from ds_gpt2.data.prepare import UNFINISHED, Recipe, prepare
 from ds_gpt2.data.shards import open_shard
-from ds_gpt2.data.sources import Listed, Source, local_source
+from ds_gpt2.data.sources import Listed, Reading, Source, local_source
 from ds_gpt2.errors import UserError
 
 END = tokenizer.END_OF_TEXT
@@ -347,3 +349,177 @@ def test_an_existing_empty_directory_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     made(["one", "two"], tmp_path / "out", Recipe(EveryPiece(2)))
     shutil.rmtree(tmp_path / "out")
+
+
+def test_damaged_documents_are_named_and_counted(tmp_path: Path, heard: list[str]) -> None:
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(100)]
+    lines[50:50] = ["[" * 30_000, *("{}" for _ in range(30))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    dataset = prepare(local_source([tmp_path / "x.jsonl"]), tmp_path / "out", workers=1)
+    assert dataset.counts == {"documents": 100, "empty": 0, "null": 0, "unreadable": 31}
+    assert heard[0] == f"skipped: {tmp_path / 'x.jsonl'}, line 51: JSON that is nested too deeply"
+    assert f'skipped: {tmp_path / "x.jsonl"}, line 70: no field "text", the object is empty' in heard
+    assert len(heard) == 21  # the others are only counted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_documents_and_separators_change_nothing_when_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    dice = random.Random(seed)
+    monkeypatch.setattr("ds_gpt2.data.pieces.PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    texts = ["|".join("word " * dice.randrange(30) for _ in range(dice.randrange(1, 4))) for _ in range(40)]
+    lines = [dice.choice([json.dumps({"text": text}), json.dumps({"text": text}), "{}"]) for text in texts]
+    (tmp_path / "x.jsonl").write_text('{"text": "first"}\n' * 5 + "\n".join(lines))
+    source = local_source([tmp_path / "x.jsonl"], reading=Reading(separator="|"))
+    prepare(source, tmp_path / "whole", workers=1)
+    (part,) = source.parts
+    real = type(part).documents
+    for _ in range(200):
+        left = itertools.count(dice.randrange(1, 40), -1)
+
+        def documents(part: Any, skip: int, left: Any = left) -> Iterator[Any]:
+            for document in real(part, skip):
+                if next(left) <= 0:
+                    raise BrokenError
+                yield document
+
+        with monkeypatch.context() as broken:
+            broken.setattr(type(part), "documents", documents)
+            try:
+                prepare(source, tmp_path / "broken", workers=1)
+                break
+            except BrokenError:
+                pass
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
+
+
+def test_a_marker_that_does_not_separate_is_told_and_counted(tmp_path: Path, heard: list[str]) -> None:
+    (tmp_path / "x.txt").write_text("<|endoftext|>".join(f"document {number}\n" * 300 for number in range(60)))
+    one = prepare(local_source([tmp_path / "x.txt"]), tmp_path / "one", workers=1)
+    assert one.counts == {"documents": 1, "empty": 0, "null": 0, "endoftext": 59}
+    assert len(heard) == 1 and "start again with --separator '<|endoftext|>'" in heard[0]
+    split = local_source([tmp_path / "x.txt"], reading=Reading(separator="<|endoftext|>"))
+    many = prepare(split, tmp_path / "many", workers=1)
+    assert many.counts == {"documents": 60, "empty": 0, "null": 0} and len(heard) == 1
+    ends = [tokens_of(tmp_path / "many", split).count(END) for split in ("train", "val")]
+    assert ends == [59, 1]
+
+
+@pytest.mark.parametrize("tokens", [30, 100, 1000])
+def test_fewer_tokens_than_50_documents_have_are_held_out_from_too(tmp_path: Path, tokens: int) -> None:
+    documents = [f"{number} words and more words" for number in range(400)]
+    made(documents, tmp_path / "out", Recipe(tokens=tokens))
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.tokens("train") + dataset.tokens("val") == tokens and 0 < dataset.tokens("val") < 0.4 * tokens
+
+
+@pytest.mark.parametrize(
+    ("documents", "recipe", "reason"),
+    [
+        (["words " * 100] * 9, Recipe(tokens=50), "--tokens 50 is too small: the first stretch of text alone has more"),
+        (
+            ["words " * 100] * 9,
+            Recipe(FirstTokens(5000)),
+            "all of its 918 tokens are held out for validation; give m",
+        ),
+        (["words"], Recipe(), "too little text for training and validation: 1 documents with 2 tokens"),
+    ],
+)
+def test_why_there_is_too_little_is_told(tmp_path: Path, documents: list[str], recipe: Recipe, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        made(documents, tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [b"", b"\xff", b"[]", b"{}", b"[" * 30_000, b'{"format": 2}', b'{"format": 2, "identity": []}'],
+    ids=range(7),
+)
+def test_a_damaged_note_is_named(tmp_path: Path, note: bytes) -> None:
+    directory = tmp_path / f"out{UNFINISHED}"
+    directory.mkdir()
+    (directory / "progress.json").write_bytes(note)
+    with pytest.raises(UserError, match=r"progress\.json is damaged: remove .*out\.unfinished to start again"):
+        made(["one", "two"], tmp_path / "out")
+    assert (directory / "progress.json").read_bytes() == note
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Begin to prepare a file of 100 documents into ``out``, and stop at the 60th; returns the note."""
+
+    def begin(file: Path, **options: Any) -> Path:
+        monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+        source = local_source([file], reading=Reading(**options))
+        (part,) = source.parts
+        real = type(part).documents
+
+        def documents(part: Any, skip: int) -> Iterator[Any]:
+            yield from itertools.islice(real(part, skip), 60)
+            raise BrokenError
+
+        with monkeypatch.context() as broken:
+            broken.setattr(type(part), "documents", documents)
+            with pytest.raises(BrokenError):
+                prepare(source, tmp_path / "out", workers=1)
+        return tmp_path / f"out{UNFINISHED}" / "progress.json"
+
+    return begin
+
+
+def hundred(path: Path) -> Path:
+    texts = [f"document number {number}" for number in range(100)]
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": texts, "other": texts[::-1]}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text, "other": text[::-1]}) + "\n" for text in texts))
+    return path
+
+
+def as_an_earlier_version_wrote_it(note: Path) -> None:
+    content = json.loads(note.read_text())
+    del content["reader"], content["counts"]["unreadable"], content["counts"]["endoftext"]
+    content["identity"]["source"] = [row[:3] for row in content["identity"]["source"]]
+    note.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_what_an_earlier_version_began_is_continued_or_begun_again(
+    tmp_path: Path, heard: list[str], interrupted: Callable[..., Path], name: str
+) -> None:
+    """Parquet is read as before; text files are not, as byte order marks show."""
+    file = hundred(tmp_path / name)
+    prepare(local_source([file]), tmp_path / "whole", workers=1)
+    as_an_earlier_version_wrote_it(interrupted(file))
+    prepare(local_source([file]), tmp_path / "out", workers=1)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+    assert [line for line in heard if "begun by an earlier version" in line and "starting again" in line] == (
+        heard if name == "x.jsonl" else []
+    )
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+@pytest.mark.parametrize("options", [{"column": "other"}, {"separator": " "}])
+def test_another_column_or_separator_is_another_text(
+    tmp_path: Path, interrupted: Callable[..., Path], name: str, options: dict[str, str]
+) -> None:
+    file = hundred(tmp_path / name)
+    interrupted(file)
+    with pytest.raises(UserError, match=r"out\.unfinished is unfinished, of another text or with other options"):
+        prepare(local_source([file], reading=Reading(**options)), tmp_path / "out", workers=1)
+
+
+def test_tokens_that_the_note_promises_are_never_filled_with_zeros(
+    tmp_path: Path, interrupted: Callable[..., Path]
+) -> None:
+    file = hundred(tmp_path / "x.jsonl")
+    shard = interrupted(file).with_name("train_000000.bin.unfinished")
+    with shard.open("r+b") as content:
+        content.truncate(shard.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"out\.unfinished lacks tokens that progress\.json promises"):
+        prepare(local_source([file]), tmp_path / "out", workers=1)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"out\.unfinished lacks tokens that progress\.json promises"):
+        prepare(local_source([file]), tmp_path / "out", workers=1)

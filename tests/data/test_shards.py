@@ -1,10 +1,14 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ds_gpt2.data.shard_writer import SplitWriter, Written
-from ds_gpt2.data.shards import HEADER_BYTES, count_tokens, open_shard, sha256
+from ds_gpt2.data.shards import HEADER_BYTES, count_tokens, header_of, open_shard, sha256, start_of
 from ds_gpt2.errors import UserError
 
 
@@ -80,3 +84,94 @@ def test_sha256_is_the_files(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def nanogpt(path: Path, tokens: int = 100_000) -> Path:
+    """As nanoGPT's data/openwebtext/prepare.py writes it: uint16, nothing else."""
+    content = np.random.default_rng(tokens).integers(0, 50_257, tokens, dtype=np.uint16)
+    content.astype("<u2").tofile(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "Validation.bin"])
+def test_nanogpts_headerless_tokens_are_read(tmp_path: Path, name: str) -> None:
+    path = nanogpt(tmp_path / name)
+    tokens = open_shard(path)
+    assert isinstance(tokens, np.memmap) and start_of(path) == 0
+    assert tokens.tolist() == np.fromfile(path, "<u2").tolist()
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "fineweb_val_000001.bin", "corpus.bin"])
+def test_headerless_tokens_under_another_name_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} is not a token shard: .* train\.bin and val\.bin"):
+        open_shard(nanogpt(tmp_path / name))
+
+
+def spoil(content: bytes, where: slice, value: bytes) -> bytes:
+    changed = bytearray(content)
+    changed[where] = value
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard: spoil(shard, slice(0, 1), b"\x07"),  # the magic
+        lambda shard: spoil(shard, slice(4, 5), b"\x02"),  # the version
+        lambda shard: spoil(shard, slice(0, 1024), bytes(1024)),
+        lambda shard: spoil(shard, slice(0, 512), b"text" * 128),
+        lambda shard: spoil(shard, slice(0, 1024), np.random.default_rng(1).bytes(1024)),
+        lambda shard: shard[:-2],
+        lambda shard: shard[4:],
+        lambda shard: shard[:1000],
+        lambda shard: shard[:1023] + shard[1024:],
+    ],
+    ids=range(9),
+)
+def test_a_damaged_shard_is_not_taken_for_headerless_tokens(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    tokens = nanogpt(tmp_path / "tokens").read_bytes()
+    path = tmp_path / "train.bin"
+    path.write_bytes(damage(header_of(len(tokens) // 2) + tokens))
+    with pytest.raises(UserError, match=rf"{path} (is not a token shard|has \d+ bytes but its header promises)"):
+        open_shard(path)
+
+
+def test_headerless_tokens_that_are_not_gpt2s_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    ids = np.arange(10_000) % 65
+    cases = [
+        (ids.astype("<u2"), "no token id above 64: characters"),
+        ((ids + 60_000).astype("<u2"), "token id 60064, GPT-2's end at 50256"),
+        ((ids + 1000).astype("<u4"), "too many zeros"),
+        (np.zeros(0, "<u2"), "is empty"),
+        (np.ones(3, "u1"), r"is cut \(3 bytes, 2 a token\)"),
+    ]
+    for content, reason in cases:
+        content.tofile(path)
+        with pytest.raises(UserError, match=reason):
+            open_shard(path)
+    nanogpt(path)
+    (tmp_path / "meta.pkl").touch()
+    with pytest.raises(UserError, match=r"characters for tokens \(meta\.pkl"):
+        open_shard(path)
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"train\.bin is not a regular file"):
+        open_shard(tmp_path / "train.bin")
+
+
+def test_any_bytes_behind_npys_magic_are_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "train.npy"
+    for header in (
+        b"{" * 100,
+        b"\xff" * 100,
+        b"{'descr': '<u2', 'shape': (" + b"9" * 60 + b",), 'fortran_order': False}",
+    ):
+        path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(50))
+        with pytest.raises(UserError, match=r"train\.npy is cut short or not a \.npy file"):
+            open_shard(path)
+    path.write_bytes(b"PK\x03\x04" + bytes(99))
+    with pytest.raises(UserError, match=r"train\.npy"):
+        open_shard(path)

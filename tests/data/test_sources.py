@@ -1,7 +1,10 @@
 import gzip
 import json
+import os
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -9,7 +12,8 @@ import zstandard
 from pyarrow import parquet
 
 from ds_gpt2 import tokenizer
-from ds_gpt2.data.sources import LocalFile, find_text_files, python_documents
+from ds_gpt2.data.documents import Document, Unreadable
+from ds_gpt2.data.sources import LocalFile, Reading, find_text_files, local_source, python_documents
 from ds_gpt2.errors import UserError
 
 
@@ -51,11 +55,180 @@ def test_bytes_that_are_no_text_become_a_mark(tmp_path: Path) -> None:
     assert list(LocalFile(tmp_path / "x.txt").documents(0)) == ["good \ufffd bad"]
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", "{}", '{"text": 1}', '{"content": "x"}'])
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"x\.jsonl, line 2: .*\"text\""):
-        list(LocalFile(tmp_path / "x.jsonl").documents(0))
+def read(path: Path, **options: Any) -> list[Document]:
+    """All documents of one file, long ones joined, as ``prepare text`` finds them."""
+    (part,) = local_source([path], reading=Reading(**options)).parts
+    return [
+        document if document is None or isinstance(document, str | Unreadable) else "".join(document)
+        for document in part.documents(0)
+    ]
+
+
+DEEP = '{"text": ' + "[" * 20_000 + "]" * 20_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("no json", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("[]", "not a JSON object but a list"),
+        ("null", "not a JSON object but null"),
+        ("{}", 'no field "text", the object is empty'),
+        ('{"text": 1}', 'field "text" is a number, not a string'),
+        ('{"content": "x", "id": 1}', 'no field "text", it has "content", "id": give --column NAME'),
+        (DEEP, "JSON that is nested too deeply"),
+    ],
+    ids=lambda value: value[:10],
+)
+def test_a_bad_line_costs_one_document(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(line + '\n{"text": "one"}\n{"text": "two"}\n')
+    assert read(path) == [Unreadable(f"{path}, line 1: {reason}"), "one", "two"]
+    assert next(iter(local_source([path]).parts)).documents(1).__next__() == "one"
+    path.write_text('{"text": "one"}\n' + line + "\n" + line)
+    with pytest.raises(UserError, match=re.escape(f"{path}, line 2: {reason}")):
+        local_source([path])
+
+
+def test_one_array_or_object_of_json_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
+    rows = [{"text": f"document {number}"} for number in range(9)]
+    for content in (json.dumps(rows), json.dumps(rows, indent=1), "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match=r"x\.json is one JSON array.*jq -c '\.\[\]'"):
+            local_source([tmp_path / "x.json"])
+    (tmp_path / "x.json").write_text(json.dumps({"text": "x"}, indent=1))
+    with pytest.raises(UserError, match=r"x\.json, line 1: not JSON .*jq -c \. "):
+        local_source([tmp_path / "x.json"])
+
+
+def test_a_json_file_of_a_directory_is_read_if_it_is_json_lines(tmp_path: Path, heard: list[str]) -> None:
+    (tmp_path / "corpus.json").write_text('{"text": "one"}\n')
+    (tmp_path / "package.json").write_text('{"name": "x"}\n')
+    assert [part.name for part in local_source([tmp_path]).parts] == [str(tmp_path / "corpus.json")]
+    assert [line for line in heard if "package.json" in line and "left out" in line]
+
+
+ROWS = [{"text": f"Zeile {number} mit é und \u20ac", "id": number} for number in range(9)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(LINES.replace("\n", end).encode(encoding))
+    assert read(tmp_path / "x.jsonl") == [row["text"] for row in ROWS]
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(LINES.replace("\n", end).encode(encoding)))
+    assert read(tmp_path / "x.txt.gz") == [LINES]
+
+
+def test_a_byte_order_mark_is_no_text_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(2 * LINES.encode("utf-8-sig"))  # one file appended to another
+    assert read(path) == 2 * [row["text"] for row in ROWS]
+    path.write_bytes(LINES.encode("utf-16"))
+    assert read(path, encoding="utf-16-le") == [row["text"] for row in ROWS]
+
+
+def test_another_encoding_has_to_be_given(tmp_path: Path, heard: list[str]) -> None:
+    text = "Les élèves étaient là. " * 50
+    path = tmp_path / "x.txt"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"x\.txt: 200 of the first 1,150 characters are not valid UTF-8: give its --enc"
+    ):
+        read(path)
+    assert read(path, encoding="latin-1") == [text]
+    assert heard == []
+    assert read(path, encoding="utf-8") == [text.translate({ord(letter): "\ufffd" for letter in "éèà"})]
+    assert len(heard) == 1 and "200 of the first 1,150 characters" in heard[0]
+    with pytest.raises(UserError, match="unknown --encoding 'klingon'"):
+        read(path, encoding="klingon")
+    path.write_bytes(b"\xef\xbb\xbfmarked")
+    assert read(path, encoding="utf-8") == ["marked"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x.txt", "x.md", "noending", "x.jsonl", "x.json", "x.txt.gz", "x.parquet", "x.jsonl.zst"]
+)
+def test_what_is_not_text_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for content in (random.Random(1).randbytes(50_000), b"PK\x03\x04" + b"name" * 99, ("x\n" * 99).encode("utf-16-le")):
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(UserError, match=rf"{name} (is not text|cannot be read)"):
+            local_source([path])
+
+
+def test_a_file_name_of_any_bytes(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"n\xe4me.txt")
+    path.write_text("text")
+    assert read(path) == ["text"]
+    assert local_source([path]).name == "n\\udce4me.txt"
+
+
+def test_a_stray_nul_or_half_a_surrogate_pair_is_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"a line of text\n" * 99 + b"\0")
+    assert read(tmp_path / "x.txt") == ["a line of text\n" * 99 + "\0"]
+    (tmp_path / "x.jsonl").write_text('{"text": "half \\ud800"}\n{"text": "nul \\u0000"}\n{"text": null}\n')
+    assert read(tmp_path / "x.jsonl") == ["half \ud800", "nul \0", None]
+
+
+def test_gzip_of_several_members_is_one_file_and_other_data_behind_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n') + gzip.compress(b'{"text": "two"}\n'))
+    assert read(path) == ["one", "two"]
+    path.write_bytes(path.read_bytes() + b"garbage")
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz cannot be read: other data follows its gzip data"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("one<sep>two<sep>three", ["one", "two", "three"]),
+        ("<sep><sep>x", ["", "", "x"]),
+        ("x" * 3_000_000 + "<sep>" + "y" * 2_500_000 + "<sep>z", ["x" * 3_000_000, "y" * 2_500_000, "z"]),
+        # Across the ends of blocks, which are 2 ** 20 characters.
+        *((f"{'x' * (2**21 - cut)}<sep>two", ["x" * (2**21 - cut), "two"]) for cut in range(7)),
+    ],
+    ids=len,
+)
+def test_a_separator_splits_a_text_into_documents(tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "x.txt").write_text(text)
+    assert read(tmp_path / "x.txt", separator="<sep>") == parts
+    (part,) = local_source([tmp_path / "x.txt"], reading=Reading(separator="<sep>")).parts
+    for skip in range(len(parts)):
+        assert ["".join(document or "") for document in part.documents(skip)] == parts[skip:]  # type: ignore[arg-type]
+
+
+def test_a_separator_splits_lines_and_rows_too(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a|b", None, "c"]}), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text('{"text": "a|b"}\n{"text": null}\n{"text": "c"}\n')
+    for path in (tmp_path / "x.parquet", tmp_path / "x.jsonl"):
+        assert read(path, separator="|") == ["a", "b", None, "c"]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "large_string"])
+def test_strings_of_parquet_however_they_are_stored(tmp_path: Path, kind: str) -> None:
+    texts = ["one", None, "two", "one"] * 9
+    array = pyarrow.array(texts).dictionary_encode() if kind == "dictionary" else pyarrow.array(texts, kind)
+    parquet.write_table(pyarrow.table({"text": array, "id": range(36)}), tmp_path / "x.parquet", row_group_size=5)
+    assert read(tmp_path / "x.parquet") == texts
+    assert list(LocalFile(tmp_path / "x.parquet").documents(7)) == texts[7:]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["c"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text", "other"]), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet has 2 columns 'text'"):
+        read(tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet", column="other") == ["c"]
+
+
+def test_zstandard_with_a_long_window_is_unpacked(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=30, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "x.txt.zst").write_bytes(packer.compress(b"some text") + packer.flush())
+    assert read(tmp_path / "x.txt.zst") == ["some text"]
 
 
 def test_a_broken_archive_is_named(tmp_path: Path) -> None:

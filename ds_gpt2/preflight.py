@@ -1,0 +1,169 @@
+"""What can be known about a start before it: checked by reading alone, before any process or file comes into being."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2 import dist, machine, run_location
+from ds_gpt2.batch import BatchPlan
+from ds_gpt2.checkpoint.backup import Backup
+from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
+from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.config import ScheduleSettings, Settings
+from ds_gpt2.data.dataset import Dataset, count_windows_of, open_dataset
+from ds_gpt2.errors import UserError
+from ds_gpt2.model import ModelShape
+from ds_gpt2.pretrained import opening
+from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
+
+
+def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
+    """Check all of a start that needs neither ranks nor writing.
+
+    Args:
+        resume: what to resume from, see ``generations.candidates``; None for a new run.
+
+    Raises:
+        UserError: something that the user has to change first.
+    """
+    dataset = open_dataset(settings.data.dir)
+    steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
+    if settings.schedule.warmup_steps >= steps:
+        raise UserError(
+            f"schedule.warmup_steps {settings.schedule.warmup_steps} must be below the {steps} steps of the run"
+        )
+    if settings.validation.every:
+        count_windows_of(dataset, "val", plan.sequence_length)
+    check_outputs(settings)
+    wanted = what_to_resume(settings, resume)
+    if wanted is not None:
+        _check_resume(settings, wanted, identity_of(settings, dataset), steps)
+    elif settings.model.init_from is not None and dist.is_main():  # the hub is not asked by all ranks at once
+        opening.check(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.init_from)
+    for directory in settings.output_dirs:
+        machine.check_may_write(directory)
+
+
+def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:
+    """The steps of a whole run.
+
+    Args:
+        windows: of an epoch.
+    """
+    if schedule.steps is not None:
+        return schedule.steps
+    return plan.steps_for(schedule.epochs or 0, windows)
+
+
+def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """What a resumed run must share with the one that saved: change any of it and it is another experiment."""
+    layers, heads, width = settings.model.shape
+    return {
+        "model.layers": layers,
+        "model.heads": heads,
+        "model.width": width,
+        "batch.sequence_length": settings.batch.sequence_length,
+        "batch.tokens_per_step": settings.batch.tokens_per_step,
+        "run.seed": settings.run.seed,
+        "data": dataset.fingerprint,
+    }
+
+
+def what_to_resume(settings: Settings, resume: str | None) -> str | None:
+    """What to look for among the checkpoints; None to start a new run, which is refused where there are checkpoints.
+
+    Raises:
+        UserError: a run must not be trained over.
+    """
+    directory = settings.checkpoint_dir
+    newest = newest_tag(directory)
+    if resume is None and newest is not None:
+        raise UserError(
+            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}: resume it"
+            f" (`./launch.sh resume {directory.name}`, or --resume latest), or choose another run.name"
+        )
+    automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
+    if automatic and newest is None and not has_copies(settings):
+        return None
+    return resume
+
+
+def has_copies(settings: Settings) -> bool:
+    """Whether there are backups of the run's checkpoints."""
+    backup = backup_of(settings)
+    try:
+        return backup is not None and bool(backup.held())
+    except OSError as error:
+        raise UserError(f"cannot tell whether {settings.run.name} has backups: {reason_of(error)}") from None
+
+
+def backup_of(settings: Settings) -> Backup | None:
+    """Where the run's backups go; None if it has none."""
+    to = settings.checkpoint.backup.to
+    return Backup(to, settings.run.name, settings.checkpoint.backup) if to else None
+
+
+def check_outputs(settings: Settings) -> None:
+    """Check that the run's output directories are its own.
+
+    Raises:
+        UserError: another run writes there, or the run's checkpoints are where it was before it moved.
+    """
+    for directory in settings.shared_output_dirs:
+        if (other := _other_owner(directory, settings)) is not None:
+            key = "checkpoint.dir" if directory == settings.checkpoint_dir else "monitor.dir"
+            raise UserError(
+                f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}: set {key} to a copy"
+                " of its own, or choose another run.name"
+            )
+    if (left := _checkpoints_left_behind(settings)) is not None:
+        still_used = is_run_dir(run_location.last_seen(settings.run_dir)) and left.name != settings.run.name
+        verb = "copy" if still_used else "move"
+        raise UserError(
+            f"run {settings.run.name} has no checkpoints in {settings.checkpoint_dir}, but it left some in {left}:"
+            f" {verb} that directory to {settings.checkpoint_dir}"
+            + (f", or set checkpoint.dir={left.parent}" if left.name == settings.run.name else "")
+        )
+
+
+def _other_owner(directory: Path, settings: Settings) -> Path | None:
+    """The directory of another run that writes into ``directory``; None if there is none."""
+    run_dir = settings.run_dir.resolve()
+    if (owner := read_owner(directory)) is not None:
+        moved = owner.directory != directory.resolve()  # copied or moved, together with its run
+        return owner.run_dir if not moved and owner.run_dir != run_dir and is_run_dir(owner.run_dir) else None
+    if not (settings.run_dir / CONFIG).is_file() or not directory.is_dir():
+        return None
+    before = run_location.last_seen(settings.run_dir)  # no owner is recorded: an earlier version's
+    if before.resolve() == run_dir or not is_run_dir(before):
+        return None
+    shared = directory.resolve() in [path.resolve() for path in load_run_settings(before).output_dirs]
+    return before if shared else None
+
+
+def _checkpoints_left_behind(settings: Settings) -> Path | None:
+    """Checkpoints of the run in another directory than its own, which has none; None if there are none."""
+    if newest_tag(settings.checkpoint_dir) is not None or not (settings.run_dir / CONFIG).is_file():
+        return None
+    stored = load_run_settings(settings.run_dir)
+    before = run_location.last_seen(settings.run_dir)
+    places = [stored.checkpoint_dir, stored.checkpoint.dir / before.name, settings.checkpoint.dir / before.name]
+    if is_run_dir(before):
+        places.append(load_run_settings(before).checkpoint_dir)
+    return next((path for path in places if path != settings.checkpoint_dir and newest_tag(path) is not None), None)
+
+
+def _check_resume(settings: Settings, wanted: str, identity: dict[str, Any], steps: int) -> None:
+    found = candidates(settings.checkpoint_dir, wanted)
+    if not found and not has_copies(settings):
+        raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
+    first = next((one for one in found if one.manifest is not None), None)
+    if first is None or first.manifest is None:
+        return
+    check_identity(first, first.manifest, identity)
+    if first.step > steps:
+        raise UserError(
+            f"{first.tag} is at step {first.step}, beyond the {steps} steps of the run: set schedule.steps to more, or"
+            " resume from an older checkpoint with --from STEP"
+        )

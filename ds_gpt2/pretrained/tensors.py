@@ -1,0 +1,154 @@
+"""Tensors of a Hugging Face directory: one safetensors file, or several with an index.
+
+Headers are checked before any tensor is read. Only safetensors is read, because other formats can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ds_gpt2.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of those that hold a model's weights
+_LARGEST_INDEX = 50_000_000  # bytes; an index of 100,000 tensors has some 10 MB
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a header describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def has_weights(directory: Path) -> bool:
+    """Return whether ``directory`` has weights that ``headers`` can read."""
+    return (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
+
+
+def headers(directory: Path) -> dict[str, Stored]:
+    """Return every tensor of the directory by its name in the files.
+
+    Raises:
+        UserError: files are missing, damaged or contradict each other.
+    """
+    if (directory / WEIGHTS).is_file():
+        return _header(directory / WEIGHTS)
+    if (directory / INDEX).is_file():
+        return _headers_of_index(directory / INDEX)
+    try:
+        others = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".safetensors", ".pt"))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+    raise UserError(
+        f"{directory} has no {WEIGHTS} and no {INDEX} (it has {', '.join(others) or 'no weights'}): save the model"
+        " again with transformers' save_pretrained"
+    )
+
+
+def shown(name: str) -> str:
+    """Return a tensor's name for an error of one line, whatever a file calls it."""
+    return name if name.isprintable() and len(name) <= 100 else ascii(name)[:100]
+
+
+def check_dtype(name: str, stored: Stored) -> None:
+    """
+    Raises:
+        UserError: the dtype is not one of a model's weights.
+    """
+    if stored.dtype not in _DTYPES:
+        raise UserError(
+            f"{stored.file}: {shown(name)} is of dtype {stored.dtype}; weights are one of {', '.join(_DTYPES)}"
+        )
+
+
+def read(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and content of every tensor in ``stored``, file by file.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name, each in stored.items():
+        by_file.setdefault(each.file, []).append(name)
+    for file, names in by_file.items():
+        with _opened(file) as opened:
+            for name in names:
+                yield name, opened.get_tensor(name)
+
+
+def index_files(index: Path) -> list[str]:
+    """Return the names of the files that an index lists.
+
+    Raises:
+        UserError: it cannot be read, or lists a file that is not beside it.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
+def _headers_of_index(index: Path) -> dict[str, Stored]:
+    listed = _weight_map(index)
+    found: dict[str, Stored] = {}
+    for name in index_files(index):
+        file = index.with_name(name)
+        if not file.is_file():
+            raise UserError(f"{index} lists {name}, which is not there: the download or copy is incomplete")
+        for tensor, stored in _header(file).items():
+            if tensor in found:
+                raise UserError(
+                    f"{shown(tensor)} is in {found[tensor].file.name} and in {name}: {index.parent} is damaged"
+                )
+            if listed.get(tensor) != name:
+                raise UserError(f"{file} has {shown(tensor)}, which {index.name} does not list there")
+            found[tensor] = stored
+    if absent := sorted(listed.keys() - found.keys()):
+        raise UserError(f"{index} lists {shown(absent[0])} in {listed[absent[0]]}, which does not have it")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is no GPT-2's")
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read: {error}") from None
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index} has no weight_map, which says where the tensors are")
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or not _is_beside(name):
+            raise UserError(
+                f"{index} lists {ascii(name)[:100]} for {shown(tensor)}: only safetensors files beside it are read"
+            )
+    return listed
+
+
+def _is_beside(name: str) -> bool:
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:") and name[0] != "."
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (it is no dictionary)
+        return {name: Stored(file, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from None

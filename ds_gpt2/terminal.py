@@ -1,0 +1,69 @@
+"""Standard input and output that end no program: another encoding, a closed descriptor, a full disk behind them."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import TextIO
+
+
+def make_safe() -> None:
+    """Have any character be printed, escaped where the terminal's encoding lacks it, and any bytes be read.
+
+    A descriptor that is closed (``>&-``) becomes /dev/null: otherwise the next file to be opened would take its
+    number, and get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115  # it stays open
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if number == 0 else "backslashreplace")
+
+
+def ignore_failures() -> None:
+    """From here on output that cannot be written is lost: training is worth more than what it prints."""
+    sys.stdout = Unfailing(sys.stdout)
+    sys.stderr = Unfailing(sys.stderr)
+
+
+class Unfailing(io.TextIOBase):
+    """A text stream whose writes never fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # TextIOBase has an attribute
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: it is closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def printable(text: str) -> str:
+    """Text from the command line, whose bytes may not be of the locale's encoding, as text that UTF-8 can hold."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,93 @@
+"""A mistake is found before anything is started or written: one line, exit code 2, and every file as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import Launched
+
+from ds_gpt2 import cli, outcome, supervisor
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file below ``folder``, and every directory."""
+    return {
+        str(path.relative_to(folder)): (0, 0) if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end before any rank is started; returns its one line."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.setattr(supervisor, "Ranks", None)  # whoever starts ranks fails
+        capfd.readouterr()
+        assert cli.main([*words, "--num_gpus", "4"]) == outcome.MISTAKE
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "999"], "no checkpoint '999'"),
+        (["--from", "epoch_00077"], "no checkpoint 'epoch_00077'"),
+        (["--from", "/nowhere"], "no checkpoint '/nowhere'"),
+        (["schedule.steps=10"], "is at step 12, beyond the 10 steps of the run: set schedule.steps"),
+        (["model.layers=3"], "was made with model.layers 2 (this run has 3)"),
+        (["run.seed=7"], "run.seed 1337 (this run has 7)"),
+        (["data.dir=/nowhere"], "no data: /nowhere does not exist"),
+        (["batch.micro_batch=3"], "cannot be divided"),
+        (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
+        (["alerts.urls_file=/nowhere"], "/nowhere cannot be read"),
+        (["run.name=other"], "run.name of a run is where it is found"),
+        (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it left some in"),
+        (["schedule.warmup_steps=20", "schedule.epochs=0.0001"], "schedule.warmup_steps 20 must be below"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_in_resuming_changes_no_file_of_the_run(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str], words: list[str], message: str
+) -> None:
+    _, folder = four_ranks
+    before = tree(folder)
+    assert message in refused("resume", str(folder / "runs" / "test"), *words)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.dir=/nowhere", "no data"),
+        ("model.init_from=/nowhere", "/nowhere"),
+        ("batch.sequence_length=32768", "too few for one window"),
+        ("checkpoint.dir=/dev/null/x", "cannot write to /dev/null/x/new: /dev/null is no directory"),
+        ("run.dir=/proc/x", "cannot write to /proc/x/new"),
+        ("monitor.dir=/dev/full/x", "cannot write to /dev/full/x/new"),
+    ],
+)
+def test_a_mistake_in_starting_creates_no_run(
+    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, setting: str, message: str
+) -> None:
+    config = write_config(tmp_path / "new")
+    before = tree(tmp_path)
+    more = ["batch.tokens_per_step=262144"] if "sequence_length" in setting else []
+    assert message in refused("train", str(config), "run.name=new", setting, *more)
+    assert tree(tmp_path) == before
+
+
+def test_a_run_with_checkpoints_is_not_started_again(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str]
+) -> None:
+    _, folder = four_ranks
+    before = tree(folder)
+    assert "already has checkpoints" in refused("train", str(folder / "run.yaml"))
+    assert tree(folder) == before
