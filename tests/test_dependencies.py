@@ -18,7 +18,9 @@ else:
     import tomli as tomllib
 
 DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OPTIONAL = {"pyarrow", "zstandard", "gigatoken", "apprise"}  # each import says which extra to install, or does without
+# Each import says what to install, or does without.
+OPTIONAL = {"pyarrow", "zstandard", "gigatoken", "apprise", "wandb", "comet_ml"}
+EXTRAS = ("data", "alerts", "trackers")
 
 
 def names_of(requirements: list[str]) -> set[str]:
@@ -39,14 +41,14 @@ def packages_of(paths: list[Path]) -> set[str]:
     distributions = metadata.packages_distributions()
     modules = {name for path in paths for name in imports_of(path)}
     foreign = modules - sys.stdlib_module_names - {"ds_gpt2"}
-    return {distributions[name][0].lower().replace("-", "_") for name in foreign}
+    return {distributions.get(name, [name])[0].lower().replace("-", "_") for name in foreign}
 
 
 def test_a_base_installation_has_what_the_code_imports() -> None:
     found = packages_of(sorted((PROJECT / "ds_gpt2").rglob("*.py")))
     assert found - OPTIONAL <= names_of(DECLARED["dependencies"])
     assert found >= OPTIONAL
-    extras = set().union(*(names_of(DECLARED["optional-dependencies"][extra]) for extra in ("data", "alerts")))
+    extras = set().union(*(names_of(DECLARED["optional-dependencies"][extra]) for extra in EXTRAS))
     assert extras == OPTIONAL
 
 
