@@ -32,7 +32,7 @@ from ds_gpt2.config import Settings
 from ds_gpt2.dashboard import open_dashboard
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.check import check_shards
-from ds_gpt2.data.dataset import Dataset, Windows, open_dataset
+from ds_gpt2.data.dataset import Dataset, Windows
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.guard import Guard, Incident
@@ -47,7 +47,7 @@ from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.pace import Cadence, Pace, timed_of
-from ds_gpt2.preflight import backup_of, identity_of, steps_of, what_to_resume
+from ds_gpt2.preflight import backup_of, dataset_of, identity_of, steps_of, what_to_resume
 from ds_gpt2.pretrained.opening import locate, weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
@@ -121,7 +121,7 @@ def _train(
     lock = dist.together(lambda: _take_over(settings, house))
     wanted = dist.from_main(lambda: what_to_resume(settings, origin.resume))
     heartbeat.beat()
-    dataset = dist.together(lambda: open_dataset(settings.data.dir))
+    dataset = dist.together(lambda: dataset_of(settings, wanted))
     check_shards(dataset, settings.run_dir / "data_checked.json")
     heartbeat.beat()
     tell_of_data = functools.partial(_tell_of_data, journal)

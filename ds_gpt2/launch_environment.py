@@ -65,6 +65,11 @@ def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     return "slurm" if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment else "none"
 
 
+def is_main(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, or no rank at all."""
+    return environment.get("RANK", "0") == "0"
+
+
 def adopt(environment: MutableMapping[str, str] = os.environ) -> Launcher:
     """Complete the variables that PyTorch and DeepSpeed read, from whatever launcher set which; returns that launcher.
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import dist, machine, run_location
+from ds_gpt2 import launch_environment, machine, run_location
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
-from ds_gpt2.data.dataset import Dataset, count_windows_of, open_dataset
+from ds_gpt2.data.dataset import Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.errors import UserError
-from ds_gpt2.model import ModelShape
-from ds_gpt2.pretrained import opening
 from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
 
 
@@ -28,6 +26,10 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         UserError: something that the user has to change first.
     """
     dataset = open_dataset(settings.data.dir)
+    check_outputs(settings)
+    wanted = what_to_resume(settings, resume)
+    if wanted is not None:
+        dataset = dataset_of(settings, wanted)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
@@ -35,14 +37,33 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         )
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
-    check_outputs(settings)
-    wanted = what_to_resume(settings, resume)
     if wanted is not None:
         _check_resume(settings, wanted, identity_of(settings, dataset), steps)
-    elif settings.model.init_from is not None and dist.is_main():  # the hub is not asked by all ranks at once
-        opening.check(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.init_from)
+    elif (
+        settings.model.init_from is not None and launch_environment.is_main()
+    ):  # the hub is not asked by all ranks at once
+        _check_initial_weights(settings, settings.model.init_from)
     for directory in settings.output_dirs:
         machine.check_may_write(directory)
+
+
+def _check_initial_weights(settings: Settings, name: str) -> None:
+    from ds_gpt2.model import ModelShape  # imports PyTorch, which `train` needs for nothing else
+    from ds_gpt2.pretrained import opening
+
+    opening.check(ModelShape(*settings.model.shape, settings.batch.sequence_length), name)
+
+
+def dataset_of(settings: Settings, wanted: str | None) -> Dataset:
+    """Return the run's data, as the checkpoints know it that ``wanted`` stands for.
+
+    Raises:
+        UserError: the data cannot be read, or there is no such checkpoint.
+    """
+    dataset = open_dataset(settings.data.dir)
+    found = candidates(settings.checkpoint_dir, wanted) if wanted is not None else []
+    known = [one.manifest.identity.get("data") for one in found if one.manifest is not None]
+    return as_first_read(dataset, str(known[0])) if known else dataset
 
 
 def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:

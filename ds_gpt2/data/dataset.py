@@ -244,6 +244,27 @@ def _read_foreign(directory: Path) -> Dataset:
     return Dataset(directory, shards, source, left_out=left_out)
 
 
+def as_first_read(dataset: Dataset, fingerprint: str) -> Dataset:
+    """Return ``dataset``, or what version 0.1.0 read of it if that is what ``fingerprint`` stands for.
+
+    That version took every shard of a directory without an index for training whose name did not have the word
+    ``val``. A run that began with such a split keeps it, shards for testing among its training data included.
+    """
+    if fingerprint == dataset.fingerprint or (dataset.dir / INDEX).exists():
+        return dataset
+    paths = sorted(path for path in dataset.dir.iterdir() if path.suffix in (".bin", ".npy"))
+    splits: list[Split] = ["val" if re.search(r"(^|[_-])val([_.-]|$)", path.name) else "train" for path in paths]
+    shards = tuple(
+        Shard(path.name, split, count_tokens(path), path.stat().st_size, sha256=None)
+        for path, split in zip(paths, splits, strict=True)
+    )
+    before = Dataset(dataset.dir, shards, dataset.source)
+    if before.fingerprint != fingerprint:
+        return dataset
+    log.warning(f"{dataset.dir}: the run keeps the split that it began with, although names of shards say otherwise")
+    return before
+
+
 def _below(directory: Path) -> str:
     """Where shards lie instead."""
     found = [
