@@ -18,7 +18,8 @@ else:
     import tomli as tomllib
 
 DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OPTIONAL = {"pyarrow", "zstandard", "gigatoken", "apprise"}  # each import says which extra to install, or does without
+OF_EXTRAS = {"pyarrow", "zstandard", "gigatoken", "apprise"}  # each import says which extra to install, or does without
+OPTIONAL = OF_EXTRAS | {"wandb", "comet_ml"}  # the trackers' own, which a user installs beside
 
 
 def names_of(requirements: list[str]) -> set[str]:
@@ -39,7 +40,7 @@ def packages_of(paths: list[Path]) -> set[str]:
     distributions = metadata.packages_distributions()
     modules = {name for path in paths for name in imports_of(path)}
     foreign = modules - sys.stdlib_module_names - {"ds_gpt2"}
-    return {distributions[name][0].lower().replace("-", "_") for name in foreign}
+    return {distributions.get(name, [name])[0].lower().replace("-", "_") for name in foreign}
 
 
 def test_a_base_installation_has_what_the_code_imports() -> None:
@@ -47,7 +48,8 @@ def test_a_base_installation_has_what_the_code_imports() -> None:
     assert found - OPTIONAL <= names_of(DECLARED["dependencies"])
     assert found >= OPTIONAL
     extras = set().union(*(names_of(DECLARED["optional-dependencies"][extra]) for extra in ("data", "alerts")))
-    assert extras == OPTIONAL
+    assert extras == OF_EXTRAS
+    assert names_of(DECLARED["optional-dependencies"]["dev"]) >= OPTIONAL
 
 
 def test_a_base_installation_has_what_the_script_in_each_checkpoint_directory_imports() -> None:
