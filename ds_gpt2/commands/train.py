@@ -20,6 +20,7 @@ from ds_gpt2.messages import ways
 from ds_gpt2.preflight import check_start, what_to_resume
 from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
+from ds_gpt2.wording import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +97,7 @@ def start(
         return outcome.MISTAKE
     _fetch_initial_weights(settings, resume)
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
-    print(f"starting {place.ranks} ranks on {where} (Ctrl+C saves and stops) ...", flush=True)
+    print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
     return supervise(Run(arguments, place, resume, leave_out), settings)
 
