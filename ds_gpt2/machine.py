@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,13 +62,12 @@ def check_may_write(directory: Path) -> None:
         UserError: ``directory`` cannot be written to or made.
     """
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-    problem = None
-    if not existing.is_dir():
-        problem = f"{existing} is no directory"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problem = f"{existing} may not be written to"
-    if problem is not None:
-        raise UserError(f"cannot write to {directory}: {problem}; check its permissions and its disk")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=existing))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {existing}: {error.strerror}; check its permissions and its disk"
+        ) from None
 
 
 def lock(path: Path, whose: str) -> BinaryIO:

@@ -139,8 +139,7 @@ def check_outputs(settings: Settings) -> None:
                 f" set {keys.get(directory, 'monitor.dir')} to another directory, or choose another run.name"
             )
     if (left := _checkpoints_left_behind(settings)) is not None:
-        still_used = is_run_dir(run_location.last_seen(settings.run_dir)) and left.name != settings.run.name
-        verb = "copy" if still_used else "move"
+        verb = "move" if run_location.run_of(left) in (None, settings.run_dir) else "copy"
         raise UserError(
             f"run {settings.run.name} has no checkpoints in {settings.checkpoint_dir}, but it left some in {left}:"
             f" {verb} that directory to {settings.checkpoint_dir}"

@@ -69,7 +69,7 @@ def test_a_mistake_in_resuming_changes_no_file_of_the_run(
         ("data.dir=/nowhere", "no data"),
         ("model.init_from=/nowhere", "/nowhere"),
         ("batch.sequence_length=32768", "too few for one window"),
-        ("checkpoint.dir=/dev/null/x", "cannot write to /dev/null/x/new: /dev/null is no directory"),
+        ("checkpoint.dir=/dev/null/x", "cannot write to /dev/null/x/new: /dev/null: Not a directory"),
         ("run.dir=/proc/x", "cannot write to /proc/x/new"),
         ("monitor.dir=/dev/full/x", "cannot write to /dev/full/x/new"),
     ],

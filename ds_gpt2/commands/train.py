@@ -115,11 +115,10 @@ def _fetch_initial_weights(settings: Settings, resume: str | None) -> None:
 def _is_ready(settings: Settings, place: Place) -> bool:
     """Say what doctor's quick rows warn of; False where one of them would end the run."""
     rows = quick(settings, place.accelerator, place.ranks)
-    for row in rows:
-        if row.status in ("warn", "fail"):
-            word = "error" if row.status == "fail" else "warning"
-            print(f"{word}: {in_one_line(row)}", file=sys.stderr)
-    return not any(row.status == "fail" for row in rows)
+    failed = [row for row in rows if row.status == "fail"]
+    for row in failed or (row for row in rows if row.status == "warn"):
+        print(f"{'error' if failed else 'warning'}: {in_one_line(row)}", file=sys.stderr)
+    return not failed
 
 
 def find_config(name: str) -> Path:
