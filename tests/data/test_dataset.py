@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds_gpt2.data.check import check_shards
-from ds_gpt2.data.dataset import INDEX, Windows, open_dataset, split_of
+from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, Windows, as_first_read, open_dataset, split_of
 from ds_gpt2.data.shards import header_of, sha256
 from ds_gpt2.errors import UserError
 
@@ -224,3 +224,22 @@ def test_what_is_not_finished_is_no_data(tmp_path: Path, name: str) -> None:
         _bin(tmp_path / "out" / "train_000000.bin", 50)
     with pytest.raises(UserError, match="out is not finished: run the `prepare` command"):
         open_dataset(tmp_path / "out")
+
+
+def test_a_run_keeps_the_split_that_an_earlier_version_made(tmp_path: Path) -> None:
+    """Version 0.1.0 took shards for testing, and validation shards without the word val, for training."""
+    splits: dict[str, Split] = {"a_test": "train", "b_train": "train", "c_val": "val", "d_validation": "train"}
+    for name in splits:
+        _bin(tmp_path / f"{name}.bin", 50)
+    now = open_dataset(tmp_path)
+    assert [(shard.file, shard.split) for shard in now.shards] == [
+        ("b_train.bin", "train"),
+        ("c_val.bin", "val"),
+        ("d_validation.bin", "val"),
+    ]
+    size = (tmp_path / "a_test.bin").stat().st_size
+    shards = tuple(Shard(f"{name}.bin", split, 50, size, None) for name, split in splits.items())
+    before = Dataset(tmp_path, shards, "version 0.1.0")
+    assert as_first_read(now, before.fingerprint).shards == shards
+    assert as_first_read(now, now.fingerprint) is now
+    assert as_first_read(now, "that of other data") is now
