@@ -53,9 +53,11 @@ wanted() {
 relocate() {
   local made_in
   made_in=$(cat "$venv/.made-in" 2>/dev/null) || return 0
-  [ "$made_in" != "$project" ] || return 0
+  if [ "$made_in" = "$project" ] || [ -L "$venv" ] || [ "$made_in/.venv" -ef "$venv" ]; then
+    return 0 # it has not moved, or it is another project's
+  fi
   "$venv/bin/python" -I - "$made_in" "$project" "$venv" <<'PYTHON' || return 0
-import pathlib, sys
+import os, pathlib, shutil, sys
 old, new, venv = sys.argv[1:]
 files = [*pathlib.Path(venv, "bin").iterdir(), *pathlib.Path(venv).glob("lib/python*/site-packages/__editable__*")]
 for file in files:
@@ -63,7 +65,10 @@ for file in files:
         content = file.read_bytes()
         changed = content.replace(old.encode() + b"/", new.encode() + b"/").replace(old.encode() + b"'", new.encode() + b"'")
         if changed != content:
-            file.write_bytes(changed)
+            partial = file.with_name(file.name + ".tmp")
+            partial.write_bytes(changed)
+            shutil.copymode(file, partial)
+            os.replace(partial, file)
 PYTHON
   echo "$project" >"$venv/.made-in"
 }

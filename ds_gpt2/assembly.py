@@ -47,8 +47,8 @@ from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.pace import Cadence, Pace, timed_of
-from ds_gpt2.preflight import backup_of, dataset_of, identity_of, steps_of, what_to_resume
-from ds_gpt2.pretrained.opening import locate, weights_for
+from ds_gpt2.preflight import backup_of, check_initial_model, dataset_of, identity_of, steps_of, what_to_resume
+from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_owner
@@ -113,6 +113,8 @@ def _train(
     Args:
         endings: gets what must be closed, however the run ends.
     """
+    if settings.model.init_from is not None and dist.from_main(lambda: what_to_resume(settings, origin.resume)) is None:
+        dist.from_main_at_length(lambda: check_initial_model(settings))  # downloads it if it is on the hub
     dist.together(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, dist.rank()), Journal(settings.run_dir)
     open_stacks(settings.run_dir, dist.rank())
@@ -265,7 +267,6 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 def _fresh(settings: Settings, engine: Engine) -> TrainState:
     """The state of a run that begins, with the weights of another model where the settings name one."""
     if (name := settings.model.init_from) is not None:
-        dist.from_main_at_length(lambda: locate(name))  # downloads it if it is on the hub
         engine.begin_from(dist.together(lambda: weights_for(engine.model.shape, name)))
         log.info(f"initial weights from {name}")
     return TrainState()
@@ -340,8 +341,7 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
     write_whole(settings.run_dir / CONFIG, stored_settings(settings))
     for directory in settings.shared_output_dirs:
-        with contextlib.suppress(OSError):  # a backup that is away, which reports that itself
-            write_owner(directory, settings.run_dir)
+        write_owner(directory, settings.run_dir)
     start = {
         "time": time.strftime(TIME),
         "from_step": state.step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
@@ -57,7 +56,6 @@ _VERBS = {
 }
 
 _TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
-_OUTPUT_FAILED = frozenset({errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return outcome.CRASHED
     except OSError as error:
-        if error.errno not in _OUTPUT_FAILED or error.filename is not None:
+        if not terminal.output_fails():
             raise
         terminal.ignore_failures()
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)

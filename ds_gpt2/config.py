@@ -240,9 +240,7 @@ class SupervisorSettings(_Section):
     restarts: Count = 8  # one after another without getting further; 0: none at all
     backoff_seconds: NonNegativeFloat = 5.0  # before the first of them, and twice as long before each next
     longest_backoff_seconds: NonNegativeFloat = 600.0
-    hang_factor: Annotated[_Float, Field(gt=1, allow_inf_nan=False)] = (
-        20.0  # times the run's usual step that a step may take
-    )
+    hang_factor: AboveOne = 20.0  # times the run's usual step that a step may take
     hang_seconds: PositiveFloat = 300.0  # but it may always take so long
     patience_minutes: PositiveFloat = 45.0  # without progress in starting, evaluating or saving
     stop_seconds: PositiveFloat = 120.0  # processes that should have ended are killed after so long
@@ -306,16 +304,9 @@ class Settings(_Section):
         return self.run_dir, self.checkpoint_dir, self.tensorboard_dir
 
     @property
-    def backup_dir(self) -> Path | None:
-        """Where the run's backups are if that is a directory and no URL."""
-        to = self.checkpoint.backup.to
-        return Path(to) / self.run.name if to is not None and "://" not in to else None
-
-    @property
     def shared_output_dirs(self) -> tuple[Path, ...]:
         """What the run writes to outside of its own directory, so that two runs may meet there."""
-        backup = () if self.backup_dir is None else (self.backup_dir,)
-        return tuple(path for path in (*self.output_dirs[1:], *backup) if not path.is_relative_to(self.run_dir))
+        return tuple(path for path in self.output_dirs[1:] if not path.is_relative_to(self.run_dir))
 
 
 PATH_KEYS = (

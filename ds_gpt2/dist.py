@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from ds_gpt2 import launch_environment
 from ds_gpt2.errors import UserError
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def local_world_size() -> int:
 
 def is_main() -> bool:
     """True on the rank that speaks and writes for all."""
-    return rank() == 0
+    return launch_environment.is_main()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

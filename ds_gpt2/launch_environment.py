@@ -60,9 +60,11 @@ def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
         if any(name.startswith("TORCHELASTIC_") for name in environment):
             return "torchrun"
         return "deepspeed" if "CROSS_SIZE" in environment else "environment"
-    if "OMPI_COMM_WORLD_RANK" in environment or "PMI_RANK" in environment:
+    if "OMPI_COMM_WORLD_RANK" in environment:
         return "mpi"
-    return "slurm" if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment else "none"
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        return "slurm"  # which may set PMI_RANK too, without telling which ranks share a machine
+    return "mpi" if "PMI_RANK" in environment else "none"
 
 
 def is_main(environment: Mapping[str, str] = os.environ) -> bool:
@@ -150,8 +152,8 @@ def _adopt_task(task: _Task, environment: MutableMapping[str, str]) -> None:
         environment.setdefault("MASTER_ADDR", LOOPBACK[0])
     elif task.first_host is not None:
         environment.setdefault("MASTER_ADDR", task.first_host)
-    elif "MASTER_ADDR" not in environment:
-        raise UserError("ranks on several machines: set MASTER_ADDR to the host of rank 0 (and MASTER_PORT)")
+    elif not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise UserError("ranks on several machines: set MASTER_ADDR to the host of rank 0, and MASTER_PORT")
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + zlib.crc32(task.job.encode()) % _PORTS))
 
 
@@ -215,5 +217,5 @@ def _tasks_per_node(text: str) -> list[int]:
 
 def _first_host(hosts: str) -> str:
     """``"gpu[03-05,9],login"`` as ``"gpu03"``."""
-    found = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,]*))?", hosts)
-    return "".join(part or "" for part in found.groups()) if found else hosts
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)  # the first of each bracket
+    return first.partition(",")[0]

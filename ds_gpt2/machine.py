@@ -28,13 +28,19 @@ def check_free(address: str, port: int) -> None:
     Raises:
         UserError: ``port`` cannot be listened on, usually because another run does.
     """
-    with socket.socket() as probe:
+    try:
+        family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(
+            f"{address}, the address of rank 0, is not known here ({error.strerror}): check MASTER_ADDR"
+        ) from None
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address, port))
+            probe.bind(where)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise UserError(f"cannot listen on {address}:{port} ({error.strerror}): check --master_addr") from None
+            if error.errno != errno.EADDRINUSE:  # behind a translated address, say: PyTorch listens on all of them
+                return
             raise UserError(
                 f"port {port} is in use, perhaps by another run: start with"
                 f" `deepspeed --master_port {free_port()} ...`, or with ./launch.sh, which finds a free one"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import site
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pathlib import Path
 def ignore_working_directory() -> None:
     """Remove the working directory and this project from the module search path; the package itself is loaded."""
     package = Path(__file__).resolve().parent
-    script = str(Path(sys.argv[0]).resolve().parent)
-    ours = {"", os.getcwd(), script, str(package), str(package.parent)}
+    ours = {"", os.getcwd(), str(Path(sys.argv[0]).resolve().parent), str(package)}
+    if (package.parent / "pyproject.toml").exists():  # a checkout, not a directory of installed packages
+        ours.add(str(package.parent))
+    ours -= {*site.getsitepackages(), site.getusersitepackages()}
     sys.path[:] = [entry for entry in sys.path if entry not in ours]

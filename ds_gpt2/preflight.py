@@ -1,11 +1,11 @@
-"""What can be known about a start before it: checked by reading alone, before any process or file comes into being."""
+"""Check all that can be known about a start before anything is started or left on the disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import launch_environment, machine, run_location
+from ds_gpt2 import machine, run_location
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
@@ -13,6 +13,7 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
 from ds_gpt2.data.dataset import Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.errors import UserError
+from ds_gpt2.model_names import hub_name
 from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
 
 
@@ -39,19 +40,24 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         count_windows_of(dataset, "val", plan.sequence_length)
     if wanted is not None:
         _check_resume(settings, wanted, identity_of(settings, dataset), steps)
-    elif (
-        settings.model.init_from is not None and launch_environment.is_main()
-    ):  # the hub is not asked by all ranks at once
-        _check_initial_weights(settings, settings.model.init_from)
+    elif settings.model.init_from is not None and hub_name(settings.model.init_from) is None:
+        check_initial_model(settings)
     for directory in settings.output_dirs:
         machine.check_may_write(directory)
 
 
-def _check_initial_weights(settings: Settings, name: str) -> None:
+def check_initial_model(settings: Settings) -> None:
+    """Check the model that a new run begins from, if there is one; one of the hub is downloaded.
+
+    Raises:
+        UserError: there is no such model, it is of another shape, or it cannot be downloaded.
+    """
+    if settings.model.init_from is None:
+        return
     from ds_gpt2.model import ModelShape  # imports PyTorch, which `train` needs for nothing else
     from ds_gpt2.pretrained import opening
 
-    opening.check(ModelShape(*settings.model.shape, settings.batch.sequence_length), name)
+    opening.prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
 
 
 def dataset_of(settings: Settings, wanted: str | None) -> Dataset:
@@ -133,10 +139,10 @@ def check_outputs(settings: Settings) -> None:
     """
     for directory in settings.shared_output_dirs:
         if (other := _other_owner(directory, settings)) is not None:
-            keys = {settings.checkpoint_dir: "checkpoint.dir", settings.backup_dir: "checkpoint.backup.to"}
+            key = "checkpoint.dir" if directory == settings.checkpoint_dir else "monitor.dir"
             raise UserError(
-                f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}:"
-                f" set {keys.get(directory, 'monitor.dir')} to another directory, or choose another run.name"
+                f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}: set {key} to another"
+                " directory, or choose another run.name"
             )
     if (left := _checkpoints_left_behind(settings)) is not None:
         verb = "move" if run_location.run_of(left) in (None, settings.run_dir) else "copy"
@@ -158,19 +164,20 @@ def _other_owner(directory: Path, settings: Settings) -> Path | None:
     before = run_location.last_seen(settings.run_dir)  # no owner is recorded: an earlier version's
     if before.resolve() == run_dir or not is_run_dir(before):
         return None
-    shared = directory.resolve() in [path.resolve() for path in load_run_settings(before).shared_output_dirs]
-    return before if shared else None
+    try:
+        theirs = load_run_settings(before).shared_output_dirs
+    except UserError:  # its settings cannot be read: nothing says that it writes there
+        return None
+    return before if directory.resolve() in [path.resolve() for path in theirs] else None
 
 
 def _checkpoints_left_behind(settings: Settings) -> Path | None:
     """Checkpoints of the run in another directory than its own, which has none; None if there are none."""
     if newest_tag(settings.checkpoint_dir) is not None or not (settings.run_dir / CONFIG).is_file():
         return None
-    stored = load_run_settings(settings.run_dir)
-    before = run_location.last_seen(settings.run_dir)
-    places = [stored.checkpoint_dir, stored.checkpoint.dir / before.name, settings.checkpoint.dir / before.name]
-    if is_run_dir(before):
-        places.append(load_run_settings(before).checkpoint_dir)
+    places = [load_run_settings(settings.run_dir).checkpoint_dir]
+    places += run_location.checkpoint_dirs_before(settings.run_dir)
+    places.append(settings.checkpoint.dir / run_location.last_seen(settings.run_dir).name)
     return next((path for path in places if path != settings.checkpoint_dir and newest_tag(path) is not None), None)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ds_gpt2.config import PATH_KEYS, PROJECT_DIR, Settings, load_settings, read_tree, section_of, settings_of
+from ds_gpt2.errors import UserError
 from ds_gpt2.journal import JOURNAL
 from ds_gpt2.machine import write_whole
 from ds_gpt2.metrics import STARTS, TIME
@@ -144,12 +145,27 @@ def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
         if now:
             section[name] = section_of(now, key)[0].get(name)
         elif isinstance(text := section.get(name), str) and "://" not in text:
-            section[name] = None if text.startswith(_RUN_DIR) else str(PROJECT_DIR / text)
+            section[name] = _without_run(key, text)
     if run_dir is None:
         section_of(tree, "run.dir")[0].pop("dir", None)
     else:
         section_of(tree, "run.name")[0]["name"] = run_dir.name
     return tree
+
+
+def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
+    """Where the checkpoints of the run were when it was last started, by the run's name of then and of now.
+
+    Raises:
+        UserError: the stored settings cannot be read.
+    """
+    tree = read_tree(run_dir / CONFIG)
+    before = _last_seen(run_dir, tree)
+    section, name = section_of(tree, "checkpoint.dir")
+    text = str(section.get(name, "checkpoints"))
+    inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
+    then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
+    return [then / before.name, then / run_dir.name]
 
 
 @dataclass(frozen=True)
@@ -170,20 +186,29 @@ def read_owner(directory: Path) -> Owner | None:
 
 
 def write_owner(directory: Path, run_dir: Path) -> None:
-    """Record that the run in ``run_dir`` writes into ``directory``, which is made in a directory that is there.
+    """Record that the run in ``run_dir`` writes into ``directory``.
 
     Raises:
         OSError: it cannot be written.
     """
-    directory.mkdir(exist_ok=True)
     owner = Owner(run_dir.resolve(), directory.resolve())
     if read_owner(directory) != owner:
         content = {"run_dir": str(owner.run_dir), "directory": str(owner.directory)}
         write_whole(directory / OWNER, json.dumps(content) + "\n")
 
 
+def _without_run(key: str, text: str) -> str | None:
+    """A stored path where the run is not known."""
+    if key == "model.init_from" and hub_name(text) is not None:
+        return text
+    return None if text.startswith(_RUN_DIR) else str(PROJECT_DIR / text)
+
+
 def _is_checkpoint_dir(directory: Path, run_dir: Path) -> bool:
-    return load_run_settings(run_dir).checkpoint_dir.resolve() == directory.resolve()
+    try:
+        return load_run_settings(run_dir).checkpoint_dir.resolve() == directory.resolve()
+    except UserError:  # its settings cannot be read
+        return False
 
 
 def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:

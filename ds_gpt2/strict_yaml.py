@@ -22,12 +22,19 @@ def parse(text: str, source: str) -> Any:
     Raises:
         UserError: invalid YAML, a duplicate key, or nesting that is too deep.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, set())
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
     except (RecursionError, ValueError) as error:  # ValueError: a date or number with an explicit YAML tag
         raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+    finally:
+        loader.dispose()
 
 
 def is_null(text: object) -> bool:
@@ -42,16 +49,24 @@ class _Loader(yaml.SafeLoader):
         "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0].endswith(":merge")]
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in seen:
-                    problem = f"{key.value!r} appears twice, in lines {seen[key.value]} and {line}: remove one"
-                    raise yaml.constructor.ConstructorError(None, None, problem)
-                seen[key.value] = line
-        return super().construct_mapping(node, deep)
+
+def _check_keys(node: yaml.Node, visited: set[int]) -> None:
+    """
+    Raises:
+        YAMLError: a mapping in ``node`` has a key twice.
+    """
+    if id(node) in visited or not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+        return
+    visited.add(id(node))
+    seen: dict[str, int] = {}
+    for entry in node.value:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} appears twice, in lines {seen[key.value]} and {line}: remove one")
+            seen[key.value] = line
+        _check_keys(value, visited)
 
 
 def _one_line(error: Exception) -> str:

@@ -32,6 +32,16 @@ def ignore_failures() -> None:
     sys.stderr = Unfailing(sys.stderr)
 
 
+def output_fails() -> bool:
+    """Whether standard output takes nothing more."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 class Unfailing(io.TextIOBase):
     """A text stream whose writes never fail."""
 

@@ -140,7 +140,10 @@ class Tracker:
         assert self._process.stdout is not None
         self._process.wait()  # it has left a child that goes on: no zombie stays
         for line in self._process.stdout:
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line)
+            except ValueError:  # a library of the process has printed it
+                continue
             if "warning" in answer:
                 log.warning(f"{self.name} {answer['warning']}")
             else:

@@ -133,8 +133,7 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
 
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
-    if dist.is_main():
-        trackers.check_packages(deepspeed_settings)
+    trackers.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
     preflight.check_start(settings, plan, options.resume)

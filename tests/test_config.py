@@ -146,6 +146,16 @@ def test_the_word_off_in_a_file_turns_a_guard_off(tmp_path: Path) -> None:
     assert settings.validation.every == 250  # an empty section has the defaults
 
 
+def test_a_merged_key_is_no_duplicate(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {preset: 7M}\ndata: {dir: x}\n"
+        "validation: &often {<<: {every: 10, tokens: 4096}, every: 20}\nschedule: {steps: 800}\n",
+        "utf-8",
+    )
+    validation = load_settings(tmp_path / "run.yaml").validation
+    assert (validation.every, validation.tokens) == (20, 4096)
+
+
 def test_variables_and_the_home_directory_are_expanded_in_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

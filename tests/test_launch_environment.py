@@ -70,6 +70,8 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
         (SLURM | {"SLURM_STEP_NODELIST": "a1,b[2-9]"}, "slurm", ("5", "6", "1", "2", "a1")),
         (SLURM | {"MASTER_ADDR": "mine"}, "slurm", ("5", "6", "1", "2", "mine")),
         (OPEN_MPI, "mpi", ("3", "4", "3", "4", "127.0.0.1")),
+        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "6"}, "slurm", ("5", "6", "1", "2", "gpu07")),
+        (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03-4],x"}, "slurm", ("5", "6", "1", "2", "rack1node03")),
         (OPEN_MPI | SLURM, "mpi", ("3", "4", "3", "4", "127.0.0.1")),
         (MPICH, "mpi", ("1", "2", "1", "2", "127.0.0.1")),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpi", ("1", "2", "1", "2", "127.0.0.1")),

@@ -43,7 +43,6 @@ def start(project: Path, name: str = "a", run_dir: Path | None = None, old: bool
         "schedule": {"steps": 1000},
         "checkpoint": {
             "dir": paths.get("checkpoints", str(project / "checkpoints")),
-            "backup": {"to": paths.get("backups")},
         },
         "monitor": {"dir": paths.get("monitor")},
         "deepspeed": str(project / "ds_configs" / "zero2_bf16.json"),
@@ -116,6 +115,33 @@ def test_a_run_outside_of_the_project_moves_with_what_lies_beside_it(
     assert settings.data.dir == tmp_path / "moved" / "ds"
 
 
+def test_a_run_that_moved_without_the_checkpoints_beside_it_is_not_begun_again(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(project, monkeypatch)
+    there = tmp_path / "scratch"
+    start(project, run_dir=there / "runs", checkpoints=str(there / "checkpoints"))
+    shutil.move(there / "runs" / "a", tmp_path / "home" / "runs" / "a")
+    settings = load_run_settings(tmp_path / "home" / "runs" / "a")
+    message = f"no checkpoints in {tmp_path}/home/checkpoints/a, but it left some in {there}/checkpoints/a"
+    with pytest.raises(UserError, match=rf"{message}: move .*, or set checkpoint.dir={there}/checkpoints$"):
+        preflight.check_outputs(settings)
+    there_again = load_run_settings(settings.run_dir, {"checkpoint.dir": str(there / "checkpoints")})
+    preflight.check_outputs(there_again)
+
+
+def test_a_checkpoint_whose_run_cannot_be_read_is_still_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(project, monkeypatch)
+    settings = start(project)
+    (settings.run_dir / "config.yaml").write_text("run: [")
+    assert run_location.run_of(settings.checkpoint_dir) is None
+    stored = {"run": {"name": "a"}, "data": {"dir": "data/ds"}, "model": {"init_from": "owner/name"}}
+    now = run_location.settings_now(settings.checkpoint_dir / "rolling_step_000010", stored)
+    assert now["data"]["dir"] == str(project / "data" / "ds")
+    assert now["model"]["init_from"] == "owner/name"
+    assert "dir" not in now["run"]
+
+
 def test_paths_in_the_run_itself_stay_in_it(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     mine = tmp_path / "here" / "runs"
@@ -154,7 +180,7 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
-@pytest.mark.parametrize("shared", ["checkpoints", "monitor", "backups"])
+@pytest.mark.parametrize("shared", ["checkpoints", "monitor"])
 def test_a_copy_that_would_write_where_the_original_does_is_refused(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, old: bool
 ) -> None:

@@ -17,7 +17,7 @@ from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
 from ds_gpt2.messages import ways
-from ds_gpt2.preflight import check_start, what_to_resume
+from ds_gpt2.preflight import check_initial_model, check_start, what_to_resume
 from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
 from ds_gpt2.wording import counted
@@ -95,21 +95,12 @@ def start(
     ways.check(settings.alerts)
     if not _is_ready(settings, place):
         return outcome.MISTAKE
-    _fetch_initial_weights(settings, resume)
+    if what_to_resume(settings, resume) is None:
+        check_initial_model(settings)
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
     return supervise(Run(arguments, place, resume, leave_out), settings)
-
-
-def _fetch_initial_weights(settings: Settings, resume: str | None) -> None:
-    """Check the model that a new run begins from; one of the hub is downloaded once, here."""
-    if settings.model.init_from is None or what_to_resume(settings, resume) is not None:
-        return
-    from ds_gpt2.model import ModelShape  # imports PyTorch, which this process needs for nothing else
-    from ds_gpt2.pretrained.opening import prepare
-
-    prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
 
 
 def _is_ready(settings: Settings, place: Place) -> bool:

@@ -141,9 +141,9 @@ def _move_out(directory: Path, target: Path, shards: list[Shard]) -> None:
     for shard in shards:
         (directory / shard.file).rename(target / shard.file)
     machine.sync_directory(target)
-    (directory / INDEX).rename(target / INDEX)
+    (directory / INDEX).rename(target / INDEX)  # from here on it is the dataset
     machine.sync_directory(target)
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)  # NFS keeps the lock, which is open, under another name
 
 
 def _take_back(directory: Path, target: Path) -> None:

@@ -77,7 +77,7 @@ def prepare(
         preparation = _Preparation(source, directory, recipe or Recipe())
         made = preparation.run(workers or machine.usable_cores(), progress)
         if made is None:
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)  # NFS keeps the lock, which is open, under another name
             raise UserError(preparation.why_too_little())
         publish(directory, out, *made)
     return open_dataset(out)

@@ -85,7 +85,8 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> Path:
                 " save_pretrained"
             )
         for file in tensors.index_files(directory / tensors.INDEX):
-            _download(name, file, commit)
+            if not _download_if_there(name, file, commit):
+                raise UserError(f"{name.repository} on {_endpoint()} has no {file}, which its {tensors.INDEX} names")
     return directory
 
 

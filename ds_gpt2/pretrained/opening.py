@@ -149,10 +149,11 @@ def weights_for(shape: ModelShape, name: str) -> dict[str, torch.Tensor]:
 
 
 def _check_shape(name: str, theirs: ModelShape, ours: ModelShape) -> None:
-    for field in ("layers", "heads", "width"):
-        has, wanted = getattr(theirs, field), getattr(ours, field)
-        if has != wanted:
-            raise UserError(f"model.init_from {name} has {field} {has}, not {wanted}: set model.{field}={has}")
+    fields = ("layers", "heads", "width")
+    if any(getattr(theirs, field) != getattr(ours, field) for field in fields):
+        has, wanted = (", ".join(f"{field} {getattr(shape, field)}" for field in fields) for shape in (theirs, ours))
+        settings = " ".join(f"model.{field}={getattr(theirs, field)}" for field in fields)
+        raise UserError(f"model.init_from {name} has {has}; this run has {wanted}: set {settings}")
     if theirs.sequence_length < ours.sequence_length:
         raise UserError(
             f"model.init_from {name} knows {theirs.sequence_length} positions, batch.sequence_length is"
