@@ -1,7 +1,11 @@
 """``python -m ds_gpt2``, or this file by its path, as launch.sh does."""
 
+import signal
 import sys
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command runs, Ctrl+C ends it without a traceback
 
 if not __package__:  # by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -43,6 +43,7 @@ class Alerts:
         self._limit = HourlyLimit(run_dir / COUNT, settings.per_hour)
         self._courier = Courier(self._ways, run_dir)
         self._complaint = ""
+        self._warned = ""
 
     def check(self) -> None:
         """
@@ -60,7 +61,13 @@ class Alerts:
             elif self._limit.holds_and_has_room(time.time()):
                 self._post_held_back()
         except Exception as error:
-            log.warning(f"alerts: {type(error).__name__} while the journal was read")
+            self._warn_once(f"alerts: the journal cannot be read ({type(error).__name__})")
+
+    def _warn_once(self, text: str) -> None:
+        """Log ``text`` unless it was the last that was logged."""
+        if text != self._warned:
+            self._warned = text
+            log.warning(text)
 
     def send(self, kind: str, title: str, text: str) -> bool:
         """Send one message now and wait until it is taken, some 30 seconds at most.

@@ -169,8 +169,9 @@ def _train(
     lines.close()
     monitor.close()
     stop.clear()
-    newest = settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))
-    log.info(f"{ending.value} at step {state.step} of {course.steps}; checkpoint {newest}")
+    newest = newest_tag(settings.checkpoint_dir)
+    saved = f"checkpoint {settings.checkpoint_dir / newest}" if newest else "no checkpoint is saved"
+    log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
     engine.close()
     result = _outcome(ending, guard)
     if lock is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.make_safe()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.verb in _TRAINING:
         terminal.ignore_failures()
     try:
@@ -83,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         return outcome.CRASHED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return outcome.MISTAKE
+    except UnicodeEncodeError as error:
+        print(f"error: {terminal.unspeakable(error)}", file=sys.stderr)
         return outcome.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -50,8 +50,8 @@ def _decimal_number(value: object) -> object:
 _Int = Annotated[int, BeforeValidator(_whole_number)]
 _Float = Annotated[float, BeforeValidator(_decimal_number)]
 
-PositiveInt = Annotated[_Int, Field(gt=0)]
-Count = Annotated[_Int, Field(ge=0)]
+PositiveInt = Annotated[_Int, Field(gt=0, le=10**15)]
+Count = Annotated[_Int, Field(ge=0, le=10**15)]
 PositiveFloat = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
 AboveOne = Annotated[_Float, Field(gt=1, allow_inf_nan=False)]
@@ -85,8 +85,8 @@ class RunSettings(_Section):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("must be letters, digits, '.', '_' or '-', beginning with a letter or digit")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("must be letters, digits, '.', '_' or '-', beginning with a letter or digit, at most 100")
         return name
 
 
@@ -133,7 +133,7 @@ class BatchSettings(_Section):
 
 
 class ScheduleSettings(_Section):
-    steps: PositiveInt | None = None  # give steps or epochs
+    steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # give steps or epochs
     epochs: PositiveFloat | None = None
     warmup_steps: Count = 715
     max_lr: PositiveFloat = 6e-4
@@ -398,12 +398,13 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: an argument without ``=``.
     """
-    overrides = {}
+    overrides: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise UserError(f"{argument!r} is not of the form key=value (for example schedule.steps=1000)")
-        overrides[key] = value
+        if overrides.setdefault(key, value) != value:
+            raise UserError(f"{key} is given twice, as {overrides[key]} and as {value}: remove one")
     return overrides
 
 
@@ -546,12 +547,12 @@ def _expanded(key: str, text: str) -> str:
     if (known := re.match(r"(/[^$]*\$[^/]*)", text)) is not None and os.path.lexists(known[1]):
         return text  # a directory whose name has a dollar sign
     text = os.path.expandvars(text)
-    if unset := re.search(r"\$(\w+|\{[^}]*\})", text):
+    if unset := re.search(r"\$(\w+|\{[^}]*\}?)", text):
         raise UserError(f"{key}={text}: the environment variable {unset[0]} is not set")
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
-    except RuntimeError as error:
-        raise UserError(f"{key}={text}: {error}") from None
+    except RuntimeError:
+        raise UserError(f"{key}={text}: there is no home directory of {text.partition('/')[0]}") from None
 
 
 def _default_path(tree: dict[str, Any], section: str, name: str, value: Path) -> None:
@@ -568,8 +569,11 @@ def _explain(error: ValidationError) -> str:
 def _explain_one(item: dict[str, Any]) -> str:
     key = _setting_named(item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known_keys())}"
+        near = difflib.get_close_matches(key, [*known_keys(), *Settings.model_fields], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "docs/settings.md has all of them"
+        if near and near[0] == key:
+            section, _, name = key.partition(".")
+            hint = f"in a file it is `{name}` below `{section}:`"
         return f"unknown setting {key}: {hint}"
     if item["type"] == "missing":
         too_short = isinstance(item["loc"][-1], int)
@@ -577,8 +581,19 @@ def _explain_one(item: dict[str, Any]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.")):
         return message
+    message = _IN_PLAIN_WORDS.get(item["type"], message)
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
     return f"{key}{value}: {message[0].lower()}{message[1:]}"
+
+
+_IN_PLAIN_WORDS = {  # pydantic's types of errors whose own messages speak of Python
+    "tuple_type": "must be a list, such as [0.9, 0.95] or [first, second]",
+    "model_type": "must be a section of settings, not a value",
+    "string_type": "must be one text",
+    "path_type": "must be one path",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+}
 
 
 def _shown(value: object) -> str:

@@ -39,7 +39,8 @@ def request(file: Path) -> dict[str, str]:
 def leave(outcome: Outcome) -> None:
     """Leave ``outcome`` for whoever asked for it."""
     if _VARIABLE in os.environ:
-        Path(os.environ[_VARIABLE]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the run's directory is gone or its disk full: read as a crash
+            Path(os.environ[_VARIABLE]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 
 
 def read(file: Path) -> Outcome:

@@ -42,6 +42,14 @@ def output_fails() -> bool:
     return False
 
 
+def unspeakable(error: UnicodeEncodeError) -> str:
+    """One line for a path or name with characters that the locale's encoding lacks."""
+    text = error.object[max(0, error.start - 40) : error.end + 20]
+    return (
+        f"the locale's encoding, {error.encoding}, has no {error.object[error.start]!r} of {text!r}: set PYTHONUTF8=1"
+    )
+
+
 class Unfailing(io.TextIOBase):
     """A text stream whose writes never fail."""
 

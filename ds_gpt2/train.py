@@ -67,6 +67,10 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         outcome.leave_failure(dist.rank(), error)
         outcome.leave(Outcome(outcome.MISTAKE))
         return outcome.MISTAKE
+    except UnicodeEncodeError as error:
+        print(f"error: {terminal.unspeakable(error)}", file=sys.stderr, flush=True)
+        outcome.leave(Outcome(outcome.MISTAKE))
+        return outcome.MISTAKE
     except Exception as error:
         outcome.leave_failure(dist.rank(), error)
         raise

@@ -91,11 +91,20 @@ def test_settings_are_frozen() -> None:
         ("schedule.max_lr=.inf", r"schedule\.max_lr=\.inf: must be a number"),
         ("schedule.max_lr=1e999", r"schedule\.max_lr=1e999: input should be a finite number"),
         ("supervisor.hang_factor=1:30", r"supervisor\.hang_factor=1:30: must be a number"),
-        ("run.deterministic=2", r"run\.deterministic=2: input should be a valid boolean"),
+        ("run.deterministic=2", r"run\.deterministic=2: must be true or false"),
         ("checkpoint.dir=$NOT_SET_ANYWHERE/ck", r"checkpoint\.dir=.*variable \$NOT_SET_ANYWHERE is not set"),
         ("data.dir=${NOT_SET_ANYWHERE}", r"data\.dir=.*variable \$\{NOT_SET_ANYWHERE\} is not set"),
         ("checkpoint.dir=~nobody-by-this-name/ck", r"checkpoint\.dir=~nobody-by-this-name/ck: "),
         ("checkpoint.dir=", r"checkpoint\.dir is an empty path"),
+        ("run.name=" + "x" * 101, "must be letters"),
+        (
+            "schedule.steps=99999999999999999999999",
+            "schedule\\.steps=9+: input should be less than or equal to 100000000",
+        ),
+        ("run.seed=99999999999999999999", "input should be less than or equal to"),
+        ("optimizer.betas=0.9", r"optimizer\.betas=0\.9: must be a list, such as \[0\.9, 0\.95\]"),
+        ("checkpoint.backup=x", r"checkpoint\.backup=x: must be a section"),
+        ("data.dir=${HOME", r"the environment variable \$\{HOME is not set"),
         ("samples.prompts=" + "[" * 3000, "not valid YAML"),
         ("run=5", "run="),
         ("samples.prompts=[", "not valid YAML"),
@@ -222,6 +231,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_override_needs_a_key_and_a_value(argument: str) -> None:
     with pytest.raises(UserError, match="not of the form key=value"):
         parse_overrides([argument])
+
+
+def test_a_setting_given_twice_is_refused() -> None:
+    assert parse_overrides(["a=1", "a=1"]) == {"a": "1"}
+    with pytest.raises(UserError, match="a is given twice, as 1 and as 2"):
+        parse_overrides(["a=1", "a=2"])
+
+
+def test_a_dotted_key_in_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {preset: 7M}\ndata: {dir: x}\nschedule.steps: 20\n")
+    with pytest.raises(UserError, match=r"unknown setting schedule\.steps: in a file it is `steps` below `schedule:`"):
+        load_settings(tmp_path / "run.yaml")
 
 
 def test_the_names_other_peoples_scripts_lean_on_exist() -> None:

@@ -204,13 +204,6 @@ def test_torchrun_gives_the_losses_of_deepspeed(by_deepspeed: Path, flags: list[
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
 
 
-def test_what_torchrun_saved_is_resumed_by_name(by_deepspeed: Path) -> None:
-    command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]
-    done = started([*command, "schedule.steps=14"], by_deepspeed)
-    assert done.code == 0, done.output
-    assert len(losses(by_deepspeed, "deepspeed")) == 14
-
-
 TASKS = """
 import os, subprocess, sys
 def environment(rank):
@@ -240,6 +233,14 @@ def test_tasks_of_slurm_and_mpi_are_ranks(by_deepspeed: Path, variables: dict[st
     done = started([sys.executable, "-I", "-c", TASKS, repr(variables), *command], by_deepspeed)
     assert done.code == 0, done.output
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
+
+
+def test_what_deepspeed_saved_torchrun_resumes(by_deepspeed: Path) -> None:
+    """The last of the tests of this run, which it makes longer."""
+    command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]
+    done = started([*command, "schedule.steps=14"], by_deepspeed)
+    assert done.code == 0, done.output
+    assert len(losses(by_deepspeed, "deepspeed")) == 14
 
 
 def test_the_project_and_the_working_directory_are_no_place_for_modules(tmp_path: Path) -> None:

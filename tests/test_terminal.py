@@ -20,7 +20,7 @@ COMMAND = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]
 ENCODINGS = {
     "ASCII": {"PYTHONIOENCODING": "ascii"},
     "latin-1": {"PYTHONIOENCODING": "latin-1"},
-    "cron": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "cron": {"LC_ALL": "C"},
 }
 
 
@@ -43,7 +43,7 @@ def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPath
         (["resume", str(folder / "runs" / "test"), "schedule.steps=16"], ">/dev/full 2>&1"),
     ):
         command = f"{shlex.join([*COMMAND, *words, '--num_gpus', '2'])} {redirected.format(folder)}"
-        environment = {**os.environ, **ENCODINGS["cron"], "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, **ENCODINGS["ASCII"], "DS_ACCELERATOR": "cpu"}
         started = subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True)
         assert started.wait(timeout=240) == 0, (folder / "out").read_text(errors="replace")
         assert end_session(started.pid) == []
@@ -102,6 +102,14 @@ def test_a_name_with_undecodable_bytes_is_one_line() -> None:
     told = subprocess.run([*map(os.fsencode, COMMAND), b"list", b"caf\xe9"], capture_output=True)
     assert told.returncode == 2
     assert told.stderr.startswith(b"error: no run caf") and told.stderr.count(b"\n") == 1
+
+
+def test_a_path_that_the_locale_cannot_express_is_one_line(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, run={"dir": str(tmp_path / "naïve")})
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "DS_ACCELERATOR": "cpu"}
+    done = shell("", "train", str(config), environment=ascii_only)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1 and b"set PYTHONUTF8=1" in done.stderr
 
 
 def test_a_stream_that_fails_loses_what_is_written() -> None:

@@ -99,6 +99,8 @@ def verify(options: argparse.Namespace) -> int:
 def prune(options: argparse.Namespace) -> int:
     """``prune``: delete what the run's settings do not keep; exit code 1 if something could not be deleted."""
     place = find_place(options.run)
+    if not place.found:
+        raise UserError(f"no checkpoints in {place.directory}")
     policies = housekeeping.policies(_settings_of(place))
     doomed = retention.to_delete(housekeeping.known(place.directory, _newest_good(place)), policies)
     paths = [place.directory / kept.tag for kept in doomed]

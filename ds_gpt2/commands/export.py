@@ -22,13 +22,17 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.pretrained import file, huggingface
 from ds_gpt2.pretrained.card import card
-from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
+from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_location import settings_now
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import size, tokens
 
 FORMATS = ("hf", "bf16", "fp32")
 _SPARE_BYTES = 10_000_000  # tokenizer files and the rest
+
+
+# What an export consists of; only such directories are replaced.
+_EXPORTED = {"README.md", "generation_config.json", huggingface.CONFIG, huggingface.WEIGHTS, *WRITTEN}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{generation.path} is damaged ({generation.problem}): choose another with --tag, see `list`")
     settings = settings_now(generation.path, generation.manifest.settings)
     out = options.out or _default_out(settings, generation.tag, options.format)
-    if os.path.lexists(out) and not options.force:
-        raise UserError(f"{out} exists: give another --out PATH, or --force to replace it")
+    out = Path(os.path.abspath(out))
+    _check_replaceable(out, options.force)
     needed = (2 if options.format == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _SPARE_BYTES
     with _appearing(out, needed) as unfinished:
         opened = open_model(str(generation.path), None)
@@ -65,6 +69,23 @@ def run(options: argparse.Namespace) -> int:
     total = sum(each.stat().st_size for each in [out, *out.rglob("*")] if each.is_file())
     print(f"{opened.title}: {out}, {size(total)}")
     return outcome.DONE
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    """
+    Raises:
+        UserError: something is at ``out`` that ``--force`` does not replace, or it is not given.
+    """
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise UserError(f"{out} exists: give another --out PATH, or --force to replace it")
+    if out.is_symlink():
+        raise UserError(f"{out} is a link: give --out PATH of what it leads to")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    unknown = sorted(name for name in names if name not in _EXPORTED and not name.endswith(file.SUFFIX))
+    if unknown:
+        raise UserError(f"{out} holds {unknown[0]}, which no export has written: --force replaces an export only")
 
 
 def _default_out(settings: dict[str, Any], tag: str, kind: str) -> Path:

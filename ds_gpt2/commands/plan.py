@@ -22,7 +22,7 @@ from ds_gpt2.commands.arguments import add_start_arguments, positive
 from ds_gpt2.commands.checkpoint_table import freed_by
 from ds_gpt2.commands.train import find_config
 from ds_gpt2.config import Settings, parse_overrides
-from ds_gpt2.data.dataset import INDEX, Windows, open_dataset
+from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
@@ -223,12 +223,9 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
     Raises:
         UserError: it is there, but cannot be trained on.
     """
-    try:
-        dataset = open_dataset(settings.data.dir)
-    except UserError as error:
-        if (settings.data.dir / INDEX).exists():
-            raise
-        return None, str(error)
+    if not settings.data.dir.is_dir() or not any(settings.data.dir.iterdir()):
+        return None, f"{settings.data.dir} does not exist yet, or is empty"
+    dataset = open_dataset(settings.data.dir)
     return len(Windows(dataset, "train", settings.batch.sequence_length)), None
 
 

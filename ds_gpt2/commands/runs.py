@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from ds_gpt2.config import PROJECT_DIR
@@ -25,10 +26,11 @@ def find_run(name: str | None) -> Path:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
         return started[-1]
-    for path in (runs / name, Path(name)):
-        if (path / CONFIG).is_file():
-            return absolute_run_dir(path)
-    if (run_dir := run_of(Path(name))) is not None:
-        return run_dir
+    with contextlib.suppress(OSError):  # a name that is too long
+        for path in (runs / name, Path(name)):
+            if (path / CONFIG).is_file():
+                return absolute_run_dir(path)
+        if (run_dir := run_of(Path(name))) is not None:
+            return run_dir
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}: known in {runs} are {known}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -120,7 +122,9 @@ def find_config(name: str) -> Path:
     """
     shipped = PROJECT_DIR / "ds_configs"
     for path in (Path(name), PROJECT_DIR / name, shipped / name, shipped / f"{name}.yaml"):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # a name that is too long
+            if path.is_file():
+                return path
     known = ", ".join(path.stem for path in sorted(shipped.glob("*.yaml")))
-    raise UserError(f"no config file {name}: give a path, or one of {known}")
+    problem = f"{name} is no settings file" if os.path.exists(name) else f"config not found: {name}"
+    raise UserError(f"{problem}; give the path of a YAML file, or one of {known}")

@@ -10,8 +10,11 @@ from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.retention import PROTECTED, Kept, to_delete
 from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.doctor.need import STATE_BYTES, WEIGHT_BYTES
+from ds_gpt2.errors import UserError
 from ds_gpt2.planning.course import Course
 from ds_gpt2.wording import counted
+
+_MOST_SAVES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,15 @@ def simulate(settings: CheckpointSettings, course: Course, improving: bool) -> S
     Args:
         improving: whether each validation loss is the best so far, so that the best checkpoint shares its files with a
             new one; else the first stays the best and has files of its own.
+
+    Raises:
+        UserError: there are too many checkpoints to simulate.
     """
+    if course.save_every and course.steps // course.save_every > _MOST_SAVES:
+        raise UserError(
+            f"checkpoint.every={course.save_every} over {course.steps:,} steps is more than {_MOST_SAVES:,}"
+            " checkpoints: set checkpoint.every to more"
+        )
     best = set(course.validations if improving else course.validations[:1])
     ends = {step: number for number, step in enumerate(course.epoch_ends, start=1)}
     saves, shelf = course.saves(best), _Shelf(settings)

@@ -70,6 +70,9 @@ def _numbered(file: Path) -> dict[str, int]:
     return content
 
 
+WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
 def write_tokenizer(directory: Path, sequence_length: int) -> None:
     """Write ``tokenizer.json``, ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``."""
     ranks, spelled, vocabulary = _ranks(), _spelling(), _vocabulary()
