@@ -178,17 +178,27 @@ def test_a_model_of_another_shape_is_refused_on_all_ranks(
     assert "Traceback" not in launched.output
 
 
-def test_what_is_there_is_replaced_only_by_force(
+def test_force_replaces_an_export_and_nothing_else(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run, out = str(exported[0] / "runs" / "test"), tmp_path / "out"
     out.mkdir()
-    (out / "thesis.txt").write_text("mine")
+    (out / "README.md").write_text("of an export before this one")
     assert "exists: give another --out PATH, or --force" in _refused(capsys, "export", run, "--out", out)
-    assert (out / "thesis.txt").read_text() == "mine"
     assert main(["export", run, "--out", str(out), "--force"]) == outcome.DONE
-    assert not (out / "thesis.txt").exists() and (out / "model.safetensors").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert (out / "README.md").read_text() != "of an export before this one" and (out / "model.safetensors").exists()
+    (out / "thesis.txt").write_text("mine")
+    for kind in ("hf", "bf16", "fp32"):
+        words = ("export", run, "--format", kind, "--out", out, "--force")
+        assert "holds thesis.txt, which no export has written" in _refused(capsys, *words)
+    checkpoints = exported[0] / "checkpoints" / "test"
+    before = sorted(checkpoints.rglob("*"))
+    for place in (checkpoints, next(checkpoints.glob("rolling_*")), exported[0] / "runs" / "test"):
+        assert "which no export has written" in _refused(capsys, "export", run, "--out", place, "--force")
+    assert sorted(checkpoints.rglob("*")) == before
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert "is a link" in _refused(capsys, "export", run, "--out", tmp_path / "link", "--force")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
 def test_a_failure_leaves_nothing_and_what_was_there(
@@ -199,11 +209,11 @@ def test_a_failure_leaves_nothing_and_what_was_there(
 
     run, out = str(exported[0] / "runs" / "test"), tmp_path / "out"
     out.mkdir()
-    (out / "thesis.txt").write_text("mine")
+    (out / "README.md").write_text("mine")
     monkeypatch.setattr(export.huggingface, "write_weights", full)
     assert "No space left on device" in _refused(capsys, "export", run, "--out", out, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "thesis.txt").read_text() == "mine"
+    assert (out / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["hf", "fp32"])
