@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ IDS = "trackers.json"  # in the run's directory: the ids under which the tracker
 FINISH_SECONDS = 30  # for all trackers together
 _OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s, and then has to open an offline run
 _CHECK_SECONDS = 60.0
+_SECRET_NAME = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
 _MOST_WAITING = 10_000  # flushes whose rows the process has not taken yet
 
 log = logging.getLogger(__name__)
@@ -209,9 +211,20 @@ def check_packages(content: dict[str, Any]) -> None:
 
 
 def without_trackers(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` of a DeepSpeed file, with the trackers switched off: DeepSpeed must not open them as well."""
-    off = {name: {**content[name], "enabled": False} for name in _BLOCKS if isinstance(content.get(name), dict)}
-    return {**content, **off}
+    """Return ``content`` of a DeepSpeed file with the trackers switched off, and without any secret.
+
+    DeepSpeed must not open the trackers as well, and it stores its configuration in every checkpoint.
+    """
+    return _without_secrets({**content, **{name: {"enabled": False} for name in _BLOCKS if name in content}})
+
+
+def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` without the keys, at any depth, whose names are those of secrets."""
+    return {
+        name: _without_secrets(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if not _SECRET_NAME.search(name)
+    }
 
 
 def open_trackers(
