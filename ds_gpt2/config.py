@@ -22,6 +22,7 @@ from ds_gpt2 import strict_yaml
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import INCIDENTS, KINDS
 from ds_gpt2.model_names import resolve
+from ds_gpt2.wording import uncapitalized
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 
@@ -583,7 +584,7 @@ def _explain_one(item: dict[str, Any]) -> str:
         return message
     message = _IN_PLAIN_WORDS.get(item["type"], message)
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
-    return f"{key}{value}: {message[0].lower()}{message[1:]}"
+    return f"{key}{value}: {message if item['type'] == 'value_error' else uncapitalized(message)}"
 
 
 _IN_PLAIN_WORDS = {  # pydantic's types of errors whose own messages speak of Python

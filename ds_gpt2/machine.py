@@ -67,6 +67,7 @@ def check_may_write(directory: Path) -> None:
     Raises:
         UserError: ``directory`` cannot be written to or made.
     """
+    _check_path(directory)
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=existing))
@@ -74,6 +75,17 @@ def check_may_write(directory: Path) -> None:
         raise UserError(
             f"cannot write to {directory}: {existing}: {error.strerror}; check its permissions and its disk"
         ) from None
+
+
+def _check_path(directory: Path) -> None:
+    """Check that ``directory`` is a path that a file system accepts, whether or not it exists."""
+    try:
+        os.lstat(directory)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"cannot write to {str(directory)[:200]}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"cannot write to {str(directory)[:200]!r}: a path has no null character") from None
 
 
 def lock(path: Path, whose: str) -> BinaryIO:

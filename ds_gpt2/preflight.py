@@ -28,6 +28,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     """
     dataset = open_dataset(settings.data.dir)
     check_outputs(settings)
+    check_backup(settings)
     wanted = what_to_resume(settings, resume)
     if wanted is not None:
         dataset = dataset_of(settings, wanted)
@@ -129,6 +130,19 @@ def backup_of(settings: Settings) -> Backup | None:
     """Where the run's backups go; None if it has none."""
     to = settings.checkpoint.backup.to
     return Backup(to, settings.run.name, settings.checkpoint.backup) if to else None
+
+
+def check_backup(settings: Settings) -> None:
+    """Check where the run's backups go, without connecting to anything; a directory may still be mounted later.
+
+    Raises:
+        UserError: no backup can ever be made there.
+    """
+    try:
+        if (backup := backup_of(settings)) is not None:
+            backup.check_named(settings.checkpoint_dir)
+    except UserError as error:
+        raise UserError(f"checkpoint.backup.to: {error}") from None
 
 
 def check_outputs(settings: Settings) -> None:

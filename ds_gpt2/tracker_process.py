@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+_COMET_DIRECTORY = ".cometml-runs"  # Comet's default, in the working directory
 _INIT_SECONDS = 60.0  # W&B's server has so long to answer
 
 
@@ -47,6 +48,8 @@ class WandbRun:
             arguments |= {"id": request["id"], "resume": "allow"}
         if "WANDB_NAME" not in os.environ:
             arguments["name"] = request["name"]
+        if "WANDB_DIR" not in os.environ:
+            arguments["dir"] = request["directory"]
         try:
             self._run = wandb.init(**arguments, settings=wandb.Settings(init_timeout=_INIT_SECONDS))
         except wandb.errors.UsageError:
@@ -77,7 +80,10 @@ class CometRun:
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         import comet_ml
+        from comet_ml.config import get_config
 
+        if get_config()["comet.offline_directory"] == _COMET_DIRECTORY:
+            os.environ["COMET_OFFLINE_DIRECTORY"] = request["directory"]
         arguments = dict(request["arguments"])
         chosen = arguments["experiment_key"] or arguments["mode"] or os.environ.get("COMET_EXPERIMENT_KEY")
         if not chosen:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ IDS = "trackers.json"  # in the run's directory: the ids under which the tracker
 FINISH_SECONDS = 30  # for all trackers together
 _OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s, and then has to open an offline run
 _CHECK_SECONDS = 60.0
+_SECRET_NAME = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
 _MOST_WAITING = 10_000  # flushes whose rows the process has not taken yet
 
 log = logging.getLogger(__name__)
@@ -209,9 +211,20 @@ def check_packages(content: dict[str, Any]) -> None:
 
 
 def without_trackers(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` of a DeepSpeed file, with the trackers switched off: DeepSpeed must not open them as well."""
-    off = {name: {**content[name], "enabled": False} for name in _BLOCKS if isinstance(content.get(name), dict)}
-    return {**content, **off}
+    """Return ``content`` of a DeepSpeed file with the trackers switched off, and without any secret.
+
+    DeepSpeed must not open the trackers as well, and it stores its configuration in every checkpoint.
+    """
+    return _without_secrets({**content, **{name: {"enabled": False} for name in _BLOCKS if name in content}})
+
+
+def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` without the keys, at any depth, whose names are those of secrets."""
+    return {
+        name: _without_secrets(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if not _SECRET_NAME.search(name)
+    }
 
 
 def open_trackers(
@@ -235,11 +248,13 @@ def open_trackers(
     if wandb.enabled:
         arguments: dict[str, Any] = {"project": wandb.project, "group": wandb.group, "entity": wandb.team}
         request = {"tracker": "wandb", "id": ids.of("wandb"), "name": run_name, "arguments": arguments}
+        request["directory"] = str(run_dir)
         started["wandb_monitor"] = Tracker("W&B", request)
     if comet.enabled:
         arguments = comet.model_dump(exclude={"enabled", "samples_log_interval", "experiment_name"})
         name = comet.experiment_name or os.environ.get("COMET_EXPERIMENT_NAME") or run_name
         request = {"tracker": "comet", "id": ids.of("comet"), "name": name, "arguments": arguments}
+        request["directory"] = str(run_dir / "comet")
         every = max(1, -(-comet.samples_log_interval // windows_per_step))
         started["comet_monitor"] = Tracker("Comet", request, every)
     try:
@@ -312,7 +327,11 @@ def _check_package(block: str, package: str) -> None:
 
 
 def _ask(block: str, program: str, request: dict[str, Any], fix: str) -> None:
-    """Run ``program`` in a child process; what it prints before an exit code of 2 is a mistake of the user's."""
+    """Run ``program`` in a child process; what it prints before an exit code of 2 or 3 is a mistake of the user's.
+
+    Args:
+        fix: what to do after an exit code of 2; after 3 what it prints says that itself.
+    """
     try:
         child = subprocess.run(
             [sys.executable, "-c", program],
@@ -324,8 +343,9 @@ def _ask(block: str, program: str, request: dict[str, Any], fix: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning(f"{block} could not be checked: {_one_line(error)}")
         return
-    if child.returncode == 2:
-        raise UserError(f'the DeepSpeed file enables "{block}", but {_last_line(child.stdout)}: {fix}')
+    if child.returncode in (2, 3):
+        hint = f": {fix}" if child.returncode == 2 else ""
+        raise UserError(f'the DeepSpeed file enables "{block}", but {_last_line(child.stdout)}{hint}')
 
 
 def _last_line(text: str) -> str:
@@ -339,16 +359,31 @@ def _one_line(error: BaseException) -> str:
 _BLOCKS = ("wandb", "comet")
 
 # The messages that W&B prints for a key that is missing or malformed do not contain it. A service that is away is no
-# mistake.
+# mistake. W&B reads its settings from the environment: each is named WANDB_ and its name in capitals.
 _WANDB_LOGIN = """
-import re, sys
+import os, re, sys
+
+def refuse_setting(name, reason):
+    variable = "WANDB_" + name.upper()
+    given = "" if re.search("key|token|secret|password", name) else "=" + os.environ.get(variable, "")
+    what = f"the environment variable {variable}{given}" if variable in os.environ else f"W&B's setting {name}"
+    print(f"{what} is not valid ({' '.join(reason.split())[:200]}): correct it or remove it")
+    sys.exit(3)
+
 try:
     import wandb
+    from pydantic import ValidationError
     wandb.login(verify=True)
 except ImportError as error:
     print(f"wandb cannot be imported ({error})")
     sys.exit(2)
-except (wandb.errors.UsageError, ValueError):
+except ValidationError as error:
+    first = error.errors()[0]
+    refuse_setting(str((*first["loc"], "?")[0]), first["msg"])
+except (wandb.errors.UsageError, ValueError) as error:
+    for name in ("run_id", "project", "entity"):
+        if name.replace("_", " ") in str(error).lower() and "API key" not in str(error):
+            refuse_setting(name, str(error))
     print("W&B has no valid API key")
     sys.exit(2)
 except wandb.errors.AuthenticationError as error:
@@ -366,7 +401,11 @@ except ImportError as error:
     print(f"comet_ml cannot be imported ({error})")
     sys.exit(2)
 config = get_config()
-online = request["online"] if request["online"] is not None else config["comet.start.online"]
+try:
+    online = request["online"] if request["online"] is not None else config["comet.start.online"]
+except Exception:  # the library's own
+    print("COMET_START_ONLINE, or online in ~/.comet.config, is not valid: set it to true or false")
+    sys.exit(3)
 if online is not False and not (request["api_key"] or config["comet.api_key"]):
     print("Comet has no API key")
     sys.exit(2)

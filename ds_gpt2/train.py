@@ -17,6 +17,7 @@ if not __package__:  # started by the path of this file, as launchers do
 from ds_gpt2 import (
     compilation,
     config,
+    csv_files,
     device,
     dist,
     launch_environment,
@@ -137,6 +138,7 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
 
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
+    csv_files.check(deepspeed_settings)
     trackers.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())

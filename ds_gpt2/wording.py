@@ -66,6 +66,12 @@ def tokens(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def uncapitalized(text: str) -> str:
+    """``Input should be`` as ``input should be``; an acronym or a name such as ``GPT-2`` at its start stays."""
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    return text[:1].lower() + text[1:] if first[1:].islower() and first.isalpha() else text
+
+
 def fixed(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 

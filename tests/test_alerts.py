@@ -280,13 +280,24 @@ def test_what_was_never_taken_is_said_at_the_end_and_old_news_is_given_up(
     name = f"address 1 of {ADDRESSES}"
     assert complaints(run_dir) == [
         f"{name} did not take 'mine: crash' (no connection): it is tried again",
-        f"{name} has not taken 1 message: the run's watch has ended",
+        f"1 message was not delivered: {name} failed (no connection)",
     ]
     monkeypatch.setattr(courier, "KEPT_SECONDS", 0.2)
     mine.send("crash", "mine: crash", "gone")
-    wait_for(lambda: "given up" in complaints(run_dir)[-1])
+    wait_for(lambda: "will not be tried again" in complaints(run_dir)[-1])
     mine.close()
-    assert complaints(run_dir)[-1].startswith(f"{name} has not taken 1 message for ")
+    given_up = f"1 message was not delivered within 0s and will not be tried again: {name} failed (no connection)"
+    assert complaints(run_dir)[-1] == given_up
+
+
+def test_messages_that_were_not_delivered_at_the_end_are_counted_in_the_journal(run_dir: Path) -> None:
+    mine = Alerts(AlertSettings(command="exit 7"), run_dir)
+    mine.send("crash", "mine: crash", "gone")
+    mine.send("done", "mine: done", "all steps")
+    mine.close()
+    last = list(read_journal(run_dir))[-1]
+    assert last.text == "2 messages were not delivered: the command failed with exit status 7"
+    assert last.facts == {"undelivered": 2}
 
 
 def test_a_new_message_does_not_wait_for_the_next_try(run_dir: Path, service: Service) -> None:

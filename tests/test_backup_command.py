@@ -169,7 +169,7 @@ def test_a_place_that_fails_is_one_line(
     monkeypatch.setattr(Disk, "sync", fail)
     assert run(folder) == outcome.CRASHED
     said = capsys.readouterr()
-    assert said.err.endswith("error: [Errno 28] No space left on device: 'ftp://***@nas'\n")
+    assert said.err.endswith("error: ftp://***@nas: No space left on device\n")
     assert said.out == ""
 
 

@@ -50,6 +50,22 @@ def test_gradients_are_summed_and_reduced_in_fp32_unless_the_file_says_otherwise
     assert {each["zero_optimization"]["reduce_bucket_size"] for each in found} == {100_000_000}  # as the file says
 
 
+def test_no_secret_of_the_file_reaches_deepspeed_which_stores_its_configuration(tmp_path: Path) -> None:
+    settings = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
+    blocks = {
+        "comet": {"enabled": True, "api_key": "s3cr3t", "workspace": "w"},
+        "wandb": {"enabled": True, "team": "t", "api_key": "s3cr3t"},
+        "csv_monitor": {"enabled": False, "upload": {"auth_token": "s3cr3t"}},
+        "aio": {"password": "s3cr3t", "block_size": 1},
+    }
+    content = load_deepspeed_file(_with(tmp_path, **blocks))
+    completed = complete(content, settings, BatchPlan(16, 1024, 8, 4), 1_000)
+    assert "s3cr3t" not in json.dumps(completed)
+    assert completed["comet"] == completed["wandb"] == {"enabled": False}
+    assert completed["aio"] == {"block_size": 1}
+    assert content["comet"]["api_key"] == "s3cr3t", "the trackers themselves no longer get it"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

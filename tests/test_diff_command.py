@@ -91,3 +91,14 @@ def test_the_same_settings_are_said_to_be(make: Made, capsys: pytest.CaptureFixt
 def test_a_run_that_is_not_there(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", make("one", 5, 640, 0.0), "nobody"]) == outcome.MISTAKE
     assert "no run nobody" in capsys.readouterr().err
+
+
+def test_training_losses_that_are_not_finite_are_counted(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = make("good", 20, 64, 0.0), make("bad", 20, 64, 0.0)
+    with (Path(bad) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 21, "time": 21.0, "train/loss": None}) + "\n")
+    assert main(["diff", good, bad]) == outcome.DONE
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if "training losses that are not finite" in row]
+    assert row.split()[-3:] == ["0", "1", "+1"]
+    assert main(["diff", good, good]) == outcome.DONE
+    assert "not finite" not in capsys.readouterr().out

@@ -259,12 +259,13 @@ def test_a_disk_is_filled_where_nobody_else_sees_it(tmp_path: Path) -> None:
 
 def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
-    outside = {"wandb": {"enabled": True, "project": "p"}, "csv_monitor": {"enabled": True, "output_path": "/data"}}
+    wandb = {"enabled": True, "project": "p", "api_key": "s3cr3t"}
+    outside = {"wandb": wandb, "csv_monitor": {"enabled": True, "output_path": "/data"}}
     (tmp_path / "ds.json").write_text(json.dumps({**content, **outside}))
     settings = load_settings(write_config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
     (tmp_path / "drill").mkdir()
     actor = rehearsal._actor(Plan(settings, Place("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark")
     drilled = load_deepspeed_file(actor.settings.deepspeed)
-    assert drilled["wandb"] == {"enabled": False, "project": "p"}
+    assert drilled["wandb"] == {"enabled": False}
     assert drilled["csv_monitor"] == {"enabled": False}
     assert drilled["optimizer"] == content["optimizer"]

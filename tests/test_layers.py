@@ -13,6 +13,7 @@ LAYERS = [
         "errors",
         "config",
         "deepspeed_file",
+        "csv_files",
         "schedule",
         "state",
         "batch",

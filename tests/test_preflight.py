@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
 from launched import Launched
 
 from ds_gpt2 import cli, outcome, supervisor
+from ds_gpt2.config import PROJECT_DIR, load_settings
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -72,12 +75,33 @@ def test_a_mistake_in_resuming_changes_no_file_of_the_run(
         ("checkpoint.dir=/dev/null/x", "cannot write to /dev/null/x/new: /dev/null: Not a directory"),
         ("run.dir=/proc/x", "cannot write to /proc/x/new"),
         ("monitor.dir=/dev/full/x", "cannot write to /dev/full/x/new"),
+        ("deepspeed=CSV", "csv_monitor: cannot write to /dev/null/DeepSpeedJobName: /dev/null: Not a directory"),
+        ("checkpoint.backup.to=/dev/null", "checkpoint.backup.to: cannot copy to /dev/null: /dev/null is not a direct"),
+        ("checkpoint.backup.to=/dev/null/x", "checkpoint.backup.to: cannot copy to /dev/null/x: /dev/null is not a "),
+        ("checkpoint.backup.to=file:///dev/null", "cannot copy to file:///dev/null: /dev/null is not a directory"),
+        ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot copy to foo://x: Protocol not known: foo"),
+        ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot copy to nowhere://x: Install nowhere_fs"),
+        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another place"),
+        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another place"),
     ],
 )
 def test_a_mistake_in_starting_creates_no_run(
-    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, setting: str, message: str
+    write_config: Callable[..., Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    message: str,
 ) -> None:
+    needs_a_package = {"class": "nowhere_fs.Nowhere", "err": "Install nowhere_fs to reach it"}
+    monkeypatch.setitem(known_implementations, "nowhere", needs_a_package)
     config = write_config(tmp_path / "new")
+    checkpoints = load_settings(config).checkpoint.dir
+    setting = setting.replace("CHECKPOINTS", str(checkpoints)).replace("=CSV", f"={tmp_path / 'csv.json'}")
+    content = json.loads((PROJECT_DIR / "ds_configs" / "zero2_bf16.json").read_text())
+    (tmp_path / "csv.json").write_text(
+        json.dumps({**content, "csv_monitor": {"enabled": True, "output_path": "/dev/null"}})
+    )
     before = tree(tmp_path)
     more = ["batch.tokens_per_step=262144"] if "sequence_length" in setting else []
     assert message in refused("train", str(config), "run.name=new", setting, *more)

@@ -220,6 +220,17 @@ def test_the_figures_are_those_of_the_files(write: Write) -> None:
     assert "(median of last 50 steps), validation 3.2500 (best 3.0000 at step 30)" in page.sentence(summary)
 
 
+def test_newest_losses_that_are_not_finite_come_first_in_the_sentence(write: Write) -> None:
+    records = [record(step) for step in range(1, 11)]
+    records[4] |= {"val/loss": 3.5}
+    records[9] |= {"train/loss": None, "val/loss": None}
+    sentence = page.sentence(summarize(load_run(write(records)), NOW))
+    newest = (
+        "The newest training loss is NaN or infinite (step 10), the newest validation loss is NaN or infinite (step 10)"
+    )
+    assert f". {newest}, loss " in sentence and "validation 3.5000" in sentence
+
+
 STOPPED = "2027-01-15 08:00:00 stopped on request at step 40 of 100; checkpoint x"
 
 

@@ -519,6 +519,20 @@ def test_messages_that_nobody_takes_are_a_problem_until_one_is_taken(working: Fi
     assert working.look().healthy
 
 
+@pytest.mark.parametrize("kind", ["done", "stop"])
+def test_messages_that_were_not_delivered_before_the_end_are_a_problem_of_an_ended_run(files: Files, kind: str) -> None:
+    files.train(10)
+    files.note("start", 100, 0)
+    files.note(kind, 20, 10)
+    text = "2 messages were not delivered: the command failed with exit status 7"
+    for channel in (text, "1 message was not delivered: address 1 failed (no connection)"):
+        files.note("alert", 10, text=channel, facts={"undelivered": 2})
+    assert not files.look().healthy
+    assert files.problems() == [f"{text}; 1 message was not delivered: address 1 failed (no connection)"]
+    files.note("alert", 5, text="told test: finished", facts={"by": ["the command"]})
+    assert files.look().healthy
+
+
 def test_checkpoints_that_do_not_come_are_a_problem(working: Files) -> None:
     """By steps: three times checkpoint.every."""
     working.train(1250)
@@ -718,7 +732,32 @@ def test_a_validation_loss_that_is_not_finite_is_neither_the_newest_nor_the_best
     loss = files.look().loss
     assert (loss.val, loss.val_step, loss.best_val, loss.best_val_step) == (4.0, 952, 3.5, 951)
     text = screen(files.look())
-    assert "validation  4.0000 at step 952\n  best      3.5000 at step 951" in text
+    assert "validation  not finite at step 953\n  finite    4.0000 at step 952\n  best      3.5000 at step 951" in text
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])  # None: as the monitor writes them
+def test_a_newest_loss_that_is_not_finite_is_a_problem_at_work_and_at_the_end(files: Files, bad: float | None) -> None:
+    files.train(1, **{"val/loss": 10.9})
+    with (files.run_dir / "metrics.jsonl").open("a") as records:
+        for step in range(2, 7):
+            records.write(json.dumps({"step": step, "time": NOW, "train/loss": bad, "val/loss": bad}) + "\n")
+    files.note("start", 100, 0)
+    problems = [
+        "the newest training loss is NaN or infinite (step 6)",
+        "the newest validation loss is NaN or infinite (step 6)",
+    ]
+    files.beat(step=7)
+    assert files.problems() == problems
+    (files.run_dir / "heartbeat" / "rank_00000").unlink()
+    files.note("done", 10, 6)
+    status = files.look()
+    assert (status.state, status.healthy) == ("finished", False)
+    assert [problem.text for problem in status.problems] == problems
+    assert "loss        not finite at step 6\n  finite    9.9990 (median of last 50 steps)" in screen(status)
+    assert line(status).split() == ["!", "test", "finished", "0%", "NaN"]
+    with (files.run_dir / "metrics.jsonl").open("a") as records:
+        records.write(json.dumps({"step": 7, "time": NOW, "train/loss": 3.0, "val/loss": 3.0}) + "\n")
+    assert files.look().healthy
 
 
 def test_the_reference_is_for_runs_that_are_like_it(files: Files) -> None:

@@ -206,6 +206,7 @@ def test_repeated_steps_in_one_wandb_run_are_not_refused(tmp_path: Path, monkeyp
         stdout=subprocess.PIPE,
     )
     request = {"tracker": "wandb", "id": "a" * 8, "name": "mine", "arguments": {"project": "p"}, "finish_seconds": 30}
+    request["directory"] = str(tmp_path)
     lines = [request, *({"rows": {str(step): {"x": step}}} for step in (1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8))]
     process.communicate("".join(json.dumps(line) + "\n" for line in lines).encode(), timeout=60)
     rows = [(row["_step"], row["step"]) for row in one(wandb_rows(tmp_path))]
@@ -270,6 +271,40 @@ def test_a_mistake_is_found_before_anything_starts(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match=message):
         trackers.check(blocks)
+
+
+@pytest.mark.parametrize(
+    ("block", "variable", "value", "message"),
+    [
+        ("wandb", "WANDB_MODE", "oflline", "the environment variable WANDB_MODE=oflline is not valid (Input should be"),
+        ("wandb", "WANDB_RUN_ID", "a/b:c", "the environment variable WANDB_RUN_ID=a/b:c is not valid (Run ID cannot"),
+        ("wandb", "WANDB_PROJECT", "a/b", "the environment variable WANDB_PROJECT=a/b is not valid (Invalid project"),
+        ("wandb", "WANDB_BASE_URL", "here", "the environment variable WANDB_BASE_URL=here is not valid (Input should"),
+        ("comet", "COMET_START_ONLINE", "perhaps", "COMET_START_ONLINE, or online in ~/.comet.config, is not valid"),
+    ],
+)
+def test_a_setting_in_the_environment_that_is_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError) as error:
+        trackers.check({block: {"enabled": True}})
+    assert message in str(error.value) and "API key" not in str(error.value)
+
+
+def test_what_trackers_record_on_this_machine_is_in_the_runs_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline(tmp_path, monkeypatch)
+    for name in ("WANDB_DIR", "COMET_OFFLINE_DIRECTORY"):
+        monkeypatch.delenv(name)
+    before = set(PROJECT_DIR.iterdir())
+    rank(tmp_path, 1, 3)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert len(list((tmp_path / "comet").glob("*.zip"))) == 1
+    assert set(PROJECT_DIR.iterdir()) == before, "something was written into the project's directory"
 
 
 @pytest.mark.parametrize(("block", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])

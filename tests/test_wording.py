@@ -3,7 +3,7 @@
 import pytest
 
 from ds_gpt2.batch import BatchPlan
-from ds_gpt2.wording import counted, done_share, duration, size, tokens
+from ds_gpt2.wording import counted, done_share, duration, size, tokens, uncapitalized
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,17 @@ def test_a_share_is_rounded_down() -> None:
     assert done_share(1999, 2000, 0) == "99%"
     assert done_share(3, 2) == "100.0%"  # more was trained than is set now
     assert done_share(290, 1000) == "29.0%"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Input should be a number", "input should be a number"),
+        ("GPT-2's token is 50256", "GPT-2's token is 50256"),
+        ("JSON is needed", "JSON is needed"),
+        ("W&B has no key", "W&B has no key"),
+        ("", ""),
+    ],
+)
+def test_names_and_acronyms_keep_their_capitals(text: str, words: str) -> None:
+    assert uncapitalized(text) == words

@@ -21,7 +21,16 @@ from ds_gpt2.checkpoint.disk import Disk, HashingFile
 from ds_gpt2.checkpoint.generations import Generation, open_generation, problem_of
 from ds_gpt2.checkpoint.layout import MANIFEST, PARTIAL, Role, is_plain_name, role_of
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
-from ds_gpt2.checkpoint.places import BLOCK, LocalPlace, Place, check_protocol, open_place, redact
+from ds_gpt2.checkpoint.places import (
+    BLOCK,
+    LocalPlace,
+    Place,
+    check_protocol,
+    file_in_the_way,
+    local_directory,
+    open_place,
+    redact,
+)
 from ds_gpt2.checkpoint.retention import Kept
 from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
@@ -63,11 +72,31 @@ class Backup:
         """The address of a copy, or of all of them, as it may be shown."""
         return redact("/".join(part for part in (self._url.rstrip("/"), self._run_name, tag) if part))
 
+    def check_named(self, checkpoints: Path) -> None:
+        """Check the location by its name, without connecting to anything; a directory that is missing passes.
+
+        Args:
+            checkpoints: the directory of the run's checkpoints.
+
+        Raises:
+            UserError: a file is in the way, or the location is within ``checkpoints``.
+        """
+        directory = local_directory(self._url)
+        if directory is None:
+            return
+        root = directory / self._run_name
+        if (file := file_in_the_way(root)) is not None:
+            raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
+        if root.resolve().is_relative_to(checkpoints.resolve()):
+            raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+
     def check_exists(self) -> None:
         """
         Raises:
-            UserError: the place is a directory that is not there.
+            UserError: the place is a directory that is not there, or a file is in the way.
         """
+        if isinstance(self._place, LocalPlace) and (file := file_in_the_way(self._place.root)) is not None:
+            raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if isinstance(self._place, LocalPlace) and not self._place.is_there():
             raise UserError(f"no directory {redact(self._url)} to copy to: make it, or mount what belongs there")
 

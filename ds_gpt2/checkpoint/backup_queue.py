@@ -213,8 +213,6 @@ class BackupQueue:
     def _run(self, tag: str) -> None:
         """In the thread."""
         try:
-            if not self._has_looked:
-                self._look()
             if not self._attempt(f"copy {tag}", lambda: self._copy(tag)):
                 self._note_failure(tag)
                 return
@@ -228,6 +226,7 @@ class BackupQueue:
 
     def _copy(self, tag: str) -> None:
         self._moved = time.monotonic()
+        self._look()
         self._backup.check_apart_from(self._directory)
         begun = time.monotonic()
         sent = self._backup.copy(open_generation(self._private / tag), self._go_on)
@@ -238,12 +237,13 @@ class BackupQueue:
 
     def _look(self) -> None:
         """In the thread, until it works once: the place may be slow or away, and nobody should wait for it."""
-        self._has_looked = self._attempt("see what is there", self._start_from_what_is_there)
+        if not self._has_looked:
+            self._start_from_what_is_there()
+            self._has_looked = True
 
     def _try_out(self) -> None:
         """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
-        self._look()
-        if self._has_looked and self._news is not None:
+        if self._attempt("see what is there", self._look) and self._news is not None:
             self._attempt("write a test file", self._backup.probe)
 
     def _start_from_what_is_there(self) -> None:

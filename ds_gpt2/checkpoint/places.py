@@ -34,7 +34,10 @@ def redact(text: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An exception as one line that may be shown."""
-    text = redact(" ".join(str(error).split()) or type(error).__name__)
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"  # without the number that Python puts before it
+    text = redact(" ".join(said.split()) or type(error).__name__)
     for secret in _secrets():
         text = text.replace(secret, "***")
     return text[:500]
@@ -56,6 +59,18 @@ def check_protocol(place: str) -> None:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(place)[0])
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot copy to {redact(place)}: {reason_of(error)}") from None
+
+
+def local_directory(place: str) -> Path | None:
+    """Return the directory that ``place`` names; None if it is no path of this machine's. Nothing is opened."""
+    protocol, path = fsspec.core.split_protocol(place)
+    return Path(LocalFileSystem._strip_protocol(path)) if protocol in (None, "file", "local") else None
+
+
+def file_in_the_way(directory: Path) -> Path | None:
+    """Return what exists in the place of ``directory`` or of one of its parents and is not a directory."""
+    existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), None)
+    return existing if existing is not None and not existing.is_dir() else None
 
 
 def open_place(url: str, run_name: str, disk: Disk) -> Place:
@@ -233,6 +248,8 @@ class LocalPlace(Place):
 
     def _check_there(self) -> None:
         """What is not mounted must not look empty, nor be made: that would fill the disk below the mount point."""
+        if (file := file_in_the_way(self.root)) is not None:
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory (set checkpoint.backup.to to one)", str(file))
         if not self.is_there():
             hint = "no such directory (make it, or mount what belongs there)"
             raise FileNotFoundError(errno.ENOENT, hint, str(self.root.parent))

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from ds_gpt2 import outcome, run_location, trackers
+from ds_gpt2 import csv_files, outcome, run_location, trackers
 from ds_gpt2.batch import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.runs import find_run
@@ -89,7 +89,9 @@ def start(
     leave_out: tuple[int, ...] = (),
 ) -> int:
     """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
-    trackers.check(load_deepspeed_file(settings.deepspeed))
+    deepspeed_settings = load_deepspeed_file(settings.deepspeed)
+    csv_files.check(deepspeed_settings)
+    trackers.check(deepspeed_settings)
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)

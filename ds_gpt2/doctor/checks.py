@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ds_gpt2 import trackers
+from ds_gpt2 import csv_files, trackers
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import newest_tag
@@ -157,7 +157,9 @@ def _checksums(dataset: Dataset | UserError) -> list[Row]:
 
 def _deepspeed_file(settings: Settings) -> Row:
     try:
-        trackers.check(load_deepspeed_file(settings.deepspeed))
+        content = load_deepspeed_file(settings.deepspeed)
+        csv_files.check(content)
+        trackers.check(content)
     except UserError as error:
         return Row("DeepSpeed's file", "fail", str(error))
     return Row("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")

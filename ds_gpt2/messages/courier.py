@@ -16,7 +16,7 @@ from pathlib import Path
 from ds_gpt2.journal import Journal
 from ds_gpt2.messages.message import Message, joined
 from ds_gpt2.messages.ways import LIMIT_SECONDS, Way, deliver
-from ds_gpt2.wording import duration
+from ds_gpt2.wording import counted, duration
 
 FIRST_RETRY_SECONDS = 10.0  # and twice as long before each next one
 LONGEST_RETRY_SECONDS = 900.0
@@ -32,9 +32,11 @@ class _Undelivered:
 
     messages: deque[Message] = field(default_factory=lambda: deque(maxlen=KEPT_MESSAGES))
     failures: int = 0  # one after another
+    reason: str = ""  # of the newest failure
     next_try: float = 0.0  # of time.monotonic
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, reason: str = "") -> None:
+        self.reason = reason or self.reason
         self.next_try = now + min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(self.failures, 30))
         self.failures += 1
 
@@ -89,8 +91,8 @@ class Courier:
                 if not post.taken.done():
                     post.taken.set_result(False)
         for way, left in self._undelivered.items():
-            if left.messages:
-                self._tell(f"{way.name} has not taken {_counted(len(left.messages))}: the run's watch has ended")
+            if (count := len(left.messages)) > 0:
+                self._tell(f"{_not_delivered(count)}: {_failure(way, left.reason)}", undelivered=count)
 
     def _wait(self) -> tuple[list[_Post], bool]:
         """Until there is something to do: what was posted meanwhile, and whether it was the last."""
@@ -124,7 +126,7 @@ class Courier:
             if reason is None:
                 self._undelivered[way] = _Undelivered()
             else:
-                self._undelivered[way].failed(time.monotonic())
+                self._undelivered[way].failed(time.monotonic(), reason)
         for post in posts:
             post.taken.set_result(None in reasons.values())
 
@@ -132,7 +134,8 @@ class Courier:
         kept = [message for message in waiting.messages if message.time > time.time() - KEPT_SECONDS]
         if (forgotten := len(waiting.messages) - len(kept)) > 0:
             waiting.messages = deque(kept, maxlen=KEPT_MESSAGES)
-            self._tell(f"{way.name} has not taken {_counted(forgotten)} for {duration(KEPT_SECONDS)}: given up")
+            text = f"{_not_delivered(forgotten)} within {duration(KEPT_SECONDS)} and will not be tried again"
+            self._tell(f"{text}: {_failure(way, waiting.reason)}")
 
     def _report(self, messages: dict[Way, Message], reasons: dict[Way, str | None]) -> None:
         """What was told in the journal; of a way that fails again and again, the first time and the end of it."""
@@ -144,10 +147,17 @@ class Courier:
             if reason is not None and not self._undelivered[way].failures:
                 self._tell(f"{way.name} did not take {messages[way].title!r} ({reason}): it is tried again")
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, **facts: int) -> None:
         log.warning(f"alerts: {text}")
-        self._journal.write("alert", text)
+        self._journal.write("alert", text, **facts)
 
 
-def _counted(count: int) -> str:
-    return f"{count} message{'s' * (count != 1)}"
+def _not_delivered(count: int) -> str:
+    return f"{counted(count, 'message')} {'was' if count == 1 else 'were'} not delivered"
+
+
+def _failure(way: Way, reason: str) -> str:
+    """How the newest attempt failed, as ``the command failed with exit status 7``."""
+    if reason.startswith("exit status"):
+        return f"{way.name} failed with {reason}"
+    return f"{way.name} failed ({reason})" if reason else f"{way.name} failed"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY, ModelShape
 from ds_gpt2.tokenizer import END_OF_TEXT
+from ds_gpt2.wording import uncapitalized
 
 CONFIG = "config.json"
 
@@ -175,7 +176,8 @@ def _with_own_names(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
 def _first_problem(error: ValidationError, fields: dict[str, Any]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    reason = first["msg"].removeprefix("Value error, ")
+    is_ours = first["type"] == "value_error"
+    reason = first["msg"].removeprefix("Value error, ") if is_ours else uncapitalized(first["msg"])
     if name not in fields:
         return f"{name} is missing: it is no GPT-2's"
-    return f"{name} is {json.dumps(fields[name])[:100]}; {reason[:1].lower()}{reason[1:]}"
+    return f"{name} is {json.dumps(fields[name])[:100]}; {reason}"

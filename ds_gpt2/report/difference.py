@@ -86,6 +86,9 @@ def ends(a: Run, b: Run) -> dict[str, Pair]:
     }
     for tag in ("hellaswag/acc", "hellaswag/acc_norm"):
         found[tag] = Pair(*(run.records.curve(tag).last() for run in (a, b)))
+    spoilt = [float(_not_finite(run.records.curve("train/loss"))) for run in (a, b)]
+    if any(spoilt):
+        found["training losses that are not finite"] = Pair(*spoilt)
     found["perf/tokens_per_s"] = Pair(*(run.records.curve("perf/tokens_per_s").recent() for run in (a, b)))
     return {name: pair for name, pair in found.items() if (pair.a, pair.b) != (None, None)}
 
@@ -98,6 +101,11 @@ def _validations(run: Run) -> dict[int, float]:
     """Every finite validation loss, by the tokens trained on until then."""
     curve = run.records.curve("val/loss").finite()
     return {_tokens(run, step): loss for step, loss in zip(curve.steps.tolist(), curve.values.tolist(), strict=True)}
+
+
+def _not_finite(curve: Curve) -> int:
+    """How many values are NaN or infinite."""
+    return len(curve) - len(curve.finite())
 
 
 def _lowest(curve: Curve) -> float | None:

@@ -66,7 +66,8 @@ def sentence(summary: Summary) -> str:
     if summary.best_val_loss is not None:
         best = f"best {_loss(summary.best_val_loss)} at step {summary.best_val_step:,}"
         losses.append(f"validation {_loss(summary.val_loss)} ({best})")
-    words.append(", ".join(losses).capitalize())
+    losses = [*_not_finite(summary), *losses]
+    words.append(losses[0][0].upper() + ", ".join(losses)[1:])
     if summary.tokens_per_s is not None:
         words.append(f"{summary.tokens_per_s:,.0f} tokens/s, goodput {percent(summary.goodput)}")
     if summary.finish is not None and summary.seconds_left is not None:
@@ -74,6 +75,12 @@ def sentence(summary: Summary) -> str:
     elif summary.seconds_left is not None:
         words.append(f"{duration(summary.seconds_left.mean)} of training left")
     return ". ".join(words) + "."
+
+
+def _not_finite(summary: Summary) -> list[str]:
+    """A warning if the newest losses are not finite: the figures after it are older."""
+    found = (("training", summary.loss_not_finite_step), ("validation", summary.val_loss_not_finite_step))
+    return [f"the newest {which} loss is NaN or infinite (step {step:,})" for which, step in found if step is not None]
 
 
 _STATES = {

@@ -53,6 +53,10 @@ class Curve:
         values = self.finite().values
         return float(values[-1]) if len(values) else None
 
+    def not_finite_at_end(self) -> int | None:
+        """The step of the newest value if that is NaN or infinite."""
+        return int(self.steps[-1]) if len(self.values) and not np.isfinite(self.values[-1]) else None
+
     @property
     def smoothing(self) -> int:
         """How many values a mean is to be taken over: a twentieth of the curve, a hundred at most."""

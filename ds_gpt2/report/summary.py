@@ -71,6 +71,8 @@ class Summary:
     epoch: float | None
     loss: float | None  # median of the last 50 steps
     not_finite_losses: int
+    loss_not_finite_step: int | None  # the newest step, if its loss is NaN or infinite
+    val_loss_not_finite_step: int | None  # of the newest validation, if its loss is NaN or infinite
     val_loss: float | None
     best_val_loss: float | None
     best_val_step: int | None
@@ -124,6 +126,8 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         epoch=curve("train/epoch").last(),
         loss=curve("train/loss").recent(),
         not_finite_losses=len(curve("train/loss")) - len(curve("train/loss").finite()),
+        loss_not_finite_step=curve("train/loss").not_finite_at_end(),
+        val_loss_not_finite_step=curve("val/loss").not_finite_at_end(),
         val_loss=curve("val/loss").last(),
         best_val_loss=best,
         best_val_step=best_step,

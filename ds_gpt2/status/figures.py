@@ -87,7 +87,8 @@ def look(run_dir: Path, now: float) -> Status:
     progress = progress_of(settings, records, _step(records, alive), steps, pace)
     day_before = _day_before(run_dir, records)
     rooms = room.look(run_dir, settings, found, _course(progress, epochs_per_step(records)))
-    problems = problems_of(alive, settings, events, progress.step, newest, rooms, now)
+    loss = loss_of(records, day_before, newest, settings)
+    problems = problems_of(alive, settings, events, progress.step, loss, newest, rooms, now)
     at_work = alive.state in AT_WORK and progress.left_seconds is not None
     return Status(
         run=settings.run.name,
@@ -100,7 +101,7 @@ def look(run_dir: Path, now: float) -> Status:
         next_start_time=alive.next_start,
         finish_time=now + (progress.left_seconds or 0.0) if at_work else None,
         progress=progress,
-        loss=loss_of(records, day_before, newest, settings),
+        loss=loss,
         checkpoint=_checkpoint(newest, now) if newest else None,
         history=history_of(events, alive.state, now, _goodput(run_dir, records, day_before)),
         disks=rooms,

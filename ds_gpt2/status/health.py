@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
 from ds_gpt2.journal import Event, Kind
 from ds_gpt2.status.life import AT_WORK, TRAINED, Life, State
+from ds_gpt2.status.progress import Loss
 from ds_gpt2.status.room import Room
 from ds_gpt2.wording import clock, duration, size
 
@@ -33,6 +35,7 @@ def problems_of(
     settings: Settings,
     events: Sequence[Event],
     step: int,
+    loss: Loss,
     newest: Generation | None,
     rooms: Sequence[Room],
     now: float,
@@ -46,16 +49,15 @@ def problems_of(
     """
     problems = _of_life(life, settings.run.name, now)
     if life.state in AT_WORK or life.state in ("waiting", "hung?", "finished"):
-        problems += _of_backups(settings, events)
+        problems += [*_of_loss(loss), *_of_backups(settings, events)]
     if life.state in AT_WORK or life.state in ("waiting", "hung?"):
         problems += [
             *_of_saves(events, newest),
             *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
             *_of_training(events, now),
             *_of_disks(rooms, settings.alerts.disk_days),
-            *_of_messages(events),
         ]
-    return problems
+    return [*problems, *_of_messages(events)]
 
 
 _BY_STATE: dict[State, tuple[Kind, str]] = {
@@ -74,6 +76,16 @@ def _of_life(life: Life, name: str, now: float) -> list[Problem]:
     if life.overdue and life.next_start is not None:
         return [Problem("hang", f"it should have been started again {duration(now - life.next_start)} ago")]
     return []
+
+
+def _of_loss(loss: Loss) -> list[Problem]:
+    """The newest losses, whatever the guards found: a whole run of NaN has no finite loss to compare with."""
+    found = (("training", loss.train_not_finite_step), ("validation", loss.val_not_finite_step))
+    return [
+        Problem("not_finite", f"the newest {which} loss is NaN or infinite (step {step:,})")
+        for which, step in found
+        if step is not None
+    ]
 
 
 def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Problem]:
@@ -95,8 +107,12 @@ def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
 
 
 def _of_messages(events: Sequence[Event]) -> list[Problem]:
-    """Alerts that nobody has taken: the newest attempt failed on every channel that was tried."""
-    last = next((event for event in reversed(events) if event.kind == "alert"), None)
+    """Alerts that were not delivered, also of a run that has ended: the newest attempt failed on some channel."""
+    alerts = [event for event in reversed(events) if event.kind == "alert"]
+    at_the_end = list(itertools.takewhile(lambda event: "undelivered" in event.facts, alerts))
+    if at_the_end:  # one of each channel
+        return [Problem("alert", "; ".join(event.text for event in reversed(at_the_end)))]
+    last = alerts[0] if alerts else None
     if last is None or "by" in last.facts:
         return []
     return [Problem("alert", f"messages are not delivered since {clock(last.time)}: {last.text}")]

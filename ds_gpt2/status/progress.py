@@ -44,6 +44,8 @@ class Loss:
     val_step: int | None
     best_val: float | None
     best_val_step: int | None
+    train_not_finite_step: int | None  # the newest step, if its loss is NaN or infinite
+    val_not_finite_step: int | None  # of the newest validation, if its loss is NaN or infinite
     reference: float | None  # llm.c's validation loss at that step, where the run is like it
 
 
@@ -136,6 +138,8 @@ def loss_of(
         val_step=val_step,
         best_val=best_val,
         best_val_step=best_step,
+        train_not_finite_step=_newest_if_not_finite(records, "train/loss"),
+        val_not_finite_step=_newest_if_not_finite(records, "val/loss"),
         reference=None if val_step is None else reference_loss(settings, val_step),
     )
 
@@ -150,6 +154,12 @@ def reference_loss(settings: Settings, step: int) -> float | None:
     right = max(1, bisect.bisect_left(steps, step))
     share = math.log(step / steps[right - 1]) / math.log(steps[right] / steps[right - 1])
     return losses[right - 1] + share * (losses[right] - losses[right - 1])
+
+
+def _newest_if_not_finite(records: Sequence[Record], tag: str) -> int | None:
+    """Return the step of the newest record of a metric if its value is not finite; None if it is, or there is none."""
+    newest = next((record for record in reversed(records) if tag in record), None)
+    return None if newest is None or values([newest], tag) else newest["step"]
 
 
 def _validations(records: Sequence[Record], newest: Generation | None) -> list[tuple[int, float]]:

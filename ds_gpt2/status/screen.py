@@ -11,6 +11,7 @@ from ds_gpt2.reference import REFERENCE
 from ds_gpt2.status.figures import Status
 from ds_gpt2.status.health import Problem
 from ds_gpt2.status.history import History
+from ds_gpt2.status.progress import Loss
 from ds_gpt2.status.room import Room
 from ds_gpt2.wording import clock, done_share, duration, size
 
@@ -29,14 +30,19 @@ def screen(status: Status, coloured: bool = False) -> str:
 
 def line(status: Status, coloured: bool = False) -> str:
     """The same in one line, for several runs below each other."""
-    progress, loss = status.progress, status.loss.train
+    progress = status.progress
     mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
     done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
     left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
-    cells = (
-        f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {'' if loss is None else f'{loss:.3f}':>6} {left:>7}"
-    )
+    cells = f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {_short(status.loss):>6} {left:>7}"
     return f"{mark} {cells}".rstrip()
+
+
+def _short(loss: Loss) -> str:
+    """The training loss in six columns."""
+    if loss.train_not_finite_step is not None:
+        return "NaN"
+    return "" if loss.train is None else f"{loss.train:.3f}"
 
 
 def _header(status: Status, coloured: bool) -> str:
@@ -81,12 +87,19 @@ def _course(status: Status) -> Iterator[str]:
 
 def _learnt(status: Status) -> Iterator[str]:
     loss = status.loss
-    if loss.train is not None:
+    if loss.train_not_finite_step is not None:
+        yield _labelled("loss", f"not finite at step {loss.train_not_finite_step:,}")
+        if loss.train is not None:
+            yield _labelled("  finite", f"{loss.train:.4f} ({RECENT_LABEL})")
+    elif loss.train is not None:
         yield _labelled("loss", f"{loss.train:.4f} ({RECENT_LABEL})")
     if loss.train_day_before is not None:
         yield _labelled("  a day ago", f"{loss.train_day_before:.4f}")
+    if loss.val_not_finite_step is not None:
+        yield _labelled("validation", f"not finite at step {loss.val_not_finite_step:,}")
     if loss.val is not None and loss.val_step is not None:
-        yield _labelled("validation", f"{loss.val:.4f} at step {loss.val_step:,}")
+        label = "validation" if loss.val_not_finite_step is None else "  finite"
+        yield _labelled(label, f"{loss.val:.4f} at step {loss.val_step:,}")
         if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
             yield _labelled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
         if loss.reference is not None:

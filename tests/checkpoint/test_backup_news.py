@@ -76,6 +76,32 @@ def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: 
     queue.finish(10)
 
 
+@pytest.mark.parametrize(
+    ("in_the_way", "reason"),
+    [
+        (False, "PLACE: no such directory (make it, or mount what belongs there)"),
+        (True, "PLACE: not a directory (set checkpoint.backup.to to one)"),
+    ],
+)
+def test_a_save_that_cannot_be_copied_is_one_line_in_the_log(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, in_the_way: bool, reason: str
+) -> None:
+    nas = tmp_path / "nas"
+    if in_the_way:
+        nas.write_text("a file")
+    queue = open_queue(nas, run_dir)
+    settle(queue)
+    reason = reason.replace("PLACE", str(nas))
+    assert caplog.messages == [
+        f"backup: could not see what is there: {reason}; it is tried again after the next checkpoint"
+    ]
+    caplog.clear()
+    train(queue, run_dir, 100)
+    tag = rolling_tag(100)
+    assert caplog.messages == [f"backup: could not copy {tag}: {reason}; it is tried again after the next checkpoint"]
+    queue.finish(10)
+
+
 def test_a_failure_that_lasts_is_reported_daily_over_restarts_with_its_beginning(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

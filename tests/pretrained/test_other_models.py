@@ -120,6 +120,8 @@ def test_what_is_accepted_gives_the_logits_of_transformers(copy: Path, values: d
         ({"is_causal": False}, r"is_causal is false"),
         ({"scale_attn_weights": None}, r"scale_attn_weights is null"),
         ({"scale_attn_weights": 1}, r"scale_attn_weights is 1"),
+        ({"eos_token_id": 2}, r"eos_token_id is 2; GPT-2's <\|endoftext\|> is 50256"),
+        ({"n_embd": "wide"}, r'n_embd is "wide"; input should be a valid integer'),
         ({"model_type": "llama"}, r'model_type is "llama"; this model computes only "gpt2"'),
         ({"model_type": ...}, r"model_type is missing"),
         ({"architectures": ["GPT2ForSequenceClassification"]}, r"architectures is \[\"GPT2ForSeq.*GPT2LMHeadModel"),
