@@ -926,7 +926,8 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def test_the_screen_fits_a_phone_whatever_there_is_to_tell(working: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "gpt2-124m-fineweb-edu-five-epochs-second-attempt"
-    working.configure(CONFIG.replace("name: test", f"name: {name}").replace("7M", "124M").replace("2000", "100000"))
+    working.run_dir = working.run_dir.rename(working.run_dir.with_name(name))
+    working.configure(CONFIG.replace("7M", "124M").replace("2000", "100000"))
     gpus = {"perf/gpu_temperature_c": 71.0, "perf/gpu_throttled": 2.0, "perf/tokens_per_s": 1_178_123.0}
     working.train(12_000, 123.4, **gpus, **{"val/loss": 3.4})
     shutil.move(working.folder / "checkpoints" / "test", working.folder / "checkpoints" / name)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from launched import PROJECT
 
-from ds_gpt2 import alerts, cli, outcome
+from ds_gpt2 import alerts, cli, outcome, run_location
 from ds_gpt2.commands import runs, status_news
 from ds_gpt2.heartbeat import Heartbeat
 from ds_gpt2.journal import Journal
@@ -35,7 +35,8 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "status"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two runs, of which the newer is trained by this process, and the older has died."""
-    monkeypatch.setattr(runs, "PROJECT_DIR", tmp_path)
+    for module in (run_location, runs):
+        monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
     for name, age in (("old", 100), ("new", 0)):
         run_dir = tmp_path / "runs" / name
         run_dir.mkdir(parents=True)
