@@ -63,12 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     terminal.make_safe()
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if options.verb in _TRAINING:
-        terminal.ignore_failures()
     try:
+        options = _parse(arguments)
+        if options.verb in _TRAINING:
+            terminal.ignore_failures()
         if options.verb == "test":
             raise UserError("the tests are started by ./launch.sh test, or by pytest")
         verb = _VERBS[options.verb]
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         return outcome.CRASHED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal.one_line(error)}", file=sys.stderr)
         return outcome.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.unspeakable(error)}", file=sys.stderr)

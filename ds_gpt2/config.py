@@ -7,7 +7,6 @@ an override are relative to the working directory. ``~`` and ``$VARIABLE`` are e
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import reprlib
 import types
@@ -22,6 +21,7 @@ from ds_gpt2 import strict_yaml
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import INCIDENTS, KINDS
 from ds_gpt2.model_names import resolve
+from ds_gpt2.paths import expanded
 from ds_gpt2.wording import uncapitalized
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -518,7 +518,7 @@ def _make_absolute(tree: dict[str, Any], base: Path, expand: bool = True) -> Non
     for dotted in PATH_KEYS:
         section, name = section_of(tree, dotted)
         if isinstance(text := section.get(name), str):
-            section[name] = _absolute(dotted, _expanded(dotted, text) if expand else text, base)
+            section[name] = _absolute(dotted, expanded(dotted, text) if expand else text, base)
 
 
 def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
@@ -537,23 +537,6 @@ def _absolute(key: str, text: str, base: Path) -> str:
     if not text or "\0" in text:
         raise UserError(f"{key} is an empty path or no path: give a path")
     return resolve(text, base) if key == "model.init_from" else str(base / text)
-
-
-def _expanded(key: str, text: str) -> str:
-    """``text`` with the home directory for ``~`` and the environment's values for ``$VARIABLE``.
-
-    Raises:
-        UserError: a variable that is not set, or an unknown user.
-    """
-    if (known := re.match(r"(/[^$]*\$[^/]*)", text)) is not None and os.path.lexists(known[1]):
-        return text  # a directory whose name has a dollar sign
-    text = os.path.expandvars(text)
-    if unset := re.search(r"\$(\w+|\{[^}]*\}?)", text):
-        raise UserError(f"{key}={text}: the environment variable {unset[0]} is not set")
-    try:
-        return str(Path(text).expanduser()) if text.startswith("~") else text
-    except RuntimeError:
-        raise UserError(f"{key}={text}: there is no home directory of {text.partition('/')[0]}") from None
 
 
 def _default_path(tree: dict[str, Any], section: str, name: str, value: Path) -> None:

@@ -82,6 +82,11 @@ class Unfailing(io.TextIOBase):
         return self._stream.fileno()
 
 
+def one_line(message: object) -> str:
+    """Return a message as one line: control characters, line ends among them, and what cannot be shown are escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
+
+
 def printable(text: str) -> str:
     """Text from the command line, whose bytes may not be of the locale's encoding, as text that UTF-8 can hold."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -215,3 +215,43 @@ def test_who_reads_may_leave(dataset_dir: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == outcome.CRASHED
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "--out is an empty path: give a path"),
+        ("$UNSET_HERE/x", "--out=$UNSET_HERE/x: the environment variable $UNSET_HERE is not set"),
+        ("~nobody-of-that-name/x", "--out=~nobody-of-that-name/x: "),
+    ],
+)
+@pytest.mark.parametrize("words", [["prepare", "text", "FILE"], ["prepare", "sample"], ["export"], ["report"]])
+def test_a_path_that_cannot_be_expanded_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], out: str, said: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    words = [str(tmp_path / "a.txt") if word == "FILE" else word for word in words]
+    assert cli.main([*words, f"--out={out}"]) == outcome.MISTAKE
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {said}") and told.count("\n") == 1
+
+
+def test_paths_of_arguments_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HERE", "my")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "$b.txt"):
+        (tmp_path / name).write_text("A line of text.\n" * 5000)
+    assert cli.main(["prepare", "text", "~/a.txt", "$b.txt", "--out=~/$HERE/data"]) == outcome.DONE
+    assert open_dataset(tmp_path / "my" / "data").source == "a.txt, $b.txt"
+    assert cli.main(["verify", "~/${HERE}/data"]) == cli.main(["inspect", "$HOME/my/data"]) == outcome.DONE
+
+
+@pytest.mark.parametrize(
+    "words", [["prepare", "text", "NAME"], ["list", "NAME"], ["inspect", "NAME"], ["eval", "NAME"], ["train", "NAME"]]
+)
+def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    name = "/tmp/no\nsuch\x1b[31m\x07\u2028file"
+    assert cli.main([name if word == "NAME" else word for word in words]) == outcome.MISTAKE
+    told = capsys.readouterr().err
+    assert told.endswith("\n") and told[:-1].isprintable()

@@ -174,7 +174,10 @@ def test_a_model_of_another_shape_is_refused_on_all_ranks(
     launched = launch(2, "--config", str(config), f"model.init_from={exported[1]}", "model.layers=3")
     assert launched.code != 0 and launched.left_over == []
     lines = [line for line in launched.output.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: model.init_from {exported[1]} has layers 2, not 3: set model.layers=2"]
+    assert lines == [
+        f"error: model.init_from {exported[1]} has layers 2, heads 2, width 32;"
+        " this run has layers 3, heads 2, width 32: set model.layers=2 model.heads=2 model.width=32"
+    ]
     assert "Traceback" not in launched.output
 
 

@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint.generations import Generation, candidates
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
@@ -27,7 +28,12 @@ from ds_gpt2.run_location import load_run_settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory (default: the newest run)")
-    parser.add_argument("--to", metavar="PLACE", help="a directory or a URL (default: the run's checkpoint.backup.to)")
+    parser.add_argument(
+        "--to",
+        type=path_text("--to"),
+        metavar="PLACE",
+        help="a directory or a URL (default: the run's checkpoint.backup.to)",
+    )
     parser.add_argument(
         "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good one)"
     )

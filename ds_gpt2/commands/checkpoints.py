@@ -24,6 +24,7 @@ from ds_gpt2.checkpoint.generations import Generation, candidates, open_generati
 from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing, mark
 from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
 from ds_gpt2.commands import inspect
+from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings
@@ -54,7 +55,11 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="a run's name, or a directory of checkpoints (default: the newest run)"
+        "run",
+        nargs="?",
+        type=path_text("RUN"),
+        metavar="RUN",
+        help="a run's name, or a directory of checkpoints (default: the newest run)",
     )
     parser.add_argument("--json", action="store_true", help="for programs to read")
 
@@ -79,6 +84,8 @@ def verify(options: argparse.Namespace) -> int:
     """``verify``: one line for each checkpoint asked for, or each shard of a dataset; exit code 1 if any is bad."""
     if options.run is not None and inspect.is_data(options.run):
         return inspect.verify(Path(options.run), options.json)
+    if options.run is not None and _is_nothing(options.run):
+        return inspect.verify(Path(options.run), options.json)  # says what it lacks, and where shards are instead
     generations = _chosen(options)
     verdicts = []
     with hashing(generations) as hashes:
@@ -138,6 +145,15 @@ def find_place(run: str | None) -> Place:
         return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
         raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {error}") from None
+
+
+def _is_nothing(name: str) -> bool:
+    """Return whether this is a directory, but neither a run's nor one of checkpoints."""
+    directory = Path(name)
+    if not directory.is_dir() or (directory / MANIFEST).is_file() or role_of(name):
+        return False
+    is_run = any((path / CONFIG).is_file() for path in (PROJECT_DIR / "runs" / name, directory))
+    return not is_run and run_of(directory) is None and _bare_directory(name) is None
 
 
 def _bare_directory(run: str | None) -> Path | None:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ds_gpt2 import device, outcome
-from ds_gpt2.commands.arguments import positive
+from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.commands.models import Opened, find_checkpoint, find_outside, open_model, shape_of
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
@@ -56,13 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tag", action="append", metavar="TAG", help="which checkpoint of the run; give several for a row each"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="shards with a validation split (default: the run's data.dir)"
+        "--data",
+        type=path("--data"),
+        metavar="DIR",
+        help="shards with a validation split (default: the run's data.dir)",
     )
     parser.add_argument(
         "--tokens", type=positive, metavar="N", help=f"of the split (default: the run's, or {_TOKENS:,})"
     )
     parser.add_argument(
-        "--hellaswag", type=Path, metavar="FILE", help="its items (default: the run's hellaswag.path, if it is there)"
+        "--hellaswag",
+        type=path("--hellaswag"),
+        metavar="FILE",
+        help="its items (default: the run's hellaswag.path, if it is there)",
     )
     parser.add_argument("--items", type=positive, metavar="N", help="the first N of HellaSwag's (default: all)")
     parser.add_argument(

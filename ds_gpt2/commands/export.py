@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from ds_gpt2 import device, machine, outcome
+from ds_gpt2.commands.arguments import path
 from ds_gpt2.commands.models import Opened, count_parameters, find_checkpoint, open_model, shape_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.metrics import METRICS, read_metrics
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hf",
         help="hf: for transformers, in fp32; bf16: the same in half the size; fp32: one file for plain PyTorch",
     )
-    parser.add_argument("--out", type=Path, metavar="PATH", help="default: exports/TAG-FORMAT in the run's directory")
+    parser.add_argument(
+        "--out", type=path("--out"), metavar="PATH", help="default: exports/TAG-FORMAT in the run's directory"
+    )
     parser.add_argument("--force", action="store_true", help="replace what is there")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ds_gpt2 import outcome
-from ds_gpt2.commands.arguments import positive
+from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
 from ds_gpt2.data.inspection import ShardReport, examples, lengths, verify_shards
 from ds_gpt2.data.shards import is_shard
@@ -23,7 +23,7 @@ _EXAMPLE_TOKENS = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="a directory of shards")
+    parser.add_argument("data", type=path("DATA"), metavar="DATA", help="a directory of shards")
     parser.add_argument("--examples", type=positive, default=3, metavar="N", help="of documents (default: 3)")
     parser.add_argument("--seed", type=int, metavar="N", help="of their choice (default: a new one)")
 
@@ -56,7 +56,7 @@ def is_data(name: str) -> bool:
 
 def verify(directory: Path, as_json: bool) -> int:
     """All shards read and compared; exit code 1 if any is not as it should be."""
-    dataset = read_dataset(directory)
+    dataset = read_dataset(directory, bad_shards=True)
     with tqdm(total=len(dataset.shards), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
         reports = verify_shards(dataset, lambda report: bar.update())
     bad = [report for report in reports if report.problem]

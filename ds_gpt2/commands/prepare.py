@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ds_gpt2 import outcome
-from ds_gpt2.commands.arguments import positive
+from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.data import formats, hellaswag, published
 from ds_gpt2.data.dataset import UNFINISHED, Dataset, open_dataset
@@ -36,14 +36,15 @@ _HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # tokens of the hub's datasets, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
-    sample.add_argument("--out", type=Path, default=SAMPLE_DIR, metavar="DIR")
+    sample.add_argument("--out", type=path("--out"), default=SAMPLE_DIR, metavar="DIR")
     text = kinds.add_parser("text", help="your own plain text, JSON lines or parquet files, or directories of them")
-    text.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    text.add_argument("files", nargs="+", type=path("FILE"), metavar="FILE")
     text.add_argument(
         "--separator",
         type=separator,
         metavar="TEXT",
-        help="split documents where this stands, for example '<|endoftext|>' (default: a text file is one document)",
+        help="split documents where this stands, for example '<|endoftext|>'; a backslash stands for itself:"
+        " a line end is $'\\n' in bash (default: a text file is one document)",
     )
     text.add_argument("--encoding", metavar="NAME", help="of text files (default: UTF-8, or by the byte order mark)")
     text.add_argument(
@@ -63,13 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in (text, hub):
         kind.add_argument("--column", default=COLUMN, metavar="NAME", help="of the text (default: text)")
     for kind in (text, hub, edu, fineweb, webtext, tokens):
-        kind.add_argument("--out", type=Path, metavar="DIR", help="(default: below data/, by the name)")
+        kind.add_argument("--out", type=path("--out"), metavar="DIR", help="(default: below data/, by the name)")
         kind.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
     for kind in (sample, text, hub, edu, fineweb, webtext):
         kind.add_argument("--workers", type=positive, metavar="N", help="processes (default: every core)")
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a file of yours")
-    items.add_argument("--out", type=Path, default=HELLASWAG_DIR, metavar="DIR")
-    items.add_argument("--from", type=Path, dest="source", metavar="FILE", help="take this file, download nothing")
+    items.add_argument("--out", type=path("--out"), default=HELLASWAG_DIR, metavar="DIR")
+    items.add_argument(
+        "--from", type=path("--from"), dest="source", metavar="FILE", help="take this file, download nothing"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -168,5 +171,11 @@ def _say(dataset: Dataset) -> None:
     )
     if skipped := dataset.counts.get("unreadable"):
         print(f"skipped: {skipped:,} documents that are damaged or have no text")
+    if replaced := dataset.counts.get("replacement"):
+        print(
+            f"{replaced:,} characters of the text are U+FFFD: invalid bytes that were replaced, or as they stood there"
+        )
+    if control := dataset.counts.get("control"):
+        print(f"{control:,} characters of the text are control characters, such as NUL")
     if marks := dataset.counts.get("endoftext"):
         print(f"{SEPARATOR} stands in the text {marks:,} times and is read as ordinary characters: see --separator")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from ds_gpt2 import outcome
+from ds_gpt2.commands.arguments import path
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories of runs (default: the newest run)")
     parser.add_argument("--since", metavar="TIME", help="look at the last 90m, 24h or 7d only")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: runs/RUN/report.html; of several: runs/report.html"
+        "--out", type=path("--out"), metavar="FILE", help="default: runs/RUN/report.html; of several: runs/report.html"
     )
     parser.add_argument("--reference", action="store_true", help="show llm.c's loss, whatever the run is")
     parser.add_argument(

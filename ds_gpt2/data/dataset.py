@@ -80,8 +80,11 @@ def open_dataset(directory: Path) -> Dataset:
     return dataset
 
 
-def read_dataset(directory: Path) -> Dataset:
+def read_dataset(directory: Path, bad_shards: bool = False) -> Dataset:
     """Read ``dataset.json``, or index a foreign directory by its file names.
+
+    Args:
+        bad_shards: accept shards of a foreign directory that cannot be opened, with 0 tokens.
 
     Raises:
         UserError: no directory, no shards, another tokenizer or format.
@@ -94,7 +97,7 @@ def read_dataset(directory: Path) -> Dataset:
             return _read_index(directory, index)
         if (directory / UNFINISHED).is_dir():
             raise UserError(f"{directory} is not finished: run the `prepare` command that makes it again")
-        return _read_foreign(directory)
+        return _read_foreign(directory, bad_shards)
     except OSError as error:
         raise _unreadable(directory, error) from None
 
@@ -225,14 +228,14 @@ def _check_size(path: Path, shard: Shard) -> None:
         raise UserError(f"shard {path} has {size} bytes but {INDEX} says {shard.bytes}: it is cut or was replaced")
 
 
-def _read_foreign(directory: Path) -> Dataset:
+def _read_foreign(directory: Path, bad_shards: bool) -> Dataset:
     paths = sorted(path for path in directory.iterdir() if is_shard(path.name))
     if not paths:
         raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards{_below(directory)}")
     splits = {path: split_of(path) for path in paths}
     left_out = tuple(path.name for path, split in splits.items() if split is None)
     shards = tuple(
-        Shard(path.name, split, count_tokens(path), path.stat().st_size, sha256=None)
+        Shard(path.name, split, _tokens_of(path, bad_shards), path.stat().st_size, sha256=None)
         for path, split in splits.items()
         if split is not None
     )
@@ -242,6 +245,15 @@ def _read_foreign(directory: Path) -> Dataset:
         source += f"; not used, by their names for testing: {some}"
         log.info(f"{directory}: {len(left_out)} shards are for testing by their names and are not used: {some}")
     return Dataset(directory, shards, source, left_out=left_out)
+
+
+def _tokens_of(path: Path, may_be_bad: bool) -> int:
+    try:
+        return count_tokens(path)
+    except UserError:
+        if not may_be_bad:
+            raise
+        return 0
 
 
 def as_first_read(dataset: Dataset, fingerprint: str) -> Dataset:
@@ -277,7 +289,19 @@ def _below(directory: Path) -> str:
 
 # Words of names, as of ..._val_000000 (llm.c, build-nanogpt), validation-00000-of-00001 or Test.bin.
 _TRAIN = {"train", "training", "trainset"}
-_VAL = {"val", "valid", "validation", "valset", "dev", "devel", "development", "devset", "eval", "evaluation"}
+_VAL = {
+    "val",
+    "valid",
+    "validation",
+    "valset",
+    "dev",
+    "devel",
+    "development",
+    "devset",
+    "eval",
+    "evaluate",
+    "evaluation",
+}
 _VAL |= {"evalset", "heldout", "holdout"}
 _TEST = {"test", "tests", "testing", "testset"}
 

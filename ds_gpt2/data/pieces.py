@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ds_gpt2.data.documents import Document, Unreadable
 from ds_gpt2.data.sources import Source
+from ds_gpt2.data.unpacking import control_characters
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Piece:
     text: str
     begins_document: bool
     then: Place  # of the piece after it
+    start: int = 0  # characters of the document before it
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Counts:
     null: int = 0
     unreadable: int = 0  # damaged
     endoftext: int = 0  # times that SEPARATOR stands in the text, which does not separate there
+    replacement: int = 0  # characters U+FFFD: of invalid bytes, or of the text itself
+    control: int = 0  # control characters that do not occur in text, such as NUL
 
     def to_dict(self) -> dict[str, int]:
         """What is recorded: always the first three, the others if there are any."""
@@ -75,9 +79,10 @@ class Counts:
 def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
     """All pieces from ``start`` on, each with what was passed over or begun since the one before.
 
-    The first damaged documents are logged, and the first <|endoftext|> in a text.
+    The first damaged documents are logged, and the first <|endoftext|>, U+FFFD and control character in a text.
     """
     counts, place, damaged, warned = Counts(), start, 0, False
+    marks = _Marks()
     for number in range(start.part, len(source.parts)):
         if number + 1 < len(source.parts):
             source.parts[number + 1].prefetch()
@@ -90,6 +95,7 @@ def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
                 continue
             assert document is not None and not isinstance(document, Unreadable)
             for piece in _pieces_of_one(document, Place(number, order, place.piece)):
+                marks.look_at(piece, counts, source.parts[number].name, order)
                 counts.endoftext += piece.text.count(SEPARATOR)
                 if counts.endoftext and not warned:
                     warned = True
@@ -102,6 +108,36 @@ def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
             place = Place(number, order + 1)
         place = Place(number + 1)
     yield Piece("", False, place), counts  # what came after the last
+
+
+class _Marks:
+    """Count characters that do not belong into text, and warn of the first of each kind."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def look_at(self, piece: Piece, counts: Counts, part: str, document: int) -> None:
+        replacement, control = piece.text.count("\ufffd"), control_characters(piece.text)
+        counts.replacement += replacement
+        counts.control += control
+        where = f"{part}, document {document + 1}, character"
+        if replacement and self._is_first("replacement"):
+            index = piece.text.index("\ufffd")
+            log.warning(
+                f"{where} {piece.start + index + 1:,}: U+FFFD in the text (invalid bytes are replaced by it); more of"
+                " them are only counted. If the file has another encoding, give --encoding"
+            )
+        if control and self._is_first("control"):
+            index = next(index for index, each in enumerate(piece.text) if control_characters(each))
+            log.warning(
+                f"{where} {piece.start + index + 1:,}: control character U+{ord(piece.text[index]):04X} in the text;"
+                " more of them are only counted"
+            )
+
+    def _is_first(self, kind: str) -> bool:
+        is_first = kind not in self._warned
+        self._warned.add(kind)
+        return is_first
 
 
 def cut(document: str | Iterable[str], characters: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -137,11 +173,13 @@ def _warn_of_damage(document: Unreadable, number: int) -> None:
 
 
 def _pieces_of_one(document: str | Iterable[str], start: Place) -> Iterator[Piece]:
+    begin = 0
     for number, (text, following) in enumerate(with_next(cut(document))):
         if number >= start.piece:
             is_last = following is None
             then = Place(start.part, start.document + 1) if is_last else Place(start.part, start.document, number + 1)
-            yield Piece(text, number == 0, then)
+            yield Piece(text, number == 0, then, begin)
+        begin += len(text)
 
 
 def _cut(text: str, characters: int, goes_on: bool) -> Iterator[str]:

@@ -56,6 +56,7 @@ class _Progress:
     previous: Split | None = None  # where the piece before went
     counts: Counts = field(default_factory=Counts)
     splits: dict[Split, Written] = field(default_factory=lambda: {"val": Written(), "train": Written()})
+    separated: bool = False  # whether --separator has occurred
 
     @property
     def tokens(self) -> int:
@@ -114,6 +115,9 @@ class _Preparation:
                     if self._is_full():
                         break
                     self._note_now_and_then()
+            self._note_separator()
+            if self._source.separator is not None and not self._done.separated:
+                log.warning(_never(self._source.separator.text))
             shards = [shard for writer in self._writers.values() for shard in writer.close()]
         finally:
             for writer in self._writers.values():
@@ -174,6 +178,7 @@ class _Preparation:
         begun = time.monotonic()
         if begun < self._next_note:
             return
+        self._note_separator()
         for writer in self._writers.values():
             writer.sync()
         machine.sync_directory(self._directory)
@@ -188,6 +193,9 @@ class _Preparation:
         write_durably(self._directory / NOTE, json.dumps(note))
         now = time.monotonic()
         self._next_note = now + max(_NOTE_SECONDS, 20 * (now - begun))
+
+    def _note_separator(self) -> None:
+        self._done.separated |= self._source.separator is not None and self._source.separator.found
 
     def _read_note(self) -> _Progress:
         """
@@ -246,6 +254,14 @@ class _Preparation:
         )
 
 
+def _never(separator: str) -> str:
+    """Return the warning that a separator does not occur."""
+    escape = ""
+    if "\\" in separator:
+        escape = "; a backslash stands for itself: in bash, $'\\n' is a line end"
+    return f"--separator {separator!r} does not occur in the text: nothing was split{escape}"
+
+
 def _headed(tokens: Tokens) -> Tokens:
     return np.concatenate((np.array([tokenizer.END_OF_TEXT], np.uint16), tokens))
 
@@ -256,6 +272,8 @@ def _add(total: Counts, more: Counts) -> None:
     total.null += more.null
     total.unreadable += more.unreadable
     total.endoftext += more.endoftext
+    total.replacement += more.replacement
+    total.control += more.control
 
 
 def _progress_of(note: dict[str, Any]) -> _Progress:
@@ -265,7 +283,14 @@ def _progress_of(note: dict[str, Any]) -> _Progress:
     """
     # In the order of a new preparation, which is that of the shards in the index.
     splits = {split: Written.from_dict(note["splits"][split]) for split in _Progress().splits}
-    return _Progress(Place(**note["place"]), note["pieces"], note["previous"], Counts(**note["counts"]), splits)
+    return _Progress(
+        Place(**note["place"]),
+        note["pieces"],
+        note["previous"],
+        Counts(**note["counts"]),
+        splits,
+        note.get("separated") is True,
+    )
 
 
 def _check_written(directory: Path, progress: _Progress) -> None:

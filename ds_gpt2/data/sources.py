@@ -8,9 +8,9 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from ds_gpt2.data import formats
 from ds_gpt2.data.documents import BLOCK_CHARACTERS, COLUMN, Document
@@ -18,8 +18,8 @@ from ds_gpt2.data.files import FoundFile, find_files
 from ds_gpt2.data.formats import Form, Format, format_of
 from ds_gpt2.data.jsonl import check_jsonl, jsonl_documents
 from ds_gpt2.data.parquet import check_parquet, parquet_documents
-from ds_gpt2.data.separators import split_all
-from ds_gpt2.data.unpacking import check_text, named, open_text
+from ds_gpt2.data.separators import Separator, split_all
+from ds_gpt2.data.unpacking import check_text, checked_blocks, checked_lines, named, open_text
 from ds_gpt2.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Source:
 
     name: str  # for people
     parts: Sequence[Part]
+    separator: Separator | None = None  # that splits documents
 
     @property
     def tokens(self) -> float:
@@ -101,6 +102,7 @@ class LocalFile:
     separator: str | None = None
     encoding: str | None = None
     form: Form | None = None
+    watch: Separator | None = field(default=None, compare=False)  # is informed when ``separator`` occurs
 
     @property
     def name(self) -> str:
@@ -128,7 +130,9 @@ class LocalFile:
 
     def documents(self, skip: int) -> Iterator[Document]:
         if self.separator is not None:
-            yield from itertools.islice(split_all(self._documents(0), self.separator), skip, None)
+            yield from itertools.islice(
+                split_all(self._documents(0), self.watch or Separator(self.separator)), skip, None
+            )
         else:
             yield from self._documents(skip)
 
@@ -160,9 +164,9 @@ class LocalFile:
     def _text_documents(self) -> Iterator[Document]:
         with named(self.path), open_text(self.path, self._format.packing, self.encoding) as file:
             if self._format.form == "jsonl":
-                yield from jsonl_documents(self.path, file, self.column)
+                yield from jsonl_documents(self.path, checked_lines(self.path, file, self.encoding), self.column)
             else:
-                yield _whole_text(self.path, file)
+                yield _whole_text(self.path, checked_blocks(self.path, file, self.encoding, BLOCK_CHARACTERS))
 
     @property
     def _format(self) -> Format:
@@ -202,18 +206,27 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
         UserError: a path does not exist, a file is not what it should be, or nothing was found.
     """
     reading = reading or Reading(column)
-    parts, warnings = [], []
+    parts, warnings, left_out = [], [], 0
+    separator = None if reading.separator is None else Separator(reading.separator)
     for found in find_files(paths):
-        part = _part(found, reading)
+        part = _part(found, reading, separator)
         try:
             warning = part.check()
         except UserError as error:
             if found.is_named or not formats.is_plain_json(found.path.name):
                 raise
-            log.warning(f"left out: {error}")  # a directory's .json may be anything
+            left_out += 1  # a directory's .json may be anything
+            if left_out <= _MOST_WARNINGS:
+                log.warning(f"left out: {error}")
             continue
         parts.append(part)
         warnings += [warning] if warning else []
+    if left_out > _MOST_WARNINGS:
+        log.warning(f"and {left_out - _MOST_WARNINGS:,} more .json files left out")
+    if reading.form is not None and not any(part.form for part in parts):
+        log.warning(
+            f"--format {reading.form} has no effect: it is for files that are named, not for those of directories"
+        )
     for line in warnings[:_MOST_WARNINGS]:
         log.warning(line)
     if len(warnings) > _MOST_WARNINGS:
@@ -221,7 +234,7 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
     if not parts:
         raise UserError("no text found: all files were left out")
     more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return Source(", ".join(_printable(part.path.name) for part in parts[:5]) + more, parts)
+    return Source(", ".join(_printable(part.path.name) for part in parts[:5]) + more, parts, separator)
 
 
 def python_source() -> Source:
@@ -255,9 +268,9 @@ def python_documents() -> Iterator[str]:
             yield re.sub("^ +", lambda indent: " " * ((len(indent[0]) + 3) // 4), source, flags=re.MULTILINE)
 
 
-def _part(found: FoundFile, reading: Reading) -> LocalFile:
+def _part(found: FoundFile, reading: Reading, separator: Separator | None) -> LocalFile:
     form = reading.form if found.is_named else None
-    part = LocalFile(found.path, reading.column, reading.separator, reading.encoding, form)
+    part = LocalFile(found.path, reading.column, reading.separator, reading.encoding, form, separator)
     format_of(found.path, form)  # refuses what is not text
     return part
 
@@ -267,12 +280,11 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _whole_text(path: Path, file: IO[str]) -> str | Iterable[str]:
-    first = file.read(BLOCK_CHARACTERS)
-    return first if len(first) < BLOCK_CHARACTERS else itertools.chain([first], _blocks(path, file))
+def _whole_text(path: Path, blocks: Iterator[str]) -> str | Iterable[str]:
+    first = next(blocks, "")
+    return first if len(first) < BLOCK_CHARACTERS else itertools.chain([first], _named_blocks(path, blocks))
 
 
-def _blocks(path: Path, file: IO[str]) -> Iterator[str]:
+def _named_blocks(path: Path, blocks: Iterator[str]) -> Iterator[str]:
     with named(path):
-        while block := file.read(BLOCK_CHARACTERS):
-            yield block
+        yield from blocks

@@ -1,4 +1,7 @@
-"""The content of a file as text: unpacked, its encoding found, and refused if it is not text."""
+"""The content of a file as text: unpacked, its encoding found, and refused if it is not text.
+
+The beginning is checked before anything is written, the rest while it is read.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import contextlib
 import gzip
 import io
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
+
+import numpy as np
 
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.errors import UserError
@@ -42,8 +48,11 @@ _BINARY = (
     (b"\x93NUMPY", "a numpy array"),
     (b"SQLite format 3\0", "a SQLite database"),
 )
-# Of ASCII's control characters these occur in text.
-_USUAL = frozenset("\t\n\v\f\r\b\x1b\x1a")
+# Python has these among its encodings of text, but they encode names, or Python's own literals.
+_NO_ENCODINGS = frozenset({"idna", "punycode", "undefined", "unicode-escape", "unicode_escape", "raw-unicode-escape"})
+_NO_ENCODINGS |= {"raw_unicode_escape"}
+_REPLACE = "ds_gpt2.replace"  # the error handler below
+_WINDOW = 1 << 20  # characters that are judged together behind the beginning
 
 
 def check_text(path: Path, packing: str, encoding: str | None) -> str | None:
@@ -59,8 +68,9 @@ def check_text(path: Path, packing: str, encoding: str | None) -> str | None:
         if head.startswith(magic):
             raise UserError(f"{path} is not text but {what}")
     used = _encoding(head, encoding)
+    _check_unicode(path, head, used, encoding)
     text = _decoded(head, used)
-    control = sum(text.count(chr(code)) for code in (*range(32), 127) if chr(code) not in _USUAL)
+    control = control_characters(text)
     if control > _MOST_CONTROL * len(text):
         raise UserError(
             f"{path} is not text: {control:,} of its first {len(text):,} characters are control characters"
@@ -79,7 +89,108 @@ def open_text(path: Path, packing: str, encoding: str | None) -> IO[str]:
     """
     with open_bytes(path, packing) as file:
         used = _encoding(_read(file, 4), encoding)
-    return io.TextIOWrapper(cast(IO[bytes], open_bytes(path, packing)), encoding=used, errors="replace")
+    return io.TextIOWrapper(cast(IO[bytes], open_bytes(path, packing)), encoding=used, errors=_REPLACE)
+
+
+def checked_lines(path: Path, file: IO[str], encoding: str | None) -> Iterator[str]:
+    """Yield the lines of a file that ``open_text`` has opened.
+
+    Raises:
+        UserError: too many of the characters behind the beginning are not valid.
+    """
+    check = _Check(path, encoding)
+    for line in file:
+        check.add(line)
+        yield line
+    check.end()
+
+
+def checked_blocks(path: Path, file: IO[str], encoding: str | None, characters: int) -> Iterator[str]:
+    """Yield a file that ``open_text`` has opened in blocks.
+
+    Raises:
+        UserError: too many of the characters behind the beginning are not valid, or control characters.
+    """
+    check = _Check(path, encoding)
+    while block := file.read(characters):
+        check.add_block(block)
+        yield block
+    check.end()
+
+
+class _Check:
+    """Judge what is read of one file, a window of characters at a time."""
+
+    def __init__(self, path: Path, encoding: str | None) -> None:
+        self._path, self._given = path, encoding
+        self._before = 0  # characters in earlier windows
+        self._characters = 0
+        self._replaced = _replaced.count
+
+    def add(self, text: str) -> None:
+        self._characters += len(text)
+        if self._characters >= _WINDOW:
+            self.end()
+
+    def add_block(self, block: str) -> None:
+        control = control_characters(block) if "\0" in block else 0  # binary data has some
+        if control > _MOST_CONTROL * max(len(block), _HEAD_BYTES):
+            where = f"characters {self._before + 1:,} to {self._before + len(block):,}"
+            raise UserError(
+                f"{self._path} is not text: {control:,} of {where} are control characters (binary data, or an"
+                " --encoding that is not given)"
+            )
+        self._characters += len(block)
+        self.end()
+
+    def end(self) -> None:
+        """Judge the window that ends here."""
+        replaced = _replaced.count - self._replaced
+        if self._given is None and replaced > _MOST_INVALID * max(self._characters, _HEAD_BYTES):
+            where = f"characters {self._before + 1:,} to {self._before + self._characters:,}"
+            raise UserError(
+                f"{self._path}: {replaced:,} of {where} are not valid in the encoding of its beginning: give its"
+                " --encoding (such as latin-1 or cp1252), or --encoding utf-8 to replace them by U+FFFD; remove what is"
+                " unfinished first, or give another --out DIR"
+            )
+        self._before += self._characters
+        self._characters, self._replaced = 0, _replaced.count
+
+
+class _Replaced(threading.local):
+    """How many invalid bytes or sequences this thread has replaced, in all files."""
+
+    count = 0
+
+
+_replaced = _Replaced()
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    """Do as Python's error handler ``replace``, and count."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    _replaced.count += 1
+    return "\ufffd", error.end
+
+
+codecs.register_error(_REPLACE, _replace)
+
+
+def control_characters(text: str) -> int:
+    """Return how many of ASCII's control characters ``text`` has that do not occur in text, such as NUL.
+
+    Those that do are \\b, \\t, \\n, \\v, \\f, \\r, U+001A (the end of a file of DOS) and U+001B (of terminals).
+    """
+    if not text:
+        return 0
+    # UTF-16 and numpy, because UTF-8 and str.count take several times as long.
+    data, dtype = (text.encode(), "u1") if text.isascii() else (text.encode("utf-16-le", "surrogatepass"), "<u2")
+    codes = np.frombuffer(data, dtype)
+    found = np.count_nonzero(codes < 8) + np.count_nonzero(codes - codes.dtype.type(14) < 18)  # modulo: 14 to 31
+    if found:
+        found -= np.count_nonzero(codes == 26) + np.count_nonzero(codes == 27)
+    return int(found) + (text.count("\x7f") if "\x7f" in text else 0)
 
 
 def open_bytes(path: Path, packing: str) -> io.BufferedIOBase:
@@ -101,11 +212,18 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except gzip.BadGzipFile as error:
-        behind = f"other data follows its gzip data, unpack it with `gunzip -c '{path}' > FILE` ({error})"
-        raise UserError(f"{path} cannot be read: {behind if _begins_with_gzip(path) else error}") from None
+        raise UserError(f"{path} cannot be read: {_gzip_problem(path, error)}") from None
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def _gzip_problem(path: Path, error: gzip.BadGzipFile) -> str:
+    if not str(error).startswith("Not a gzipped file"):
+        return f"it is damaged ({error}): download or copy it again"
+    if _begins_with_gzip(path):
+        return f"other data follows its gzip data, unpack it with `gunzip -c '{path}' > FILE` ({error})"
+    return str(error)
 
 
 def _begins_with_gzip(path: Path) -> bool:
@@ -121,12 +239,40 @@ def needs(path: Path, package: str) -> UserError:
 def _check_encoding(encoding: str) -> None:
     """
     Raises:
-        UserError: Python does not know it, or it is none of text.
+        UserError: Python does not know it, or it is not a text encoding.
     """
     try:
-        "".encode(encoding)
-    except LookupError:
-        raise UserError(f"unknown --encoding {encoding!r}: utf-8, utf-16, latin-1, cp1252 are some") from None
+        found = codecs.lookup(encoding)
+        is_text = found._is_text_encoding and found.name not in _NO_ENCODINGS
+    except (LookupError, ValueError):  # ValueError: a NUL in the name
+        is_text = False
+    if not is_text:
+        raise UserError(f"unknown --encoding {encoding!r}: utf-8, utf-16, latin-1, cp1252 are some")
+
+
+def _check_unicode(path: Path, head: bytes, used: str, given: str | None) -> None:
+    """
+    Raises:
+        UserError: UTF-16 or UTF-32 is given, and the file has no byte order mark or is UTF-8.
+    """
+    name = codecs.lookup(used).name
+    is_marked = any(head.startswith(mark) for mark, _ in _MARKS)
+    if given is None or is_marked or not head or not name.startswith(("utf-16", "utf-32")):
+        return
+    if b"\0" not in head and _is_utf8(head):
+        raise UserError(f"{path} is UTF-8 or ASCII, not {name.upper()}: leave --encoding {given} out")
+    if name in ("utf-16", "utf-32"):
+        raise UserError(
+            f"{path} has no byte order mark, so --encoding {given} is ambiguous: give {name}-le or {name}-be"
+        )
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read(file: io.BufferedIOBase, count: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def read(file: Path) -> Pretrained:
 def _load(file: Path) -> tuple[ModelShape, dict[str, torch.Tensor]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a forged file can raise anything
-        raise _refused(file, error) from None
+    except OSError as error:
+        raise _refused(file, error.strerror or error) from None
+    except Exception as error:  # a forged file can raise anything; PyTorch's own words are about its internals
+        raise _refused(file, _what_it_is(file, error)) from None
     shape, weights = _shape(file, content), content.get("model")
     if not isinstance(weights, dict):
         raise _refused(file, "it has no weights by name")
@@ -60,6 +63,16 @@ def _load(file: Path) -> tuple[ModelShape, dict[str, torch.Tensor]]:
         _check_tensor(file, name, tensor)
     check_shapes(file, shape, PADDED_VOCABULARY, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     return shape, dict(weights)
+
+
+def _what_it_is(file: Path, error: Exception) -> str:
+    with file.open("rb") as opened:
+        is_archive = opened.read(4) == b"PK\x03\x04"
+    if not is_archive:
+        return "it is damaged, or something else than a file of torch.save"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, such as code, which is not loaded"
+    return "it is damaged, or cut"
 
 
 def _shape(file: Path, content: Any) -> ModelShape:

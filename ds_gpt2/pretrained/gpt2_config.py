@@ -72,7 +72,10 @@ def _end_of_text(value: Any) -> Any:
 
 
 def _real_token(value: Any) -> Any:
-    if any(isinstance(each, int) and each >= VOCABULARY for each in (value if isinstance(value, list) else [value])):
+    values = value if isinstance(value, list) else [value]
+    if any(each is not None and (type(each) is not int or each < 0) for each in values):
+        raise ValueError("it is not the number of a token; remove it from this file")
+    if any(type(each) is int and each >= VOCABULARY for each in values):
         raise ValueError(
             f"a token beyond GPT-2's {VOCABULARY:,} is in use, so its row is no padding; remove it from this file if"
             " the model does not need it"
@@ -81,6 +84,8 @@ def _real_token(value: Any) -> Any:
 
 
 def _known_architectures(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"it must be a list, such as {json.dumps([_TIED_HEADS[0]])}")
     if value and not (isinstance(value, list) and any(each in _TIED_HEADS for each in value)):
         raise ValueError(f"this model is a {_TIED_HEADS[0]}")
     return value

@@ -135,12 +135,30 @@ def _model_tensors(directory: Path, config: GPT2Config) -> dict[str, _Named]:
         found[name] = _Named(theirs, stored)
     sizes = {name: _our_size(name, each.tensor.shape) for name, each in found.items()}
     head = sizes.pop(HEAD, None)
+    _check_stored_shapes(directory, config, found)
     check_shapes(directory, config.shape, config.vocabulary, sizes)
     if head is not None and head != sizes["wte.weight"]:
         raise UserError(
             f"{directory}: {HEAD} is {head}, the embedding {sizes['wte.weight']}; this model's are the same"
         )
     return found
+
+
+def _check_stored_shapes(directory: Path, config: GPT2Config, found: Mapping[str, _Named]) -> None:
+    """Compare the sizes of the tensors that files store the other way round, so that an error has the file's order.
+
+    Raises:
+        UserError: a tensor is of another size.
+    """
+    for name, size in _shapes(config.shape, config.vocabulary):
+        if name not in found:
+            return  # check_shapes names it
+        stored = found[name].tensor.shape
+        if _TRANSPOSED.fullmatch(name) and stored != size[::-1]:
+            hint = ": it is transposed" if stored == size else ""
+            raise UserError(
+                f"{directory}: {name} is stored as {stored}; of the model that it is said to be, as {size[::-1]}{hint}"
+            )
 
 
 def _our_name(theirs: str) -> str:

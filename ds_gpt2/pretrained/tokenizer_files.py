@@ -20,6 +20,9 @@ _END = "<|endoftext|>"
 
 
 VOCABULARY_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json")
+_CONFIG = "tokenizer_config.json"
+# transformers' names of GPT-2's; PreTrainedTokenizerFast and TokenizersBackend are whatever tokenizer.json says.
+_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer")
 
 
 def check_tokenizer(directory: Path, rows: int) -> None:
@@ -34,11 +37,25 @@ def check_tokenizer(directory: Path, rows: int) -> None:
     Raises:
         UserError: a file cannot be read, or gives a number another token than GPT-2's tokenizer does.
     """
+    if (directory / _CONFIG).is_file():
+        _check_class(directory / _CONFIG)
     tokens: dict[int, str] = {}
     for name in VOCABULARY_FILES:
         if (directory / name).is_file():
             tokens = tokens or {number: token for token, number in _vocabulary().items()}
             _compare(directory / name, _numbered(directory / name), tokens, rows)
+
+
+def _check_class(file: Path) -> None:
+    content = _json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object: it is no GPT-2's")
+    name = content.get("tokenizer_class")
+    if name is not None and name not in _CLASSES:
+        raise UserError(
+            f"{file}: tokenizer_class is {json.dumps(name)[:100]}, GPT-2's is {_CLASSES[0]}: the model has another"
+            " tokenizer"
+        )
 
 
 def _compare(file: Path, theirs: dict[str, int], tokens: dict[int, str], rows: int) -> None:
@@ -57,20 +74,31 @@ def _compare(file: Path, theirs: dict[str, int], tokens: dict[int, str], rows: i
 
 def _numbered(file: Path) -> dict[str, int]:
     """Return the tokens of a file and their numbers."""
-    try:
-        if file.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if file.name == "tokenizer.json":
-            content = content["model"]["vocab"] | {each["content"]: each["id"] for each in content["added_tokens"]}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    content = _json(file)
+    if file.name == "tokenizer.json":
+        try:
+            added = content.get("added_tokens") or []
+            content = content["model"]["vocab"] | {each["content"]: each["id"] for each in added}
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(
+                f"{file} cannot be read: it does not have model.vocab and added_tokens as the tokenizers library"
+                " writes them"
+            ) from None
     if not isinstance(content, dict) or any(type(number) is not int for number in content.values()):
         raise UserError(f"{file} does not hold tokens and their numbers")
     return content
 
 
 WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def _json(file: Path) -> Any:
+    try:
+        if file.stat().st_size > _LARGEST_BYTES:
+            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def write_tokenizer(directory: Path, sequence_length: int) -> None:

@@ -130,7 +130,10 @@ def test_another_tokenizers_data_is_refused(copy: Path) -> None:
     [
         ("train", ["fineweb_train_000001.bin", "TRAIN.bin", "tokens_0.npy", "training-00.bin", "my_test_train_1.bin"]),
         ("val", ["x_val_000000.bin", "VAL.bin", "x_validation_0.npy", "valid.bin", "x-Dev-1.bin", "eval_0.bin"]),
-        ("val", ["held_out.bin", "heldout0.bin", "hold-out_1.bin", "x_dev_set_0.bin", "evaluation.bin", "val0001.npy"]),
+        (
+            "val",
+            ["held_out.bin", "heldout0.bin", "hold-out_1.bin", "x_dev_set_0.bin", "evaluation.bin", "evaluate.bin"],
+        ),
         (None, ["x_test_000000.bin", "Test.bin", "TESTING_1.npy", "x-test.bin", "test-00000-of-00001.bin"]),
     ],
 )

@@ -115,3 +115,24 @@ def test_verify_names_shards_that_are_for_testing(tmp_path: Path, capsys: pytest
     assert main(["verify", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "not read, for testing by their names: x_test_0.bin" in told and "2 of 2 shards are good" in told
+
+
+def test_verify_says_of_a_directory_without_shards_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "top" / "deep").mkdir(parents=True)
+    (tmp_path / "top" / "deep" / "x_train_0.bin").write_bytes(header_of(5) + bytes(10))
+    for name, said in (("empty", "holds neither"), ("top", "its subdirectories deep do: name one of them")):
+        assert main(["verify", str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: no data: {tmp_path / name} ") and said in told and told.count("\n") == 1
+
+
+def test_verify_reports_every_shard_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("a_train_0.bin", "b_train_1.bin", "x_val_0.bin")):
+        content = np.arange(number, number + 500, dtype="<u2").tobytes()
+        (tmp_path / name).write_bytes(header_of(500) + content[: 999 if number == 0 else None])
+    assert main(["verify", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("BAD   a_train_0.bin") and "2 of 3 shards are good" in told

@@ -522,3 +522,47 @@ def test_tokens_that_the_note_promises_are_never_filled_with_zeros(
     shard.unlink()
     with pytest.raises(UserError, match=r"out\.unfinished lacks tokens that progress\.json promises"):
         prepare(local_source([file]), tmp_path / "out", workers=1)
+
+
+def test_odd_characters_are_counted_however_often_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
+    monkeypatch.setattr("ds_gpt2.data.pieces.PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    documents = [
+        f"line {number} of it\n" * 9 + "\ufffd\0\x01 and \x7f \t\x1b" * (number % 9 == 8) for number in range(60)
+    ]
+    source = listed(documents)
+    dataset = prepare(source, tmp_path / "whole", workers=1)
+    assert (dataset.counts["replacement"], dataset.counts["control"]) == (6, 18)
+    assert [line.split(":")[0] for line in heard] == ["0, document 9, character 118", "0, document 9, character 119"]
+    for after in (3, 20, 45):
+        with pytest.raises(BrokenError):
+            prepare(breaking(source, after), tmp_path / "broken", workers=1)
+    prepare(source, tmp_path / "broken", workers=1)
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
+
+
+def test_a_late_refusal_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"a good line of text\n" * 150_000 + "Les élèves là. ".encode("latin-1") * 60_000)
+    for _ in range(2):
+        with pytest.raises(UserError, match="are not valid in the encoding of its beginning"):
+            prepare(local_source([path]), tmp_path / "out", workers=1)
+        assert (tmp_path / "out.unfinished" / "progress.json").is_file()
+    with pytest.raises(UserError, match="unfinished, of another text or with other options"):
+        prepare(local_source([path], reading=Reading(encoding="latin-1")), tmp_path / "out", workers=1)
+
+
+def test_a_separator_that_does_not_occur_is_reported(tmp_path: Path, heard: list[str]) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("one line of text\n" * 5000)
+    for separator, ending in (("<sep>", "nothing was split"), ("\\n", "$'\\n' is a line end")):
+        source = local_source([path], reading=Reading(separator=separator))
+        prepare(source, tmp_path / ending[:4], workers=1)
+        assert heard[-1].startswith(f"--separator {separator!r} does not occur") and heard[-1].endswith(ending)
+    heard.clear()
+    prepare(local_source([path], reading=Reading(separator="line\n")), tmp_path / "c", workers=1)
+    prepare(local_source([path], reading=Reading(separator="of")), tmp_path / "d", workers=1)
+    assert len(heard) == 1

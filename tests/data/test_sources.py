@@ -14,6 +14,7 @@ from pyarrow import parquet
 from ds_gpt2 import tokenizer
 from ds_gpt2.data.documents import Document, Unreadable
 from ds_gpt2.data.sources import LocalFile, Reading, find_text_files, local_source, python_documents
+from ds_gpt2.data.unpacking import control_characters, open_text
 from ds_gpt2.errors import UserError
 
 
@@ -333,3 +334,107 @@ def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     for _ in LocalFile(tmp_path / "x.parquet").documents(0):
         most = max(most, pyarrow.total_allocated_bytes() - before)
     assert 0 < most < 25_000_000, f"{most:,} bytes of 40 MB"
+
+
+def late(path: Path, tail: bytes) -> Path:
+    """A text whose first 3 MB are good."""
+    path.write_bytes(b"a good line of text\n" * 150_000 + tail)
+    return path
+
+
+def contents(path: Path, **options: Any) -> str:
+    return "".join(map(str, read(path, **options)))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_another_encoding_behind_the_beginning_ends_the_preparation(tmp_path: Path, name: str) -> None:
+    lines = "Les élèves étaient là. " * 30_000
+    path = tmp_path / name
+    if name == "x.txt":
+        late(path, lines.encode("latin-1"))
+    else:
+        good, bad = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ("good " * 200, lines[:900]))
+        path.write_bytes(good.encode() * 3000 + bad.encode("latin-1") * 700)
+    with pytest.raises(UserError, match=rf"{name}: [\d,]+ of characters [\d,]+ to [\d,]+ are not valid in the enc"):
+        contents(path)
+    assert "\ufffd" in contents(path, encoding="utf-8")
+
+
+def test_binary_data_behind_the_beginning_ends_the_preparation(tmp_path: Path) -> None:
+    path = late(tmp_path / "x.txt", random.Random(1).randbytes(500_000))
+    for encoding in (None, "utf-8", "latin-1"):
+        with pytest.raises(UserError, match=r"x\.txt(: [\d,]+ of characters| is not text: [\d,]+ of characters)"):
+            contents(path, encoding=encoding)
+    assert "\0" in contents(late(path, bytes(9)))
+
+
+def test_bytes_are_replaced_as_python_does(tmp_path: Path) -> None:
+    dice = random.Random(2)
+    for encoding in ("utf-8", "utf-16-le", "utf-32-be", "gb18030", "cp1252", "ascii"):
+        for _ in range(20):
+            raw = b"text\n" * 9 + dice.randbytes(40) + "é\ufffd€".encode("utf-8")
+            (tmp_path / "x.txt").write_bytes(raw)
+            with open_text(tmp_path / "x.txt", "", encoding) as file:
+                found = file.read()
+            with (tmp_path / "x.txt").open(encoding=encoding, errors="replace") as file:
+                assert found == file.read()
+
+
+@pytest.mark.parametrize("end", [40, 0x7F, 3000, 0x1FFFF])
+def test_control_characters_are_counted(end: int) -> None:
+    dice = random.Random(end)
+    for _ in range(50):
+        text = "".join(chr(dice.choice((dice.randrange(34), dice.randrange(end + 1)))) for _ in range(60))
+        expected = sum((each < " " and each not in "\t\n\v\f\r\b\x1a\x1b") or each == "\x7f" for each in text)
+        assert control_characters(text) == expected
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["idna", "punycode", "undefined", "rot13", "hex", "base64", "unicode_escape", "raw-unicode-escape", "zip", "a\0b"],
+)
+def test_only_encodings_of_text_are_accepted(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.txt").write_text("some text")
+    with pytest.raises(UserError, match="unknown --encoding "):
+        read(tmp_path / "x.txt", encoding=encoding)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_utf_16_without_a_byte_order_mark_needs_its_byte_order(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes(LINES.encode(f"{encoding}-le"))
+        with pytest.raises(UserError, match=f"{name} has no byte order mark.*give {encoding}-le or {encoding}-be"):
+            read(path, encoding=encoding)
+        assert len(read(path, encoding=f"{encoding}-le")) in (1, 9)
+        path.write_bytes(LINES.encode("utf-8"))
+        for given in (encoding, f"{encoding}-le", f"{encoding}-be"):
+            with pytest.raises(UserError, match=rf"{name} is UTF-8 or ASCII, not .*: leave --encoding {given} out"):
+                read(path, encoding=given)
+
+
+@pytest.mark.parametrize("place", [-8, -4])
+def test_a_damaged_checksum_is_not_other_data(tmp_path: Path, place: int) -> None:
+    packed = bytearray(gzip.compress(b"text of some kind\n" * 1000))
+    packed[place] ^= 1
+    (tmp_path / "x.txt.gz").write_bytes(packed)
+    with pytest.raises(UserError, match=r"x\.txt\.gz cannot be read: it is damaged \((CRC|Incorrect length)"):
+        read(tmp_path / "x.txt.gz")
+
+
+def test_many_json_files_that_are_left_out_are_counted(tmp_path: Path, heard: list[str]) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.json").write_text('{"name": "x"}')
+    (tmp_path / "a.txt").write_text("text")
+    local_source([tmp_path])
+    assert len([line for line in heard if "left out" in line]) == 6
+    assert heard[-1] == "and 55 more .json files left out"
+
+
+def test_a_format_without_named_files_has_no_effect(tmp_path: Path, heard: list[str]) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    local_source([tmp_path], reading=Reading(form="jsonl"))
+    assert [line for line in heard if line.startswith("--format jsonl has no effect")]
+    heard.clear()
+    local_source([tmp_path / "a.txt", tmp_path], reading=Reading(form="text"))
+    assert not heard or "no effect" not in heard[0]

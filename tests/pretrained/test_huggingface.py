@@ -119,9 +119,12 @@ def test_a_shorter_context_takes_the_first_positions(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        (ModelShape(3, 4, 32, 96), r"has layers 2, not 3: set model\.layers=2"),
-        (ModelShape(2, 2, 32, 96), "has heads 4, not 2"),
-        (ModelShape(2, 4, 64, 96), "has width 32, not 64"),
+        (
+            ModelShape(3, 4, 32, 96),
+            r"has layers 2, heads 4, width 32; this run has layers 3, .*: set model\.layers=2",
+        ),
+        (ModelShape(2, 2, 32, 96), "this run has layers 2, heads 2, width 32"),
+        (ModelShape(2, 4, 64, 96), "this run has layers 2, heads 4, width 64"),
         (ModelShape(2, 4, 32, 97), r"knows 96 positions, batch\.sequence_length is 97: set it to 96"),
     ],
 )

@@ -125,7 +125,9 @@ def test_what_is_accepted_gives_the_logits_of_transformers(copy: Path, values: d
         ({"model_type": "llama"}, r'model_type is "llama"; this model computes only "gpt2"'),
         ({"model_type": ...}, r"model_type is missing"),
         ({"architectures": ["GPT2ForSequenceClassification"]}, r"architectures is \[\"GPT2ForSeq.*GPT2LMHeadModel"),
-        ({"architectures": "GPT2LMHeadModel"}, r"architectures is"),
+        ({"architectures": "GPT2LMHeadModel"}, r"architectures is \"GPT2LMHeadModel\"; it must be a list"),
+        ({"pad_token_id": -1}, r"pad_token_id is -1; it is not the number of a token"),
+        ({"sep_token_id": "x"}, r"sep_token_id is \"x\"; it is not the number of a token"),
         ({"auto_map": {"AutoModel": "modeling.Mine"}}, r"auto_map is \{\"AutoModel\""),
         ({"quantization_config": {"bits": 4}}, r"quantization_config is \{\"bits\": 4\}"),
         ({"pruned_heads": {"0": [1]}}, r"pruned_heads is"),
@@ -245,7 +247,7 @@ def _cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], 
         ),
         (
             lambda weights: weights.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(128, 32)}),
-            r"c_fc\.weight is \(32, 128\); .*, \(128, 32\)",
+            r"c_fc\.weight is stored as \(128, 32\); .*, as \(32, 128\): it is transposed$",
         ),
         (lambda weights: weights.update({"lm_head.weight": torch.zeros(3, 32)}), r"lm_head\.weight is \(3, 32\)"),
         (lambda weights: weights.update({"transformer.lm_head.weight": torch.zeros(3)}), "has an unknown transformer"),
@@ -388,7 +390,13 @@ def test_a_model_without_padding_has_no_note(plain: Path) -> None:
         ),
         ("added_tokens.json", {"<x>": "3"}, r"added_tokens\.json does not hold tokens and their numbers"),
         ("tokenizer.json", {"der": 7}, r"tokenizer\.json: token 7 is 'der'"),
-        ("tokenizer.json", b"{}", r"tokenizer\.json cannot be read"),
+        ("tokenizer.json", b"{}", r"tokenizer\.json cannot be read: it does not have model\.vocab"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "LlamaTokenizer"},
+            r"tokenizer_class is \"LlamaTokenizer\", GPT-2.s is",
+        ),
+        ("tokenizer_config.json", b"[]", r"tokenizer_config\.json does not hold a JSON object"),
     ],
 )
 def test_another_tokenizer_or_tokens_in_the_padding_are_refused(
@@ -483,3 +491,39 @@ def test_an_export_that_is_cut_is_refused(plain: Path, tmp_path: Path, size: int
     ) as raised:
         read(path)
     assert "\n" not in str(raised.value)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm was done"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a text\n", "it is damaged, or something else than a file of torch.save"),
+        (b"", "it is damaged, or something else than a file of torch.save"),
+        (Harmful(), "it holds more than tensors and plain values, such as code, which is not loaded"),
+    ],
+    ids=["text", "empty", "code"],
+)
+def test_a_file_that_is_no_export_is_refused_without_pytorchs_internals(
+    tmp_path: Path, content: Any, said: str
+) -> None:
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError) as raised:
+        read(path)
+    assert str(raised.value) == f"{path} is not a file that `export --format fp32` has written: {said}"
+
+
+def test_a_tokenizer_file_need_not_have_added_tokens(plain: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(plain, tmp_path / "copy"))
+    write_tokenizer(directory, 48)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    del content["added_tokens"]
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    assert shape_at(directory) == ModelShape(2, 4, 32, 48)
