@@ -28,8 +28,10 @@ def make_safe() -> None:
 
 def ignore_failures() -> None:
     """From here on output that cannot be written is lost: training is worth more than what it prints."""
-    sys.stdout = Unfailing(sys.stdout)
-    sys.stderr = Unfailing(sys.stderr)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Unfailing):
+            setattr(sys, name, Unfailing(stream))
 
 
 def output_fails() -> bool:
