@@ -946,6 +946,13 @@ def test_the_screen_fits_a_phone_whatever_there_is_to_tell(working: Files, monke
     assert len(line(status)) <= WIDTH
 
 
+def test_a_finished_run_whose_checkpoints_are_gone_needs_attention(files: Files) -> None:
+    files.train(1000)
+    files.note("save", 60, 1000)
+    files.note("done", 50, 1000)
+    assert files.problems() == [f"no checkpoints in {files.folder}/checkpoints/test, though some were saved"]
+
+
 def test_colours_are_for_terminals(working: Files) -> None:
     plain, coloured = screen(working.look()), screen(working.look(), coloured=True)
     assert "\033" not in plain

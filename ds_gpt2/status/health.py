@@ -57,6 +57,8 @@ def problems_of(
             *_of_training(events, now),
             *_of_disks(rooms, settings.alerts.disk_days),
         ]
+    elif newest is None and any(event.kind == "save" for event in events):
+        problems.append(Problem("save_failed", f"no checkpoints in {settings.checkpoint_dir}, though some were saved"))
     return [*problems, *_of_messages(events)]
 
 

@@ -152,7 +152,9 @@ def test_only_config_and_safetensors_are_downloaded_and_only_once(
 def test_a_check_looks_at_the_config_only(served: Hub) -> None:
     opening.check(SHAPE, "some/gpt2")
     assert served.asked == {CONFIG: 1}
-    with pytest.raises(UserError, match=r"model\.init_from some/gpt2 has layers 2, heads 2, width 32; .* set model\.layers=2"):
+    with pytest.raises(
+        UserError, match=r"model\.init_from some/gpt2 has layers 2, heads 2, width 32; .* set model\.layers=2"
+    ):
         opening.prepare(ModelShape(3, 2, 32, 64), "some/gpt2")
     assert served.asked == {CONFIG: 1}
 
