@@ -23,13 +23,13 @@ class Launched:
 
 
 def launch(
-    ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 240
+    ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 900
 ) -> Launched:
     """SCRIPT ARGUMENTS on so many ranks, to its end."""
     return run(start_command(Place(accelerator, ranks), script, arguments), accelerator, timeout)
 
 
-def run(command: list[str], accelerator: str = "cpu", timeout: float = 240) -> Launched:
+def run(command: list[str], accelerator: str = "cpu", timeout: float = 900) -> Launched:
     """Run ``command`` in a session of its own; whatever it leaves behind is listed and ended."""
     process = start(command, accelerator)
     try:

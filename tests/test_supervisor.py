@@ -163,7 +163,7 @@ def test_what_was_right_before_is_nobodys_mistake(configure: Configure, dataset_
         _until(lambda: "crash" in _told(settings))
         _until(lambda: _told(settings).count("crash") == 2)
         away.rename(data)
-        assert process.wait(timeout=120) == outcome.DONE
+        assert process.wait(timeout=600) == outcome.DONE
     finally:
         end_session(process.pid)
     crashed = [event.text for event in _events(settings) if event.kind == "crash"]

@@ -45,7 +45,7 @@ def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPath
         command = f"{shlex.join([*COMMAND, *words, '--num_gpus', '2'])} {redirected.format(folder)}"
         environment = {**os.environ, **ENCODINGS["ASCII"], "DS_ACCELERATOR": "cpu"}
         started = subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True)
-        assert started.wait(timeout=240) == 0, (folder / "out").read_text(errors="replace")
+        assert started.wait(timeout=900) == 0, (folder / "out").read_text(errors="replace")
         assert end_session(started.pid) == []
     return folder / "runs" / "test"
 

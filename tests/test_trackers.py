@@ -335,7 +335,7 @@ def stop_after(step: int, folder: Path, config: Path) -> Launched:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     return Launched(process.returncode, output, end_session(process.pid))
 
 

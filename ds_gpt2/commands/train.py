@@ -57,9 +57,10 @@ def resume(options: argparse.Namespace) -> int:
         options.run, options.settings = None, words
     run_dir = find_run(options.run)
     overrides = parse_overrides(options.settings)
-    if named := sorted({"run.name", "run.dir"} & set(overrides)):
-        raise UserError(f"{named[0]} of a run is where it is found: move {run_dir}, or start another run with `train`")
     settings = load_run_settings(run_dir, overrides)
+    if settings.run_dir != run_dir:
+        named = next(key for key in ("run.name", "run.dir") if key in overrides)
+        raise UserError(f"{named} of a run is where it is found: move {run_dir}, or start another run with `train`")
     ranks = options.num_gpus
     if ranks is None:
         ranks, overrides = _shared_out(settings, overrides)

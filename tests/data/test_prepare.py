@@ -255,7 +255,7 @@ def test_killed_again_and_again_it_comes_to_the_same_bytes(tmp_path: Path, text:
             victim = _after_a_while(process, tmp_path / f"killed{UNFINISHED}", dice, worker=attempt == 1)
             with_workers = psutil.Process(process.pid).children() if process.poll() is None else []
             victim()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         ends.append(process.returncode)
         if attempt < 4:
             assert psutil.wait_procs(with_workers, timeout=60)[1] == []
