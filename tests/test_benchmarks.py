@@ -15,7 +15,7 @@ from benchmarks.run import Goal
 
 
 def start(program: str, *words: object) -> str:
-    done = run([sys.executable, str(PROJECT / "benchmarks" / program), *map(str, words)], timeout=400)
+    done = run([sys.executable, str(PROJECT / "benchmarks" / program), *map(str, words)], timeout=1200)
     assert done.code == 0, done.output
     assert done.left_over == []
     return done.output

@@ -31,6 +31,7 @@ LAYERS = [
         "wording",
         "notes",
         "run_location",
+        "paths",
         "strict_yaml",
         "launch_environment",
         "own_modules",

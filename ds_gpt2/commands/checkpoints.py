@@ -29,7 +29,6 @@ from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings
 from ds_gpt2.errors import UserError
-from ds_gpt2.preflight import check_outputs
 from ds_gpt2.run_location import CONFIG, load_run_settings, run_of
 from ds_gpt2.wording import size
 
@@ -140,6 +139,8 @@ def find_place(run: str | None) -> Place:
         directory = _bare_directory(run)
         if directory is not None:
             return Place(directory, scan(directory), _settings_of_run_in(directory))
+        from ds_gpt2.preflight import check_outputs  # it loads what `list` of a directory does not need
+
         settings = load_run_settings(find_run(run))
         check_outputs(settings)
         return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)

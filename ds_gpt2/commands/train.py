@@ -98,10 +98,10 @@ def start(
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     check_start(settings, plan, resume)
     ways.check(settings.alerts)
-    if not _is_ready(settings, place):
-        return outcome.MISTAKE
     if what_to_resume(settings, resume) is None:
         check_initial_model(settings)
+    if not _is_ready(settings, place):
+        return outcome.MISTAKE
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))

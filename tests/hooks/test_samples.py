@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_files_that_were(
     hook.observe(engine, STATE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fill(path: Path, content: str, encoding: str) -> int:
+    def fill(path: Path, content: str, encoding: str, errors: str) -> int:
         with path.open("w", encoding=encoding) as file:
             file.write(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
