@@ -230,14 +230,15 @@ def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))
     as_rank_zero.setattr("ds_gpt2.assembly.open_process_group", lambda _: None)
     assert train.main(["--config", str(endless)]) == outcome.MISTAKE
-    assert f"run test has its checkpoints in {big}/test: set checkpoint.dir={big}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"it left some in {big}/test: move that directory" in said and f"or set checkpoint.dir={big}" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --config YAML"),
-        (["--resume", "schedule.steps=bad"], r"schedule\.steps='bad'"),
+        (["--resume", "schedule.steps=bad"], r"schedule\.steps=bad: must be a whole number"),
         (["--resume", "nowhere.step=5"], "unknown setting nowhere"),
         (["--no-such-flag"], "not of the form key=value"),
         (["run=5", "run.seed=1"], "run was given a value of its own"),
