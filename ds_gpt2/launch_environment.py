@@ -17,7 +17,7 @@ from ds_gpt2.errors import UserError
 
 Launcher = Literal["deepspeed", "torchrun", "slurm", "mpi", "environment", "none"]
 
-# Set for the ranks of another job, they would make a rank wait for ranks that nobody starts.
+# Left over from another job, they would make a rank wait for ranks that are never started.
 PER_RANK = (
     "RANK",
     "LOCAL_RANK",

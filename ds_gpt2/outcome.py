@@ -81,7 +81,7 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a rank and end its process, after an error too: a library's exit handler could wait for a service."""
     try:
         code = main()
-    except Exception:
+    except Exception:  # whatever ended the rank: its traceback is printed below
         sys.excepthook(*sys.exc_info())
         code = CRASHED
     end_process(code)

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _pass_on(run: Run) -> bool:
-    """Log every row until the end; whether the run failed, as it has if nobody says how it ended."""
+    """Log every row until the end. Return whether the run failed; it has if the last message does not report its end."""
     complained = False
     for line in sys.stdin:
         with contextlib.suppress(ValueError):  # a line that is cut: the rank was killed

@@ -508,7 +508,7 @@ def test_a_finished_run_whose_last_checkpoint_was_not_copied_is_a_problem(files:
     assert "could not be copied before the end of the run" in status.problems[0].text
 
 
-def test_messages_that_nobody_takes_are_a_problem_until_one_is_taken(working: Files) -> None:
+def test_messages_that_are_not_delivered_are_a_problem_until_one_is(working: Files) -> None:
     working.note("alert", 60, text="the command did not take 'test: crash' (exit status 1): it is tried again")
     (problem,) = working.look().problems
     assert problem.kind == "alert"

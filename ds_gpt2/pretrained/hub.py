@@ -105,7 +105,7 @@ def _contact(name: HubName) -> None:
     url = library.hf_hub_url(name.repository, gpt2_config.CONFIG, revision=name.revision)
     try:
         library.get_hf_file_metadata(url, timeout=_CONTACT_SECONDS)
-    except Exception as error:  # of whichever HTTP library this version is built on
+    except Exception as error:  # the HTTP library differs between versions of huggingface_hub
         raise _explained(name, gpt2_config.CONFIG, error) from None
 
 
@@ -135,7 +135,7 @@ def _download(name: HubName, file: str, revision: str) -> Path:
             if not isinstance(error, library.errors.LocalEntryNotFoundError):  # that one means: the network is gone
                 raise
             problem: Exception = error
-        except Exception as error:  # of whichever HTTP library this version is built on
+        except Exception as error:  # the HTTP library differs between versions of huggingface_hub
             problem = error
         if attempt == _ATTEMPTS - 1 or not _is_temporary(problem):
             raise _explained(name, file, problem) from None

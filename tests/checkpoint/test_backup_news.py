@@ -143,7 +143,7 @@ def test_a_copy_that_does_not_move_is_a_failure(run_dir: Path, tmp_path: Path, m
 
     def hang(self: Backup, *arguments: object) -> int:
         answer.wait(60)
-        return copy(self, *arguments)  # type: ignore[arg-type]
+        return copy(self, *arguments)  # type: ignore[arg-type]  # object stands for any argument
 
     monkeypatch.setattr(Backup, "copy", hang)
     queue = open_queue(tmp_path / "nas", run_dir)

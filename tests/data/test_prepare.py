@@ -196,17 +196,17 @@ def test_whatever_ends_a_preparation_the_result_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: Any, seed: int
 ) -> None:
     """Again and again, with notes at random moments, and with what was written after the last one."""
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     monkeypatch.setattr("ds_gpt2.data.pieces.PIECE_CHARACTERS", 50)
-    lengths = [dice.choice([0, 1, 5, 30, 200]) for _ in range(120)]
-    documents = [" ".join(f"w{dice.randrange(99)}" for _ in range(length)) for length in lengths]
+    lengths = [generator.choice([0, 1, 5, 30, 200]) for _ in range(120)]
+    documents = [" ".join(f"w{generator.randrange(99)}" for _ in range(length)) for length in lengths]
     source = listed(documents[:50], documents[50:51], [None, *documents[51:]])
     recipe = Recipe(holdout, shard_tokens=700)
     prepare(source, tmp_path / "whole", recipe, workers=1)
     for _ in range(500):
-        monkeypatch.setattr(preparing, "_NOTE_SECONDS", dice.choice([0, 0.001, 99]))
+        monkeypatch.setattr(preparing, "_NOTE_SECONDS", generator.choice([0, 0.001, 99]))
         try:
-            prepare(breaking(source, dice.randrange(200)), tmp_path / "broken", recipe, workers=1)
+            prepare(breaking(source, generator.randrange(200)), tmp_path / "broken", recipe, workers=1)
             break
         except BrokenError:
             assert not (tmp_path / "broken").exists()
@@ -234,8 +234,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 130 MB of lines: seconds of work."""
     folder = tmp_path_factory.mktemp("text")
     words = [f"word{number}" for number in range(5000)]
-    dice = random.Random(1)
-    bodies = [" ".join(dice.choices(words, k=200)) for _ in range(2000)]
+    generator = random.Random(1)
+    bodies = [" ".join(generator.choices(words, k=200)) for _ in range(2000)]
     for number in range(9):
         lines = (json.dumps({"text": f"{number} {place} {bodies[place % 2000]}"}) for place in range(8000))
         (folder / f"{number}.jsonl").write_text("\n".join(lines))
@@ -246,13 +246,13 @@ def test_killed_again_and_again_it_comes_to_the_same_bytes(tmp_path: Path, text:
     """The real command, with SIGKILL to it or to one of its workers."""
     whole = subprocess.run(command(text, tmp_path / "whole"), cwd=PROJECT, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stdout
-    dice, ends = random.Random(3), []
+    generator, ends = random.Random(3), []
     for attempt in range(30):
         process = subprocess.Popen(
             command(text, tmp_path / "killed"), cwd=PROJECT, stdout=subprocess.PIPE, stderr=-2, text=True
         )
         if attempt < 4:
-            victim = _after_a_while(process, tmp_path / f"killed{UNFINISHED}", dice, worker=attempt == 1)
+            victim = _after_a_while(process, tmp_path / f"killed{UNFINISHED}", generator, worker=attempt == 1)
             with_workers = psutil.Process(process.pid).children() if process.poll() is None else []
             victim()
         output, _ = process.communicate(timeout=600)
@@ -286,7 +286,7 @@ def test_a_worker_that_is_killed_while_it_writes_is_noticed(monkeypatch: pytest.
 
 
 def _after_a_while(
-    process: subprocess.Popen[str], unfinished: Path, dice: random.Random, worker: bool
+    process: subprocess.Popen[str], unfinished: Path, generator: random.Random, worker: bool
 ) -> Callable[[], None]:
     """When it has got on: how to kill it, or a worker."""
     note = unfinished / "progress.json"
@@ -295,7 +295,7 @@ def _after_a_while(
     while not note.exists() or note.read_text() == before:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    time.sleep(dice.uniform(0, 0.2))
+    time.sleep(generator.uniform(0, 0.2))
     if not worker:
         return process.kill
     children = psutil.Process(process.pid).children()
@@ -366,18 +366,18 @@ def test_damaged_documents_are_named_and_counted(tmp_path: Path, heard: list[str
 def test_damaged_documents_and_separators_change_nothing_when_it_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     monkeypatch.setattr("ds_gpt2.data.pieces.PIECE_CHARACTERS", 50)
     monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
-    texts = ["|".join("word " * dice.randrange(30) for _ in range(dice.randrange(1, 4))) for _ in range(40)]
-    lines = [dice.choice([json.dumps({"text": text}), json.dumps({"text": text}), "{}"]) for text in texts]
+    texts = ["|".join("word " * generator.randrange(30) for _ in range(generator.randrange(1, 4))) for _ in range(40)]
+    lines = [generator.choice([json.dumps({"text": text}), json.dumps({"text": text}), "{}"]) for text in texts]
     (tmp_path / "x.jsonl").write_text('{"text": "first"}\n' * 5 + "\n".join(lines))
     source = local_source([tmp_path / "x.jsonl"], reading=Reading(separator="|"))
     prepare(source, tmp_path / "whole", workers=1)
     (part,) = source.parts
     real = type(part).documents
     for _ in range(200):
-        left = itertools.count(dice.randrange(1, 40), -1)
+        left = itertools.count(generator.randrange(1, 40), -1)
 
         def documents(part: Any, skip: int, left: Any = left) -> Iterator[Any]:
             for document in real(part, skip):

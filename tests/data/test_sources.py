@@ -198,7 +198,7 @@ def test_a_separator_splits_a_text_into_documents(tmp_path: Path, text: str, par
     assert read(tmp_path / "x.txt", separator="<sep>") == parts
     (part,) = local_source([tmp_path / "x.txt"], reading=Reading(separator="<sep>")).parts
     for skip in range(len(parts)):
-        assert ["".join(document or "") for document in part.documents(skip)] == parts[skip:]  # type: ignore[arg-type]
+        assert ["".join(document or "") for document in part.documents(skip)] == parts[skip:]  # type: ignore[arg-type]  # text parts yield str or None
 
 
 def test_a_separator_splits_lines_and_rows_too(tmp_path: Path) -> None:
@@ -325,8 +325,8 @@ def test_a_field_of_another_name(tmp_path: Path) -> None:
 
 def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     """Nor one row group of it: there are files that have no more than one."""
-    dice = random.Random(0)
-    rows = ["".join(dice.choices("abcdefgh ", k=10_000)) for _ in range(4000)]
+    generator = random.Random(0)
+    rows = ["".join(generator.choices("abcdefgh ", k=10_000)) for _ in range(4000)]
     table, plain = pyarrow.table({"text": rows}), {"compression": "none", "use_dictionary": False}
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=4000, **plain)
     del rows, table
@@ -369,10 +369,10 @@ def test_binary_data_behind_the_beginning_ends_the_preparation(tmp_path: Path) -
 
 
 def test_bytes_are_replaced_as_python_does(tmp_path: Path) -> None:
-    dice = random.Random(2)
+    generator = random.Random(2)
     for encoding in ("utf-8", "utf-16-le", "utf-32-be", "gb18030", "cp1252", "ascii"):
         for _ in range(20):
-            raw = b"text\n" * 9 + dice.randbytes(40) + "é\ufffd€".encode("utf-8")
+            raw = b"text\n" * 9 + generator.randbytes(40) + "é\ufffd€".encode("utf-8")
             (tmp_path / "x.txt").write_bytes(raw)
             with open_text(tmp_path / "x.txt", "", encoding) as file:
                 found = file.read()
@@ -382,9 +382,11 @@ def test_bytes_are_replaced_as_python_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [40, 0x7F, 3000, 0x1FFFF])
 def test_control_characters_are_counted(end: int) -> None:
-    dice = random.Random(end)
+    generator = random.Random(end)
     for _ in range(50):
-        text = "".join(chr(dice.choice((dice.randrange(34), dice.randrange(end + 1)))) for _ in range(60))
+        text = "".join(
+            chr(generator.choice((generator.randrange(34), generator.randrange(end + 1)))) for _ in range(60)
+        )
         expected = sum((each < " " and each not in "\t\n\v\f\r\b\x1a\x1b") or each == "\x7f" for each in text)
         assert control_characters(text) == expected
 
