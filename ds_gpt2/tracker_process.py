@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _pass_on(run: Run) -> bool:
-    """Log every row until the end. Return whether the run failed; it has if the last message does not report its end."""
+    """Log every row until the end; return whether the run failed, as one has that did not report its end."""
     complained = False
     for line in sys.stdin:
         with contextlib.suppress(ValueError):  # a line that is cut: the rank was killed
