@@ -242,15 +242,6 @@ def python_source() -> Source:
     return Source("Python's manual and standard library", [Listed("python", python_documents, tokens=3_900_000)])
 
 
-def find_text_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths that ``find_files`` finds.
-
-    Raises:
-        UserError: a path that does not exist, or nothing found.
-    """
-    return [found.path for found in find_files(paths)]
-
-
 def python_documents() -> Iterator[str]:
     """The reference pages of Python's ``help()`` and the sources of its standard library, tests left out.
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from ds_gpt2.config import Settings
 from ds_gpt2.pace import EVALUATIONS
 
-HOOKS = EVALUATIONS
-
 
 @dataclass(frozen=True)
 class Course:
@@ -63,8 +61,8 @@ def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int 
 
 
 def occasions(settings: Settings, steps: int) -> dict[str, int]:
-    """How often each of ``HOOKS`` is due."""
-    return {name: len(due(getattr(settings, name).every, steps)) for name in HOOKS}
+    """How often each of ``EVALUATIONS`` is due."""
+    return {name: len(due(getattr(settings, name).every, steps)) for name in EVALUATIONS}
 
 
 def due(every: int, steps: int) -> list[int]:

@@ -24,8 +24,8 @@ from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.launcher import Place, Ranks
+from ds_gpt2.pace import EVALUATIONS
 from ds_gpt2.planning import trial_rank
-from ds_gpt2.planning.course import HOOKS
 from ds_gpt2.planning.supplies import existing
 from ds_gpt2.planning.traces import Traces, read_traces
 from ds_gpt2.supervised import lives
@@ -58,7 +58,7 @@ class Scenes:
 
     steps: int
     accumulation: int  # micro-batches a step
-    due: Mapping[str, int] = field(default_factory=dict)  # the step that is followed by each of HOOKS
+    due: Mapping[str, int] = field(default_factory=dict)  # the step that is followed by each of EVALUATIONS
 
     @property
     def save(self) -> int:
@@ -101,7 +101,7 @@ def run_trial(
 
 def plan_scenes(settings: Settings, steps: int, accumulation: int) -> Scenes:
     """Each evaluation the run will have, in the second half, at a step of its own and only once."""
-    wanted = [name for name in HOOKS if getattr(settings, name).every]
+    wanted = [name for name in EVALUATIONS if getattr(settings, name).every]
     if "hellaswag" in wanted and not settings.hellaswag.path.exists():
         wanted.remove("hellaswag")  # a trial fetches nothing
     return Scenes(steps, accumulation, {name: steps // 2 + 1 + place for place, name in enumerate(wanted)})
@@ -181,7 +181,7 @@ def _overrides(folder: Path, settings: Settings, scenes: Scenes, plan: BatchPlan
         "checkpoint.every": str(scenes.save),
         "checkpoint.best_as": "weights" if reduced else "full",
         "batch.tokens_per_step": str(plan.tokens_per_step // plan.accumulation * scenes.accumulation),
-        **{f"{name}.every": str(scenes.due.get(name, 0)) for name in HOOKS},
+        **{f"{name}.every": str(scenes.due.get(name, 0)) for name in EVALUATIONS},
     }
 
 

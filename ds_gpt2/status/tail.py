@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +14,10 @@ from ds_gpt2.metrics import METRICS
 
 _BLOCK = 1 << 18  # bytes read at once, some hundred records
 _MOST = 1 << 24  # bytes looked at for some records, however large they are
-_WITHOUT_TIME = 100  # lines passed over in search of one that tells its time
+_WITHOUT_TIME = 100  # lines skipped in search of one that can be compared
 
 Record = dict[str, Any]
+_Condition = Callable[[Record], bool]
 
 
 def newest(run_dir: Path, count: int) -> list[Record]:
@@ -68,57 +69,47 @@ def _up_to(file: BinaryIO, end: int, count: int) -> list[Record]:
 
 
 def _at_step(file: BinaryIO, step: int) -> Record | None:
-    low, high = 0, file.seek(0, os.SEEK_END)
-    while low < high:  # the record begins at the first byte from which on none of an earlier step begins
-        middle = (low + high) // 2
-        later = _record_from(file, middle)
-        if later is not None and later["step"] < step:
-            low = middle + 1
-        else:
-            high = middle
-    found = _record_from(file, low)
+    place = _first_place(file, lambda _: True, lambda record: bool(record["step"] < step))
+    found = _record_from(file, place, lambda _: True)
     return found if found is not None and found["step"] == step else None
-
-
-def _record_from(file: BinaryIO, place: int) -> Record | None:
-    """The first record that begins at byte ``place`` or behind it; None where there is none."""
-    file.seek(max(0, place - 1))
-    if place > 0:
-        file.readline()
-    for _ in range(_WITHOUT_TIME):
-        if not (line := file.readline()):
-            return None
-        if (record := _parse(line)) is not None:
-            return record
-    return None
 
 
 def _end_before(file: BinaryIO, time: float) -> int:
     """The byte behind the last record of before ``time``; 0 where there is none."""
+    place = _first_place(file, lambda record: time_of(record) is not None, lambda record: (time_of(record) or 0) < time)
+    if place == 0:
+        return 0
+    file.seek(place - 1)  # where the record begins, or within what follows its time
+    return place - 1 + len(file.readline())
+
+
+def _first_place(file: BinaryIO, counts: _Condition, is_before: _Condition) -> int:
+    """The first byte from which on no record begins that is before what is searched for; records ascend in the file.
+
+    Args:
+        counts: whether a record can be compared; others are skipped.
+    """
     low, high = 0, file.seek(0, os.SEEK_END)
     while low < high:
         middle = (low + high) // 2
-        later = _time_from(file, middle)
-        if later is not None and later < time:
+        later = _record_from(file, middle, counts)
+        if later is not None and is_before(later):
             low = middle + 1
         else:
             high = middle
-    if low == 0:
-        return 0
-    file.seek(low - 1)  # where the record begins, or within what follows its time
-    return low - 1 + len(file.readline())
+    return low
 
 
-def _time_from(file: BinaryIO, place: int) -> float | None:
-    """Of the first record that begins at byte ``place`` or behind it; None where there is none that tells."""
+def _record_from(file: BinaryIO, place: int, counts: _Condition) -> Record | None:
+    """The first record that counts of those that begin at byte ``place`` or behind it; None where there is none."""
     file.seek(max(0, place - 1))
     if place > 0:
         file.readline()
     for _ in range(_WITHOUT_TIME):
         if not (line := file.readline()):
             return None
-        if (record := _parse(line)) is not None and (when := time_of(record)) is not None:
-            return when
+        if (record := _parse(line)) is not None and counts(record):
+            return record
     return None
 
 

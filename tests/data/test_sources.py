@@ -13,7 +13,8 @@ from pyarrow import parquet
 
 from ds_gpt2 import tokenizer
 from ds_gpt2.data.documents import Document, Unreadable
-from ds_gpt2.data.sources import LocalFile, Reading, find_text_files, local_source, python_documents
+from ds_gpt2.data.files import find_files
+from ds_gpt2.data.sources import LocalFile, Reading, local_source, python_documents
 from ds_gpt2.data.unpacking import control_characters, open_text
 from ds_gpt2.errors import UserError
 
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_directory_is_searched_for_text(folder: Path) -> None:
-    found = find_text_files([folder])
+    found = [each.path for each in find_files([folder])]
     assert [path.name for path in found] == ["b.txt", "c.txt.gz", "d.jsonl", "a.md", "e.jsonl.gz"]
     assert [text for path in found for text in LocalFile(path).documents(0)] == [
         "plain é",
@@ -48,7 +49,7 @@ def test_a_directory_is_searched_for_text(folder: Path) -> None:
 def test_a_file_named_is_taken_whatever_its_ending(folder: Path) -> None:
     odd = folder / "notes"
     odd.write_text("x")
-    assert find_text_files([odd]) == [odd]
+    assert [each.path for each in find_files([odd])] == [odd]
 
 
 def test_bytes_that_are_no_text_become_a_mark(tmp_path: Path) -> None:
@@ -248,9 +249,9 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such text file"):
-        find_text_files([tmp_path / "gone.txt"])
+        find_files([tmp_path / "gone.txt"])
     with pytest.raises(UserError, match="no text found"):
-        find_text_files([tmp_path])
+        find_files([tmp_path])
 
 
 def test_the_sample_has_indentation_of_one_space_a_level() -> None:
