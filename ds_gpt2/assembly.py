@@ -47,7 +47,15 @@ from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.pace import Cadence, Pace, timed_of
-from ds_gpt2.preflight import backup_of, check_initial_model, dataset_of, identity_of, steps_of, what_to_resume
+from ds_gpt2.preflight import (
+    backup_of,
+    begins_anew,
+    check_initial_model,
+    dataset_of,
+    identity_of,
+    steps_of,
+    what_to_resume,
+)
 from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
@@ -113,7 +121,7 @@ def _train(
     Args:
         endings: gets what must be closed, however the run ends.
     """
-    if settings.model.init_from is not None and dist.from_main(lambda: what_to_resume(settings, origin.resume)) is None:
+    if settings.model.init_from is not None and dist.from_main(lambda: begins_anew(settings, origin.resume)):
         dist.from_main_at_length(lambda: check_initial_model(settings))  # downloads it if it is on the hub
     dist.together(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, dist.rank()), Journal(settings.run_dir)

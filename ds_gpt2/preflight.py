@@ -7,6 +7,7 @@ from typing import Any
 
 from ds_gpt2 import machine, run_location
 from ds_gpt2.batch import BatchPlan
+from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
 from ds_gpt2.checkpoint.places import reason_of
@@ -26,12 +27,12 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     Raises:
         UserError: something that the user has to change first.
     """
-    dataset = open_dataset(settings.data.dir)
     check_outputs(settings)
     check_backup(settings)
     wanted = what_to_resume(settings, resume)
-    if wanted is not None:
-        dataset = dataset_of(settings, wanted)
+    if commit.awaits_sweep(settings.checkpoint_dir):
+        wanted = None  # which checkpoints there are shows when the run is taken over
+    dataset = dataset_of(settings, wanted)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
@@ -41,7 +42,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         count_windows_of(dataset, "val", plan.sequence_length)
     if wanted is not None:
         _check_resume(settings, wanted, identity_of(settings, dataset), steps)
-    elif settings.model.init_from is not None and hub_name(settings.model.init_from) is None:
+    elif begins_anew(settings, resume) and hub_name(settings.model.init_from or "") is None:
         check_initial_model(settings)
     for directory in settings.output_dirs:
         machine.check_may_write(directory)
@@ -115,6 +116,15 @@ def what_to_resume(settings: Settings, resume: str | None) -> str | None:
     if automatic and newest is None and not has_copies(settings):
         return None
     return resume
+
+
+def begins_anew(settings: Settings, resume: str | None) -> bool:
+    """Whether a new run begins, with nothing to resume from now or when a save that a crash cut short is finished.
+
+    Raises:
+        UserError: a run must not be trained over.
+    """
+    return what_to_resume(settings, resume) is None and not commit.awaits_sweep(settings.checkpoint_dir)
 
 
 def has_copies(settings: Settings) -> bool:

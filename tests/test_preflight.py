@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from fsspec.registry import known_implementations  # type: ignore[import-untyped
 from launched import Launched
 
 from ds_gpt2 import cli, outcome, supervisor
+from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import PROJECT_DIR, load_settings
+from ds_gpt2.errors import UserError
+from ds_gpt2.preflight import check_start
+from ds_gpt2.run_location import load_run_settings
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -106,6 +111,23 @@ def test_a_mistake_in_starting_creates_no_run(
     more = ["batch.tokens_per_step=262144"] if "sequence_length" in setting else []
     assert message in refused("train", str(config), "run.name=new", setting, *more)
     assert tree(tmp_path) == before
+
+
+def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Launched, Path], tmp_path: Path) -> None:
+    """A crash between the last two steps of a commit: the ranks finish it before they look for a checkpoint."""
+    folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
+    settings = load_run_settings(folder / "runs" / "test")
+    batch = settings.batch
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, 4)
+    newest = settings.checkpoint_dir / "rolling_step_000012"
+    for path in [path for path in settings.checkpoint_dir.iterdir() if path.is_dir() and path != newest]:
+        shutil.rmtree(path)
+    newest.rename(newest.with_name(f"{newest.name}.tmp"))
+    for wanted in ("latest", "auto", "12", newest.name):
+        check_start(settings, plan, wanted)
+    (newest.with_name(f"{newest.name}.tmp") / "manifest.json").unlink()
+    with pytest.raises(UserError, match="nothing to resume"):
+        check_start(settings, plan, "latest")
 
 
 def test_a_run_with_checkpoints_is_not_started_again(

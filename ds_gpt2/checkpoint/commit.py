@@ -155,6 +155,12 @@ def sweep(disk: Disk, directory: Path) -> None:
     sweep_copying(disk, directory)
 
 
+def awaits_sweep(directory: Path) -> bool:
+    """Whether ``sweep`` would finish a checkpoint in ``directory``, which nothing else finds until then."""
+    partial = directory.glob("*" + PARTIAL) if directory.is_dir() else ()
+    return any(role_of(path.name.removesuffix(PARTIAL)) is not None and _is_complete(path) for path in partial)
+
+
 def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
     tag = path.name.removesuffix(PARTIAL)
     if path.name in (LATEST + PARTIAL, LATEST_BACKUP + PARTIAL):
