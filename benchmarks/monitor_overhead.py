@@ -53,10 +53,10 @@ class Silent:
     def waiting_for(self, items: Iterable[T]) -> Iterable[T]:
         return items
 
-    def end(self) -> dict[str, float]:
+    def end(self, step: int) -> dict[str, float]:
         return {}
 
-    def eta(self, steps_left: int) -> float:
+    def eta(self, step: int, steps: int) -> float:
         return 0.0
 
     def finish(self, state: object, for_good: bool) -> bool:

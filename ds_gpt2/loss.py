@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ds_gpt2.products import product
+
 # Bytes of fp32 logits that may exist at once. Small on a CPU, where a chunk should stay near the cache and where
 # fresh memory is slow; large on a GPU, where few big matrix products are fast.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
@@ -112,12 +114,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grads, head_grad = [], None
         for start in range(0, tokens, chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = part @ head.t()  # (chunk, padded vocabulary)
+            logits = product(part, head.t())  # (chunk, padded vocabulary)
             total += lose(logits, target, vocabulary, differentiate)
             if differentiate:
-                hidden_grads.append(logits @ head)
+                hidden_grads.append(product(logits, head))
                 # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
-                share = logits.t() @ part
+                share = product(logits.t(), part)
                 if tokens <= chunk:
                     head_grad = share
                 elif head_grad is None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_gpt2.loss import cross_entropy
+from ds_gpt2.products import linear
 
 VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
 PADDED_VOCABULARY = 50_304  # the next multiple of 128: matrix shapes that tensor cores like
@@ -56,6 +57,13 @@ class KeyValueCache:
         self._layers = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._layers]
 
 
+class Linear(nn.Linear):
+    """PyTorch's, but for bf16 on processors without instructions for it; see ``products``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -63,8 +71,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = shape.heads
         self.dropout = dropout
-        self.c_attn = nn.Linear(shape.width, 3 * shape.width)
-        self.c_proj = nn.Linear(shape.width, shape.width)
+        self.c_attn = Linear(shape.width, 3 * shape.width)
+        self.c_proj = Linear(shape.width, shape.width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, past: _Extend | None = None) -> torch.Tensor:
         batch, time, width = x.shape
@@ -83,8 +91,8 @@ class MLP(nn.Module):
     def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.c_fc = nn.Linear(shape.width, 4 * shape.width)
-        self.c_proj = nn.Linear(4 * shape.width, shape.width)
+        self.c_fc = Linear(shape.width, 4 * shape.width)
+        self.c_proj = Linear(4 * shape.width, shape.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -168,7 +176,7 @@ class GPT2(nn.Module):
 
     def logits(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Scores (batch, time, 50257) of the token after each position; ``cache`` as in ``hidden``."""
-        return F.linear(self.hidden(tokens, cache=cache), self.wte.weight[:VOCABULARY])
+        return linear(self.hidden(tokens, cache=cache), self.wte.weight[:VOCABULARY])
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)

@@ -197,7 +197,9 @@ def _other_owner(directory: Path, settings: Settings) -> Path | None:
 
 def _checkpoints_left_behind(settings: Settings) -> Path | None:
     """Checkpoints of the run in another directory than its own, which has none; None if there are none."""
-    if newest_tag(settings.checkpoint_dir) is not None or not (settings.run_dir / CONFIG).is_file():
+    if newest_tag(settings.checkpoint_dir) is not None or commit.awaits_sweep(settings.checkpoint_dir):
+        return None
+    if not (settings.run_dir / CONFIG).is_file():
         return None
     places = [load_run_settings(settings.run_dir).checkpoint_dir]
     places += run_location.checkpoint_dirs_before(settings.run_dir)

@@ -377,6 +377,6 @@ def test_a_peak_is_only_claimed_for_the_very_card(
 def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks but this machine shows 1 GPU\(s\): start with --num_gpus 1"):
         device.choose("cuda")

@@ -41,7 +41,7 @@ LAYERS = [
         "trackers",
         "tracker_process",
     },
-    {"dist", "device", "compilation", "loss", "model", "tokenizer", "data", "meter", "rng"},
+    {"dist", "device", "compilation", "loss", "model", "products", "tokenizer", "data", "meter", "rng"},
     {
         "engine",
         "zero",

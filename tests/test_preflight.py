@@ -126,7 +126,7 @@ def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Laun
     for wanted in ("latest", "auto", "12", newest.name):
         check_start(settings, plan, wanted)
     (newest.with_name(f"{newest.name}.tmp") / "manifest.json").unlink()
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(UserError, match=r"run test has no checkpoints in .*, but it left some in "):
         check_start(settings, plan, "latest")
 
 

@@ -1,0 +1,80 @@
+"""Matrix products in bf16 on processors without instructions for it.
+
+PyTorch's loop for them there (x86 without AVX-512) takes 11 to 28 times as long as multiplying in fp32, tile by tile,
+and rounding the result (benchmarks/LOG.md). The sums are in fp32 either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_TILE = 1024  # of the largest dimension: a few megabytes in fp32
+
+
+def _lacks_bf16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not supported()
+
+
+# Whether PyTorch's CPU kernels find no instructions for bf16 on this processor.
+BF16_IS_SLOW = _lacks_bf16()
+
+
+def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``a @ b + bias`` for matrices (m, k) and (k, n) and a vector (n,) of one dtype; not differentiable."""
+    if not _is_slow(a):
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    (m, k), n = a.shape, b.shape[1]
+    start = torch.zeros(n) if bias is None else bias.float()
+    if k >= max(m, n):
+        total = start.expand(m, n).contiguous()
+        for left, right in zip(a.split(_TILE, dim=1), b.split(_TILE), strict=True):
+            total.addmm_(left.float(), right.float())
+        return total.to(a.dtype)
+    result = torch.empty(m, n, dtype=a.dtype)
+    if m >= n:
+        right = b.float()
+        for rows, left in zip(result.split(_TILE), a.split(_TILE), strict=True):
+            rows.copy_(torch.addmm(start, left.float(), right))
+    else:
+        left = a.float()
+        tiles = zip(result.split(_TILE, dim=1), b.split(_TILE, dim=1), start.split(_TILE), strict=True)
+        for columns, right, offset in tiles:
+            columns.copy_(torch.addmm(offset, left, right.float()))
+    return result
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``F.linear``: (..., in) to (..., out) by a weight (out, in)."""
+    return _tiled_linear(x, weight, bias) if _is_slow(x) else F.linear(x, weight, bias)
+
+
+def _is_slow(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and BF16_IS_SLOW
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch leaves it untyped; a compiler would call the slow product
+def _tiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = _Linear.apply(x, weight, bias)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad_outputs[0].flatten(0, -2)
+        wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight).view_as(x) if wanted_x else None,
+            product(grad.t(), x.flatten(0, -2)) if wanted_weight else None,
+            grad.sum(0, dtype=torch.float32).to(grad.dtype) if wanted_bias else None,
+        )
