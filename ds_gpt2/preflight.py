@@ -139,7 +139,7 @@ def has_copies(settings: Settings) -> bool:
 def backup_of(settings: Settings) -> Backup | None:
     """Where the run's backups go; None if it has none."""
     to = settings.checkpoint.backup.to
-    return Backup(to, settings.run.name, settings.checkpoint.backup) if to else None
+    return Backup(to, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir) if to else None
 
 
 def check_backup(settings: Settings) -> None:

@@ -28,8 +28,10 @@ from pydantic import BaseModel, ValidationError
 from ds_gpt2 import tracker_process
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import write_whole
+from ds_gpt2.run_address import address_of, read_address
 
 IDS = "trackers.json"  # in the run's directory: the ids under which the trackers know the run
+_ADDRESS = "run"  # there: which run they belong to
 FINISH_SECONDS = 30  # for all trackers together
 _OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s, and then has to open an offline run
 _CHECK_SECONDS = 60.0
@@ -234,7 +236,7 @@ def open_trackers(
 
     Args:
         content: of the DeepSpeed file.
-        start_step: a run that resumes keeps its ids; one that starts at step 0 gets new ones.
+        start_step: a run that resumes keeps its ids; one that starts at step 0 gets new ones, and so does a copy.
 
     Returns:
         By the name of the DeepSpeed monitor that it replaces.
@@ -243,7 +245,7 @@ def open_trackers(
         UserError: a block is wrong, or a tracker refuses how it is set up and the run starts at step 0.
     """
     wandb, comet = _read(content)
-    ids = _Ids(run_dir / IDS, resumes=start_step > 0)
+    ids = _Ids(run_dir, resumes=start_step > 0)
     started = {}
     if wandb.enabled:
         arguments: dict[str, Any] = {"project": wandb.project, "group": wandb.group, "entity": wandb.team}
@@ -290,23 +292,36 @@ def finish(trackers: Iterable[Tracker], failed: bool, seconds: float = FINISH_SE
 class _Ids:
     """The ids of a run at its trackers, kept in a file over resumes."""
 
-    def __init__(self, file: Path, resumes: bool) -> None:
-        self._file = file
-        self._known: dict[str, str] = {}
+    def __init__(self, run_dir: Path, resumes: bool) -> None:
+        self._file = run_dir / IDS
+        self._address = address_of(run_dir)
+        self._known: dict[str, Any] = {_ADDRESS: self._address.to_dict()}
+        self._written: dict[str, Any] = {}
         if resumes:
-            with contextlib.suppress(OSError, ValueError):
-                known = json.loads(file.read_text(encoding="utf-8"))
-                self._known = {str(name): str(value) for name, value in known.items()}
+            self._read()
 
     def of(self, tracker: str) -> str:
         """The id the run has there, or a new one."""
-        if tracker not in self._known:
-            self._known[tracker] = uuid.uuid4().hex
+        known = self._known.setdefault(tracker, uuid.uuid4().hex)
+        if self._known != self._written:
+            self._written = dict(self._known)
             try:
                 write_whole(self._file, json.dumps(self._known))
             except OSError as error:
                 log.warning(f"{self._file} cannot be written ({error}): a resume starts another run at {tracker}")
-        return self._known[tracker]
+        return str(known)
+
+    def _read(self) -> None:
+        try:
+            written = json.loads(self._file.read_text(encoding="utf-8"))
+            address = read_address(written.get(_ADDRESS))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return
+        if address is not None and address != self._address and address.is_in_use():
+            log.warning(f"this is a copy of {address}: it is another run at its trackers")
+            return
+        self._written = written
+        self._known = {**written, **self._known}
 
 
 def _read(content: dict[str, Any]) -> tuple[WandbBlock, CometBlock]:

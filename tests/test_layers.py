@@ -30,6 +30,7 @@ LAYERS = [
         "reference",
         "wording",
         "notes",
+        "run_address",
         "run_location",
         "paths",
         "strict_yaml",

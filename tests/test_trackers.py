@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -196,6 +197,28 @@ def test_a_kill_loses_no_row_and_steps_that_a_resume_repeats_are_kept(
     rank(tmp_path, 1, 2)
     assert wandb_id(tmp_path) not in first, "a run that starts anew went into the old one"
     assert list(wandb_exit_codes(tmp_path).values()) == [1, 1, 0]
+
+
+def test_a_copied_run_is_another_run_at_the_tracker_and_a_moved_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tmp_path / "original"
+    original.mkdir()
+    for name in ("config.yaml", "journal.jsonl"):
+        (original / name).touch()
+    offline(original, monkeypatch)
+    (original / "ds.json").write_text(json.dumps({"wandb": {"enabled": True}}))
+    rank(original, 1, 2)
+    before = wandb_id(original)
+    copied = shutil.copytree(original, tmp_path / "copied", symlinks=True)
+    assert f"this is a copy of the run in {original}" in rank(copied, 3, 4, start=2)
+    assert wandb_id(copied) != before == wandb_id(original)
+    moved = original.rename(tmp_path / "moved")
+    rank(moved, 3, 4, start=2)
+    assert wandb_id(moved) == before
+    copied_again = shutil.copytree(moved, tmp_path / "again", symlinks=True)
+    rank(copied_again, 5, 6, start=4)
+    assert wandb_id(copied_again) != before
 
 
 def test_repeated_steps_in_one_wandb_run_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 A hard link shares its blocks and dies with them; a copy does not. The copies of a run lie in ``<place>/<run>/<tag>/``,
 the same files as in ``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker
-there too: written last, removed first. One process at a time may write the copies of a run.
+there too: written last, removed first. One process at a time may write the copies of a run, and ``run.json`` beside
+them names the run that does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ from ds_gpt2.checkpoint.places import (
 from ds_gpt2.checkpoint.retention import Kept
 from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
+from ds_gpt2.run_address import RunAddress, address_of, read_address
+from ds_gpt2.run_location import OWNER
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +59,18 @@ class Backup:
     Unless said otherwise, methods raise OSError where the place or the disk does not do what it is asked.
     """
 
-    def __init__(self, place: str, run_name: str, settings: BackupSettings, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        place: str,
+        run_name: str,
+        settings: BackupSettings,
+        disk: Disk | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
         """Connects to nothing yet.
+
+        Args:
+            run_dir: of the run, which no other may share the location with; None does not check.
 
         Raises:
             UserError: nothing here can reach a place of that kind.
@@ -67,6 +81,8 @@ class Backup:
         self._url = place
         self._run_name = run_name
         self._disk = disk or Disk()
+        self._owner = address_of(run_dir) if run_dir is not None else None
+        self._is_claimed = False
 
     def where(self, tag: str = "") -> str:
         """The address of a copy, or of all of them, as it may be shown."""
@@ -79,7 +95,7 @@ class Backup:
             checkpoints: the directory of the run's checkpoints.
 
         Raises:
-            UserError: a file is in the way, or the location is within ``checkpoints``.
+            UserError: a file is in the way, the location is within ``checkpoints``, or another run's copies are there.
         """
         directory = local_directory(self._url)
         if directory is None:
@@ -89,6 +105,8 @@ class Backup:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+        with contextlib.suppress(OSError):
+            self._check_owner(_owner((root / OWNER).read_bytes()))
 
     def check_exists(self) -> None:
         """
@@ -116,6 +134,23 @@ class Backup:
         """
         self._place.probe()
 
+    def claim(self) -> None:
+        """Record that this run writes here.
+
+        Raises:
+            UserError: another run does, which is on this machine or has taken over from this one.
+        """
+        if self._owner is None:
+            return
+        found = _owner(self._place.content("", OWNER))
+        self._check_owner(found)
+        if found != self._owner:
+            if found is not None:
+                log.warning(f"{self.where()} held the copies of {found}: this run takes them over")
+            self._place.make("")
+            self._place.write("", OWNER, [json.dumps(self._owner.to_dict()).encode()])
+        self._is_claimed = True
+
     def shares_disk_with(self, checkpoints: Path) -> bool:
         """Whether what destroys that disk destroys both."""
         place = self._place
@@ -128,7 +163,7 @@ class Backup:
             progress: told the size of each block that is sent or read back; what it raises ends the copy.
 
         Raises:
-            UserError: it is a directory that a person has named.
+            UserError: it is a directory that a person has named, or another run's copies are there.
             DamagedError: it is not what was written, and does not count as copied.
             OSError: it cannot be read, or the place cannot be written, or gives back something else.
         """
@@ -136,6 +171,7 @@ class Backup:
             raise UserError(f"{generation.path} has not the name of a checkpoint")
         if generation.manifest is None:
             raise DamagedError(generation.problem)
+        self.claim()
         tag, files, marker = generation.tag, generation.manifest.files, encode(generation.manifest)
         missing = [name for name, entry in files.items() if not self._has(tag, name, entry, progress)]
         progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
@@ -189,6 +225,17 @@ class Backup:
             commit.remove(self._disk, directory, tag)
         commit.commit(self._disk, directory, tag, copy.manifest)
         return open_generation(directory / tag)
+
+    def _check_owner(self, found: RunAddress | None) -> None:
+        """
+        Raises:
+            UserError: it is another run than this one, which is here still or came after it.
+        """
+        if found is None or self._owner is None or found == self._owner:
+            return
+        if not (self._is_claimed or found.is_in_use()):
+            return
+        raise UserError(f"{self.where()} holds the copies of {found}: set checkpoint.backup.to to another location")
 
     @functools.cached_property
     def _place(self) -> Place:
@@ -255,6 +302,13 @@ class Backup:
 
     def _pour(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
         self._place.read(tag, name, _each(file.write, progress))
+
+
+def _owner(content: bytes | None) -> RunAddress | None:
+    try:
+        return read_address(json.loads(content or b""))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _rolling_step(tag: str) -> int:

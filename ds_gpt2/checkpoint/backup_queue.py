@@ -244,7 +244,7 @@ class BackupQueue:
     def _try_out(self) -> None:
         """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
         if self._attempt("see what is there", self._look) and self._news is not None:
-            self._attempt("write a test file", self._backup.probe)
+            self._attempt("write a test file", self._backup.probe) and self._attempt("copy there", self._backup.claim)
 
     def _start_from_what_is_there(self) -> None:
         held, local = self._backup.held(), scan(self._directory)

@@ -98,7 +98,7 @@ def only_os_errors() -> Iterator[None]:
 
 
 class Place:
-    """The directory of a run's copies on any file system of fsspec."""
+    """The directory of a run's copies on any file system of fsspec. The tag "" means the directory itself."""
 
     def __init__(self, system: Any, root: str) -> None:
         self._system = system
@@ -208,7 +208,7 @@ class Place:
         return self._system
 
     def _path(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
+        return "/".join(part for part in (self._root, *parts) if part)
 
 
 class LocalPlace(Place):

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     settings = load_run_settings(find_run(options.run))
     check_outputs(settings)
-    backup = Backup(_place(settings, options.to), settings.run.name, settings.checkpoint.backup)
+    place = _place(settings, options.to)
+    backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
     try:
         backup.check_exists()
         if options.list:

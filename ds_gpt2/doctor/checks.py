@@ -188,8 +188,9 @@ def _backup(settings: Settings) -> Row:
         found = "no second place for checkpoints: one broken disk takes all of them"
         return Row("backup", "ok", f"{found} (checkpoint.backup.to)")
     try:
-        backup = Backup(place, settings.run.name, settings.checkpoint.backup)
+        backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
         backup.check_exists()
+        backup.check_named(settings.checkpoint_dir)
     except UserError as error:
         return Row("backup", "fail", str(error))
     if (problem := _problem_of(backup)) is not None:

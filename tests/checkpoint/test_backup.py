@@ -1028,3 +1028,51 @@ def test_a_place_on_the_same_disk_is_said_to_be_one(
     settle(queue)
     queue.finish(60)
     assert "is on the disk of the checkpoints, and is lost with it" in caplog.text
+
+
+def begin_run(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    for name in ("config.yaml", "journal.jsonl"):
+        (directory / name).touch()
+    return directory
+
+
+def test_a_copied_run_does_not_touch_the_originals_copies(tmp_path: Path, run_dir: Path, place: str) -> None:
+    mine, copied = begin_run(tmp_path / "mine"), begin_run(tmp_path / "copied")
+    original = Backup(place, "run", SETTINGS, run_dir=mine)
+    generation = save(run_dir, 250)
+    original.copy(generation)
+    before = read_at(place, generation.tag)
+    with pytest.raises(UserError, match=f"holds the copies of the run in {mine} on .*: set checkpoint.backup.to to an"):
+        Backup(place, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
+    assert tags(original) == [generation.tag] and read_at(place, generation.tag) == before
+    assert original.copy(open_generation(generation.path)) == 0
+    if not place.startswith("memory://"):  # refused before training, too
+        with pytest.raises(UserError, match="holds the copies of the run in"):
+            Backup(place, "run", SETTINGS, run_dir=copied).check_named(run_dir)
+        original.check_named(run_dir)
+
+
+def test_a_moved_run_takes_its_copies_over(tmp_path: Path, run_dir: Path, place: str) -> None:
+    mine = begin_run(tmp_path / "mine")
+    Backup(place, "run", SETTINGS, run_dir=mine).copy(save(run_dir, 250))
+    moved = mine.rename(tmp_path / "moved")
+    backup = Backup(place, "run", SETTINGS, run_dir=moved)
+    backup.check_named(run_dir)
+    backup.copy(save(run_dir, 500))
+    assert len(tags(backup)) == 2
+
+
+def test_two_machines_do_not_take_turns_in_one_location(
+    tmp_path: Path, run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = begin_run(tmp_path / "mine")
+    here = Backup(place, "run", SETTINGS, run_dir=mine)
+    generation = save(run_dir, 250)
+    here.copy(generation)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    Backup(place, "run", SETTINGS, run_dir=mine).copy(generation)  # moved there, for all that can be seen
+    assert "this run takes them over" in caplog.text
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"on another: set checkpoint\.backup\.to to another location"):
+        here.copy(save(run_dir, 500))
