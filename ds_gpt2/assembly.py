@@ -45,6 +45,7 @@ from ds_gpt2.meter import Meter, Past
 from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, read_metrics, read_starts, started_from
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
+from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.pace import Cadence, Pace, timed_of
 from ds_gpt2.preflight import (
@@ -62,7 +63,7 @@ from ds_gpt2.rng import seed_everything
 from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_owner
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
-from ds_gpt2.stop import STOP_FILE, StopRequest
+from ds_gpt2.stop import StopRequest
 from ds_gpt2.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ def _train(
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
-    stop = StopRequest(settings.run_dir / STOP_FILE if dist.is_main() else None)
+    run_dir = OpenDirectory(settings.run_dir)
+    stop = StopRequest(run_dir if dist.is_main() else None)
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
@@ -177,8 +179,11 @@ def _train(
     lines.close()
     monitor.close()
     stop.clear()
-    newest = newest_tag(settings.checkpoint_dir)
-    saved = f"checkpoint {settings.checkpoint_dir / newest}" if newest else "no checkpoint is saved"
+    newest = newest_tag(checkpoints.directory)
+    saved = f"checkpoint {checkpoints.directory / newest}" if newest else "no checkpoint is saved"
+    if run_dir.has_gone:
+        what = "deleted" if run_dir.is_deleted else f"moved to {run_dir.path}"
+        log.warning(f"{settings.run_dir} was {what} while the run trained, so it stops")
     log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
     engine.close()
     result = _outcome(ending, guard)

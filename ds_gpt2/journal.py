@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ds_gpt2.open_directory import OpenDirectory
+
 JOURNAL = "journal.jsonl"
 
 Kind = Literal[
@@ -65,10 +67,14 @@ class Event:
 
 
 class Journal:
-    """Appends to a run's journal. What cannot be written is said in the log; a run is worth more than its journal."""
+    """Appends to a run's journal, wherever the run is moved meanwhile. A failure to write is logged and ends no run."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / JOURNAL
+        self._run_dir = OpenDirectory(run_dir)
+
+    @property
+    def _file(self) -> Path:
+        return self._run_dir.path / JOURNAL
 
     def size(self) -> int:
         """Bytes of the file so far."""

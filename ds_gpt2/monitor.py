@@ -7,6 +7,7 @@ of the step: DeepSpeed's own way, an event a scalar, takes ten times as long.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -21,6 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from ds_gpt2 import dist
 from ds_gpt2.engine import Engine
 from ds_gpt2.metrics import Records, forget_after
+from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.trackers import Tracker, finish
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class Monitor:
             forget_after(metrics_file, start_step)
             self._records = Records(metrics_file)
             self._continue_csv()
+            if self.tensorboard is not None:
+                self._events = OpenDirectory(Path(self.tensorboard.log_dir))
             if self._has_written_before():
                 self._reopen_tensorboard(start_step + 1)
 
@@ -161,7 +165,8 @@ class Monitor:
         finish(self._trackers.values(), failed)
 
     def _show(self) -> None:
-        if _SHOW in self._failing:  # the writer's thread does not survive an error; nothing is to come twice
+        # The writer opens its file by name at each write. Its thread does not survive an error; nothing comes twice.
+        if _SHOW in self._failing or self._events.has_gone:
             self._reopen_tensorboard(self._to_show[0].step)
         for one in self._to_show:
             _add_to(self.tensorboard, one)
@@ -179,10 +184,13 @@ class Monitor:
 
     def _reopen_tensorboard(self, purge_step: int) -> None:
         """A new writer in the place of DeepSpeed's, which knows no ``purge_step``: what it shows from there on goes."""
-        opened = self.tensorboard
+        opened, directory = self.tensorboard, self._events.path
         with contextlib.suppress(OSError):
             opened.close()
-        self._master.tb_monitor.summary_writer = type(opened)(log_dir=opened.log_dir, purge_step=purge_step)
+        if not directory.parent.is_dir():  # the writer would make it: a run that was deleted
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory.parent))
+        self._master.tb_monitor.summary_writer = type(opened)(log_dir=str(directory), purge_step=purge_step)
+        self._events = OpenDirectory(directory)
 
 
 def _add_to(writer: Any, one: _AtStep) -> None:

@@ -1,12 +1,12 @@
-"""A request to stop: a signal or a file sets a flag, and the loop ends with everything saved."""
+"""A request to stop: a signal, a file or a moved run sets a flag, and the loop ends with everything saved."""
 
 from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 
+from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.supervised import lives
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before its time limit
@@ -18,18 +18,22 @@ _SUPERVISOR = "DS_GPT2_SUPERVISOR"  # environment: its process id, and when that
 class StopRequest:
     """Remembers that somebody asked; asking twice changes nothing."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, run_dir: OpenDirectory | None = None) -> None:
         """
         Args:
-            file: its appearance is a request too, and so is the supervisor's death; None on ranks that do not watch.
+            run_dir: a file ``STOP`` in it is a request too, and so are its move or deletion and the supervisor's death;
+                None on ranks that do not watch.
         """
         self._asked = False
-        self._file = file
-        self._supervisor = _supervisor() if file is not None else None
+        self._run_dir = run_dir
+        self._supervisor = _supervisor() if run_dir is not None else None
 
     @property
     def requested(self) -> bool:
-        return self._asked or (self._file is not None and (self._file.exists() or self._is_alone()))
+        run_dir = self._run_dir
+        return self._asked or (
+            run_dir is not None and ((run_dir.path / STOP_FILE).exists() or run_dir.has_gone or self._is_alone())
+        )
 
     def listen(self) -> None:
         """From now on the signals only set the flag, and a file left from before does not count."""
@@ -39,8 +43,8 @@ class StopRequest:
 
     def clear(self) -> None:
         """Take the file away: the request has been met."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        if self._run_dir is not None:
+            (self._run_dir.path / STOP_FILE).unlink(missing_ok=True)
 
     def _is_alone(self) -> bool:
         """Nobody would restart the run or notice that it hangs: better to end now, with everything saved."""

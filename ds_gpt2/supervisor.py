@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -18,12 +19,13 @@ from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
-from ds_gpt2.config import Settings
+from ds_gpt2.config import PROJECT_DIR, Settings
 from ds_gpt2.disk_watch import DiskWatch
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
 from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
+from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import Outcome
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import CONFIG, stored_settings
@@ -62,7 +64,11 @@ def supervise(run: Run, settings: Settings) -> int:
     directory = settings.run_dir / _DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     with machine.lock(directory / _LOCK, f"run {settings.run.name}"), _StopRequests() as requests:
-        return _Supervisor(run, settings, requests).keep_going()
+        supervisor = _Supervisor(run, settings, requests)
+        code = supervisor.keep_going()
+    if supervisor.goes_on_with:
+        os.execv(supervisor.goes_on_with[0], supervisor.goes_on_with)
+    return code
 
 
 class _StopRequests:
@@ -92,15 +98,20 @@ class _Supervisor:
 
     def __init__(self, run: Run, settings: Settings, requests: _StopRequests) -> None:
         self._run = run
+        self.goes_on_with: list[str] = []  # a command to be executed after the end
         self._settings = settings
-        self._run_dir = settings.run_dir
+        self._opened, self._project = OpenDirectory(settings.run_dir), OpenDirectory(PROJECT_DIR)
         self._requests = requests
         self._has_trained = self._launched = False
-        self._journal = Journal(self._run_dir)
-        self._alerts = Alerts(settings.alerts, self._run_dir)
+        self._journal = Journal(settings.run_dir)
+        self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk = DiskWatch(settings)
         process = psutil.Process()
         self._me = Supervised(process.pid, process.create_time(), socket.gethostname(), "running", run.place.ranks)
+
+    @property
+    def _run_dir(self) -> Path:
+        return self._opened.path
 
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
@@ -110,6 +121,8 @@ class _Supervisor:
         run = self._run
         while True:
             ended = self._start(run)
+            if self._opened.has_gone:
+                return self._move_on(ended)
             decision = restarts.after(ended)
             if isinstance(decision, Finish):
                 return self._end(decision.code, ended)
@@ -150,6 +163,8 @@ class _Supervisor:
             result = Outcome(outcome.CRASHED)
         if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
             result = Outcome(outcome.CRASHED)
+        if self._opened.has_gone:  # what rank 0 said is not where it was looked for
+            result = Outcome(outcome.STOPPED)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
             out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
             text = "DeepSpeed's launcher has died" if how == "launcher died" else _why(ranks, out_of_memory)
@@ -232,6 +247,20 @@ class _Supervisor:
         self._alerts.tell_news()
         self._alerts.close()
         return code
+
+    def _move_on(self, ended: Ended) -> int:
+        """The run's directory was moved or deleted while the ranks trained: they have saved and ended."""
+        where = "deleted" if self._opened.is_deleted else f"moved to {self._run_dir}"
+        text = f"{self._settings.run_dir} was {where} while the run trained"
+        script = self._project.path / "launch.sh"
+        if self._opened.is_deleted or self._requests.asked or not script.is_file():
+            self._tell("stop", f"{text}: it has stopped", ended.step)
+        else:
+            self._tell("restart", f"{text}: it goes on there")
+            command = ["resume", str(self._run_dir), "--num_gpus", str(self._run.place.ranks)]
+            self.goes_on_with = [str(script), *command]
+        self._record(replace(self._me, state="ended", code=outcome.STOPPED))
+        return outcome.STOPPED
 
     def _look_at_disk(self) -> None:
         if (warning := self._disk.look()) is not None:

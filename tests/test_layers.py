@@ -30,6 +30,7 @@ LAYERS = [
         "reference",
         "wording",
         "notes",
+        "open_directory",
         "run_address",
         "run_location",
         "paths",

@@ -7,19 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SEQUENCE
-from launched import PROJECT, Launched, run
+from launched import PROJECT, Launched, end_session, run, start
 from test_preflight import tree
 
 
 def command(project: Path, *words: str, cwd: Path | None = None) -> Launched:
     """``./launch.sh WORDS`` in ``project``, without its installation."""
+    return run(command_line(project, *words, cwd=cwd))
+
+
+def command_line(project: Path, *words: str, cwd: Path | None = None) -> list[str]:
     program = ["bash", "-c", 'cd "$1" && shift && exec "$@"', "bash", str(cwd or project)]
-    return run([*program, sys.executable, str(project / "ds_gpt2" / "__main__.py"), *words])
+    return [*program, sys.executable, str(project / "ds_gpt2" / "__main__.py"), *words]
 
 
 def steps_of(project: Path, name: str) -> list[int]:
@@ -34,6 +40,7 @@ def original(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     without = shutil.ignore_patterns("__pycache__")
     for part in ("ds_gpt2", "ds_configs"):
         shutil.copytree(PROJECT / part, project / part, ignore=without)
+    shutil.copy(PROJECT / "launch.sh", project)
     shutil.copytree(dataset_dir, project / "data" / "mine")
     settings = {
         "run": {"device": "cpu"},
@@ -86,6 +93,41 @@ def test_a_moved_project_resumes_and_a_renamed_run_too(original: Path) -> None:
     assert not source.exists()
     assert command(moved, "status", "renamed").code == 0
     assert command(moved, "eval", "renamed", "--tokens", str(4 * SEQUENCE)).code == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_GPT2_PYTHON", sys.executable)
+    here, there = original.with_name("here"), original.with_name("there")
+    shutil.copytree(original, here)
+    settings = ["schedule.steps=10000", "checkpoint.every=1000", "validation.every=50", "run.name=long"]
+    process = start(command_line(here, "train", "mine", "--num_gpus", "2", *settings))
+    try:
+        wait_for(lambda: (here / "runs" / "long" / "starts.jsonl").exists())
+        wait_for(lambda: (here / "runs" / "long" / "metrics.jsonl").stat().st_size > 0)
+        os.rename(here, there)
+        (here / "runs" / "long").mkdir(parents=True)  # what comes in its place is another
+        starts = there / "runs" / "long" / "starts.jsonl"
+        wait_for(lambda: len(starts.read_text().splitlines()) == 2)
+        (there / "runs" / "long" / "STOP").touch()
+        output, _ = process.communicate(timeout=600)
+    finally:
+        left = end_session(process.pid)
+    assert process.returncode == 3 and left == [], output
+    assert f"was moved to {there}/runs/long while the run trained: it goes on there" in output
+    assert "Traceback" not in output
+    again = json.loads(starts.read_text().splitlines()[1])
+    assert again["run_dir"] == str(there / "runs" / "long") and again["from_step"] > 0
+    steps = steps_of(there, "long")
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= again["from_step"]
+    assert list((here / "runs" / "long").iterdir()) == []
+    assert list((there / "runs" / "long").glob("**/*.tmp")) == []
 
 
 def test_no_file_of_a_project_tells_where_it_was(original: Path) -> None:

@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint.layout import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_
 from ds_gpt2.checkpoint.retention import Kept, Policy
 from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.errors import UserError
+from ds_gpt2.open_directory import OpenDirectory
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,15 @@ class Housekeeping:
     """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
 
     def __init__(self, disk: Disk, directory: Path, settings: CheckpointSettings) -> None:
-        self.directory = directory
+        self._open = OpenDirectory(directory)
         self.settings = settings
         self.disk = disk
         self._verified: set[str] = set()
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints are now: they may be moved during a run."""
+        return self._open.path
 
     def start(self) -> None:
         """Before anything is looked for here: what a crash has left half-done is finished or removed."""
@@ -103,6 +109,9 @@ class Housekeeping:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
+            if self._open.is_deleted:
+                self._open.make_again()
+                log.error(f"{self.directory} was deleted while the run trained: it is made again for {tag}")
             commit.remove(self.disk, self.directory, tag + PARTIAL)  # a record in it would be taken for a new one
             return self._make_room(estimate)
         except OSError as error:

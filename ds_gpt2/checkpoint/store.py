@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -67,7 +68,6 @@ class Checkpoints:
         Raises:
             UserError: on every rank: the disk has no room for a single checkpoint.
         """
-        self.directory = housekeeping.directory
         self.waited_seconds = 0.0  # training stood still because the disk was slower than the cadence
         self._housekeeping = housekeeping
         self._engine = engine
@@ -87,6 +87,11 @@ class Checkpoints:
         self._news: BackupNews | None = None
         dist.together(lambda: self._start(backup))
 
+    @property
+    def directory(self) -> Path:
+        """``checkpoints/<run>/``, where it is now."""
+        return self._housekeeping.directory
+
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
         """Begin a rolling checkpoint of ``state``. In the background it is copied and written while training goes on;
         the next update waits until it is copied.
@@ -95,9 +100,9 @@ class Checkpoints:
             epoch: epochs of data seen.
             roles: other tags under which it is to be known (``epoch_00001``, ``best_model``).
         """
+        self._hold_back()
         if self._saved_step == state.step:
             return
-        self._hold_back()
         tag = rolling_tag(state.step)
         if not self._is_ready_for(tag):
             self._note_failure(state.step)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 from ds_gpt2.errors import UserError
+from ds_gpt2.open_directory import OpenDirectory
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class ShardReader:
             tell: is given what goes wrong, one line each.
         """
         self._paths = paths
+        self._directories = {path.parent: OpenDirectory(path.parent) for path in paths}  # moved along with a project
         self._tell = tell
         self._opened: dict[int, _Opened] = {}
 
@@ -74,6 +76,7 @@ class ShardReader:
         while len(self._opened) >= _MOST_OPEN:
             self._close(next(iter(self._opened)))
         path = self._paths[number]
+        path = self._directories[path.parent].path / path.name
         start = start_of(path)
         file = os.open(path, os.O_RDONLY)
         self._opened[number] = opened = _Opened(file, start, _stamp(file))

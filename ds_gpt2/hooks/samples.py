@@ -85,7 +85,7 @@ class Samples(Hook):
 
     def _save(self, state: TrainState, written: list[list[str]]) -> None:
         content = self._markdown(state, written)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)  # never the run's own: it may have been moved
         write_whole(self._directory / f"step_{state.step:06d}.md", content)
         write_whole(self._directory / "latest.md", content)
 
