@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ds_gpt2 import dist
 from ds_gpt2.monitor import Seen
+from ds_gpt2.terminal import LineFormatter
 from ds_gpt2.wording import duration
 
 log = logging.getLogger("ds_gpt2")
@@ -24,11 +25,11 @@ def open_log(file: Path | None) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
     terminal = _Terminal()
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(LineFormatter("%(message)s"))
     log.addHandler(terminal)
     if file is not None and dist.is_main():
         to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        to_file.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         log.addHandler(to_file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from typing import TextIO
@@ -24,6 +25,8 @@ def make_safe() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if number == 0 else "backslashreplace")
+    if logging.lastResort is not None:  # shows warnings where no log is open
+        logging.lastResort.setFormatter(LineFormatter())
 
 
 def ignore_failures() -> None:
@@ -87,6 +90,14 @@ class Unfailing(io.TextIOBase):
 def one_line(message: object) -> str:
     """Return a message as one line: control characters, line ends among them, and what cannot be shown are escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
+
+
+class LineFormatter(logging.Formatter):
+    """Formats a message as one line: what others named, such as a file, cannot break it or reach the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 def printable(text: str) -> str:

@@ -97,3 +97,10 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path, monkeypa
     logged = (tmp_path / "train.log").read_text()
     assert logged.count("a message") == 2
     assert logged.count("step ") == 2
+
+
+def test_a_message_is_one_line_whatever_is_named_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_log(tmp_path / "train.log")
+    logging.getLogger("ds_gpt2.data").warning("shard %s cannot be read", "a\x1b[2J\nb\r.bin")
+    assert capsys.readouterr().out == "shard a\\x1b[2J\\nb\\r.bin cannot be read\n"
+    assert (tmp_path / "train.log").read_text().endswith(" shard a\\x1b[2J\\nb\\r.bin cannot be read\n")

@@ -28,6 +28,7 @@ from ds_gpt2.supervised import read_supervised
 from ds_gpt2.supervisor import Run, supervise
 
 STEPS = 24
+SAVES = ("checkpoint.every=4", "checkpoint.async=false")  # what is saved when a fault strikes does not depend on time
 IMPATIENT = {"backoff_seconds": 0, "restarts": 3, "hang_seconds": 6, "hang_factor": 5}
 ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
 
@@ -44,14 +45,14 @@ def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
             "validation": {"every": 12, "tokens": 640},
         }
         config = write_config(tmp_path / name, **{**usual, **sections, "supervisor": supervisor})
-        return load_settings(config, {"checkpoint.every": "4"})
+        return load_settings(config, dict(setting.split("=") for setting in SAVES))
 
     return write
 
 
 def _run(settings: Settings, *struck: Fault, resume: str | None = None) -> Run:
     config = settings.run.dir.parent / "run.yaml"
-    arguments = ("--config", str(config), "checkpoint.every=4")
+    arguments = ("--config", str(config), *SAVES)
     return Run(arguments, Place("cpu", 2), resume, script=faults.SCRIPT, environment=faults.request(struck))
 
 
