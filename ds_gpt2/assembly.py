@@ -155,8 +155,7 @@ def _train(
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
-    run_dir = OpenDirectory(settings.run_dir)
-    stop = StopRequest(run_dir if dist.is_main() else None)
+    stop = _stop_request(settings)
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
@@ -181,9 +180,8 @@ def _train(
     stop.clear()
     newest = newest_tag(checkpoints.directory)
     saved = f"checkpoint {checkpoints.directory / newest}" if newest else "no checkpoint is saved"
-    if run_dir.has_gone:
-        what = "deleted" if run_dir.is_deleted else f"moved to {run_dir.path}"
-        log.warning(f"{settings.run_dir} was {what} while the run trained, so it stops")
+    if ending == Ending.STOPPED and stop.reason is not None:
+        log.warning(f"{stop.reason}: stopping")
     log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
     engine.close()
     result = _outcome(ending, guard)
@@ -191,6 +189,12 @@ def _train(
         _note_end(journal, result, state, course)
         lock.close()
     return result
+
+
+def _stop_request(settings: Settings) -> StopRequest:
+    if not dist.is_main():
+        return StopRequest()
+    return StopRequest(OpenDirectory(settings.run_dir), OpenDirectory(settings.checkpoint_dir))
 
 
 def _tell(journal: Journal, incident: Incident) -> None:

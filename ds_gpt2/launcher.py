@@ -96,14 +96,14 @@ class Ranks:
         """
         Args:
             arguments: of ``script``.
-            outcome_file: where rank 0 says how the run ended.
+            outcome_file: where ranks leave their last words if they cannot use a pipe.
             environment: laid over this process's own.
         """
         command = start_command(place, script, arguments)
-        inherited = {**without_ranks(os.environ), **environment, **outcome.request(outcome_file)}
+        self._last_words = outcome.LastWords(outcome_file)
+        inherited = {**without_ranks(os.environ), **environment, **self._last_words.request()}
         inherited["DS_ACCELERATOR"] = place.accelerator
         self._process = subprocess.Popen(command, env=inherited, start_new_session=True)
-        self._outcome_file = outcome_file
         self.count = place.ranks
 
     @property
@@ -139,15 +139,15 @@ class Ranks:
     def launcher_died(self) -> bool:
         """Whether it was killed, and so has left the ranks alone; it ends them where one of them has failed."""
         code = self._process.poll()
-        return code is not None and code < 0 and not self._outcome_file.exists()
+        return code is not None and code < 0 and self._last_words.outcome() is None
 
     def outcome(self) -> outcome.Outcome:
-        """What rank 0 has said."""
-        return outcome.read(self._outcome_file)
+        """What rank 0 has said; a crash if it has said nothing."""
+        return self._last_words.outcome() or outcome.Outcome(outcome.CRASHED)
 
     def failures(self) -> dict[int, str]:
         """What ended each rank that could say so, the first to fail first."""
-        return outcome.read_failures(self._outcome_file, self.count)
+        return self._last_words.failures()
 
 
 def ask_to_stop(group: int) -> None:

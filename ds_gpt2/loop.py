@@ -103,6 +103,8 @@ def train(
             save(roles)
             meter.mark("save")
     save()
+    if not checkpoints.has_saved(state):
+        save()  # once more: a moment's trouble, or a directory that was moved meanwhile
     heartbeat.enter("finishing")
     done = state.step >= course.steps and not guard.rollback
     saved = checkpoints.finish(state, for_good=done)

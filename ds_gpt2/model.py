@@ -58,7 +58,7 @@ class KeyValueCache:
 
 
 class Linear(nn.Linear):
-    """PyTorch's, but for bf16 on processors without instructions for it; see ``products``."""
+    """``nn.Linear`` that multiplies bf16 in fp32 on CPUs without AVX-512; see ``products``."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)

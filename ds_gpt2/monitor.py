@@ -166,7 +166,7 @@ class Monitor:
 
     def _show(self) -> None:
         # The writer opens its file by name at each write. Its thread does not survive an error; nothing comes twice.
-        if _SHOW in self._failing or self._events.has_gone:
+        if _SHOW in self._failing or self._events.is_moved or self._events.is_deleted:
             self._reopen_tensorboard(self._to_show[0].step)
         for one in self._to_show:
             _add_to(self.tensorboard, one)

@@ -1,7 +1,7 @@
 """A directory that is followed when somebody moves it while it is in use.
 
-An open directory stays the same wherever its path leads later, and Linux tells where it is now. Paths that were
-composed before the move lead nowhere, or into what was put there instead.
+An open descriptor refers to the same directory after a move, and Linux tells its path. Paths that were composed before
+the move do not exist any more, or belong to what was put there instead.
 """
 
 from __future__ import annotations
@@ -16,60 +16,65 @@ _DELETED = " (deleted)"  # appended by Linux, see proc(5), /proc/pid/exe
 
 
 class OpenDirectory:
-    """Only what is seen counts: a path that cannot be looked at, as on a server that is away, has not moved."""
+    """A directory counts as moved or deleted only if that is certain: a server may be away for a while."""
 
     def __init__(self, path: Path) -> None:
         """
         Args:
-            path: absolute; a directory that is not there yet is opened when it is.
+            path: absolute; a directory that does not exist yet is opened when it does.
         """
-        self._path = path
+        self.opened_as = path
         self._file: int | None = None
-        self._open()
+        self.open()
+
+    def open(self) -> None:
+        """Open the directory if it exists by now; it is followed from here on."""
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                self._file = os.open(self.opened_as, os.O_RDONLY | os.O_DIRECTORY)
+                self._close = weakref.finalize(self, os.close, self._file)
+                self._was = self._now()
 
     @property
     def path(self) -> Path:
-        """Where the directory is now; where it was if nothing shows that."""
-        return self._moved_to() or self._path
+        """Where the directory is now; where it was if that is not known."""
+        return self._moved_to() or self.opened_as
+
+    @property
+    def is_moved(self) -> bool:
+        return self._moved_to() is not None
 
     @property
     def is_deleted(self) -> bool:
-        """Whether it has been deleted, as by a move to another file system."""
-        return not self._leads_here(self._path) and not self._moved_to() and str(self._found()).endswith(_DELETED)
-
-    @property
-    def has_gone(self) -> bool:
-        """Whether it has been moved or deleted."""
-        return not self._leads_here(self._path) and (self._moved_to() is not None or self.is_deleted)
+        """Whether it was deleted, as by a move to another file system, and nothing is at its path."""
+        return (
+            not self._leads_here(self.opened_as) and str(self._now()).endswith(_DELETED) and not self.opened_as.exists()
+        )
 
     def make_again(self) -> None:
-        """Make a deleted directory anew, if its path is still on the same file system: the disk is not away.
+        """Make a deleted directory again, if its path is still on the same file system and not below an unused mount.
 
         Raises:
             OSError: it is another file system, or the directory cannot be made.
         """
         assert self._file is not None
-        existing = next(parent for parent in self._path.parents if parent.is_dir())
+        existing = next(parent for parent in self.opened_as.parents if parent.is_dir())
         if existing.stat().st_dev != os.fstat(self._file).st_dev:
-            raise FileNotFoundError(errno.ENOENT, "deleted, and its path is on another file system", str(self._path))
-        self._path.mkdir(parents=True, exist_ok=True)
+            raise FileNotFoundError(
+                errno.ENOENT, "deleted, and its path is on another file system", str(self.opened_as)
+            )
+        self.opened_as.mkdir(parents=True, exist_ok=True)
         self._close()
         self._file = None
-        self._open()
-
-    def _open(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-            self._close = weakref.finalize(self, os.close, self._file)
+        self.open()
 
     def _moved_to(self) -> Path | None:
-        if self._leads_here(self._path) or not self._leads_here(found := self._found()):
+        if self._leads_here(self.opened_as) or (now := self._now()) == self._was:  # as where a link was changed
             return None
-        return found
+        return now if self._leads_here(now) else None
 
     def _leads_here(self, path: Path) -> bool:
-        if self._file is None:
-            self._open()
+        self.open()
         if self._file is None:
             return True  # nothing is known of it
         try:
@@ -77,8 +82,8 @@ class OpenDirectory:
         except OSError:
             return False
 
-    def _found(self) -> Path:
+    def _now(self) -> Path:
         try:
             return Path(os.readlink(f"/proc/self/fd/{self._file}"))
         except OSError:  # not Linux
-            return self._path
+            return self.opened_as

@@ -1,4 +1,4 @@
-"""How a run ended, as an exit code and as a file: DeepSpeed's launcher exits 1 even when every rank has saved."""
+"""How a run ended, as an exit code and in words: DeepSpeed's launcher exits 1 even when every rank has saved."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ds_gpt2.errors import UserError
 
@@ -28,53 +29,95 @@ class Outcome:
 
 
 _LONGEST_FAILURE = 160  # characters
-_VARIABLE = "DS_GPT2_OUTCOME"  # environment: the file in which rank 0 leaves its exit code
+_FILE, _PIPE = "DS_GPT2_OUTCOME", "DS_GPT2_OUTCOME_PIPE"  # environment: where ranks leave what they have to say
 
 
-def request(file: Path) -> dict[str, str]:
-    """The environment that makes a run leave its outcome in ``file``."""
-    return {_VARIABLE: str(file)}
+class LastWords:
+    """What the ranks of one start say of their end.
+
+    They write it into a pipe of this process, which no full disk or moved directory keeps from it. DeepSpeed's launcher
+    passes no descriptors on, so they find the pipe below /proc; where there is none, they use files.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """
+        Args:
+            file: used where there is no pipe, with others beside it.
+        """
+        self._file = file
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[0], False)
+        self._close = [weakref.finalize(self, os.close, end) for end in self._pipe]
+        self._read = b""
+
+    def request(self) -> dict[str, str]:
+        """The environment that makes a run leave its last words here."""
+        status = os.fstat(self._pipe[1])
+        pipe = f"/proc/{os.getpid()}/fd/{self._pipe[1]} {status.st_dev} {status.st_ino}"
+        return {_FILE: str(self._file), _PIPE: pipe}
+
+    def outcome(self) -> Outcome | None:
+        """What rank 0 has said of the run's end; None if it has said nothing."""
+        for word in reversed(self._words()):
+            with contextlib.suppress(KeyError, TypeError):
+                values = word["outcome"]
+                return Outcome(values["code"], values["before"], tuple(values["leave_out"]))
+        return None
+
+    def failures(self) -> dict[int, str]:
+        """What ended the ranks that could say so, the first to fail first."""
+        return {word["rank"]: word["failure"] for word in self._words() if "failure" in word}
+
+    def _words(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(self._pipe[0], 65_536):
+                self._read += block
+        lines = self._read.splitlines()
+        with contextlib.suppress(OSError):
+            lines += self._file.read_bytes().splitlines()
+        return [word for line in lines if (word := _parsed(line)) is not None]
 
 
 def leave(outcome: Outcome) -> None:
     """Leave ``outcome`` for whoever asked for it."""
-    if _VARIABLE in os.environ:
-        with contextlib.suppress(OSError):  # the run's directory is gone or its disk full: read as a crash
-            Path(os.environ[_VARIABLE]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-
-
-def read(file: Path) -> Outcome:
-    """What the run left; a crash if it left nothing."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return Outcome(values["code"], values["before"], tuple(values["leave_out"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return Outcome(CRASHED)
+    _leave({"outcome": asdict(outcome)})
 
 
 def leave_failure(rank: int, error: BaseException) -> None:
-    """Leave what ended ``rank``, beside the outcome."""
-    if _VARIABLE in os.environ:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = f"{kind}{' '.join(str(error).split())}"
-        with contextlib.suppress(OSError):
-            _failure(Path(os.environ[_VARIABLE]), rank).write_text(
-                text[:_LONGEST_FAILURE], encoding="utf-8", errors="backslashreplace"
-            )
+    """Leave what ended ``rank``."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = f"{kind}{' '.join(str(error).split())}"
+    _leave({"rank": rank, "failure": text[:_LONGEST_FAILURE]})
 
 
-def read_failures(file: Path, ranks: int) -> dict[int, str]:
-    """What ended the ranks that could say so, beside the outcome ``file``; the first to fail comes first."""
-    found = {}
-    for rank in range(ranks):
-        with contextlib.suppress(OSError):
-            failure = _failure(file, rank)
-            found[rank] = (failure.stat().st_mtime, failure.read_text(encoding="utf-8"))
-    return {rank: text for rank, (_, text) in sorted(found.items(), key=lambda item: item[1])}
+def _leave(word: dict[str, Any]) -> None:
+    """In one write, which is never mixed with another's."""
+    line = json.dumps(word).encode() + b"\n"
+    if not _write_to_pipe(line) and _FILE in os.environ:
+        with contextlib.suppress(OSError):  # the run's directory is gone or its disk full: read as a crash
+            file = os.open(os.environ[_FILE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(file, line)
+            os.close(file)
 
 
-def _failure(file: Path, rank: int) -> Path:
-    return file.with_name(f"{file.name}.failure_{rank}")
+def _write_to_pipe(line: bytes) -> bool:
+    path, *identity = os.environ.get(_PIPE, "-").split()
+    with contextlib.suppress(OSError):
+        pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        status = os.fstat(pipe)
+        is_meant = identity == [str(status.st_dev), str(status.st_ino)]  # and not what has its number now
+        written = os.write(pipe, line) if is_meant else 0
+        os.close(pipe)
+        return written == len(line)
+    return False
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        word = json.loads(line)
+        return word if isinstance(word, dict) else None
+    except ValueError:
+        return None
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:

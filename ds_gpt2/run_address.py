@@ -1,12 +1,12 @@
-"""Where a run is: a directory of a machine. Written beside what must not be shared by a run and its copy.
+"""Where a run is. Stored with its backups and its trackers' ids, so that a copied run does not use the original's.
 
-A copied run has the name, the settings and the files of the original: by what was written, it knows that it is not the
-one that a backup location or a tracker's ids belong to.
+A copied run has the name, the settings and the files of the original.
 """
 
 from __future__ import annotations
 
-import platform
+import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ds_gpt2.run_location import is_run_dir
 
 @dataclass(frozen=True)
 class RunAddress:
-    """The directory of a run, with all links resolved, and the machine's name."""
+    """The directory of a run, and the machine that it was seen from."""
 
     run_dir: str
     host: str
@@ -24,9 +24,21 @@ class RunAddress:
     def __str__(self) -> str:
         return f"the run in {self.run_dir} on {self.host}"
 
+    def is_of(self, run_dir: Path) -> bool:
+        """Whether this is the run in ``run_dir``, by whatever path and from whatever machine."""
+        if self.host == socket.gethostname() and self.run_dir == str(run_dir.resolve()):
+            return True
+        try:
+            return os.path.samefile(self.run_dir, run_dir)
+        except OSError:
+            return False
+
     def is_in_use(self) -> bool:
-        """Whether there is a run, as far as this machine can tell: of another machine's it knows nothing."""
-        return self.host == platform.node() and is_run_dir(Path(self.run_dir))
+        """Whether there is a run, as far as can be seen from here."""
+        try:
+            return is_run_dir(Path(self.run_dir))
+        except OSError:  # a directory of somebody else's
+            return False
 
     def to_dict(self) -> dict[str, str]:
         """Fields fit for JSON."""
@@ -35,7 +47,7 @@ class RunAddress:
 
 def address_of(run_dir: Path) -> RunAddress:
     """The address of the run in ``run_dir``, on this machine."""
-    return RunAddress(str(run_dir.resolve()), platform.node())
+    return RunAddress(str(run_dir.resolve()), socket.gethostname())
 
 
 def read_address(fields: Any) -> RunAddress | None:

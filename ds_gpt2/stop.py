@@ -1,4 +1,4 @@
-"""A request to stop: a signal, a file or a moved run sets a flag, and the loop ends with everything saved."""
+"""A request to stop: a signal, a file or a moved directory, and the loop ends with everything saved."""
 
 from __future__ import annotations
 
@@ -18,22 +18,33 @@ _SUPERVISOR = "DS_GPT2_SUPERVISOR"  # environment: its process id, and when that
 class StopRequest:
     """Remembers that somebody asked; asking twice changes nothing."""
 
-    def __init__(self, run_dir: OpenDirectory | None = None) -> None:
+    def __init__(self, run_dir: OpenDirectory | None = None, checkpoints: OpenDirectory | None = None) -> None:
         """
         Args:
             run_dir: a file ``STOP`` in it is a request too, and so are its move or deletion and the supervisor's death;
                 None on ranks that do not watch.
+            checkpoints: the directory of the run's checkpoints, whose move is a request.
         """
         self._asked = False
-        self._run_dir = run_dir
+        self._run_dir, self._checkpoints = run_dir, checkpoints
         self._supervisor = _supervisor() if run_dir is not None else None
 
     @property
     def requested(self) -> bool:
         run_dir = self._run_dir
-        return self._asked or (
-            run_dir is not None and ((run_dir.path / STOP_FILE).exists() or run_dir.has_gone or self._is_alone())
-        )
+        if self._asked or run_dir is None:
+            return self._asked
+        return (run_dir.path / STOP_FILE).exists() or self.reason is not None or self._is_alone()
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run cannot go on where it is; None if it can, and on ranks that do not watch."""
+        for directory in (self._run_dir, self._checkpoints):
+            if directory is not None and directory.is_moved:
+                return f"{directory.opened_as} was moved to {directory.path} while the run trained"
+        if self._run_dir is not None and self._run_dir.is_deleted:
+            return f"{self._run_dir.path} was deleted while the run trained"
+        return None
 
     def listen(self) -> None:
         """From now on the signals only set the flag, and a file left from before does not count."""

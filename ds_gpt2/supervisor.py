@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -54,6 +56,12 @@ class Run:
         left_out = ["--leave_out", format_batches(self.leave_out)] if self.leave_out else []
         return [*self.arguments, *resume, *left_out]
 
+    def resume_arguments(self, run_dir: Path) -> list[str]:
+        """Arguments of ``launch.sh``, once the run's settings are stored in its directory."""
+        left_out = ["--leave_out", format_batches(self.leave_out)] if self.leave_out else []
+        source = "latest" if self.resume in (None, "auto") else str(self.resume)
+        return ["resume", str(run_dir), "--num_gpus", str(self.place.ranks), "--from", source, *left_out]
+
 
 def supervise(run: Run, settings: Settings) -> int:
     """Keep ``run`` going to its end; returns its exit code (see outcome).
@@ -66,8 +74,11 @@ def supervise(run: Run, settings: Settings) -> int:
     with machine.lock(directory / _LOCK, f"run {settings.run.name}"), _StopRequests() as requests:
         supervisor = _Supervisor(run, settings, requests)
         code = supervisor.keep_going()
-    if supervisor.goes_on_with:
-        os.execv(supervisor.goes_on_with[0], supervisor.goes_on_with)
+    if supervisor.next_command and not requests.asked:
+        try:
+            os.execvp(supervisor.next_command[0], supervisor.next_command)
+        except OSError as error:
+            print(f"cannot start {shlex.join(supervisor.next_command)}: {error.strerror}", file=sys.stderr)
     return code
 
 
@@ -98,11 +109,12 @@ class _Supervisor:
 
     def __init__(self, run: Run, settings: Settings, requests: _StopRequests) -> None:
         self._run = run
-        self.goes_on_with: list[str] = []  # a command to be executed after the end
+        self.next_command: list[str] = []  # to be executed after the end
         self._settings = settings
         self._opened, self._project = OpenDirectory(settings.run_dir), OpenDirectory(PROJECT_DIR)
+        self._checkpoints = OpenDirectory(settings.checkpoint_dir)
         self._requests = requests
-        self._has_trained = self._launched = False
+        self._has_trained = self._launched = self._has_begun = False
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk = DiskWatch(settings)
@@ -120,10 +132,15 @@ class _Supervisor:
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
         while True:
+            if self._has_gone():
+                return self._move_on(run, None)
             ended = self._start(run)
-            if self._opened.has_gone:
-                return self._move_on(ended)
             decision = restarts.after(ended)
+            if self._has_gone() and not self._requests.asked:
+                if isinstance(decision, Again):
+                    return self._move_on(_after(run, decision), ended)
+                if decision == Finish(outcome.STOPPED):
+                    return self._move_on(replace(run, resume="latest"), ended)
             if isinstance(decision, Finish):
                 return self._end(decision.code, ended)
             if isinstance(decision, GiveUp):
@@ -131,8 +148,7 @@ class _Supervisor:
                 return self._end(outcome.CRASHED, ended)
             if not self._wait(decision):
                 return self._end(outcome.STOPPED if self._saved_step() >= 0 else outcome.CRASHED, ended)
-            left_out = {*run.leave_out, *decision.leave_out}  # an older checkpoint does not know of them
-            run = replace(run, resume=decision.resume, leave_out=tuple(sorted(left_out)))
+            run = _after(run, decision)
 
     def _make_known(self) -> None:
         """So that ``status`` has something to say while a first start takes its time, or fails."""
@@ -154,7 +170,7 @@ class _Supervisor:
         environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
         self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))
-        watchdog = Watchdog(self._settings.supervisor, self._run_dir, run.place.ranks)
+        watchdog = Watchdog(self._settings.supervisor, self._opened, run.place.ranks)
         how = self._watch(ranks, watchdog)
         self._record(self._me)
         result, beat = ranks.outcome(), watchdog.newest
@@ -163,13 +179,12 @@ class _Supervisor:
             result = Outcome(outcome.CRASHED)
         if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
             result = Outcome(outcome.CRASHED)
-        if self._opened.has_gone:  # what rank 0 said is not where it was looked for
-            result = Outcome(outcome.STOPPED)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
             out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
             text = "DeepSpeed's launcher has died" if how == "launcher died" else _why(ranks, out_of_memory)
             self._tell("crash", text, beat.step if beat else None)
         starts = [event for event in read_journal(self._run_dir, from_journal) if event.kind == "start"]
+        self._has_begun |= bool(starts)
         return Ended(
             result,
             stop_requested=self._requests.asked,
@@ -185,6 +200,7 @@ class _Supervisor:
         deadline: float | None = None  # from when on nobody may be left
         while not ranks.gone:
             time.sleep(_LOOK_SECONDS)
+            self._checkpoints.open()  # the ranks make it
             self._alerts.tell_news()
             self._look_at_disk()
             if deadline is None and (self._requests.asked or not ranks.launcher_lives):
@@ -233,7 +249,7 @@ class _Supervisor:
         self._tell("restart", f"starting again in {duration(again.seconds)} {again.text}")
         self._record(replace(self._me, state="waiting", next_start=time.time() + again.seconds))
         deadline = time.monotonic() + again.seconds
-        while time.monotonic() < deadline and not self._requests.asked:
+        while time.monotonic() < deadline and not self._requests.asked and not self._has_gone():
             self._alerts.tell_news()
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
         return not self._requests.asked
@@ -248,26 +264,38 @@ class _Supervisor:
         self._alerts.close()
         return code
 
-    def _move_on(self, ended: Ended) -> int:
-        """The run's directory was moved or deleted while the ranks trained: they have saved and ended."""
-        where = "deleted" if self._opened.is_deleted else f"moved to {self._run_dir}"
-        text = f"{self._settings.run_dir} was {where} while the run trained"
-        script = self._project.path / "launch.sh"
-        if self._opened.is_deleted or self._requests.asked or not script.is_file():
-            self._tell("stop", f"{text}: it has stopped", ended.step)
+    def _has_gone(self) -> bool:
+        return self._opened.is_moved or self._opened.is_deleted
+
+    def _move_on(self, run: Run, ended: Ended | None) -> int:
+        """The run's directory was moved or deleted, and no rank is left: resume there, if that can be done."""
+        code = ended.outcome.code if ended is not None else outcome.STOPPED
+        before, step = self._settings.run_dir, ended.step if ended is not None else None
+        if self._opened.is_deleted:
+            text = f"{before} was deleted: the run has ended"
+            self._tell("stop", text, step)
+            self._alerts.send("stop", f"{before.name}: stopped", text)
+        elif self._saved_step() < 0 or not self._has_begun:
+            self._tell("stop", f"{before} was moved to {self._run_dir} before it was saved: start it again", step)
         else:
-            self._tell("restart", f"{text}: it goes on there")
-            command = ["resume", str(self._run_dir), "--num_gpus", str(self._run.place.ranks)]
-            self.goes_on_with = [str(script), *command]
-        self._record(replace(self._me, state="ended", code=outcome.STOPPED))
-        return outcome.STOPPED
+            self._tell("restart", f"{before} was moved to {self._run_dir}: resuming there", step)
+            self.next_command = [*self._program(), *run.resume_arguments(self._run_dir)]
+        self._record(replace(self._me, state="ended", code=code))
+        self._alerts.close()
+        return code
+
+    def _program(self) -> list[str]:
+        """What a person would type, where the project is now; an installation in the project is moved by launch.sh."""
+        if Path(sys.executable).is_relative_to(PROJECT_DIR) or "DS_GPT2_PYTHON" in os.environ:
+            return ["bash", str(self._project.path / "launch.sh")]
+        return [sys.executable, str(self._project.path / "ds_gpt2" / "__main__.py")]
 
     def _look_at_disk(self) -> None:
         if (warning := self._disk.look()) is not None:
             self._tell("disk_low", warning)
 
     def _saved_step(self) -> int:
-        return newest_step(self._settings.checkpoint_dir)
+        return newest_step(self._checkpoints.path)
 
     def _record(self, state: Supervised) -> None:
         with contextlib.suppress(OSError):  # a full disk: the run goes on
@@ -283,6 +311,11 @@ class _Supervisor:
         ):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
         self._journal.write(kind, text, step, **facts)
+
+
+def _after(run: Run, again: Again) -> Run:
+    """The next start; an older checkpoint does not know of batches that were left out before."""
+    return replace(run, resume=again.resume, leave_out=tuple(sorted({*run.leave_out, *again.leave_out})))
 
 
 def _why(ranks: Ranks, out_of_memory: bool) -> str:

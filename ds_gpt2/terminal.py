@@ -93,7 +93,7 @@ def one_line(message: object) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a message as one line: what others named, such as a file, cannot break it or reach the terminal."""
+    """Escapes control characters and line ends in messages: a file's name, for one, may have any. Not in tracebacks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         record.message = one_line(record.message)

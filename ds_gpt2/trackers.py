@@ -317,7 +317,7 @@ class _Ids:
             address = read_address(written.get(_ADDRESS))
         except (OSError, ValueError, AttributeError, RecursionError):
             return
-        if address is not None and address != self._address and address.is_in_use():
+        if address is not None and not address.is_of(self._file.parent) and address.is_in_use():
             log.warning(f"this is a copy of {address}: it is another run at its trackers")
             return
         self._written = written

@@ -7,12 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from ds_gpt2.config import SupervisorSettings
 from ds_gpt2.heartbeat import Beat, read_beat
+from ds_gpt2.open_directory import OpenDirectory
 
 _STEPS = 100  # observations of a step's time that are remembered
 _LONGEST_LOOK = 5.0  # seconds between two looks that count: who was asleep itself cannot blame the ranks for it
@@ -33,7 +33,7 @@ class Watchdog:
     def __init__(
         self,
         settings: SupervisorSettings,
-        run_dir: Path,
+        run_dir: OpenDirectory,
         ranks: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,7 +67,7 @@ class Watchdog:
         self._now += min(clock - self._looked, _LONGEST_LOOK)
         self._looked = clock
         for rank in range(len(self._beats)):
-            beat = read_beat(self._run_dir, rank)
+            beat = read_beat(self._run_dir.path, rank)
             if beat is not None and beat != self._beats[rank]:
                 self._beats[rank], self._changed[rank] = beat, self._now
         self._time_step(self._beats[0])

@@ -77,6 +77,9 @@ class Parts:
             self.notes.append(" ".join([f"save {state.step}", *roles]))
             self._saved = state.step
 
+    def has_saved(self, state: TrainState) -> bool:
+        return self._saved == state.step
+
     def finish(self, state: TrainState, for_good: bool) -> bool:
         self.for_good = for_good
         return not self.disk_is_full

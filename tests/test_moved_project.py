@@ -96,7 +96,7 @@ def test_a_moved_project_resumes_and_a_renamed_run_too(original: Path) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -120,7 +120,8 @@ def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, m
     finally:
         left = end_session(process.pid)
     assert process.returncode == 3 and left == [], output
-    assert f"was moved to {there}/runs/long while the run trained: it goes on there" in output
+    assert f"{here}/runs/long was moved to {there}/runs/long while the run trained: stopping" in output
+    assert f"was moved to {there}/runs/long: resuming there" in output
     assert "Traceback" not in output
     again = json.loads(starts.read_text().splitlines()[1])
     assert again["run_dir"] == str(there / "runs" / "long") and again["from_step"] > 0
@@ -128,6 +129,25 @@ def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, m
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= again["from_step"]
     assert list((here / "runs" / "long").iterdir()) == []
     assert list((there / "runs" / "long").glob("**/*.tmp")) == []
+
+
+def test_checkpoints_that_are_moved_alone_are_saved_to_where_they_are(original: Path) -> None:
+    project = original.with_name("parts")
+    shutil.copytree(original, project)
+    settings = ["schedule.steps=10000", "checkpoint.every=1000", "validation.every=50", "run.name=long"]
+    process = start(command_line(project, "train", "mine", "--num_gpus", "2", *settings))
+    try:
+        metrics = project / "runs" / "long" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        os.rename(project / "checkpoints" / "long", project / "elsewhere")
+        output, _ = process.communicate(timeout=600)
+    finally:
+        end_session(process.pid)
+    assert process.returncode == 3, output
+    assert f"{project}/checkpoints/long was moved to {project}/elsewhere while the run trained: stopping" in output
+    assert not (project / "checkpoints" / "long").exists()
+    saved = sorted(path.name for path in (project / "elsewhere").glob("rolling_step_*"))
+    assert saved[-1] == f"rolling_step_{steps_of(project, 'long')[-1]:06d}"
 
 
 def test_no_file_of_a_project_tells_where_it_was(original: Path) -> None:

@@ -19,7 +19,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_it_is_where_it_was(run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
-    assert directory.path == run_dir and not directory.has_gone and not directory.is_deleted
+    assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
 @pytest.mark.parametrize("moved", ["project", "project/runs", "project/runs/a"])
@@ -28,23 +28,23 @@ def test_a_move_of_it_or_of_a_parent_is_followed(tmp_path: Path, run_dir: Path, 
     (tmp_path / moved).rename(tmp_path / "elsewhere")
     inside = run_dir.relative_to(tmp_path / moved)
     assert directory.path == tmp_path / "elsewhere" / inside
-    assert directory.has_gone and not directory.is_deleted
+    assert directory.is_moved and not directory.is_deleted
     (tmp_path / "elsewhere").rename(tmp_path / moved)
-    assert directory.path == run_dir and not directory.has_gone
+    assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
 def test_what_is_put_in_its_place_is_another(tmp_path: Path, run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     run_dir.parents[1].rename(tmp_path / "before")
     shutil.copytree(tmp_path / "before", tmp_path / "project")
-    assert directory.path == tmp_path / "before" / "runs" / "a" and directory.has_gone
+    assert directory.path == tmp_path / "before" / "runs" / "a" and directory.is_moved
 
 
 def test_through_a_link_it_is_named_as_it_was(tmp_path: Path, run_dir: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(run_dir)
     directory = OpenDirectory(link)
-    assert directory.path == link and not directory.has_gone
+    assert directory.path == link and not directory.is_moved and not directory.is_deleted
     run_dir.rename(tmp_path / "elsewhere")
     assert directory.path == tmp_path / "elsewhere"
     (tmp_path / "elsewhere").rmdir()
@@ -54,9 +54,9 @@ def test_through_a_link_it_is_named_as_it_was(tmp_path: Path, run_dir: Path) -> 
 def test_a_deleted_one_is_made_again(run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     shutil.rmtree(run_dir.parents[1])
-    assert directory.is_deleted and directory.has_gone and directory.path == run_dir
+    assert directory.is_deleted and not directory.is_moved and directory.path == run_dir
     directory.make_again()
-    assert run_dir.is_dir() and not directory.has_gone
+    assert run_dir.is_dir() and not directory.is_moved and not directory.is_deleted
 
 
 def test_it_is_not_made_again_on_another_disk(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +75,25 @@ def test_it_is_not_made_again_on_another_disk(run_dir: Path, monkeypatch: pytest
 
 def test_one_that_comes_later_is_opened_then(tmp_path: Path) -> None:
     directory = OpenDirectory(tmp_path / "later")
-    assert not directory.has_gone
+    assert not directory.is_moved and not directory.is_deleted
     (tmp_path / "later").mkdir()
-    assert not directory.has_gone
+    assert not directory.is_moved and not directory.is_deleted
     (tmp_path / "later").rename(tmp_path / "moved")
     assert directory.path == tmp_path / "moved"
+
+
+def test_a_link_that_is_changed_moves_nothing(tmp_path: Path, run_dir: Path) -> None:
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
+    directory = OpenDirectory(link)
+    link.unlink()
+    link.symlink_to(tmp_path / "other")
+    assert directory.path == link and not directory.is_moved and not directory.is_deleted
+
+
+def test_one_that_is_made_again_by_somebody_else_is_used(run_dir: Path) -> None:
+    directory = OpenDirectory(run_dir)
+    run_dir.rmdir()
+    run_dir.mkdir()
+    assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted

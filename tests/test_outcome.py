@@ -1,28 +1,59 @@
-"""How the process of a rank ends."""
+"""What ranks say of their end reaches whoever started them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
+import os
+from pathlib import Path
 
 import pytest
-from launched import PROJECT
+
+from ds_gpt2 import outcome
+from ds_gpt2.outcome import LastWords, Outcome
+
+ROLLBACK = Outcome(outcome.ROLLBACK, before=7, leave_out=(3, 4))
 
 
-@pytest.mark.parametrize(
-    ("main", "code", "said"),
-    [
-        ("lambda: 3", 3, ""),
-        ("lambda: 1 / 0", 1, "ZeroDivisionError: division by zero\n"),
-        ("lambda: sys.exit(2)", 2, ""),
-    ],
-)
-def test_a_rank_ends_with_its_code_and_its_traceback(main: str, code: int, said: str) -> None:
-    """An exit handler that waits must not hold up a rank that has failed; only SystemExit runs them."""
-    handler = "" if code == 2 else "atexit.register(time.sleep, 60)\n"
-    program = f"import atexit, sys, time\nfrom ds_gpt2 import outcome\n{handler}outcome.run_process({main})"
-    begun = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=50)
-    assert (result.returncode, result.stderr.endswith(said)) == (code, True)
-    assert time.monotonic() - begun < 40
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LastWords:
+    words = LastWords(tmp_path / "gone" / "outcome")  # a directory that is not there
+    for name, value in words.request().items():
+        monkeypatch.setenv(name, value)
+    return words
+
+
+def leave_all() -> None:
+    outcome.leave_failure(1, ValueError("first\nwith a line end"))
+    outcome.leave_failure(0, RuntimeError("x" * 500))
+    outcome.leave(ROLLBACK)
+
+
+def test_they_arrive_without_a_disk(words: LastWords) -> None:
+    assert words.outcome() is None and words.failures() == {}
+    leave_all()
+    assert words.outcome() == ROLLBACK
+    assert next(iter(words.failures().items())) == (1, "ValueError: first with a line end")
+    assert len(words.failures()[0]) == 160
+    assert words.outcome() == ROLLBACK  # as often as it is asked for
+
+
+def test_a_file_does_where_there_is_no_pipe(words: LastWords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setenv("DS_GPT2_OUTCOME_PIPE", "/proc/self/fd/none 1 2")
+    leave_all()
+    assert words.outcome() == ROLLBACK and list(words.failures()) == [1, 0]
+
+
+def test_what_has_the_number_of_the_pipe_now_is_not_written_to(
+    words: LastWords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "another").open("wb") as file:
+        _, device, inode = words.request()["DS_GPT2_OUTCOME_PIPE"].split()
+        monkeypatch.setenv("DS_GPT2_OUTCOME_PIPE", f"/proc/{os.getpid()}/fd/{file.fileno()} {device} {inode}")
+        leave_all()
+    assert (tmp_path / "another").read_bytes() == b"" and words.outcome() is None
+
+
+def test_nothing_is_left_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_GPT2_OUTCOME", raising=False)
+    monkeypatch.delenv("DS_GPT2_OUTCOME_PIPE", raising=False)
+    leave_all()

@@ -58,7 +58,7 @@ def test_a_layer_and_its_gradients_are_those_of_pytorch_in_fp32(bias: bool) -> N
         torch.testing.assert_close(mine, theirs.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def test_a_model_loses_and_learns_as_with_the_products_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_has_the_loss_and_gradients_of_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2(ModelShape(2, 2, 32, 16)).bfloat16()
     tokens, targets = torch.randint(50_257, (2, 2, 16))
 
@@ -76,10 +76,25 @@ def test_a_model_loses_and_learns_as_with_the_products_of_pytorch(monkeypatch: p
 
 
 def test_other_dtypes_and_fast_processors_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.addmm", None)  # what the tiles are multiplied by
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     assert torch.equal(products.product(a, b), a @ b)
     monkeypatch.setattr(products, "BF16_IS_SLOW", False)
     assert torch.equal(products.product(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())
+
+
+def test_all_products_of_a_model_but_attentions_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    product = products.product
+
+    def spy(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        shapes.append((*a.shape, b.shape[1]))
+        return product(a, b, bias)
+
+    monkeypatch.setattr(products, "product", spy)
+    model = GPT2(ModelShape(2, 2, 32, 16)).bfloat16()
+    model.logits(torch.zeros(1, 4, dtype=torch.long))
+    assert shapes == [*[(4, 32, 96), (4, 32, 32), (4, 32, 128), (4, 128, 32)] * 2, (4, 32, 50_257)]
 
 
 def test_a_processor_without_instructions_for_bf16_is_recognised() -> None:

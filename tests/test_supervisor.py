@@ -22,6 +22,7 @@ from ds_gpt2.drill.faults import Fault
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.launcher import Place
+from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.status.figures import look
 from ds_gpt2.stop import STOP_FILE
 from ds_gpt2.supervised import read_supervised
@@ -205,6 +206,25 @@ def test_launcher_and_supervisor_may_die(configure: Configure) -> None:
         _until(lambda: _told(settings)[-1] == "stop" and not _left(settings))
     finally:
         end_session(process.pid)
+
+
+def test_a_run_that_is_moved_while_it_waits_is_resumed_there(tmp_path: Path, configure: Configure) -> None:
+    settings = configure("waits", supervisor={"backoff_seconds": 600})
+    process = _supervisor(settings, [Fault("crash", step=6, rank=1)])
+    try:
+        _until(lambda: "restart" in _told(settings))
+        settings.run.dir.parent.rename(tmp_path / "moved")
+        output, _ = process.communicate(timeout=600)
+    finally:
+        end_session(process.pid)
+    moved = tmp_path / "moved" / "runs" / "test"
+    assert process.returncode == outcome.DONE, output
+    assert f"{settings.run_dir} was moved to {moved}: resuming there" in output
+    told = [event.kind for event in read_journal(moved) if event.kind not in ("save", "best")]
+    assert told == ["launch", "start", "crash", "restart", "restart", "launch", "start", "done"]
+    assert not settings.run_dir.exists()
+    steps = [record["step"] for record in read_metrics(moved / METRICS)]
+    assert steps == list(range(1, STEPS + 1))
 
 
 def test_what_can_do_nothing_by_itself_is_ended_by_the_next_supervisor(configure: Configure) -> None:

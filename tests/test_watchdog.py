@@ -15,6 +15,7 @@ import pytest
 
 from ds_gpt2.config import SupervisorSettings
 from ds_gpt2.heartbeat import Heartbeat, forget_beats, read_beat
+from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.watchdog import Watchdog
 
 SETTINGS = SupervisorSettings(hang_seconds=60, hang_factor=10, patience_minutes=30)
@@ -26,7 +27,7 @@ class Watched:
     def __init__(self, folder: Path, ranks: int = 2, settings: SupervisorSettings = SETTINGS) -> None:
         self.now = 0.0
         self.ranks = [Heartbeat(folder, rank) for rank in range(ranks)]
-        self.dog = Watchdog(settings, folder, ranks, clock=lambda: self.now)
+        self.dog = Watchdog(settings, OpenDirectory(folder), ranks, clock=lambda: self.now)
 
     def step(self, number: int, seconds: float, silent: int | None = None) -> None:
         for rank, heartbeat in enumerate(self.ranks):

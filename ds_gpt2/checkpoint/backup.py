@@ -2,7 +2,7 @@
 
 A hard link shares its blocks and dies with them; a copy does not. The copies of a run lie in ``<place>/<run>/<tag>/``,
 the same files as in ``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker
-there too: written last, removed first. One process at a time may write the copies of a run, and ``run.json`` beside
+there too: written last, removed first. One process at a time may write the copies of a run, and ``owner.json`` beside
 them names the run that does.
 """
 
@@ -37,7 +37,9 @@ from ds_gpt2.checkpoint.retention import Kept
 from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.run_address import RunAddress, address_of, read_address
-from ds_gpt2.run_location import OWNER
+from ds_gpt2.run_location import CONFIG, last_seen
+
+OWNER = "owner.json"
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ class Backup:
         self._url = place
         self._run_name = run_name
         self._disk = disk or Disk()
-        self._owner = address_of(run_dir) if run_dir is not None else None
+        self._run_dir = run_dir
+        self._before = _last_address(run_dir) if run_dir is not None else None
         self._is_claimed = False
 
     def where(self, tag: str = "") -> str:
@@ -106,7 +109,9 @@ class Backup:
         if root.resolve().is_relative_to(checkpoints.resolve()):
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
         with contextlib.suppress(OSError):
-            self._check_owner(_owner((root / OWNER).read_bytes()))
+            names = os.listdir(root)
+            content = (root / OWNER).read_bytes() if OWNER in names else None
+            self._check_owner(self._owner_by(content, any(map(role_of, names))))
 
     def check_exists(self) -> None:
         """
@@ -138,17 +143,18 @@ class Backup:
         """Record that this run writes here.
 
         Raises:
-            UserError: another run does, which is on this machine or has taken over from this one.
+            UserError: another run does, or has taken over from this one.
         """
-        if self._owner is None:
+        if self._run_dir is None:
             return
-        found = _owner(self._place.content("", OWNER))
-        self._check_owner(found)
-        if found != self._owner:
-            if found is not None:
-                log.warning(f"{self.where()} held the copies of {found}: this run takes them over")
+        content = self._place.content("", OWNER)
+        owner = self._owner_by(content, bool(self._place.tags()) if content is None else True)
+        self._check_owner(owner)
+        if content is None or owner is None or not owner.is_of(self._run_dir):
+            if owner is not None and not owner.is_of(self._run_dir):
+                log.warning(f"{self.where()} has the copies of {owner}: this run takes them over")
             self._place.make("")
-            self._place.write("", OWNER, [json.dumps(self._owner.to_dict()).encode()])
+            self._place.write("", OWNER, [json.dumps(address_of(self._run_dir).to_dict()).encode()])
         self._is_claimed = True
 
     def shares_disk_with(self, checkpoints: Path) -> bool:
@@ -226,16 +232,24 @@ class Backup:
         commit.commit(self._disk, directory, tag, copy.manifest)
         return open_generation(directory / tag)
 
-    def _check_owner(self, found: RunAddress | None) -> None:
+    def _owner_by(self, content: bytes | None, has_copies: bool) -> RunAddress | None:
+        """Which run the copies are of: earlier versions recorded none, and a copied run tells where it was."""
+        if content is None:
+            return self._before if has_copies else None
+        try:
+            return read_address(json.loads(content))
+        except (ValueError, RecursionError):
+            return None
+
+    def _check_owner(self, owner: RunAddress | None) -> None:
         """
         Raises:
-            UserError: it is another run than this one, which is here still or came after it.
+            UserError: it is another run than this one, which still exists or has taken over.
         """
-        if found is None or self._owner is None or found == self._owner:
+        if owner is None or self._run_dir is None or owner.is_of(self._run_dir):
             return
-        if not (self._is_claimed or found.is_in_use()):
-            return
-        raise UserError(f"{self.where()} holds the copies of {found}: set checkpoint.backup.to to another location")
+        if self._is_claimed or owner.is_in_use():
+            raise UserError(f"{self.where()} has the copies of {owner}: set checkpoint.backup.to to another location")
 
     @functools.cached_property
     def _place(self) -> Place:
@@ -304,10 +318,11 @@ class Backup:
         self._place.read(tag, name, _each(file.write, progress))
 
 
-def _owner(content: bytes | None) -> RunAddress | None:
+def _last_address(run_dir: Path) -> RunAddress | None:
+    """Where the run was when it was last started; None if it never was, or its settings cannot be read."""
     try:
-        return read_address(json.loads(content or b""))
-    except (ValueError, RecursionError):
+        return address_of(last_seen(run_dir)) if (run_dir / CONFIG).is_file() else None
+    except (UserError, OSError):
         return None
 
 

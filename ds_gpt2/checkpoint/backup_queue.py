@@ -115,21 +115,21 @@ class BackupQueue:
     def __init__(
         self,
         backup: Backup,
-        directory: Path,
+        directory: Callable[[], Path],
         disk: Disk | None = None,
         now: Callable[[], float] = time.time,
         news: BackupNews | None = None,
     ) -> None:
         """
         Args:
-            directory: ``checkpoints/<run>/``; what an earlier process left in ``COPYING`` there is removed.
+            directory: returns ``checkpoints/<run>/``, which may be moved during a run; what an earlier process left in
+                ``COPYING`` there is removed.
             news: gets failures and the end of them.
         """
         self._backup = backup
         self._news = news
         self._moved = time.monotonic()  # when the copy under way last sent or read a block
-        self._directory = directory
-        self._private = directory / COPYING
+        self._where = directory
         self._disk = disk or Disk()
         self._cadence = Cadence(backup.settings, now)
         self._lock = threading.RLock()  # around the cadence, the two collections below, and the private directory
@@ -138,8 +138,16 @@ class BackupQueue:
         self._has_looked = False
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, "backup")
-        self._attempt("clean up after an earlier one", lambda: commit.sweep_copying(self._disk, directory))
+        self._attempt("clean up after an earlier one", lambda: commit.sweep_copying(self._disk, directory()))
         self._thread.submit(self._try_out)
+
+    @property
+    def _directory(self) -> Path:
+        return self._where()
+
+    @property
+    def _private(self) -> Path:
+        return self._directory / COPYING
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
         """See ``Cadence.due``."""
@@ -243,8 +251,10 @@ class BackupQueue:
 
     def _try_out(self) -> None:
         """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
-        if self._attempt("see what is there", self._look) and self._news is not None:
-            self._attempt("write a test file", self._backup.probe) and self._attempt("copy there", self._backup.claim)
+        if not self._attempt("see what is there", self._look) or self._news is None:
+            return
+        if self._attempt("write a test file", self._backup.probe):
+            self._attempt("copy there", self._backup.claim)
 
     def _start_from_what_is_there(self) -> None:
         held, local = self._backup.held(), scan(self._directory)

@@ -100,9 +100,9 @@ class Checkpoints:
             epoch: epochs of data seen.
             roles: other tags under which it is to be known (``epoch_00001``, ``best_model``).
         """
-        self._hold_back()
-        if self._saved_step == state.step:
+        if self.has_saved(state):
             return
+        self._hold_back()
         tag = rolling_tag(state.step)
         if not self._is_ready_for(tag):
             self._note_failure(state.step)
@@ -134,6 +134,12 @@ class Checkpoints:
         else:
             self._engine.hold_updates_until(self._save.copied)
             self._done = self._thread.submit(self._save.run)
+
+    def has_saved(self, state: TrainState) -> bool:
+        """Whether ``state`` is committed, after waiting for a save of it that is under way."""
+        if self._saved_step == state.step:
+            self._settle()
+        return self._saved_step == state.step
 
     def finish(self, state: TrainState, for_good: bool) -> bool:
         """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed.
@@ -183,7 +189,7 @@ class Checkpoints:
             self._housekeeping.check_room(self._estimate())
             self._news = BackupNews(self._journal) if self._journal is not None else None
             disk = self._housekeeping.disk
-            self._queue = BackupQueue(backup, self.directory, disk, news=self._news) if backup else None
+            self._queue = BackupQueue(backup, lambda: self.directory, disk, news=self._news) if backup else None
 
     def _continue_from(self, generation: Generation) -> None:
         if not dist.is_main():

@@ -114,7 +114,7 @@ class Save:
     def _await(self, rank: int) -> dict[str, FileEntry]:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while (files := commit.read_record(self._partial, rank)) is None:
-            if self.given_up.is_set() or time.monotonic() > deadline:
+            if self.given_up.is_set() or time.monotonic() > deadline or not self._partial.exists():
                 raise OSError(f"rank {rank} has not written its files")
             time.sleep(_POLL_SECONDS)
         return files

@@ -26,6 +26,7 @@ from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from ds_gpt2.checkpoint.places import reason_of, redact
 from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
+from ds_gpt2.run_address import RunAddress
 
 SETTINGS = BackupSettings(every=100, keep=2)
 
@@ -800,7 +801,7 @@ def test_an_epoch_at_the_place_does_not_count_as_the_newest(run_dir: Path, place
 def test_the_queue_copies_what_is_due_and_prunes(run_dir: Path, place: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ds_gpt2")
     backup = Backup(place, "run", SETTINGS)
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     for step in (100, 150, 200, 300):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
@@ -815,7 +816,7 @@ def test_the_queue_copies_what_is_due_and_prunes(run_dir: Path, place: str, capl
 
 def test_the_last_checkpoint_of_a_run_is_copied_whatever_the_cadence(run_dir: Path, place: str) -> None:
     backup = Backup(place, "run", changed_settings(roles=("latest", "best"), every=1000, best_every_hours=100.0))
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     for step in (100, 150, 200):
         save(run_dir, step)
         link(run_dir, rolling_tag(step), "best_model")
@@ -857,7 +858,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 def test_retention_may_delete_what_is_being_copied(run_dir: Path, gate: Gate) -> None:
     generation = save(run_dir, 100)
     whole = read_in(generation.path)
-    queue = BackupQueue(Backup("memory://place", "run", SETTINGS), run_dir)
+    queue = BackupQueue(Backup("memory://place", "run", SETTINGS), lambda: run_dir)
     queue.offer(generation.tag, [], 100)
     assert gate.reached.wait(60)
     commit.remove(Disk(), run_dir, generation.tag)
@@ -868,7 +869,7 @@ def test_retention_may_delete_what_is_being_copied(run_dir: Path, gate: Gate) ->
 
 def test_a_place_slower_than_the_cadence_gets_the_newest(run_dir: Path, gate: Gate) -> None:
     backup = Backup("memory://place", "run", SETTINGS)
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     for step in (100, 200, 300, 400):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
@@ -881,7 +882,7 @@ def test_a_place_slower_than_the_cadence_gets_the_newest(run_dir: Path, gate: Ga
 
 def test_a_best_that_is_being_read_is_not_replaced_below_the_reader(run_dir: Path, gate: Gate) -> None:
     backup = Backup("memory://place", "run", changed_settings(roles=("best",), best_every_hours=0.0))
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     for step in (100, 110):
         save(run_dir, step, seed=step)
         link(run_dir, rolling_tag(step), BEST_TAG)
@@ -897,7 +898,7 @@ def test_a_best_that_is_being_read_is_not_replaced_below_the_reader(run_dir: Pat
 
 
 def test_the_end_of_a_run_is_not_held_up(run_dir: Path, gate: Gate, heard: list[str]) -> None:
-    queue = BackupQueue(Backup("memory://place", "run", SETTINGS), run_dir)
+    queue = BackupQueue(Backup("memory://place", "run", SETTINGS), lambda: run_dir)
     for step in (100, 200):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
@@ -920,7 +921,7 @@ def test_a_failing_place_is_logged_once_a_failure_and_tried_again(
 ) -> None:
     MemoryFileSystem.store.clear()
     backup = Backup("memory://place", "run", changed_settings(roles=("epoch",)))
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     settle(queue)
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "_open", lambda *args, **kwargs: exec("raise error", {"error": error}))
@@ -943,7 +944,7 @@ def test_a_failing_place_is_logged_once_a_failure_and_tried_again(
 
 
 def test_what_failed_last_is_said_at_the_end(run_dir: Path, tmp_path: Path) -> None:
-    queue = BackupQueue(Backup(str(tmp_path / "nas"), "run", SETTINGS), run_dir)
+    queue = BackupQueue(Backup(str(tmp_path / "nas"), "run", SETTINGS), lambda: run_dir)
     save(run_dir, 100)
     queue.offer(rolling_tag(100), [], 100)
     assert queue.finish(60) == [rolling_tag(100)]
@@ -952,7 +953,7 @@ def test_what_failed_last_is_said_at_the_end(run_dir: Path, tmp_path: Path) -> N
 def test_a_checkpoint_that_cannot_be_linked_costs_a_line(
     run_dir: Path, local_place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    queue = BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir)
+    queue = BackupQueue(Backup(str(local_place), "run", SETTINGS), lambda: run_dir)
     queue.offer(rolling_tag(100), [], 100)
     assert "could not begin with rolling_step_000100: manifest.json cannot be read" in caplog.text
     save(run_dir, 110)
@@ -964,7 +965,7 @@ def test_an_epoch_that_an_earlier_process_could_not_copy_is_made_up_for(run_dir:
     backup = Backup(place, "run", changed_settings(roles=("epoch",)))
     save(run_dir, 100)
     link(run_dir, rolling_tag(100), epoch_tag(1))
-    queue = BackupQueue(backup, run_dir)
+    queue = BackupQueue(backup, lambda: run_dir)
     settle(queue)
     save(run_dir, 110)
     assert queue.due(rolling_tag(110), [], 110) == [epoch_tag(1)]
@@ -981,7 +982,7 @@ def test_a_place_that_was_away_at_the_start_is_asked_again(
     link(run_dir, rolling_tag(100), epoch_tag(1))
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "ls", lambda *args, **kwargs: 1 / 0)
-        queue = BackupQueue(Backup("memory://place", "run", SETTINGS), run_dir)
+        queue = BackupQueue(Backup("memory://place", "run", SETTINGS), lambda: run_dir)
         settle(queue)
     assert "could not see what is there: division by zero" in caplog.text
     assert queue.due(rolling_tag(110), [], 110) == [rolling_tag(110)]
@@ -997,7 +998,7 @@ def test_links_left_by_a_crash_are_swept(run_dir: Path, local_place: Path) -> No
     (run_dir / COPYING).mkdir()
     commit.link(Disk(), generation.path, run_dir / COPYING, generation.tag)
     (run_dir / COPYING / "epoch_00001.tmp").mkdir()
-    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(60)
+    BackupQueue(Backup(str(local_place), "run", SETTINGS), lambda: run_dir).finish(60)
     assert not (run_dir / COPYING).exists()
     assert problem_of(generation) is None
 
@@ -1010,7 +1011,7 @@ def test_the_links_are_no_checkpoints(run_dir: Path) -> None:
 
 
 def test_a_copy_onto_the_checkpoints_is_refused_without_harm(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    queue = BackupQueue(Backup(str(run_dir.parent), "run", changed_settings(keep=1)), run_dir)
+    queue = BackupQueue(Backup(str(run_dir.parent), "run", changed_settings(keep=1)), lambda: run_dir)
     for step in (100, 200, 300):
         save(run_dir, step)
         queue.offer(rolling_tag(step), [], step)
@@ -1023,8 +1024,8 @@ def test_a_copy_onto_the_checkpoints_is_refused_without_harm(run_dir: Path, capl
 def test_a_place_on_the_same_disk_is_said_to_be_one(
     run_dir: Path, local_place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir).finish(60)
-    queue = BackupQueue(Backup(str(local_place), "run", SETTINGS), run_dir)
+    BackupQueue(Backup(str(local_place), "run", SETTINGS), lambda: run_dir).finish(60)
+    queue = BackupQueue(Backup(str(local_place), "run", SETTINGS), lambda: run_dir)
     settle(queue)
     queue.finish(60)
     assert "is on the disk of the checkpoints, and is lost with it" in caplog.text
@@ -1043,12 +1044,12 @@ def test_a_copied_run_does_not_touch_the_originals_copies(tmp_path: Path, run_di
     generation = save(run_dir, 250)
     original.copy(generation)
     before = read_at(place, generation.tag)
-    with pytest.raises(UserError, match=f"holds the copies of the run in {mine} on .*: set checkpoint.backup.to to an"):
+    with pytest.raises(UserError, match=f"has the copies of the run in {mine} on .*: set checkpoint.backup.to to an"):
         Backup(place, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
     assert tags(original) == [generation.tag] and read_at(place, generation.tag) == before
     assert original.copy(open_generation(generation.path)) == 0
     if not place.startswith("memory://"):  # refused before training, too
-        with pytest.raises(UserError, match="holds the copies of the run in"):
+        with pytest.raises(UserError, match="has the copies of the run in"):
             Backup(place, "run", SETTINGS, run_dir=copied).check_named(run_dir)
         original.check_named(run_dir)
 
@@ -1070,9 +1071,44 @@ def test_two_machines_do_not_take_turns_in_one_location(
     here = Backup(place, "run", SETTINGS, run_dir=mine)
     generation = save(run_dir, 250)
     here.copy(generation)
-    monkeypatch.setattr("platform.node", lambda: "another")
-    Backup(place, "run", SETTINGS, run_dir=mine).copy(generation)  # moved there, for all that can be seen
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    theirs = mine.rename(tmp_path / "theirs")  # another machine sees no run at the path of the first
+    Backup(place, "run", SETTINGS, run_dir=theirs).copy(generation)  # moved there, for all that can be seen
     assert "this run takes them over" in caplog.text
     monkeypatch.undo()
+    theirs.rename(mine)
     with pytest.raises(UserError, match=r"on another: set checkpoint\.backup\.to to another location"):
         here.copy(save(run_dir, 500))
+
+
+def test_one_run_seen_from_two_machines_or_by_two_paths_is_one(
+    tmp_path: Path, run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = begin_run(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    here = Backup(place, "run", SETTINGS, run_dir=mine)
+    here.copy(save(run_dir, 250))
+    monkeypatch.setattr("socket.gethostname", lambda: "login")
+    Backup(place, "run", SETTINGS, run_dir=tmp_path / "link" / "mine").copy(save(run_dir, 500))
+    here.copy(save(run_dir, 750))
+    assert caplog.text == ""
+
+
+def test_a_copied_run_keeps_off_copies_of_an_earlier_version(
+    tmp_path: Path, run_dir: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No owner is recorded there, but where the copy was started last."""
+    mine, copied = begin_run(tmp_path / "mine"), begin_run(tmp_path / "copied")
+    Backup(place, "run", SETTINGS).copy(save(run_dir, 250))
+    monkeypatch.setattr("ds_gpt2.checkpoint.backup.last_seen", lambda _: mine)
+    with pytest.raises(UserError, match=f"has the copies of the run in {mine} on"):
+        Backup(place, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
+    Backup(place, "run", SETTINGS, run_dir=mine).copy(save(run_dir, 500))
+
+
+def test_a_run_that_may_not_be_looked_at_is_not_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr("ds_gpt2.run_address.is_run_dir", refuse)
+    assert not RunAddress(str(tmp_path), "here").is_in_use()
