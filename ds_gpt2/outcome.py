@@ -25,6 +25,7 @@ class Outcome:
     code: int
     before: int | None = None  # of a rollback: go on from a checkpoint of an earlier step than this
     leave_out: tuple[int, ...] = ()  # and without these batches of the data
+    alone: bool = False  # it stopped because its supervisor was gone
 
 
 _LONGEST_FAILURE = 160  # characters
@@ -47,7 +48,7 @@ def read(file: Path) -> Outcome:
     """What the run left; a crash if it left nothing."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return Outcome(values["code"], values["before"], tuple(values["leave_out"]))
+        return Outcome(values["code"], values["before"], tuple(values["leave_out"]), values["alone"])
     except (OSError, ValueError, KeyError, TypeError):
         return Outcome(CRASHED)
 

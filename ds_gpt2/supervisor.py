@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-import psutil
-
 from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
@@ -27,9 +25,10 @@ from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import Outcome
+from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import CONFIG, stored_settings
-from ds_gpt2.supervised import Supervised, lives, read_supervised
+from ds_gpt2.supervised import Supervised, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import counted, duration
 
@@ -106,8 +105,8 @@ class _Supervisor:
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk = DiskWatch(settings)
-        process = psutil.Process()
-        self._me = Supervised(process.pid, process.create_time(), socket.gethostname(), "running", run.place.ranks)
+        start = start_of(os.getpid()) or ""
+        self._me = Supervised(os.getpid(), time.time(), socket.gethostname(), "running", run.place.ranks, start=start)
 
     @property
     def _run_dir(self) -> Path:
@@ -151,9 +150,9 @@ class _Supervisor:
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
         self._journal.write("launch", text, restart=self._launched)
         self._launched = True
-        environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
+        environment = {**run.environment, **stop.watched_by_me()}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
-        self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))
+        self._record(replace(self._me, group=ranks.group))
         watchdog = Watchdog(self._settings.supervisor, self._run_dir, run.place.ranks)
         how = self._watch(ranks, watchdog)
         self._record(self._me)
@@ -161,13 +160,14 @@ class _Supervisor:
         self._has_trained |= beat is not None and beat.step > 0
         if result.code == outcome.MISTAKE and self._has_trained:  # nobody's: the same command was right before
             result = Outcome(outcome.CRASHED)
-        if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
-            result = Outcome(outcome.CRASHED)
+        if result.code == outcome.STOPPED and (how == "launcher died" or result.alone):  # nobody asked for it
+            result = Outcome(outcome.CRASHED, alone=result.alone)
         if self._opened.has_gone:  # what rank 0 said is not where it was looked for
             result = Outcome(outcome.STOPPED)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
             out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
             text = "DeepSpeed's launcher has died" if how == "launcher died" else _why(ranks, out_of_memory)
+            text = "the ranks took this supervisor for dead" if result.alone else text
             self._tell("crash", text, beat.step if beat else None)
         starts = [event for event in read_journal(self._run_dir, from_journal) if event.kind == "start"]
         return Ended(
@@ -216,7 +216,7 @@ class _Supervisor:
         before = read_supervised(self._run_dir)
         if before is None or before.group is None or before.host != self._me.host:
             return
-        if not launcher.ranks_of(before.group) or lives(before.pid, before.started):
+        if not launcher.ranks_of(before.group) or before.lives():
             return
         self._tell(
             "orphans", f"processes of an earlier start are left ({before.group}): they are asked to save and end"
