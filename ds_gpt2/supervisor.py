@@ -19,12 +19,14 @@ from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
 from ds_gpt2.config import PROJECT_DIR, Settings
 from ds_gpt2.disk_watch import DiskWatch
+from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
 from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import Outcome
+from ds_gpt2.preflight import CheckpointsGoneError, what_to_resume
 from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import CONFIG, stored_settings
@@ -119,6 +121,8 @@ class _Supervisor:
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
         while True:
+            if not self._await_checkpoints(run):
+                return self._end(outcome.STOPPED, None)
             ended = self._start(run)
             if self._opened.has_gone:
                 return self._move_on(ended)
@@ -228,21 +232,45 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 launcher.kill(before.group)
 
+    def _await_checkpoints(self, run: Run) -> bool:
+        """Until the checkpoints that the run has saved are there; False if a stop is asked for meanwhile."""
+        seconds, told = self._settings.supervisor.backoff_seconds, ""
+        while (missing := self._missing_checkpoints(run)) is not None:
+            if missing != told:
+                self._tell("no_checkpoints", missing)
+                told = missing
+            if not self._pause(seconds):
+                return False
+            seconds = min(self._settings.supervisor.longest_backoff_seconds, max(1.0, 2 * seconds))
+        return True
+
+    def _missing_checkpoints(self, run: Run) -> str | None:
+        try:
+            what_to_resume(self._settings, run.resume)
+        except CheckpointsGoneError as error:
+            return f"{error}; waiting for it"
+        except UserError:  # the ranks will say it
+            return None
+        return None
+
     def _wait(self, again: Again) -> bool:
         """Until it is time for the next start; False if a stop is asked for meanwhile."""
         self._tell("restart", f"starting again in {duration(again.seconds)} {again.text}")
-        self._record(replace(self._me, state="waiting", next_start=time.time() + again.seconds))
-        deadline = time.monotonic() + again.seconds
+        return self._pause(again.seconds)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; False if a stop is asked for meanwhile."""
+        self._record(replace(self._me, state="waiting", next_start=time.time() + seconds))
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._requests.asked:
             self._alerts.tell_news()
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
         return not self._requests.asked
 
-    def _end(self, code: int, ended: Ended) -> int:
+    def _end(self, code: int, ended: Ended | None) -> int:
         if code == outcome.MISTAKE:
-            self._journal.write(
-                "mistake", "ended by a mistake that a restart does not mend: see the terminal", ended.step
-            )
+            step = ended.step if ended is not None else None
+            self._journal.write("mistake", "ended by a mistake that a restart does not mend: see the terminal", step)
         self._record(replace(self._me, state="ended", code=code))
         self._alerts.tell_news()
         self._alerts.close()
