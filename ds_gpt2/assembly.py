@@ -184,7 +184,7 @@ def _train(
         log.warning(f"{stop.reason}: stopping")
     log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
     engine.close()
-    result = _outcome(ending, guard)
+    result = _outcome(ending, guard, stop.is_alone)
     if lock is not None:
         _note_end(journal, result, state, course)
         lock.close()
@@ -211,13 +211,13 @@ def _tell_of_data(journal: Journal, text: str) -> None:
     journal.write("data_error", text)
 
 
-def _outcome(ending: Ending, guard: Guard) -> Outcome:
+def _outcome(ending: Ending, guard: Guard, alone: bool) -> Outcome:
     if guard.rollback is not None:
         batches = format_batches(guard.rollback.batches)
         leave_out = f" --leave_out {batches}" if batches else ""
         log.info(f"to go back: --resume before:{guard.rollback.begun}{leave_out} (the supervisor does it by itself)")
         return Outcome(ROLLBACK, before=guard.rollback.begun, leave_out=guard.rollback.batches)
-    return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED))
+    return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED), alone=alone)
 
 
 def _note_end(journal: Journal, result: Outcome, state: TrainState, course: loop.Course) -> None:

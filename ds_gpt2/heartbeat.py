@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from ds_gpt2.process_start import start_of
+
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
 _DIRECTORY = "heartbeat"  # in the run's directory, one small file a rank
 _stacks: list[IO[str]] = []  # faulthandler needs the file to stay open
-_SIZE = 96  # bytes of a beat: always the same place of the file, so that a full disk does not stop it
+_SIZE = 160  # bytes of a beat: always the same place of the file, so that a full disk does not stop it
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,18 @@ class Beat:
     step: int  # the newest one begun
     batch: int  # of the data, see TrainState.batch
     phase: str
+    start: str = ""  # of the process, see ``process_start``; earlier versions did not say it
 
 
 class Heartbeat:
-    """One rank's. A beat is one write of 96 bytes into a file that is open already: some microseconds."""
+    """One rank's. A beat is one write of 160 bytes into a file that is open already: some microseconds."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._count = 0
         self._step = self._batch = 0
         self._phase: Phase = "starting"
         self._file: int | None = None
+        self._start = start_of(os.getpid())
         with contextlib.suppress(OSError):  # a run is worth more than its watchdog, which will say what it misses
             file = _file(run_dir, rank)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,8 @@ class Heartbeat:
         self._count += 1
         if self._file is None:
             return
-        line = f"{self._count} {time.time():.3f} {os.getpid()} {self._step} {self._batch} {self._phase}"
+        now, pid = f"{time.time():.3f}", os.getpid()
+        line = f"{self._count} {now} {pid} {self._step} {self._batch} {self._phase} {self._start}"
         with contextlib.suppress(OSError):
             os.pwrite(self._file, line.ljust(_SIZE - 1).encode() + b"\n", 0)
 
@@ -83,8 +88,8 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
     """The newest beat of ``rank``; None where there is none that can be read."""
     try:
-        count, when, pid, step, batch, phase = _file(run_dir, rank).read_text(encoding="ascii").split()
-        return Beat(int(count), float(when), int(pid), int(step), int(batch), phase)
+        count, when, pid, step, batch, phase, *start = _file(run_dir, rank).read_text(encoding="ascii").split()
+        return Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
     except (OSError, ValueError):
         return None
 

@@ -43,6 +43,7 @@ Kind = Literal[
     "data_error",  # a shard could not be read, and is tried again
     "rollback",
     "disk_low",
+    "no_checkpoints",  # those that were saved are not there: nothing is started until they are
     "backup_failed",  # a copy was not made; once a day while that lasts
     "backup_ok",  # a copy was made after that
     "alert",  # a message was sent, or could not be
@@ -115,6 +116,20 @@ def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
                     yield event
     except FileNotFoundError:
         return
+
+
+def last_saved_step(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that the journal knows of; None if it knows of none.
+
+    Those of before the run was begun anew under its name do not count.
+    """
+    saved = None
+    for event in read_journal(run_dir):
+        if event.kind == "start" and not event.step:
+            saved = None
+        elif event.kind == "save":
+            saved = event.step
+    return saved
 
 
 def _parse(line: bytes) -> Event | None:

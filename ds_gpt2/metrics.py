@@ -1,11 +1,12 @@
 """The records in a run's directory.
 
 ``metrics.jsonl`` has one JSON object a step, from the first step to the last, whatever happened in between;
-``starts.jsonl`` has one for every start.
+``starts.jsonl`` has one for every start, ``metrics_replaced.jsonl`` those of steps that were trained again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
@@ -60,15 +62,26 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop what was recorded beyond ``step``: it is replayed, and curves must neither overlap nor jump back."""
+    """Move what was recorded beyond ``step`` to ``REPLACED``: it is replayed, and curves must not overlap.
+
+    A crash in between moves some of it twice.
+    """
     if not file.exists():
         return
-    partial = file.with_suffix(".tmp")
-    with file.open(encoding="utf-8", errors="replace") as lines, partial.open("w", encoding="utf-8") as kept:
-        kept.writelines(line for line in lines if (record := _parse(line)) is not None and record["step"] <= step)
-        kept.flush()
-        os.fsync(kept.fileno())
+    partial, replaced = file.with_suffix(".tmp"), file.with_name(REPLACED)
+    with contextlib.ExitStack() as opened:
+        lines = opened.enter_context(file.open(encoding="utf-8", errors="replace"))
+        kept = opened.enter_context(partial.open("w", encoding="utf-8"))
+        moved = opened.enter_context(replaced.open("a", encoding="utf-8"))
+        for line in lines:
+            if (record := _parse(line)) is not None:
+                (kept if record["step"] <= step else moved).write(line)
+        for target in (kept, moved):
+            target.flush()
+            os.fsync(target.fileno())
     os.replace(partial, file)
+    if not replaced.stat().st_size:
+        replaced.unlink()
 
 
 def first_start(file: Path) -> float | None:

@@ -26,6 +26,7 @@ class Outcome:
     code: int
     before: int | None = None  # of a rollback: go on from a checkpoint of an earlier step than this
     leave_out: tuple[int, ...] = ()  # and without these batches of the data
+    alone: bool = False  # it stopped because its supervisor was gone
 
 
 _LONGEST_FAILURE = 160  # characters
@@ -61,7 +62,7 @@ class LastWords:
         for word in reversed(self._words()):
             with contextlib.suppress(KeyError, TypeError):
                 values = word["outcome"]
-                return Outcome(values["code"], values["before"], tuple(values["leave_out"]))
+                return Outcome(values["code"], values["before"], tuple(values["leave_out"]), values["alone"])
         return None
 
     def failures(self) -> dict[int, str]:

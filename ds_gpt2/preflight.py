@@ -14,6 +14,8 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
 from ds_gpt2.data.dataset import Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.errors import UserError
+from ds_gpt2.journal import JOURNAL, last_saved_step
+from ds_gpt2.metrics import METRICS, STARTS, read_metrics, read_starts, started_from
 from ds_gpt2.model_names import hub_name
 from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
 
@@ -99,11 +101,16 @@ def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+class CheckpointsGoneError(UserError):
+    """A run has been saved, and its checkpoints are not there: a disk may be away."""
+
+
 def what_to_resume(settings: Settings, resume: str | None) -> str | None:
     """What to look for among the checkpoints; None to start a new run, which is refused where there are checkpoints.
 
     Raises:
         UserError: a run must not be trained over.
+        CheckpointsGoneError: ``resume`` is automatic, and would begin a run anew that has been saved before.
     """
     directory = settings.checkpoint_dir
     newest = newest_tag(directory)
@@ -114,8 +121,28 @@ def what_to_resume(settings: Settings, resume: str | None) -> str | None:
         )
     automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
     if automatic and newest is None and not has_copies(settings):
+        _check_not_saved_before(settings)
         return None
     return resume
+
+
+def _check_not_saved_before(settings: Settings) -> None:
+    if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
+        raise CheckpointsGoneError(
+            f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
+            f" {settings.checkpoint_dir}: mount or restore it; to begin anew, move {settings.run_dir} away"
+        )
+
+
+def saved_step(settings: Settings) -> int | None:
+    """The newest step that the run is known to have been saved at, by its own records; None if by none of them."""
+    if (step := last_saved_step(settings.run_dir)) is not None:
+        return step
+    if (steps := started_from(read_starts(settings.run_dir / STARTS))) and steps[-1] > 0:
+        return steps[-1]
+    if (settings.run_dir / JOURNAL).exists():
+        return None  # it was never saved
+    return max((record["step"] for record in read_metrics(settings.run_dir / METRICS)), default=None)
 
 
 def begins_anew(settings: Settings, resume: str | None) -> bool:

@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 
 from ds_gpt2.open_directory import OpenDirectory
-from ds_gpt2.supervised import lives
+from ds_gpt2.process_start import lives, start_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before its time limit
 STOP_FILE = "STOP"  # in the run's directory
@@ -25,6 +25,7 @@ class StopRequest:
                 None on ranks that do not watch.
             checkpoints: the directory of the run's checkpoints, whose move is a request.
         """
+        self.is_alone = False  # the supervisor was found dead
         self._asked = False
         self._run_dir, self._checkpoints = run_dir, checkpoints
         self._supervisor = _supervisor() if run_dir is not None else None
@@ -34,7 +35,7 @@ class StopRequest:
         run_dir = self._run_dir
         if self._asked or run_dir is None:
             return self._asked
-        return (run_dir.path / STOP_FILE).exists() or self.reason is not None or self._is_alone()
+        return (run_dir.path / STOP_FILE).exists() or self.reason is not None or self._look_for_supervisor()
 
     @property
     def reason(self) -> str | None:
@@ -57,22 +58,23 @@ class StopRequest:
         if self._run_dir is not None:
             (self._run_dir.path / STOP_FILE).unlink(missing_ok=True)
 
-    def _is_alone(self) -> bool:
-        """Nobody would restart the run or notice that it hangs: better to end now, with everything saved."""
-        return self._supervisor is not None and not lives(*self._supervisor)
+    def _look_for_supervisor(self) -> bool:
+        """Without it the run would not be restarted and a hang not be noticed: better to end now, all saved."""
+        self.is_alone = self._supervisor is not None and not lives(*self._supervisor)
+        return self.is_alone
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
 
-def watched_by(pid: int, started: float) -> dict[str, str]:
-    """The environment that makes a run stop when that supervisor is gone."""
-    return {_SUPERVISOR: f"{pid} {started}"}
+def watched_by_me() -> dict[str, str]:
+    """The environment that makes a run stop when this process is gone."""
+    return {_SUPERVISOR: f"{os.getpid()} {start_of(os.getpid())}"}
 
 
-def _supervisor() -> tuple[int, float] | None:
-    pid, _, started = os.environ.get(_SUPERVISOR, "").partition(" ")
-    return (int(pid), float(started)) if started else None
+def _supervisor() -> tuple[int, str] | None:
+    pid, _, start = os.environ.get(_SUPERVISOR, "").partition(" ")
+    return (int(pid), start) if start else None
 
 
 def die_silently() -> None:

@@ -11,10 +11,11 @@ from typing import Literal
 import psutil
 
 from ds_gpt2.machine import write_whole
+from ds_gpt2.process_start import lives
 
 RECORD = "supervisor.json"
 
-_SAME_START_SECONDS = 2.0  # the kernel's clock ticks are rounded
+_SAME_START_SECONDS = 2.0  # by the clock of an earlier version
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Supervised:
     """What a supervisor says of itself."""
 
     pid: int
-    started: float  # of the process, seconds since 1970: a process id may come again
+    started: float  # of the process, seconds since 1970
     host: str
     state: Literal["running", "waiting", "ended"]
     ranks: int
     group: int | None = None  # process group of DeepSpeed's launcher and the ranks; None while there is none
-    group_started: float | None = None
     next_start: float | None = None  # seconds since 1970, while it waits
     code: int | None = None  # how it ended
+    start: str = ""  # of the process, see ``process_start``; earlier versions did not record it
 
     def write(self, run_dir: Path) -> None:
         """
@@ -43,7 +44,11 @@ class Supervised:
         """Whether that supervisor still lives; one on another machine is taken at its word."""
         if self.state == "ended":
             return False
-        return self.host != socket.gethostname() or lives(self.pid, self.started)
+        return self.host != socket.gethostname() or self.lives()
+
+    def lives(self) -> bool:
+        """Whether its process is on this machine."""
+        return lives(self.pid, self.start) if self.start else _lived_by_clock(self.pid, self.started)
 
 
 def read_supervised(run_dir: Path) -> Supervised | None:
@@ -55,8 +60,7 @@ def read_supervised(run_dir: Path) -> Supervised | None:
         return None
 
 
-def lives(pid: int, started: float) -> bool:
-    """Whether the process ``pid`` that began at ``started`` (seconds since 1970) is there, and no zombie."""
+def _lived_by_clock(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < _SAME_START_SECONDS and process.status() != psutil.STATUS_ZOMBIE

@@ -15,23 +15,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-import psutil
-
 from ds_gpt2 import launcher, machine, outcome, stop
 from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
 from ds_gpt2.config import PROJECT_DIR, Settings
 from ds_gpt2.disk_watch import DiskWatch
+from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
 from ds_gpt2.launcher import Place, Ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import Outcome
+from ds_gpt2.preflight import CheckpointsGoneError, what_to_resume
+from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import CONFIG, stored_settings
-from ds_gpt2.supervised import Supervised, lives, read_supervised
+from ds_gpt2.supervised import Supervised, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import counted, duration
 
@@ -118,8 +119,8 @@ class _Supervisor:
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk = DiskWatch(settings)
-        process = psutil.Process()
-        self._me = Supervised(process.pid, process.create_time(), socket.gethostname(), "running", run.place.ranks)
+        start = start_of(os.getpid()) or ""
+        self._me = Supervised(os.getpid(), time.time(), socket.gethostname(), "running", run.place.ranks, start=start)
 
     @property
     def _run_dir(self) -> Path:
@@ -132,6 +133,8 @@ class _Supervisor:
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
         while True:
+            if not self._await_checkpoints(run):
+                return self._end(outcome.STOPPED, None)
             if self._has_gone():
                 return self._move_on(run, None)
             ended = self._start(run)
@@ -167,9 +170,9 @@ class _Supervisor:
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
         self._journal.write("launch", text, restart=self._launched)
         self._launched = True
-        environment = {**run.environment, **stop.watched_by(self._me.pid, self._me.started)}
+        environment = {**run.environment, **stop.watched_by_me()}
         ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
-        self._record(replace(self._me, group=ranks.group, group_started=psutil.Process(ranks.group).create_time()))
+        self._record(replace(self._me, group=ranks.group))
         watchdog = Watchdog(self._settings.supervisor, self._opened, run.place.ranks)
         how = self._watch(ranks, watchdog)
         self._record(self._me)
@@ -177,11 +180,12 @@ class _Supervisor:
         self._has_trained |= beat is not None and beat.step > 0
         if result.code == outcome.MISTAKE and self._has_trained:  # nobody's: the same command was right before
             result = Outcome(outcome.CRASHED)
-        if how == "launcher died" and result.code == outcome.STOPPED:  # nobody but this supervisor asked for it
-            result = Outcome(outcome.CRASHED)
+        if result.code == outcome.STOPPED and (how == "launcher died" or result.alone):  # nobody asked for it
+            result = Outcome(outcome.CRASHED, alone=result.alone)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
             out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
             text = "DeepSpeed's launcher has died" if how == "launcher died" else _why(ranks, out_of_memory)
+            text = "the ranks took this supervisor for dead" if result.alone else text
             self._tell("crash", text, beat.step if beat else None)
         starts = [event for event in read_journal(self._run_dir, from_journal) if event.kind == "start"]
         self._has_begun |= bool(starts)
@@ -232,7 +236,7 @@ class _Supervisor:
         before = read_supervised(self._run_dir)
         if before is None or before.group is None or before.host != self._me.host:
             return
-        if not launcher.ranks_of(before.group) or lives(before.pid, before.started):
+        if not launcher.ranks_of(before.group) or before.lives():
             return
         self._tell(
             "orphans", f"processes of an earlier start are left ({before.group}): they are asked to save and end"
@@ -244,21 +248,45 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 launcher.kill(before.group)
 
+    def _await_checkpoints(self, run: Run) -> bool:
+        """Until the checkpoints that the run has saved are there; False if a stop is asked for meanwhile."""
+        seconds, told = self._settings.supervisor.backoff_seconds, ""
+        while (missing := self._missing_checkpoints(run)) is not None and not self._has_gone():
+            if missing != told:
+                self._tell("no_checkpoints", missing)
+                told = missing
+            if not self._pause(seconds):
+                return False
+            seconds = min(self._settings.supervisor.longest_backoff_seconds, max(1.0, 2 * seconds))
+        return True
+
+    def _missing_checkpoints(self, run: Run) -> str | None:
+        try:
+            what_to_resume(self._settings, run.resume)
+        except CheckpointsGoneError as error:
+            return f"{error}; waiting for it"
+        except UserError:  # the ranks will say it
+            return None
+        return None
+
     def _wait(self, again: Again) -> bool:
         """Until it is time for the next start; False if a stop is asked for meanwhile."""
         self._tell("restart", f"starting again in {duration(again.seconds)} {again.text}")
-        self._record(replace(self._me, state="waiting", next_start=time.time() + again.seconds))
-        deadline = time.monotonic() + again.seconds
+        return self._pause(again.seconds)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait, unless the run is moved; False if a stop is asked for meanwhile."""
+        self._record(replace(self._me, state="waiting", next_start=time.time() + seconds))
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._requests.asked and not self._has_gone():
             self._alerts.tell_news()
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
         return not self._requests.asked
 
-    def _end(self, code: int, ended: Ended) -> int:
+    def _end(self, code: int, ended: Ended | None) -> int:
         if code == outcome.MISTAKE:
-            self._journal.write(
-                "mistake", "ended by a mistake that a restart does not mend: see the terminal", ended.step
-            )
+            step = ended.step if ended is not None else None
+            self._journal.write("mistake", "ended by a mistake that a restart does not mend: see the terminal", step)
         self._record(replace(self._me, state="ended", code=code))
         self._alerts.tell_news()
         self._alerts.close()

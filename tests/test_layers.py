@@ -31,6 +31,7 @@ LAYERS = [
         "wording",
         "notes",
         "open_directory",
+        "process_start",
         "run_address",
         "run_location",
         "paths",

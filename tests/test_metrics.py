@@ -32,10 +32,20 @@ def test_damaged_lines_are_passed_over(file: Path, tmp_path: Path) -> None:
     assert sum(timed.train for timed in timed_of(read_metrics(file))) == pytest.approx(0.3)
 
 
-def test_what_comes_after_a_step_is_forgotten(file: Path, tmp_path: Path) -> None:
+def test_what_comes_after_a_step_is_kept_elsewhere(file: Path, tmp_path: Path) -> None:
+    def steps(name: str) -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
+
     forget_after(file, 2)
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    assert steps("metrics.jsonl") == [1, 2] and steps("metrics_replaced.jsonl") == [3, 4]
+    forget_after(file, 0)
+    assert steps("metrics.jsonl") == [] and steps("metrics_replaced.jsonl") == [3, 4, 1, 2]
     forget_after(tmp_path / "nothing", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics_replaced.jsonl"]
+
+
+def test_nothing_is_made_where_nothing_is_replaced(file: Path, tmp_path: Path) -> None:
+    forget_after(file, 9)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -19,7 +19,7 @@ from ds_gpt2.doctor.finding import in_one_line
 from ds_gpt2.errors import UserError
 from ds_gpt2.launcher import Place, choose_ranks
 from ds_gpt2.messages import ways
-from ds_gpt2.preflight import begins_anew, check_initial_model, check_start
+from ds_gpt2.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
 from ds_gpt2.run_location import CONFIG, load_run_settings
 from ds_gpt2.supervisor import Run, supervise
 from ds_gpt2.wording import counted
@@ -96,10 +96,12 @@ def start(
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
-    check_start(settings, plan, resume)
+    with contextlib.suppress(CheckpointsGoneError):  # the supervisor waits for them
+        check_start(settings, plan, resume)
     ways.check(settings.alerts)
-    if begins_anew(settings, resume):
-        check_initial_model(settings)
+    with contextlib.suppress(CheckpointsGoneError):
+        if begins_anew(settings, resume):
+            check_initial_model(settings)
     if not _is_ready(settings, place):
         return outcome.MISTAKE
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"

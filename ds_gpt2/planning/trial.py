@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import os
 import re
 import shutil
 import signal
@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import psutil
-
 from ds_gpt2 import launcher, outcome, run_location, stop
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
@@ -28,7 +26,7 @@ from ds_gpt2.pace import EVALUATIONS
 from ds_gpt2.planning import trial_rank
 from ds_gpt2.planning.supplies import existing
 from ds_gpt2.planning.traces import Traces, read_traces
-from ds_gpt2.supervised import lives
+from ds_gpt2.process_start import lives, start_of
 
 LEAST_STEPS = 10  # the first ones do not count, each hook has one of its own, and a save some to be seen beside
 
@@ -136,8 +134,7 @@ def _train(
 
 def _start(arguments: list[str], place: Place, folder: Path) -> Ranks:
     """The ranks, which end by themselves if this process dies."""
-    process = psutil.Process()
-    environment = {**trial_rank.request(folder), **stop.watched_by(process.pid, process.create_time())}
+    environment = {**trial_rank.request(folder), **stop.watched_by_me()}
     return Ranks(arguments, place, folder / "outcome", environment, trial_rank.SCRIPT)
 
 
@@ -210,8 +207,7 @@ def _folder(checkpoints: Path) -> Iterator[Path]:
     for left in place.glob(f"{_PREFIX}*"):
         if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
-    process = psutil.Process()
-    owner = f"{process.pid}-{math.floor(process.create_time())}-{_host()}-"
+    owner = f"{os.getpid()}-{start_of(os.getpid())}-{_host()}-"
     try:
         folder = tempfile.mkdtemp(prefix=_PREFIX + owner, dir=place)
     except OSError as error:
@@ -227,9 +223,9 @@ def _is_abandoned(folder: Path) -> bool:
 
     The directory may be shared with other machines, whose processes cannot be seen: theirs is left alone for a day.
     """
-    pid, started, host, _ = [*folder.name.removeprefix(_PREFIX).split("-", 3), "", "", ""][:4]
+    pid, start, host, _ = [*folder.name.removeprefix(_PREFIX).split("-", 3), "", "", ""][:4]
     if host == _host():
-        return not (pid.isdigit() and started.isdigit() and lives(int(pid), float(started)))
+        return not (pid.isdigit() and lives(int(pid), start))
     with contextlib.suppress(OSError):
         return time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS
     return False

@@ -49,7 +49,7 @@ def problems_of(
     """
     problems = _of_life(life, settings.run.name, now)
     if life.state in AT_WORK or life.state in ("waiting", "hung?", "finished"):
-        problems += [*_of_loss(loss), *_of_backups(settings, events)]
+        problems += [*_of_loss(loss), *_of_backups(settings, events), *_of_missing_checkpoints(events)]
     if life.state in AT_WORK or life.state in ("waiting", "hung?"):
         problems += [
             *_of_saves(events, newest),
@@ -106,6 +106,11 @@ def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
     if last is None or since is None or settings.checkpoint.backup.to is None:
         return []
     return [Problem("backup_failed", f"no backups since {clock(since)}: {last.text}")]
+
+
+def _of_missing_checkpoints(events: Sequence[Event]) -> list[Problem]:
+    last = next((event for event in reversed(events) if event.kind in ("no_checkpoints", "start")), None)
+    return [Problem("no_checkpoints", last.text)] if last is not None and last.kind == "no_checkpoints" else []
 
 
 def _of_messages(events: Sequence[Event]) -> list[Problem]:

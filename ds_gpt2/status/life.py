@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.config import Settings, SupervisorSettings
 from ds_gpt2.heartbeat import Beat, beat_written, read_beat
 from ds_gpt2.journal import Event
+from ds_gpt2.process_start import lives
 from ds_gpt2.supervised import RECORD, Supervised, read_supervised
 from ds_gpt2.wording import duration
 
@@ -198,7 +199,9 @@ def _by_any_clock(run_dir: Path, rank: int, beat: Beat) -> Beat:
 def _is_there(beat: Beat) -> bool:
     """Whether the process that beat is on this machine still: one that begun later has only been given its number."""
     try:
-        process = psutil.Process(beat.pid)
+        if beat.start:
+            return lives(beat.pid, beat.start)
+        process = psutil.Process(beat.pid)  # an earlier version's
         begun_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
         return begun_before and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -51,7 +51,7 @@ def train(queue: BackupQueue, run_dir: Path, *steps: int) -> None:
 
 
 def open_queue(location: Path, run_dir: Path) -> BackupQueue:
-    return BackupQueue(Backup(str(location), "run", SETTINGS), run_dir, news=BackupNews(Journal(run_dir)))
+    return BackupQueue(Backup(str(location), "run", SETTINGS), lambda: run_dir, news=BackupNews(Journal(run_dir)))
 
 
 def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_place_that_takes_no_file_is_reported_before_the_first_copy_is_due(
         raise PermissionError("403 Forbidden")
 
     monkeypatch.setattr(MemoryFile, "write", refuse)
-    queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), run_dir, news=BackupNews(Journal(run_dir)))
+    queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir, news=BackupNews(Journal(run_dir)))
     deadline = time.monotonic() + 20
     while not events(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)
