@@ -21,6 +21,7 @@ from ds_gpt2.messages.courier import Courier
 from ds_gpt2.messages.limit import HourlyLimit
 from ds_gpt2.messages.message import Message, of_events, with_note
 from ds_gpt2.messages.ways import LIMIT_SECONDS, Way
+from ds_gpt2.open_directory import OpenDirectory
 
 COUNT = "alerts.json"  # in the run's directory
 
@@ -37,8 +38,7 @@ class Alerts:
         """
         self._settings = settings
         self._kinds = frozenset(settings.kinds) - {"alert"}  # a message about each message would never end
-        self._run_dir = run_dir
-        self._journal = run_dir / JOURNAL
+        self._opened = OpenDirectory(run_dir)
         self._read = self._size()  # bytes of the journal
         self._limit = HourlyLimit(run_dir / COUNT, settings.per_hour)
         self._courier = Courier(self._ways, run_dir)
@@ -62,6 +62,14 @@ class Alerts:
                 self._post_held_back()
         except Exception as error:
             self._warn_once(f"alerts: the journal cannot be read ({type(error).__name__})")
+
+    @property
+    def _run_dir(self) -> Path:
+        return self._opened.path
+
+    @property
+    def _journal(self) -> Path:
+        return self._run_dir / JOURNAL
 
     def _warn_once(self, text: str) -> None:
         """Log ``text`` unless it was the last that was logged."""

@@ -60,7 +60,7 @@ from ds_gpt2.preflight import (
 from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
-from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_owner
+from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_first_settings, write_owner
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import StopRequest
@@ -128,7 +128,8 @@ def _train(
     heartbeat, journal = Heartbeat(settings.run_dir, dist.rank()), Journal(settings.run_dir)
     open_stacks(settings.run_dir, dist.rank())
     console.open_log(settings.run_dir / "train.log")
-    house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint)
+    made_again = functools.partial(_restore_checkpoint_dir, settings, journal, endings)
+    house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, made_again)
     lock = dist.together(lambda: _take_over(settings, house))
     wanted = dist.from_main(lambda: what_to_resume(settings, origin.resume))
     heartbeat.beat()
@@ -232,6 +233,15 @@ def _check_directories(settings: Settings) -> None:
     if dist.is_main():
         for directory in settings.output_dirs:
             machine.check_writable(directory)
+        write_first_settings(settings)
+
+
+def _restore_checkpoint_dir(settings: Settings, journal: Journal, endings: contextlib.ExitStack, text: str) -> None:
+    """The directory of checkpoints was deleted and made again: mark and lock it as it was."""
+    log.error(text)
+    journal.write("no_checkpoints", text)
+    write_owner(settings.checkpoint_dir, settings.run_dir)
+    endings.enter_context(machine.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
 
 
 def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:

@@ -36,6 +36,7 @@ PER_RANK = (
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ADOPTED = "DS_GPT2_STARTED_BY"  # the launcher that was found, and the process that found it
+_LAST_PORT = 65_535
 _FIRST_PORT, _PORTS = 15_000, 15_000  # below the ports that Linux gives to outgoing connections (32768 and more)
 
 
@@ -81,6 +82,11 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Launcher:
     found = launcher(environment)
     if environment.get(_ADOPTED) == f"{found} {os.getpid()}":
         return found
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if environment.get(name) == "":
+            del environment[name]
+    if "MASTER_PORT" in environment and _number(environment, "MASTER_PORT", 1) > _LAST_PORT:
+        raise UserError(f"MASTER_PORT={environment['MASTER_PORT']}, but ports end at {_LAST_PORT}")
     if found in ("slurm", "mpi"):
         _adopt_task(_slurm(environment) if found == "slurm" else _mpi(environment), environment)
     elif found == "none":
@@ -126,7 +132,6 @@ def _check_complete(environment: MutableMapping[str, str], found: Launcher) -> N
                     f"RANK and WORLD_SIZE={size} are set but {name} is not, perhaps left over from a batch system:"
                     f" {_REMEDY}"
                 )
-        _number(environment, "MASTER_PORT", 1)
     environment.setdefault("MASTER_ADDR", LOOPBACK[0])
     local_size = environment.get("LOCAL_SIZE" if found == "deepspeed" else "LOCAL_WORLD_SIZE")
     on_this_machine = environment["MASTER_ADDR"] in LOOPBACK

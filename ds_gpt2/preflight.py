@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
+from ds_gpt2.checkpoint.housekeeping import RECOVERY_SCRIPT
+from ds_gpt2.checkpoint.layout import COPYING, LOCK, PARTIAL, role_of
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
 from ds_gpt2.data.dataset import Dataset, as_first_read, count_windows_of, open_dataset
@@ -18,6 +21,8 @@ from ds_gpt2.journal import JOURNAL, last_saved_step
 from ds_gpt2.metrics import METRICS, STARTS, read_metrics, read_starts, started_from
 from ds_gpt2.model_names import hub_name
 from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
+from ds_gpt2.stop import STOP_FILE
+from ds_gpt2.supervised import SUPERVISOR_DIR
 
 
 def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
@@ -44,8 +49,10 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         count_windows_of(dataset, "val", plan.sequence_length)
     if wanted is not None:
         _check_resume(settings, wanted, identity_of(settings, dataset), steps)
-    elif begins_anew(settings, resume) and hub_name(settings.model.init_from or "") is None:
-        check_initial_model(settings)
+    elif begins_anew(settings, resume):
+        _check_new_directories(settings)
+        if hub_name(settings.model.init_from or "") is None:
+            check_initial_model(settings)
     for directory in settings.output_dirs:
         machine.check_may_write(directory)
 
@@ -115,22 +122,29 @@ def what_to_resume(settings: Settings, resume: str | None) -> str | None:
     directory = settings.checkpoint_dir
     newest = newest_tag(directory)
     if resume is None and newest is not None:
+        known = (settings.run_dir / CONFIG).is_file()
+        command = f"resume {directory.name}" if known else f"train CONFIG run.name={directory.name} --auto"
         raise UserError(
             f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}: resume it"
-            f" (`./launch.sh resume {directory.name}`, or --resume latest), or choose another run.name"
+            f" (`./launch.sh {command}`, or --resume latest), or choose another run.name"
         )
     automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
-    if automatic and newest is None and not has_copies(settings):
+    if resume is None or (automatic and newest is None and not has_copies(settings)):
         _check_not_saved_before(settings)
         return None
     return resume
 
 
 def _check_not_saved_before(settings: Settings) -> None:
+    """
+    Raises:
+        CheckpointsGoneError: the run was saved, and no checkpoint of it is there.
+    """
     if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
         raise CheckpointsGoneError(
             f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
-            f" {settings.checkpoint_dir}: mount or restore it; to begin anew, move {settings.run_dir} away"
+            f" {settings.checkpoint_dir}: mount or restore it; to begin anew, move {settings.run_dir} away or choose"
+            " another run.name"
         )
 
 
@@ -204,6 +218,27 @@ def check_outputs(settings: Settings) -> None:
         )
 
 
+def _check_new_directories(settings: Settings) -> None:
+    """
+    Raises:
+        UserError: a new run would write among files of something else.
+    """
+    if not (settings.run_dir / CONFIG).is_file():
+        _check_unused(settings.run_dir, {SUPERVISOR_DIR, STOP_FILE}, "run.name")
+    if read_owner(settings.checkpoint_dir) is None:
+        _check_unused(settings.checkpoint_dir, {LOCK, COPYING, RECOVERY_SCRIPT}, "checkpoint.dir")
+
+
+def _check_unused(directory: Path, own: set[str], setting: str) -> None:
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:  # it is not there, or whether it can be written to is checked next
+        return
+    for name in names:
+        if name not in own and not (name.endswith(PARTIAL) and role_of(name.removesuffix(PARTIAL))):
+            raise UserError(f"{directory} has files of something else, {name} for one: choose another {setting}")
+
+
 def _other_owner(directory: Path, settings: Settings) -> Path | None:
     """The directory of another run that writes into ``directory``; None if there is none."""
     run_dir = settings.run_dir.resolve()
@@ -237,6 +272,7 @@ def _checkpoints_left_behind(settings: Settings) -> Path | None:
 def _check_resume(settings: Settings, wanted: str, identity: dict[str, Any], steps: int) -> None:
     found = candidates(settings.checkpoint_dir, wanted)
     if not found and not has_copies(settings):
+        _check_not_saved_before(settings)
         raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
     first = next((one for one in found if one.manifest is not None), None)
     if first is None or first.manifest is None:

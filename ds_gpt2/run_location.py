@@ -95,6 +95,13 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
     return tree
 
 
+def write_first_settings(settings: Settings) -> None:
+    """Mark the directory of a new run as its own, before anything else is written there."""
+    config = settings.run_dir / CONFIG
+    if not config.exists():
+        write_whole(config, stored_settings(settings))
+
+
 def last_seen(run_dir: Path) -> Path:
     """The directory in which the run was last started: ``run_dir`` itself unless it was moved, renamed or copied.
 

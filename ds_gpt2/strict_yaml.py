@@ -22,7 +22,10 @@ def parse(text: str, source: str) -> Any:
     Raises:
         UserError: invalid YAML, a duplicate key, or nesting that is too deep.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
     try:
         node = loader.get_single_node()
         if node is None:

@@ -14,6 +14,7 @@ from ds_gpt2.machine import write_whole
 from ds_gpt2.process_start import lives
 
 RECORD = "supervisor.json"
+SUPERVISOR_DIR = "supervisor"  # beside it: the supervisor's lock
 
 _SAME_START_SECONDS = 2.0  # by the clock of an earlier version
 

@@ -25,19 +25,20 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
 from ds_gpt2.launcher import Place, Ranks
-from ds_gpt2.machine import write_whole
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.outcome import Outcome
 from ds_gpt2.preflight import CheckpointsGoneError, what_to_resume
 from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
-from ds_gpt2.run_location import CONFIG, stored_settings
-from ds_gpt2.supervised import Supervised, read_supervised
+from ds_gpt2.run_location import load_run_settings, write_first_settings
+from ds_gpt2.supervised import SUPERVISOR_DIR, Supervised, read_supervised
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import counted, duration
 
 _LOOK_SECONDS = 0.5  # between two looks at the ranks
-_DIRECTORY, _LOCK, _OUTCOME = "supervisor", "lock", "outcome"
+_SECOND_MOVE_SECONDS = 60.0  # after the run's directory was moved, for that of its checkpoints
+_LOCK, _OUTCOME = "lock", "outcome"
+_MOVED = "DS_GPT2_MOVED"  # environment: the name of a run that is resumed because it was moved
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def supervise(run: Run, settings: Settings) -> int:
     Raises:
         UserError: the run is supervised already.
     """
-    directory = settings.run_dir / _DIRECTORY
+    directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
     with machine.lock(directory / _LOCK, f"run {settings.run.name}"), _StopRequests() as requests:
         supervisor = _Supervisor(run, settings, requests)
@@ -115,7 +116,8 @@ class _Supervisor:
         self._opened, self._project = OpenDirectory(settings.run_dir), OpenDirectory(PROJECT_DIR)
         self._checkpoints = OpenDirectory(settings.checkpoint_dir)
         self._requests = requests
-        self._has_trained = self._launched = self._has_begun = False
+        self._has_trained = self._has_begun = False
+        self._launched = os.environ.pop(_MOVED, "") == settings.run.name  # then it is a restart
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk = DiskWatch(settings)
@@ -128,7 +130,7 @@ class _Supervisor:
 
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
-        self._make_known()
+        write_first_settings(self._settings)
         self._end_orphans()
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
@@ -153,16 +155,10 @@ class _Supervisor:
                 return self._end(outcome.STOPPED if self._saved_step() >= 0 else outcome.CRASHED, ended)
             run = _after(run, decision)
 
-    def _make_known(self) -> None:
-        """So that ``status`` has something to say while a first start takes its time, or fails."""
-        config = self._run_dir / CONFIG
-        if not config.exists():
-            write_whole(config, stored_settings(self._settings))
-
     def _start(self, run: Run) -> Ended:
         """One start of the ranks, to its end."""
         forget_beats(self._run_dir)
-        directory = self._run_dir / _DIRECTORY
+        directory = self._run_dir / SUPERVISOR_DIR
         for left in directory.glob(_OUTCOME + "*"):
             left.unlink()
         from_journal = self._journal.size()
@@ -189,6 +185,9 @@ class _Supervisor:
             self._tell("crash", text, beat.step if beat else None)
         starts = [event for event in read_journal(self._run_dir, from_journal) if event.kind == "start"]
         self._has_begun |= bool(starts)
+        if self._requests.asked and result.code == outcome.CRASHED and not starts:
+            self._tell("stop", "stopped before the first step of this start: there was nothing to save")
+            result = Outcome(outcome.STOPPED)
         return Ended(
             result,
             stop_requested=self._requests.asked,
@@ -305,12 +304,32 @@ class _Supervisor:
             self._alerts.send("stop", f"{before.name}: stopped", text)
         elif self._saved_step() < 0 or not self._has_begun:
             self._tell("stop", f"{before} was moved to {self._run_dir} before it was saved: start it again", step)
+        elif (expected := self._await_same_move()) is not None:
+            text = f"its checkpoints are in {self._checkpoints.path}: move them to {expected}, then resume"
+            self._tell("stop", f"{before} was moved to {self._run_dir}, but {text}", step)
         else:
             self._tell("restart", f"{before} was moved to {self._run_dir}: resuming there", step)
+            os.environ[_MOVED] = self._run_dir.name
             self.next_command = [*self._program(), *run.resume_arguments(self._run_dir)]
         self._record(replace(self._me, state="ended", code=code))
         self._alerts.close()
         return code
+
+    def _await_same_move(self) -> Path | None:
+        """Give whoever moves a run's two directories time for the second.
+
+        Returns:
+            Where the checkpoints are expected, if they are still elsewhere; None if they are there.
+        """
+        deadline = time.monotonic() + _SECOND_MOVE_SECONDS
+        while True:
+            expected = load_run_settings(self._run_dir).checkpoint_dir
+            with contextlib.suppress(OSError):
+                if os.path.samefile(expected, self._checkpoints.path):
+                    return None
+            if self._requests.asked or time.monotonic() > deadline:
+                return expected
+            time.sleep(_LOOK_SECONDS)
 
     def _program(self) -> list[str]:
         """What a person would type, where the project is now; an installation in the project is moved by launch.sh."""

@@ -155,6 +155,12 @@ def test_the_word_off_in_a_file_turns_a_guard_off(tmp_path: Path) -> None:
     assert settings.validation.every == 250  # an empty section has the defaults
 
 
+@pytest.mark.parametrize("character", ["\x1b", "\udce9", "\x00"])
+def test_a_character_that_yaml_does_not_allow_is_one_line(character: str) -> None:
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_settings(PROJECT_DIR / "ds_configs" / "quickstart.yaml", {"samples.prompts": f'["{character}"]'})
+
+
 def test_a_merged_key_is_no_duplicate(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {preset: 7M}\ndata: {dir: x}\n"

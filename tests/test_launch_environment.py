@@ -124,6 +124,8 @@ def test_the_ranks_of_a_job_agree_on_a_port_and_other_jobs_have_another() -> Non
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a whole number of at least 1"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not"),
         (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999, but ports end at 65535"),
         (SLURM | {"WORLD_SIZE": "3"}, "the batch system started 6 tasks"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "several machines: set MASTER_ADDR"),
         ({"PMI_RANK": "1"}, "PMI_SIZE is not set"),
@@ -133,6 +135,12 @@ def test_what_does_not_fit_is_one_line(given: dict[str, str], message: str) -> N
     with pytest.raises(UserError, match=message) as refused:
         adopt(dict(given))
     assert "\n" not in str(refused.value)
+
+
+def test_an_empty_variable_is_none() -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    adopt(environment)
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in environment
 
 
 def test_ranks_are_started_without_what_another_launcher_said_of_this_process() -> None:

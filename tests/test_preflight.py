@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from ds_gpt2 import cli, outcome, supervisor
 from ds_gpt2.batch import plan_batch
 from ds_gpt2.config import PROJECT_DIR, load_settings
 from ds_gpt2.errors import UserError
-from ds_gpt2.preflight import check_start
+from ds_gpt2.journal import Journal
+from ds_gpt2.preflight import CheckpointsGoneError, check_start, what_to_resume
 from ds_gpt2.run_location import load_run_settings
 
 
@@ -128,6 +130,72 @@ def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Laun
     (newest.with_name(f"{newest.name}.tmp") / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"run test has no checkpoints in .*, but it left some in "):
         check_start(settings, plan, "latest")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "CONFIG"], "move .*runs/test away or choose another run.name"),
+        (["resume", "RUN"], "mount or restore it"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_away_is_left_alone(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
+    text = (folder / "run.yaml").read_text().replace(str(four_ranks[1]), str(folder))
+    (folder / "run.yaml").write_text(text)
+    shutil.rmtree(folder / "checkpoints")
+    away = four_ranks[1] / "checkpoints"
+    away.rename(away.with_name("away"))  # where the run was before, it left some
+    before = tree(folder)
+    try:
+        given = {"CONFIG": str(folder / "run.yaml"), "RUN": str(folder / "runs" / "test")}
+        line = refused(*[given.get(word, word) for word in words])
+        assert "run test was saved at step 12, but there is no checkpoint in" in line and re.search(message, line)
+    finally:
+        away.with_name("away").rename(away)
+    assert tree(folder) == before
+
+
+def test_a_run_that_was_never_saved_may_be_begun_anew(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    settings.run_dir.mkdir(parents=True)
+    journal = Journal(settings.run_dir)
+    assert what_to_resume(settings, "auto") is None
+    journal.write("start", "started", 0)
+    (settings.run_dir / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert what_to_resume(settings, "auto") is None
+    journal.write("save", "saved", 6)
+    with pytest.raises(CheckpointsGoneError, match="saved at step 6"):
+        what_to_resume(settings, "auto")
+    journal.write("start", "begun anew", 0)
+    assert what_to_resume(settings, "auto") is None
+    (settings.run_dir / "journal.jsonl").unlink()
+    with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # by the metrics: the rest is lost
+        what_to_resume(settings, "auto")
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("runs/test/metrics.jsonl", "run.name"),
+        ("runs/test/dataset.json", "run.name"),
+        ("checkpoints/test/latest", "checkpoint.dir"),
+        ("checkpoints/test/run.json", "checkpoint.dir"),
+        ("checkpoints/test/rolling_step_000001/x", "checkpoint.dir"),
+    ],
+)
+def test_a_new_run_is_not_begun_among_files_of_something_else(
+    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, file: str, setting: str
+) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text("somebody's")
+    before = tree(tmp_path)
+    name = Path(file).parts[2]
+    assert f"has files of something else, {name} for one: choose another {setting}" in refused("train", str(config))
+    assert tree(tmp_path) == before
 
 
 def test_a_run_with_checkpoints_is_not_started_again(

@@ -92,6 +92,7 @@ def test_spans() -> None:
         (["--price-per-kwh", "0.3"], "run one has recorded no power, give --watts too"),
         (["--out", "FOLDER/gone/report.html"], "cannot write .*: No such file or directory; give another place"),
         (["--out", "FOLDER/runs"], "cannot write .*: Is a directory"),
+        (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl is not a report: give another place"),
     ],
 )
 def test_a_mistake_is_said(folder: Path, words: list[str], message: str) -> None:

@@ -208,6 +208,36 @@ def test_launcher_and_supervisor_may_die(configure: Configure) -> None:
         end_session(process.pid)
 
 
+def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
+    """Also by a supervisor that starts on its own, as after a reboot: the disk may be mounted later."""
+    settings = configure("away", schedule=ENDLESS, supervisor={"longest_backoff_seconds": 1})
+    process = _supervisor(settings)
+    away = settings.checkpoint.dir.with_name("away")
+    try:
+        _until(lambda: _told(settings).count("save") == 2)
+        process.terminate()
+        process.communicate(timeout=120)
+        steps = [record["step"] for record in read_metrics(settings.run_dir / METRICS)]
+        settings.checkpoint.dir.rename(away)
+        settings.checkpoint.dir.mkdir()
+        process = _supervisor(settings)
+        _until(lambda: "no_checkpoints" in _told(settings))
+        _until(lambda: look(settings.run_dir, time.time()).state == "waiting")
+        assert "no_checkpoints" in [problem.kind for problem in look(settings.run_dir, time.time()).problems]
+        settings.checkpoint.dir.rmdir()
+        away.rename(settings.checkpoint.dir)
+        _until(lambda: _told(settings).count("start") == 2)
+        process.terminate()
+        process.communicate(timeout=120)
+    finally:
+        end_session(process.pid)
+    starts = [event.step for event in _events(settings) if event.kind == "start"]
+    assert starts == [0, steps[-1]]
+    assert _told(settings).count("no_checkpoints") == 1
+    again = [record["step"] for record in read_metrics(settings.run_dir / METRICS)]
+    assert again[: len(steps)] == steps == list(range(1, len(steps) + 1))
+
+
 def test_a_run_that_is_moved_while_it_waits_is_resumed_there(tmp_path: Path, configure: Configure) -> None:
     settings = configure("waits", supervisor={"backoff_seconds": 600})
     process = _supervisor(settings, [Fault("crash", step=6, rank=1)])

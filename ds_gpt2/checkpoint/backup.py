@@ -108,6 +108,8 @@ class Backup:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+        if self._run_dir is not None and root.resolve().is_relative_to(self._run_dir.resolve()):
+            raise UserError(f"{self.where()} is in the run's directory: give another place for copies")
         with contextlib.suppress(OSError):
             names = os.listdir(root)
             content = (root / OWNER).read_bytes() if OWNER in names else None

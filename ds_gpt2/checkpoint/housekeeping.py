@@ -21,14 +21,25 @@ from ds_gpt2.open_directory import OpenDirectory
 
 log = logging.getLogger(__name__)
 
-_RECOVERY_SCRIPT = "zero_to_fp32.py"
+RECOVERY_SCRIPT = "zero_to_fp32.py"
 
 
 class Housekeeping:
     """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
 
-    def __init__(self, disk: Disk, directory: Path, settings: CheckpointSettings) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        directory: Path,
+        settings: CheckpointSettings,
+        made_again: Callable[[str], object] = log.error,
+    ) -> None:
+        """
+        Args:
+            made_again: called with one line when the directory was deleted during the run and has been made again.
+        """
         self._open = OpenDirectory(directory)
+        self._made_again = made_again
         self.settings = settings
         self.disk = disk
         self._verified: set[str] = set()
@@ -44,7 +55,7 @@ class Housekeeping:
         self._attempt("mend latest", self._mend_pointer)
         self._attempt("keep the ends of epochs", self._keep_epochs)
         self._attempt("keep the best checkpoint", self._keep_best)
-        self._attempt(f"provide {_RECOVERY_SCRIPT}", self._provide_recovery_script)
+        self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
 
     def check_room(self, estimate: int) -> None:
         """
@@ -111,7 +122,8 @@ class Housekeeping:
         try:
             if self._open.is_deleted:
                 self._open.make_again()
-                log.error(f"{self.directory} was deleted while the run trained: it is made again for {tag}")
+                self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
+                self._made_again(f"{self.directory} was deleted while the run trained: it is made again for {tag}")
             commit.remove(self.disk, self.directory, tag + PARTIAL)  # a record in it would be taken for a new one
             return self._make_room(estimate)
         except OSError as error:
@@ -183,7 +195,7 @@ class Housekeeping:
     def _provide_recovery_script(self) -> None:
         from deepspeed.utils import zero_to_fp32
 
-        content, target = Path(zero_to_fp32.__file__).read_bytes(), self.directory / _RECOVERY_SCRIPT
+        content, target = Path(zero_to_fp32.__file__).read_bytes(), self.directory / RECOVERY_SCRIPT
         if not target.exists() or target.read_bytes() != content:
             unfinished = target.with_name(target.name + PARTIAL)
             write_file(self.disk, unfinished, content)

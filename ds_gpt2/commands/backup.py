@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
         if options.list:
             return _show(backup.held(), backup, options.json)
         backup.check_apart_from(settings.checkpoint_dir)
+        if not options.fetch:
+            backup.check_named(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)

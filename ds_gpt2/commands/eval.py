@@ -86,6 +86,9 @@ def run(options: argparse.Namespace) -> int:
     results = [_examine(subject, exam, where) for subject in subjects]
     rows = [_row(result, results[0] if len(results) > 1 else None, exam) for result in results]
     print(json.dumps({"rows": [_plain(dataclasses.asdict(row)) for row in rows]}) if options.json else _report(rows))
+    if broken := [row.title for row in rows if row.loss is not None and not math.isfinite(row.loss.value)]:
+        print(f"the loss of {', '.join(broken)} is not finite: the weights are broken", file=sys.stderr)
+        return outcome.CRASHED
     return outcome.DONE
 
 

@@ -105,9 +105,17 @@ def _default_out(directories: list[Path]) -> Path:
 def _write(file: Path, page: str) -> None:
     """
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another file is there.
     """
     try:
+        if file.exists() and not _is_report(file):
+            raise UserError(f"{file} is not a report: give another place with --out FILE, or delete it")
         write_whole(file, page)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another place with --out FILE") from None
+
+
+def _is_report(file: Path) -> bool:
+    with file.open("rb") as opened:
+        beginning = opened.read(1000)
+    return beginning.startswith(b"<!DOCTYPE html>") and b'<meta http-equiv="Content-Security-Policy"' in beginning

@@ -96,10 +96,11 @@ def start(
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
-    with contextlib.suppress(CheckpointsGoneError):  # the supervisor waits for them
+    waited_for = (CheckpointsGoneError,) if resume == "auto" else ()  # by the supervisor
+    with contextlib.suppress(*waited_for):
         check_start(settings, plan, resume)
     ways.check(settings.alerts)
-    with contextlib.suppress(CheckpointsGoneError):
+    with contextlib.suppress(*waited_for):
         if begins_anew(settings, resume):
             check_initial_model(settings)
     if not _is_ready(settings, place):

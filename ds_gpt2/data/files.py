@@ -69,7 +69,7 @@ def _add(search: _Search, path: Path) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise UserError(
                 f"{path} is a link to {os.readlink(path)}, which cannot be read: {error.strerror}"
             ) from None

@@ -109,7 +109,7 @@ def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
 
 
 def _of_missing_checkpoints(events: Sequence[Event]) -> list[Problem]:
-    last = next((event for event in reversed(events) if event.kind in ("no_checkpoints", "start")), None)
+    last = next((event for event in reversed(events) if event.kind in ("no_checkpoints", "start", "save")), None)
     return [Problem("no_checkpoints", last.text)] if last is not None and last.kind == "no_checkpoints" else []
 
 
