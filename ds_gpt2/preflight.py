@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,17 @@ from ds_gpt2.batch import BatchPlan
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import candidates, check_identity, newest_tag
-from ds_gpt2.checkpoint.housekeeping import RECOVERY_SCRIPT
-from ds_gpt2.checkpoint.layout import COPYING, LOCK, PARTIAL, role_of
+from ds_gpt2.checkpoint.layout import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.config import ScheduleSettings, Settings
-from ds_gpt2.data.dataset import Dataset, as_first_read, count_windows_of, open_dataset
+from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
+from ds_gpt2.data.shards import is_shard
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import JOURNAL, last_saved_step
-from ds_gpt2.metrics import METRICS, STARTS, read_metrics, read_starts, started_from
+from ds_gpt2.metrics import METRICS, REPLACED, STARTS, read_metrics, read_starts, started_from
 from ds_gpt2.model_names import hub_name
-from ds_gpt2.run_location import CONFIG, is_run_dir, load_run_settings, read_owner
-from ds_gpt2.stop import STOP_FILE
-from ds_gpt2.supervised import SUPERVISOR_DIR
+from ds_gpt2.run_location import CONFIG, OWNER, is_run_dir, load_run_settings, read_owner
+from ds_gpt2.supervised import RECORD
 
 
 def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
@@ -106,6 +107,10 @@ def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:
         "run.seed": settings.run.seed,
         "data": dataset.fingerprint,
     }
+
+
+_RECORDS = frozenset((METRICS, REPLACED, STARTS, JOURNAL, RECORD, INDEX))
+_POINTERS = frozenset((LATEST, LATEST_BACKUP, OWNER))
 
 
 class CheckpointsGoneError(UserError):
@@ -221,22 +226,19 @@ def check_outputs(settings: Settings) -> None:
 def _check_new_directories(settings: Settings) -> None:
     """
     Raises:
-        UserError: a new run would write among files of something else.
+        UserError: a new run would overwrite or delete files of something else.
     """
     if not (settings.run_dir / CONFIG).is_file():
-        _check_unused(settings.run_dir, {SUPERVISOR_DIR, STOP_FILE}, "run.name")
+        _check_none(settings.run_dir, lambda name: name in _RECORDS or is_shard(name), "run.name")
     if read_owner(settings.checkpoint_dir) is None:
-        _check_unused(settings.checkpoint_dir, {LOCK, COPYING, RECOVERY_SCRIPT}, "checkpoint.dir")
+        _check_none(settings.checkpoint_dir, lambda name: name in _POINTERS or role_of(name), "checkpoint.dir")
 
 
-def _check_unused(directory: Path, own: set[str], setting: str) -> None:
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError:  # it is not there, or whether it can be written to is checked next
-        return
-    for name in names:
-        if name not in own and not (name.endswith(PARTIAL) and role_of(name.removesuffix(PARTIAL))):
-            raise UserError(f"{directory} has files of something else, {name} for one: choose another {setting}")
+def _check_none(directory: Path, is_in_the_way: Callable[[str], object], setting: str) -> None:
+    with contextlib.suppress(OSError):  # whether it can be written to is checked next
+        for name in sorted(os.listdir(directory)):
+            if is_in_the_way(name):
+                raise UserError(f"{directory} has {name} of something else: choose another {setting}")
 
 
 def _other_owner(directory: Path, settings: Settings) -> Path | None:
