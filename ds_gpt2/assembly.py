@@ -61,6 +61,7 @@ from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_first_settings, write_owner
+from ds_gpt2.safe_files import append_lines
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import StopRequest
@@ -380,8 +381,7 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps:
         "versions": library_versions(),
         "git_commit": _git_commit(),
     }
-    with (settings.run_dir / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    append_lines(settings.run_dir / STARTS, json.dumps(start).encode() + b"\n")
 
 
 def _git_commit() -> str | None:
