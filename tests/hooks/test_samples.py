@@ -65,7 +65,7 @@ def test_prompts_have_dice_of_their_own(engine: Any, tmp_path: Path) -> None:
 
 
 def test_the_file_says_what_was_written_and_when(engine: Any, tmp_path: Path) -> None:
-    directory = tmp_path / "run" / "samples"
+    directory = tmp_path / "samples"
     seen = _samples(directory).observe(engine, STATE)
     text = (directory / "step_000250.md").read_text(encoding="utf-8")
     assert text.startswith("# Step 250\n\n1,048,576 tokens seen, validation loss 3.2500 at step 240.\n\n")
