@@ -240,7 +240,11 @@ def test_a_ruined_model_has_no_figures_and_valid_json(
 ) -> None:
     model = make_model(1)
     model.ln_f.weight.data.fill_(3e38)  # finite, as a file's weights must be; the logits are not
-    (row,) = rows(capsys, write_model(model, tmp_path / "ruined"), "--data", dataset_dir, "--tokens", 1)
+    words = [write_model(model, tmp_path / "ruined"), "--data", dataset_dir, "--tokens", 1, "--json"]
+    assert run(*words) == outcome.CRASHED
+    printed, said = capsys.readouterr()
+    assert "ruined is not finite: the weights are broken" in said
+    (row,) = json.loads(printed)["rows"]
     assert row["loss"] == {"value": None, "stderr": None}
     assert row["perplexity"] is None
 

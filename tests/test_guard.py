@@ -80,7 +80,7 @@ def test_a_loss_that_stays_high_is_gone_back_from_to_before_it_rose() -> None:
 
 def test_exactly_the_batches_that_were_high_or_not_finite_are_left_out() -> None:
     run = Run(divergence_steps=3, skipped_run_steps=50)
-    for loss in [*_losses(100), 9.0, *_losses(101)[100:], 9.0, math.nan, 9.0, math.nan, 9.0]:
+    for loss in [*_losses(100), 20.0, *_losses(101)[100:], 20.0, math.nan, 20.0, math.nan, 20.0]:
         run.step(loss)
     assert run.guard.rollback is not None
     assert (run.guard.rollback.begun, run.guard.rollback.batches) == (103, (103, 104, 105, 106, 107))
