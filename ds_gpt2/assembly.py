@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -32,7 +33,7 @@ from ds_gpt2.config import Settings
 from ds_gpt2.dashboard import open_dashboard
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.data.check import check_shards
-from ds_gpt2.data.dataset import Dataset, Windows
+from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.guard import Guard, Incident
@@ -61,9 +62,10 @@ from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
 from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_first_settings, write_owner
+from ds_gpt2.safe_files import append_lines
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
-from ds_gpt2.stop import StopRequest
+from ds_gpt2.stop import STOP_FILE, StopRequest
 from ds_gpt2.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -137,7 +139,9 @@ def _train(
     check_shards(dataset, settings.run_dir / "data_checked.json")
     heartbeat.beat()
     tell_of_data = functools.partial(_tell_of_data, journal)
-    windows = Windows(dataset, "train", plan.sequence_length, tell_of_data)
+    stop = _stop_request(settings)
+    stopped = functools.partial(_stops_reading, stop, settings.run_dir / STOP_FILE)
+    windows = Windows(dataset, "train", plan.sequence_length, tell_of_data, stopped)
     data = TrainingData(windows, plan, dist.rank(), settings.run.seed, place)
     course = _course(settings, data)
     identity = identity_of(settings, dataset)
@@ -155,8 +159,8 @@ def _train(
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
-    hooks = _hooks(settings, dataset, engine, heartbeat, tell_of_data)
-    stop = _stop_request(settings)
+    held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)
+    hooks = _hooks(settings, held_out, engine, heartbeat)
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
@@ -190,6 +194,11 @@ def _train(
         _note_end(journal, result, state, course)
         lock.close()
     return result
+
+
+def _stops_reading(stop: StopRequest, file: Path) -> bool:
+    """Whether a read that is tried again and again is to end: asked on each rank alone, which has no others to ask."""
+    return stop.signalled or file.exists()
 
 
 def _stop_request(settings: Settings) -> StopRequest:
@@ -261,13 +270,10 @@ def _open_trackers(
     return open_trackers(deepspeed_settings, settings.run_dir, settings.run.name, state.step, plan.windows_per_step)
 
 
-def _hooks(
-    settings: Settings, dataset: Dataset, engine: Engine, heartbeat: Heartbeat, tell_of_data: Callable[[str], None]
-) -> list[Hook]:
+def _hooks(settings: Settings, held_out: Callable[[], Windows], engine: Engine, heartbeat: Heartbeat) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
     if settings.validation.every:
-        held_out = Windows(dataset, "val", settings.batch.sequence_length, tell_of_data)
-        hooks.append(Validation(settings.validation, held_out, settings.batch.micro_batch))
+        hooks.append(Validation(settings.validation, held_out(), settings.batch.micro_batch))
     if settings.samples.every:
         directory, context = settings.run_dir / "samples", settings.batch.sequence_length
         hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
@@ -380,8 +386,7 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps:
         "versions": library_versions(),
         "git_commit": _git_commit(),
     }
-    with (settings.run_dir / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    append_lines(settings.run_dir / STARTS, json.dumps(start).encode() + b"\n")
 
 
 def _git_commit() -> str | None:

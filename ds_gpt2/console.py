@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ds_gpt2 import dist
 from ds_gpt2.monitor import Seen
+from ds_gpt2.safe_files import no_links
 from ds_gpt2.terminal import LineFormatter
-from ds_gpt2.wording import duration
+from ds_gpt2.wording import counted, duration
 
 log = logging.getLogger("ds_gpt2")
 
@@ -28,9 +29,43 @@ def open_log(file: Path | None) -> None:
     terminal.setFormatter(LineFormatter("%(message)s"))
     log.addHandler(terminal)
     if file is not None and dist.is_main():
-        to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        try:
+            to_file = _LogFile(file)
+        except OSError as error:  # a run is worth more than its log
+            log.warning(f"cannot write {file}: {error.strerror}; training goes on")
+            return
         to_file.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         log.addHandler(to_file)
+
+
+class _LogFile(logging.Handler):
+    """Appends to ``train.log``. What cannot be written is lost; the terminal says so once, and the log when it can."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = open(file, "ab", buffering=0, opener=no_links)  # noqa: SIM115  # until ``close``
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if self._lost:
+            line = f"({counted(self._lost, 'line')} could not be written here)\n{line}"
+        try:
+            self._write(line.encode(errors="backslashreplace") + b"\n")
+            self._lost = 0
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                tqdm.write(f"cannot write {self._file.name}: {error.strerror}; training goes on", file=sys.stdout)
+
+    def _write(self, line: bytes) -> None:
+        left = memoryview(line)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class StepLines:

@@ -66,6 +66,15 @@ def gather_objects(value: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # all_gather_object has filled every place
 
 
+def raise_on_all(problem: str | None) -> None:
+    """
+    Raises:
+        UserError: on every rank, with the first problem of any rank.
+    """
+    if found := [one for one in gather_objects(problem) if one is not None]:
+        raise UserError(found[0])
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any rank."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())

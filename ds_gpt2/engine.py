@@ -85,6 +85,7 @@ class Engine:
             None if interrupted; then there must be no ``apply``.
         """
         engine = self.deepspeed
+        self._random_before = get_rng_state()
         engine.train()
         engine.set_gradient_accumulation_boundary(True)
         losses = None
@@ -100,10 +101,9 @@ class Engine:
         self, micro_batches: Iterable[MicroBatch], interrupted: Callable[[], bool]
     ) -> list[torch.Tensor] | None:
         losses: list[torch.Tensor] = []
-        before = get_rng_state() if self._accumulation > 1 else None
         for number, (tokens, targets) in enumerate(micro_batches, start=1):
-            if before is not None and number > 1 and interrupted():
-                set_rng_state(before)
+            if number > 1 and interrupted():
+                set_rng_state(self._random_before)
                 return None
             loss = self.deepspeed(tokens, targets)
             self.deepspeed.backward(loss)
@@ -128,6 +128,11 @@ class Engine:
         engine.step()
         applied, norm, limit = engine.was_step_applied(), float(engine.get_global_grad_norm()), self._constants[1]
         return Update(applied, norm, clipped=applied and 0 < limit < norm)
+
+    def drop(self) -> None:
+        """Forget the gradients of this step, on all ranks; weights, optimizer and random state are as before it."""
+        self.apply(0.0, skip=True)
+        set_rng_state(self._random_before)
 
     def moment(self) -> torch.cuda.Event | None:
         """On a GPU, an event that happens when all work given to it so far is done; None on a CPU, where it is."""

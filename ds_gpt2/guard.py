@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from ds_gpt2.config import GuardSettings
 from ds_gpt2.journal import Kind
-from ds_gpt2.state import TrainState
+from ds_gpt2.state import ENOUGH_LOSSES, TrainState
 
 _WINDOW = 100  # losses that a new one is compared with
-_ENOUGH = 30  # of them
 _SIGMA = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
 _LEAST_SPREAD = 0.002  # of the median: losses that hardly differ make no small step a spike
 
@@ -45,22 +44,27 @@ class Guard:
     def judge_loss(self, state: TrainState, loss: float) -> bool:
         """Before the update of the step after ``state``, whose mean loss is ``loss``: whether it may be made."""
         if not math.isfinite(loss):
+            if state.high_losses:
+                state.high_batches = [*state.high_batches, state.next_batch]
             return False  # told after the update, like a gradient that is not finite
         z = spike_score(state.recent_losses, loss)
         if z is None or z <= self._settings.spike_z:
             state.recent_losses = [*state.recent_losses, loss][-_WINDOW:]
-            state.high_losses = 0
+            state.high_losses, state.high_batches = 0, []
             return True
         state.high_losses += 1
+        state.high_batches = [*state.high_batches, state.next_batch]
         step, usual = state.step + 1, statistics.median(state.recent_losses)
         text = f"loss {loss:.4f} is {z:.0f} deviations above the recent {usual:.4f}"
         if state.high_losses == 1:
             self._raise(Incident("spike", step, text, self._settings.spike, step, (state.next_batch,)))
         if state.high_losses == self._settings.divergence_steps:
             begun, text = step + 1 - state.high_losses, f"{text}, the {state.high_losses}th in a row"
-            batches = _batches_up_to(state.next_batch, state.high_losses, state.left_out)
+            begun -= len(state.high_batches) - state.high_losses  # steps in between whose loss was not finite
+            batches = tuple(state.high_batches)
             self._raise(Incident("divergence", step, text, self._settings.divergence, begun, batches))
-            state.recent_losses, state.high_losses = [loss], 0  # told once: from here on this is its level
+            # Told once: from here on this is its level.
+            state.recent_losses, state.high_losses, state.high_batches = [loss], 0, []
         return self._settings.spike != "skip"
 
     def judge_update(self, state: TrainState, loss: float, applied: bool, windows: bytes) -> None:
@@ -100,7 +104,7 @@ class Guard:
 
 def spike_score(recent: Sequence[float], loss: float) -> float | None:
     """How many robust standard deviations ``loss`` lies above the median of ``recent``; None while they are too few."""
-    if len(recent) < _ENOUGH:
+    if len(recent) < ENOUGH_LOSSES:
         return None
     middle = statistics.median(recent)
     deviation = statistics.median(abs(each - middle) for each in recent)

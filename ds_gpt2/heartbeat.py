@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from ds_gpt2.process_start import start_of
+from ds_gpt2.safe_files import no_links
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
@@ -45,7 +46,7 @@ class Heartbeat:
         with contextlib.suppress(OSError):  # a run is worth more than its watchdog, which will say what it misses
             file = _file(run_dir, rank)
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._file = no_links(str(file), os.O_WRONLY | os.O_CREAT)
         self.beat()
 
     def enter(self, phase: Phase) -> None:
@@ -72,7 +73,7 @@ class Heartbeat:
 def open_stacks(run_dir: Path, rank: int) -> None:
     """From here on SIGUSR2 makes this process write down what each of its threads is doing; so does a fault in C."""
     try:
-        file = stacks_file(run_dir, rank).open("w", encoding="utf-8")
+        file = open(stacks_file(run_dir, rank), "w", encoding="utf-8", opener=no_links)  # noqa: SIM115  # it stays open
     except OSError:
         return
     faulthandler.enable(file)
@@ -100,6 +101,19 @@ def beat_written(run_dir: Path, rank: int) -> float | None:
         return _file(run_dir, rank).stat().st_mtime
     except OSError:
         return None
+
+
+def can_beat(run_dir: Path) -> bool:
+    """Whether ranks can write signs of life: not on a disk that is full, read-only or away."""
+    probe = run_dir / _DIRECTORY / "probe"
+    try:
+        with open(probe, "wb", buffering=0, opener=no_links) as file:
+            return file.write(bytes(_SIZE)) == _SIZE
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def forget_beats(run_dir: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.safe_files import append_lines
 
 JOURNAL = "journal.jsonl"
 
@@ -95,13 +95,9 @@ class Journal:
             facts: plain values, fit for JSON.
         """
         event = {"time": time.time(), "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
+        line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
-            file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(file, json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-                os.fsync(file)
-            finally:
-                os.close(file)
+            append_lines(self._file, line, durable=True)
         except OSError as error:
             log.warning(f"the journal misses an event: {error}; it was: {text}")
 

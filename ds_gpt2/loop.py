@@ -14,6 +14,7 @@ from ds_gpt2.checkpoint.store import Checkpoints
 from ds_gpt2.console import StepLines
 from ds_gpt2.data.batches import TrainingData
 from ds_gpt2.engine import Engine, Update
+from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import perplexity
 from ds_gpt2.guard import Guard
 from ds_gpt2.heartbeat import Heartbeat
@@ -60,6 +61,9 @@ def train(
     """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved.
 
     Where the guard finds that the run has to go back, nothing of what it cannot trust is saved.
+
+    Raises:
+        UserError: on every rank, after all is saved: data cannot be read.
     """
 
     def save(roles: Sequence[str] = ()) -> None:
@@ -70,7 +74,7 @@ def train(
             monitor.flush(durable=True)
             checkpoints.save(state, data.epoch(state.batch), roles)
 
-    stopping = False
+    stopping, problem = False, None
     while state.step < course.steps and not stopping and not guard.rollback:
         meter.begin()
         step, previous, batch = state.step + 1, state.batch, state.next_batch
@@ -80,12 +84,16 @@ def train(
         batches = meter.waiting_for(data.micro_batches(batch))
         loss = engine.accumulate(batches, lambda: dist.any_rank_on_cpu(stop.requested))
         if loss is None:  # asked to stop within a step, none of which has reached the weights
+            stopping = True
             break
         meter.mark("forward_backward")
         for hook in due:
             hook.before_update(engine)
         meter.mark("eval")
-        mean_loss, stopping = _agree(loss, stop)
+        mean_loss, stopping, is_read = _agree(loss, stop, data)
+        if not is_read:
+            engine.drop()
+            break
         update = engine.apply(lr, skip=not guard.judge_loss(state, mean_loss))
         meter.mark("update")
         windows = data.windows_of(batch).tobytes()
@@ -94,20 +102,23 @@ def train(
         seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end(step)}
         lines.show(step, seen, meter.eta(step, course.steps))
         heartbeat.enter("evaluating")
-        for hook in due:
-            seen |= hook.observe(engine, state)
+        problem = _observe(due, engine, state, seen)
         meter.mark("eval")
         monitor.write(step, seen)
         roles = _roles(state, previous, data)
         if roles or course.save.due(step, course.steps):
             save(roles)
             meter.mark("save")
+        if problem is not None:
+            break
     save()
     if not checkpoints.has_saved(state):
         save()  # once more: a moment's trouble, or a directory that was moved meanwhile
     heartbeat.enter("finishing")
     done = state.step >= course.steps and not guard.rollback
     saved = checkpoints.finish(state, for_good=done)
+    if not stopping:
+        dist.raise_on_all(data.problem or problem)
     if guard.rollback:
         return Ending.ROLLBACK
     if not saved:
@@ -115,11 +126,21 @@ def train(
     return Ending.DONE if done else Ending.STOPPED
 
 
-def _agree(loss: torch.Tensor, stop: StopRequest) -> tuple[float, bool]:
-    """The mean loss over all ranks, and whether any of them was asked to stop: one small all-reduce for both."""
-    totals = torch.stack([loss, loss.new_tensor(float(stop.requested))])
-    total_loss, requests = dist.sum_over_ranks(totals).tolist()
-    return total_loss / dist.world_size(), requests > 0
+def _agree(loss: torch.Tensor, stop: StopRequest, data: TrainingData) -> tuple[float, bool, bool]:
+    """One small all-reduce for the mean loss of all ranks, whether any was asked to stop, and whether all have read."""
+    flags = loss.new_tensor([float(stop.requested), float(data.problem is not None)])
+    total_loss, requests, unread = dist.sum_over_ranks(torch.cat([loss.reshape(1), flags])).tolist()
+    return total_loss / dist.world_size(), requests > 0, unread == 0
+
+
+def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: Seen) -> str | None:
+    """Add what the hooks see at this step to ``seen``; returns why the run cannot go on, on every rank alike."""
+    try:
+        for hook in due:
+            seen |= hook.observe(engine, state)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _roles(state: TrainState, previous_batch: int, data: TrainingData) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import no_links
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
@@ -52,11 +53,9 @@ def check_writable(directory: Path) -> None:
     Raises:
         UserError: files cannot be made in ``directory`` (which is created).
     """
-    probe = directory / f".probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"ds_gpt2")
-        probe.unlink()
+        _probe(directory)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
@@ -70,11 +69,24 @@ def check_may_write(directory: Path) -> None:
     _check_path(directory)
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=existing))
+        _probe(existing)
     except OSError as error:
         raise UserError(
             f"cannot write to {directory}: {existing}: {error.strerror}; check its permissions and its disk"
         ) from None
+
+
+def _probe(directory: Path) -> None:
+    """Make and delete a directory in ``directory``. A full disk passes: a run makes room on it.
+
+    Raises:
+        OSError: that is not allowed, or does not work.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=directory))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _check_path(directory: Path) -> None:
@@ -98,7 +110,7 @@ def lock(path: Path, whose: str) -> BinaryIO:
         UserError: another process holds it, or it cannot be made.
     """
     try:
-        file = path.open("a+b")
+        file = open(path, "a+b", opener=no_links)  # noqa: SIM115  # held until the run's end
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,7 +145,8 @@ def write_whole(file: Path, text: str) -> None:
     """
     partial = file.with_name(file.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=no_links) as opened:
+            opened.write(text)
         os.replace(partial, file)
     except OSError:
         with contextlib.suppress(OSError):

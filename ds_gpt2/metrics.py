@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2.safe_files import no_links
+
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
 TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -24,7 +26,7 @@ class Records:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._open = file.open("ab", buffering=0)
+        self._open = open(file, "ab", buffering=0, opener=no_links)  # noqa: SIM115  # until ``close``
         self._waiting = bytearray()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -71,8 +73,8 @@ def forget_after(file: Path, step: int) -> None:
     partial, replaced = file.with_suffix(".tmp"), file.with_name(REPLACED)
     with contextlib.ExitStack() as opened:
         lines = opened.enter_context(file.open(encoding="utf-8", errors="replace"))
-        kept = opened.enter_context(partial.open("w", encoding="utf-8"))
-        moved = opened.enter_context(replaced.open("a", encoding="utf-8"))
+        kept = opened.enter_context(open(partial, "w", encoding="utf-8", opener=no_links))
+        moved = opened.enter_context(open(replaced, "a", encoding="utf-8", opener=no_links))
         for line in lines:
             if (record := _parse(line)) is not None:
                 (kept if record["step"] <= step else moved).write(line)

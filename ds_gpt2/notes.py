@@ -7,7 +7,6 @@ so that the training process and its event file are left alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import itertools
@@ -21,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ds_gpt2 import machine, metrics
+from ds_gpt2.safe_files import append_lines, no_links
 
 NOTES = "NOTES.md"
 TAG = "notes"  # in TensorBoard
@@ -71,7 +71,7 @@ def one_writer(run_dir: Path) -> Iterator[None]:
     Raises:
         OSError: ``NOTES.md`` can be neither opened nor made.
     """
-    with (run_dir / NOTES).open("ab") as file:
+    with open(run_dir / NOTES, "ab", opener=no_links) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -86,10 +86,7 @@ def append(run_dir: Path, note: Note) -> None:
         OSError: it could not be written.
     """
     entry = f"\n## {note.time}, step {note.step:,}\n\n{note.text}\n".encode()
-    with (run_dir / NOTES).open("ab", buffering=0) as file:
-        if file.write(entry) != len(entry):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file.fileno())
+    append_lines(run_dir / NOTES, entry, durable=True)
     machine.sync_directory(run_dir)
 
 

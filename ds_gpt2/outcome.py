@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import append_lines
 
 DONE, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 3
 ROLLBACK = 4  # between the ranks and the supervisor only; without one it is a crash
@@ -96,9 +97,7 @@ def _leave(word: dict[str, Any]) -> None:
     line = json.dumps(word).encode() + b"\n"
     if not _write_to_pipe(line) and _FILE in os.environ:
         with contextlib.suppress(OSError):  # the run's directory is gone or its disk full: read as a crash
-            file = os.open(os.environ[_FILE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(file, line)
-            os.close(file)
+            append_lines(Path(os.environ[_FILE]), line)
 
 
 def _write_to_pipe(line: bytes) -> bool:

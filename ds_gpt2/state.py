@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+ENOUGH_LOSSES = 30  # recent ones, for a new one to be compared with
 _CLIPPED_SHARE = 0.01  # weight of the newest update
 
 
@@ -28,6 +29,7 @@ class TrainState:
     ledger: str = ""  # a hash over the windows of every step so far, in order: equal for runs that saw the same data
     recent_losses: list[float] = field(default_factory=list)  # the newest ones that were not too high
     high_losses: int = 0  # losses far above them, one after another, up to now
+    high_batches: list[int] = field(default_factory=list)  # the batches of the data that they came from
     skipped_in_row: int = 0  # updates skipped one after another, up to now
     weights: str = ""  # fingerprint of the weights at the last save
     weights_updates: int = 0  # updates made until then
@@ -44,6 +46,11 @@ class TrainState:
     def updates(self) -> int:
         """Updates made, skipped ones left out."""
         return self.step - self.skipped_steps
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing is suspected, and there are enough losses to compare with for that to mean something."""
+        return not self.high_losses and not self.skipped_in_row and len(self.recent_losses) >= ENOUGH_LOSSES
 
     def leave_out(self, batches: Iterable[int]) -> None:
         """Never train on ``batches``."""

@@ -31,6 +31,11 @@ class StopRequest:
         self._supervisor = _supervisor() if run_dir is not None else None
 
     @property
+    def signalled(self) -> bool:
+        """Whether this process was sent a signal to stop."""
+        return self._asked
+
+    @property
     def requested(self) -> bool:
         run_dir = self._run_dir
         if self._asked or run_dir is None:

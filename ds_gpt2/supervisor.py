@@ -31,7 +31,9 @@ from ds_gpt2.preflight import CheckpointsGoneError, what_to_resume
 from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import load_run_settings, write_first_settings
+from ds_gpt2.safe_files import append_lines
 from ds_gpt2.supervised import SUPERVISOR_DIR, Supervised, read_supervised
+from ds_gpt2.terminal import one_line
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import counted, duration
 
@@ -159,15 +161,19 @@ class _Supervisor:
         """One start of the ranks, to its end."""
         forget_beats(self._run_dir)
         directory = self._run_dir / SUPERVISOR_DIR
-        for left in directory.glob(_OUTCOME + "*"):
-            left.unlink()
+        with contextlib.suppress(OSError):
+            (directory / _OUTCOME).unlink()
         from_journal = self._journal.size()
         killed_for_memory = launcher.out_of_memory_kills()
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
         self._journal.write("launch", text, restart=self._launched)
         self._launched = True
         environment = {**run.environment, **stop.watched_by_me()}
-        ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
+        try:
+            ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
+        except OSError as error:  # too many processes, say: that may pass
+            self._tell("crash", f"the ranks cannot be started: {error.strerror}")
+            return Ended(Outcome(outcome.CRASHED), self._requests.asked, 0, 0, 0, self._saved_step())
         self._record(replace(self._me, group=ranks.group))
         watchdog = Watchdog(self._settings.supervisor, self._opened, run.place.ranks)
         how = self._watch(ranks, watchdog)
@@ -224,8 +230,11 @@ class _Supervisor:
     def _end_hung(self, ranks: Ranks, hang: Hang) -> None:
         """Take down what the ranks are doing, then kill them: who hangs answers to nothing else."""
         stacks = self._run_dir / "hangs" / time.strftime("%Y-%m-%dT%H-%M-%S")
-        launcher.write_stacks(self._run_dir, self._run.place.ranks, ranks.group, stacks)
-        self._tell("hang", f"{hang.text}; stacks in {stacks}", hang.step, stacks=str(stacks))
+        try:
+            launcher.write_stacks(self._run_dir, self._run.place.ranks, ranks.group, stacks)
+            self._tell("hang", f"{hang.text}; stacks in {stacks}", hang.step, stacks=str(stacks))
+        except OSError as error:
+            self._tell("hang", f"{hang.text}; its stacks cannot be written: {error.strerror}", hang.step)
         while not ranks.gone:
             ranks.kill()
             time.sleep(0.1)
@@ -352,11 +361,9 @@ class _Supervisor:
         """On the terminal, in the run's log and in its journal."""
         with contextlib.suppress(OSError):  # a closed terminal
             print(f"supervisor: {text}", flush=True)
-        with (
-            contextlib.suppress(OSError),
-            (self._run_dir / "train.log").open("a", encoding="utf-8", errors="backslashreplace") as log,
-        ):
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
+        with contextlib.suppress(OSError):
+            append_lines(self._run_dir / "train.log", line.encode(errors="backslashreplace"))
         self._journal.write(kind, text, step, **facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import deque
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 import psutil
 
 from ds_gpt2.config import SupervisorSettings
-from ds_gpt2.heartbeat import Beat, read_beat
+from ds_gpt2.heartbeat import Beat, can_beat, read_beat
 from ds_gpt2.open_directory import OpenDirectory
+
+log = logging.getLogger(__name__)
 
 _STEPS = 100  # observations of a step's time that are remembered
 _LONGEST_LOOK = 5.0  # seconds between two looks that count: who was asleep itself cannot blame the ranks for it
@@ -48,6 +51,7 @@ class Watchdog:
         self._now = 0.0  # seconds spent looking
         self._beats: list[Beat | None] = [None] * ranks
         self._changed = [0.0] * ranks  # when each was last seen to move
+        self._blind = False
         self._step_began: tuple[int, float] | None = None  # of rank 0
         self._step_seconds: deque[float] = deque(maxlen=_STEPS)
 
@@ -70,8 +74,20 @@ class Watchdog:
             beat = read_beat(self._run_dir.path, rank)
             if beat is not None and beat != self._beats[rank]:
                 self._beats[rank], self._changed[rank] = beat, self._now
+                self._blind = False
         self._time_step(self._beats[0])
-        return self._hang()
+        hang = self._hang()
+        if hang is not None and not can_beat(self._run_dir.path):
+            self._note_blindness()
+            return None
+        return hang
+
+    def _note_blindness(self) -> None:
+        """Ranks that cannot write a sign of life are not judged; they are given time anew when they can."""
+        if not self._blind:
+            log.warning("the ranks' signs of life cannot be written: hangs are not noticed meanwhile")
+        self._blind = True
+        self._changed = [self._now] * len(self._changed)
 
     def patience(self, beat: Beat | None) -> float:
         """Seconds that a rank may go without a sign of life in the phase that it is in."""

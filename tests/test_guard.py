@@ -78,6 +78,29 @@ def test_a_loss_that_stays_high_is_gone_back_from_to_before_it_rose() -> None:
     assert (run.guard.rollback.begun, run.guard.rollback.batches) == (501, (501, 502, 504, 505, 506))
 
 
+def test_exactly_the_batches_that_were_high_or_not_finite_are_left_out() -> None:
+    run = Run(divergence_steps=3, skipped_run_steps=50)
+    for loss in [*_losses(100), 20.0, *_losses(101)[100:], 20.0, math.nan, 20.0, math.nan, 20.0]:
+        run.step(loss)
+    assert run.guard.rollback is not None
+    assert (run.guard.rollback.begun, run.guard.rollback.batches) == (103, (103, 104, 105, 106, 107))
+
+
+def test_a_state_is_healthy_while_nothing_is_suspected() -> None:
+    run = Run(divergence_steps=5)
+    for loss in _losses(29):
+        run.step(loss)
+    assert not run.state.is_healthy  # too few to tell
+    run.step(_losses(30)[-1])
+    assert run.state.is_healthy
+    run.step(15.0)
+    assert not run.state.is_healthy
+    run.step(_losses(31)[-1])
+    assert run.state.is_healthy
+    run.step(_losses(32)[-1], gradient_finite=False)
+    assert not run.state.is_healthy
+
+
 def test_where_divergence_is_only_told_the_new_level_becomes_the_measure() -> None:
     run = Run(divergence="alert", divergence_steps=5)
     for loss in [*_losses(500), *[9.0 + 0.01 * number for number in range(200)]]:

@@ -32,6 +32,7 @@ LAYERS = [
         "notes",
         "open_directory",
         "process_start",
+        "safe_files",
         "run_address",
         "run_location",
         "paths",

@@ -14,6 +14,7 @@ import torch
 
 from ds_gpt2.config import GuardSettings
 from ds_gpt2.engine import Update
+from ds_gpt2.errors import UserError
 from ds_gpt2.guard import Guard
 from ds_gpt2.loop import Course, Ending, train
 from ds_gpt2.schedule import Every
@@ -37,6 +38,8 @@ class Parts:
         self.disk_is_full = False
         self.for_good: bool | None = None
         self.step, self.requested = 0, False
+        self.problem: str | None = None  # of the data
+        self.unseen_at = 0  # where validation cannot be read
 
     def epoch(self, step: int) -> float:
         return step / self._epoch_steps
@@ -59,11 +62,16 @@ class Parts:
         self.notes.append(f"apply {lr}")
         return Update(applied=self.step != self._skip_at and not skip, grad_norm=1.0, clipped=False)
 
+    def drop(self) -> None:
+        self.notes.append("drop")
+
     def fingerprint(self) -> str:
         return f"weights of {self.step}"
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
+        if state.step == self.unseen_at:
+            raise UserError("held out data cannot be read")
         if state.step == self._best_at:
             state.validated(3.0)
         return {"val/loss": 3.0}
@@ -156,6 +164,38 @@ def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
     parts = Parts()
     parts.disk_is_full = True
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.UNSAVED
+
+
+def _unreadable_at(parts: Parts, step: int) -> None:
+    def micro_batches(batch: int) -> str:
+        parts.problem = "shard cannot be read" if batch == step else None
+        return f"data of {batch}"
+
+    parts.micro_batches = micro_batches  # type: ignore[method-assign]  # data that goes away
+
+
+def test_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+    parts, state = Parts(), TrainState()
+    _unreadable_at(parts, 5)
+    with pytest.raises(UserError, match="shard cannot be read"):
+        _train(parts, state, steps=9, save=0)
+    assert (state.step, state.batch) == (4, 4)
+    assert parts.notes[-3:] == ["accumulate data of 5", "drop", "save 4"]
+
+
+def test_a_stop_while_data_cannot_be_read_is_a_stop() -> None:
+    parts, state = Parts(stop_at=4), TrainState()
+    _unreadable_at(parts, 4)
+    assert _train(parts, state, steps=9, save=0) is Ending.STOPPED
+    assert parts.notes[-2:] == ["drop", "save 3"]
+
+
+def test_held_out_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+    parts, state = Parts(), TrainState()
+    parts.unseen_at = 4
+    with pytest.raises(UserError, match="held out data cannot be read"):
+        _train(parts, state, steps=9, save=0)
+    assert state.step == 4 and parts.notes[-3:] == ["observe 4", "write 4", "save 4"]
 
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:

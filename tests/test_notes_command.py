@@ -183,12 +183,8 @@ def test_an_empty_note_is_refused(run_dir: Path, words: list[str]) -> None:
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_line(run_dir: Path) -> None:
-    (run_dir / "NOTES.md").symlink_to(run_dir / "gone" / "NOTES.md")
-    with pytest.raises(UserError, match=r"^cannot write .*NOTES\.md: No such file or directory; check its perm"):
-        run(run_dir, "x")
-    (run_dir / "NOTES.md").unlink()
     (run_dir / "NOTES.md").mkdir()
-    with pytest.raises(UserError, match=r"^cannot write .*: Is a directory"):
+    with pytest.raises(UserError, match=r"^cannot write .*NOTES\.md: Is a directory; check its perm"):
         run(run_dir, "x")
     with pytest.raises(UserError, match=r"^cannot read .*: Is a directory"):
         run(run_dir)

@@ -40,6 +40,7 @@ from ds_gpt2.planning.disk import Count, Logs, Store, simulate
 from ds_gpt2.planning.timing import Timing
 from ds_gpt2.planning.traces import Save
 from ds_gpt2.planning.trial_rank import RankMemory
+from ds_gpt2.process_start import start_of
 from ds_gpt2.schedule import Every
 
 RANKS, STEPS = 2, 24
@@ -372,9 +373,9 @@ def test_logs_grow_with_steps_and_occasions() -> None:
 
 def test_only_what_dead_plans_have_left_is_removed(tmp_path: Path) -> None:
     """The directory may be shared: a process number of another machine means nothing here."""
-    me, here = psutil.Process(), trial._host()
-    alive = f".plan-{me.pid}-{int(me.create_time())}-{here}-x"
-    dead, foreign, old = f".plan-{me.pid}-1000-{here}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
+    me, here = os.getpid(), trial._host()
+    alive = f".plan-{me}-{start_of(me)}-{here}-x"
+    dead, foreign, old = f".plan-{me}-1000-{here}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
     for name in (alive, dead, foreign, old, "other"):
         (tmp_path / name / "runs").mkdir(parents=True)
     os.utime(tmp_path / old, (time.time() - 90_000,) * 2)

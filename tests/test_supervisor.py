@@ -208,6 +208,23 @@ def test_launcher_and_supervisor_may_die(configure: Configure) -> None:
         end_session(process.pid)
 
 
+def test_a_stop_while_a_shard_cannot_be_read_loses_no_step(configure: Configure) -> None:
+    undisturbed, settings = configure("undisturbed"), configure("unreadable")
+    process = _supervisor(settings, [Fault("read_error", batch=10, rank=1)])
+    try:
+        _until(lambda: all((beat := read_beat(settings.run_dir, rank)) and beat.step == 10 for rank in range(2)))
+        _until(lambda: "data_error" in _told(settings))
+        process.terminate()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end_session(process.pid)
+    assert process.returncode == outcome.STOPPED, output
+    assert newest_tag(settings.checkpoint_dir) == "rolling_step_000009"
+    assert supervise(_run(settings, resume="auto"), settings) == outcome.DONE
+    assert supervise(_run(undisturbed), undisturbed) == outcome.DONE
+    assert curve_differences(undisturbed.run_dir, settings.run_dir) == []
+
+
 def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
     """Also by a supervisor that starts on its own, as after a reboot: the disk may be mounted later."""
     settings = configure("away", schedule=ENDLESS, supervisor={"longest_backoff_seconds": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from ds_gpt2.config import SupervisorSettings
-from ds_gpt2.heartbeat import Heartbeat, forget_beats, read_beat
+from ds_gpt2.heartbeat import Heartbeat, can_beat, forget_beats, read_beat
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.watchdog import Watchdog
 
@@ -151,3 +152,35 @@ def test_a_directory_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None
     (tmp_path / "heartbeat").write_text("a file is in the way", encoding="ascii")
     Heartbeat(tmp_path, 0).begin_step(1, 1)
     assert read_beat(tmp_path, 0) is None
+
+
+@pytest.mark.parametrize("trouble", ["away", "full"])
+def test_no_hang_is_declared_where_no_sign_of_life_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    watched = Watched(tmp_path)
+    for number in range(1, 10):
+        watched.step(number, seconds=1)
+    beats = tmp_path / "heartbeat"
+    if trouble == "away":
+        beats.rename(tmp_path / "elsewhere")
+    else:
+        monkeypatch.setattr("ds_gpt2.watchdog.can_beat", lambda _: False)
+    assert watched.wait(10_000) is None
+    assert caplog.text.count("signs of life cannot be written") == 1
+    if trouble == "away":
+        (tmp_path / "elsewhere").rename(beats)
+    monkeypatch.undo()
+    assert "has not moved" in str(watched.wait(200))
+
+
+def test_a_disk_that_takes_no_sign_of_life_is_recognised(tmp_path: Path) -> None:
+    assert not can_beat(tmp_path)
+    Heartbeat(tmp_path, 0)
+    assert can_beat(tmp_path) and [path.name for path in (tmp_path / "heartbeat").iterdir()] == ["rank_00000"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
+    try:
+        assert not can_beat(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -20,6 +20,7 @@ from pathlib import Path
 from ds_gpt2.checkpoint.disk import Disk, HashingFile, write_file
 from ds_gpt2.checkpoint.layout import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, encode, read, size_problem_of
+from ds_gpt2.safe_files import is_own_directory
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,9 @@ def supersede(disk: Disk, directory: Path, tag: str) -> None:
 def remove(disk: Disk, directory: Path, tag: str) -> None:
     """Delete a checkpoint, its marker first: a half-deleted one is none. No such checkpoint: nothing happens."""
     path = directory / tag
+    if path.is_symlink():
+        disk.unlink(path)
+        return
     if not path.is_dir():
         return
     with contextlib.suppress(FileNotFoundError):  # somebody else deletes it too
@@ -158,15 +162,22 @@ def sweep(disk: Disk, directory: Path) -> None:
 def awaits_sweep(directory: Path) -> bool:
     """Whether ``sweep`` would finish a checkpoint in ``directory``, which nothing else finds until then."""
     partial = directory.glob("*" + PARTIAL) if directory.is_dir() else ()
-    return any(role_of(path.name.removesuffix(PARTIAL)) is not None and _is_complete(path) for path in partial)
+    return any(
+        role_of(path.name.removesuffix(PARTIAL)) is not None and is_own_directory(path) and _is_complete(path)
+        for path in partial
+    )
 
 
 def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
     tag = path.name.removesuffix(PARTIAL)
     if path.name in (LATEST + PARTIAL, LATEST_BACKUP + PARTIAL):
         disk.unlink(path)
-    elif role_of(tag) is None or not path.is_dir():
+    elif role_of(tag) is None or not (path.is_dir() or path.is_symlink()):
         return
+    elif path.is_symlink():
+        if path.name != tag:  # nothing of ours is written through a link
+            disk.unlink(path)
+            log.info(f"removed the link {path.name}")
     elif path.name != tag and _is_complete(path) and not (directory / tag).exists():
         _make_durable(disk, path)
         publish(disk, directory, tag)
@@ -179,7 +190,7 @@ def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
 def sweep_copying(disk: Disk, directory: Path) -> None:
     """Remove links that a killed process was copying from: they hold the blocks of deleted checkpoints."""
     copying = directory / COPYING
-    for path in list(copying.iterdir()) if copying.is_dir() else []:
+    for path in list(copying.iterdir()) if is_own_directory(copying) else []:
         discard(disk, path)
     discard(disk, copying)
 
@@ -219,7 +230,10 @@ def _move_pointer(disk: Disk, directory: Path, name: str, tag: str) -> None:
 
 
 def discard(disk: Disk, path: Path) -> None:
-    """Delete a directory that is no checkpoint, and the files in it."""
+    """Delete a directory that is no checkpoint, and the files in it; of a link, the link."""
+    if path.is_symlink():
+        disk.unlink(path)
+        return
     if not path.is_dir():
         return
     for child in path.iterdir():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2 import machine
+from ds_gpt2.safe_files import no_links
 
 
 class Disk:
@@ -20,7 +21,7 @@ class Disk:
 
     def create(self, path: Path) -> BinaryIO:
         """A new file for writing, unbuffered; a file of that name is emptied."""
-        return path.open("wb", buffering=0)
+        return open(path, "wb", buffering=0, opener=no_links)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """All of ``data``, however many calls the system needs for it."""

@@ -119,7 +119,7 @@ def candidates(directory: Path, wanted: str) -> list[Generation]:
     history = [found for found in scan(directory) if found.role != "superseded" and not found.weights_only]
     if wanted in ("latest", "auto"):
         return history
-    if (step := _before(wanted)) is not None:
+    if (step := before(wanted)) is not None:
         return [found for found in history if found.step < step] or history[-1:]
     if wanted in (LATEST_BACKUP, "backup"):
         return _from_backup(directory, history)
@@ -130,7 +130,8 @@ def candidates(directory: Path, wanted: str) -> list[Generation]:
     raise UserError(f"no checkpoint {wanted!r} in {directory}: {_known(directory, wanted)}")
 
 
-def _before(wanted: str) -> int | None:
+def before(wanted: str) -> int | None:
+    """The step that ``before:STEP`` names; None if ``wanted`` is something else."""
     step = wanted.removeprefix("before:")
     return int(step) if step != wanted and _is_number(step) else None
 

@@ -18,6 +18,7 @@ from ds_gpt2.checkpoint.retention import Kept, Policy
 from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -221,4 +222,15 @@ def policies(settings: CheckpointSettings) -> list[Policy]:
 
 def known(directory: Path, verified: set[str]) -> list[Kept]:
     """The checkpoints of ``directory`` as retention sees them."""
-    return [Kept(found.tag, found.role, found.step, found.tag in verified) for found in scan(directory) if found.role]
+    return [
+        Kept(found.tag, found.role, found.step, found.tag in verified, _is_healthy(found))
+        for found in scan(directory)
+        if found.role
+    ]
+
+
+def _is_healthy(generation: Generation) -> bool:
+    try:
+        return generation.manifest is not None and TrainState.from_dict(generation.manifest.state).is_healthy
+    except TypeError:  # not a state of ours
+        return False

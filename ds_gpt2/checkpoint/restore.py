@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_gpt2 import dist
 from ds_gpt2.checkpoint.backup import Backup
-from ds_gpt2.checkpoint.generations import Generation, candidates, check_identity, problem_of
+from ds_gpt2.checkpoint.generations import Generation, before, candidates, check_identity, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
@@ -52,6 +52,7 @@ def choose(directory: Path, wanted: str, identity: dict[str, Any], backup: Backu
         reasons = [one for one in dist.gather_objects(reason) if one]
         if not reasons:
             assert generation.manifest is not None
+            _warn_if_too_new(generation, wanted)
             return Restored(generation, generation.manifest, contents)
         log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
     if not tried:
@@ -60,6 +61,15 @@ def choose(directory: Path, wanted: str, identity: dict[str, Any], backup: Backu
         f"none of {', '.join(tried)} in {directory} can be used (the reasons are above):"
         " restore one from a backup, or go on from another with --resume TAG or PATH"
     )
+
+
+def _warn_if_too_new(generation: Generation, wanted: str) -> None:
+    step = before(wanted)
+    if step is not None and generation.step >= step:
+        log.warning(
+            f"no good checkpoint precedes step {step:,}, where the trouble began: going back to step"
+            f" {generation.step:,}, which may have it already"
+        )
 
 
 def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Generation]:

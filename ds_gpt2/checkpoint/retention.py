@@ -18,6 +18,7 @@ class Kept:
     role: Role
     step: int
     verified: bool  # written or verified by this process, or by one before it that said so
+    healthy: bool = False  # saved while the guards found nothing wrong, see ``TrainState.is_healthy``
 
 
 Policy = Callable[[Sequence[Kept]], Iterable[Kept]]  # of all checkpoints, newest first, those worth keeping
@@ -44,9 +45,11 @@ def keep_best(found: Sequence[Kept]) -> Iterable[Kept]:
 
 
 def protect(found: Sequence[Kept]) -> list[Kept]:
-    """What no policy and no lack of space may take: the newest two verified checkpoints, and the best."""
+    """What no policy and no lack of space may take, of verified checkpoints: the newest two, the newest two that are
+    healthy, which a rollback goes back to, and the best.
+    """
     verified = [kept for kept in _newest_first(found) if kept.verified and kept.role in ("rolling", "epoch")]
-    steps = sorted({kept.step for kept in verified}, reverse=True)[:PROTECTED]
+    steps = {*_newest_steps(verified), *_newest_steps([kept for kept in verified if kept.healthy])}
     return [*(kept for kept in verified if kept.step in steps), *_of(found, "best")]
 
 
@@ -64,6 +67,10 @@ def order_of_sacrifice(found: Iterable[Kept]) -> list[Kept]:
     roles: tuple[Role, ...] = ("superseded", "rolling", "epoch")
     order = [kept for role in roles for kept in reversed(_of(newest_first, role))]
     return [kept for kept in order if kept not in protected]
+
+
+def _newest_steps(found: Iterable[Kept]) -> list[int]:
+    return sorted({kept.step for kept in found}, reverse=True)[:PROTECTED]
 
 
 def _newest_first(found: Iterable[Kept]) -> list[Kept]:

@@ -25,6 +25,7 @@ from ds_gpt2.pretrained import file, huggingface
 from ds_gpt2.pretrained.card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_location import settings_now
+from ds_gpt2.safe_files import remove_tree
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import size, tokens
 
@@ -122,7 +123,7 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
         if os.path.lexists(replaced) and not os.path.lexists(out):
             replaced.rename(out)
         for left in (unfinished, replaced):
-            _remove(left)
+            remove_tree(left)
 
 
 def _sync(path: Path) -> None:
@@ -131,13 +132,6 @@ def _sync(path: Path) -> None:
         return
     with path.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_file(opened: Opened, path: Path) -> None:

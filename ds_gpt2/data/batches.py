@@ -28,21 +28,30 @@ class TrainingData:
         self._rank = rank
         self._seed = seed
         self._device = device
+        self.problem: str | None = None  # why this rank has not read what it was asked for
         self._ahead = Ahead(self._read)
         self._order = functools.lru_cache(maxsize=4)(self._permuted)  # asked for before a step and after it
 
     def micro_batches(self, batch: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches of ``batch`` (1-based, one a step), on its device.
 
-        Raises:
-            UserError: a shard cannot be read, or has what is no token.
+        Where they cannot be read, ``problem`` says why, and others take their place: the other ranks compute already,
+        and this one has to take part until all can agree to drop the step.
         """
-        yield from self._ahead.take(batch)
+        try:
+            made = self._ahead.take(batch)
+        except UserError as error:
+            self.problem = str(error)
+            windows = self.plan.windows_per_step // self.plan.world_size
+            made = self._split(np.zeros((windows, self.plan.sequence_length + 1), np.int64))
+        yield from made
 
     def _read(self, batch: int) -> list[MicroBatch]:
         mine = np.split(self.windows_of(batch), self.plan.world_size)[self._rank]
-        rows = on_device(self.windows.read(mine), self._device)
-        return [with_targets(some) for some in rows.split(self.plan.micro_batch)]
+        return self._split(self.windows.read(mine))
+
+    def _split(self, rows: npt.NDArray[np.int64]) -> list[MicroBatch]:
+        return [with_targets(some) for some in on_device(rows, self._device).split(self.plan.micro_batch)]
 
     def windows_of(self, batch: int) -> npt.NDArray[np.int64]:
         """The windows of ``batch`` over all ranks, in rank order: the same for every world size. Not to be changed."""

@@ -145,17 +145,23 @@ class Windows:
     """
 
     def __init__(
-        self, dataset: Dataset, split: Split, sequence_length: int, tell: Callable[[str], None] = log.warning
+        self,
+        dataset: Dataset,
+        split: Split,
+        sequence_length: int,
+        tell: Callable[[str], None] = log.warning,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             tell: is given what goes wrong when shards are read, one line each.
+            stopped: see ``ShardReader``.
 
         Raises:
             UserError: no shard of this split is as long as one window.
         """
         self.sequence_length = sequence_length
-        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell)
+        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell, stopped)
         count_windows_of(dataset, split, sequence_length)
         self._ends = np.cumsum(_windows_of_shards(dataset, split, sequence_length), dtype=np.int64)
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ds_gpt2 import tokenizer
 from ds_gpt2.data.shards import Tokens, sha256
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import no_links
 
 FILE = "hellaswag_val.jsonl"
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{FILE}"
@@ -246,7 +247,7 @@ def _write_cache(cache: Path, items: list[Item]) -> None:
         "characters": np.stack([item.characters for item in items]),
         "bytes": np.stack([item.bytes for item in items]),
     }
-    with contextlib.suppress(OSError), _replacing(cache) as partial, partial.open("wb") as file:
+    with contextlib.suppress(OSError), _replacing(cache) as partial, open(partial, "wb", opener=no_links) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from ds_gpt2 import machine
 from ds_gpt2.data.dataset import INDEX, UNFINISHED, Shard
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import no_links, remove_tree
 from ds_gpt2.wording import size
 
 NOTE, _LOCK = "progress.json", "lock"
@@ -67,7 +68,7 @@ def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None
     wanted = {INDEX, NOTE, _LOCK, *(shard.file for shard in shards)}
     for other in directory.iterdir():
         if other.name not in wanted:
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
+            remove_tree(other)
     machine.sync_directory(directory)
     try:
         if directory.parent == target:
@@ -100,7 +101,7 @@ def check_room(directory: Path, needed: float, what: str) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replace ``path``; the text is on the medium before it has this name."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
+    with open(partial, "w", encoding="utf-8", opener=no_links) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

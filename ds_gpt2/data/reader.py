@@ -19,6 +19,7 @@ from ds_gpt2.open_directory import OpenDirectory
 log = logging.getLogger(__name__)
 
 _PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 64)  # seconds, two minutes together: a rank that hangs is given longer
+_LOOK_SECONDS = 0.2  # between two looks for a stop
 _MOST_OPEN = 200  # files; a process may have 1,024 on many a machine
 
 
@@ -32,21 +33,27 @@ class _Opened:
 class ShardReader:
     """Reads from any of some shards, which stay as they are."""
 
-    def __init__(self, paths: Sequence[Path], tell: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tell: Callable[[str], None] = log.warning,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
         Args:
             tell: is given what goes wrong, one line each.
+            stopped: asked while a read is waiting to be tried again; True ends the waiting.
         """
         self._paths = paths
         self._directories = {path.parent: OpenDirectory(path.parent) for path in paths}  # moved along with a project
-        self._tell = tell
+        self._tell, self._stopped = tell, stopped
         self._opened: dict[int, _Opened] = {}
 
     def read(self, number: int, first: int, into: Tokens) -> None:
         """Fill ``into`` with the tokens of shard ``number`` from its token ``first`` on.
 
         Raises:
-            UserError: the shard is not what it was, or could not be read for two minutes.
+            UserError: the shard is not what it was, or could not be read for two minutes or until ``stopped``.
         """
         for pause in (*_PAUSES, None):
             try:
@@ -57,8 +64,18 @@ class ShardReader:
                 if pause is None:
                     raise UserError(f"{said}; tried for {sum(_PAUSES):.0f} seconds") from None
                 self._tell(f"{said}; again in {pause:g} s")
-                time.sleep(pause)
+                if not self._wait(pause):
+                    raise UserError(f"{said}, and the run is to stop") from None
         raise AssertionError("the last pause raises")
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether no stop came meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._stopped():
+                return False
+            time.sleep(min(_LOOK_SECONDS, left))
+        return True
 
     def _read(self, number: int, first: int, into: Tokens) -> None:
         opened = self._opened.get(number) or self._open(number)

@@ -13,6 +13,7 @@ from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import on_device, with_targets
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
+from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import count_windows, perplexity
 from ds_gpt2.hooks.hook import Hook
 from ds_gpt2.monitor import Seen
@@ -57,13 +58,23 @@ class Validation(Hook):
 
     @torch.no_grad()
     def loss(self, engine: Engine) -> float:
-        """Mean cross entropy over all tokens of the set, in nats."""
+        """Mean cross entropy over all tokens of the set, in nats.
+
+        Raises:
+            UserError: on every rank: one cannot read its windows.
+        """
+        problem = None
         engine.model.eval()
         losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
         for number in range(dist.rank(), len(self._groups), dist.world_size()):
-            tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
+            try:
+                tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
+            except UserError as error:  # the other ranks wait for this one
+                problem = str(error)
+                break
             losses[number] = engine.model(tokens, targets)
             self.progress()
         engine.model.train()
+        dist.raise_on_all(problem)
         per_group = dist.sum_over_ranks(losses).cpu()
         return float((per_group * self._sizes).sum() / self._sizes.sum())

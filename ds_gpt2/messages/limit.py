@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2.messages.message import ENDINGS, held_back
+from ds_gpt2.safe_files import no_links
 
 _HOUR = 3600.0
 _FOR_ENDINGS = 4  # messages an hour beyond the limit
@@ -67,7 +68,7 @@ class HourlyLimit:
         with contextlib.ExitStack() as stack:
             file: BinaryIO | None = None
             with contextlib.suppress(OSError):
-                file = stack.enter_context(self._file.open("a+b", buffering=0))
+                file = stack.enter_context(open(self._file, "a+b", buffering=0, opener=no_links))
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if self._written:

@@ -118,6 +118,12 @@ def test_two_names_of_one_step_are_one_checkpoint() -> None:
     assert [one.tag for one in retention.protect(found)] == [rolling_tag(600), epoch_tag(2), rolling_tag(500)]
 
 
+def test_the_newest_two_healthy_ones_outlast_a_divergence() -> None:
+    found = [Kept(one.tag, "rolling", one.step, True, healthy=one.step <= 300) for one in ROLLING]
+    assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400]
+    assert [one.step for one in retention.order_of_sacrifice(found)] == [100, 400]
+
+
 def test_what_is_not_verified_does_not_count_as_one_of_the_two() -> None:
     found = [*ROLLING[:3], *(Kept(one.tag, "rolling", one.step, True) for one in ROLLING[3:])]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400, 500]

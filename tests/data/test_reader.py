@@ -33,10 +33,10 @@ def shards(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been slept."""
-    slept: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
-    return slept
+    """The pauses that there would have been, in seconds."""
+    pauses: list[float] = []
+    monkeypatch.setattr(ShardReader, "_wait", lambda _, seconds: pauses.append(seconds) or True)
+    return pauses
 
 
 def _read(reader: ShardReader, number: int, first: int, count: int = 10) -> list[int]:
@@ -88,7 +88,7 @@ def test_a_file_that_goes_away_and_comes_back_is_waited_for(
 ) -> None:
     moved = shards[2].with_name("moved")
     shards[2].rename(moved)
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: moved.rename(shards[2]))
+    monkeypatch.setattr(ShardReader, "_wait", lambda *_: moved.rename(shards[2]) is not None)
     told: list[str] = []
     assert _read(ShardReader(shards, told.append), 2, 3) == list(range(9003, 9013))
     assert len(told) == 1 and "No such file" in told[0]
@@ -102,6 +102,15 @@ def test_after_two_minutes_it_is_given_up(
     with pytest.raises(UserError, match=rf"{shards[0].name} cannot be read: Input/output error; tried for 128 seconds"):
         _read(ShardReader(shards, told.append), 0, 0)
     assert sum(no_pauses) == pytest.approx(127.5) and len(told) == len(no_pauses)
+
+
+def test_a_stop_ends_the_waiting(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    asked = iter([False, True])
+    monkeypatch.setattr(module.os, "preadv", _failing(1000, errno.EIO))
+    with pytest.raises(UserError, match="Input/output error, and the run is to stop"):
+        _read(ShardReader(shards, told.append, lambda: next(asked)), 0, 0)
+    assert len(told) == 1
 
 
 def test_a_shard_that_is_cut_is_named_and_gives_no_tokens(shards: list[Path]) -> None:

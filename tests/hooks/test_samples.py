@@ -1,7 +1,7 @@
-import errno
 import html
 import logging
 import re
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,21 +152,19 @@ def test_a_directory_that_cannot_be_made_is_one_line(
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_files_that_were(
-    engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The limit on a file's size stands for the disk."""
     hook = _samples(tmp_path)
     hook.observe(engine, STATE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def fill(path: Path, content: str, encoding: str, errors: str) -> int:
-        with path.open("w", encoding=encoding) as file:
-            file.write(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(Path, "write_text", fill)
-    assert hook.observe(engine, TrainState(step=250, tokens=5)) != {}
-    assert caplog.messages == [f"step 250: samples are not written to {tmp_path}: No space left on device"]
-    monkeypatch.undo()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        assert hook.observe(engine, TrainState(step=250, tokens=5)) != {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caplog.messages == [f"step 250: samples are not written to {tmp_path}: File too large"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

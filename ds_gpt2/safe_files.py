@@ -1,0 +1,72 @@
+"""Files that are written, appended to and deleted by their own names only.
+
+A symbolic link at such a name may lead to any file of the user's: it is deleted, and what it leads to stays as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_NEWLINE = b"\n"
+
+
+def no_links(path: str, flags: int) -> int:
+    """An opener, see ``open``: a symbolic link at ``path`` is replaced by a file, and a pipe does not block.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK):  # EMLINK: FreeBSD's
+            raise
+    os.unlink(path)
+    return os.open(path, flags, 0o666)
+
+
+def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
+    """Append whole lines, in one write if the disk allows it: several processes may append to a file.
+
+    If an earlier process left half a line, ``content`` begins a new one.
+
+    Args:
+        content: ends with a line end.
+        durable: it is on the medium when this returns.
+
+    Raises:
+        OSError: not all of it is written.
+    """
+    file = no_links(str(path), os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) not in (_NEWLINE, b""):
+            content = _NEWLINE + content
+        left = memoryview(content)
+        while left:
+            left = left[os.write(file, left) :]
+        if durable:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def is_own_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory with all in it, or a file; of a symbolic link, the link. Nothing there: nothing happens.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if is_own_directory(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
