@@ -360,7 +360,8 @@ def _course(settings: Settings, data: TrainingData) -> loop.Course:
         max_lr=schedule.max_lr,
         min_lr=schedule.min_lr,
     )
-    return loop.Course(steps, rate, Every(settings.checkpoint.every or steps))
+    stop_seconds = 0.8 * settings.supervisor.stop_seconds  # the rest is for the end itself
+    return loop.Course(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
 
 
 def _changes(before: dict[str, Any], settings: Settings) -> list[str]:

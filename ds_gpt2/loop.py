@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,11 @@ from ds_gpt2.monitor import Monitor, Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import StopRequest
+from ds_gpt2.wording import duration
+
+_LAST_SAVE_SECONDS = 1800.0  # a disk may be made room on
+
+log = logging.getLogger(__name__)
 
 
 class Ending(enum.Enum):
@@ -42,6 +49,7 @@ class Course:
     steps: int
     learning_rate: Callable[[int], float]  # of a step, 1-based
     save: Every
+    stop_seconds: float = 0.0  # after a request to stop, to get the last state saved
 
 
 def train(
@@ -112,8 +120,7 @@ def train(
         if problem is not None:
             break
     save()
-    if not checkpoints.has_saved(state):
-        save()  # once more: a moment's trouble, or a directory that was moved meanwhile
+    _insist(save, checkpoints, state, stop, guard, heartbeat, course.stop_seconds)
     heartbeat.enter("finishing")
     done = state.step >= course.steps and not guard.rollback
     saved = checkpoints.finish(state, for_good=done)
@@ -124,6 +131,30 @@ def train(
     if not saved:
         return Ending.UNSAVED
     return Ending.DONE if done else Ending.STOPPED
+
+
+def _insist(
+    save: Callable[[], None],
+    checkpoints: Checkpoints,
+    state: TrainState,
+    stop: StopRequest,
+    guard: Guard,
+    heartbeat: Heartbeat,
+    stop_seconds: float,
+) -> None:
+    """Try again to save the last state: otherwise steps are lost. After a request to stop, ``stop_seconds`` at most."""
+    begun, limit, pause = time.monotonic(), _LAST_SAVE_SECONDS, 1.0
+    while not (checkpoints.has_saved(state) or guard.rollback):
+        if dist.any_rank_on_cpu(stop.requested):
+            limit = min(limit, stop_seconds)
+        left = dist.gather_objects(begun + limit - time.monotonic())[0]  # by one clock, so that all go on alike
+        if left < pause:
+            return
+        log.error(f"step {state.step} is not saved: trying again in {pause:g} s, for {duration(left)}")
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+        heartbeat.beat()
+        save()
 
 
 def _agree(loss: torch.Tensor, stop: StopRequest, data: TrainingData) -> tuple[float, bool, bool]:

@@ -39,6 +39,7 @@ class Parts:
         self.for_good: bool | None = None
         self.step, self.requested = 0, False
         self.problem: str | None = None  # of the data
+        self.failing_saves = 0
         self.unseen_at = 0  # where validation cannot be read
 
     def epoch(self, step: int) -> float:
@@ -81,7 +82,10 @@ class Parts:
         self.records[step] = seen
 
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
-        if self._saved != state.step:
+        if self.failing_saves:
+            self.failing_saves -= 1
+            self.notes.append("cannot save")
+        elif self._saved != state.step:
             self.notes.append(" ".join([f"save {state.step}", *roles]))
             self._saved = state.step
 
@@ -99,6 +103,7 @@ class Parts:
         return items
 
     def enter(self, phase: str) -> None: ...
+    def beat(self) -> None: ...
     def flush(self, durable: bool = False) -> None: ...
     def mark(self, phase: str) -> None: ...
     def begin(self) -> None: ...
@@ -113,7 +118,7 @@ class Parts:
 
 def _train(parts: Parts, state: TrainState, steps: int, save: int, guard: Guard | None = None) -> Ending:
     same: Any = parts
-    course = Course(steps, lambda step: step / 10, Every(save))
+    course = Course(steps, lambda step: step / 10, Every(save), stop_seconds=90)
     return train(course, state, same, same, [same], same, same, same, same, same, guard or Guard(OFF, print), same)
 
 
@@ -164,6 +169,31 @@ def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
     parts = Parts()
     parts.disk_is_full = True
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.UNSAVED
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited, in seconds, by a clock that only waiting moves."""
+    waited: list[float] = []
+    monkeypatch.setattr("ds_gpt2.loop.time.sleep", waited.append)
+    monkeypatch.setattr("ds_gpt2.loop.time.monotonic", lambda: sum(waited))
+    return waited
+
+
+def test_a_last_state_that_cannot_be_saved_is_tried_again(pauses: list[float]) -> None:
+    parts = Parts()
+    parts.failing_saves = 4
+    assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
+    assert parts.notes[-5:] == ["cannot save"] * 4 + ["save 3"]
+    assert pauses == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("stop_at", "limit"), [(0, 1800), (3, 90)])
+def test_it_is_given_up_in_the_end(pauses: list[float], stop_at: int, limit: int) -> None:
+    parts = Parts(stop_at=stop_at)
+    parts.failing_saves, parts.disk_is_full = 1000, True
+    assert _train(parts, TrainState(), steps=9, save=0) is Ending.UNSAVED
+    assert limit - 30 < sum(pauses) <= limit and max(pauses) <= 30
 
 
 def _unreadable_at(parts: Parts, step: int) -> None:
