@@ -204,7 +204,10 @@ def _stops_reading(stop: StopRequest, file: Path) -> bool:
 def _stop_request(settings: Settings) -> StopRequest:
     if not dist.is_main():
         return StopRequest()
-    return StopRequest(OpenDirectory(settings.run_dir), OpenDirectory(settings.checkpoint_dir))
+    stop = StopRequest(OpenDirectory(settings.run_dir), OpenDirectory(settings.checkpoint_dir))
+    if not stop.is_supervised:  # a supervisor has done it, and a request since then counts
+        stop.clear()
+    return stop
 
 
 def _tell(journal: Journal, incident: Incident) -> None:
@@ -227,6 +230,8 @@ def _outcome(ending: Ending, guard: Guard, alone: bool) -> Outcome:
         leave_out = f" --leave_out {batches}" if batches else ""
         log.info(f"to go back: --resume before:{guard.rollback.begun}{leave_out} (the supervisor does it by itself)")
         return Outcome(ROLLBACK, before=guard.rollback.begun, leave_out=guard.rollback.batches)
+    if ending is Ending.NOT_FINITE:
+        log.error("losses or weights are not finite: resume from an earlier checkpoint, with a lower schedule.max_lr")
     return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED), alone=alone)
 
 

@@ -134,6 +134,10 @@ class Engine:
         self.apply(0.0, skip=True)
         set_rng_state(self._random_before)
 
+    def has_finite_weights(self) -> bool:
+        """Whether all of this rank's weights are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
     def moment(self) -> torch.cuda.Event | None:
         """On a GPU, an event that happens when all work given to it so far is done; None on a CPU, where it is."""
         if self.device.type != "cuda":

@@ -94,6 +94,10 @@ class Guard:
             self._raise(Incident("frozen", state.step, text, self._settings.frozen, state.step))
         state.weights, state.weights_updates = fingerprints[0], state.updates
 
+    def is_sound(self, state: TrainState) -> bool:
+        """At the end: whether updates were made, and not skipped for as long as a rollback would wait."""
+        return state.step == 0 or (state.updates > 0 and state.skipped_in_row < self._settings.skipped_run_steps)
+
     def _raise(self, incident: Incident) -> None:
         if incident.policy == "off":
             return

@@ -206,13 +206,39 @@ def write_stacks(run_dir: Path, ranks: int, group: int, into: Path) -> None:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes of this control group the kernel has killed for want of memory; 0 where it does not tell."""
+    """How many processes the kernel has killed for want of memory, of this control group if it tells, else of the
+    machine; 0 where it does not tell.
+    """
+    for file in (*_memory_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")), Path("/proc/vmstat")):
+        if (kills := _kills_in(file)) is not None:
+            return kills
+    return 0
+
+
+def _kills_in(file: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
+        for line in file.read_text(encoding="ascii").splitlines():
             name, count = line.split()
             if name == "oom_kill":
                 return int(count)
-    return 0
+    return None
+
+
+def _memory_groups(mounted: Path, own: Path) -> list[Path]:
+    """The files in which control groups of both versions count kills, see cgroups(7) and the kernel's documentation.
+
+    Outside a namespace of its own, a process finds its group below the mounted root; within one, at the root.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                found += [mounted / path.lstrip("/") / "memory.events", mounted / "memory.events"]
+            elif "memory" in controllers.split(","):
+                found += [mounted / "memory" / path.lstrip("/") / "memory.oom_control"]
+                found += [mounted / "memory" / "memory.oom_control"]
+    return found
 
 
 def _ask_for_stacks(process: psutil.Process) -> None:

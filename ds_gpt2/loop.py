@@ -39,6 +39,7 @@ class Ending(enum.Enum):
     DONE = "done"
     STOPPED = "stopped on request"
     ROLLBACK = "not to be trusted any more: to go back"
+    NOT_FINITE = "every step is made, but the training is broken"
     UNSAVED = "ended, but its last state could not be saved"
 
 
@@ -130,6 +131,8 @@ def train(
         return Ending.ROLLBACK
     if not saved:
         return Ending.UNSAVED
+    if done and not (guard.is_sound(state) and not dist.any_rank(not engine.has_finite_weights(), engine.device)):
+        return Ending.NOT_FINITE
     return Ending.DONE if done else Ending.STOPPED
 
 

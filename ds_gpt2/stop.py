@@ -31,6 +31,11 @@ class StopRequest:
         self._supervisor = _supervisor() if run_dir is not None else None
 
     @property
+    def is_supervised(self) -> bool:
+        """Whether a supervisor has started this process."""
+        return self._supervisor is not None
+
+    @property
     def signalled(self) -> bool:
         """Whether this process was sent a signal to stop."""
         return self._asked
@@ -53,13 +58,12 @@ class StopRequest:
         return None
 
     def listen(self) -> None:
-        """From now on the signals only set the flag, and a file left from before does not count."""
+        """From now on the signals only set the flag."""
         for number in SIGNALS:
             signal.signal(number, self._request)
-        self.clear()
 
     def clear(self) -> None:
-        """Take the file away: the request has been met."""
+        """Take the file away: the request has been met, or was made before this run was started."""
         if self._run_dir is not None:
             (self._run_dir.path / STOP_FILE).unlink(missing_ok=True)
 

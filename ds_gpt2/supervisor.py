@@ -133,6 +133,7 @@ class _Supervisor:
     def keep_going(self) -> int:
         """Start, and start again, until there is no more to be done."""
         write_first_settings(self._settings)
+        self._take_stop_file()  # of before
         self._end_orphans()
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
@@ -287,9 +288,18 @@ class _Supervisor:
         self._record(replace(self._me, state="waiting", next_start=time.time() + seconds))
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._requests.asked and not self._has_gone():
+            self._requests.asked |= self._take_stop_file()
             self._alerts.tell_news()
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
         return not self._requests.asked
+
+    def _take_stop_file(self) -> bool:
+        """Whether there was a request to stop; while ranks live, they take it."""
+        try:
+            (self._run_dir / stop.STOP_FILE).unlink()
+        except OSError:
+            return False
+        return True
 
     def _end(self, code: int, ended: Ended | None) -> int:
         if code == outcome.MISTAKE:
@@ -333,6 +343,8 @@ class _Supervisor:
         deadline = time.monotonic() + _SECOND_MOVE_SECONDS
         while True:
             expected = load_run_settings(self._run_dir).checkpoint_dir
+            if expected.is_relative_to(PROJECT_DIR):  # as the next process sees it, from where the project is now
+                expected = self._project.path / expected.relative_to(PROJECT_DIR)
             with contextlib.suppress(OSError):
                 if os.path.samefile(expected, self._checkpoints.path):
                     return None

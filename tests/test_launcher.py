@@ -380,3 +380,28 @@ def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks but this machine shows 1 GPU\(s\): start with --num_gpus 1"):
         device.choose("cuda")
+
+
+@pytest.mark.parametrize(
+    ("own", "file", "content", "kills"),
+    [
+        ("0::/user/run", "user/run/memory.events", "low 0\noom 4\noom_kill 3\n", 3),
+        ("0::/", "memory.events", "oom_kill 2\n", 2),
+        ("5:cpu:/x\n4:memory:/docker/1\n0::/", "memory/docker/1/memory.oom_control", "under_oom 0\noom_kill 7\n", 7),
+        ("4:cpu,memory:/docker/1", "memory/memory.oom_control", "oom_kill 5\n", 5),
+    ],
+)
+def test_kills_for_memory_are_counted_by_every_version_of_control_groups(
+    tmp_path: Path, own: str, file: str, content: str, kills: int
+) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    (tmp_path / "cgroup" / file).parent.mkdir(parents=True)
+    (tmp_path / "cgroup" / file).write_text(content)
+    groups = launcher._memory_groups(tmp_path / "cgroup", tmp_path / "own")
+    found = next(group for group in groups if group.exists())
+    assert launcher._kills_in(found) == kills
+
+
+def test_where_no_control_group_counts_kills_the_machine_does() -> None:
+    assert launcher.out_of_memory_kills() >= 0
+    assert launcher._kills_in(Path("/proc/vmstat")) is not None

@@ -225,6 +225,34 @@ def test_a_stop_while_a_shard_cannot_be_read_loses_no_step(configure: Configure)
     assert curve_differences(undisturbed.run_dir, settings.run_dir) == []
 
 
+def test_a_stop_file_counts_while_the_run_waits_and_while_it_starts(configure: Configure) -> None:
+    settings = configure("stopped", supervisor={"backoff_seconds": 600})
+    (settings.run_dir).mkdir(parents=True)
+    (settings.run_dir / STOP_FILE).touch()  # left from before: it does not count
+    process = _supervisor(settings, [Fault("crash", step=6, rank=1)])
+    try:
+        _until(lambda: "restart" in _told(settings))
+        (settings.run_dir / STOP_FILE).touch()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == outcome.STOPPED, output
+        process = _supervisor(settings)
+        _until(lambda: _told(settings).count("launch") == 2)
+        (settings.run_dir / STOP_FILE).touch()
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == outcome.STOPPED, output
+    finally:
+        end_session(process.pid)
+    assert not (settings.run_dir / STOP_FILE).exists()
+    assert newest_tag(settings.checkpoint_dir) == "rolling_step_000004"  # the start from there made no further step
+
+
+def test_a_run_of_nothing_but_nan_is_not_done(configure: Configure) -> None:
+    settings = configure("nan", guards={"skipped_run": "off"}, supervisor={"restarts": 1})
+    bad = [Fault("nan", batch=batch, micro_batch=1) for batch in range(1, STEPS + 1)]
+    assert supervise(_run(settings, *bad), settings) == outcome.CRASHED
+    assert "done" not in _told(settings) and _told(settings)[-1] == "gave_up"
+
+
 def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
     """Also by a supervisor that starts on its own, as after a reboot: the disk may be mounted later."""
     settings = configure("away", schedule=ENDLESS, supervisor={"longest_backoff_seconds": 1})
