@@ -154,7 +154,20 @@ def _check_not_saved_before(settings: Settings) -> None:
 
 
 def saved_step(settings: Settings) -> int | None:
-    """The newest step that the run is known to have been saved at, by its own records; None if by none of them."""
+    """The newest step that the run is known to have been saved at, by its own records; None if by none of them.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    try:
+        return _saved_step(settings)
+    except NotADirectoryError:  # there is no run: whether it can be made is checked later
+        return None
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions and disk") from None
+
+
+def _saved_step(settings: Settings) -> int | None:
     if (step := last_saved_step(settings.run_dir)) is not None:
         return step
     if (steps := started_from(read_starts(settings.run_dir / STARTS))) and steps[-1] > 0:

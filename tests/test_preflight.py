@@ -176,6 +176,13 @@ def test_a_run_that_was_never_saved_may_be_begun_anew(tmp_path: Path, write_conf
         what_to_resume(settings, "auto")
 
 
+def test_records_that_cannot_be_read_are_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    (settings.run_dir / "journal.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory"):
+        what_to_resume(settings, "auto")
+
+
 @pytest.mark.parametrize(
     ("file", "setting"),
     [
