@@ -6,13 +6,13 @@ worth more than its messages.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as StillTrying
 from pathlib import Path
 
+from ds_gpt2 import safe_json
 from ds_gpt2.config import AlertSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import JOURNAL, Event
@@ -22,6 +22,7 @@ from ds_gpt2.messages.limit import HourlyLimit
 from ds_gpt2.messages.message import Message, of_events, with_note
 from ds_gpt2.messages.ways import LIMIT_SECONDS, Way
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.safe_files import regular_only
 
 COUNT = "alerts.json"  # in the run's directory
 
@@ -136,7 +137,7 @@ class Alerts:
         size = self._size()
         if size == self._read:
             return []
-        with self._journal.open("rb") as file:
+        with open(self._journal, "rb", opener=regular_only) as file:
             file.seek(self._read if self._read < size else 0)  # a shorter file is another one
             begin = file.tell()
             data = file.read()
@@ -153,6 +154,6 @@ class Alerts:
 
 def _parse(line: bytes) -> Event | None:
     try:
-        return Event(**json.loads(line))
+        return Event(**safe_json.parse(line))
     except (ValueError, TypeError):
         return None

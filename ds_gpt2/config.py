@@ -22,6 +22,7 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.journal import INCIDENTS, KINDS
 from ds_gpt2.model_names import resolve
 from ds_gpt2.paths import expanded
+from ds_gpt2.safe_files import regular_only
 from ds_gpt2.wording import uncapitalized
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -428,7 +429,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         UserError: no such file, or no settings file.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE or b"\0" in content:
             raise UserError(f"{path} is not a settings file: give a YAML file such as those in ds_configs/")

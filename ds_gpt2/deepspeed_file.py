@@ -7,13 +7,14 @@ run's settings. A DeepSpeed file says "auto" for them or leaves them out.
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2 import safe_json
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import read_small
 from ds_gpt2.trackers import without_trackers
 
 # What DeepSpeed 0.19.8 reads at the top level (runtime/config.py, runtime/constants.py and the config classes they
@@ -64,7 +65,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
             an optimizer other than Adam).
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        content = safe_json.parse(read_small(path), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"DeepSpeed file not found: {path}; set deepspeed=PATH") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from ds_gpt2.process_start import start_of
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import no_links, read_small
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
@@ -89,7 +89,7 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
     """The newest beat of ``rank``; None where there is none that can be read."""
     try:
-        count, when, pid, step, batch, phase, *start = _file(run_dir, rank).read_text(encoding="ascii").split()
+        count, when, pid, step, batch, phase, *start = read_small(_file(run_dir, rank)).decode("ascii").split()
         return Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
     except (OSError, ValueError):
         return None

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ds_gpt2 import safe_json
 from ds_gpt2.open_directory import OpenDirectory
-from ds_gpt2.safe_files import append_lines
+from ds_gpt2.safe_files import append_lines, regular_only
 
 JOURNAL = "journal.jsonl"
 
@@ -105,7 +106,7 @@ class Journal:
 def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
     """The events from byte ``start`` of the file on; none if there is no file. Lines cut by a crash are left out."""
     try:
-        with (run_dir / JOURNAL).open("rb") as file:
+        with open(run_dir / JOURNAL, "rb", opener=regular_only) as file:
             file.seek(start)
             for line in file:
                 if (event := _parse(line)) is not None:
@@ -130,7 +131,7 @@ def last_saved_step(run_dir: Path) -> int | None:
 
 def _parse(line: bytes) -> Event | None:
     try:
-        event = json.loads(line)
+        event = safe_json.parse(line)
         return Event(
             float(event["time"]), str(event["kind"]), str(event["text"]), event["step"], event.get("facts", {})
         )

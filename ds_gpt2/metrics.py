@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.safe_files import no_links
+from ds_gpt2 import safe_json
+from ds_gpt2.safe_files import no_links, read_small, regular_only
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
@@ -57,7 +58,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     """The records in ``file``, each with its ``step``; none if there is no file. Lines cut by a crash are left out."""
     if not file.exists():
         return
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with open(file, encoding="utf-8", errors="replace", opener=regular_only) as lines:
         for line in lines:
             if (record := _parse(line)) is not None:
                 yield record
@@ -72,7 +73,7 @@ def forget_after(file: Path, step: int) -> None:
         return
     partial, replaced = file.with_suffix(".tmp"), file.with_name(REPLACED)
     with contextlib.ExitStack() as opened:
-        lines = opened.enter_context(file.open(encoding="utf-8", errors="replace"))
+        lines = opened.enter_context(open(file, encoding="utf-8", errors="replace", opener=regular_only))
         kept = opened.enter_context(open(partial, "w", encoding="utf-8", opener=no_links))
         moved = opened.enter_context(open(replaced, "a", encoding="utf-8", opener=no_links))
         for line in lines:
@@ -89,8 +90,8 @@ def forget_after(file: Path, step: int) -> None:
 def first_start(file: Path) -> float | None:
     """When the run of this ``starts.jsonl`` began, in seconds since 1970; None where that is not recorded."""
     try:
-        with file.open(encoding="utf-8") as lines:
-            return datetime.strptime(json.loads(lines.readline())["time"], TIME).timestamp()
+        with open(file, encoding="utf-8", opener=regular_only) as lines:
+            return datetime.strptime(safe_json.parse(lines.readline())["time"], TIME).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -98,7 +99,7 @@ def first_start(file: Path) -> float | None:
 def read_starts(file: Path) -> list[dict[str, Any]]:
     """The lines of ``starts.jsonl``, the newest last; none if there is no file. Lines cut by a crash are left out."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_small(file).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     return [start for line in lines if (start := _object(line)) is not None]
@@ -117,7 +118,7 @@ def planned_steps(starts: Sequence[dict[str, Any]]) -> int | None:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = safe_json.parse(line)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
@@ -125,7 +126,7 @@ def _object(line: str) -> dict[str, Any] | None:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = safe_json.parse(line)
         return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None

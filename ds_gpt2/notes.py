@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import io
 import itertools
-import json
 import os
 import re
 import time
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ds_gpt2 import machine, metrics
-from ds_gpt2.safe_files import append_lines, no_links
+from ds_gpt2 import machine, metrics, safe_json
+from ds_gpt2.safe_files import append_lines, no_links, read_small, regular_only
 
 NOTES = "NOTES.md"
 TAG = "notes"  # in TensorBoard
@@ -43,18 +42,18 @@ def now(step: int, text: str) -> Note:
 
 def newest_step(run_dir: Path) -> int:
     """The last step in the run's metrics; 0 where there is none. Lines cut by a crash are passed over."""
-    with contextlib.suppress(OSError), (run_dir / metrics.METRICS).open("rb") as file:
+    with contextlib.suppress(OSError), open(run_dir / metrics.METRICS, "rb", opener=regular_only) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(line)["step"])
+                return int(safe_json.parse(line)["step"])
     return 0
 
 
 def read_notes(run_dir: Path) -> list[Note]:
     """In the order of the file; what stands before the first heading is not a note."""
     try:
-        text = (run_dir / NOTES).read_text(encoding="utf-8", errors="replace")
+        text = read_small(run_dir / NOTES).decode(errors="replace")
     except FileNotFoundError:
         return []
     _, *parts = _HEADING.split(text)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ds_gpt2 import safe_json
 from ds_gpt2.errors import UserError
 from ds_gpt2.safe_files import append_lines
 
@@ -114,7 +115,7 @@ def _write_to_pipe(line: bytes) -> bool:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        word = json.loads(line)
+        word = safe_json.parse(line)
         return word if isinstance(word, dict) else None
     except ValueError:
         return None

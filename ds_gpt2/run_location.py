@@ -18,12 +18,14 @@ from typing import Any
 
 import yaml
 
+from ds_gpt2 import safe_json
 from ds_gpt2.config import PATH_KEYS, PROJECT_DIR, Settings, load_settings, read_tree, section_of, settings_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import JOURNAL
 from ds_gpt2.machine import write_whole
 from ds_gpt2.metrics import STARTS, TIME
 from ds_gpt2.model_names import hub_name
+from ds_gpt2.safe_files import regular_only
 
 CONFIG = "config.yaml"
 OWNER = "run.json"  # in a directory of outputs: which run writes there
@@ -186,7 +188,7 @@ class Owner:
 def read_owner(directory: Path) -> Owner | None:
     """None where nothing says it."""
     try:
-        content = json.loads((directory / OWNER).read_text(encoding="utf-8"))
+        content = safe_json.read(directory / OWNER)
         return Owner(Path(content["run_dir"]), Path(content["directory"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -229,9 +231,9 @@ def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
 
 def _last_start(run_dir: Path) -> dict[str, Any]:
     """The last line of ``starts.jsonl``."""
-    with (run_dir / STARTS).open("rb") as file:
+    with open(run_dir / STARTS, "rb", opener=regular_only) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
-        return dict(json.loads(file.read().splitlines()[-1]))
+        return dict(safe_json.parse(file.read().splitlines()[-1]))
 
 
 def _portable(key: str, text: str, run_dir: Path) -> str:

@@ -1,6 +1,7 @@
-"""Files that are written, appended to and deleted by their own names only.
+"""Files that are written, appended to and deleted by their own names only, and regular files that are read.
 
-A symbolic link at such a name may lead to any file of the user's: it is deleted, and what it leads to stays as it is.
+A symbolic link at a name that is written may lead to any file of the user's: it is deleted, and what it leads to stays
+as it is. A pipe or a device in the place of a file is not read: that could wait for ever.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
+LARGEST = 256 << 20  # bytes of a file that is read as a whole
 _NEWLINE = b"\n"
 
 
@@ -27,6 +30,35 @@ def no_links(path: str, flags: int) -> int:
             raise
     os.unlink(path)
     return os.open(path, flags, 0o666)
+
+
+def regular_only(path: str, flags: int) -> int:
+    """An opener, see ``open``, for reading: it follows links, and opens nothing but a regular file.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    os.close(file)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "Not a regular file", path)
+
+
+def read_small(path: Path) -> bytes:
+    """The content of a regular file of ``LARGEST`` bytes at most.
+
+    Raises:
+        OSError: it cannot be read, is something else, or larger.
+    """
+    with open(path, "rb", opener=regular_only) as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise OSError(errno.EFBIG, f"Larger than {LARGEST >> 20} MiB", str(path))
+    return data
 
 
 def append_lines(path: Path, content: bytes, durable: bool = False) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import psutil
 
+from ds_gpt2 import safe_json
 from ds_gpt2.machine import write_whole
 from ds_gpt2.process_start import lives
 
@@ -55,7 +56,7 @@ class Supervised:
 def read_supervised(run_dir: Path) -> Supervised | None:
     """What the run's newest supervisor said; None where there was none, or the file is damaged."""
     try:
-        values = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+        values = safe_json.read(run_dir / RECORD)
         return Supervised(**{field.name: values[field.name] for field in fields(Supervised) if field.name in values})
     except (OSError, ValueError, TypeError):
         return None

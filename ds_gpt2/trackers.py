@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ds_gpt2 import tracker_process
+from ds_gpt2 import safe_json, tracker_process
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import write_whole
 from ds_gpt2.run_address import address_of, read_address
@@ -145,7 +145,7 @@ class Tracker:
         self._process.wait()  # it has left a child that goes on: no zombie stays
         for line in self._process.stdout:
             try:
-                answer = json.loads(line)
+                answer = safe_json.parse(line)
             except ValueError:  # a library of the process has printed it
                 continue
             if "warning" in answer:
@@ -313,7 +313,7 @@ class _Ids:
 
     def _read(self) -> None:
         try:
-            written = json.loads(self._file.read_text(encoding="utf-8"))
+            written = safe_json.read(self._file)
             address = read_address(written.get(_ADDRESS))
         except (OSError, ValueError, AttributeError, RecursionError):
             return

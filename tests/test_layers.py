@@ -33,6 +33,7 @@ LAYERS = [
         "open_directory",
         "process_start",
         "safe_files",
+        "safe_json",
         "run_address",
         "run_location",
         "paths",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_gpt2 import safe_json
 from ds_gpt2.checkpoint import commit, retention
 from ds_gpt2.checkpoint.disk import Disk, HashingFile
 from ds_gpt2.checkpoint.generations import Generation, open_generation, problem_of
@@ -38,6 +39,7 @@ from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.run_address import RunAddress, address_of, read_address
 from ds_gpt2.run_location import CONFIG, last_seen
+from ds_gpt2.safe_files import regular_only
 
 OWNER = "owner.json"
 
@@ -239,7 +241,7 @@ class Backup:
         if content is None:
             return self._before if has_copies else None
         try:
-            return read_address(json.loads(content))
+            return read_address(safe_json.parse(content))
         except (ValueError, RecursionError):
             return None
 
@@ -334,7 +336,7 @@ def _rolling_step(tag: str) -> int:
 
 
 def _blocks_of(path: Path, take: Callable[[bytes], object]) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         while block := file.read(BLOCK):
             take(block)
             yield block

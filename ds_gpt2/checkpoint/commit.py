@@ -17,10 +17,11 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_gpt2 import safe_json
 from ds_gpt2.checkpoint.disk import Disk, HashingFile, write_file
 from ds_gpt2.checkpoint.layout import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, encode, read, size_problem_of
-from ds_gpt2.safe_files import is_own_directory
+from ds_gpt2.safe_files import is_own_directory, read_small, regular_only
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,15 @@ def read_record(partial: Path, rank: int) -> dict[str, FileEntry] | None:
         OSError: the rank could not write them; the message says why.
     """
     try:
-        content = json.loads((partial / record_name(rank)).read_bytes())
+        content = safe_json.read(partial / record_name(rank))
+        if "failed" not in content:
+            return {name: FileEntry.model_validate(entry) for name, entry in content["files"].items()}
+        reason = str(content["failed"])
     except FileNotFoundError:
         return None
-    if "failed" in content:
-        raise OSError(f"rank {rank}: {content['failed']}")
-    return {name: FileEntry.model_validate(entry) for name, entry in content["files"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        reason = "its record is damaged"
+    raise OSError(f"rank {rank}: {reason}")
 
 
 def commit(disk: Disk, directory: Path, tag: str, manifest: Manifest) -> None:
@@ -82,7 +86,7 @@ def point_to(disk: Disk, directory: Path, tag: str) -> None:
 def read_pointer(directory: Path, name: str) -> str | None:
     """The tag that ``latest`` or ``latest_backup`` names; None if it names none."""
     try:
-        tag = (directory / name).read_text(encoding="utf-8").strip()
+        tag = read_small(directory / name).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None  # a convenience for people and DeepSpeed: a resume looks at the checkpoints themselves
     return tag if role_of(tag) else None
@@ -260,7 +264,7 @@ def _is_spare(checkpoint: Path, other: Path) -> bool:
 
 def _make_durable(disk: Disk, partial: Path) -> None:
     for path in partial.iterdir():
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             disk.sync(file)
     disk.sync_directory(partial)
 
@@ -271,7 +275,7 @@ def _link_or_copy(disk: Disk, source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with source.open("rb") as file:  # a file system without hard links
+        with open(source, "rb", opener=regular_only) as file:  # a file system without hard links
             write_with(disk, target, 0.0, lambda out: _copy(file.read, out.write))
 
 

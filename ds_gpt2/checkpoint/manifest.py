@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import stat
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ds_gpt2 import safe_json
 from ds_gpt2.checkpoint.layout import MANIFEST, is_plain_name
+from ds_gpt2.safe_files import regular_only
 
 FORMAT = 2
 _LARGEST = 64 * 2**20  # bytes of a manifest; a real one has some ten thousand
@@ -99,7 +102,7 @@ def decode(data: bytes) -> Manifest:
         DamagedError: not the bytes that ``encode`` wrote, or another version's.
     """
     try:
-        content = json.loads(data)
+        content = safe_json.parse(data)
         digest = content.pop("sha256")
         whole = digest == _digest(content) and data == _dump({**content, "sha256": digest})
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
@@ -123,7 +126,7 @@ def read(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             data = file.read(_LARGEST)
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
@@ -137,7 +140,7 @@ def problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
         return wrong_size
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
@@ -148,11 +151,14 @@ def problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
 def size_problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
     """The part of ``problem_of`` that reads nothing."""
     try:
-        size = (checkpoint / name).stat().st_size
+        status = (checkpoint / name).stat()
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is no regular file"
+    size = status.st_size
     return None if size == entry.bytes else f"{name} has {size} bytes, {entry.bytes} were written"
 
 

@@ -25,7 +25,7 @@ from ds_gpt2.pretrained import file, huggingface
 from ds_gpt2.pretrained.card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_location import settings_now
-from ds_gpt2.safe_files import remove_tree
+from ds_gpt2.safe_files import regular_only, remove_tree
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import size, tokens
 
@@ -130,7 +130,7 @@ def _sync(path: Path) -> None:
     if path.is_dir():
         machine.sync_directory(path)
         return
-    with path.open("rb") as opened:
+    with open(path, "rb", opener=regular_only) as opened:
         os.fsync(opened.fileno())
 
 

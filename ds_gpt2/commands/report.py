@@ -20,6 +20,7 @@ from ds_gpt2.report.charts import charts_of, views_of
 from ds_gpt2.report.page import Part, render
 from ds_gpt2.report.run import Run, load_run
 from ds_gpt2.report.summary import Prices, Summary, summarize
+from ds_gpt2.safe_files import regular_only
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400}
 
@@ -116,6 +117,6 @@ def _write(file: Path, page: str) -> None:
 
 
 def _is_report(file: Path) -> bool:
-    with file.open("rb") as opened:
+    with open(file, "rb", opener=regular_only) as opened:
         beginning = opened.read(1000)
     return beginning.startswith(b"<!DOCTYPE html>") and b'<meta http-equiv="Content-Security-Policy"' in beginning

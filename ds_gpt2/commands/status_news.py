@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_gpt2 import safe_json
 from ds_gpt2.journal import Kind
 from ds_gpt2.machine import write_whole
 from ds_gpt2.run_location import load_run_settings
@@ -57,7 +58,7 @@ def _send(run_dir: Path, news: News) -> bool:
 
 def _told(run_dir: Path) -> set[str]:
     try:
-        return set(json.loads((run_dir / MEMORY).read_text(encoding="utf-8"))["problems"])
+        return set(safe_json.read(run_dir / MEMORY)["problems"])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ds_gpt2 import dist
+from ds_gpt2 import dist, safe_json
 from ds_gpt2.data.dataset import Dataset
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.machine import write_whole
 from ds_gpt2.model import VOCABULARY
+from ds_gpt2.safe_files import regular_only
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def _read(path: Path) -> str:
     """Read a shard from end to end; returns its sha256."""
     try:
         position, start, digest = 0, start_of(path), hashlib.sha256()
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             digest.update(file.read(start))
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
@@ -93,7 +94,7 @@ def _stamp(path: Path) -> list[int]:
 
 def _remembered(memory: Path) -> _Known:
     try:
-        content = json.loads(memory.read_text(encoding="utf-8"))
+        content = safe_json.read(memory)
         # Earlier versions remembered absolute paths.
         return {Path(path).name: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):

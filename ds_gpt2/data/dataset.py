@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ds_gpt2 import safe_json
 from ds_gpt2.data.reader import ShardReader
 from ds_gpt2.data.shards import count_tokens, is_shard
 from ds_gpt2.errors import UserError
@@ -192,7 +193,7 @@ def _missing(directory: Path) -> UserError:
 
 def _read_index(directory: Path, index: Path) -> Dataset:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = safe_json.read(index)
         shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
         counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -25,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ds_gpt2 import tokenizer
+from ds_gpt2 import safe_json, tokenizer
 from ds_gpt2.data.shards import Tokens, sha256
 from ds_gpt2.errors import UserError
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import no_links, read_small, regular_only
 
 FILE = "hellaswag_val.jsonl"
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{FILE}"
@@ -115,7 +114,7 @@ def load_items(path: Path, style: TextStyle, cache_dir: Path) -> list[Item]:
         UserError: no such file, or a line that is no item.
     """
     try:
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = hashlib.sha256(read_small(path)).hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): `prepare hellaswag` downloads it") from None
     cache = cache_dir / f"hellaswag_{style}_v{_FORMAT}_{content}.npz"
@@ -134,7 +133,7 @@ def read_questions(path: Path) -> Iterator[Question]:
     """
     count = 0
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     count += 1
@@ -184,7 +183,7 @@ def _clean(text: str) -> str:
 
 def _question(line: bytes, place: str) -> Question:
     try:
-        fields: Any = json.loads(line)
+        fields: Any = safe_json.parse(line)
     except (ValueError, RecursionError):
         raise UserError(f"{place}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
     if not isinstance(fields, dict):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ds_gpt2 import safe_json
 from ds_gpt2.data.documents import Unreadable
 from ds_gpt2.errors import UserError
 
@@ -49,7 +50,7 @@ def check_jsonl(path: Path, lines: Iterable[str], field: str) -> None:
 
 def _document(line: str, field: str, where: str) -> str | Unreadable | None:
     try:
-        content = json.loads(line.removeprefix("\ufeff"))  # of a file that was appended to another
+        content = safe_json.parse(line.removeprefix("\ufeff"))  # of a file that was appended to another
     except RecursionError:
         return Unreadable(f"{where}: JSON that is nested too deeply")
     except ValueError as error:

@@ -8,13 +8,12 @@ within it, its index last.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_gpt2 import machine
+from ds_gpt2 import machine, safe_json
 from ds_gpt2.data.dataset import INDEX, UNFINISHED, Shard
 from ds_gpt2.errors import UserError
 from ds_gpt2.safe_files import no_links, remove_tree
@@ -157,7 +156,7 @@ def _take_back(directory: Path, target: Path) -> None:
 def _shards_of(directory: Path) -> list[str]:
     """Names of the shards, if all of them were there before."""
     try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        index = safe_json.read(directory / INDEX)
         return [Path(shard["file"]).name for shard in index["shards"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ds_gpt2 import machine, tokenizer
+from ds_gpt2 import machine, safe_json, tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
 from ds_gpt2.data.dataset import UNFINISHED as UNFINISHED
 from ds_gpt2.data.encoder import Encoder
@@ -203,7 +203,7 @@ class _Preparation:
             UserError: what is there is of another source or recipe, or damaged.
         """
         try:
-            note = json.loads((self._directory / NOTE).read_text(encoding="utf-8"))
+            note = safe_json.read(self._directory / NOTE)
             is_ours = note["format"] == _FORMAT and self._is_same(note)
             progress = _progress_of(note)
         except FileNotFoundError:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ds_gpt2.errors import UserError
+from ds_gpt2.safe_files import regular_only
 from ds_gpt2.tokenizer import END_OF_TEXT
 
 Tokens = npt.NDArray[np.uint16]
@@ -82,7 +83,7 @@ def header_of(tokens: int) -> bytes:
 def sha256(path: Path) -> str:
     """Hex digest of a whole file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -96,7 +97,7 @@ def _open(path: Path) -> Tokens:
 
 def _open_bin(path: Path) -> Tokens:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         header = np.frombuffer(file.read(HEADER_BYTES), "<i4") if size >= HEADER_BYTES else np.zeros(256, "<i4")
     if header[0] != _MAGIC or header[1] != _VERSION:
         return _open_headerless(path, size)
@@ -145,7 +146,7 @@ def _problem_of_headerless(path: Path, size: int) -> str | None:
 def _both_ends(path: Path) -> tuple[Tokens, Tokens]:
     """The first tokens and the last ones, read and not mapped: an error of the disk is an error."""
     count = TOKEN_BYTES * _SAMPLE_TOKENS
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         begin = file.read(count)
         file.seek(-min(count, os.fstat(file.fileno()).st_size), os.SEEK_END)
         end = file.read(count)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2 import safe_json
 from ds_gpt2.doctor.finding import Row
 from ds_gpt2.launcher import Place, Ranks
 
@@ -72,7 +72,7 @@ def _run(ranks: Ranks, deadline: float) -> bool:
 def _record(file: Path) -> dict[str, Any]:
     """What a rank has left; nothing if it was not even started."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = safe_json.read(file)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from ds_gpt2 import safe_json
 from ds_gpt2.messages.message import ENDINGS, held_back
 from ds_gpt2.safe_files import no_links
 
@@ -81,7 +82,7 @@ def _read(file: BinaryIO) -> _Count:
     """Nothing has been counted where the file is new, or damaged."""
     file.seek(0)
     try:
-        values = json.loads(file.read())
+        values = safe_json.parse(file.read())
         return _Count(
             sorted(float(time) for time in values["sent"]),
             {str(kind): int(number) for kind, number in values["held"].items()},

@@ -14,7 +14,7 @@ if not __package__:  # started by the path of this file
 
     ignore_working_directory()
 
-from ds_gpt2 import dist, outcome, train
+from ds_gpt2 import dist, outcome, safe_json, train
 
 SCRIPT = Path(__file__)
 _VARIABLE = "DS_GPT2_TRIAL"  # environment: the directory in which each rank leaves its record and what it prints
@@ -55,7 +55,7 @@ def read_record(directory: Path, rank: int) -> RankMemory:
     Raises:
         OSError, ValueError, TypeError: the rank has not come to its end.
     """
-    return RankMemory(**json.loads(record_file(directory, rank).read_text(encoding="utf-8")))
+    return RankMemory(**safe_json.read(record_file(directory, rank)))
 
 
 def resident_bytes() -> tuple[int, int]:

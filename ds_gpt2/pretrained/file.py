@@ -12,6 +12,7 @@ import torch
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import PADDED_VOCABULARY, VOCABULARY, ModelShape
 from ds_gpt2.pretrained.huggingface import Pretrained, as_weight, check_shapes
+from ds_gpt2.safe_files import regular_only
 
 SUFFIX = ".pt"
 
@@ -66,7 +67,7 @@ def _load(file: Path) -> tuple[ModelShape, dict[str, torch.Tensor]]:
 
 
 def _what_it_is(file: Path, error: Exception) -> str:
-    with file.open("rb") as opened:
+    with open(file, "rb", opener=regular_only) as opened:
         is_archive = opened.read(4) == b"PK\x03\x04"
     if not is_archive:
         return "it is damaged, or something else than a file of torch.save"

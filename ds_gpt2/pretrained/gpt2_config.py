@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ds_gpt2 import safe_json
 from ds_gpt2.errors import UserError
 from ds_gpt2.model import VOCABULARY, ModelShape
 from ds_gpt2.tokenizer import END_OF_TEXT
@@ -157,7 +158,7 @@ def _fields(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = safe_json.read(file)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, an endless number
         raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(fields, dict):

@@ -6,7 +6,6 @@ Headers are checked before any tensor is read. Only safetensors is read, because
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ds_gpt2 import safe_json
 from ds_gpt2.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > _LARGEST_INDEX:
             raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is no GPT-2's")
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = safe_json.read(index)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{index} cannot be read: {error}") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None

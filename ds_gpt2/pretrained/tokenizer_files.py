@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import tokenizer
+from ds_gpt2 import safe_json, tokenizer
 from ds_gpt2.errors import UserError
 
 _LARGEST_BYTES = 50_000_000  # of one file; GPT-2's own have at most 4 MB
@@ -96,7 +96,7 @@ def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return safe_json.read(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 

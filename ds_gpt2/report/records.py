@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ds_gpt2.metrics import read_metrics
 from ds_gpt2.pace import RECENT, recent
+from ds_gpt2.safe_files import regular_only
 
 _SMOOTHING = 100  # values that a mean is taken over, at most
 
@@ -211,7 +212,7 @@ def _count_lines(file: Path) -> int:
     """Whole lines in ``file``, empty ones too."""
     if not file.exists():
         return 0
-    with file.open("rb") as stream:
+    with open(file, "rb", opener=regular_only) as stream:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 

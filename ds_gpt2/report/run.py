@@ -18,6 +18,7 @@ from ds_gpt2.metrics import METRICS, STARTS, TIME, planned_steps, read_starts
 from ds_gpt2.notes import NOTES
 from ds_gpt2.report.records import Records, read_records
 from ds_gpt2.run_location import load_run_settings
+from ds_gpt2.safe_files import regular_only
 from ds_gpt2.status.history import lost_by_start, newest_events, restarts_of
 
 CONFIG, LOG = "config.yaml", "train.log"
@@ -177,7 +178,7 @@ def _ending(log: Path) -> str | None:
     """How the last process to write to ``log`` said that it ended."""
     if not log.exists():
         return None
-    with log.open("rb") as file:
+    with open(log, "rb", opener=regular_only) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
         lines = file.read().decode(errors="replace").splitlines()
     for line in reversed(lines):

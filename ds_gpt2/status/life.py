@@ -18,6 +18,7 @@ from ds_gpt2.config import Settings, SupervisorSettings
 from ds_gpt2.heartbeat import Beat, beat_written, read_beat
 from ds_gpt2.journal import Event
 from ds_gpt2.process_start import lives
+from ds_gpt2.safe_files import read_small
 from ds_gpt2.supervised import RECORD, Supervised, read_supervised
 from ds_gpt2.wording import duration
 
@@ -211,7 +212,7 @@ def _is_there(beat: Beat) -> bool:
 def _host(supervisor: Supervised | None, lock: Path) -> str | None:
     """The machine that the ranks are on, by the one who trains the run or who watches over it; None if not told."""
     with contextlib.suppress(OSError):
-        _, _, host = lock.read_text(encoding="utf-8", errors="replace").strip().partition(" on ")
+        _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")
         if host:
             return host
     return supervisor.host if supervisor is not None else None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ds_gpt2 import safe_json
 from ds_gpt2.metrics import METRICS
+from ds_gpt2.safe_files import regular_only
 
 _BLOCK = 1 << 18  # bytes read at once, some hundred records
 _MOST = 1 << 24  # bytes looked at for some records, however large they are
@@ -22,21 +23,21 @@ _Condition = Callable[[Record], bool]
 
 def newest(run_dir: Path, count: int) -> list[Record]:
     """The last ``count`` records, oldest first; none if there is no file."""
-    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(run_dir / METRICS, "rb", opener=regular_only) as file:
         return _up_to(file, file.seek(0, os.SEEK_END), count)
     return []
 
 
 def before(run_dir: Path, time: float, count: int) -> list[Record]:
     """The last ``count`` records of before ``time``, in seconds since 1970, oldest first; times ascend in the file."""
-    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(run_dir / METRICS, "rb", opener=regular_only) as file:
         return _up_to(file, _end_before(file, time), count)
     return []
 
 
 def at_steps(run_dir: Path, steps: Iterable[int]) -> list[Record]:
     """The records of ``steps``, in that order, without those that are missing; steps ascend in the file."""
-    with contextlib.suppress(FileNotFoundError), (run_dir / METRICS).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(run_dir / METRICS, "rb", opener=regular_only) as file:
         found = (_at_step(file, step) for step in steps)
         return [record for record in found if record is not None]
     return []
@@ -115,7 +116,7 @@ def _record_from(file: BinaryIO, place: int, counts: _Condition) -> Record | Non
 
 def _parse(line: bytes) -> Record | None:
     try:
-        record = json.loads(line)
+        record = safe_json.parse(line)
         return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -1,0 +1,124 @@
+"""Any bytes in any of the project's files: a value, nothing, or one clear line; and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ds_gpt2 import safe_json
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.commit import read_pointer, read_record
+from ds_gpt2.checkpoint.generations import newest_tag, scan
+from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.config import read_tree
+from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.data.shards import count_tokens
+from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.errors import UserError
+from ds_gpt2.heartbeat import read_beat
+from ds_gpt2.journal import last_saved_step, read_journal
+from ds_gpt2.metrics import first_start, read_metrics, read_starts
+from ds_gpt2.notes import read_notes
+from ds_gpt2.pretrained.gpt2_config import read_config
+from ds_gpt2.run_location import last_started, read_owner
+from ds_gpt2.supervised import read_supervised
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "settings": ("config.yaml", lambda d: read_tree(d / "config.yaml")),
+    "DeepSpeed's file": ("ds.json", lambda d: load_deepspeed_file(d / "ds.json")),
+    "journal": ("journal.jsonl", lambda d: (list(read_journal(d)), last_saved_step(d))),
+    "metrics": ("metrics.jsonl", lambda d: list(read_metrics(d / "metrics.jsonl"))),
+    "starts": ("starts.jsonl", lambda d: (read_starts(d / "starts.jsonl"), first_start(d / "starts.jsonl"))),
+    "start of a run": ("starts.jsonl", last_started),
+    "owner": ("run.json", read_owner),
+    "supervisor": ("supervisor.json", read_supervised),
+    "notes": ("NOTES.md", read_notes),
+    "heartbeat": ("heartbeat/rank_00000", lambda d: read_beat(d, 0)),
+    "manifest": ("rolling_step_000001/manifest.json", lambda d: manifest.read(d / "rolling_step_000001")),
+    "checkpoints": ("rolling_step_000001/manifest.json", lambda d: (scan(d), newest_tag(d))),
+    "a rank's record": ("rank_00000.json", lambda d: read_record(d, 0)),
+    "pointer": ("latest", lambda d: read_pointer(d, "latest")),
+    "index of data": ("dataset.json", open_dataset),
+    "a shard": ("train_000000.bin", lambda d: count_tokens(d / "train_000000.bin")),
+    "an array": ("train_000000.npy", lambda d: count_tokens(d / "train_000000.npy")),
+    "HellaSwag": ("items.jsonl", lambda d: load_items(d / "items.jsonl", "original", d / "none" / "cache")),
+    "a model's configuration": ("config.json", lambda d: read_config(d / "config.json")),
+}
+EXPECTED = (UserError, DamagedError, OSError, safe_json.BadJsonError)
+
+DEEP = [b"[" * 100_000, b'{"a":' * 50_000, b"[" * 100_000 + b"]" * 100_000, b"a: " * 3000 + b"1"]
+LONG = [b'{"step": ' + b"9" * 10_000 + b"}", b'{"step": 1e999}', b"1" * 5000, b'{"time": 1e400, "kind": "save"}']
+ODD = [b"", b"\x00" * 4096, b"\xff\xfe{\x00", b"\xef\xbb\xbf{}", b"null", b"[]", b'"text"', b"{}", b"{", b"!!int abc"]
+
+
+def nothing_but(directory: Path) -> set[Path]:
+    return set(directory.rglob("*"))
+
+
+def check(directory: Path, reader: str, data: bytes) -> None:
+    name, read = READERS[reader]
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(data)
+    before = nothing_but(directory)
+    said = ""
+    try:
+        read(directory)
+    except EXPECTED as error:
+        said = str(error)
+    assert "\n" not in said and len(said) < 2000
+    assert nothing_but(directory) == before
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("data", [*DEEP, *LONG, *ODD], ids=lambda data: repr(data[:12]))
+def test_what_is_odd(tmp_path: Path, reader: str, data: bytes) -> None:
+    check(tmp_path, reader, data)
+    check(tmp_path, reader, data + b"\n" + data)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
+def test_any_bytes(tmp_path: Path, reader: str, data: bytes) -> None:
+    check(tmp_path, reader, data)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, kind: str) -> None:
+    name, read = READERS[reader]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    ended = threading.Event()
+    usual = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), usual[1]))  # what reads without end, ends there
+    found: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            read(tmp_path)
+        except BaseException as error:
+            found.append(error)
+        ended.set()
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        assert ended.wait(20), "it waits for a writer"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, usual)
+    assert all(isinstance(error, EXPECTED) for error in found), found
