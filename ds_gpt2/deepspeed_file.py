@@ -68,7 +68,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
         content = safe_json.parse(read_small(path), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"DeepSpeed file not found: {path}; set deepspeed=PATH") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"DeepSpeed file {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")

@@ -115,7 +115,7 @@ def last_seen(run_dir: Path) -> Path:
 
 def last_started(run_dir: Path) -> float:
     """When the run was last started, in seconds since 1970; when its settings were written if nothing says it."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         return datetime.strptime(_last_start(run_dir)["time"], TIME).timestamp()
     with contextlib.suppress(OSError):
         return (run_dir / CONFIG).stat().st_mtime
@@ -190,7 +190,7 @@ def read_owner(directory: Path) -> Owner | None:
     try:
         content = safe_json.read(directory / OWNER)
         return Owner(Path(content["run_dir"]), Path(content["directory"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -224,7 +224,7 @@ def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
     run, _ = section_of(tree, "run.dir")
     if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # an earlier version's
         return Path(run["dir"]) / str(run.get("name", run_dir.name))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         return Path(_last_start(run_dir)["run_dir"])
     return run_dir
 

@@ -315,7 +315,7 @@ class _Ids:
         try:
             written = safe_json.read(self._file)
             address = read_address(written.get(_ADDRESS))
-        except (OSError, ValueError, AttributeError, RecursionError):
+        except (OSError, ValueError, AttributeError):
             return
         if address is not None and not address.is_of(self._file.parent) and address.is_in_use():
             log.warning(f"this is a copy of {address}: it is another run at its trackers")

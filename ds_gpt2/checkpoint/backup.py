@@ -242,7 +242,7 @@ class Backup:
             return self._before if has_copies else None
         try:
             return read_address(safe_json.parse(content))
-        except (ValueError, RecursionError):
+        except ValueError:
             return None
 
     def _check_owner(self, owner: RunAddress | None) -> None:

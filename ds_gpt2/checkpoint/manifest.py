@@ -105,7 +105,14 @@ def decode(data: bytes) -> Manifest:
         content = safe_json.parse(data)
         digest = content.pop("sha256")
         whole = digest == _digest(content) and data == _dump({**content, "sha256": digest})
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+    except (
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ):  # RecursionError: by dumping it
         raise DamagedError(f"{MANIFEST} is damaged: not what was written") from None
     if not whole:
         raise DamagedError(f"{MANIFEST} is damaged: its sha256 does not fit")

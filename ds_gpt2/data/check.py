@@ -97,5 +97,5 @@ def _remembered(memory: Path) -> _Known:
         content = safe_json.read(memory)
         # Earlier versions remembered absolute paths.
         return {Path(path).name: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}  # nothing remembered, or not readable: read again

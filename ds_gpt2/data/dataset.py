@@ -197,7 +197,7 @@ def _read_index(directory: Path, index: Path) -> Dataset:
         shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
         counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{index} is not a dataset index of ds_gpt2 ({type(error).__name__}: {reason}): prepare the data again"

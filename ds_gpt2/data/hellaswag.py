@@ -184,7 +184,7 @@ def _clean(text: str) -> str:
 def _question(line: bytes, place: str) -> Question:
     try:
         fields: Any = safe_json.parse(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"{place}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{place}: not an object with HellaSwag's fields")

@@ -158,5 +158,5 @@ def _shards_of(directory: Path) -> list[str]:
     try:
         index = safe_json.read(directory / INDEX)
         return [Path(shard["file"]).name for shard in index["shards"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return []

@@ -208,7 +208,7 @@ class _Preparation:
             progress = _progress_of(note)
         except FileNotFoundError:
             return _Progress()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{self._directory / NOTE} is damaged: remove {self._directory} to start again, or give another"
                 " --out DIR"

@@ -159,7 +159,7 @@ def _fields(file: Path) -> dict[str, Any]:
         if file.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
         fields = safe_json.read(file)
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, an endless number
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, an endless number
         raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file} holds no JSON object: it is no GPT-2's")

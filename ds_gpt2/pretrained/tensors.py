@@ -122,7 +122,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         if index.stat().st_size > _LARGEST_INDEX:
             raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is no GPT-2's")
         content = safe_json.read(index)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{index} cannot be read: {error}") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:

@@ -97,7 +97,7 @@ def _json(file: Path) -> Any:
         if file.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
         return safe_json.read(file)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 

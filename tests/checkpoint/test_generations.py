@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_checkpoint_commands import write_checkpoint
 
-from ds_gpt2.checkpoint import generations
+from ds_gpt2.checkpoint import generations, manifest
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.layout import epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.checkpoint.manifest import encode
@@ -105,14 +106,12 @@ def test_a_missing_a_longer_and_a_swapped_file_are_found(checkpoint: Path) -> No
 
 
 def test_a_file_that_cannot_be_read_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Path.open
-
-    def refuse(self: Path, *arguments: object, **options: object) -> object:
-        if self.name == "b.pt":
+    def refuse(path: Path, *arguments: Any, **options: Any) -> object:
+        if path.name == "b.pt":
             raise OSError(5, "Input/output error")
-        return original(self, *arguments, **options)
+        return open(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(manifest, "open", refuse, raising=False)
     assert problem_in(checkpoint) == "b.pt cannot be read: Input/output error"
 
 
@@ -306,13 +305,12 @@ STRANGE = [
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are opened from here on."""
     found: list[Path] = []
-    original = Path.open
 
-    def recording(self: Path, *arguments: object, **options: object) -> object:
-        found.append(self)
-        return original(self, *arguments, **options)
+    def recording(path: Path, *arguments: Any, **options: Any) -> object:
+        found.append(path)
+        return open(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", recording)
+    monkeypatch.setattr(manifest, "open", recording, raising=False)
     return found
 
 

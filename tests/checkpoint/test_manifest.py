@@ -215,8 +215,12 @@ def _record(monkeypatch: pytest.MonkeyPatch, touched: list[Path]) -> None:
 
         return call
 
-    for name in ("open", "stat"):
-        monkeypatch.setattr(Path, name, recording(getattr(Path, name)))
+    def recorded_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        touched.append(path)
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(manifest, "open", recorded_open, raising=False)
+    monkeypatch.setattr(Path, "stat", recording(Path.stat))
 
 
 @pytest.mark.parametrize("name", ["format", "files", "state", "epoch", "created", "sha256", "world_size"])

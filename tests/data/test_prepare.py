@@ -357,7 +357,7 @@ def test_damaged_documents_are_named_and_counted(tmp_path: Path, heard: list[str
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     dataset = prepare(local_source([tmp_path / "x.jsonl"]), tmp_path / "out", workers=1)
     assert dataset.counts == {"documents": 100, "empty": 0, "null": 0, "unreadable": 31}
-    assert heard[0] == f"skipped: {tmp_path / 'x.jsonl'}, line 51: JSON that is nested too deeply"
+    assert heard[0] == f"skipped: {tmp_path / 'x.jsonl'}, line 51: not JSON (nested too deeply)"
     assert f'skipped: {tmp_path / "x.jsonl"}, line 70: no field "text", the object is empty' in heard
     assert len(heard) == 21  # the others are only counted
 

@@ -78,7 +78,7 @@ DEEP = '{"text": ' + "[" * 20_000 + "]" * 20_000 + "}"
         ("{}", 'no field "text", the object is empty'),
         ('{"text": 1}', 'field "text" is a number, not a string'),
         ('{"content": "x", "id": 1}', 'no field "text", it has "content", "id": give --column NAME'),
-        (DEEP, "JSON that is nested too deeply"),
+        (DEEP, "not JSON (nested too deeply)"),
     ],
     ids=lambda value: value[:10],
 )
