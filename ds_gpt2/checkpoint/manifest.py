@@ -112,7 +112,7 @@ def decode(data: bytes) -> Manifest:
         TypeError,
         AttributeError,
         IndexError,
-    ):  # RecursionError: by dumping it
+    ):  # by dumping
         raise DamagedError(f"{MANIFEST} is damaged: not what was written") from None
     if not whole:
         raise DamagedError(f"{MANIFEST} is damaged: its sha256 does not fit")
