@@ -105,14 +105,7 @@ def decode(data: bytes) -> Manifest:
         content = safe_json.parse(data)
         digest = content.pop("sha256")
         whole = digest == _digest(content) and data == _dump({**content, "sha256": digest})
-    except (
-        ValueError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ):  # by dumping
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # RecursionError: dumped again
         raise DamagedError(f"{MANIFEST} is damaged: not what was written") from None
     if not whole:
         raise DamagedError(f"{MANIFEST} is damaged: its sha256 does not fit")
