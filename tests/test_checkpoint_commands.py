@@ -415,10 +415,17 @@ class _Code:
 def _real_files(folder: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], None]) -> dict[str, bytes]:
     """What DeepSpeed saves for a tiny model, as far as it matters here."""
     module = {name: tensor.bfloat16() for name, tensor in GPT2(ModelShape(1, 2, 8, 16), 0.0).state_dict().items()}
-    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(100), "rng": torch.zeros(5, dtype=torch.uint8)}
-    optimizer = {"optimizer_state_dict": {"base_optimizer_state": {"state": {0: moments}}, "groups": [(1, moments)]}}
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(100), "seen": torch.zeros(1, 5, dtype=torch.uint8)}
+    count = sum(tensor.numel() for tensor in module.values())
+    moments["exp_avg"] = torch.zeros(count)
+    optimizer = {
+        "single_partition_of_fp32_groups": [torch.zeros(count)],
+        "base_optimizer_state": {"state": {0: moments}},
+        "groups": [(1, moments)],
+    }
     spoil(module, moments)
-    for name, content in zip(FILES, ({"module": module}, optimizer), strict=True):
+    model = {"module": module, "dp_world_size": 1, "ds_gpt2": {"state": {"step": 1}}}
+    for name, content in zip(FILES, (model, {"optimizer_state_dict": optimizer}), strict=True):
         torch.save(content, folder / name)
     return {name: (folder / name).read_bytes() for name in FILES}
 

@@ -95,6 +95,7 @@ def _entries(generation: Generation) -> Mapping[str, FileEntry]:
 def deep_problem(generation: Generation) -> str | None:
     """What hashes cannot show: files that do not load, numbers that are not finite, tensors of another model."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one when it is imported; a run may have them
+    from ds_gpt2.checkpoint import contents
     from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, unpickle
     from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
 
@@ -103,6 +104,7 @@ def deep_problem(generation: Generation) -> str | None:
     full = [MODEL_FILE, *map(partition_file, range(min(ranks, len(files))))]  # a forged number of ranks may be huge
     if missing := [name for name in ([WEIGHTS_FILE] if generation.weights_only else full) if name not in files]:
         return f"{MANIFEST} does not list {missing[0]}"
+    found = 0
     for name in sorted(files):
         if not name.endswith(".pt"):
             continue
@@ -114,7 +116,15 @@ def deep_problem(generation: Generation) -> str | None:
             return f"{where} has numbers that are not finite"
         if name in (MODEL_FILE, WEIGHTS_FILE) and (problem := _wrong_shape(content, generation.manifest)) is not None:
             return f"{name}: {problem}"
-    return None
+        if name in full and not generation.weights_only:
+            compare = contents.problem_of_model if name == MODEL_FILE else contents.problem_of_partition
+            if (problem := compare(content, generation.manifest)) is not None:
+                return f"{name} {problem}"
+            if name == MODEL_FILE:
+                model = content
+            else:
+                found += contents.elements(content)
+    return None if generation.weights_only else contents.problem_of_sum(found, model)
 
 
 def _not_finite(content: Any, name: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2 import dist
+from ds_gpt2.checkpoint import contents as contents_of
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import Generation, before, candidates, check_identity, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
@@ -99,7 +100,22 @@ def _fetched(backup: Backup, tag: str, directory: Path) -> list[Generation]:
 
 
 def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong, this rank's files); nothing is unpickled on any rank before all ranks' parts are verified."""
+    """(what is wrong, this rank's files), alike on all ranks but for the files: read, unpickled and compared.
+
+    Nothing is unpickled on any rank before all ranks' parts are verified.
+    """
+    problem, contents = _unpickled(generation)
+    problems = [one for one in dist.gather_objects(problem) if one is not None]
+    if problems or generation.manifest is None:
+        return problem or problems[0], {}
+    partitions = [content for name, content in contents.items() if name != MODEL_FILE]
+    found = sum(map(contents_of.elements, partitions))
+    if generation.manifest.world_size == dist.world_size():  # each rank has its own
+        found = sum(dist.gather_objects(found))
+    return contents_of.problem_of_sum(found, contents[MODEL_FILE]), contents
+
+
+def _unpickled(generation: Generation) -> tuple[str | None, dict[str, Any]]:
     problem = problem_of(generation, dist.rank(), dist.world_size())
     if generation.weights_only:
         problem = "it holds weights only: export it, or resume from another"
@@ -112,6 +128,11 @@ def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
     if unlisted := [name for name in names if name not in generation.manifest.files]:
         return f"its manifest does not list {unlisted[0]}", {}
     try:
-        return None, {name: unpickle(generation.path / name) for name in names}
+        contents = {name: unpickle(generation.path / name) for name in names}
     except Exception as error:  # whatever a forged file may bring about: the other ranks wait for this one's word
         return f"its files cannot be loaded safely: {' '.join(str(error).split())[:300]}", {}
+    for name, content in contents.items():
+        compare = contents_of.problem_of_model if name == MODEL_FILE else contents_of.problem_of_partition
+        if (found := compare(content, generation.manifest)) is not None:
+            return f"{name} {found}", {}
+    return None, contents

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_gpt2.checkpoint import restore
+from ds_gpt2.checkpoint import inspection, restore
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.generations import open_generation
 from ds_gpt2.checkpoint.layout import MANIFEST
@@ -36,8 +36,12 @@ def _checkpoint(directory: Path, step: int, content: Any = None, **changes: Any)
     path = directory / f"rolling_step_{step:06d}"
     path.mkdir(parents=True)
     files = {}
+    model = {"module": {"w": torch.ones(6)}, "dp_world_size": 1, "ds_gpt2": {"state": {"step": step}}}
+    moments = {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(6)}}
+    state = {"single_partition_of_fp32_groups": [torch.ones(6)], "base_optimizer_state": {"state": moments}}
+    usual = {MODEL_FILE: model, partition_file(0): {"optimizer_state_dict": state}}
     for name in (MODEL_FILE, partition_file(0)):
-        torch.save(content or {"step": step}, path / name)
+        torch.save((content or usual[name]) if not callable(content) else content(name, usual[name]), path / name)
         data = (path / name).read_bytes()
         files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     fields: dict[str, Any] = {
@@ -64,7 +68,8 @@ def test_the_newest_that_is_good_is_read(tmp_path: Path) -> None:
         _checkpoint(tmp_path, step)
     restored = restore.choose(tmp_path, "latest", IDENTITY)
     assert restored.generation.tag == "rolling_step_000015"
-    assert restored.contents == {MODEL_FILE: {"step": 15}, partition_file(0): {"step": 15}}
+    assert list(restored.contents) == [MODEL_FILE, partition_file(0)]
+    assert restored.contents[MODEL_FILE]["ds_gpt2"]["state"]["step"] == 15
 
 
 def test_each_bad_one_is_named_with_its_reason_and_the_next_older_tried(
@@ -109,6 +114,57 @@ def test_code_in_a_checkpoint_never_runs_though_its_hashes_are_right(tmp_path: P
     assert not owned.exists()
 
 
+def _cut(name: str, content: Any) -> Any:
+    if name != MODEL_FILE:
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"] = [torch.ones(4)]
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"] = torch.ones(4)
+    return content
+
+
+def _cut_moments(name: str, content: Any) -> Any:
+    if name != MODEL_FILE:
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"] = torch.ones(4)
+    return content
+
+
+def _of_another_step(name: str, content: Any) -> Any:
+    return {**content, "ds_gpt2": {"state": {"step": 7}}} if name == MODEL_FILE else content
+
+
+def _of_more_ranks(name: str, content: Any) -> Any:
+    return {**content, "dp_world_size": 4} if name == MODEL_FILE else content
+
+
+def _without_state(name: str, content: Any) -> Any:
+    return {"module": content["module"]} if name == MODEL_FILE else content
+
+
+def _of_a_list(name: str, content: Any) -> Any:
+    return content if name == MODEL_FILE else [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("forge", "problem"),
+    [
+        (_cut, "its partitions have 4 weights, the model has 6"),
+        (_cut_moments, "has 4 elements of exp_avg for 6 weights"),
+        (_of_another_step, f"{MODEL_FILE} is of step 7, {MANIFEST} says 10"),
+        (_of_more_ranks, f"was saved by 4 ranks, {MANIFEST} says 1"),
+        (_without_state, f"has no state to compare with {MANIFEST}"),
+        (_of_a_list, "is no partition of an optimizer"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_not_resumed_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, forge: Any, problem: str
+) -> None:
+    """Their hashes are right."""
+    _checkpoint(tmp_path, 5)
+    _checkpoint(tmp_path, 10, content=forge)
+    assert restore.choose(tmp_path, "latest", IDENTITY).generation.step == 5
+    assert problem in caplog.text
+    assert inspection.deep_problem(open_generation(tmp_path / "rolling_step_000010")) is not None
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 5, identity={**IDENTITY, "model.width": 64, "model.layers": 4})
     expected = r"was made with model\.layers 4 \(this run has 2\), model\.width 64 \(this run has 32\): set it back"
@@ -149,7 +205,7 @@ def test_where_nothing_here_is_good_a_copy_is_fetched(
         shutil.rmtree(path) if local == "gone" else (path / MODEL_FILE).write_bytes(b"damaged")
     restored = restore.choose(tmp_path / "run", "auto", IDENTITY, backup)
     assert restored.generation.path == tmp_path / "run" / "rolling_step_000005"
-    assert restored.contents[MODEL_FILE] == {"step": 5}
+    assert restored.contents[MODEL_FILE]["ds_gpt2"]["state"] == {"step": 5}
     assert "rolling_step_000010 cannot be fetched" in caplog.text
 
 
