@@ -39,7 +39,7 @@ def open_log(file: Path | None) -> None:
 
 
 class _LogFile(logging.Handler):
-    """Appends to ``train.log``. What cannot be written is lost; the terminal says so once, and the log when it can."""
+    """Appends to ``train.log``. Lines that cannot be written are lost: reported once on the terminal, and in the log later."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()

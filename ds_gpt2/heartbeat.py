@@ -104,7 +104,7 @@ def beat_written(run_dir: Path, rank: int) -> float | None:
 
 
 def can_beat(run_dir: Path) -> bool:
-    """Whether ranks can write signs of life: not on a disk that is full, read-only or away."""
+    """Whether ranks can write heartbeats: not on a disk that is full, read-only or not mounted."""
     probe = run_dir / _DIRECTORY / "probe"
     try:
         with open(probe, "wb", buffering=0, opener=no_links) as file:

@@ -1,4 +1,4 @@
-"""A directory that is followed when somebody moves it while it is in use.
+"""A directory that is followed when it is moved while it is in use.
 
 An open descriptor refers to the same directory after a move, and Linux tells its path. Paths that were composed before
 the move do not exist any more, or belong to what was put there instead.

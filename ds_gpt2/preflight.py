@@ -114,7 +114,7 @@ _POINTERS = frozenset((LATEST, LATEST_BACKUP, OWNER))
 
 
 class CheckpointsGoneError(UserError):
-    """A run has been saved, and its checkpoints are not there: a disk may be away."""
+    """A run has been saved, and its checkpoints are not there: a disk may not be mounted."""
 
 
 def what_to_resume(settings: Settings, resume: str | None) -> str | None:

@@ -25,7 +25,7 @@ class RunAddress:
         return f"the run in {self.run_dir} on {self.host}"
 
     def is_of(self, run_dir: Path) -> bool:
-        """Whether this is the run in ``run_dir``, by whatever path and from whatever machine."""
+        """Whether this is the run in ``run_dir``, by any path and from any machine."""
         if self.host == socket.gethostname() and self.run_dir == str(run_dir.resolve()):
             return True
         try:
@@ -37,7 +37,7 @@ class RunAddress:
         """Whether there is a run, as far as can be seen from here."""
         try:
             return is_run_dir(Path(self.run_dir))
-        except OSError:  # a directory of somebody else's
+        except OSError:  # another user's directory
             return False
 
     def to_dict(self) -> dict[str, str]:

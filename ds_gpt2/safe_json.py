@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: whatever it is, it is a value or one kind of error."""
+"""JSON from untrusted files: a value, or one kind of error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_gpt2.safe_files import read_small
 
 
 class BadJsonError(ValueError):
-    """It is no JSON, or not fit to be worked on. The message is one line."""
+    """Invalid JSON, or nested too deeply. The message is one line."""
 
 
 def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -183,7 +183,7 @@ class _Supervisor:
         self._has_trained |= beat is not None and beat.step > 0
         if result.code == outcome.MISTAKE and self._has_trained:  # nobody's: the same command was right before
             result = Outcome(outcome.CRASHED)
-        if result.code == outcome.STOPPED and (how == "launcher died" or result.alone):  # nobody asked for it
+        if result.code == outcome.STOPPED and (how == "launcher died" or result.alone):  # without a request
             result = Outcome(outcome.CRASHED, alone=result.alone)
         if not self._requests.asked and how != "hung" and result.code == outcome.CRASHED:
             out_of_memory = launcher.out_of_memory_kills() > killed_for_memory
@@ -335,7 +335,7 @@ class _Supervisor:
         return code
 
     def _await_same_move(self) -> Path | None:
-        """Give whoever moves a run's two directories time for the second.
+        """Wait for the directory of checkpoints to be moved like that of the run.
 
         Returns:
             Where the checkpoints are expected, if they are still elsewhere; None if they are there.

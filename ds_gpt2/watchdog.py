@@ -83,9 +83,9 @@ class Watchdog:
         return hang
 
     def _note_blindness(self) -> None:
-        """Ranks that cannot write a sign of life are not judged; they are given time anew when they can."""
+        """Do not judge ranks that cannot write heartbeats; their patience starts again when they can."""
         if not self._blind:
-            log.warning("the ranks' signs of life cannot be written: hangs are not noticed meanwhile")
+            log.warning("the ranks' heartbeats cannot be written: hangs are not noticed meanwhile")
         self._blind = True
         self._changed = [self._now] * len(self._changed)
 

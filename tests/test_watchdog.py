@@ -167,7 +167,7 @@ def test_no_hang_is_declared_where_no_sign_of_life_can_be_written(
     else:
         monkeypatch.setattr("ds_gpt2.watchdog.can_beat", lambda _: False)
     assert watched.wait(10_000) is None
-    assert caplog.text.count("signs of life cannot be written") == 1
+    assert caplog.text.count("heartbeats cannot be written") == 1
     if trouble == "away":
         (tmp_path / "elsewhere").rename(beats)
     monkeypatch.undo()
