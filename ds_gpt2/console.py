@@ -32,14 +32,14 @@ def open_log(file: Path | None) -> None:
         try:
             to_file = _LogFile(file)
         except OSError as error:  # a run is worth more than its log
-            log.warning(f"cannot write {file}: {error.strerror}; training goes on")
+            log.warning(f"cannot write {file}: {error.strerror}; training continues")
             return
         to_file.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         log.addHandler(to_file)
 
 
 class _LogFile(logging.Handler):
-    """Appends to ``train.log``. Lines that cannot be written are lost: reported once on the terminal, and in the log later."""
+    """Appends to ``train.log``. Lines that cannot be written are lost and reported: on the terminal, and here later."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _LogFile(logging.Handler):
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
-                tqdm.write(f"cannot write {self._file.name}: {error.strerror}; training goes on", file=sys.stdout)
+                tqdm.write(f"cannot write {self._file.name}: {error.strerror}; training continues", file=sys.stdout)
 
     def _write(self, line: bytes) -> None:
         left = memoryview(line)

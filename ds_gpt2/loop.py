@@ -150,7 +150,7 @@ def _insist(
     while not (checkpoints.has_saved(state) or guard.rollback):
         if dist.any_rank_on_cpu(stop.requested):
             limit = min(limit, stop_seconds)
-        left = dist.gather_objects(begun + limit - time.monotonic())[0]  # by one clock, so that all go on alike
+        left = dist.gather_objects(begun + limit - time.monotonic())[0]  # by one clock: all ranks decide alike
         if left < pause:
             return
         log.error(f"step {state.step} is not saved: trying again in {pause:g} s, for {duration(left)}")
@@ -168,7 +168,7 @@ def _agree(loss: torch.Tensor, stop: StopRequest, data: TrainingData) -> tuple[f
 
 
 def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: Seen) -> str | None:
-    """Add what the hooks see at this step to ``seen``; returns why the run cannot go on, on every rank alike."""
+    """Add what the hooks see at this step to ``seen``; returns why the run cannot continue, the same on all ranks."""
     try:
         for hook in due:
             seen |= hook.observe(engine, state)

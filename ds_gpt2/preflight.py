@@ -148,8 +148,8 @@ def _check_not_saved_before(settings: Settings) -> None:
     if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
         raise CheckpointsGoneError(
             f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
-            f" {settings.checkpoint_dir}: mount or restore it; to begin anew, move {settings.run_dir} away or choose"
-            " another run.name"
+            f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
+            " choose another run.name"
         )
 
 

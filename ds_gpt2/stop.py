@@ -49,7 +49,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why the run cannot go on where it is; None if it can, and on ranks that do not watch."""
+        """Why the run cannot continue in place; None if it can, and on ranks that do not watch."""
         for directory in (self._run_dir, self._checkpoints):
             if directory is not None and directory.is_moved:
                 return f"{directory.opened_as} was moved to {directory.path} while the run trained"

@@ -26,7 +26,7 @@ _TO_DO = {
     "done": "`./launch.sh report {run}` draws the curves",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what could go",
     "backup_failed": "`./launch.sh backup {run}` tries a copy now; training retries after its next checkpoint",
-    "no_checkpoints": "mount or restore the directory of the checkpoints: the run goes on as soon as they are there",
+    "no_checkpoints": "mount or restore the directory of the checkpoints: the run resumes as soon as they are there",
     "save_failed": "`./launch.sh prune {run} --dry-run` shows what could go if the disk is full",
 }
 
