@@ -215,7 +215,7 @@ def test_a_stop_while_a_shard_cannot_be_read_loses_no_step(configure: Configure)
         _until(lambda: all((beat := read_beat(settings.run_dir, rank)) and beat.step == 10 for rank in range(2)))
         _until(lambda: "data_error" in _told(settings))
         process.terminate()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
     finally:
         end_session(process.pid)
     assert process.returncode == outcome.STOPPED, output
@@ -233,12 +233,12 @@ def test_a_stop_file_counts_while_the_run_waits_and_while_it_starts(configure: C
     try:
         _until(lambda: "restart" in _told(settings))
         (settings.run_dir / STOP_FILE).touch()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == outcome.STOPPED, output
         process = _supervisor(settings)
         _until(lambda: _told(settings).count("launch") == 2)
         (settings.run_dir / STOP_FILE).touch()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == outcome.STOPPED, output
     finally:
         end_session(process.pid)
@@ -261,7 +261,7 @@ def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
     try:
         _until(lambda: _told(settings).count("save") == 2)
         process.terminate()
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         steps = [record["step"] for record in read_metrics(settings.run_dir / METRICS)]
         settings.checkpoint.dir.rename(away)
         settings.checkpoint.dir.mkdir()
@@ -273,7 +273,7 @@ def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
         away.rename(settings.checkpoint.dir)
         _until(lambda: _told(settings).count("start") == 2)
         process.terminate()
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
     finally:
         end_session(process.pid)
     starts = [event.step for event in _events(settings) if event.kind == "start"]
