@@ -75,7 +75,7 @@ def _left(settings: Settings) -> list[str]:
     return found
 
 
-def _until(condition: Callable[[], object], seconds: float = 90) -> None:
+def _until(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
