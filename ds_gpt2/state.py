@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterable
@@ -38,8 +39,9 @@ class TrainState:
     def next_batch(self) -> int:
         """The batch of the data that the next step is to train on."""
         batch = self.batch + 1
-        while batch in self.left_out:
-            batch += 1
+        at = bisect.bisect_left(self.left_out, batch)
+        while at < len(self.left_out) and self.left_out[at] == batch:
+            at, batch = at + 1, batch + 1
         return batch
 
     @property

@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ds_gpt2.state import TrainState
 
@@ -86,3 +88,17 @@ def test_a_run_whose_best_is_nan_recovers_at_the_next_finite_loss() -> None:
     assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (None, None, None, None)
     state.validated(7.0)
     assert (state.best_val_loss, state.best_step) == (7.0, 5)
+
+
+def test_many_batches_may_be_left_out() -> None:
+    state = TrainState()
+    state.leave_out(range(9, 1_000_000))
+    for _ in range(20):
+        state.advance(1, True, b"")
+    assert state.batch == 1_000_011
+
+
+@given(st.sets(st.integers(1, 30)), st.integers(0, 30))
+def test_the_next_batch_is_the_first_that_is_not_left_out(left_out: set[int], batch: int) -> None:
+    state = TrainState(batch=batch, left_out=sorted(left_out))
+    assert state.next_batch == next(one for one in range(batch + 1, 100) if one not in left_out)
