@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ds_gpt2 import dist
 from ds_gpt2.monitor import Seen
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import open_own, write_all
 from ds_gpt2.terminal import LineFormatter
 from ds_gpt2.wording import counted, duration
 
@@ -43,7 +43,7 @@ class _LogFile(logging.Handler):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self._file = open(file, "ab", buffering=0, opener=no_links)  # noqa: SIM115  # until ``close``
+        self._file = open_own(file, "ab", buffering=0)
         self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -51,17 +51,12 @@ class _LogFile(logging.Handler):
         if self._lost:
             line = f"({counted(self._lost, 'line')} could not be written here)\n{line}"
         try:
-            self._write(line.encode(errors="backslashreplace") + b"\n")
+            write_all(self._file.write, line.encode(errors="backslashreplace") + b"\n")
             self._lost = 0
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
                 tqdm.write(f"cannot write {self._file.name}: {error.strerror}; training continues", file=sys.stdout)
-
-    def _write(self, line: bytes) -> None:
-        left = memoryview(line)
-        while left:
-            left = left[self._file.write(left) :]
 
     def close(self) -> None:
         self._file.close()

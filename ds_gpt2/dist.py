@@ -132,7 +132,5 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         complaint = str(error)
-    complaints = [found for found in gather_objects(complaint) if found]
-    if complaints:
-        raise UserError(complaints[0])
+    raise_on_all(complaint)
     return result  # type: ignore[return-value]  # no complaint anywhere: action returned a T

@@ -9,15 +9,15 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import BinaryIO, Literal
 
 from ds_gpt2.process_start import start_of
-from ds_gpt2.safe_files import no_links, read_small
+from ds_gpt2.safe_files import no_links, open_own, read_small
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
 _DIRECTORY = "heartbeat"  # in the run's directory, one small file a rank
-_stacks: list[IO[str]] = []  # faulthandler needs the file to stay open
+_stacks: list[BinaryIO] = []  # faulthandler needs the file to stay open
 _SIZE = 160  # bytes of a beat: always the same place of the file, so that a full disk does not stop it
 
 
@@ -73,7 +73,7 @@ class Heartbeat:
 def open_stacks(run_dir: Path, rank: int) -> None:
     """From here on SIGUSR2 makes this process write down what each of its threads is doing; so does a fault in C."""
     try:
-        file = open(stacks_file(run_dir, rank), "w", encoding="utf-8", opener=no_links)  # noqa: SIM115  # it stays open
+        file = open_own(stacks_file(run_dir, rank), "wb")
     except OSError:
         return
     faulthandler.enable(file)

@@ -206,8 +206,8 @@ def write_stacks(run_dir: Path, ranks: int, group: int, into: Path) -> None:
 
 
 def out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for want of memory, of this control group if it tells, else of the
-    machine; 0 where it does not tell.
+    """Return how many processes the kernel has killed because memory ran out: in this control group, or on the
+    machine if the group has no counter; 0 if neither has.
     """
     for file in (*_memory_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")), Path("/proc/vmstat")):
         if (kills := _kills_in(file)) is not None:

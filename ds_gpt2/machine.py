@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2.errors import UserError
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import no_links, open_own
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
@@ -110,7 +110,7 @@ def lock(path: Path, whose: str) -> BinaryIO:
         UserError: another process holds it, or it cannot be made.
     """
     try:
-        file = open(path, "a+b", opener=no_links)  # noqa: SIM115  # held until the run's end
+        file = open_own(path, "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

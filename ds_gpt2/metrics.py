@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2 import safe_json
-from ds_gpt2.safe_files import no_links, read_small, regular_only
+from ds_gpt2.safe_files import no_links, open_own, read_small, regular_only, write_all
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
@@ -27,7 +27,7 @@ class Records:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._open = open(file, "ab", buffering=0, opener=no_links)  # noqa: SIM115  # until ``close``
+        self._open = open_own(file, "ab", buffering=0)
         self._waiting = bytearray()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -40,9 +40,7 @@ class Records:
         """
         before = self._open.seek(0, os.SEEK_END)
         try:
-            written = 0
-            while written < len(self._waiting):
-                written += self._open.write(self._waiting[written:])
+            write_all(self._open.write, bytes(self._waiting))
         except OSError:
             self._open.truncate(before)
             raise

@@ -6,6 +6,7 @@ and rounding the result (benchmarks/LOG.md). The sums are in fp32 either way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,12 +57,6 @@ def _is_slow(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and BF16_IS_SLOW
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch leaves it untyped; a compiler would call the slow product
-def _tiled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    result: torch.Tensor = _Linear.apply(x, weight, bias)
-    return result
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -78,3 +73,8 @@ class _Linear(torch.autograd.Function):
             product(grad.t(), x.flatten(0, -2)) if wanted_weight else None,
             grad.sum(0, dtype=torch.float32).to(grad.dtype) if wanted_bias else None,
         )
+
+
+# Not for a compiler, which would call PyTorch's own product.
+_tiled_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+_tiled_linear = torch.compiler.disable(_Linear.apply)

@@ -7,10 +7,13 @@ as it is. A pipe or a device in the place of a file is not read: that could wait
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, cast
 
 LARGEST = 256 << 20  # bytes of a file that is read as a whole
 _NEWLINE = b"\n"
@@ -61,6 +64,31 @@ def read_small(path: Path) -> bytes:
     return data
 
 
+def open_own(path: Path, mode: str, buffering: int = -1) -> BinaryIO:
+    """Open a file for writing by its own name, see ``no_links``.
+
+    Args:
+        mode: of ``open``, binary.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return cast(BinaryIO, open(path, mode, buffering, opener=no_links))
+
+
+def write_all(write: Callable[[memoryview], int | None], data: bytes | bytearray | memoryview) -> None:
+    """Call ``write``, which may take less than it is given, until all of ``data`` is written.
+
+    Raises:
+        OSError: it is not.
+    """
+    left = memoryview(data).cast("B")
+    while left:
+        if not (written := write(left)):
+            raise OSError(errno.EAGAIN, "Nothing was written")
+        left = left[written:]
+
+
 def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
     """Append whole lines, in one write if the disk allows it: several processes may append to a file.
 
@@ -78,9 +106,7 @@ def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) not in (_NEWLINE, b""):
             content = _NEWLINE + content
-        left = memoryview(content)
-        while left:
-            left = left[os.write(file, left) :]
+        write_all(functools.partial(os.write, file), content)
         if durable:
             os.fsync(file)
     finally:

@@ -304,7 +304,9 @@ class _Supervisor:
     def _end(self, code: int, ended: Ended | None) -> int:
         if code == outcome.MISTAKE:
             step = ended.step if ended is not None else None
-            self._journal.write("mistake", "ended by a mistake that a restart does not mend: see the terminal", step)
+            self._journal.write(
+                "mistake", "stopped by a configuration error that a restart does not fix: see the terminal", step
+            )
         self._record(replace(self._me, state="ended", code=code))
         self._alerts.tell_news()
         self._alerts.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
@@ -95,9 +96,10 @@ def one_line(message: object) -> str:
 class LineFormatter(logging.Formatter):
     """Escapes control characters and line ends in messages: a file's name, for one, may have any. Not in tracebacks."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        record.message = one_line(record.message)
-        return super().formatMessage(record)
+    def format(self, record: logging.LogRecord) -> str:
+        escaped = copy.copy(record)  # other handlers get the record, too
+        escaped.msg, escaped.args = one_line(record.getMessage()), None
+        return super().format(escaped)
 
 
 def printable(text: str) -> str:

@@ -40,6 +40,7 @@ class Parts:
         self.step, self.requested = 0, False
         self.problem: str | None = None  # of the data
         self.failing_saves = 0
+        self.unreadable_at = 0  # the batch
         self.unseen_at = 0  # where validation cannot be read
 
     def epoch(self, step: int) -> float:
@@ -49,6 +50,7 @@ class Parts:
         return np.array([batch])
 
     def micro_batches(self, batch: int) -> str:
+        self.problem = "shard cannot be read" if batch == self.unreadable_at else None
         return f"data of {batch}"
 
     def begin_step(self, step: int, batch: int) -> None:
@@ -201,17 +203,9 @@ def test_it_is_given_up_in_the_end(pauses: list[float], stop_at: int, limit: int
     assert limit - 30 < sum(pauses) <= limit and max(pauses) <= 30
 
 
-def _unreadable_at(parts: Parts, step: int) -> None:
-    def micro_batches(batch: int) -> str:
-        parts.problem = "shard cannot be read" if batch == step else None
-        return f"data of {batch}"
-
-    parts.micro_batches = micro_batches  # type: ignore[method-assign]  # data that goes away
-
-
 def test_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
     parts, state = Parts(), TrainState()
-    _unreadable_at(parts, 5)
+    parts.unreadable_at = 5
     with pytest.raises(UserError, match="shard cannot be read"):
         _train(parts, state, steps=9, save=0)
     assert (state.step, state.batch) == (4, 4)
@@ -220,7 +214,7 @@ def test_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
 
 def test_a_stop_while_data_cannot_be_read_is_a_stop() -> None:
     parts, state = Parts(stop_at=4), TrainState()
-    _unreadable_at(parts, 4)
+    parts.unreadable_at = 4
     assert _train(parts, state, steps=9, save=0) is Ending.STOPPED
     assert parts.notes[-2:] == ["drop", "save 3"]
 

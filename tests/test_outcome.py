@@ -1,4 +1,4 @@
-"""What ranks say of their end reaches whoever started them."""
+"""The outcome that ranks report reaches the process that started them."""
 
 from __future__ import annotations
 

@@ -199,8 +199,8 @@ def test_a_new_run_is_not_begun_among_files_of_something_else(
     config = write_config(tmp_path)
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / "runs" / "test").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "runs" / "test" / "console.log").touch()  # in nobody's way
-    (tmp_path / file).write_text("somebody's")
+    (tmp_path / "runs" / "test" / "console.log").touch()  # not in the way
+    (tmp_path / file).write_text("of another program")
     before = tree(tmp_path)
     name = Path(file).parts[2]
     assert f"has {name} of something else: choose another {setting}" in refused("train", str(config))

@@ -10,18 +10,17 @@ from typing import Any
 
 from ds_gpt2.checkpoint.layout import MANIFEST
 from ds_gpt2.checkpoint.manifest import Manifest
+from ds_gpt2.checkpoint.partitions import BASE, COUNT, MASTERS, STATE
 
-_KEY = "ds_gpt2"  # in DeepSpeed's client state
+CLIENT_KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
 _COMPARED = ("step", "batch", "tokens", "ledger")  # of TrainState
-# Keys of DeepSpeed's files (deepspeed/checkpoint/constants.py).
-_STATE, _BASE, _MASTERS = "optimizer_state_dict", "base_optimizer_state", "single_partition_of_fp32_groups"
-_PADDINGS, _COUNT, _WORLD = "group_paddings", "partition_count", "dp_world_size"
+_PADDINGS, _WORLD = "group_paddings", "dp_world_size"  # DeepSpeed's (deepspeed/checkpoint/constants.py)
 
 
 def problem_of_model(content: Any, known: Manifest) -> str | None:
     """Why the file of weights is not that of ``known``; None if it is."""
     try:
-        state, ranks = content[_KEY]["state"], content[_WORLD]
+        state, ranks = content[CLIENT_KEY]["state"], content[_WORLD]
         differing = [key for key in _COMPARED if key in known.state and state.get(key) != known.state[key]]
     except (KeyError, TypeError, AttributeError):
         return f"has no state to compare with {MANIFEST}"
@@ -34,8 +33,8 @@ def problem_of_model(content: Any, known: Manifest) -> str | None:
 def problem_of_partition(content: Any, known: Manifest) -> str | None:
     """Why a rank's file of optimizer state is not one of ``known``; None if it is."""
     try:
-        state = content[_STATE]
-        masters, moments, counts = state[_MASTERS], state[_BASE]["state"], state.get(_COUNT)
+        state = content[STATE]
+        masters, moments, counts = state[MASTERS], state[BASE]["state"], state.get(COUNT)
         paddings = state.get(_PADDINGS, [0] * len(masters))
         if counts is not None and any(count != known.world_size for count in counts):
             return f"was saved by {counts[0]} ranks, {MANIFEST} says {known.world_size}"
@@ -51,7 +50,7 @@ def problem_of_partition(content: Any, known: Manifest) -> str | None:
 
 def elements(content: Mapping[str, Any]) -> int:
     """Master weights in a rank's file."""
-    return sum(master.numel() for master in content[_STATE][_MASTERS])
+    return sum(master.numel() for master in content[STATE][MASTERS])
 
 
 def problem_of_sum(found: int, model: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2 import machine
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import open_own, write_all
 
 
 class Disk:
@@ -21,13 +21,11 @@ class Disk:
 
     def create(self, path: Path) -> BinaryIO:
         """A new file for writing, unbuffered; a file of that name is emptied."""
-        return open(path, "wb", buffering=0, opener=no_links)
+        return open_own(path, "wb", buffering=0)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """All of ``data``, however many calls the system needs for it."""
-        left = memoryview(data).cast("B")
-        while left:
-            left = left[file.write(left) :]
+        write_all(file.write, data)
 
     def sync(self, file: BinaryIO) -> None:
         """The file's content is on the medium when this returns."""

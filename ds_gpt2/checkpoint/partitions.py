@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 # Keys of DeepSpeed's optimizer files (deepspeed/checkpoint/constants.py).
-_STATE, _BASE, _MASTERS = "optimizer_state_dict", "base_optimizer_state", "single_partition_of_fp32_groups"
-_PADDINGS, _COUNT = "param_alignment_paddings", "partition_count"
+STATE, BASE, MASTERS = "optimizer_state_dict", "base_optimizer_state", "single_partition_of_fp32_groups"
+_PADDINGS, COUNT = "param_alignment_paddings", "partition_count"
 
 
 def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]) -> dict[str, Any]:
@@ -27,24 +27,24 @@ def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]
     Raises:
         ValueError: the files are not partitions of one optimizer, or are laid out in a way this does not know.
     """
-    states = [content[_STATE] for content in saved]
+    states = [content[STATE] for content in saved]
     first = states[0]
     if any(any(padding) for padding in first.get(_PADDINGS, ())):
         raise ValueError("zero_optimization.parameter_alignment is on: resume on the number of ranks that saved")
-    groups = range(len(first[_MASTERS]))
-    lengths = [sum(state[_MASTERS][group].numel() for state in states) for group in groups]
+    groups = range(len(first[MASTERS]))
+    lengths = [sum(state[MASTERS][group].numel() for state in states) for group in groups]
     masters = [
-        _part([state[_MASTERS][group] for state in states], lengths[group], rank, sizes[group]) for group in groups
+        _part([state[MASTERS][group] for state in states], lengths[group], rank, sizes[group]) for group in groups
     ]
     moments = {
-        group: _moments([state[_BASE]["state"][group] for state in states], lengths[group], rank, sizes[group])
-        for group in first[_BASE]["state"]
+        group: _moments([state[BASE]["state"][group] for state in states], lengths[group], rank, sizes[group])
+        for group in first[BASE]["state"]
     }
     paddings = [max(0, size * (rank + 1) - length) for size, length in zip(sizes, lengths, strict=True)]
     unpadded = [master[: max(0, len(master) - padding)] for master, padding in zip(masters, paddings, strict=True)]
-    state = {**first, _MASTERS: unpadded, _BASE: {**first[_BASE], "state": moments}, "group_paddings": paddings}
-    state.pop(_COUNT, None)
-    return {**saved[0], _STATE: state}
+    state = {**first, MASTERS: unpadded, BASE: {**first[BASE], "state": moments}, "group_paddings": paddings}
+    state.pop(COUNT, None)
+    return {**saved[0], STATE: state}
 
 
 def _moments(saved: Sequence[dict[str, Any]], length: int, rank: int, size: int) -> dict[str, Any]:

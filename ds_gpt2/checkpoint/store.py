@@ -19,6 +19,7 @@ from ds_gpt2 import __version__, dist
 from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.backup_queue import BackupQueue
+from ds_gpt2.checkpoint.contents import CLIENT_KEY
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.layout import BEST_TAG, PARTIAL, rolling_tag
@@ -36,7 +37,6 @@ from ds_gpt2.rng import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.state import TrainState
 from ds_gpt2.wording import counted
 
-_KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
 _BYTES_PER_PARAMETER = 14  # bf16 weights, fp32 masters and two moments
 _NOTICEABLE_SECONDS = 0.1
 _COPIES_SECONDS = 20.0  # how long a stop waits for backups under way
@@ -108,10 +108,13 @@ class Checkpoints:
             self._note_failure(state.step)
             return
         self._engine.deepspeed.save_checkpoint(
-            str(self.directory), tag=tag + PARTIAL, client_state={_KEY: {"state": state.to_dict()}}, save_latest=False
+            str(self.directory),
+            tag=tag + PARTIAL,
+            client_state={CLIENT_KEY: {"state": state.to_dict()}},
+            save_latest=False,
         )
         contents = self._serializer.take_saved()
-        contents[partition_file(dist.rank())][_KEY] = {"rng": get_rng_state()}
+        contents[partition_file(dist.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
         self._saved_step = state.step
         self._save = Save(
             self._housekeeping.disk,
@@ -170,14 +173,14 @@ class Checkpoints:
                 str(restored.generation.path.parent), tag=restored.generation.tag, load_lr_scheduler_states=False
             )
             assert path is not None, "DeepSpeed found nothing to load"
-            state = TrainState.from_dict(client_state[_KEY]["state"])
+            state = TrainState.from_dict(client_state[CLIENT_KEY]["state"])
         except Exception as error:
             raise UserError(f"checkpoint {restored.generation.path} cannot be loaded: {error!r}") from error
         finally:
             self._serializer.offer({})
         self._engine.reset_constants()
         if restored.manifest.world_size == dist.world_size():
-            set_rng_state(contents[partition_file(dist.rank())][_KEY]["rng"])
+            set_rng_state(contents[partition_file(dist.rank())][CLIENT_KEY]["rng"])
         else:
             seed_everything(self._run_settings["run"]["seed"] + dist.rank() + state.step * dist.world_size())
         dist.together(lambda: self._continue_from(restored.generation))

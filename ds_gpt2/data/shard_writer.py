@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from ds_gpt2.data.dataset import Shard, Split
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header_of, sha256
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import open_own
 
 _UNFINISHED = ".unfinished"
 
@@ -69,7 +69,7 @@ class SplitWriter:
     def write(self, tokens: Tokens) -> None:
         while len(tokens):
             if self._file is None:
-                self._file = open(self._unfinished, "wb", opener=no_links)  # noqa: SIM115  # until it is full
+                self._file = open_own(self._unfinished, "wb")
                 self._file.write(bytes(HEADER_BYTES))
             room = self._shard_tokens - self.written.tokens
             self._file.write(tokens[:room].astype("<u2").tobytes())
