@@ -43,6 +43,7 @@ class Alerts:
         self._read = self._size()  # bytes of the journal
         self._limit = HourlyLimit(run_dir / COUNT, settings.per_hour)
         self._courier = Courier(self._ways, run_dir)
+        self._told: set[tuple[float, str]] = set()  # (time, kind) of the events that went by without the journal
         self._complaint = ""
         self._warned = ""
 
@@ -56,13 +57,23 @@ class Alerts:
     def tell_news(self) -> None:
         """Send what the journal says since the last call, as one message; returns at once."""
         try:
-            events = [event for event in self._news() if event.kind in self._kinds]
+            news = [event for event in self._news() if (event.time, event.kind) not in self._told]
+            events = [event for event in news if event.kind in self._kinds]
             if events:
                 self._post_events(events)
             elif self._limit.holds_and_has_room(time.time()):
                 self._post_held_back()
         except Exception as error:
             self._warn_once(f"alerts: the journal cannot be read ({type(error).__name__})")
+
+    def tell(self, event: Event) -> None:
+        """Send an event that cannot be written to the journal; returns at once."""
+        self._told.add((event.time, event.kind))
+        try:
+            if event.kind in self._kinds:
+                self._post_events([event])
+        except Exception as error:  # its text may hold an address
+            log.warning(f"alerts: {type(error).__name__} while a message was sent")
 
     @property
     def _run_dir(self) -> Path:

@@ -43,7 +43,7 @@ from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
 from ds_gpt2.machine import write_whole
 from ds_gpt2.meter import Meter, Past
-from ds_gpt2.metrics import METRICS, STARTS, TIME, first_start, read_metrics, read_starts, started_from
+from ds_gpt2.metrics import METRICS, STARTS, TIME, UNWRITTEN, first_start, read_metrics, read_starts, started_from
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
 from ds_gpt2.monitor import Monitor
 from ds_gpt2.open_directory import OpenDirectory
@@ -156,7 +156,8 @@ def _train(
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
     trackers = dist.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
-    monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers)
+    reserve = settings.checkpoint_dir / UNWRITTEN
+    monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers, reserve)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -103,14 +104,14 @@ def beat_written(run_dir: Path, rank: int) -> float | None:
         return None
 
 
-def can_beat(run_dir: Path) -> bool:
-    """Whether ranks can write heartbeats: not on a disk that is full, read-only or not mounted."""
+def write_problem(run_dir: Path) -> str | None:
+    """Why ranks cannot write heartbeats, as on a disk that is full, read-only or not mounted; None if they can."""
     probe = run_dir / _DIRECTORY / "probe"
     try:
         with open(probe, "wb", buffering=0, opener=no_links) as file:
-            return file.write(bytes(_SIZE)) == _SIZE
-    except OSError:
-        return False
+            return None if file.write(bytes(_SIZE)) == _SIZE else os.strerror(errno.ENOSPC)
+    except OSError as error:
+        return error.strerror or type(error).__name__
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,8 @@ Kind = Literal[
     "backup_ok",  # a copy was made after that
     "alert",  # a message was sent, or could not be
 ]
+_MISSED = 1000  # events
+
 KINDS: tuple[str, ...] = get_args(Kind)
 
 ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"})
@@ -69,10 +73,15 @@ class Event:
 
 
 class Journal:
-    """Appends to a run's journal, wherever the run is moved meanwhile. A failure to write is logged and ends no run."""
+    """Appends to a run's journal, wherever the run is moved meanwhile.
+
+    A failure to write is logged and ends no run: the event is written before the next one, if the disk takes it then.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = OpenDirectory(run_dir)
+        self._missed: deque[bytes] = deque(maxlen=_MISSED)  # lines that could not be written
+        self._lock = threading.Lock()
 
     @property
     def _file(self) -> Path:
@@ -89,18 +98,35 @@ class Journal:
         """The events so far."""
         return read_journal(self._file.parent)
 
-    def write(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> None:
+    def write(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> Event | None:
         """
         Args:
             text: one line.
             facts: plain values, fit for JSON.
+
+        Returns:
+            The event if it could not be written; None if it was.
         """
-        event = {"time": time.time(), "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
-        line = json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        event = Event(time.time(), kind, text, step, facts)
+        line = {"time": event.time, "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
+        self._missed.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         try:
-            append_lines(self._file, line, durable=True)
+            self.write_missed()
         except OSError as error:
-            log.warning(f"the journal misses an event: {error}; it was: {text}")
+            log.warning(f"the journal cannot be written: {error}; the event: {text}")
+            return event
+        return None
+
+    def write_missed(self) -> None:
+        """Write the events that could not be written before.
+
+        Raises:
+            OSError: the oldest of them cannot be written now either.
+        """
+        with self._lock:
+            while self._missed:
+                append_lines(self._file, self._missed[0], durable=True)
+                self._missed.popleft()
 
 
 def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:

@@ -6,38 +6,83 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ds_gpt2 import safe_json
-from ds_gpt2.safe_files import no_links, open_own, read_small, regular_only, write_all
+from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.safe_files import append_lines, open_own, read_small, regular_only, write_all
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
+UNWRITTEN = "metrics_unwritten.jsonl"  # with the checkpoints: records that wait for the full disk of METRICS
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
-class Records:
-    """Appends to ``metrics.jsonl``. What could not be written is kept, and written whole with the next flush."""
+log = logging.getLogger(__name__)
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._open = open_own(file, "ab", buffering=0)
-        self._waiting = bytearray()
+
+class Records:
+    """Appends to ``metrics.jsonl``, wherever the run is moved. What could not be written waits for the next flush."""
+
+    def __init__(self, file: Path, reserve: Path | None = None, step: int = 0) -> None:
+        """
+        Args:
+            reserve: takes what waits at a durable flush while ``file`` cannot be written, see ``UNWRITTEN``.
+            step: the one that training resumes from; of what an earlier process left in ``reserve``, the records up
+                to it are written first.
+        """
+        self._name = file.name
+        self._directory = OpenDirectory(file.parent)
+        self._reserve = reserve
+        self._open = open_own(file, "a+b", buffering=0)
+        self._waiting = bytearray(b"" if reserve is None else _unwritten(file, reserve, step))
+        self._reserved = len(self._waiting) if reserve is not None and reserve.exists() else None  # bytes of what waits
+
+    @property
+    def file(self) -> Path:
+        """Where the file is now."""
+        return self._directory.path / self._name
 
     def append(self, record: dict[str, Any]) -> None:
-        self._waiting += json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        self._waiting += _line(record)
 
     def flush(self, durable: bool = False) -> None:
         """
+        Args:
+            durable: the records are on the medium when this returns; if they cannot be written, on the reserve's.
+
         Raises:
             OSError: not all of it is written; the file ends with a whole line, and the rest waits.
         """
+        try:
+            self._write()
+        except OSError:
+            if durable and self._reserve is not None and self._waiting:
+                self._write_reserve(self._reserve)
+            raise
+        if durable:
+            os.fsync(self._open.fileno())
+        if self._reserved is not None and self._reserve is not None:
+            self._reserve.unlink(missing_ok=True)
+            self._reserved = None
+
+    @property
+    def unsaved(self) -> int:
+        """Records that are in memory alone."""
+        return self._waiting[self._reserved or 0 :].count(b"\n")
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _write(self) -> None:
+        self._restore_deleted()
         before = self._open.seek(0, os.SEEK_END)
         try:
             write_all(self._open.write, bytes(self._waiting))
@@ -45,11 +90,47 @@ class Records:
             self._open.truncate(before)
             raise
         self._waiting.clear()
-        if durable:
-            os.fsync(self._open.fileno())
 
-    def close(self) -> None:
+    def _restore_deleted(self) -> None:
+        """If the file was deleted or replaced while it is open: write it again, or append to what is there now."""
+        file = self.file
+        try:
+            found = os.stat(file, follow_symlinks=False)
+        except FileNotFoundError:
+            if not file.parent.is_dir():  # a run that was deleted: it is not made again
+                return
+        else:
+            if os.path.samestat(found, os.fstat(self._open.fileno())):
+                return
+        written = open_own(file, "a+b", buffering=0)
+        if not os.fstat(written.fileno()).st_size:
+            self._open.seek(0)
+            shutil.copyfileobj(self._open, written)
+        log.warning(f"{file} was deleted or replaced while the run trains: its records are appended to the new file")
         self._open.close()
+        self._open = written
+
+    def _write_reserve(self, reserve: Path) -> None:
+        """What waits, to another disk: a crash does not lose it."""
+        partial = reserve.with_suffix(".tmp")
+        with open_own(partial, "wb") as file:
+            write_all(file.write, self._waiting)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, reserve)
+        if self._reserved is None:
+            log.warning(f"records are kept in {reserve} until {self.file} can be written")
+        self._reserved = len(self._waiting)
+
+
+def _unwritten(file: Path, reserve: Path, step: int) -> bytes:
+    """The lines in ``reserve`` that continue ``file``, up to ``step``."""
+    last = max((record["step"] for record in read_metrics(file)), default=0)
+    return b"".join(_line(record) for record in read_metrics(reserve) if last < record["step"] <= step)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
@@ -62,27 +143,73 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def forget_after(file: Path, step: int) -> None:
+def forget_after(file: Path, step: int, reserve: Path | None = None) -> None:
     """Move what was recorded beyond ``step`` to ``REPLACED``: it is replayed, and curves must not overlap.
 
-    A crash in between moves some of it twice.
+    A crash in between moves some of it twice. Damaged lines after the last record that stays are deleted.
+
+    Args:
+        reserve: see ``Records``; its directory takes what the full disk of ``file`` does not.
+
+    Raises:
+        OSError: the records cannot be moved.
     """
     if not file.exists():
         return
-    partial, replaced = file.with_suffix(".tmp"), file.with_name(REPLACED)
-    with contextlib.ExitStack() as opened:
-        lines = opened.enter_context(open(file, encoding="utf-8", errors="replace", opener=regular_only))
-        kept = opened.enter_context(open(partial, "w", encoding="utf-8", opener=no_links))
-        moved = opened.enter_context(open(replaced, "a", encoding="utf-8", opener=no_links))
-        for line in lines:
-            if (record := _parse(line)) is not None:
-                (kept if record["step"] <= step else moved).write(line)
-        for target in (kept, moved):
-            target.flush()
-            os.fsync(target.fileno())
+    if file.is_symlink():
+        _replace_link(file)
+    end, kept, moved = _split(file, step)
+    if moved:
+        _append_to_any([file.parent, *([reserve.parent] if reserve is not None else [])], REPLACED, moved)
+    if end < file.stat().st_size:
+        with open_own(file, "r+b") as opened:
+            opened.truncate(end)
+            opened.seek(end)
+            opened.write(kept)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+
+def _replace_link(file: Path) -> None:
+    """Put a copy of what a symbolic link leads to in its place: only the run's own file is shortened."""
+    partial = file.with_suffix(".tmp")
+    with open(file, "rb", opener=regular_only) as source, open_own(partial, "wb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
     os.replace(partial, file)
-    if not replaced.stat().st_size:
-        replaced.unlink()
+
+
+def _split(file: Path, step: int) -> tuple[int, bytes, bytes]:
+    """Where the records up to ``step`` end that come before all others; after that, those up to it and those beyond."""
+    end, offset, kept, moved = 0, 0, bytearray(), bytearray()
+    with open(file, "rb", opener=regular_only) as lines:
+        for line in lines:
+            offset += len(line)
+            if (record := _parse(line)) is None or not line.endswith(b"\n"):
+                continue
+            if record["step"] > step:
+                moved += line
+            elif kept or moved:
+                kept += line
+            else:
+                end = offset
+    return end, bytes(kept), bytes(moved)
+
+
+def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> None:
+    """Append to the file in the first directory that takes it.
+
+    Raises:
+        OSError: none does.
+    """
+    for directory in directories:
+        try:
+            append_lines(directory / name, content, durable=True)
+            return
+        except OSError:
+            if directory == directories[-1]:
+                raise
 
 
 def first_start(file: Path) -> float | None:
@@ -122,7 +249,7 @@ def _object(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: str | bytes) -> dict[str, Any] | None:
     try:
         record = safe_json.parse(line)
         return record if isinstance(record["step"], int) else None

@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ds_gpt2.engine import Engine
 from ds_gpt2.metrics import Records, forget_after
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.trackers import Tracker, finish
+from ds_gpt2.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +70,19 @@ class Monitor:
     """
 
     def __init__(
-        self, engine: Engine, metrics_file: Path, start_step: int, trackers: Mapping[str, Tracker] | None = None
+        self,
+        engine: Engine,
+        metrics_file: Path,
+        start_step: int,
+        trackers: Mapping[str, Tracker] | None = None,
+        reserve: Path | None = None,
     ) -> None:
         """
         Args:
             start_step: the step this process starts from; anything recorded beyond it is about to be replayed and
                 is dropped, so that curves neither overlap nor jump back.
             trackers: by the name of the DeepSpeed monitor that each replaces.
+            reserve: see ``Records``.
         """
         self._master = engine.deepspeed.monitor
         self._trackers = dict(trackers or {})
@@ -86,10 +94,11 @@ class Monitor:
         self._failing: set[str] = set()
         self._records: Records | None = None
         if dist.is_main():
-            forget_after(metrics_file, start_step)
-            self._records = Records(metrics_file)
+            forget_after(metrics_file, start_step, reserve)
+            self._records = Records(metrics_file, reserve, start_step)
             self._continue_csv()
             if self.tensorboard is not None:
+                _silence_writer_thread()
                 self._events = OpenDirectory(Path(self.tensorboard.log_dir))
             if self._has_written_before():
                 self._reopen_tensorboard(start_step + 1)
@@ -157,7 +166,9 @@ class Monitor:
         records = self._records
         if records is None:
             return
-        self.flush()
+        self.flush(durable=True)
+        if records.unsaved:
+            log.error(f"{counted(records.unsaved, 'record')} cannot be written to {records.file}: lost")
         if self.tensorboard is not None:
             self.attempt("close TensorBoard's events", self.tensorboard.close)
         self._records = None
@@ -191,6 +202,17 @@ class Monitor:
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory.parent))
         self._master.tb_monitor.summary_writer = type(opened)(log_dir=str(directory), purge_step=purge_step)
         self._events = OpenDirectory(directory)
+
+
+def _silence_writer_thread() -> None:
+    """TensorBoard's thread raises what it also hands to the next write, which reports it: no traceback is printed."""
+    usual = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            usual(failure)
+
+    threading.excepthook = report
 
 
 def _add_to(writer: Any, one: _AtStep) -> None:

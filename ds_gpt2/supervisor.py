@@ -20,7 +20,7 @@ from ds_gpt2.alerts import Alerts
 from ds_gpt2.batch import format_batches
 from ds_gpt2.checkpoint.generations import newest_step
 from ds_gpt2.config import PROJECT_DIR, Settings
-from ds_gpt2.disk_watch import DiskWatch
+from ds_gpt2.disk_watch import DiskWatch, WriteWatch
 from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import forget_beats
 from ds_gpt2.journal import Journal, Kind, read_journal
@@ -122,7 +122,7 @@ class _Supervisor:
         self._launched = os.environ.pop(_MOVED, "") == settings.run.name  # then it is a restart
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
-        self._disk = DiskWatch(settings)
+        self._disk, self._writes = DiskWatch(settings), WriteWatch(self._opened)
         start = start_of(os.getpid()) or ""
         self._me = Supervised(os.getpid(), time.time(), socket.gethostname(), "running", run.place.ranks, start=start)
 
@@ -212,7 +212,7 @@ class _Supervisor:
             time.sleep(_LOOK_SECONDS)
             self._checkpoints.open()  # the ranks make it
             self._alerts.tell_news()
-            self._look_at_disk()
+            self._look_at_disks()
             if deadline is None and (self._requests.asked or not ranks.launcher_lives):
                 if ranks.launcher_died and not self._requests.asked:
                     how = "launcher died"  # the ranks save before they end
@@ -290,6 +290,7 @@ class _Supervisor:
         while time.monotonic() < deadline and not self._requests.asked and not self._has_gone():
             self._requests.asked |= self._take_stop_file()
             self._alerts.tell_news()
+            self._look_at_disks()
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
         return not self._requests.asked
 
@@ -360,9 +361,13 @@ class _Supervisor:
             return ["bash", str(self._project.path / "launch.sh")]
         return [sys.executable, str(self._project.path / "ds_gpt2" / "__main__.py")]
 
-    def _look_at_disk(self) -> None:
-        if (warning := self._disk.look()) is not None:
-            self._tell("disk_low", warning)
+    def _look_at_disks(self) -> None:
+        for watch in (self._disk, self._writes):
+            if (warning := watch.look()) is not None:
+                self._tell("disk_low", warning)
+        if not self._writes.is_failing:
+            with contextlib.suppress(OSError):
+                self._journal.write_missed()
 
     def _saved_step(self) -> int:
         return newest_step(self._checkpoints.path)
@@ -378,7 +383,8 @@ class _Supervisor:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
         with contextlib.suppress(OSError):
             append_lines(self._run_dir / "train.log", line.encode(errors="backslashreplace"))
-        self._journal.write(kind, text, step, **facts)
+        if (missed := self._journal.write(kind, text, step, **facts)) is not None:
+            self._alerts.tell(missed)
 
 
 def _after(run: Run, again: Again) -> Run:

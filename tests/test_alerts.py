@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -24,7 +24,7 @@ from ds_gpt2.alerts import Alerts
 from ds_gpt2.commands import alert
 from ds_gpt2.config import AlertSettings
 from ds_gpt2.errors import UserError
-from ds_gpt2.journal import Journal, read_journal
+from ds_gpt2.journal import JOURNAL, Journal, Kind, read_journal
 from ds_gpt2.messages import courier, ways
 from ds_gpt2.messages.ways import ADDRESSES, Address
 
@@ -178,6 +178,21 @@ def test_looking_for_news_opens_no_file(run_dir: Path, service: Service) -> None
     sys.addaudithook(lambda event, what: opened.append(what) if event == "open" else None)  # for good: it cannot go
     mine.tell_news()
     assert opened == []
+
+
+def test_an_event_that_the_journal_does_not_take_is_sent_all_the_same_and_once(run_dir: Path) -> None:
+    sender, journal = Alerts(note(run_dir), run_dir), Journal(run_dir)
+    (run_dir / JOURNAL).mkdir()  # stands for a disk that takes nothing
+    for kind in ("crash", "save"):
+        missed = journal.write(cast(Kind, kind), "rank 1: gone")
+        assert missed is not None
+        sender.tell(missed)
+    (run_dir / JOURNAL).rmdir()
+    journal.write_missed()
+    sender.tell_news()
+    sender.close()
+    (message,) = told(run_dir)
+    assert "rank 1: gone" in message and [event.kind for event in read_journal(run_dir)][:2] == ["crash", "save"]
 
 
 def test_a_thousand_events_at_once_are_one_short_message(run_dir: Path) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_gpt2.config import load_settings
-from ds_gpt2.disk_watch import DiskWatch
+from ds_gpt2.disk_watch import DiskWatch, WriteWatch
+from ds_gpt2.heartbeat import Heartbeat
+from ds_gpt2.open_directory import OpenDirectory
 
 HOUR = 3600.0
 
@@ -50,3 +52,27 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_told_of_at_once(
 def test_a_rate_seen_for_minutes_says_nothing(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     disk = Disk(write_config(tmp_path), free_gb=100)
     assert disk.pass_time(2, gb_an_hour=5) == []
+
+
+def test_a_run_directory_that_takes_no_files_is_told_of_once_after_minutes(tmp_path: Path) -> None:
+    now = [0.0]
+    Heartbeat(tmp_path, 0)
+    watch = WriteWatch(OpenDirectory(tmp_path), clock=lambda: now[0])
+
+    def pass_time(minutes: int) -> list[str]:
+        told = []
+        for _ in range(6 * minutes):
+            told += [text] if (text := watch.look()) is not None else []
+            now[0] += 10
+        return told
+
+    assert pass_time(10) == [] and not watch.is_failing
+    (tmp_path / "heartbeat").rename(tmp_path / "away")
+    assert pass_time(1) == [] and watch.is_failing
+    assert pass_time(10) == [
+        f"{tmp_path} cannot be written for 2m (No such file or directory): the run is not logged meanwhile"
+    ]
+    (tmp_path / "away").rename(tmp_path / "heartbeat")
+    assert pass_time(1) == [] and not watch.is_failing
+    (tmp_path / "heartbeat").rename(tmp_path / "away")
+    assert len(pass_time(10)) == 1

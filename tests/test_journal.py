@@ -51,6 +51,18 @@ def test_a_journal_that_cannot_be_written_ends_nothing(heard: list[str]) -> None
     assert any("rank 1: gone" in message for message in heard)
 
 
+def test_an_event_that_cannot_be_written_is_given_back_and_written_later(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).mkdir()  # stands for a disk that takes nothing
+    journal = Journal(tmp_path)
+    missed = journal.write("crash", "rank 1: gone", 7, rank=1)
+    assert missed is not None and (missed.kind, missed.step, missed.facts) == ("crash", 7, {"rank": 1})
+    assert journal.write("launch", "starting") is not None
+    (tmp_path / JOURNAL).rmdir()
+    assert journal.write("start", "started", 5) is None
+    events = list(read_journal(tmp_path))
+    assert [event.kind for event in events] == ["crash", "launch", "start"] and events[0] == missed
+
+
 def _events(*told: tuple[float, Kind, int | None]) -> list[Event]:
     return [Event(time, kind, "", step) for time, kind, step in told]
 

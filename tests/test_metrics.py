@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ds_gpt2.metrics import first_start, forget_after, planned_steps, read_metrics, read_starts, started_from
+from ds_gpt2.metrics import Records, first_start, forget_after, planned_steps, read_metrics, read_starts, started_from
 from ds_gpt2.pace import timed_of
 
 DAMAGED = ['{"step": 3, "x"', "[1]", '{"step": "3"}', "\0\0\0", "", '{"x": 1}', "\udcff"]
@@ -86,3 +92,97 @@ for step in range(1, 4):
     told = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True).stdout
     assert told == "2 File too large 22\n"
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
+
+
+@contextlib.contextmanager
+def full_disk(limit: int = 0) -> Iterator[None]:
+    """Files larger than ``limit`` bytes cannot be written."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def steps_in(file: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(file)]
+
+
+def unable_to_write(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records, "_write", fail)
+
+
+def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
+    reserve.parent.mkdir()
+    records = Records(file, reserve)
+    records.append({"step": 1})
+    records.flush(durable=True)
+    assert not reserve.exists()
+    unable_to_write(records, monkeypatch)
+    for step in (2, 3):
+        records.append({"step": step})
+    with pytest.raises(OSError, match="No space left"):
+        records.flush()
+    assert records.unsaved == 2 and not reserve.exists()  # only a checkpoint or the end is worth a second file
+    with pytest.raises(OSError, match="No space left"):
+        records.flush(durable=True)
+    assert records.unsaved == 0 and steps_in(reserve) == [2, 3]
+    records.append({"step": 4})
+    assert records.unsaved == 1
+    records.close()
+
+    after = Records(file, reserve, step=2)  # resumes from step 2
+    assert after.unsaved == 0
+    after.append({"step": 3})
+    after.flush()
+    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+
+
+def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
+    reserve = tmp_path / "checkpoints" / "unwritten.jsonl"
+    reserve.parent.mkdir()
+    replaced = file.with_name("metrics_replaced.jsonl")
+    replaced.mkdir()  # stands for a disk that takes nothing
+    forget_after(file, 2, reserve)
+    assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4]
+    with pytest.raises(OSError, match="Is a directory"):
+        forget_after(file, 1)
+    assert steps_in(file) == [1, 2]  # nothing is dropped that is not kept elsewhere
+
+
+def test_nothing_has_to_be_written_where_nothing_is_replaced(file: Path) -> None:
+    with full_disk():
+        forget_after(file, 9)
+    assert steps_in(file) == [1, 2, 3, 4] and b"y" not in file.read_bytes()
+
+
+def test_metrics_deleted_under_a_live_run_are_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    records = Records(file)
+
+    def record(step: int) -> None:
+        records.append({"step": step})
+        records.flush()
+
+    record(1)
+    file.unlink()
+    record(2)
+    assert steps_in(file) == [1, 2] and "deleted or replaced while the run trains" in caplog.text
+    file.rename(file.with_name("rotated"))
+    file.write_text('{"step": 2}\n')  # someone's own file
+    record(3)
+    assert steps_in(file) == [2, 3]
+    file.parent.rename(tmp_path / "moved")
+    record(4)
+    assert steps_in(tmp_path / "moved" / "metrics.jsonl") == [2, 3, 4] and not file.exists()
+    shutil.rmtree(tmp_path / "moved")
+    record(5)
+    assert not list(tmp_path.iterdir())

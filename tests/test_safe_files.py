@@ -44,16 +44,30 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a file of a checkpoint": ("manifest.json", lambda run: write_file(Disk(), run / "manifest.json", b"{}")),
     "journal": ("journal.jsonl", lambda run: Journal(run).write("done", "done")),
     "metrics": ("metrics.jsonl", lambda run: Records(run / "metrics.jsonl").append({"step": 1})),
-    "metrics, replaced": ("metrics.tmp", lambda run: forget_after(touched(run / "metrics.jsonl"), 0)),
+    "metrics, replaced": ("metrics_replaced.jsonl", lambda run: forget_after(recorded(run / "metrics.jsonl"), 0)),
+    "metrics, linked": ("metrics.tmp", lambda run: forget_after(linked(run / "metrics.jsonl"), 0)),
+    "metrics, unwritten": ("unwritten.tmp", lambda run: reserved(run / "metrics.jsonl", run / "unwritten.jsonl")),
     "notes": (NOTES, lambda run: append(run, Note("now", 1, "text"))),
     "heartbeat": ("heartbeat/rank_00000", lambda run: Heartbeat(run, 0)),
     "an index of data": ("dataset.json.tmp", lambda run: write_durably(run / "dataset.json", "{}")),
 }
 
 
-def touched(path: Path) -> Path:
+def recorded(path: Path) -> Path:
     path.write_text('{"step": 1}\n')
     return path
+
+
+def linked(path: Path) -> Path:
+    path.symlink_to(recorded(path.with_name("elsewhere.jsonl")))
+    return path
+
+
+def reserved(file: Path, reserve: Path) -> None:
+    """Write a record where the disk of ``file`` takes nothing."""
+    records = Records(file, reserve)
+    records.append({"step": 1})
+    records._write_reserve(reserve)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -611,6 +611,37 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
     assert "disk        enough to the end, 1.00 TB free" in screen(working.look())
 
 
+Filesystem = namedtuple("Filesystem", "f_flag f_blocks f_bavail f_files f_favail f_bfree f_frsize", defaults=[9, 9])
+
+
+@pytest.mark.parametrize(
+    ("disk", "problem"),
+    [
+        (Filesystem(os.ST_RDONLY, 9, 9, 9, 9), "is read-only"),
+        (Filesystem(0, 9, 0, 9, 9), "is full"),
+        (Filesystem(0, 9, 9, 9, 0), "has no free inodes"),
+        (Filesystem(0, 9, 9, 0, 0), None),  # btrfs counts no inodes
+        (Filesystem(0, 0, 0, 0, 0), None),  # a file system that counts nothing
+    ],
+)
+def test_a_disk_that_takes_nothing_now_is_a_problem(
+    working: Files, monkeypatch: pytest.MonkeyPatch, disk: Filesystem, problem: str | None
+) -> None:
+    monkeypatch.setattr(room.os, "statvfs", lambda _: disk)
+    found = [text for text in working.problems() if " lasts " not in text]  # by the free bytes, which are few here
+    assert found == ([f"the disk of {working.run_dir} {problem}"] if problem else [])
+
+
+def test_a_run_that_trains_and_is_not_logged_is_not_healthy(working: Files) -> None:
+    working.beat(step=1050)
+    assert working.problems(later=200) == []
+    assert "nothing has been logged for 6m 40s: the ranks are at step 1,050, metrics.jsonl ends at step 1,000" in (
+        working.problems(later=400)
+    )
+    working.beat(step=1002)  # the record of the step before may wait for the next one
+    assert not any("logged" in problem for problem in working.problems(later=400))
+
+
 def test_each_of_two_disks_has_a_line(working: Files) -> None:
     status = working.look()
     (disk,) = status.disks

@@ -11,13 +11,16 @@ from ds_gpt2.checkpoint.backup_news import since_of
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
 from ds_gpt2.journal import Event, Kind
+from ds_gpt2.metrics import METRICS
 from ds_gpt2.status.life import AT_WORK, TRAINED, Life, State
 from ds_gpt2.status.progress import Loss
 from ds_gpt2.status.room import Room
+from ds_gpt2.status.tail import Record, time_of
 from ds_gpt2.wording import clock, duration, size
 
 _DAY = 86_400.0
 _SAVES_LATE = 3  # intervals without a checkpoint
+_NOT_LOGGED_SECONDS, _NOT_LOGGED_STEPS = 300.0, 2  # records reach the file within seconds, or a step later
 
 # Of the guards' incidents those that may go on. A spike or an update that was skipped is over at once; where they come
 # in a row there is a divergence or a skipped_run.
@@ -38,6 +41,7 @@ def problems_of(
     loss: Loss,
     newest: Generation | None,
     rooms: Sequence[Room],
+    recorded: Record | None,
     now: float,
 ) -> list[Problem]:
     """What is wrong; nothing if the run is healthy.
@@ -45,6 +49,7 @@ def problems_of(
     Args:
         step: the newest one done.
         newest: the newest checkpoint.
+        recorded: the newest record of the metrics.
         now: seconds since 1970.
     """
     problems = _of_life(life, settings.run.name, now)
@@ -56,6 +61,7 @@ def problems_of(
             *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
             *_of_training(events, now),
             *_of_disks(rooms, settings.alerts.disk_days),
+            *_of_records(life, recorded, now),
         ]
     elif newest is None and any(event.kind == "save" for event in events):
         problems.append(Problem("save_failed", f"no checkpoints in {settings.checkpoint_dir}, though some were saved"))
@@ -157,13 +163,29 @@ def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
     ]
 
 
+def _of_records(life: Life, recorded: Record | None, now: float) -> list[Problem]:
+    """Ranks that train while nothing reaches the metrics."""
+    when = None if recorded is None else time_of(recorded)
+    if life.beat is None or recorded is None or when is None or life.state == "starting":
+        return []
+    if now - when < _NOT_LOGGED_SECONDS or life.beat.step - recorded["step"] <= _NOT_LOGGED_STEPS:
+        return []
+    text = f"nothing has been logged for {duration(now - when)}: the ranks are at step {life.beat.step:,}"
+    return [Problem("disk_low", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
+
+
 def _of_disks(rooms: Sequence[Room], enough_days: float) -> list[Problem]:
-    return [
+    unusable = [
+        Problem("disk_low", f"the disk of {room.directories[0]} {room.problem}")
+        for room in rooms
+        if room.problem is not None
+    ]
+    return unusable + [
         Problem(
             "disk_low",
             f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days at what this run writes:"
             f" {size(room.free_bytes)} free",
         )
         for room in rooms
-        if room.days_left is not None and room.days_left < enough_days
+        if room.problem is None and room.days_left is not None and room.days_left < enough_days
     ]

@@ -27,6 +27,7 @@ class Room:
     free_bytes: int
     needed_bytes: int | None  # to the run's end, and to be left free; None where not known
     days_left: float | None  # until it is full; None where it is enough to the end, or that is not known
+    problem: str | None = None  # why nothing can be written to it now
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,30 @@ def look(run_dir: Path, settings: Settings, found: Sequence[Generation], course:
 
 def _room(sharing: Sequence[Path], growths: Mapping[Path, Growth] | None, course: Course | None) -> Room:
     names, free = tuple(map(str, sharing)), shutil.disk_usage(sharing[0]).free
+    problem = _problem_of(sharing[0])
     if growths is None or course is None:
-        return Room(names, free, None, None)
+        return Room(names, free, None, None, problem)
 
     def needed(step: int) -> int:
         return math.ceil(sum(growths[directory](step) for directory in sharing))
 
     if needed(course.steps) <= free:
-        return Room(names, free, needed(course.steps), None)
+        return Room(names, free, needed(course.steps), None, problem)
     fits, too_much = course.step, course.steps
     while too_much - fits > 1:
         middle = (fits + too_much) // 2
         fits, too_much = (middle, too_much) if needed(middle) <= free else (fits, middle)
-    return Room(names, free, needed(course.steps), (fits - course.step) * course.seconds_per_step / _DAY)
+    days_left = (fits - course.step) * course.seconds_per_step / _DAY
+    return Room(names, free, needed(course.steps), days_left, problem)
+
+
+def _problem_of(directory: Path) -> str | None:
+    disk = os.statvfs(directory)
+    if disk.f_flag & os.ST_RDONLY:
+        return "is read-only"
+    if disk.f_blocks and not disk.f_bavail:
+        return "is full"
+    return "has no free inodes" if disk.f_files and not disk.f_favail else None
 
 
 def _growths(

@@ -1,0 +1,228 @@
+"""Real disks that become full, read-only, or vanish under a run: file systems of some MB, mounted from files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import MODEL
+from launched import PROJECT, end_session, start
+
+from ds_gpt2 import outcome
+from ds_gpt2.checkpoint.generations import newest_step, problem_of, scan
+from ds_gpt2.config import load_settings
+from ds_gpt2.heartbeat import read_beat
+from ds_gpt2.journal import Event, read_journal
+from ds_gpt2.metrics import METRICS, UNWRITTEN, read_metrics
+from ds_gpt2.status.figures import look
+
+EVERY = 5
+
+
+@dataclass
+class Disk:
+    """A file system of its own."""
+
+    image: Path
+    directory: Path
+
+    def mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", self.image, self.directory], check=True, capture_output=True)
+
+    def unmount(self) -> None:
+        """Vanish, even while files are open."""
+        subprocess.run(["umount", "--lazy", self.directory], check=True)
+
+    def fail(self) -> None:
+        """Become read-only, as after an error of the medium."""
+        subprocess.run(["mount", "-o", "remount,abort", self.directory], check=True)
+
+    def repair(self) -> None:
+        self.unmount()
+        subprocess.run(["e2fsck", "-y", self.image], check=False, capture_output=True)
+        self.mount()
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        with contextlib.suppress(OSError), (self.directory / "filler").open("ab", buffering=0) as file:
+            for size in (2**20, 2**10, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+
+    def free(self) -> None:
+        (self.directory / "filler").unlink()
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
+    made: list[Disk] = []
+
+    def make(name: str, megabytes: int = 200) -> Disk:
+        disk = Disk(tmp_path / f"{name}.img", tmp_path / name)
+        disk.directory.mkdir()
+        with disk.image.open("wb") as file:
+            file.truncate(megabytes << 20)
+        try:
+            subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", disk.image], check=True, capture_output=True)
+            disk.mount()
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs the right to mount a file as a disk, and mkfs.ext4: {error}")
+        made.append(disk)
+        return disk
+
+    yield make
+    for disk in made:
+        while subprocess.run(["mountpoint", "-q", disk.directory]).returncode == 0:
+            disk.unmount()
+
+
+class Started:
+    """A run under its supervisor."""
+
+    def __init__(self, config: Path, *words: str) -> None:
+        self.settings = load_settings(config)
+        command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "train", str(config), "--num_gpus=2"]
+        self.process = start([*command, *words])
+        self.output = ""
+
+    @property
+    def step(self) -> int:
+        return max((record["step"] for record in read_metrics(self.settings.run_dir / METRICS)), default=0)
+
+    @property
+    def saved(self) -> int:
+        return newest_step(self.settings.checkpoint_dir)
+
+    def events(self, kind: str) -> list[Event]:
+        return [event for event in read_journal(self.settings.run_dir) if event.kind == kind]
+
+    def has_told(self, kind: str) -> bool:
+        return bool(self.events(kind))
+
+    def problems(self) -> list[str]:
+        return [problem.text for problem in look(self.settings.run_dir, time.time()).problems]
+
+    def kill_rank(self, rank: int) -> None:
+        beat = read_beat(self.settings.run_dir, rank)
+        assert beat is not None
+        os.kill(beat.pid, signal.SIGKILL)
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.end()
+            assert time.monotonic() < deadline, (self.process.kill(), self.end())
+            time.sleep(0.05)
+
+    def stop(self) -> str:
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def end(self) -> str:
+        """The whole output."""
+        try:
+            self.output, _ = self.process.communicate(timeout=240)
+        finally:
+            left = end_session(self.process.pid)
+        assert left == []
+        return self.output
+
+
+@pytest.fixture
+def config(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    def write(steps: int, **checkpoint: object) -> Path:
+        return write_config(
+            tmp_path,
+            model=MODEL,
+            schedule={"steps": steps, "warmup_steps": 3},
+            checkpoint={
+                "dir": str(tmp_path / "checkpoints"),
+                "every": EVERY,
+                "min_free_gb": 0.0,
+                "keep_last": 2,
+                **checkpoint,
+            },
+            samples={"every": 0},
+            supervisor={"backoff_seconds": 0.2, "stop_seconds": 60},
+            guards={"spike": "off", "divergence": "off"},
+        )
+
+    return write
+
+
+def steps_in(file: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(file)]
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_complete_later(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path], how: str
+) -> None:
+    disk = make_disk("runs")
+    run = Started(config(40))
+    run.wait_for(lambda: run.saved >= EVERY)
+    disk.fill() if how == "full" else disk.fail()
+    if how == "full":  # statvfs does not say that ext4 takes nothing after an error
+        assert f"the disk of {run.settings.run_dir} is full" in run.problems()
+    output = run.end()
+    assert run.process.returncode == outcome.DONE, output
+    assert "Traceback" not in output and "Logging error" not in output
+    reserve, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
+    assert steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
+    assert look(run.settings.run_dir, time.time()).state == "finished"
+    disk.free() if how == "full" else disk.repair()
+    run = Started(config(42), "--auto")
+    output = run.end()
+    assert run.process.returncode == outcome.DONE, output
+    assert steps_in(metrics) == list(range(1, 43)) and not reserve.exists()
+
+
+def test_checkpoints_whose_disk_vanishes_are_waited_for_and_nothing_is_written_where_it_was(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+) -> None:
+    disk = make_disk("checkpoints")
+    run = Started(config(100_000))
+    run.wait_for(lambda: run.saved >= EVERY)
+    saved, step = run.saved, run.step
+    disk.unmount()
+    run.wait_for(lambda: run.step >= step + 3 * EVERY)
+    assert list(disk.directory.iterdir()) == []
+    run.kill_rank(1)
+    run.wait_for(lambda: run.has_told("no_checkpoints"))
+    assert list(disk.directory.iterdir()) == [] and any("mount" in text for text in run.problems())
+    disk.mount()
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED, output
+    assert run.events("start")[1].step >= saved and problem_of(scan(run.settings.checkpoint_dir)[0]) is None
+    assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
+
+
+def test_a_run_crashes_and_resumes_while_the_disk_of_its_checkpoints_is_full(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+) -> None:
+    disk = make_disk("checkpoints")
+    run = Started(config(100_000))
+    run.wait_for(lambda: run.saved >= EVERY)
+    disk.fill()
+    run.wait_for(lambda: run.has_told("save_failed"))
+    run.kill_rank(0)
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    resumed, failed = run.events("start")[1].step or 0, len(run.events("save_failed"))
+    assert resumed >= EVERY
+    run.wait_for(lambda: len(run.events("save_failed")) > failed)
+    disk.free()
+    step = run.step
+    run.wait_for(lambda: run.saved > step)
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED, output
+    assert sorted(path.name for path in run.settings.checkpoint_dir.iterdir() if ".probe" in path.name) == []
