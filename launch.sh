@@ -119,6 +119,17 @@ install() {
 verb=${1:-}
 if [ -n "${DS_GPT2_PYTHON:-}" ]; then
   python=$DS_GPT2_PYTHON
+  found=$("$python" -c '
+import sys
+from importlib.util import find_spec
+assert sys.version_info >= (3, 10)
+lacking = [name for name in ("torch", "deepspeed", "pydantic", "psutil") if find_spec(name) is None]
+print("lacks", ", ".join(lacking) if lacking else "nothing")' 2>/dev/null) || found=
+  case $found in
+    'lacks nothing') ;;
+    lacks*) fail "DS_GPT2_PYTHON=$python $found: $python -m pip install --editable '$project', or unset it" ;;
+    *) fail "DS_GPT2_PYTHON=$python is not an interpreter of Python 3.10 or newer: set it to one, or unset it" ;;
+  esac
 else
   case "$verb ${2:-}" in
     test\ *) install '[dev]' dev ;;

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as StillTrying
 from pathlib import Path
 
-from ds_gpt2 import safe_json
 from ds_gpt2.config import AlertSettings
 from ds_gpt2.errors import UserError
-from ds_gpt2.journal import JOURNAL, Event
+from ds_gpt2.journal import JOURNAL, Event, parse_event
 from ds_gpt2.messages import ways
 from ds_gpt2.messages.courier import Courier
 from ds_gpt2.messages.limit import HourlyLimit
@@ -154,17 +153,10 @@ class Alerts:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._read = begin + len(whole)
-        return [event for line in whole.splitlines() if (event := _parse(line)) is not None]
+        return [event for line in whole.splitlines() if (event := parse_event(line)) is not None]
 
     def _size(self) -> int:
         try:
             return self._journal.stat().st_size
         except OSError:
             return 0
-
-
-def _parse(line: bytes) -> Event | None:
-    try:
-        return Event(**safe_json.parse(line))
-    except (ValueError, TypeError):
-        return None

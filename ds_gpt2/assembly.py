@@ -41,7 +41,6 @@ from ds_gpt2.heartbeat import Heartbeat, open_stacks
 from ds_gpt2.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
-from ds_gpt2.machine import write_whole
 from ds_gpt2.meter import Meter, Past
 from ds_gpt2.metrics import METRICS, STARTS, TIME, UNWRITTEN, first_start, read_metrics, read_starts, started_from
 from ds_gpt2.model import GPT2, ModelShape, count_parameters, flops_per_token
@@ -61,7 +60,7 @@ from ds_gpt2.preflight import (
 from ds_gpt2.pretrained.opening import weights_for
 from ds_gpt2.reference import REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.rng import seed_everything
-from ds_gpt2.run_location import CONFIG, portable_tree, stored_settings, write_first_settings, write_owner
+from ds_gpt2.run_location import HIDDEN, public_tree, write_first_settings, write_owner, write_settings
 from ds_gpt2.safe_files import append_lines
 from ds_gpt2.schedule import Every, learning_rate
 from ds_gpt2.state import TrainState
@@ -69,6 +68,8 @@ from ds_gpt2.stop import STOP_FILE, StopRequest
 from ds_gpt2.trackers import Tracker, open_trackers
 
 log = logging.getLogger(__name__)
+
+_COMMAND = "alerts.command"  # may hold a password
 
 _HYPER_PARAMETERS: Any = {
     "run": {"seed"},
@@ -151,7 +152,7 @@ def _train(
     heartbeat.beat()
     engine = _engine(settings, deepspeed_settings, plan, compiled)
     heartbeat.beat()
-    run_settings = portable_tree(settings)
+    run_settings = public_tree(settings)
     checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
@@ -351,7 +352,7 @@ def _open_dashboard(
         **config.flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
-    open_dashboard(monitor, stored_settings(settings), hyper_parameters, compare)
+    open_dashboard(monitor, config.to_yaml(public_tree(settings)), hyper_parameters, compare)
     text = _start_text(plan, restored, origin)
     monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {text}")
 
@@ -372,15 +373,16 @@ def _course(settings: Settings, data: TrainingData) -> loop.Course:
 
 def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
     """The settings that differ from those a checkpoint was saved under, as ``name old -> new``."""
-    old, new = config.flat(before), config.flat(portable_tree(settings))
+    old, new = config.flat(before), config.flat(public_tree(settings))
     absolute = "run.dir" in old  # an earlier version stored absolute paths: where they lead to now says nothing
-    names = [name for name in new if not (absolute and name in config.PATH_KEYS)]
+    left_out = {_COMMAND, *(config.PATH_KEYS if absolute else ())}  # an earlier version stored the command as it is
+    names = [name for name in new if name not in left_out]
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
 def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
     """Leave in the run's directory what was started: the settings in force, and one line per start."""
-    write_whole(settings.run_dir / CONFIG, stored_settings(settings))
+    write_settings(settings)
     for directory in settings.shared_output_dirs:
         write_owner(directory, settings.run_dir)
     start = {
@@ -389,7 +391,7 @@ def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps:
         "run_dir": str(settings.run_dir),
         "steps": steps,
         "world_size": plan.world_size,
-        "command": sys.argv,
+        "command": [f"{_COMMAND}={HIDDEN}" if word.startswith(f"{_COMMAND}=") else word for word in sys.argv],
         "versions": library_versions(),
         "git_commit": _git_commit(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -56,6 +57,20 @@ _VERBS = {
     "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),
 }
 
+# Errors of a path that was given, and not of the machine.
+_WRONG_PATH = frozenset(
+    {
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+
 _TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
 
 
@@ -66,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if any("\0" in word for word in arguments):
+            raise UserError("an argument has a null character, which no name can have")
         options = _parse(arguments)
         if options.verb in _TRAINING:
             terminal.ignore_failures()
@@ -79,10 +96,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return outcome.CRASHED
     except OSError as error:
-        if not terminal.output_fails():
-            raise
-        terminal.ignore_failures()
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        if terminal.output_fails():
+            terminal.ignore_failures()
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return outcome.CRASHED
+        print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
+        return outcome.MISTAKE if error.errno in _WRONG_PATH else outcome.CRASHED
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
         return outcome.CRASHED
     except UserError as error:
         print(f"error: {terminal.one_line(error)}", file=sys.stderr)
@@ -93,6 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return outcome.CRASHED
+
+
+def _described(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}"
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -52,11 +52,18 @@ def _decimal_number(value: object) -> object:
 _Int = Annotated[int, BeforeValidator(_whole_number)]
 _Float = Annotated[float, BeforeValidator(_decimal_number)]
 
-PositiveInt = Annotated[_Int, Field(gt=0, le=10**15)]
-Count = Annotated[_Int, Field(ge=0, le=10**15)]
-PositiveFloat = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
-AboveOne = Annotated[_Float, Field(gt=1, allow_inf_nan=False)]
+# Larger numbers than any run needs, within which no arithmetic overflows and no memory is used up.
+_MOST, _LEAST = 10**9, 1e-12
+_LEAST_RATE = 0.001  # MB/s
+_MOST_WINDOWS = 10**7  # in one step: their numbers take 80 MB on each rank
+
+PositiveInt = Annotated[_Int, Field(gt=0, le=_MOST)]
+Count = Annotated[_Int, Field(ge=0, le=_MOST)]
+Seed = Annotated[_Int, Field(ge=0, le=10**15)]
+Size = Annotated[_Int, Field(gt=0, le=10**6)]  # of one dimension of a tensor
+PositiveFloat = Annotated[_Float, Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[_Float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
+AboveOne = Annotated[_Float, Field(gt=1, le=_MOST, allow_inf_nan=False)]
 Fraction = Annotated[_Float, Field(ge=0, lt=1)]
 
 # (layers, heads, width). 124M to 1558M: OpenAI's GPT-2 checkpoints, Radford et al. 2019 table 2.
@@ -78,7 +85,7 @@ class _Section(BaseModel):
 
 class RunSettings(_Section):
     name: str = "run"  # directory below run.dir and checkpoint.dir
-    seed: Count = 1337  # initial weights, data order, dropout
+    seed: Seed = 1337  # initial weights, data order, dropout
     dir: Path = Path("runs")
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool | Literal["auto"] = "auto"  # the model, by torch.compile; auto: on a GPU
@@ -94,9 +101,9 @@ class RunSettings(_Section):
 
 class ModelSettings(_Section):
     preset: str | None = None  # one of PRESETS, or give layers, heads and width
-    layers: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    width: PositiveInt | None = None
+    layers: Size | None = None
+    heads: Size | None = None
+    width: Size | None = None
     dropout: Fraction = 0.0
     init_from: str | None = None  # a directory, an export or a name on the Hugging Face hub: a new run's first weights
 
@@ -130,8 +137,14 @@ class DataSettings(_Section):
 
 class BatchSettings(_Section):
     tokens_per_step: PositiveInt = 524_288  # over all ranks; the accumulation is derived from it
-    micro_batch: PositiveInt = 16  # windows per forward/backward on one rank
-    sequence_length: PositiveInt = 1024
+    micro_batch: Size = 16  # windows per forward/backward on one rank
+    sequence_length: Size = 1024
+
+    @model_validator(mode="after")
+    def _not_too_many_windows(self) -> BatchSettings:
+        if self.tokens_per_step // self.sequence_length > _MOST_WINDOWS:
+            raise ValueError(f"batch.tokens_per_step is more than {_MOST_WINDOWS:,} windows of batch.sequence_length")
+        return self
 
 
 class ScheduleSettings(_Section):
@@ -154,8 +167,8 @@ class ScheduleSettings(_Section):
 
 class OptimizerSettings(_Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1  # on 2-D tensors only
+    eps: Annotated[_Float, Field(ge=1e-38, le=1)] = 1e-8  # fp32
+    weight_decay: Annotated[NonNegativeFloat, Field(le=1000)] = 0.1  # on 2-D tensors only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
 
 
@@ -191,6 +204,13 @@ class CheckpointSettings(_Section):
     write_mb_per_s: NonNegativeFloat = 0.0  # of one rank, to spare a shared disk; 0: as fast as it goes
     backup: BackupSettings = BackupSettings()
 
+    @field_validator("write_mb_per_s")
+    @classmethod
+    def _not_too_slow(cls, rate: float) -> float:
+        if 0 < rate < _LEAST_RATE:
+            raise ValueError(f"must be 0 (no limit) or at least {_LEAST_RATE}")
+        return rate
+
 
 class ValidationSettings(_Section):
     every: Count = 250
@@ -200,8 +220,8 @@ class ValidationSettings(_Section):
 class SamplesSettings(_Section):
     every: Count = 250
     prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
-    per_prompt: PositiveInt = 2  # different continuations of each
-    tokens: PositiveInt = 48  # of a continuation
+    per_prompt: Annotated[PositiveInt, Field(le=1000)] = 2  # different continuations of each
+    tokens: Annotated[PositiveInt, Field(le=100_000)] = 48  # of a continuation
     temperature: PositiveFloat = 0.8
     top_k: PositiveInt = 50
 
@@ -391,7 +411,12 @@ def settings_of(
 
 def dump_settings(settings: Settings) -> str:
     """The settings as YAML that ``load_settings`` reads back to an equal object."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(settings.model_dump(mode="json"))
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Nested settings as YAML, in their own order."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import BinaryIO, Literal
 
 from ds_gpt2.process_start import start_of
 from ds_gpt2.safe_files import no_links, open_own, read_small
+from ds_gpt2.safe_json import LARGEST, is_time
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
@@ -91,7 +92,8 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
     """The newest beat of ``rank``; None where there is none that can be read."""
     try:
         count, when, pid, step, batch, phase, *start = read_small(_file(run_dir, rank)).decode("ascii").split()
-        return Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
+        beat = Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
+        return beat if is_time(beat.time) and 0 < beat.pid < 2**31 and 0 <= beat.step < LARGEST else None
     except (OSError, ValueError):
         return None
 

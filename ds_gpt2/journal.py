@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, TypeAdapter
 
 from ds_gpt2 import safe_json
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.safe_files import append_lines, regular_only
+from ds_gpt2.safe_json import END_OF_TIME
 
 JOURNAL = "journal.jsonl"
 
@@ -61,15 +64,26 @@ INCIDENTS = frozenset(KINDS) - ROUTINE  # what a person would want to look at
 log = logging.getLogger(__name__)
 
 
+Time = Annotated[float, Field(ge=0, lt=END_OF_TIME, allow_inf_nan=False)]  # seconds since 1970
+
+
 @dataclass(frozen=True)
 class Event:
     """One line of the journal."""
 
-    time: float  # seconds since 1970
+    time: Time  # seconds since 1970
     kind: str
     text: str  # one line for a person
     step: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # the same for a program
+
+    def time_in(self, fact: str) -> float:
+        """The time that a fact gives, in seconds since 1970; that of the event if there is none."""
+        time = self.facts.get(fact)
+        return float(time) if time is not None and safe_json.is_time(time) else self.time
+
+
+_EVENT = TypeAdapter(Event)
 
 
 class Journal:
@@ -135,7 +149,7 @@ def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
         with open(run_dir / JOURNAL, "rb", opener=regular_only) as file:
             file.seek(start)
             for line in file:
-                if (event := _parse(line)) is not None:
+                if (event := parse_event(line)) is not None:
                     yield event
     except FileNotFoundError:
         return
@@ -155,13 +169,11 @@ def last_saved_step(run_dir: Path) -> int | None:
     return saved
 
 
-def _parse(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """The event in a line of the journal; None if it is damaged."""
     try:
-        event = safe_json.parse(line)
-        return Event(
-            float(event["time"]), str(event["kind"]), str(event["text"]), event["step"], event.get("facts", {})
-        )
-    except (ValueError, KeyError, TypeError):
+        return _EVENT.validate_python(safe_json.parse(line))
+    except ValueError:
         return None
 
 
@@ -192,7 +204,7 @@ def lost_times(events: list[Event]) -> list[Lost]:
     ending: Event | None = None
     for event in events:
         if event.kind == "save" and event.step is not None:
-            reached[event.step] = event.facts.get("taken", event.time)
+            reached[event.step] = event.time_in("taken")
         elif event.kind in _ENDS:
             ending = event
         elif event.kind == "start" and event.step is not None:

@@ -111,21 +111,34 @@ def lock(path: Path, whose: str) -> BinaryIO:
     """
     try:
         file = open_own(path, "a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.seek(0)
             holder = file.read(100).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{whose} is in use by process {holder}: wait for its end, or end it first") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise  # a file system without locks: one has to do without
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; check its permissions and its disk") from None
     return file
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Lock an open file, until it is closed; False if another process has locked it.
+
+    On a file system without locks there is none, and the answer is True.
+
+    Raises:
+        OSError: any other reason.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def sync_directory(path: Path) -> None:
@@ -137,8 +150,11 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str, mode: int | None = None) -> None:
     """Replace ``file``: who reads it finds the old text or the new one. What a power cut leaves is not said.
+
+    Args:
+        mode: permissions of the file; None: as the umask says.
 
     Raises:
         OSError: it cannot be written; what was there is still there.
@@ -146,6 +162,8 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".tmp")
     try:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=no_links) as opened:
+            if mode is not None:
+                os.fchmod(opened.fileno(), mode)
             opened.write(text)
         os.replace(partial, file)
     except OSError:

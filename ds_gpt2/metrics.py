@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ds_gpt2 import safe_json
 from ds_gpt2.open_directory import OpenDirectory
@@ -26,6 +26,8 @@ TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
 
 
 class Records:
@@ -50,7 +52,7 @@ class Records:
         """Where the file is now."""
         return self._directory.path / self._name
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         self._waiting += _line(record)
 
     def flush(self, durable: bool = False) -> None:
@@ -129,17 +131,17 @@ def _unwritten(file: Path, reserve: Path, step: int) -> bytes:
     return b"".join(_line(record) for record in read_metrics(reserve) if last < record["step"] <= step)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def _line(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(file: Path) -> Iterator[Record]:
     """The records in ``file``, each with its ``step``; none if there is no file. Lines cut by a crash are left out."""
     if not file.exists():
         return
     with open(file, encoding="utf-8", errors="replace", opener=regular_only) as lines:
         for line in lines:
-            if (record := _parse(line)) is not None:
+            if (record := parse_record(line)) is not None:
                 yield record
 
 
@@ -186,7 +188,7 @@ def _split(file: Path, step: int) -> tuple[int, bytes, bytes]:
     with open(file, "rb", opener=regular_only) as lines:
         for line in lines:
             offset += len(line)
-            if (record := _parse(line)) is None or not line.endswith(b"\n"):
+            if (record := parse_record(line)) is None or not line.endswith(b"\n"):
                 continue
             if record["step"] > step:
                 moved += line
@@ -249,9 +251,14 @@ def _object(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _parse(line: str | bytes) -> dict[str, Any] | None:
+def parse_record(line: str | bytes) -> Record | None:
+    """A record with its ``step``, and with its ``time`` if that is one; None of a damaged line."""
     try:
         record = safe_json.parse(line)
-        return record if isinstance(record["step"], int) else None
+        if not isinstance(record["step"], int):
+            return None
+        if "time" in record and not safe_json.is_time(record["time"]):
+            del record["time"]
+        return cast(Record, record)
     except (ValueError, KeyError, TypeError):
         return None

@@ -19,6 +19,7 @@ from ds_gpt2.loss import cross_entropy
 from ds_gpt2.products import linear
 
 VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
+LARGEST_SIZE = 10**6  # of layers, heads, width or context: beyond any model
 PADDED_VOCABULARY = 50_304  # the next multiple of 128: matrix shapes that tensor cores like
 
 _Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -32,6 +33,15 @@ class ModelShape:
     heads: int
     width: int
     sequence_length: int  # longest context, in tokens
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a size that no model has, such as a forged file may claim.
+        """
+        for name, size in vars(self).items():
+            if not 0 < size <= LARGEST_SIZE:
+                raise ValueError(f"{name} is {size:,}, more than {LARGEST_SIZE:,} or less than 1")
 
 
 class KeyValueCache:

@@ -16,10 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ds_gpt2 import safe_json
-from ds_gpt2.config import PATH_KEYS, PROJECT_DIR, Settings, load_settings, read_tree, section_of, settings_of
+from ds_gpt2.config import PATH_KEYS, PROJECT_DIR, Settings, load_settings, read_tree, section_of, settings_of, to_yaml
 from ds_gpt2.errors import UserError
 from ds_gpt2.journal import JOURNAL
 from ds_gpt2.machine import write_whole
@@ -28,6 +26,7 @@ from ds_gpt2.model_names import hub_name
 from ds_gpt2.safe_files import regular_only
 
 CONFIG = "config.yaml"
+HIDDEN = "(not shown)"
 OWNER = "run.json"  # in a directory of outputs: which run writes there
 
 _RUN_DIR = "$RUN_DIR"
@@ -83,7 +82,15 @@ def absolute_run_dir(run_dir: Path) -> Path:
 
 def stored_settings(settings: Settings) -> str:
     """The settings as YAML for ``config.yaml`` in the run's directory: ``load_run_settings`` reads them back."""
-    return yaml.safe_dump(portable_tree(settings), sort_keys=False, allow_unicode=True)
+    return to_yaml(portable_tree(settings))
+
+
+def public_tree(settings: Settings) -> dict[str, Any]:
+    """``portable_tree`` for files that others may read: without ``alerts.command``, which may hold a password."""
+    tree = portable_tree(settings)
+    if settings.alerts.command is not None:
+        tree["alerts"]["command"] = HIDDEN
+    return tree
 
 
 def portable_tree(settings: Settings) -> dict[str, Any]:
@@ -101,7 +108,17 @@ def write_first_settings(settings: Settings) -> None:
     """Mark the directory of a new run as its own, before anything else is written there."""
     config = settings.run_dir / CONFIG
     if not config.exists():
-        write_whole(config, stored_settings(settings))
+        write_settings(settings)
+
+
+def write_settings(settings: Settings) -> None:
+    """Write ``config.yaml`` in the run's directory; only its owner may read it if it holds a command for alerts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mode = 0o600 if settings.alerts.command is not None else None
+    write_whole(settings.run_dir / CONFIG, stored_settings(settings), mode)
 
 
 def last_seen(run_dir: Path) -> Path:

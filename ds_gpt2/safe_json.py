@@ -9,9 +9,12 @@ from typing import Any
 
 from ds_gpt2.safe_files import read_small
 
+LARGEST = 2**64  # of whole numbers: larger ones overflow in float arithmetic, or take minutes to print
+END_OF_TIME = 253_402_300_800  # the year 10000 in seconds since 1970, which datetime cannot represent
+
 
 class BadJsonError(ValueError):
-    """Invalid JSON, or nested too deeply. The message is one line."""
+    """Invalid JSON, nested too deeply, or with a number out of range. The message is one line."""
 
 
 def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -21,14 +24,25 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
         text: bytes are UTF-8, UTF-16 or UTF-32.
 
     Raises:
-        BadJsonError: it has none, nests too deeply, or has a number that is too long.
+        BadJsonError: it has none, nests too deeply, or has a whole number beyond ``LARGEST``.
     """
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook)
+        return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_whole_number)
     except RecursionError:
         raise BadJsonError("nested too deeply") from None
     except (ValueError, OverflowError, MemoryError) as error:
         raise BadJsonError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def is_time(value: object) -> bool:
+    """Whether a value is a time in seconds since 1970."""
+    return isinstance(value, float | int) and 0 <= value < END_OF_TIME
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20 or abs(number := int(digits)) > LARGEST:
+        raise ValueError(f"a number of {len(digits)} digits is out of range")
+    return number
 
 
 def read(path: Path) -> Any:

@@ -31,6 +31,8 @@ def parse(text: str, source: str) -> Any:
         if node is None:
             return None
         _check_keys(node, set())
+        if _expanded(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
@@ -43,6 +45,9 @@ def parse(text: str, source: str) -> Any:
 def is_null(text: object) -> bool:
     """Whether a scalar means "no value": nothing at all, ``null`` or ``~``."""
     return text is None or (isinstance(text, str) and text in ("", "~", "null", "Null", "NULL"))
+
+
+_MOST_VALUES = 100_000  # of a settings file, aliases expanded
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,6 +75,16 @@ def _check_keys(node: yaml.Node, visited: set[int]) -> None:
                 raise yaml.YAMLError(f"{key.value!r} appears twice, in lines {seen[key.value]} and {line}: remove one")
             seen[key.value] = line
         _check_keys(value, visited)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in ``node``, those behind an alias as often as they are referred to."""
+    if id(node) not in known:
+        known[id(node)] = 1  # for a node that contains itself
+        entries = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _one_line(error: Exception) -> str:

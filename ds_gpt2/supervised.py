@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import psutil
+from pydantic import Field, TypeAdapter
 
 from ds_gpt2 import safe_json
+from ds_gpt2.journal import Time
 from ds_gpt2.machine import write_whole
 from ds_gpt2.process_start import lives
 
 RECORD = "supervisor.json"
 SUPERVISOR_DIR = "supervisor"  # beside it: the supervisor's lock
 
+_Pid = Annotated[int, Field(gt=0, lt=2**31)]
 _SAME_START_SECONDS = 2.0  # by the clock of an earlier version
 
 
@@ -24,13 +27,13 @@ _SAME_START_SECONDS = 2.0  # by the clock of an earlier version
 class Supervised:
     """What a supervisor says of itself."""
 
-    pid: int
-    started: float  # of the process, seconds since 1970
+    pid: _Pid
+    started: Time  # of the process, seconds since 1970
     host: str
     state: Literal["running", "waiting", "ended"]
     ranks: int
-    group: int | None = None  # process group of DeepSpeed's launcher and the ranks; None while there is none
-    next_start: float | None = None  # seconds since 1970, while it waits
+    group: _Pid | None = None  # process group of DeepSpeed's launcher and the ranks; None while there is none
+    next_start: Time | None = None  # seconds since 1970, while it waits
     code: int | None = None  # how it ended
     start: str = ""  # of the process, see ``process_start``; earlier versions did not record it
 
@@ -53,12 +56,15 @@ class Supervised:
         return lives(self.pid, self.start) if self.start else _lived_by_clock(self.pid, self.started)
 
 
+_SUPERVISED = TypeAdapter(Supervised)
+
+
 def read_supervised(run_dir: Path) -> Supervised | None:
     """What the run's newest supervisor said; None where there was none, or the file is damaged."""
     try:
         values = safe_json.read(run_dir / RECORD)
-        return Supervised(**{field.name: values[field.name] for field in fields(Supervised) if field.name in values})
-    except (OSError, ValueError, TypeError):
+        return _SUPERVISED.validate_python(values)
+    except (OSError, ValueError):
         return None
 
 

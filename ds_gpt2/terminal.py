@@ -93,6 +93,11 @@ def one_line(message: object) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
 
 
+def printable_lines(text: str) -> str:
+    """Text of others for a terminal: control characters are escaped, but for line ends and tabs."""
+    return "\n".join("\t".join(one_line(part) for part in line.split("\t")) for line in text.split("\n"))
+
+
 class LineFormatter(logging.Formatter):
     """Escapes control characters and line ends in messages: a file's name, for one, may have any. Not in tracebacks."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +20,7 @@ from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.commit import read_pointer, read_record
 from ds_gpt2.checkpoint.generations import newest_tag, scan
 from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.checkpoint.serializer import unpickle
 from ds_gpt2.config import read_tree
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.data.hellaswag import load_items
@@ -24,8 +28,9 @@ from ds_gpt2.data.shards import count_tokens
 from ds_gpt2.deepspeed_file import load_deepspeed_file
 from ds_gpt2.errors import UserError
 from ds_gpt2.heartbeat import read_beat
-from ds_gpt2.journal import last_saved_step, read_journal
-from ds_gpt2.metrics import first_start, read_metrics, read_starts
+from ds_gpt2.journal import last_saved_step, parse_event, read_journal
+from ds_gpt2.metrics import first_start, parse_record, read_metrics, read_starts
+from ds_gpt2.model import ModelShape
 from ds_gpt2.notes import read_notes
 from ds_gpt2.pretrained.gpt2_config import read_config
 from ds_gpt2.run_location import last_started, read_owner
@@ -122,3 +127,61 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, kind: st
     finally:
         resource.setrlimit(resource.RLIMIT_AS, usual)
     assert all(isinstance(error, EXPECTED) for error in found), found
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 30, "-" + "9" * 21, str(2**64 + 1)])
+def test_whole_numbers_out_of_range_are_refused(number: str) -> None:
+    with pytest.raises(safe_json.BadJsonError, match="out of range"):
+        safe_json.parse(number)
+    assert safe_json.parse(str(2**64)) == 2**64
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"time": 1e300, "kind": "save", "text": ""},
+        {"time": float("nan"), "kind": "save", "text": ""},
+        {"time": 1.0, "kind": "save", "text": "", "step": [1]},
+        {"time": 1.0, "kind": "save", "text": "", "facts": [1]},
+        {"time": 1.0, "kind": ["save"], "text": ""},
+    ],
+)
+def test_an_event_with_values_of_other_types_is_damaged(event: dict[str, object]) -> None:
+    assert parse_event(json.dumps(event).encode()) is None
+
+
+@pytest.mark.parametrize("time", [1e300, -1.0, float("nan"), "now", [1.0], True])
+def test_a_time_that_is_none_is_no_time_of_a_record(time: object) -> None:
+    record = parse_record(json.dumps({"step": 1, "time": time}))
+    assert record is not None and ("time" in record) is (time is True)
+
+
+def test_aliases_do_not_expand_without_end(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]" for number in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="its aliases expand to more than 100,000 values") as caught:
+        read_tree(tmp_path / "bomb.yaml")
+    assert len(str(caught.value)) < 300
+    (tmp_path / "fine.yaml").write_text("a: &a {b: 1}\nc: *a\nd: {<<: *a}\n")
+    assert read_tree(tmp_path / "fine.yaml") == {"a": {"b": "1"}, "c": {"b": "1"}, "d": {"b": "1"}}
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**6 + 1, 10**9])
+def test_a_shape_that_no_model_has_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="more than 1,000,000 or less than 1"):
+        ModelShape(size, 2, 32, 64)
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "n_positions"])
+def test_a_model_configuration_claims_no_more_than_a_model_can_have(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: 10**9}))
+    with pytest.raises(UserError, match=f"{key} is 1000000000; input should be less than or equal to 1000000"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_refused_pickle_does_not_recommend_to_load_it_all_the_same(tmp_path: Path) -> None:
+    torch.save({"a": Path("x")}, tmp_path / "model.pt")
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        unpickle(tmp_path / "model.pt")
+    assert str(caught.value) == "model.pt is damaged, or holds more than tensors and plain values"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -256,3 +257,33 @@ def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureF
     assert cli.main([name if word == "NAME" else word for word in words]) == outcome.MISTAKE
     told = capsys.readouterr().err
     assert told.endswith("\n") and told[:-1].isprintable()
+
+
+def test_an_error_of_the_file_system_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(number: int) -> Callable[[object], int]:
+        def run(options: object) -> int:
+            raise OSError(number, os.strerror(number), "/some/file\x1b")
+
+        return run
+
+    for number, code in ((errno.ENAMETOOLONG, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ENOSPC, 1)):
+        monkeypatch.setattr("ds_gpt2.commands.notes.run", fail(number))
+        assert cli.main(["notes", "run"]) == code
+        assert capsys.readouterr().err == f"error: /some/file\\x1b: {os.strerror(number)}\n"
+
+
+@pytest.mark.parametrize("verb", ["status", "list", "notes", "report", "tensorboard", "generate", "eval"])
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x", "a\0b", "/dev/null/x"])
+def test_names_that_lead_nowhere_are_one_line(verb: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, name]) == outcome.MISTAKE
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_more_processes_than_a_machine_can_have_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["prepare", "text", "file.txt", "--workers", "100000"])
+    assert caught.value.code == outcome.MISTAKE
+    assert "argument --workers: 100000 processes on " in capsys.readouterr().err

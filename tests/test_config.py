@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_gpt2.config import PROJECT_DIR, dump_settings, flat, known_keys, load_settings, parse_overrides
+from ds_gpt2.config import PROJECT_DIR, BatchSettings, dump_settings, flat, known_keys, load_settings, parse_overrides
 from ds_gpt2.errors import UserError
 
 CONFIGS = sorted((PROJECT_DIR / "ds_configs").glob("*.yaml"))
@@ -89,7 +89,13 @@ def test_settings_are_frozen() -> None:
         ("schedule.steps=0x10", r"schedule\.steps=0x10: must be a whole number"),
         ("schedule.max_lr=nan", r"schedule\.max_lr=nan: must be a number"),
         ("schedule.max_lr=.inf", r"schedule\.max_lr=\.inf: must be a number"),
-        ("schedule.max_lr=1e999", r"schedule\.max_lr=1e999: input should be a finite number"),
+        ("schedule.max_lr=1e999", r"schedule\.max_lr=1e999: input should be less than or equal to 1000000000"),
+        ("batch.tokens_per_step=1000000000000", "input should be less than or equal to 1000000000"),
+        ("batch.micro_batch=1000000000000", "input should be less than or equal to 1000000"),
+        ("checkpoint.min_free_gb=1e300", "input should be less than or equal to 1000000000"),
+        ("checkpoint.write_mb_per_s=1e-300", "must be 0 \\(no limit\\) or at least 0.001"),
+        ("optimizer.weight_decay=1e308", "input should be less than or equal to 1000"),
+        ("samples.per_prompt=1000000000", "input should be less than or equal to 1000"),
         ("supervisor.hang_factor=1:30", r"supervisor\.hang_factor=1:30: must be a number"),
         ("run.deterministic=2", r"run\.deterministic=2: must be true or false"),
         ("checkpoint.dir=$NOT_SET_ANYWHERE/ck", r"checkpoint\.dir=.*variable \$NOT_SET_ANYWHERE is not set"),
@@ -275,3 +281,8 @@ def test_a_place_for_backups_is_a_path_or_a_url(tmp_path: Path) -> None:
     assert load_settings(config, {"checkpoint.backup.to": "s3://bucket/x"}).checkpoint.backup.to == "s3://bucket/x"
     given = load_settings(config, {"checkpoint.backup.to": "copies"}, cwd=tmp_path).checkpoint.backup.to
     assert given == str(tmp_path / "copies")
+
+
+def test_a_step_of_more_windows_than_memory_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 10,000,000 windows of"):
+        BatchSettings(tokens_per_step=10**9, sequence_length=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from ds_gpt2.commands import export, models
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.data.shards import sha256
+from ds_gpt2.errors import UserError
 from ds_gpt2.generate import Sampling, generate
 from ds_gpt2.hellaswag import score, score_one
 from ds_gpt2.metrics import METRICS, read_metrics
@@ -217,6 +219,27 @@ def test_a_failure_leaves_nothing_and_what_was_there(
     assert "No space left on device" in _refused(capsys, "export", run, "--out", out, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "README.md").read_text() == "mine"
+
+
+def test_what_a_killed_export_has_left_is_cleaned_up_by_the_next(
+    exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, out = str(exported[0] / "runs" / "test"), tmp_path / "out.pt"
+    program = "import os, signal; from ds_gpt2.commands import export\n"
+    program += "export._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+    program += "import sys; from ds_gpt2.cli import main; sys.exit(main())"
+    words = ["export", run, "--format", "fp32", "--out", str(out)]
+    killed = subprocess.run([sys.executable, "-c", program, *words], cwd=PROJECT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2  # the file, the lock
+    (tmp_path / ".out.pt.replaced").write_text("an earlier export, moved aside")
+    with export._alone(out), pytest.raises(UserError, match="is in use by process"), export._appearing(out, 0):
+        pass
+    with pytest.raises(FileNotFoundError), export._appearing(out, 0):
+        raise FileNotFoundError
+    assert out.read_text() == "an earlier export, moved aside"
+    out.unlink()
+    assert main(words) == outcome.DONE
+    assert [path.name for path in tmp_path.iterdir()] == ["out.pt"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "fp32"])

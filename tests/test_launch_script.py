@@ -56,3 +56,20 @@ def test_the_environment_of_a_moved_project_is_adapted_without_installing(tmp_pa
     assert (told.returncode, told.stderr) == (0, "")
     assert "installing" not in told.stdout
     assert subprocess.run([moved / ".venv" / "bin" / "deepspeed"], capture_output=True, text=True).stdout == "started\n"
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/tmp", "/etc/passwd", "false", "true", "a b", "/bin/ls"])
+def test_an_interpreter_that_is_none_is_one_line(python: str) -> None:
+    told = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": python})
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == (
+        f"error: DS_GPT2_PYTHON={python} is not an interpreter of Python 3.10 or newer: set it to one, or unset it\n"
+    )
+
+
+def test_an_interpreter_without_the_libraries_says_which(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
+    python = tmp_path / "empty" / "bin" / "python"
+    told = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": str(python)})
+    assert told.returncode == 2 and "lacks torch, deepspeed, pydantic, psutil: " in told.stderr
+    assert told.stderr.count("\n") == 1

@@ -195,3 +195,13 @@ def test_the_verb_does_not_wait_for_torch() -> None:
     code += "; print({'torch', 'deepspeed', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+def test_notes_of_others_control_no_terminal_and_are_a_file(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "NOTES.md").write_text("a\tb\n\x1b[2Jcleared\x07\r\x9b0m\n")
+    assert run(run_dir) == outcome.DONE
+    assert capsys.readouterr().out == "a\tb\n\\x1b[2Jcleared\\x07\\r\\x9b0m\n"
+    (run_dir / "NOTES.md").unlink()
+    os.mkfifo(run_dir / "NOTES.md")
+    with pytest.raises(UserError, match=r"cannot read .*NOTES\.md: Not a regular file"):
+        run(run_dir)

@@ -93,6 +93,22 @@ def test_several_runs_have_a_line_each(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("new: running ")
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "runs" / "old" / "config.yaml").write_text("run: {name: [")
+    for words in (["--all"], ["old", "new"]):
+        assert status(*words) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("  new ") for line in lines) and len(lines) == 2
+        assert any(line.startswith("old: ") and "not valid YAML" in line for line in lines)
+    assert status("--all", "--json") == 1
+    found = {each["run"]: each for each in json.loads(capsys.readouterr().out)}
+    assert "not valid YAML" in found["old"]["error"] and found["new"]["state"] == "running"
+    assert status("new") == 0
+    capsys.readouterr()
+    assert status("old") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_program_gets_every_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--json") == 0
     found = json.loads(capsys.readouterr().out)

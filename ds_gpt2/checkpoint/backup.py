@@ -14,11 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2 import safe_json
+from ds_gpt2 import machine, safe_json
 from ds_gpt2.checkpoint import commit, retention
 from ds_gpt2.checkpoint.disk import Disk, HashingFile
 from ds_gpt2.checkpoint.generations import Generation, open_generation, problem_of
@@ -39,9 +40,10 @@ from ds_gpt2.config import BackupSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.run_address import RunAddress, address_of, read_address
 from ds_gpt2.run_location import CONFIG, last_seen
-from ds_gpt2.safe_files import regular_only
+from ds_gpt2.safe_files import open_own, read_small, regular_only
 
 OWNER = "owner.json"
+_LOCK, _LOOK_SECONDS = "backup.lock", 0.2  # in the run's directory
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ class Backup:
             raise UserError(f"{self.where()} is in the run's directory: give another place for copies")
         with contextlib.suppress(OSError):
             names = os.listdir(root)
-            content = (root / OWNER).read_bytes() if OWNER in names else None
+            content = read_small(root / OWNER) if OWNER in names else None
             self._check_owner(self._owner_by(content, any(map(role_of, names))))
 
     def check_exists(self) -> None:
@@ -181,8 +183,12 @@ class Backup:
             raise UserError(f"{generation.path} has not the name of a checkpoint")
         if generation.manifest is None:
             raise DamagedError(generation.problem)
+        with self._alone(progress):
+            return self._copy(generation, generation.manifest, progress)
+
+    def _copy(self, generation: Generation, known: Manifest, progress: Progress) -> int:
         self.claim()
-        tag, files, marker = generation.tag, generation.manifest.files, encode(generation.manifest)
+        tag, files, marker = generation.tag, known.files, encode(known)
         missing = [name for name, entry in files.items() if not self._has(tag, name, entry, progress)]
         progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
         if not missing and self._place.content(tag, MANIFEST) == marker:
@@ -193,6 +199,23 @@ class Backup:
             self._send(generation, name, files[name], progress)
         self._commit(tag, marker)
         return sum(files[name].bytes for name in missing)
+
+    @contextlib.contextmanager
+    def _alone(self, progress: Progress) -> Iterator[None]:
+        """Wait while another process copies this run: two copies at once would replace each other's files."""
+        if self._run_dir is None:
+            yield
+            return
+        try:
+            file = open_own(self._run_dir / _LOCK, "ab")
+        except OSError:  # a directory that cannot be written: a copy is worth more than the lock
+            yield
+            return
+        with file:
+            while not machine.try_lock(file):
+                progress(0)
+                time.sleep(_LOOK_SECONDS)
+            yield
 
     def held(self) -> list[Copy]:
         """The copies there, what was made last first: after a run has gone back, that is not the highest step."""

@@ -43,7 +43,7 @@ def since_of(event: Event | None) -> float | None:
     """Since when backups fail, by their newest event, in seconds since 1970; None if they do not fail."""
     if event is None or event.kind != "backup_failed":
         return None
-    return float(event.facts.get("since", event.time))
+    return event.time_in("since")
 
 
 def _newest(journal: Journal) -> Event | None:

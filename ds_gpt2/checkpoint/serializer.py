@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -37,8 +38,11 @@ def unpickle(path: Path, mapped: bool = False) -> Any:
     Raises:
         pickle.UnpicklingError: there is something else in it; nothing of it was run.
     """
-    with torch.serialization.safe_globals(_ALLOWED):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:  # PyTorch's own message recommends to load it without this protection
+        raise pickle.UnpicklingError(f"{path.name} is damaged, or holds more than tensors and plain values") from None
 
 
 def pickle_into(content: Any, file: HashingFile) -> None:

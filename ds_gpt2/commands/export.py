@@ -102,9 +102,40 @@ def _default_out(settings: dict[str, Any], tag: str, kind: str) -> Path:
 @contextlib.contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
     """A path to write to, which becomes ``out`` when all of it is there; whatever goes wrong, nothing is left of it."""
-    unfinished, replaced = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("unfinished", "replaced"))
+    with _alone(out):
+        unfinished, replaced = (out.with_name(f".{out.name}.{word}") for word in ("unfinished", "replaced"))
+        try:
+            _clean_up(out, unfinished, replaced)
+            yield from _written(out, needed, unfinished, replaced)
+        finally:
+            _clean_up(out, unfinished, replaced)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process writes ``out`` meanwhile: what is found of an export to it is of one that was killed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    lock = out.with_name(f".{out.name}.lock")
+    with machine.lock(lock, str(out)):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:
+    """Remove what is unfinished; what was to be replaced is put back if nothing has replaced it."""
+    if os.path.lexists(replaced) and not os.path.lexists(out):
+        replaced.rename(out)
+    for left in (unfinished, replaced):
+        remove_tree(left)
+
+
+def _written(out: Path, needed: int, unfinished: Path, replaced: Path) -> Iterator[Path]:
+    try:
         if (free := shutil.disk_usage(out.parent).free) < needed:
             raise UserError(f"{out.parent} has {size(free)} free, {size(needed)} are needed: make room, or give --out")
         yield unfinished
@@ -119,11 +150,6 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
     except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save make of one
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{out} could not be written whole (is the disk full?): {reason}") from None
-    finally:
-        if os.path.lexists(replaced) and not os.path.lexists(out):
-            replaced.rename(out)
-        for left in (unfinished, replaced):
-            remove_tree(left)
 
 
 def _sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_data
 from ds_gpt2.data.inspection import ShardReport, examples, lengths, verify_shards
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.errors import UserError
+from ds_gpt2.terminal import one_line, printable_lines
 from ds_gpt2.wording import percent, tokens
 
 _EXAMPLE_TOKENS = 80
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     dataset = open_dataset(options.data)
-    print(f"{dataset.dir}: {dataset.source}")
+    print(f"{dataset.dir}: {one_line(dataset.source)}")
     for name, count in dataset.counts.items():
         print(f"  {name:10} {count:,}")
     for split in SPLITS:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         )
     seed = random.randrange(10**6) if options.seed is None else options.seed
     for file, place, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
-        print(f"\n{file}, token {place:,}:\n{text}")
+        print(f"\n{file}, token {place:,}:\n{printable_lines(text)}")
     return outcome.DONE
 
 

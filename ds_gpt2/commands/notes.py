@@ -12,7 +12,8 @@ from ds_gpt2 import notes, outcome
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.tensorboard import event_directory
 from ds_gpt2.errors import UserError
-from ds_gpt2.terminal import printable
+from ds_gpt2.safe_files import read_small
+from ds_gpt2.terminal import printable, printable_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps([dataclasses.asdict(note) for note in notes.read_notes(run_dir)], ensure_ascii=False))
         elif file.exists():
-            print(file.read_text(encoding="utf-8", errors="replace").strip())
+            print(printable_lines(read_small(file).decode(errors="replace").strip()))
         else:
             print(f'no notes in {file} yet: write one with `./launch.sh notes {options.run} "what you saw"`')
     except OSError as error:

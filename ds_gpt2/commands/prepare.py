@@ -7,7 +7,7 @@ import logging
 import re
 from pathlib import Path
 
-from ds_gpt2 import outcome
+from ds_gpt2 import machine, outcome
 from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.config import PROJECT_DIR
 from ds_gpt2.data import formats, hellaswag, published
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--out", type=path("--out"), metavar="DIR", help="(default: below data/, by the name)")
         kind.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
     for kind in (sample, text, hub, edu, fineweb, webtext):
-        kind.add_argument("--workers", type=positive, metavar="N", help="processes (default: every core)")
+        kind.add_argument("--workers", type=_workers, metavar="N", help="processes (default: every core)")
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a file of yours")
     items.add_argument("--out", type=path("--out"), default=HELLASWAG_DIR, metavar="DIR")
     items.add_argument(
@@ -95,6 +95,14 @@ def separator(text: str) -> str:
     if not text:
         raise ValueError(text)
     return text
+
+
+def _workers(text: str) -> int:
+    """A number of processes, as a type for argparse."""
+    number, most = positive(text), max(64, 8 * machine.usable_cores())
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{number} processes on {machine.usable_cores()} cores: at most {most}")
+    return number
 
 
 def _prepare_text(options: argparse.Namespace) -> Dataset:

@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2 import outcome
+from ds_gpt2 import outcome, terminal
 from ds_gpt2.commands import status_news
 from ds_gpt2.commands.runs import find_run, started_runs
 from ds_gpt2.errors import UserError
@@ -61,14 +62,24 @@ def _directories(options: argparse.Namespace) -> list[Path]:
 
 def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: bool = False) -> int:
     now = time.time()
-    statuses = [_look(directory, now) for directory in directories]
     several = options.all or len(directories) > 1
-    text = _as_json(statuses, several) if options.json else _as_text(statuses, several)
+    looks = [_look_or_problem(directory, now) if several else _look(directory, now) for directory in directories]
+    text = _as_json(looks, several) if options.json else _as_text(looks)
     print(_CLEAR + text if redrawn else text, flush=True)
     if options.alert:
-        for directory, status in zip(directories, statuses, strict=True):
-            status_news.tell(directory, status)
-    return outcome.DONE if all(status.healthy for status in statuses) else outcome.CRASHED
+        for directory, look in zip(directories, looks, strict=True):
+            if isinstance(look, Status):
+                status_news.tell(directory, look)
+    is_healthy = all(isinstance(look, Status) and look.healthy for look in looks)
+    return outcome.DONE if is_healthy else outcome.CRASHED
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A run that cannot be looked at: others are shown all the same."""
+
+    run: str
+    error: str
 
 
 def _look(directory: Path, now: float) -> Status:
@@ -78,16 +89,26 @@ def _look(directory: Path, now: float) -> Status:
         raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 
 
-def _as_json(statuses: Sequence[Status], several: bool) -> str:
-    found = [dataclasses.asdict(status) for status in statuses]
+def _look_or_problem(directory: Path, now: float) -> Status | _Unreadable:
+    try:
+        return _look(directory, now)
+    except UserError as error:
+        return _Unreadable(directory.name, str(error))
+
+
+def _as_json(looks: Sequence[Status | _Unreadable], several: bool) -> str:
+    found = [dataclasses.asdict(look) for look in looks]
     return json.dumps(found if several else found[0])
 
 
-def _as_text(statuses: Sequence[Status], several: bool) -> str:
+def _as_text(looks: Sequence[Status | _Unreadable]) -> str:
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    if several:
-        return "\n".join(screen.line(status, coloured) for status in statuses)
-    return screen.screen(statuses[0], coloured)
+    if len(looks) == 1 and isinstance(looks[0], Status):
+        return screen.screen(looks[0], coloured)
+    return "\n".join(
+        screen.line(look, coloured) if isinstance(look, Status) else terminal.one_line(f"{look.run}: {look.error}")
+        for look in looks
+    )
 
 
 def _seconds(text: str) -> float:

@@ -113,13 +113,16 @@ def _find_place(word: str | None) -> Path:
     """A run's directory, or a directory of runs."""
     if word is None:
         return PROJECT_DIR / "runs"
-    return Path(word) if any(_runs_in(Path(word))) else find_run(word)
+    return Path(word) if _runs_in(Path(word)) else find_run(word)
 
 
 def _runs_in(place: Path) -> list[Path]:
-    if (place / CONFIG).is_file():
-        return [place]
-    return sorted(config.parent for config in place.glob(f"*/{CONFIG}"))
+    try:
+        if (place / CONFIG).is_file():
+            return [place]
+        return sorted(config.parent for config in place.glob(f"*/{CONFIG}"))
+    except OSError:  # such as a name that is too long
+        return []
 
 
 def _event_files(links: Path) -> list[Path]:

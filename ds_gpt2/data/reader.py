@@ -15,6 +15,7 @@ from pathlib import Path
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 from ds_gpt2.errors import UserError
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.safe_files import regular_only
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class ShardReader:
         path = self._paths[number]
         path = self._directories[path.parent].path / path.name
         start = start_of(path)
-        file = os.open(path, os.O_RDONLY)
+        file = regular_only(str(path), os.O_RDONLY)
         self._opened[number] = opened = _Opened(file, start, _stamp(file))
         return opened
 

@@ -14,6 +14,7 @@ import psutil
 from ds_gpt2.checkpoint.layout import LOCK
 from ds_gpt2.config import PROJECT_DIR, Settings
 from ds_gpt2.doctor.finding import Row
+from ds_gpt2.safe_files import regular_only
 from ds_gpt2.supervised import read_supervised
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
@@ -98,7 +99,7 @@ def _runs(script: Path, process: psutil.Process, command: list[str]) -> bool:
 def _holder(lock: Path) -> str | None:
     """Who holds the run's lock, as that says itself; None if nobody does. Nothing is written."""
     try:
-        with lock.open("rb") as file:
+        with open(lock, "rb", opener=regular_only) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

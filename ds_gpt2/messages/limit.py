@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ds_gpt2 import safe_json
 from ds_gpt2.messages.message import ENDINGS, held_back
-from ds_gpt2.safe_files import no_links
+from ds_gpt2.safe_files import no_links, regular_only
 
 _HOUR = 3600.0
 _FOR_ENDINGS = 4  # messages an hour beyond the limit
@@ -37,7 +37,7 @@ class HourlyLimit:
         self._per_hour = per_hour
         self._count = _Count()
         self._written = True  # what is in the file is as new as what is here
-        with contextlib.suppress(OSError), file.open("rb") as left:
+        with contextlib.suppress(OSError), open(file, "rb", opener=regular_only) as left:
             self._count = _read(left)
 
     def admit(self, kinds: Sequence[str], now: float) -> str | None:

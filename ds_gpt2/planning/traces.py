@@ -18,6 +18,7 @@ from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.planning.disk import Logs
 from ds_gpt2.planning.trial_rank import RankMemory, read_record
+from ds_gpt2.safe_files import read_small, regular_only
 
 _WARM_UP = 2  # steps that do not count: buffers, caches, the optimizer's first update
 
@@ -123,7 +124,7 @@ def _save(saved: Event | None, records: Sequence[Record], beside: Sequence[float
         return None
     held = next((each.get("perf/save_ms") or 0.0 for each in records if each["step"] == saved.step + 1), 0.0)
     slower = max(0.0, sum(beside) - len(beside) * usual)
-    return Save(held / 1000, slower, saved.time - float(saved.facts.get("taken", saved.time)))
+    return Save(held / 1000, slower, saved.time - saved.time_in("taken"))
 
 
 def _checkpoint_sizes(directory: Path) -> tuple[int | None, int | None]:
@@ -161,7 +162,7 @@ def read_events(file: Path) -> Iterator[Piece]:
     """The events of a TensorBoard file: TFRecords, a length of 8 bytes, its CRC, as many bytes, their CRC."""
     from tensorboard.compat.proto.event_pb2 import Event
 
-    with file.open("rb") as stream:
+    with open(file, "rb", opener=regular_only) as stream:
         while len(head := stream.read(12)) == 12:
             (length,) = struct.unpack("<Q", head[:8])
             yield int(Event.FromString(stream.read(length)).step), length + 16
@@ -169,13 +170,13 @@ def read_events(file: Path) -> Iterator[Piece]:
 
 
 def _log_lines(file: Path) -> Iterator[Piece]:
-    for line in file.read_bytes().splitlines(keepends=True):
+    for line in read_small(file).splitlines(keepends=True):
         found = re.search(rb" step +(\d+)[:/]", line)
         yield int(found[1]) if found else 0, len(line)
 
 
 def _line_sizes(file: Path) -> list[int]:
-    return [len(line) for line in file.read_bytes().splitlines(keepends=True)]
+    return [len(line) for line in read_small(file).splitlines(keepends=True)]
 
 
 def _number(stem: str) -> int:

@@ -81,9 +81,15 @@ def _shape(file: Path, content: Any) -> ModelShape:
     names = {field.name for field in fields(ModelShape)}
     if not isinstance(shape, dict) or shape.keys() != names:
         raise _refused(file, "it does not say the model's shape")
-    if any(type(value) is not int or value < 1 for value in shape.values()) or shape["width"] % shape["heads"]:
+    if any(type(value) is not int for value in shape.values()):
         raise _refused(file, f"{str(shape)[:100]} is no model's shape")
-    return ModelShape(**shape)
+    try:
+        found = ModelShape(**shape)
+    except ValueError as error:
+        raise _refused(file, error) from None
+    if found.width % found.heads:
+        raise _refused(file, f"{str(shape)[:100]} is no model's shape")
+    return found
 
 
 def _check_tensor(file: Path, name: Any, tensor: Any) -> None:

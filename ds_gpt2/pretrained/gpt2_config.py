@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ds_gpt2 import safe_json
 from ds_gpt2.errors import UserError
-from ds_gpt2.model import VOCABULARY, ModelShape
+from ds_gpt2.model import LARGEST_SIZE, VOCABULARY, ModelShape
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import uncapitalized
 
@@ -92,7 +92,7 @@ def _known_architectures(value: Any) -> Any:
     return value
 
 
-_Size = Annotated[int, Field(gt=0, strict=True)]
+_Size = Annotated[int, Field(gt=0, le=LARGEST_SIZE, strict=True)]
 _False = Annotated[Any, _one_of(False)]
 _True = Annotated[Any, _one_of(True)]
 _Absent = Annotated[Any, BeforeValidator(_empty)]

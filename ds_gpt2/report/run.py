@@ -12,13 +12,13 @@ from typing import Any
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.config import Settings
+from ds_gpt2.config import Settings, to_yaml
 from ds_gpt2.journal import Event
 from ds_gpt2.metrics import METRICS, STARTS, TIME, planned_steps, read_starts
 from ds_gpt2.notes import NOTES
 from ds_gpt2.report.records import Records, read_records
-from ds_gpt2.run_location import load_run_settings
-from ds_gpt2.safe_files import regular_only
+from ds_gpt2.run_location import load_run_settings, public_tree
+from ds_gpt2.safe_files import read_small, regular_only
 from ds_gpt2.status.history import lost_by_start, newest_events, restarts_of
 
 CONFIG, LOG = "config.yaml", "train.log"
@@ -91,7 +91,7 @@ def load_run(directory: Path) -> Run:
     return Run(
         name=settings.run.name,
         settings=settings,
-        settings_text=_text_of(directory / CONFIG) or "",
+        settings_text=to_yaml(public_tree(settings)),
         records=records,
         starts=_starts([_start(line) for line in lines], records, events),
         events=events,
@@ -169,7 +169,7 @@ def _whole(value: object) -> int | None:
 
 def _text_of(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return read_small(file).decode(errors="replace")
     except FileNotFoundError:
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import generations
 from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.metrics import STARTS, first_start, planned_steps, read_starts
+from ds_gpt2.metrics import STARTS, Record, first_start, planned_steps, read_starts
 from ds_gpt2.run_location import load_run_settings
 from ds_gpt2.status import life, room, tail
 from ds_gpt2.status.health import Problem, damage_of, problems_of
@@ -26,7 +26,7 @@ from ds_gpt2.status.progress import (
     steps_of,
 )
 from ds_gpt2.status.room import Course, Room
-from ds_gpt2.status.tail import Record, time_of, values
+from ds_gpt2.status.tail import time_of, values
 
 
 @dataclass(frozen=True)

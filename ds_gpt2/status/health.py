@@ -11,11 +11,11 @@ from ds_gpt2.checkpoint.backup_news import since_of
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
 from ds_gpt2.journal import Event, Kind
-from ds_gpt2.metrics import METRICS
+from ds_gpt2.metrics import METRICS, Record
 from ds_gpt2.status.life import AT_WORK, TRAINED, Life, State
 from ds_gpt2.status.progress import Loss
 from ds_gpt2.status.room import Room
-from ds_gpt2.status.tail import Record, time_of
+from ds_gpt2.status.tail import time_of
 from ds_gpt2.wording import clock, duration, size
 
 _DAY = 86_400.0

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.journal import INCIDENTS, JOURNAL, Event, Lost, lost_times, read_journal
+from ds_gpt2.metrics import Record
 from ds_gpt2.status.life import TRAINED, State
-from ds_gpt2.status.tail import Record, time_of
+from ds_gpt2.status.tail import time_of
 
 DAY = 86_400.0
 _BYTES = 1 << 24  # of the journal, the newest: months of saves; read in a tenth of a second

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.config import Settings
+from ds_gpt2.metrics import Record
 from ds_gpt2.pace import RECENT, WINDOW, Cadence, Pace, recent, timed_of
 from ds_gpt2.reference import REFERENCE_CURVE, REFERENCE_TOKENS_PER_STEP
 from ds_gpt2.status import tail
-from ds_gpt2.status.tail import Record, values
+from ds_gpt2.status.tail import values
 
 RECORDS = WINDOW + 50  # that are looked at: first steps of starts do not count
 SMOOTHED = RECENT

@@ -7,17 +7,15 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ds_gpt2 import safe_json
-from ds_gpt2.metrics import METRICS
+from ds_gpt2.metrics import METRICS, Record, parse_record
 from ds_gpt2.safe_files import regular_only
 
 _BLOCK = 1 << 18  # bytes read at once, some hundred records
 _MOST = 1 << 24  # bytes looked at for some records, however large they are
 _WITHOUT_TIME = 100  # lines skipped in search of one that can be compared
 
-Record = dict[str, Any]
 _Condition = Callable[[Record], bool]
 
 
@@ -51,8 +49,7 @@ def values(records: Sequence[Record], tag: str) -> list[float]:
 
 def time_of(record: Record) -> float | None:
     """Seconds since 1970."""
-    when = record.get("time")
-    return float(when) if isinstance(when, float | int) else None
+    return None if (when := record.get("time")) is None else float(when)
 
 
 def _up_to(file: BinaryIO, end: int, count: int) -> list[Record]:
@@ -65,7 +62,7 @@ def _up_to(file: BinaryIO, end: int, count: int) -> list[Record]:
     lines = data.split(b"\n")
     if begin > 0:
         del lines[0]
-    records = [record for line in lines if (record := _parse(line)) is not None]
+    records = [record for line in lines if (record := parse_record(line)) is not None]
     return records[-count:]
 
 
@@ -109,14 +106,6 @@ def _record_from(file: BinaryIO, place: int, counts: _Condition) -> Record | Non
     for _ in range(_WITHOUT_TIME):
         if not (line := file.readline()):
             return None
-        if (record := _parse(line)) is not None and counts(record):
+        if (record := parse_record(line)) is not None and counts(record):
             return record
     return None
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        record = safe_json.parse(line)
-        return record if isinstance(record["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None

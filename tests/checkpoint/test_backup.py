@@ -1112,3 +1112,34 @@ def test_a_run_that_may_not_be_looked_at_is_not_in_the_way(monkeypatch: pytest.M
 
     monkeypatch.setattr("ds_gpt2.run_address.is_run_dir", refuse)
     assert not RunAddress(str(tmp_path), "here").is_in_use()
+
+
+def test_two_copies_of_a_run_at_once_wait_for_each_other(run_dir: Path, local_place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {name: run}\n")
+    generation = save(run_dir, 5)
+    first, second = (Backup(str(local_place), "run", SETTINGS, run_dir=run) for _ in range(2))
+    begun, resumed, waited = threading.Event(), threading.Event(), threading.Event()
+
+    def hold(_: int) -> None:
+        begun.set()
+        assert resumed.wait(60)
+
+    def wait(size: int) -> None:
+        if not resumed.is_set():
+            assert size == 0  # nothing is sent meanwhile
+            waited.set()
+
+    sent: list[int] = []
+    copies = [
+        threading.Thread(target=lambda: sent.append(first.copy(generation, hold))),
+        threading.Thread(target=lambda: begun.wait(60) and sent.append(second.copy(generation, wait))),
+    ]
+    for copy in copies:
+        copy.start()
+    assert waited.wait(60)
+    resumed.set()
+    for copy in copies:
+        copy.join(60)
+    assert sent == [len(FILES) * SIZE, 0] and tags(second) == [generation.tag]

@@ -136,3 +136,13 @@ def test_verify_reports_every_shard_without_an_index(tmp_path: Path, capsys: pyt
     assert main(["verify", str(tmp_path)]) == 1
     told = capsys.readouterr().out
     assert told.startswith("BAD   a_train_0.bin") and "2 of 3 shards are good" in told
+
+
+def test_examples_control_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [f"{number} \x1b[2J\x1b]0;title\x07\n\tindented" for number in range(40)]
+    source = Source("test\x1b[31m", [Listed("documents", lambda: documents)])
+    made = prepare(source, tmp_path / "data", Recipe(EveryPiece(10)), workers=1).dir
+    capsys.readouterr()
+    assert main(["inspect", str(made), "--seed", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "\\x1b[2J\\x1b]0;title\\x07\n\tindented" in told and "\x1b" not in told

@@ -1,0 +1,456 @@
+"""Mutate every file that the project reads, and run the commands that read it.
+
+    python benchmarks/fuzz.py --minutes 10 --out benchmarks/results/fuzz_cpu.json
+
+A small run is trained on one rank, its model exported. Then hypothesis mutates one of its files at a time: values that
+are replaced, removed, renamed or nested, bytes that are changed, inserted or cut. The manifest's own checksum is
+computed again, as a forger would. A command must end within seconds and a limited memory, with a value or one line and
+exit code 2; an exception, more than one line, or a file that changes is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from ds_gpt2 import cli, outcome
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.layout import MANIFEST
+from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.config import load_settings
+from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.data.holdout import EveryPiece
+from ds_gpt2.data.prepare import Recipe, prepare
+from ds_gpt2.data.sources import Listed, Source, python_documents
+from ds_gpt2.deepspeed_file import load_deepspeed_file
+from ds_gpt2.errors import UserError
+from ds_gpt2.pretrained import opening
+from ds_gpt2.run_location import OWNER
+from ds_gpt2.supervised import RECORD
+
+PROJECT = Path(__file__).resolve().parents[1]
+TAG = "rolling_step_000004"
+SECONDS = 20  # in which a command must end
+MEMORY = 4 << 30  # bytes beyond what the process has
+BATCH = 20  # mutations of one file in a row
+LONGEST_LINE = 2000  # characters
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**9, 10**12, 10**18, 10**400, -(10**30)]),
+    st.floats(),
+    st.sampled_from([1e308, 5e-324, float("inf"), float("nan")]),
+    st.text(max_size=30),
+    st.sampled_from(["", "x" * 300, "x" * 100_000, "..", "/", "~root", "~no-such-user/x", "a\0b", "\x1b[2J", "null"]),
+    st.sampled_from(["2026-01-01", "9999-99-99", "1e9", "-0", "1_000", "0x10", "!!int abc", "$HOME", "${", "\ud800"]),
+)
+VALUES = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=4),
+    st.dictionaries(st.text(max_size=8), SCALARS, max_size=4),
+    st.sampled_from([500, 5000]).map(lambda depth: _nested(depth)),
+    st.just([0] * 100_000),
+)
+
+
+def _nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, and what reads it."""
+
+    file: Path
+    form: str  # "json", "jsonl", "yaml", "manifest" or "bytes"
+    actions: Sequence[Callable[[], object]]
+
+
+@dataclass
+class Tally:
+    runs: int = 0
+    values: int = 0
+    refused: int = 0
+    slowest: float = 0.0  # seconds
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class FailureError(Exception):
+    """Something that must not happen; the message names it."""
+
+
+def main() -> None:
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name) / "world"
+        folder.mkdir()
+        targets = make_world(folder, cache=Path(name))
+        smallest: dict[str, bytes] = {}
+        tallies = fuzz(targets, folder, 60 * options.minutes, options.seed, smallest)
+    for failure, data in smallest.items():
+        print(f"{failure}\n    {base64.b64encode(data[:3000]).decode()}")
+    total = sum(tally.runs for tally in tallies.values())
+    results: dict[str, Any] = {
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "commands_run": total,
+        "refused": sum(tally.refused for tally in tallies.values()),
+        "failures": sum(sum(tally.failures.values()) for tally in tallies.values()),
+        "by_file": {
+            name: {
+                "run": tally.runs,
+                "refused": tally.refused,
+                "slowest_s": round(tally.slowest, 2),
+                "failures": dict(tally.failures),
+            }
+            for name, tally in tallies.items()
+        },
+    }
+    print(json.dumps(results, indent=1))
+    if options.out:
+        from benchmarks.machine import describe
+
+        options.out.write_text(json.dumps({"machine": describe(), **results}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(results["failures"] > 0)
+
+
+def make_world(folder: Path, cache: Path) -> dict[str, Target]:
+    """A dataset, a run of four steps with its checkpoints, and exported models.
+
+    Args:
+        cache: a directory that commands may write to.
+    """
+    data = folder / "data"
+    prepare(Source("fuzz", [Listed("manual", _documents)]), data, Recipe(EveryPiece(8)), workers=1, progress=False)
+    config = folder / "fuzz.yaml"
+    config.write_text(yaml.safe_dump(_settings(folder, data)), encoding="utf-8")
+    command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "train", str(config), "--num_gpus", "1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run, checkpoint = folder / "runs" / "fuzz", folder / "checkpoints" / "fuzz" / TAG
+    exported, plain = folder / "exported", folder / "fp32.pt"
+    for to, form in ((exported, "hf"), (plain, "fp32")):
+        _command("export", str(run), "--format", form, "--out", str(to))()
+    _command("notes", str(run), "a note")()
+    items = folder / "items.jsonl"
+    item = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "ctx": "b", "endings": ["c", "d", "e", "f"], "label": 1}
+    items.write_text((json.dumps(item) + "\n") * 3, encoding="utf-8")
+    ds_file = folder / "ds.json"
+    ds_file.write_bytes((PROJECT / "ds_configs" / "zero2_bf16.json").read_bytes())
+
+    status = _command("status", str(run), "--json")
+    report, listed = _command("report", str(run), "--json"), _command("list", str(run), "--json")
+    verify, inspect = _command("verify", str(run), "--all"), _command("inspect", str(data), "--seed", "1")
+    doctor = _command("doctor", str(config), "--quick", "--num_gpus", "1")
+    shard = next(data.glob("train_*"))
+    return {
+        "settings": Target(config, "yaml", [lambda: load_settings(config), doctor]),
+        "DeepSpeed's file": Target(ds_file, "json", [lambda: load_deepspeed_file(ds_file)]),
+        "run: config.yaml": Target(run / "config.yaml", "yaml", [status, listed, verify]),
+        "metrics.jsonl": Target(run / "metrics.jsonl", "jsonl", [status, report]),
+        "journal.jsonl": Target(run / "journal.jsonl", "jsonl", [status, report]),
+        "starts.jsonl": Target(run / "starts.jsonl", "jsonl", [status, report]),
+        "supervisor.json": Target(run / RECORD, "json", [status]),
+        "heartbeat": Target(run / "heartbeat" / "rank_00000", "bytes", [status]),
+        "NOTES.md": Target(run / "NOTES.md", "bytes", [_command("notes", str(run), "--json")]),
+        "manifest": Target(checkpoint / MANIFEST, "bytes", [listed, verify, status]),
+        "forged manifest": Target(
+            checkpoint / MANIFEST,
+            "manifest",
+            [listed, verify, status, _command("verify", str(run), TAG, "--deep"), _generate(run)],
+        ),
+        "pointer": Target(checkpoint.parent / "latest", "bytes", [listed, status]),
+        "dataset.json": Target(data / "dataset.json", "json", [inspect, _command("verify", str(data))]),
+        "shard": Target(shard, "bytes", [inspect, _command("verify", str(data))]),
+        "HellaSwag": Target(items, "jsonl", [lambda: load_items(items, "original", cache / "items")]),
+        "run.json": Target(checkpoint.parent / OWNER, "json", [listed, doctor]),
+        "config.json": Target(exported / "config.json", "json", [lambda: opening.read(exported)]),
+        "safetensors": Target(exported / "model.safetensors", "bytes", [lambda: opening.read(exported)]),
+        "fp32.pt": Target(plain, "bytes", [lambda: opening.read(plain)]),
+    }
+
+
+def _documents() -> Iterator[str]:
+    return itertools.islice(python_documents(), 6, 8)
+
+
+def _settings(folder: Path, data: Path) -> dict[str, Any]:
+    return {
+        "run": {"name": "fuzz", "dir": str(folder / "runs"), "device": "cpu"},
+        "model": {"layers": 2, "heads": 2, "width": 32},
+        "data": {"dir": str(data)},
+        "batch": {"tokens_per_step": 128, "micro_batch": 1, "sequence_length": 64},
+        "schedule": {"steps": 4, "warmup_steps": 1},
+        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 2},
+        "validation": {"every": 2, "tokens": 128},
+        "samples": {"every": 0},
+    }
+
+
+def _command(*words: str) -> Callable[[], object]:
+    """A verb of ``launch.sh`` in this process.
+
+    The action raises UserError where the command exits with code 2.
+    """
+
+    def run() -> None:
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = cli.main(list(words))
+        shown = [*output.getvalue().splitlines(), *errors.getvalue().splitlines()]
+        if any("Traceback" in line for line in shown):
+            raise FailureError("it prints a traceback")
+        if any(ord(each) < 32 and each != "\t" for line in shown for each in line):
+            raise FailureError("it prints control characters")
+        if code == outcome.MISTAKE:
+            raise UserError(errors.getvalue().strip("\n"))
+
+    return run
+
+
+def _generate(run: Path) -> Callable[[], object]:
+    return _command("generate", str(run), "--tag", TAG, "--tokens", "1", "--device", "cpu")
+
+
+def fuzz(
+    targets: dict[str, Target], folder: Path, seconds: float, first_seed: int, smallest: dict[str, bytes]
+) -> dict[str, Tally]:
+    """Mutate the targets in turn until the time is over.
+
+    Args:
+        smallest: gets, by failure, the shortest content of a file that caused it.
+    """
+    tallies = {name: Tally() for name in targets}
+    deadline = time.monotonic() + seconds
+    signal.signal(signal.SIGALRM, _time_is_over)
+    for number in itertools.count(first_seed):
+        for name, target in targets.items():
+            if time.monotonic() > deadline:
+                return tallies
+            _batch(name, target, folder, number, tallies[name], smallest, deadline)
+        done = sum(tally.runs for tally in tallies.values())
+        failed = sum(sum(tally.failures.values()) for tally in tallies.values())
+        print(f"{done:,} commands, {failed} failures, {deadline - time.monotonic():.0f} s left", flush=True)
+    raise AssertionError("the seeds never end")
+
+
+def _batch(
+    name: str, target: Target, folder: Path, number: int, tally: Tally, smallest: dict[str, bytes], deadline: float
+) -> None:
+    original = target.file.read_bytes()
+
+    @seed(number)
+    @settings(
+        max_examples=BATCH,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=mutations(target.form, original))
+    def attempt(data: bytes) -> None:
+        if time.monotonic() > deadline:
+            return
+        target.file.write_bytes(data)
+        before = _listing(folder)
+        for action in target.actions:
+            failure = _play(action, tally)
+            if failure is None and _listing(folder) != before:
+                failure = "it changes files"
+                before = _listing(folder)
+            if failure is not None:
+                tally.failures[failure] += 1
+                key = f"{name}: {failure}"
+                if len(data) < len(smallest.get(key, data + b" ")):
+                    smallest[key] = data
+
+    try:
+        attempt()
+    finally:
+        target.file.write_bytes(original)
+
+
+def _play(action: Callable[[], object], tally: Tally) -> str | None:
+    """What is wrong with how ``action`` ends; None if nothing is."""
+    tally.runs += 1
+    begun = time.monotonic()
+    try:
+        with _limits():
+            action()
+        tally.values += 1
+    except (UserError, DamagedError) as error:
+        tally.refused += 1
+        text = str(error)
+        if "\n" in text or len(text) > LONGEST_LINE:
+            return f"a refusal of {len(text.splitlines())} lines, {len(text) // 1000},000 characters"
+    except FailureError as failure:
+        return str(failure)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "/ds_gpt2/" in frame.filename]
+        where = ours[-1] if ours else last
+        return f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}"
+    finally:
+        tally.slowest = max(tally.slowest, time.monotonic() - begun)
+    return None
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    usual = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, usual[1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, usual)
+
+
+def _time_is_over(number: int, frame: FrameType | None) -> None:
+    raise FailureError(f"it has not ended after {SECONDS} s")
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file."""
+    found = {}
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            status = os.lstat(os.path.join(directory, name))
+            found[os.path.join(directory, name)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def mutations(form: str, original: bytes) -> st.SearchStrategy[bytes]:
+    """Contents of a file that began as ``original``."""
+    if form == "bytes":
+        return _changed_bytes(original)
+    if form == "jsonl":
+        lines = original.splitlines()
+        changed = st.integers(0, len(lines) - 1).flatmap(
+            lambda number: _changed_json(json.loads(lines[number])).map(
+                lambda line: b"\n".join([*lines[:number], line, *lines[number + 1 :]]) + b"\n"
+            )
+        )
+        return changed | _changed_bytes(original)
+    if form == "yaml":
+        tree = yaml.safe_load(original)
+        return _changed_tree(tree).map(_dump_yaml) | _changed_bytes(original)
+    if form == "manifest":
+        return _changed_tree({key: value for key, value in json.loads(original).items() if key != "sha256"}).map(_sign)
+    return _changed_json(json.loads(original)) | _changed_bytes(original)
+
+
+def _sign(tree: Any) -> bytes:
+    """A manifest with the right checksum."""
+    content = tree if isinstance(tree, dict) else {"content": tree}
+    try:
+        return manifest._dump({**content, "sha256": manifest._digest(content)})
+    except (RecursionError, ValueError, TypeError):
+        return b"{}"
+
+
+def _dump_yaml(tree: Any) -> bytes:
+    try:
+        return json.dumps(tree).encode(errors="surrogatepass")  # JSON is YAML, nearly
+    except (RecursionError, ValueError):
+        return b"a: [" * 3000
+
+
+def _changed_json(tree: Any) -> st.SearchStrategy[bytes]:
+    def dump(changed: Any) -> bytes:
+        try:
+            return json.dumps(changed).encode()
+        except (RecursionError, ValueError):
+            return b"[" * 100_000
+
+    return _changed_tree(tree).map(dump)
+
+
+@st.composite
+def _changed_tree(draw: st.DrawFn, tree: Any) -> Any:
+    """One to three nodes are replaced, removed, renamed, or wrapped."""
+    for _ in range(draw(st.integers(1, 3))):
+        tree = draw(_changed_node(tree))
+    return tree
+
+
+@st.composite
+def _changed_node(draw: st.DrawFn, tree: Any) -> Any:
+    if isinstance(tree, dict) and tree and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(list(tree)))
+        what = draw(st.integers(0, 9))
+        if what == 0:
+            return {name: value for name, value in tree.items() if name != key}
+        if what == 1:
+            return {(draw(st.text(max_size=8)) if name == key else name): value for name, value in tree.items()}
+        return {**tree, key: draw(_changed_node(tree[key]))}
+    if isinstance(tree, list) and tree and draw(st.integers(0, 9)):
+        number = draw(st.integers(0, len(tree) - 1))
+        return [*tree[:number], draw(_changed_node(tree[number])), *tree[number + 1 :]]
+    return draw(VALUES | st.just([tree]) | st.just({"a": tree}))
+
+
+@st.composite
+def _changed_bytes(draw: st.DrawFn, original: bytes) -> bytes:
+    data = bytearray(original)
+    reach = min(len(data), 4096) if draw(st.booleans()) else len(data)  # headers are where it matters
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, reach - 1)))
+        what = draw(st.sampled_from(["flip", "insert", "cut", "delete", "number"]))
+        if what == "flip" and data:
+            data[at % len(data)] ^= draw(st.integers(1, 255))
+        elif what == "insert":
+            data[at:at] = draw(
+                st.binary(min_size=1, max_size=20) | st.sampled_from([b"\x1b[2J", b"\0" * 64, b"9" * 400])
+            )
+        elif what == "cut":
+            del data[at:]
+        elif what == "delete":
+            del data[at : at + draw(st.integers(1, 64))]
+        else:
+            data[at : at + 8] = draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+    return bytes(data)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the results to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
