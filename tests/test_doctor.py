@@ -138,6 +138,8 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     assert [row.status for row in disk.directories([tmp_path / "a file"])] == ["fail"]
     assert [row.status for row in disk.directories([tmp_path / "new" / "run"])] == ["ok"]
+    impossible = [tmp_path / ("x" * 300), tmp_path / "a file" / "x", tmp_path / ("x" * 300) / "y"]
+    assert [row.status for row in disk.directories(impossible)] == ["fail"] * 3
     assert not (tmp_path / "new").exists()
 
 

@@ -155,7 +155,7 @@ def test_seconds_are_a_number(folder: Path, words: list[str], capsys: pytest.Cap
     with pytest.raises(SystemExit) as ended:
         status(*words)
     assert ended.value.code == 2
-    assert "is no number of seconds; a RUN stands before --watch" in capsys.readouterr().err
+    assert "is no number of seconds up to 86,400; a RUN stands before --watch" in capsys.readouterr().err
 
 
 def test_watching_draws_again_until_ctrl_c(folder: Path) -> None:

@@ -20,7 +20,7 @@ from ds_gpt2.checkpoint.backup import Backup
 from ds_gpt2.checkpoint.backup_news import BackupNews
 from ds_gpt2.checkpoint.backup_queue import BackupQueue
 from ds_gpt2.checkpoint.contents import CLIENT_KEY
-from ds_gpt2.checkpoint.generations import Generation
+from ds_gpt2.checkpoint.generations import Generation, scan
 from ds_gpt2.checkpoint.housekeeping import Housekeeping
 from ds_gpt2.checkpoint.layout import BEST_TAG, PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
@@ -41,6 +41,8 @@ _BYTES_PER_PARAMETER = 14  # bf16 weights, fp32 masters and two moments
 _NOTICEABLE_SECONDS = 0.1
 _COPIES_SECONDS = 20.0  # how long a stop waits for backups under way
 _LAST_COPIES_SECONDS = 1800.0  # how long the end of a run does
+
+_CLOCK_AHEAD_SECONDS = 86_400.0  # a checkpoint of a later time was saved while the clock was wrong: it is ignored
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Checkpoints:
         self._save: Save | None = None
         self._done: Future[None] | None = None
         self._saved_step: int | None = None
+        self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
         engine.deepspeed.checkpoint_engine = self._serializer
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
@@ -126,7 +129,7 @@ class Checkpoints:
             self._memory,
             self._engine.moment(),
             self._settings.write_mb_per_s * 1e6,
-            manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings),
+            manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings, self._next_time()),
             afterwards=partial(
                 self._keep_house, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
             ),
@@ -137,6 +140,14 @@ class Checkpoints:
         else:
             self._engine.hold_updates_until(self._save.copied)
             self._done = self._thread.submit(self._save.run)
+
+    def _next_time(self) -> float:
+        """When the checkpoint is made, in seconds since 1970; later than any before, also if the clock is set back.
+
+        Copies are ordered by it: after a rollback the highest step is not the newest.
+        """
+        self._newest_time = max(time.time(), self._newest_time + 1)
+        return self._newest_time
 
     def has_saved(self, state: TrainState) -> bool:
         """Whether ``state`` is committed, after waiting for a save of it that is under way."""
@@ -190,6 +201,8 @@ class Checkpoints:
     def _start(self, backup: Backup | None) -> None:
         if dist.is_main():
             self._housekeeping.check_room(self._estimate())
+            times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
+            self._newest_time = min(max(times, default=0.0), time.time() + _CLOCK_AHEAD_SECONDS)
             self._news = BackupNews(self._journal) if self._journal is not None else None
             disk = self._housekeeping.disk
             self._queue = BackupQueue(backup, lambda: self.directory, disk, news=self._news) if backup else None
@@ -282,11 +295,16 @@ def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
 
 
 def _manifest_of(
-    state: TrainState, epoch: float, roles: Sequence[str], identity: dict[str, Any], run_settings: dict[str, Any]
+    state: TrainState,
+    epoch: float,
+    roles: Sequence[str],
+    identity: dict[str, Any],
+    run_settings: dict[str, Any],
+    made_at: float,
 ) -> Callable[[dict[str, FileEntry]], Manifest]:
     """The manifest of ``state`` as it is now, but for the files, which are known later."""
     so_far = state.to_dict()
-    created = datetime.now().astimezone().isoformat(timespec="seconds")
+    created = datetime.fromtimestamp(made_at).astimezone().isoformat(timespec="seconds")
 
     def with_files(files: dict[str, FileEntry]) -> Manifest:
         return Manifest(

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.status import figures, screen
 from ds_gpt2.status.figures import Status
 
-_WATCH_SECONDS = 10.0
+_WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, 86_400.0
 _CLEAR = "\033[H\033[2J"
 
 
@@ -113,6 +112,6 @@ def _as_text(looks: Sequence[Status | _Unreadable]) -> str:
 
 def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) < math.inf:
+        if 0 < (seconds := float(text)) <= _LONGEST_WATCH_SECONDS:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; a RUN stands before --watch")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to 86,400; a RUN stands before --watch")

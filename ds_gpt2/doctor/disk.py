@@ -246,6 +246,8 @@ def _sync_speed(seen: Speed) -> Row:
 def _unwritable(directory: Path) -> Row | None:
     place = existing(directory)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(directory)  # a path that no file system accepts
         if os.path.exists(directory) and place != directory.absolute():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         tempfile.TemporaryFile(dir=place).close()

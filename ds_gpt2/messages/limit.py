@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ds_gpt2 import safe_json
 from ds_gpt2.messages.message import ENDINGS, held_back
-from ds_gpt2.safe_files import no_links, regular_only
+from ds_gpt2.safe_files import no_links, regular_only, write_all
 
 _HOUR = 3600.0
 _FOR_ENDINGS = 4  # messages an hour beyond the limit
@@ -95,7 +95,7 @@ def _read(file: BinaryIO) -> _Count:
 def _write(file: BinaryIO, count: _Count) -> bool:
     try:
         file.truncate(0)
-        file.write(json.dumps(asdict(count)).encode())
+        write_all(file.write, json.dumps(asdict(count)).encode())
     except OSError:
         return False
     return True

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from launched import launch
 
+from ds_gpt2.checkpoint import store
+
 Seen = dict[str, dict[str, Any]]
 
 
@@ -22,6 +24,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., P
     assert launched.code == 0, launched.output
     assert launched.left_over == []
     return json.loads((folder / "seen.json").read_text())
+
+
+def test_checkpoints_are_dated_in_the_order_in_which_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the clock is set back between two saves."""
+    checkpoints = store.Checkpoints.__new__(store.Checkpoints)
+    checkpoints._newest_time = 0.0
+    clock = iter([1000.0, 1060.0, 400.0, 460.0, 2000.0])
+    monkeypatch.setattr(store.time, "time", lambda: next(clock))
+    assert [checkpoints._next_time() for _ in range(5)] == [1000.0, 1060.0, 1061.0, 1062.0, 2000.0]
 
 
 def test_training_goes_on_while_the_state_at_the_save_is_written(seen: Seen) -> None:
