@@ -86,11 +86,14 @@ def stored_settings(settings: Settings) -> str:
 
 
 def public_tree(settings: Settings) -> dict[str, Any]:
-    """``portable_tree`` for files that others may read: without ``alerts.command``, which may hold a password."""
-    tree = portable_tree(settings)
-    if settings.alerts.command is not None:
-        tree["alerts"]["command"] = HIDDEN
-    return tree
+    """``portable_tree`` for files that others may read, see ``without_secrets``."""
+    return without_secrets(portable_tree(settings))
+
+
+def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings without ``alerts.command``, which may hold a password."""
+    alerts = tree["alerts"]
+    return {**tree, "alerts": {**alerts, "command": None if alerts["command"] is None else HIDDEN}}
 
 
 def portable_tree(settings: Settings) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ds_gpt2 import preflight, run_location
+from ds_gpt2 import assembly, preflight, run_location
 from ds_gpt2.config import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.errors import UserError
+from ds_gpt2.report import difference
 from ds_gpt2.run_location import load_run_settings, stored_settings, write_owner
 
 Start = Callable[..., Settings]
@@ -154,6 +156,21 @@ def test_paths_in_the_run_itself_stay_in_it(project: Path, tmp_path: Path, monke
 def test_stored_settings_have_no_absolute_path_into_the_project(project: Path) -> None:
     settings = start(project)
     assert str(project) not in (settings.run_dir / "config.yaml").read_text()
+
+
+def test_a_command_for_alerts_is_stored_for_its_owner_alone(project: Path) -> None:
+    settings = start(project)
+    secret = settings.model_copy(update={"alerts": settings.alerts.model_copy(update={"command": "curl -u me:s3cr3t"})})
+    run_location.write_settings(secret)
+    file = secret.run_dir / "config.yaml"
+    assert "s3cr3t" in file.read_text() and stat.S_IMODE(file.stat().st_mode) == 0o600
+    public = run_location.public_tree(secret)
+    assert public["alerts"]["command"] == "(not shown)" and "s3cr3t" not in str(public)
+    assert run_location.public_tree(settings)["alerts"]["command"] is None
+    earlier = run_location.portable_tree(secret)  # as earlier versions stored it with every checkpoint
+    assert not any("alerts" in change for change in assembly._changes(earlier, settings))
+    assert list(difference.settings_that_differ(settings, secret)) == ["alerts.command"]
+    assert "s3cr3t" not in str(difference.settings_that_differ(settings, secret))
 
 
 def test_a_renamed_run_has_the_name_of_its_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ds_gpt2.config import Settings, flat
 from ds_gpt2.report.records import Curve
 from ds_gpt2.report.run import Run
+from ds_gpt2.run_location import without_secrets
 
 POINTS = 8
 _LEFT_OUT = ("run.name", "run.dir", "checkpoint.dir", "monitor.dir")  # they differ, and mean nothing
@@ -37,7 +38,7 @@ class Losses:
 
 def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
     """Dotted name to both values; names and places of the runs themselves are left out."""
-    one, other = (flat(settings.model_dump(mode="json")) for settings in (a, b))
+    one, other = (flat(without_secrets(settings.model_dump(mode="json"))) for settings in (a, b))
     names = [name for name in one | other if name not in _LEFT_OUT]
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
 
