@@ -13,7 +13,7 @@ from typing import Any
 from ds_gpt2 import safe_json
 from ds_gpt2.batch import BatchPlan
 from ds_gpt2.config import Settings
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.safe_files import read_small
 from ds_gpt2.trackers import without_trackers
 
@@ -69,7 +69,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"DeepSpeed file not found: {path}; set deepspeed=PATH") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed file {path} cannot be read: {error}") from None
+        raise UserError(f"DeepSpeed file {path} cannot be read: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
     _check_owners(path, content, _OURS, "")

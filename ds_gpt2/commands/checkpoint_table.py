@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.generations import Generation
 from ds_gpt2.checkpoint.inspection import Verdict, examine, wrong_size
 from ds_gpt2.checkpoint.layout import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
+from ds_gpt2.errors import reason_of
 from ds_gpt2.wording import duration, size
 
 
@@ -72,12 +73,17 @@ def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> Row:
 
 
 def unfinished(directory: Path) -> dict[Path, str]:
-    """Directories of our making that are no checkpoint yet, or not any more; and what they are."""
+    """Directories with the name of a checkpoint that are none, or cannot be read; and what they are."""
     found = {}
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         partial = path.name.endswith(PARTIAL)
-        if role_of(path.name.removesuffix(PARTIAL)) and path.is_dir() and (partial or not (path / MANIFEST).exists()):
-            found[path] = f"being {'written' if partial else 'deleted'}, or left by a crash"
+        if not role_of(path.name.removesuffix(PARTIAL)) or not path.is_dir():
+            continue
+        try:
+            if partial or not (path / MANIFEST).exists():
+                found[path] = f"being {'written' if partial else 'deleted'}, or left by a crash"
+        except OSError as error:
+            found[path] = f"not readable: {reason_of(error)}"
     return found
 
 

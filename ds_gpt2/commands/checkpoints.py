@@ -28,7 +28,7 @@ from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import PROJECT_DIR, CheckpointSettings
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.run_location import CONFIG, load_run_settings, run_of
 from ds_gpt2.wording import size
 
@@ -145,7 +145,7 @@ def find_place(run: str | None) -> Place:
         check_outputs(settings)
         return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
-        raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {error}") from None
+        raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {reason_of(error)}") from None
 
 
 def _is_nothing(name: str) -> bool:

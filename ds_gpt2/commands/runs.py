@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from pathlib import Path
 
 from ds_gpt2.config import PROJECT_DIR
@@ -28,6 +30,8 @@ def find_run(name: str | None) -> Path:
         return started[-1]
     with contextlib.suppress(OSError):  # a name that is too long
         for path in (runs / name, Path(name)):
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                raise UserError(f"{path} cannot be read: {os.strerror(errno.EACCES)}")
             if (path / CONFIG).is_file():
                 return absolute_run_dir(path)
         if (run_dir := run_of(Path(name))) is not None:

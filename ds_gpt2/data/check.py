@@ -13,7 +13,7 @@ import numpy as np
 from ds_gpt2 import dist, safe_json
 from ds_gpt2.data.dataset import Dataset
 from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.machine import write_whole
 from ds_gpt2.model import VOCABULARY
 from ds_gpt2.safe_files import regular_only
@@ -70,7 +70,7 @@ def _read(path: Path) -> str:
                 _check_tokens(path, np.frombuffer(block, "<u2"), position)
                 position += len(block) // TOKEN_BYTES
     except OSError as error:
-        raise UserError(f"shard {path} cannot be read: {error}") from None
+        raise UserError(f"shard {path} cannot be read: {reason_of(error)}") from None
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ds_gpt2 import safe_json
 from ds_gpt2.data.reader import ShardReader
 from ds_gpt2.data.shards import count_tokens, is_shard
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -194,14 +194,17 @@ def _missing(directory: Path) -> UserError:
 def _read_index(directory: Path, index: Path) -> Dataset:
     try:
         content = safe_json.read(index)
+    except OSError as error:
+        raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error}): prepare the data again") from None
+    try:
         shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
         counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{index} is not a dataset index of ds_gpt2 ({type(error).__name__}: {reason}): prepare the data again"
-        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({reason}): prepare the data again") from None
     if version != FORMAT or tokenizer != "gpt2":
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
     return Dataset(directory, shards, str(source), counts)
@@ -224,7 +227,7 @@ def _shard(entry: dict[str, Any]) -> Shard:
 
 
 def _unreadable(directory: Path, error: OSError) -> UserError:
-    return UserError(f"{directory} cannot be read: {error}")
+    return UserError(f"{directory} cannot be read: {reason_of(error)}")
 
 
 def _check_size(path: Path, shard: Shard) -> None:

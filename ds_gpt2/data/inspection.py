@@ -13,7 +13,7 @@ import numpy as np
 from ds_gpt2 import tokenizer
 from ds_gpt2.data.dataset import Dataset, Shard, Split
 from ds_gpt2.data.shards import Tokens, open_shard, sha256
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.machine import usable_cores
 
 _BLOCK = 1 << 24  # tokens looked at together
@@ -96,7 +96,7 @@ def read_shard(directory: Path, shard: Shard) -> ShardReport:
     except UserError as error:
         return ShardReport(shard.file, shard.split, 0, 0, None, str(error))
     except OSError as error:
-        return ShardReport(shard.file, shard.split, 0, 0, None, f"shard {path} cannot be read: {error}")
+        return ShardReport(shard.file, shard.split, 0, 0, None, f"shard {path} cannot be read: {reason_of(error)}")
     return ShardReport(
         shard.file, shard.split, len(content), ends, digest, _problem(shard, len(content), digest, highest, ends)
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.safe_files import regular_only
 from ds_gpt2.tokenizer import END_OF_TEXT
 
@@ -60,7 +60,7 @@ def open_shard(path: Path) -> Tokens:
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing: restore it or prepare the data again") from None
     except (OSError, EOFError) as error:
-        raise UserError(f"shard {path} cannot be read: {error}") from None
+        raise UserError(f"shard {path} cannot be read: {reason_of(error)}") from None
 
 
 def start_of(path: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ds_gpt2 import safe_json
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 from ds_gpt2.model import LARGEST_SIZE, VOCABULARY, ModelShape
 from ds_gpt2.tokenizer import END_OF_TEXT
 from ds_gpt2.wording import uncapitalized
@@ -160,7 +160,7 @@ def _fields(file: Path) -> dict[str, Any]:
             raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
         fields = safe_json.read(file)
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, an endless number
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(f"{file} cannot be read: {reason_of(error)}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file} holds no JSON object: it is no GPT-2's")
     return _with_own_names(file, fields)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ds_gpt2 import safe_json
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, reason_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -123,7 +123,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is no GPT-2's")
         content = safe_json.read(index)
     except (OSError, ValueError) as error:
-        raise UserError(f"{index} cannot be read: {error}") from None
+        raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"{index} has no weight_map, which says where the tensors are")
