@@ -257,6 +257,27 @@ def test_a_disk_is_filled_where_nobody_else_sees_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_small_disk_has_the_directorys_files_and_leaves_them_there(tmp_path: Path) -> None:
+    within = room.namespace()
+    if within is None:  # then the drill takes another way, and says so
+        pytest.skip("needs root or user namespaces")
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_00000").write_text("before")
+    code = (
+        f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from pathlib import Path; from ds_gpt2.drill import room\n"
+        "place = Path(sys.argv[1]); beat = place / 'heartbeat' / 'rank_00000'\n"
+        "with room.small_disk(place, 2 << 20):\n"
+        "    room.fill_up(place); print(beat.read_text()); beat.write_text('after')\n"
+        "    try: (place / 'more').write_bytes(b'x'); print('not full')\n"
+        "    except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["before", "No space left on device"], done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stat().st_size) == ["heartbeat"]
+    assert (tmp_path / "heartbeat" / "rank_00000").read_text() == "after"
+
+
 def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
     wandb = {"enabled": True, "project": "p", "api_key": "s3cr3t"}

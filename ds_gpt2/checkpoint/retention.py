@@ -45,12 +45,16 @@ def keep_best(found: Sequence[Kept]) -> Iterable[Kept]:
 
 
 def protect(found: Sequence[Kept]) -> list[Kept]:
-    """What no policy and no lack of space may take, of verified checkpoints: the newest two, the newest two that are
-    healthy, which a rollback goes back to, and the best.
+    """What no policy and no lack of space may take: the newest two that are verified, the best, and those that a
+    rollback resumes from: the newest two healthy ones, and the newest two healthy ones that are verified.
+
+    A process that resumes within a divergence has verified none of those that precede it.
     """
-    verified = [kept for kept in _newest_first(found) if kept.verified and kept.role in ("rolling", "epoch")]
-    steps = {*_newest_steps(verified), *_newest_steps([kept for kept in verified if kept.healthy])}
-    return [*(kept for kept in verified if kept.step in steps), *_of(found, "best")]
+    history = [kept for kept in _newest_first(found) if kept.role in ("rolling", "epoch")]
+    verified = {kept for kept in history if kept.verified}
+    healthy = {kept for kept in history if kept.healthy}
+    protected = {*_newest_two(verified), *_newest_two(healthy), *_newest_two(verified & healthy)}
+    return [*(kept for kept in history if kept in protected), *_of(found, "best")]
 
 
 def to_delete(found: Iterable[Kept], policies: Iterable[Policy]) -> list[Kept]:
@@ -69,8 +73,11 @@ def order_of_sacrifice(found: Iterable[Kept]) -> list[Kept]:
     return [kept for kept in order if kept not in protected]
 
 
-def _newest_steps(found: Iterable[Kept]) -> list[int]:
-    return sorted({kept.step for kept in found}, reverse=True)[:PROTECTED]
+def _newest_two(found: Iterable[Kept]) -> list[Kept]:
+    """Those of the newest two steps; some steps have several names."""
+    found = list(found)
+    steps = sorted({kept.step for kept in found}, reverse=True)[:PROTECTED]
+    return [kept for kept in found if kept.step in steps]
 
 
 def _newest_first(found: Iterable[Kept]) -> list[Kept]:

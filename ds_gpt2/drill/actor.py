@@ -45,11 +45,14 @@ class Actor:
     mark: str  # of the drill
     patience: float  # seconds for a start, a stop, or a few steps
     started_at: int = field(default=0, init=False)  # where the journal of the newest supervisor begins
+    _has_own_disk: bool = field(default=False, init=False)  # of the run's directory
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def run_dir(self) -> Path:
-        return self.settings.run_dir
+        """Where this process can read it, also while the run has a file system of its own there."""
+        directory = self.settings.run_dir
+        return Path(f"/proc/{self.pid}/root{directory}") if self._has_own_disk and self.alive else directory
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -73,6 +76,7 @@ class Actor:
         ranks: int | None = None,
         faults_asked: Sequence[Fault] = (),
         room: int = 0,
+        run_room: int = 0,
         within: Sequence[str] = (),
     ) -> None:
         """Start the supervisor.
@@ -80,12 +84,14 @@ class Actor:
         Args:
             overrides: settings as ``key=value``.
             room: bytes of a small file system for the checkpoints; 0 for none.
+            run_room: bytes of one for the run's directory.
             within: the command that runs it in a namespace of its own.
         """
-        words = [str(self.config), self.place.accelerator, str(ranks or self.place.ranks), resume, str(room)]
-        command = [*within, sys.executable, str(child.SCRIPT), *words, *overrides]
+        words = [str(self.config), self.place.accelerator, str(ranks or self.place.ranks), resume]
+        command = [*within, sys.executable, str(child.SCRIPT), *words, str(room), str(run_room), *overrides]
         environment = {**os.environ, **faults.request(faults_asked), _MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         self.started_at = self.now()
+        self._has_own_disk = run_room > 0
         with self.output.open("ab") as output:
             self._process = subprocess.Popen(
                 command,

@@ -1,8 +1,9 @@
 """The supervisor as a process of its own, so that it can be interrupted and killed like a person's.
 
-    python child.py CONFIG ACCELERATOR RANKS RESUME ROOM [key=value ...]
+    python child.py CONFIG ACCELERATOR RANKS RESUME ROOM RUN_ROOM [key=value ...]
 
-ROOM is 0, or the size in bytes of a file system that takes the place of the checkpoints' (see room).
+ROOM is 0, or the size in bytes of a file system that takes the place of the checkpoints' (see room); RUN_ROOM is the
+same for the run's directory.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ SCRIPT = Path(__file__)
 
 
 def main(words: list[str]) -> int:
-    config, accelerator, ranks, resume, size, *overrides = words
+    config, accelerator, ranks, resume, size, run_size, *overrides = words
     settings = load_settings(Path(config), parse_overrides(overrides))
     run = Run(("--config", config, *overrides), Place(accelerator, int(ranks)), resume, script=faults.SCRIPT)
+    if int(run_size):
+        with room.small_disk(settings.run_dir, int(run_size)):
+            return supervise(run, settings)
     if not int(size):
         return supervise(run, settings)
     directory, staging = settings.checkpoint_dir, settings.checkpoint.dir / "room"

@@ -43,6 +43,7 @@ class Fault:
     rank: int = 0
     micro_batch: int = 0
     once: str = ""  # a file that remembers that it has come; without one it comes every time
+    during: str = ""  # a file: it comes only while that exists
 
 
 def request(faults: Sequence[Fault]) -> dict[str, str]:
@@ -77,7 +78,7 @@ class _Faults:
 
     def before_read(self) -> None:
         for fault in self._faults:
-            if fault.kind == "read_error" and fault.batch == self.read_batch and _first_time(fault):
+            if fault.kind == "read_error" and fault.batch == self.read_batch and _comes(fault):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _due(self, micro_batch: int | None) -> list[Fault]:
@@ -90,11 +91,13 @@ class _Faults:
             and fault.batch in (0, self._batch)
             and (fault.step or fault.batch)
             and micro_batch in (None, fault.micro_batch)
-            and _first_time(fault)
+            and _comes(fault)
         ]
 
 
-def _first_time(fault: Fault) -> bool:
+def _comes(fault: Fault) -> bool:
+    if fault.during and not Path(fault.during).exists():
+        return False
     if not fault.once:
         return True
     try:

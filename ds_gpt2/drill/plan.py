@@ -20,10 +20,13 @@ EXACT = (
     "kill_all",
     "truncate",
     "flip_byte",
+    "no_checkpoints",
     "disk_full",
+    "run_dir_full",
+    "unreadable_data",
 )
 # ... then those that change the numbers, each with a check of its own.
-CHANGING = ("nan", "other_ranks", "divergence")
+CHANGING = ("nan", "other_ranks", "divergence", "long_divergence")
 NAMES = (*EXACT, *CHANGING)
 
 

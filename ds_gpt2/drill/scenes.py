@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from ds_gpt2.batch import fit_ranks, format_batches, plan_batch
 from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.layout import rolling_tag
 from ds_gpt2.drill import room
-from ds_gpt2.drill.actor import Actor, FailedError
+from ds_gpt2.drill.actor import Actor, FailedError, end_all
 from ds_gpt2.drill.compare import (
     checkpoint_differences,
     curve_differences,
@@ -30,11 +31,15 @@ from ds_gpt2.drill.compare import (
 from ds_gpt2.drill.faults import Fault
 from ds_gpt2.drill.shrink import EVERY
 from ds_gpt2.journal import Event
-from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.metrics import METRICS, UNWRITTEN, read_metrics
 from ds_gpt2.state import TrainState
 
 _ALONE_SECONDS = 120.0  # in which ranks without a supervisor must have ended
 _SPIKES = 4  # losses too high, one after another, that make a divergence
+_LONG_SPIKES, _LONG_EVERY = 12, 2  # the same of a divergence that lasts over several saves, and their interval in steps
+_WAITING_SECONDS = 4.0  # in which a run that waits for its checkpoints is seen to do nothing
+_STOP_SECONDS = 30.0  # in which a stop ends a read that is tried again
+_LIMIT = 4096  # bytes: heartbeats are shorter, records of a run longer
 # Mean losses on another number of ranks differ by rounding in bf16; dropout differs altogether.
 _LOSS_TOLERANCE, _LOSS_TOLERANCE_WITH_DROPOUT = 0.02, 0.15
 
@@ -323,6 +328,42 @@ def _damage(stage: Stage, damage: Callable[[Path], str]) -> Done:
     return Done(text, newest.step - origin, when - struck)
 
 
+def no_checkpoints(stage: Stage) -> Done:
+    """The directory of checkpoints is away at a start: the run waits for it, and does not begin again."""
+    wait_for_a_moment(stage)
+    run = stage.run
+    _stop(run)
+    saved, records = run.saved_step(), (run.run_dir / METRICS).read_bytes()
+    directory, aside = run.checkpoint_dir, run.checkpoint_dir.with_name(run.checkpoint_dir.name + ".aside")
+    since, struck = run.now(), time.time()
+    directory.rename(aside)
+    empty = stage.dice.random() < 0.5  # as where a disk is not mounted
+    if empty:
+        directory.mkdir()
+    try:
+        run.start()
+        run.wait_for("a report of the missing checkpoints", lambda: run.events(since, "no_checkpoints", "launch"))
+        time.sleep(_WAITING_SECONDS)
+        if not run.alive or run.events(since, "launch", "start"):
+            raise FailedError(f"the run did not wait for its checkpoints, the newest of step {saved}")
+        if (run.run_dir / METRICS).read_bytes() != records:
+            raise FailedError(f"{METRICS} was changed without the checkpoints")
+        if directory.exists() and any(directory.iterdir()):
+            raise FailedError(f"files were written where the checkpoints were: {sorted(directory.iterdir())[0]}")
+    except FailedError:
+        end_all(run.mark)  # it may be writing there
+        raise
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+    origin, when = _recover(run, since, saved)
+    if origin != saved:
+        raise FailedError(f"resumed from step {origin}, though {saved} was saved")
+    where = "an empty directory in its place" if empty else "nothing in its place"
+    text = f"the checkpoints were moved away, {where}: reported, waited for; resumed from step {saved} when back"
+    return Done(text, 0, when - struck)
+
+
 def disk_full(stage: Stage) -> Done:
     """The disk fills up in the middle of a save; once there is room again the next save must succeed."""
     run = stage.run
@@ -340,7 +381,10 @@ def disk_full(stage: Stage) -> Done:
     else:
         run.start()
         directory = run.checkpoint_dir
-        full, how = _limited(run, newest), "a save's writes failed (a limit on file size: no small disk to be had)"
+        # Half of the largest file: the write that comes there fails.
+        limit = max(entry.bytes for entry in newest.manifest.files.values()) // 2
+        full = _limited(launcher.ranks_of(run.group), limit)
+        how = "a save's writes failed (a limit on file size: no small disk to be had)"
     run.wait_for("a checkpoint", lambda: _saved_since_start(run))
     with full as keep_full:
         run.wait_for("the save failing", lambda: keep_full() or run.events(since, "save_failed"))
@@ -373,24 +417,107 @@ def _fill(directory: Path) -> None:
 
 
 @contextmanager
-def _limited(run: Actor, newest: Generation) -> Iterator[Callable[[], None]]:
-    """Files must not grow beyond half of the checkpoint's largest: the write that comes there fails."""
-    assert newest.manifest is not None
-    largest = max(entry.bytes for entry in newest.manifest.files.values())
-    ranks = launcher.ranks_of(run.group)
-    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in ranks]
-    for process, (_, hard) in zip(ranks, before, strict=True):
-        process.rlimit(psutil.RLIMIT_FSIZE, (largest // 2, hard))
+def _limited(processes: Sequence[psutil.Process], size: int) -> Iterator[Callable[[], None]]:
+    """Files that ``processes`` write must not grow beyond ``size`` bytes."""
+    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
+    for process, (_, hard) in zip(processes, before, strict=True):
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
     try:
         yield lambda: None
     finally:
-        for process, limits in zip(ranks, before, strict=True):
+        for process, limits in zip(processes, before, strict=True):
             with suppress(psutil.NoSuchProcess):
                 process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
 def _newer(saves: Sequence[Event], step: int) -> bool:
     return any((event.step or 0) > step for event in saves)
+
+
+def run_dir_full(stage: Stage) -> Done:
+    """The disk of the run's own directory is full: the run trains, saves and stops; its records are complete later."""
+    run = stage.run
+    if not run.alive and run.saved_step() < 0:
+        wait_for_a_moment(stage)
+    _stop(run)
+    within, size = room.namespace(), room.size_for_run(run.run_dir)
+    since = run.now()
+    if within is not None and size is not None:
+        run.start(run_room=size, within=within)
+        run.wait_for("a checkpoint", lambda: _saved_since_start(run))
+        before, how = _pids(run), f"a disk of {size / 1e6:.0f} MB below the run's directory ran full"
+        _train_with_full_run_dir(run)
+    else:
+        run.start()
+        run.wait_for("a checkpoint", lambda: _saved_since_start(run))
+        before, how = _pids(run), "the run's files could not grow (a limit on file size: no small disk to be had)"
+        reached = run.done_steps()
+        with _limited([*launcher.ranks_of(run.group), psutil.Process(run.pid)], _LIMIT):
+            run.wait_for("training continuing", lambda: run.done_steps() >= reached + EVERY)
+    if _pids(run) != before or (ended := run.events(since, "crash", "hang", "restart")):
+        raise FailedError(f"the ranks were restarted{f': {ended[0].text}' if ended else ''}")
+    _stop(run)
+    saved, resumed, struck = run.saved_step(), run.now(), time.time()
+    run.start()
+    origin, when = _recover(run, resumed, saved)
+    run.wait_for("a checkpoint", lambda: _saved_since_start(run))
+    steps = [record["step"] for record in read_metrics(run.run_dir / METRICS)]
+    if origin != saved or steps != list(range(1, len(steps) + 1)) or len(steps) <= saved:
+        raise FailedError(
+            f"resumed from step {origin} of {saved}; {METRICS} has {len(steps)} records, not each step once"
+        )
+    return Done(f"{how}: trained, saved, exit code 3; after the resume {METRICS} has every step once", 0, when - struck)
+
+
+def _train_with_full_run_dir(run: Actor) -> None:
+    directory, reserve = run.run_dir, run.checkpoint_dir / UNWRITTEN
+
+    def is_kept() -> bool:
+        with suppress(OSError):  # the run has just taken the rest
+            room.fill_up(directory)
+        return reserve.exists()
+
+    run.wait_for(f"records that {METRICS} cannot take being kept in {reserve}", is_kept)
+    reached = run.done_steps()
+    run.wait_for("a save while the run's directory is full", lambda: run.saved_step() > reached)
+
+
+def _pids(run: Actor) -> list[int]:
+    return [run.rank(rank).pid for rank in range(run.place.ranks)]
+
+
+def unreadable_data(stage: Stage) -> Done:
+    """A shard cannot be read for long, and a stop is asked for: the whole steps are saved at once."""
+    run = stage.run
+    _stop(run)
+    batch, rank = max(0, run.saved_step()) + EVERY + stage.dice.randint(1, EVERY - 1), _a_rank(stage)
+    during, since = stage.folder / "unreadable_data", run.now()
+    during.touch()
+    try:
+        run.start(faults_asked=[Fault("read_error", batch=batch, rank=rank, during=str(during))])
+        run.wait_for("a second failed read", lambda: len(run.events(since, "data_error")) > 1)
+        run.wait_for("the step before it", lambda: run.done_steps() >= batch - 1)
+        struck = time.time()
+        run.interrupt()
+        ending = ("saving", "finishing")
+        run.wait_for(
+            "the end of the reading",
+            lambda: not run.alive or all(beat.phase in ending for beat in run.beats()),
+            _STOP_SECONDS,
+        )
+        if (code := run.wait_end()) != outcome.STOPPED:
+            raise FailedError(f"Ctrl+C: exit code {code}, not {outcome.STOPPED}")
+        seconds = time.time() - struck
+    finally:
+        during.unlink()
+    if ended := run.events(since, "crash", "hang", "restart"):
+        raise FailedError(f"the run did not just stop: {ended[0].text}")
+    if (saved := run.saved_step()) != batch - 1:
+        raise FailedError(f"step {batch - 1} was done, the newest checkpoint is of step {saved}")
+    text = f"a shard could not be read by rank {rank} for step {batch}; Ctrl+C: exit code 3 after {seconds:.0f} s with"
+    resumed = run.now()
+    run.start()
+    return _after_death(stage, resumed, struck, saved, f"{text} step {saved} saved; resumed")
 
 
 def finish(stage: Stage) -> Done:
@@ -484,35 +611,59 @@ def _losses_apart(stage: Stage, after: int) -> float:
 
 def divergence(stage: Stage) -> Done:
     """Losses that jump and stay: the guard must go back to before them, and leave their batches out."""
+    return _diverge(stage, _SPIKES, EVERY)
+
+
+def long_divergence(stage: Stage) -> Done:
+    """The same over several saves, with ``keep_last=1`` and a crash within: a checkpoint of before must be left."""
+    return _diverge(stage, _LONG_SPIKES, _LONG_EVERY, _LONG_SPIKES // 2)
+
+
+def _diverge(stage: Stage, spikes: int, every: int, crash_at: int | None = None) -> Done:
     run = stage.run
     newest = _newest_of_a_run_at_rest(run)
     state = _state(newest.path)
-    batches = tuple(range(state.next_batch + 2, state.next_batch + 2 + _SPIKES))
-    steps, since = newest.step + 2 + _SPIKES + EVERY, run.now()
+    batches = tuple(range(state.next_batch + 2, state.next_batch + 2 + spikes))
+    steps, since = newest.step + 2 + spikes + EVERY, run.now()
+    overrides, rank = [f"schedule.steps={steps}"], _a_rank(stage)
+    faults = [Fault("spike", batch=batch, rank=rank) for batch in batches]
+    if crash_at is not None:
+        overrides += [f"checkpoint.every={every}", "checkpoint.keep_last=1"]
+        once = stage.folder / "crash_in_divergence"
+        faults.append(Fault("crash", batch=batches[crash_at], rank=rank, once=str(once)))
     run.start(
-        f"schedule.steps={steps}",
+        *overrides,
         "guards.spike=alert",
         "guards.divergence=rollback",
-        f"guards.divergence_steps={_SPIKES}",
-        faults_asked=[Fault("spike", batch=batch, rank=_a_rank(stage)) for batch in batches],
+        f"guards.divergence_steps={spikes}",
+        faults_asked=faults,
     )
     run.wait_done()
     told = run.events(since, "divergence")
     if [event.facts["batches"] for event in told] != [list(batches)]:
         raise FailedError(f"told was {[event.text for event in told]}, not one divergence in batches {batches}")
+    origin = run.events(since, "start")[-1]
+    healthy = max(newest.step, (newest.step + 2) // every * every)  # the last save before the losses jump
+    if origin.step != healthy:
+        raise FailedError(
+            f"rolled back to step {origin.step}, not to {healthy}, the last save before the losses jumped"
+        )
+    left_out = [*state.left_out, *batches]
     final = _state(run.checkpoint_dir / rolling_tag(steps))
-    if final.left_out != list(batches):
-        raise FailedError(f"left out are {final.left_out}, not {list(batches)}")
-    last = steps + len(batches)
-    _expect_ledger(stage, steps, [batch for batch in range(1, last + 1) if batch not in batches])
+    if final.left_out != left_out:
+        raise FailedError(f"left out are {final.left_out}, not {left_out}")
+    last = steps + len(left_out)
+    _expect_ledger(stage, steps, [batch for batch in range(1, last + 1) if batch not in left_out])
     losses = loss_by_step(run.run_dir)
     highest = max(loss for step, loss in losses.items() if step <= newest.step and math.isfinite(loss))
     if not all(loss <= highest + 1 for step, loss in losses.items() if step > newest.step):
         raise FailedError("the losses have not come down again")
-    origin = run.events(since, "start")[-1]
     again = next(record["time"] for record in read_metrics(run.run_dir / METRICS) if record["step"] == told[0].step)
-    text = f"losses jumped at batches {format_batches(batches)}: rolled back, those batches left out, losses as before"
-    return Done(text, (told[0].step or 0) - (origin.step or 0), again - told[0].time)
+    crash = "" if crash_at is None else f", over {spikes // every} saves with keep_last=1 and a crash"
+    text = (
+        f"losses jumped at batches {format_batches(batches)}{crash}: rolled back to step {healthy}, those batches left"
+    )
+    return Done(f"{text} out, losses as before", (told[0].step or 0) - healthy, again - told[0].time)
 
 
 def _newest_of_a_run_at_rest(run: Actor) -> Generation:
@@ -556,9 +707,13 @@ SCENES = {
     "kill_all": Scene("kill_all", kill_everything),
     "truncate": Scene("truncate", truncate),
     "flip_byte": Scene("flip_byte", flip_byte),
+    "no_checkpoints": Scene("no_checkpoints", no_checkpoints),
     "disk_full": Scene("disk_full", disk_full, 4 * EVERY),
+    "run_dir_full": Scene("run_dir_full", run_dir_full, 8 * EVERY),
+    "unreadable_data": Scene("unreadable_data", unreadable_data),
     "nan": Scene("nan", nan),
     "other_ranks": Scene("other_ranks", other_ranks),
     "divergence": Scene("divergence", divergence),
+    "long_divergence": Scene("long_divergence", long_divergence),
 }
 FINISH = Scene("bit_for_bit", finish)

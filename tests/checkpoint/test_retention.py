@@ -124,6 +124,21 @@ def test_the_newest_two_healthy_ones_outlast_a_divergence() -> None:
     assert [one.step for one in retention.order_of_sacrifice(found)] == [100, 400]
 
 
+def test_the_newest_two_healthy_ones_outlast_a_divergence_in_which_the_run_is_restarted() -> None:
+    """The process that resumes has verified the checkpoint that it resumes from, and those that it saves."""
+    found = [
+        Kept(one.tag, "rolling", one.step, verified=one.step >= 500, healthy=one.step in (100, 200, 300))
+        for one in ROLLING
+    ]
+    assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400]
+    assert [one.step for one in retention.order_of_sacrifice(found)] == [100, 400]
+
+
+def test_healthy_ones_that_are_not_verified_do_not_push_out_those_that_are() -> None:
+    found = [Kept(one.tag, "rolling", one.step, verified=one.step <= 300, healthy=True) for one in ROLLING]
+    assert [one.step for one in retention.to_delete(found, [])] == [100, 400]
+
+
 def test_what_is_not_verified_does_not_count_as_one_of_the_two() -> None:
     found = [*ROLLING[:3], *(Kept(one.tag, "rolling", one.step, True) for one in ROLLING[3:])]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400, 500]
