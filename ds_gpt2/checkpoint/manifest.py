@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ds_gpt2 import safe_json
 from ds_gpt2.checkpoint.layout import MANIFEST, is_plain_name
 from ds_gpt2.safe_files import regular_only
+from ds_gpt2.safe_json import LARGEST
 
 FORMAT = 2
 _LARGEST = 64 * 2**20  # bytes of a manifest; a real one has some ten thousand
@@ -31,7 +32,7 @@ class _Plain(BaseModel):
 class FileEntry(_Plain):
     """One file of a checkpoint, as it was written."""
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=LARGEST)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -44,7 +45,7 @@ class Manifest(_Plain):
     epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # epochs of training data seen
     state: dict[str, Any]  # TrainState
     roles: list[str] = []  # other tags under which it is to be known
-    world_size: Annotated[int, Field(gt=0)]
+    world_size: Annotated[int, Field(gt=0, le=1_000_000)]
     identity: dict[str, Any]  # what a resumed run must share
     settings: dict[str, Any]  # the run's settings
     versions: dict[str, str]
