@@ -40,7 +40,7 @@ def is_time(value: object) -> bool:
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > 20 or abs(number := int(digits)) > LARGEST:
+    if len(digits) > 21 or abs(number := int(digits)) > LARGEST:  # a sign and 20 digits
         raise ValueError(f"a number of {len(digits)} digits is out of range")
     return number
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.generations import open_generation, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
+from ds_gpt2.safe_json import LARGEST
 
 SHA = hashlib.sha256(b"weights").hexdigest()
 REAL = Manifest(
@@ -51,8 +52,9 @@ def test_what_is_written_is_read() -> None:
     assert (REAL.step, REAL.bytes, REAL.val_loss) == (12, 7, 9.95)
 
 
+_integers = st.integers(-LARGEST, LARGEST)
 _plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | _integers | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -62,14 +64,14 @@ _manifests = st.builds(
     kind=st.sampled_from(["full", "weights"]),
     created=st.text(),
     epoch=st.floats(0, 1e6),
-    state=_plain_dict.flatmap(lambda state: st.integers(0, 2**64).map(lambda step: {**state, "step": step})),
+    state=_plain_dict.flatmap(lambda state: st.integers(0, LARGEST).map(lambda step: {**state, "step": step})),
     world_size=st.integers(1, 10_000),
     identity=_plain_dict,
     settings=_plain_dict,
     versions=st.dictionaries(st.text(), st.text(), max_size=3),
     files=st.dictionaries(
         st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True).filter(lambda name: name != "manifest.json"),
-        st.builds(FileEntry, bytes=st.integers(0, 2**64), sha256=st.binary(min_size=32, max_size=32).map(bytes.hex)),
+        st.builds(FileEntry, bytes=st.integers(0, LARGEST), sha256=st.binary(min_size=32, max_size=32).map(bytes.hex)),
         max_size=4,
     ),
 )
