@@ -59,6 +59,7 @@ class Restarts:
         self._in_vain = 0
         self._at_one_step = 0
         self._crashed_at: int | None = None
+        self._rolled_back = 0  # starts in a row that ended in a rollback
 
     def after(self, ended: Ended) -> Finish | GiveUp | Again:
         """What comes next."""
@@ -67,7 +68,13 @@ class Restarts:
             return Finish(outcome.CRASHED if result.code == outcome.ROLLBACK else result.code)
         self._count(ended)
         if self._in_vain > self._settings.restarts:
-            return GiveUp(f"{self._in_vain} starts in a row got no further: no more restarts")
+            text = f"{self._in_vain} starts in a row got no further: no more restarts"
+            if self._rolled_back > 1:
+                text += (
+                    f"; the last {self._rolled_back} were rolled back, each from other data: schedule.max_lr may be too"
+                    " high for this model"
+                )
+            return GiveUp(text)
         seconds = self._backoff()
         if result.code == outcome.ROLLBACK and result.before is not None:
             return self._roll_back(result.before, ended.from_step, result.leave_out, seconds)
@@ -78,6 +85,7 @@ class Restarts:
     def _count(self, ended: Ended) -> None:
         self._in_vain = 1 if ended.saved_step > self._furthest else self._in_vain + 1
         self._furthest = max(self._furthest, ended.saved_step)
+        self._rolled_back = self._rolled_back + 1 if ended.outcome.code == outcome.ROLLBACK else 0
         again = ended.step > 0 and ended.step == self._crashed_at
         self._at_one_step = self._at_one_step + 1 if again else 1
         self._crashed_at = ended.step

@@ -48,6 +48,17 @@ def test_steps_that_are_never_saved_are_no_progress() -> None:
     assert isinstance(decisions[-1], GiveUp)
 
 
+def test_a_run_that_diverges_on_any_data_is_told_what_may_be_the_cause() -> None:
+    restarts = Restarts(SupervisorSettings(restarts=2), 40)
+    diverged = [Outcome(ROLLBACK, 40, tuple(range(42 + 20 * n, 62 + 20 * n))) for n in range(3)]
+    ends = [Ended(outcome, False, step=61, batch=61, from_step=40, saved_step=40) for outcome in diverged]
+    decision = [restarts.after(ended) for ended in ends][-1]
+    assert isinstance(decision, GiveUp) and "schedule.max_lr may be too high" in decision.text
+    crashed = Restarts(SupervisorSettings(restarts=2), 40)
+    decision = [crashed.after(_ended(step=61, saved=40, origin=40)) for _ in range(3)][-1]
+    assert isinstance(decision, GiveUp) and "max_lr" not in decision.text
+
+
 def test_restarts_can_be_forbidden() -> None:
     assert isinstance(Restarts(SupervisorSettings(restarts=0), 0).after(_ended(step=9, saved=5)), GiveUp)
 
