@@ -252,26 +252,30 @@ def fuzz(
     """
     tallies = {name: Tally() for name in targets}
     deadline = time.monotonic() + seconds
-    signal.signal(signal.SIGALRM, _time_is_over)
     for number in itertools.count(first_seed):
         for name, target in targets.items():
             if time.monotonic() > deadline:
                 return tallies
-            _batch(name, target, folder, number, tallies[name], smallest, deadline)
+            mutate(name, target, folder, number, BATCH, tallies[name], smallest)
         done = sum(tally.runs for tally in tallies.values())
         failed = sum(sum(tally.failures.values()) for tally in tallies.values())
         print(f"{done:,} commands, {failed} failures, {deadline - time.monotonic():.0f} s left", flush=True)
     raise AssertionError("the seeds never end")
 
 
-def _batch(
-    name: str, target: Target, folder: Path, number: int, tally: Tally, smallest: dict[str, bytes], deadline: float
+def mutate(
+    name: str, target: Target, folder: Path, number: int, count: int, tally: Tally, smallest: dict[str, bytes]
 ) -> None:
+    """Mutate a file ``count`` times, each time from its original content, which it has again afterwards.
+
+    Args:
+        number: seed.
+    """
     original = target.file.read_bytes()
 
     @seed(number)
     @settings(
-        max_examples=BATCH,
+        max_examples=count,
         database=None,
         deadline=None,
         phases=[Phase.generate],
@@ -279,8 +283,6 @@ def _batch(
     )
     @given(data=mutations(target.form, original))
     def attempt(data: bytes) -> None:
-        if time.monotonic() > deadline:
-            return
         target.file.write_bytes(data)
         before = _listing(folder)
         for action in target.actions:
@@ -330,11 +332,13 @@ def _limits() -> Iterator[None]:
     usual = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, usual[1]))
+    before = signal.signal(signal.SIGALRM, _time_is_over)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, usual)
 
 
