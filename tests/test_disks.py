@@ -226,3 +226,23 @@ def test_a_run_crashes_and_resumes_while_the_disk_of_its_checkpoints_is_full(
     output = run.stop()
     assert run.process.returncode == outcome.STOPPED, output
     assert sorted(path.name for path in run.settings.checkpoint_dir.iterdir() if ".probe" in path.name) == []
+
+
+def test_a_run_whose_own_disk_vanishes_continues_and_is_logged_when_it_returns(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+) -> None:
+    disk = make_disk("runs")
+    run = Started(config(100_000))
+    run.wait_for(lambda: run.saved >= EVERY)
+    saved = run.saved
+    disk.unmount()
+    run.wait_for(lambda: run.saved >= saved + 2 * EVERY)
+    assert list(disk.directory.iterdir()) == []
+    disk.mount()
+    away = run.saved
+    run.wait_for(lambda: any((event.step or 0) > away for event in run.events("save")))
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED and "Traceback" not in output, output
+    assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
+    assert {saved + EVERY, saved + 2 * EVERY} <= {event.step for event in run.events("save")}
+    assert run.problems() == []
