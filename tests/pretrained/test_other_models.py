@@ -138,7 +138,8 @@ def test_what_is_accepted_gives_the_logits_of_transformers(copy: Path, values: d
         ({"n_layer": "2"}, r"n_layer is \"2\""),
         ({"n_layer": 3}, r"has no h\.2\.ln_1\.weight"),
         ({"n_layer": 1}, r"has an unknown h\.1\.attn"),
-        ({"n_layer": 10**15}, r"has no h\.2\."),
+        ({"n_layer": 10**6}, r"has no h\.2\."),
+        ({"n_layer": 10**15}, "n_layer is 1000000000000000; input should be less than or equal to 1000000"),
         ({"num_hidden_layers": 3}, r"n_layer is 2 and num_hidden_layers is 3: they are the same field"),
         ({"n_positions": 47}, r"wpe\.weight is \(48, 32\)"),
         ({"vocab_size": 50_256}, r"vocab_size is 50,256; GPT-2's vocabulary has 50,257"),
@@ -440,7 +441,11 @@ def _weight(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
     ("edit", "said"),
     [
         (lambda content: content.pop("shape"), "does not say the model's shape"),
-        (lambda content: content["shape"].update(layers=10**15), r"has no h\.2\."),
+        (lambda content: content["shape"].update(layers=10**6), r"has no h\.2\."),
+        (
+            lambda content: content["shape"].update(layers=10**15),
+            "layers is 1,000,000,000,000,000, more than 1,000,000",
+        ),
         (lambda content: content["shape"].update(layers="2"), "is no model's shape"),
         (lambda content: content["shape"].update(heads=3), "is no model's shape"),
         (lambda content: content["shape"].update(width=True), "is no model's shape"),
