@@ -315,6 +315,8 @@ def _play(action: Callable[[], object], tally: Tally) -> str | None:
         text = str(error)
         if "\n" in text or len(text) > LONGEST_LINE:
             return f"a refusal of {len(text.splitlines())} lines, {len(text) // 1000},000 characters"
+    except _OverdueError:
+        return f"it has not ended after {SECONDS} s"
     except FailureError as failure:
         return str(failure)
     except Exception as error:
@@ -342,8 +344,12 @@ def _limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, usual)
 
 
+class _OverdueError(BaseException):
+    """Not an Exception, which a command could catch."""
+
+
 def _time_is_over(number: int, frame: FrameType | None) -> None:
-    raise FailureError(f"it has not ended after {SECONDS} s")
+    raise _OverdueError
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:

@@ -157,7 +157,7 @@ def _train(
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
     trackers = dist.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
-    reserve = settings.checkpoint_dir / UNWRITTEN
+    reserve = functools.partial(_reserve, checkpoints)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers, reserve)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
@@ -196,6 +196,10 @@ def _train(
         _note_end(journal, result, state, course)
         lock.close()
     return result
+
+
+def _reserve(checkpoints: Checkpoints) -> Path:
+    return checkpoints.directory / UNWRITTEN
 
 
 def _stops_reading(stop: StopRequest, file: Path) -> bool:
@@ -381,7 +385,7 @@ def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
 
 
 def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
-    """Leave in the run's directory what was started: the settings in force, and one line per start."""
+    """Record in the run's directory what was started: the settings in force, and one line per start."""
     write_settings(settings)
     for directory in settings.shared_output_dirs:
         write_owner(directory, settings.run_dir)

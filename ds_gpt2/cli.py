@@ -64,7 +64,6 @@ _WRONG_PATH = frozenset(
         errno.EISDIR,
         errno.ELOOP,
         errno.ENAMETOOLONG,
-        errno.ENOENT,
         errno.ENOTDIR,
         errno.EPERM,
         errno.EROFS,
@@ -81,8 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if any("\0" in word for word in arguments):
-            raise UserError("an argument has a null character, which no name can have")
         options = _parse(arguments)
         if options.verb in _TRAINING:
             terminal.ignore_failures()

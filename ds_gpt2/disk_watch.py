@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from ds_gpt2.checkpoint.generations import scan
 from ds_gpt2.config import Settings
-from ds_gpt2.heartbeat import write_problem
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.safe_files import write_problem
 from ds_gpt2.wording import duration, size
 
 _EVERY_SECONDS = 600.0
 _PROBE_SECONDS = 20.0
-_NOT_WRITABLE_SECONDS = 120.0  # then a person is told: a short outage of a server needs nobody
+_NOT_WRITABLE_SECONDS = 120.0  # a shorter outage of a server is not reported
 _DAY = 86_400.0
 _REMEMBERED = 288  # looks: two days
 _ENOUGH_SECONDS = 4 * 3600.0  # a shorter trend says nothing: checkpoints come and go
@@ -78,7 +78,7 @@ class DiskWatch:
 
 
 class WriteWatch:
-    """The run's directory. A run whose directory cannot be written trains, but is not logged: this is told once."""
+    """The run's directory: a run that cannot write there trains, but is not logged. Each outage is reported once."""
 
     def __init__(self, directory: OpenDirectory, clock: Callable[[], float] = time.monotonic) -> None:
         """
@@ -89,25 +89,21 @@ class WriteWatch:
         self._clock = clock
         self._next = clock()
         self._since: float | None = None  # seconds of ``clock``
-        self._is_told = False
-
-    @property
-    def is_failing(self) -> bool:
-        return self._since is not None
+        self._is_reported = False
 
     def look(self) -> str | None:
-        """What to tell, if anything; most calls do nothing at all."""
+        """What to report, if anything; most calls do nothing at all."""
         now = self._clock()
         if now < self._next:
             return None
         self._next = now + _PROBE_SECONDS
         problem = write_problem(self._directory.path)
         if problem is None:
-            self._since, self._is_told = None, False
+            self._since, self._is_reported = None, False
             return None
         self._since = now if self._since is None else self._since
-        if self._is_told or now - self._since < _NOT_WRITABLE_SECONDS:
+        if self._is_reported or now - self._since < _NOT_WRITABLE_SECONDS:
             return None
-        self._is_told = True
+        self._is_reported = True
         lasted = duration(now - self._since)
         return f"{self._directory.path} cannot be written for {lasted} ({problem}): the run is not logged meanwhile"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from ds_gpt2.process_start import start_of
-from ds_gpt2.safe_files import no_links, open_own, read_small
+from ds_gpt2.safe_files import no_links, open_own, read_small, write_problem
 from ds_gpt2.safe_json import LARGEST, is_time
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
@@ -106,17 +105,9 @@ def beat_written(run_dir: Path, rank: int) -> float | None:
         return None
 
 
-def write_problem(run_dir: Path) -> str | None:
-    """Why ranks cannot write heartbeats, as on a disk that is full, read-only or not mounted; None if they can."""
-    probe = run_dir / _DIRECTORY / "probe"
-    try:
-        with open(probe, "wb", buffering=0, opener=no_links) as file:
-            return None if file.write(bytes(_SIZE)) == _SIZE else os.strerror(errno.ENOSPC)
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+def beat_problem(run_dir: Path) -> str | None:
+    """Why ranks cannot write heartbeats; None if they can."""
+    return write_problem(run_dir / _DIRECTORY)
 
 
 def forget_beats(run_dir: Path) -> None:

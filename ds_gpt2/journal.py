@@ -6,6 +6,7 @@ metrics it keeps what was lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -20,7 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2 import safe_json
 from ds_gpt2.open_directory import OpenDirectory
-from ds_gpt2.safe_files import append_lines, regular_only
+from ds_gpt2.safe_files import NotDurableError, append_lines, regular_only
 from ds_gpt2.safe_json import END_OF_TIME
 
 JOURNAL = "journal.jsonl"
@@ -49,6 +50,7 @@ Kind = Literal[
     "data_error",  # a shard could not be read, and is tried again
     "rollback",
     "disk_low",
+    "not_logged",  # the run's directory cannot be written
     "no_checkpoints",  # those that were saved are not there: nothing is started until they are
     "backup_failed",  # a copy was not made; once a day while that lasts
     "backup_ok",  # a copy was made after that
@@ -123,9 +125,8 @@ class Journal:
         """
         event = Event(time.time(), kind, text, step, facts)
         line = {"time": event.time, "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
-        self._missed.append(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         try:
-            self.write_missed()
+            self._write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         except OSError as error:
             log.warning(f"the journal cannot be written: {error}; the event: {text}")
             return event
@@ -137,9 +138,16 @@ class Journal:
         Raises:
             OSError: the oldest of them cannot be written now either.
         """
+        if self._missed:
+            self._write()
+
+    def _write(self, *lines: bytes) -> None:
+        """Write ``lines``, and before them those that could not be written."""
         with self._lock:
+            self._missed.extend(lines)
             while self._missed:
-                append_lines(self._file, self._missed[0], durable=True)
+                with contextlib.suppress(NotDurableError):  # it is written; to write it again would double it
+                    append_lines(self._file, self._missed[0], durable=True)
                 self._missed.popleft()
 
 

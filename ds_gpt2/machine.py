@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import socket
 import tempfile
@@ -150,20 +151,20 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(file: Path, text: str, mode: int | None = None) -> None:
+def write_whole(file: Path, text: str, mode: int = 0o666) -> None:
     """Replace ``file``: who reads it finds the old text or the new one. What a power cut leaves is not said.
 
     Args:
-        mode: permissions of the file; None: as the umask says.
+        mode: the most permissions that the file may have.
 
     Raises:
         OSError: it cannot be written; what was there is still there.
     """
     partial = file.with_name(file.name + ".tmp")
     try:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=no_links) as opened:
-            if mode is not None:
-                os.fchmod(opened.fileno(), mode)
+        partial.unlink(missing_ok=True)  # of a process that was killed: it may have other permissions
+        opener = functools.partial(no_links, mode=mode)
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=opener) as opened:
             opened.write(text)
         os.replace(partial, file)
     except OSError:

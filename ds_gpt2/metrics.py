@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from ds_gpt2 import safe_json
 from ds_gpt2.open_directory import OpenDirectory
@@ -33,24 +35,33 @@ Record = dict[str, Any]
 class Records:
     """Appends to ``metrics.jsonl``, wherever the run is moved. What could not be written waits for the next flush."""
 
-    def __init__(self, file: Path, reserve: Path | None = None, step: int = 0) -> None:
+    def __init__(self, file: Path, reserve: Callable[[], Path] | None = None, step: int = 0) -> None:
         """
         Args:
-            reserve: takes what waits at a durable flush while ``file`` cannot be written, see ``UNWRITTEN``.
-            step: the one that training resumes from; of what an earlier process left in ``reserve``, the records up
+            reserve: returns where to write what waits at a durable flush while ``file`` cannot be written.
+            step: the one that training resumes from; of what an earlier process left in the reserve, the records up
                 to it are written first.
         """
         self._name = file.name
         self._directory = OpenDirectory(file.parent)
         self._reserve = reserve
         self._open = open_own(file, "a+b", buffering=0)
-        self._waiting = bytearray(b"" if reserve is None else _unwritten(file, reserve, step))
-        self._reserved = len(self._waiting) if reserve is not None and reserve.exists() else None  # bytes of what waits
+        self._waiting = bytearray()
+        self._not_durable = bytearray()  # written since the last durable flush
+        self._reserved: int | None = None  # bytes of what waits that the reserve has too; None: there is no such file
+        if reserve is not None and reserve().exists():
+            self._waiting += _unwritten(file, reserve(), step)
+            self._reserved = len(self._waiting)
 
     @property
     def file(self) -> Path:
         """Where the file is now."""
         return self._directory.path / self._name
+
+    @property
+    def unsaved(self) -> int:
+        """Records that are in memory alone."""
+        return self._waiting[self._reserved or 0 :].count(b"\n")
 
     def append(self, record: Record) -> None:
         self._waiting += _line(record)
@@ -64,34 +75,34 @@ class Records:
             OSError: not all of it is written; the file ends with a whole line, and the rest waits.
         """
         try:
-            self._write()
+            self._write(durable)
         except OSError:
-            if durable and self._reserve is not None and self._waiting:
-                self._write_reserve(self._reserve)
+            if durable and self._reserve is not None and (self._not_durable or self._waiting):
+                self._write_reserve(self._reserve())
             raise
-        if durable:
-            os.fsync(self._open.fileno())
-        if self._reserved is not None and self._reserve is not None:
-            self._reserve.unlink(missing_ok=True)
+        if durable and self._reserved is not None and self._reserve is not None:
+            self._reserve().unlink(missing_ok=True)
             self._reserved = None
-
-    @property
-    def unsaved(self) -> int:
-        """Records that are in memory alone."""
-        return self._waiting[self._reserved or 0 :].count(b"\n")
 
     def close(self) -> None:
         self._open.close()
 
-    def _write(self) -> None:
+    def _write(self, durable: bool) -> None:
         self._restore_deleted()
         before = self._open.seek(0, os.SEEK_END)
         try:
             write_all(self._open.write, bytes(self._waiting))
+            if durable:
+                os.fsync(self._open.fileno())  # where a server reports that its disk is full
         except OSError:
-            self._open.truncate(before)
+            with contextlib.suppress(OSError):
+                self._open.truncate(before)
             raise
+        self._not_durable += self._waiting
         self._waiting.clear()
+        self._reserved = None if self._reserved is None else 0
+        if durable:
+            self._not_durable.clear()
 
     def _restore_deleted(self) -> None:
         """If the file was deleted or replaced while it is open: write it again, or append to what is there now."""
@@ -101,28 +112,41 @@ class Records:
         except FileNotFoundError:
             if not file.parent.is_dir():  # a run that was deleted: it is not made again
                 return
+            self._open.seek(0)
+            _replace(file, self._open)
         else:
             if os.path.samestat(found, os.fstat(self._open.fileno())):
                 return
         written = open_own(file, "a+b", buffering=0)
-        if not os.fstat(written.fileno()).st_size:
-            self._open.seek(0)
-            shutil.copyfileobj(self._open, written)
         log.warning(f"{file} was deleted or replaced while the run trains: its records are appended to the new file")
         self._open.close()
         self._open = written
 
     def _write_reserve(self, reserve: Path) -> None:
-        """What waits, to another disk: a crash does not lose it."""
-        partial = reserve.with_suffix(".tmp")
-        with open_own(partial, "wb") as file:
-            write_all(file.write, self._waiting)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, reserve)
+        """What is not known to be on the medium, to another disk: a crash does not lose it."""
+        _replace(reserve, io.BytesIO(self._not_durable + self._waiting))
         if self._reserved is None:
             log.warning(f"records are kept in {reserve} until {self.file} can be written")
         self._reserved = len(self._waiting)
+
+
+def _replace(file: Path, content: BinaryIO) -> None:
+    """Replace a file by a durable copy of ``content``; if that fails, nothing has changed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = file.with_suffix(".tmp")
+    try:
+        with open_own(partial, "wb") as copy:
+            shutil.copyfileobj(content, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(partial, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _unwritten(file: Path, reserve: Path, step: int) -> bytes:
@@ -151,52 +175,53 @@ def forget_after(file: Path, step: int, reserve: Path | None = None) -> None:
     A crash in between moves some of it twice. Damaged lines after the last record that stays are deleted.
 
     Args:
-        reserve: see ``Records``; its directory takes what the full disk of ``file`` does not.
+        reserve: see ``Records``. What it has beyond ``step`` is moved too; its directory takes what the full disk of
+            ``file`` does not.
 
     Raises:
         OSError: the records cannot be moved.
     """
-    if not file.exists():
-        return
-    if file.is_symlink():
-        _replace_link(file)
-    end, kept, moved = _split(file, step)
+    moved = b""
+    if reserve is not None and reserve.exists():
+        moved = b"".join(_line(record) for record in read_metrics(reserve) if record["step"] > step)
+    if file.is_symlink() and file.exists():
+        with open(file, "rb", opener=regular_only) as source:
+            _replace(file, source)  # only the run's own file is shortened
+    found = _split(file, step) if file.exists() else None
+    if found is not None:
+        moved = found.moved + moved
     if moved:
         _append_to_any([file.parent, *([reserve.parent] if reserve is not None else [])], REPLACED, moved)
-    if end < file.stat().st_size:
+    if found is not None and (found.rest or found.end < file.stat().st_size):
         with open_own(file, "r+b") as opened:
-            opened.truncate(end)
-            opened.seek(end)
-            opened.write(kept)
+            opened.truncate(found.end)
+            opened.seek(found.end)
+            opened.write(found.rest)
             opened.flush()
             os.fsync(opened.fileno())
 
 
-def _replace_link(file: Path) -> None:
-    """Put a copy of what a symbolic link leads to in its place: only the run's own file is shortened."""
-    partial = file.with_suffix(".tmp")
-    with open(file, "rb", opener=regular_only) as source, open_own(partial, "wb") as copy:
-        shutil.copyfileobj(source, copy)
-        copy.flush()
-        os.fsync(copy.fileno())
-    os.replace(partial, file)
+class _Split(NamedTuple):
+    end: int  # bytes up to which a file stays as it is
+    rest: bytes  # that follow there: a missing line end, and records up to the step that stood among later ones
+    moved: bytes  # records beyond the step
 
 
-def _split(file: Path, step: int) -> tuple[int, bytes, bytes]:
-    """Where the records up to ``step`` end that come before all others; after that, those up to it and those beyond."""
-    end, offset, kept, moved = 0, 0, bytearray(), bytearray()
+def _split(file: Path, step: int) -> _Split:
+    end, offset, rest, moved = 0, 0, bytearray(), bytearray()
     with open(file, "rb", opener=regular_only) as lines:
         for line in lines:
             offset += len(line)
-            if (record := parse_record(line)) is None or not line.endswith(b"\n"):
+            if (record := parse_record(line)) is None:
                 continue
+            missing = b"" if line.endswith(b"\n") else b"\n"  # as an editor may leave it
             if record["step"] > step:
-                moved += line
-            elif kept or moved:
-                kept += line
+                moved += line + missing
+            elif rest or moved:
+                rest += line + missing
             else:
-                end = offset
-    return end, bytes(kept), bytes(moved)
+                end, rest = offset, bytearray(missing)
+    return _Split(end, bytes(rest), bytes(moved))
 
 
 def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> None:

@@ -75,7 +75,7 @@ class Monitor:
         metrics_file: Path,
         start_step: int,
         trackers: Mapping[str, Tracker] | None = None,
-        reserve: Path | None = None,
+        reserve: Callable[[], Path] | None = None,
     ) -> None:
         """
         Args:
@@ -94,7 +94,7 @@ class Monitor:
         self._failing: set[str] = set()
         self._records: Records | None = None
         if dist.is_main():
-            forget_after(metrics_file, start_step, reserve)
+            forget_after(metrics_file, start_step, reserve() if reserve is not None else None)
             self._records = Records(metrics_file, reserve, start_step)
             self._continue_csv()
             if self.tensorboard is not None:

@@ -71,7 +71,7 @@ class Restarts:
             text = f"{self._in_vain} starts in a row got no further: no more restarts"
             if self._rolled_back > 1:
                 text += (
-                    f"; the last {self._rolled_back} were rolled back, each from other data: schedule.max_lr may be too"
+                    f"; the last {self._rolled_back} diverged on different data: schedule.max_lr may be too"
                     " high for this model"
                 )
             return GiveUp(text)

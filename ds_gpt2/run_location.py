@@ -120,7 +120,7 @@ def write_settings(settings: Settings) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    mode = 0o600 if settings.alerts.command is not None else None
+    mode = 0o666 if settings.alerts.command is None else 0o600
     write_whole(settings.run_dir / CONFIG, stored_settings(settings), mode)
 
 

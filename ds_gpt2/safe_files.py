@@ -6,6 +6,7 @@ as it is. A pipe or a device in the place of a file is not read: that could wait
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -17,22 +18,30 @@ from typing import BinaryIO, cast
 
 LARGEST = 256 << 20  # bytes of a file that is read as a whole
 _NEWLINE = b"\n"
+_PROBE, _PROBE_BYTES = ".write_probe", 160
 
 
-def no_links(path: str, flags: int) -> int:
+class NotDurableError(OSError):
+    """All is written, but the medium has not confirmed it."""
+
+
+def no_links(path: str, flags: int, mode: int = 0o666) -> int:
     """An opener, see ``open``: a symbolic link at ``path`` is replaced by a file, and a pipe does not block.
+
+    Args:
+        mode: permissions of a new file, see ``os.open``.
 
     Raises:
         OSError: it cannot be opened.
     """
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o666)
+        return os.open(path, flags, mode)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK):  # EMLINK: FreeBSD's
             raise
     os.unlink(path)
-    return os.open(path, flags, 0o666)
+    return os.open(path, flags, mode)
 
 
 def regular_only(path: str, flags: int) -> int:
@@ -99,6 +108,7 @@ def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
         durable: it is on the medium when this returns.
 
     Raises:
+        NotDurableError: only the last part failed.
         OSError: not all of it is written.
     """
     file = no_links(str(path), os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -108,9 +118,25 @@ def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
             content = _NEWLINE + content
         write_all(functools.partial(os.write, file), content)
         if durable:
-            os.fsync(file)
+            try:
+                os.fsync(file)
+            except OSError as error:
+                raise NotDurableError(*error.args) from None
     finally:
         os.close(file)
+
+
+def write_problem(directory: Path) -> str | None:
+    """Why files cannot be made in a directory, as on a full, read-only or missing disk; None if they can."""
+    probe = directory / _PROBE
+    try:
+        with open(probe, "wb", buffering=0, opener=no_links) as file:
+            return None if file.write(bytes(_PROBE_BYTES)) == _PROBE_BYTES else os.strerror(errno.ENOSPC)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def is_own_directory(path: Path) -> bool:

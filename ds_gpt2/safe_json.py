@@ -27,7 +27,11 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
         BadJsonError: it has none, nests too deeply, or has a whole number beyond ``LARGEST``.
     """
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_whole_number)
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        if object_pairs_hook is not None:
+            return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_whole_number)
+        return _DECODER.decode(text)
     except RecursionError:
         raise BadJsonError("nested too deeply") from None
     except (ValueError, OverflowError, MemoryError) as error:
@@ -36,13 +40,16 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
 
 def is_time(value: object) -> bool:
     """Whether a value is a time in seconds since 1970."""
-    return isinstance(value, float | int) and 0 <= value < END_OF_TIME
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < END_OF_TIME
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > 21 or abs(number := int(digits)) > LARGEST:  # a sign and 20 digits
         raise ValueError(f"a number of {len(digits)} digits is out of range")
     return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)  # json.loads makes a new one at each call
 
 
 def read(path: Path) -> Any:

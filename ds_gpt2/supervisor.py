@@ -31,13 +31,14 @@ from ds_gpt2.preflight import CheckpointsGoneError, what_to_resume
 from ds_gpt2.process_start import start_of
 from ds_gpt2.restarts import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.run_location import load_run_settings, write_first_settings
-from ds_gpt2.safe_files import append_lines
+from ds_gpt2.safe_files import append_lines, write_problem
 from ds_gpt2.supervised import SUPERVISOR_DIR, Supervised, read_supervised
 from ds_gpt2.terminal import one_line
 from ds_gpt2.watchdog import Hang, Watchdog
 from ds_gpt2.wording import counted, duration
 
 _LOOK_SECONDS = 0.5  # between two looks at the ranks
+_PROBE_SECONDS = 5.0  # between two attempts to write to a directory that cannot be written
 _SECOND_MOVE_SECONDS = 60.0  # after the run's directory was moved, for that of its checkpoints
 _LOCK, _OUTCOME = "lock", "outcome"
 _MOVED = "DS_GPT2_MOVED"  # environment: the name of a run that is resumed because it was moved
@@ -138,7 +139,7 @@ class _Supervisor:
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
         while True:
-            if not self._await_checkpoints(run):
+            if not (self._await_run_dir() and self._await_checkpoints(run)):
                 return self._end(outcome.STOPPED, None)
             if self._has_gone():
                 return self._move_on(run, None)
@@ -167,7 +168,7 @@ class _Supervisor:
         from_journal = self._journal.size()
         killed_for_memory = launcher.out_of_memory_kills()
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
-        self._journal.write("launch", text, restart=self._launched)
+        self._note("launch", text, restart=self._launched)
         self._launched = True
         environment = {**run.environment, **stop.watched_by_me()}
         try:
@@ -257,6 +258,17 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 launcher.kill(before.group)
 
+    def _await_run_dir(self) -> bool:
+        """Before a restart, until the run's directory can be written; False if a stop is requested meanwhile."""
+        is_reported = False
+        while self._launched and not self._has_gone() and (problem := write_problem(self._run_dir)) is not None:
+            if not is_reported:
+                self._tell("not_logged", f"{self._run_dir} cannot be written ({problem}): waiting for it to restart")
+            is_reported = True
+            if not self._pause(_PROBE_SECONDS):
+                return False
+        return True
+
     def _await_checkpoints(self, run: Run) -> bool:
         """Until the checkpoints that the run has saved are there; False if a stop is asked for meanwhile."""
         seconds, told = self._settings.supervisor.backoff_seconds, ""
@@ -305,7 +317,7 @@ class _Supervisor:
     def _end(self, code: int, ended: Ended | None) -> int:
         if code == outcome.MISTAKE:
             step = ended.step if ended is not None else None
-            self._journal.write(
+            self._note(
                 "mistake", "stopped by a configuration error that a restart does not fix: see the terminal", step
             )
         self._record(replace(self._me, state="ended", code=code))
@@ -323,7 +335,6 @@ class _Supervisor:
         if self._opened.is_deleted:
             text = f"{before} was deleted: the run has ended"
             self._tell("stop", text, step)
-            self._alerts.send("stop", f"{before.name}: stopped", text)
         elif self._saved_step() < 0 or not self._has_begun:
             self._tell("stop", f"{before} was moved to {self._run_dir} before it was saved: start it again", step)
         elif (expected := self._await_same_move()) is not None:
@@ -362,12 +373,12 @@ class _Supervisor:
         return [sys.executable, str(self._project.path / "ds_gpt2" / "__main__.py")]
 
     def _look_at_disks(self) -> None:
-        for watch in (self._disk, self._writes):
-            if (warning := watch.look()) is not None:
-                self._tell("disk_low", warning)
-        if not self._writes.is_failing:
-            with contextlib.suppress(OSError):
-                self._journal.write_missed()
+        if (warning := self._disk.look()) is not None:
+            self._tell("disk_low", warning)
+        if (warning := self._writes.look()) is not None:
+            self._tell("not_logged", warning)
+        with contextlib.suppress(OSError):
+            self._journal.write_missed()
 
     def _saved_step(self) -> int:
         return newest_step(self._checkpoints.path)
@@ -383,6 +394,10 @@ class _Supervisor:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
         with contextlib.suppress(OSError):
             append_lines(self._run_dir / "train.log", line.encode(errors="backslashreplace"))
+        self._note(kind, text, step, **facts)
+
+    def _note(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:
+        """In the journal; if it cannot be written, a message is sent all the same."""
         if (missed := self._journal.write(kind, text, step, **facts)) is not None:
             self._alerts.tell(missed)
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import unicodedata
 from typing import TextIO
 
 
@@ -88,14 +89,25 @@ class Unfailing(io.TextIOBase):
         return self._stream.fileno()
 
 
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
 def one_line(message: object) -> str:
     """Return a message as one line: control characters, line ends among them, and what cannot be shown are escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
 
 
 def printable_lines(text: str) -> str:
-    """Text of others for a terminal: control characters are escaped, but for line ends and tabs."""
-    return "\n".join("\t".join(one_line(part) for part in line.split("\t")) for line in text.split("\n"))
+    """Text from a file for a terminal: control characters are escaped, except for line ends and tabs."""
+    return "".join(
+        each.encode("unicode_escape").decode() if each not in "\n\t" and _controls(each) else each
+        for each in text.replace("\r\n", "\n")
+    )
+
+
+def _controls(character: str) -> bool:
+    """Whether a character controls a terminal, or the direction of the text around it."""
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
 
 
 class LineFormatter(logging.Formatter):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from ds_gpt2.config import SupervisorSettings
-from ds_gpt2.heartbeat import Beat, read_beat, write_problem
+from ds_gpt2.heartbeat import Beat, beat_problem, read_beat
 from ds_gpt2.open_directory import OpenDirectory
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Watchdog:
                 self._blind = False
         self._time_step(self._beats[0])
         hang = self._hang()
-        if hang is not None and write_problem(self._run_dir.path) is not None:
+        if hang is not None and beat_problem(self._run_dir.path) is not None:
             self._note_blindness()
             return None
         return hang

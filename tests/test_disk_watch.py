@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ds_gpt2.config import load_settings
 from ds_gpt2.disk_watch import DiskWatch, WriteWatch
-from ds_gpt2.heartbeat import Heartbeat
 from ds_gpt2.open_directory import OpenDirectory
 
 HOUR = 3600.0
@@ -54,25 +53,24 @@ def test_a_rate_seen_for_minutes_says_nothing(tmp_path: Path, write_config: Call
     assert disk.pass_time(2, gb_an_hour=5) == []
 
 
-def test_a_run_directory_that_takes_no_files_is_told_of_once_after_minutes(tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_written_is_reported_once_after_minutes(tmp_path: Path) -> None:
     now = [0.0]
-    Heartbeat(tmp_path, 0)
-    watch = WriteWatch(OpenDirectory(tmp_path), clock=lambda: now[0])
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    watch = WriteWatch(OpenDirectory(run_dir), clock=lambda: now[0])
 
     def pass_time(minutes: int) -> list[str]:
-        told = []
+        reported = []
         for _ in range(6 * minutes):
-            told += [text] if (text := watch.look()) is not None else []
+            reported += [text] if (text := watch.look()) is not None else []
             now[0] += 10
-        return told
+        return reported
 
-    assert pass_time(10) == [] and not watch.is_failing
-    (tmp_path / "heartbeat").rename(tmp_path / "away")
-    assert pass_time(1) == [] and watch.is_failing
-    assert pass_time(10) == [
-        f"{tmp_path} cannot be written for 2m (No such file or directory): the run is not logged meanwhile"
-    ]
-    (tmp_path / "away").rename(tmp_path / "heartbeat")
-    assert pass_time(1) == [] and not watch.is_failing
-    (tmp_path / "heartbeat").rename(tmp_path / "away")
+    assert pass_time(10) == [] and list(run_dir.iterdir()) == []
+    (run_dir / ".write_probe").mkdir()  # stands for a disk that takes nothing
+    assert pass_time(1) == []
+    assert pass_time(10) == [f"{run_dir} cannot be written for 2m (Is a directory): the run is not logged meanwhile"]
+    (run_dir / ".write_probe").rmdir()
+    assert pass_time(1) == []
+    (run_dir / ".write_probe").mkdir()
     assert len(pass_time(10)) == 1

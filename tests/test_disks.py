@@ -22,6 +22,7 @@ from ds_gpt2.config import load_settings
 from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.journal import Event, read_journal
 from ds_gpt2.metrics import METRICS, UNWRITTEN, read_metrics
+from ds_gpt2.process_start import lives
 from ds_gpt2.status.figures import look
 
 EVERY = 5
@@ -85,6 +86,16 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
             disk.unmount()
 
 
+_started: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_runs() -> Iterator[None]:
+    yield
+    while _started:
+        end_session(_started.pop().process.pid)
+
+
 class Started:
     """A run under its supervisor."""
 
@@ -92,6 +103,7 @@ class Started:
         self.settings = load_settings(config)
         command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "train", str(config), "--num_gpus=2"]
         self.process = start([*command, *words])
+        _started.append(self)
         self.output = ""
 
     @property
@@ -104,6 +116,14 @@ class Started:
 
     def events(self, kind: str) -> list[Event]:
         return [event for event in read_journal(self.settings.run_dir) if event.kind == kind]
+
+    def all_events(self) -> list[Event]:
+        return list(read_journal(self.settings.run_dir))
+
+    def end_of_ranks(self) -> bool:
+        """Whether no rank is left."""
+        beats = [read_beat(self.settings.run_dir, rank) for rank in range(2)]
+        return not any(beat is not None and lives(beat.pid, beat.start) for beat in beats)
 
     def has_told(self, kind: str) -> bool:
         return bool(self.events(kind))
@@ -168,7 +188,7 @@ def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_com
     make_disk: Callable[[str], Disk], config: Callable[..., Path], how: str
 ) -> None:
     disk = make_disk("runs")
-    run = Started(config(40))
+    run = Started(config(40, **{"async": False, "write_mb_per_s": 20.0}))  # it must not end before the disk is full
     run.wait_for(lambda: run.saved >= EVERY)
     disk.fill() if how == "full" else disk.fail()
     if how == "full":  # statvfs does not say that ext4 takes nothing after an error
@@ -177,7 +197,7 @@ def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_com
     assert run.process.returncode == outcome.DONE, output
     assert "Traceback" not in output and "Logging error" not in output
     reserve, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
-    assert steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
+    assert steps_in(reserve) != [] and steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
     assert look(run.settings.run_dir, time.time()).state == "finished"
     disk.free() if how == "full" else disk.repair()
     run = Started(config(42), "--auto")
@@ -246,3 +266,27 @@ def test_a_run_whose_own_disk_vanishes_continues_and_is_logged_when_it_returns(
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
     assert {saved + EVERY, saved + 2 * EVERY} <= {event.step for event in run.events("save")}
     assert run.problems() == []
+
+
+def test_a_crash_while_the_disk_of_the_run_is_full_is_followed_by_a_restart_when_it_is_not(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+) -> None:
+    disk = make_disk("runs")
+    run = Started(config(100_000))
+    run.wait_for(lambda: run.saved >= EVERY)
+    disk.fill()
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    run.kill_rank(1)
+    time.sleep(20)  # longer than the back-off: starts would fail meanwhile
+    assert run.process.poll() is None and run.end_of_ranks()
+    disk.free()
+    run.wait_for(lambda: run.saved > saved + 2 * EVERY)
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED and "cannot be written" in output, output
+    assert [event.kind for event in run.all_events() if event.kind in ("crash", "not_logged", "restart")] == [
+        "crash",
+        "restart",
+        "not_logged",
+    ]
+    assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))

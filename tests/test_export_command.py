@@ -230,16 +230,19 @@ def test_what_a_killed_export_has_left_is_cleaned_up_by_the_next(
     program += "import sys; from ds_gpt2.cli import main; sys.exit(main())"
     words = ["export", run, "--format", "fp32", "--out", str(out)]
     killed = subprocess.run([sys.executable, "-c", program, *words], cwd=PROJECT, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2  # the file, the lock
-    (tmp_path / ".out.pt.replaced").write_text("an earlier export, moved aside")
-    with export._alone(out), pytest.raises(UserError, match="is in use by process"), export._appearing(out, 0):
-        pass
-    with pytest.raises(FileNotFoundError), export._appearing(out, 0):
-        raise FileNotFoundError
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    left.with_name(left.name.replace("unfinished", "replaced")).write_text("an earlier export, moved aside")
+    other = tmp_path / ".out.pt.unfinished-elsewhere-1"
+    for path in (export._beside(out, os.getppid())[0], other):
+        path.write_text("being written")
+    with pytest.raises(UserError), export._appearing(out, 0):
+        raise OSError(28, "No space left on device")
     assert out.read_text() == "an earlier export, moved aside"
+    assert len(list(tmp_path.iterdir())) == 3  # the export, and what belongs to others
     out.unlink()
     assert main(words) == outcome.DONE
-    assert [path.name for path in tmp_path.iterdir()] == ["out.pt"]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("kind", ["hf", "fp32"])

@@ -110,7 +110,7 @@ def steps_in(file: Path) -> list[int]:
 
 
 def unable_to_write(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(durable: bool) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(records, "_write", fail)
@@ -121,7 +121,7 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
 ) -> None:
     file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
     reserve.parent.mkdir()
-    records = Records(file, reserve)
+    records = Records(file, lambda: reserve)
     records.append({"step": 1})
     records.flush(durable=True)
     assert not reserve.exists()
@@ -138,11 +138,63 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
     assert records.unsaved == 1
     records.close()
 
-    after = Records(file, reserve, step=2)  # resumes from step 2
+    after = Records(file, lambda: reserve, step=2)  # resumes from step 2
     assert after.unsaved == 0
     after.append({"step": 3})
-    after.flush()
+    after.flush(durable=True)
     assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+
+
+def test_records_that_are_written_but_not_confirmed_are_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server can report only at fsync that its disk is full."""
+    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
+    records = Records(file, lambda: reserve)
+    records.append({"step": 1})
+    records.flush()
+    records.append({"step": 2})
+
+    def fail(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ds_gpt2.metrics.os.fsync", fail)
+        with pytest.raises(OSError, match="quota"):
+            records.flush(durable=True)
+    assert steps_in(reserve) == [1, 2] and steps_in(file) == [1] and records.unsaved == 0
+    records.flush()
+    assert reserve.exists()  # until the medium has confirmed all of it
+    records.append({"step": 3})
+    assert records.unsaved == 1
+    records.flush(durable=True)
+    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+
+
+def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_space(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    records = Records(file)
+    for step in range(1, 1001):
+        records.append({"step": step, "text": "x" * 50})
+    records.flush()
+    file.unlink()
+    records.append({"step": 1001})
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+        records.flush()
+    assert list(tmp_path.iterdir()) == [] and records.unsaved == 1
+    records.flush()
+    assert steps_in(file) == list(range(1, 1002))
+
+
+def test_a_last_line_without_its_end_is_a_record(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}')
+    forget_after(file, 5)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    file.write_text('{"step": 1}\n{"step": 2}')
+    forget_after(file, 1)
+    assert file.read_text() == '{"step": 1}\n' and (tmp_path / "metrics_replaced.jsonl").read_text() == '{"step": 2}\n'
 
 
 def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
@@ -150,8 +202,9 @@ def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tm
     reserve.parent.mkdir()
     replaced = file.with_name("metrics_replaced.jsonl")
     replaced.mkdir()  # stands for a disk that takes nothing
+    reserve.write_text('{"step": 2}\n{"step": 5}\n')
     forget_after(file, 2, reserve)
-    assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4]
+    assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4, 5]
     with pytest.raises(OSError, match="Is a directory"):
         forget_after(file, 1)
     assert steps_in(file) == [1, 2]  # nothing is dropped that is not kept elsewhere

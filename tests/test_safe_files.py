@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from ds_gpt2.heartbeat import Heartbeat
 from ds_gpt2.journal import Journal, read_journal
 from ds_gpt2.metrics import Records, forget_after
 from ds_gpt2.notes import NOTES, Note, append
-from ds_gpt2.safe_files import append_lines, no_links, remove_tree
+from ds_gpt2.safe_files import NotDurableError, append_lines, no_links, remove_tree
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def linked(path: Path) -> Path:
 
 def reserved(file: Path, reserve: Path) -> None:
     """Write a record where the disk of ``file`` takes nothing."""
-    records = Records(file, reserve)
+    records = Records(file, lambda: reserve)
     records.append({"step": 1})
     records._write_reserve(reserve)
 
@@ -135,3 +136,18 @@ def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     append_lines(tmp_path / "lines", json.dumps({"step": 1}).encode() + b"\n")
     append_lines(tmp_path / "lines", b"another\n", durable=True)
     assert (tmp_path / "lines").read_text() == '{"step": 1}\nanother\n'
+
+
+def test_lines_that_are_written_but_not_confirmed_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("ds_gpt2.safe_files.os.fsync", fail)
+    with pytest.raises(NotDurableError, match="Input/output error"):
+        append_lines(tmp_path / "file", b"a\n", durable=True)
+    journal = Journal(tmp_path)
+    assert journal.write("done", "done") is None
+    journal.write_missed()
+    assert [event.kind for event in read_journal(tmp_path)] == ["done"]

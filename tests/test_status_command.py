@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,12 @@ def test_several_runs_have_a_line_each(folder: Path, capsys: pytest.CaptureFixtu
         )
     assert status("new", "new") == 0
     assert capsys.readouterr().out.startswith("new: running ")
+
+
+def test_all_of_one_run_is_a_line_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(folder / "runs" / "old")
+    assert status("--all") == 0
+    assert capsys.readouterr().out.startswith("  new          running ")
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

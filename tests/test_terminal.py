@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from launched import PROJECT, end_session
 
+from ds_gpt2 import terminal
 from ds_gpt2.terminal import Unfailing, printable
 
 COMMAND = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]
@@ -125,3 +126,9 @@ def test_a_stream_that_fails_loses_what_is_written() -> None:
 def test_text_from_the_command_line_can_be_written_as_utf_8() -> None:
     assert printable("naïve") == "naïve"
     assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\ufffd"
+
+
+def test_text_for_a_terminal_is_escaped_only_where_it_controls_it() -> None:
+    shown = "10\u00a0km, \u65e5\u672c\u8a9e\u3000x, \U0001f469\u200d\U0001f680, soft\u00adhyphen\n\ttab"
+    assert terminal.printable_lines(shown) == shown
+    assert terminal.printable_lines("a\r\nb\x1b[2J\u202eevil\x9b") == "a\nb\\x1b[2J\\u202eevil\\x9b"

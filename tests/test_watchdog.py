@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ds_gpt2.config import SupervisorSettings
-from ds_gpt2.heartbeat import Heartbeat, forget_beats, read_beat, write_problem
+from ds_gpt2.heartbeat import Heartbeat, beat_problem, forget_beats, read_beat
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.watchdog import Watchdog
 
@@ -165,7 +165,7 @@ def test_no_hang_is_declared_where_no_sign_of_life_can_be_written(
     if trouble == "away":
         beats.rename(tmp_path / "elsewhere")
     else:
-        monkeypatch.setattr("ds_gpt2.watchdog.write_problem", lambda _: "No space left on device")
+        monkeypatch.setattr("ds_gpt2.watchdog.beat_problem", lambda _: "No space left on device")
     assert watched.wait(10_000) is None
     assert caplog.text.count("heartbeats cannot be written") == 1
     if trouble == "away":
@@ -175,14 +175,14 @@ def test_no_hang_is_declared_where_no_sign_of_life_can_be_written(
 
 
 def test_a_disk_that_takes_no_sign_of_life_is_recognised(tmp_path: Path) -> None:
-    assert write_problem(tmp_path) is not None
+    assert beat_problem(tmp_path) is not None
     Heartbeat(tmp_path, 0)
-    assert write_problem(tmp_path) is None and [path.name for path in (tmp_path / "heartbeat").iterdir()] == [
+    assert beat_problem(tmp_path) is None and [path.name for path in (tmp_path / "heartbeat").iterdir()] == [
         "rank_00000"
     ]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
     try:
-        assert write_problem(tmp_path) is not None
+        assert beat_problem(tmp_path) is not None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

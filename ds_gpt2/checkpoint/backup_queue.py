@@ -266,8 +266,9 @@ class BackupQueue:
     def _step_of(self, tag: str) -> int:
         return open_generation(self._private / tag).step
 
-    def _go_on(self, _: int) -> None:
-        self._moved = time.monotonic()
+    def _go_on(self, size: int) -> None:
+        if size:  # 0: it waits for another process
+            self._moved = time.monotonic()
         if self._stop.is_set():
             raise StoppedError("the run has ended")
 

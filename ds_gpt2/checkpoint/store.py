@@ -42,7 +42,7 @@ _NOTICEABLE_SECONDS = 0.1
 _COPIES_SECONDS = 20.0  # how long a stop waits for backups under way
 _LAST_COPIES_SECONDS = 1800.0  # how long the end of a run does
 
-_CLOCK_AHEAD_SECONDS = 86_400.0  # a checkpoint of a later time was saved while the clock was wrong: it is ignored
+_CLOCK_AHEAD_SECONDS = 3600.0  # a checkpoint of a later time was saved while the clock was wrong: it is ignored
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,8 @@ class Checkpoints:
         if dist.is_main():
             self._housekeeping.check_room(self._estimate())
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
-            self._newest_time = min(max(times, default=0.0), time.time() + _CLOCK_AHEAD_SECONDS)
+            latest = time.time() + _CLOCK_AHEAD_SECONDS
+            self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
             self._news = BackupNews(self._journal) if self._journal is not None else None
             disk = self._housekeeping.disk
             self._queue = BackupQueue(backup, lambda: self.directory, disk, news=self._news) if backup else None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import os
+import re
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 
@@ -102,40 +106,10 @@ def _default_out(settings: dict[str, Any], tag: str, kind: str) -> Path:
 @contextlib.contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
     """A path to write to, which becomes ``out`` when all of it is there; whatever goes wrong, nothing is left of it."""
-    with _alone(out):
-        unfinished, replaced = (out.with_name(f".{out.name}.{word}") for word in ("unfinished", "replaced"))
-        try:
-            _clean_up(out, unfinished, replaced)
-            yield from _written(out, needed, unfinished, replaced)
-        finally:
-            _clean_up(out, unfinished, replaced)
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No other process writes ``out`` meanwhile: what is found of an export to it is of one that was killed."""
+    unfinished, replaced = _beside(out, os.getpid())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
-    lock = out.with_name(f".{out.name}.lock")
-    with machine.lock(lock, str(out)):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:
-    """Remove what is unfinished; what was to be replaced is put back if nothing has replaced it."""
-    if os.path.lexists(replaced) and not os.path.lexists(out):
-        replaced.rename(out)
-    for left in (unfinished, replaced):
-        remove_tree(left)
-
-
-def _written(out: Path, needed: int, unfinished: Path, replaced: Path) -> Iterator[Path]:
-    try:
+        _clean_up_after_killed(out)
         if (free := shutil.disk_usage(out.parent).free) < needed:
             raise UserError(f"{out.parent} has {size(free)} free, {size(needed)} are needed: make room, or give --out")
         yield unfinished
@@ -150,6 +124,32 @@ def _written(out: Path, needed: int, unfinished: Path, replaced: Path) -> Iterat
     except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save make of one
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{out} could not be written whole (is the disk full?): {reason}") from None
+    finally:
+        _clean_up(out, unfinished, replaced)
+
+
+def _beside(out: Path, pid: int) -> tuple[Path, Path]:
+    """Where process ``pid`` of this machine writes an export to ``out``, and where it moves what was there."""
+    of_process = f"{socket.gethostname()}-{pid}"
+    return out.with_name(f".{out.name}.unfinished-{of_process}"), out.with_name(f".{out.name}.replaced-{of_process}")
+
+
+def _clean_up_after_killed(out: Path) -> None:
+    """Remove what exports to ``out`` have left whose process, on this machine, has ended."""
+    pattern = f".{glob.escape(out.name)}.*-{glob.escape(socket.gethostname())}-*"
+    for left in list(out.parent.glob(pattern)):
+        pid = left.name.rpartition("-")[2]
+        if re.fullmatch(r"[0-9]{1,9}", pid) and not psutil.pid_exists(int(pid)):
+            _clean_up(out, *_beside(out, int(pid)))
+
+
+def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:
+    """Remove what is unfinished; what was to be replaced is put back if nothing has replaced it."""
+    with contextlib.suppress(OSError):
+        if os.path.lexists(replaced) and not os.path.lexists(out):
+            replaced.rename(out)
+        for left in (unfinished, replaced):
+            remove_tree(left)
 
 
 def _sync(path: Path) -> None:

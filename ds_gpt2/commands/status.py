@@ -63,7 +63,7 @@ def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: boo
     now = time.time()
     several = options.all or len(directories) > 1
     looks = [_look_or_problem(directory, now) if several else _look(directory, now) for directory in directories]
-    text = _as_json(looks, several) if options.json else _as_text(looks)
+    text = _as_json(looks, several) if options.json else _as_text(looks, several)
     print(_CLEAR + text if redrawn else text, flush=True)
     if options.alert:
         for directory, look in zip(directories, looks, strict=True):
@@ -75,7 +75,7 @@ def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: boo
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A run that cannot be looked at: others are shown all the same."""
+    """A run that cannot be read; the others are shown as usual."""
 
     run: str
     error: str
@@ -100,9 +100,9 @@ def _as_json(looks: Sequence[Status | _Unreadable], several: bool) -> str:
     return json.dumps(found if several else found[0])
 
 
-def _as_text(looks: Sequence[Status | _Unreadable]) -> str:
+def _as_text(looks: Sequence[Status | _Unreadable], several: bool) -> str:
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    if len(looks) == 1 and isinstance(looks[0], Status):
+    if not several and isinstance(looks[0], Status):
         return screen.screen(looks[0], coloured)
     return "\n".join(
         screen.line(look, coloured) if isinstance(look, Status) else terminal.one_line(f"{look.run}: {look.error}")

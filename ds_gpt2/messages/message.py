@@ -25,6 +25,7 @@ _TO_DO = {
     "stop": "type `./launch.sh resume {run}` to go on",
     "done": "`./launch.sh report {run}` draws the curves",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what could go",
+    "not_logged": "make room on the disk of the run's directory, or mount it again: training continues meanwhile",
     "backup_failed": "`./launch.sh backup {run}` tries a copy now; training retries after its next checkpoint",
     "no_checkpoints": "mount or restore the directory of the checkpoints: the run resumes as soon as they are there",
     "save_failed": "`./launch.sh prune {run} --dry-run` shows what could go if the disk is full",

@@ -84,8 +84,14 @@ def look(run_dir: Path, now: float) -> Status:
     pace = read_pace(run_dir, settings, records, [event.step or 0 for event in events if event.kind == "start"])
     alive = life.look(run_dir, settings, events, pace.mean_step_seconds(), now)
     steps = steps_of(settings, records, planned_steps(read_starts(run_dir / STARTS)))
-    if alive.state == "dead" and steps is not None and newest is not None and newest.step >= steps:
-        alive = Life("finished")  # its journal could not be written at the end
+    if (
+        alive.state == "dead"
+        and alive.why is None
+        and steps is not None
+        and newest is not None
+        and newest.step >= steps
+    ):
+        alive = Life("finished", is_here=alive.is_here)  # its journal could not be written at the end
     progress = progress_of(settings, records, _step(records, alive), steps, pace)
     day_before = _day_before(run_dir, records)
     rooms = room.look(run_dir, settings, found, _course(progress, epochs_per_step(records)))

@@ -60,6 +60,7 @@ def problems_of(
             *_of_saves(events, newest),
             *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
             *_of_training(events, now),
+            *(_of_unwritable_disks(rooms) if life.is_here else []),
             *_of_disks(rooms, settings.alerts.disk_days),
             *_of_records(life, recorded, now),
         ]
@@ -166,21 +167,21 @@ def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
 def _of_records(life: Life, recorded: Record | None, now: float) -> list[Problem]:
     """Ranks that train while nothing reaches the metrics."""
     when = None if recorded is None else time_of(recorded)
-    if life.beat is None or recorded is None or when is None or life.state == "starting":
+    if life.beat is None or life.state != "running" or recorded is None or when is None:  # an evaluation may take long
         return []
     if now - when < _NOT_LOGGED_SECONDS or life.beat.step - recorded["step"] <= _NOT_LOGGED_STEPS:
         return []
     text = f"nothing has been logged for {duration(now - when)}: the ranks are at step {life.beat.step:,}"
-    return [Problem("disk_low", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
+    return [Problem("not_logged", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
+
+
+def _of_unwritable_disks(rooms: Sequence[Room]) -> list[Problem]:
+    found = [room for room in rooms if room.problem is not None]
+    return [Problem("disk_low", f"the disk of {room.directories[0]} {room.problem}") for room in found]
 
 
 def _of_disks(rooms: Sequence[Room], enough_days: float) -> list[Problem]:
-    unusable = [
-        Problem("disk_low", f"the disk of {room.directories[0]} {room.problem}")
-        for room in rooms
-        if room.problem is not None
-    ]
-    return unusable + [
+    return [
         Problem(
             "disk_low",
             f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days at what this run writes:"

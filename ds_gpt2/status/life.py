@@ -65,6 +65,7 @@ class Life:
     beat: Beat | None = None  # the newest sign of life of a rank that is there
     next_start: float | None = None  # seconds since 1970, while it waits
     overdue: bool = False  # that start should have come
+    is_here: bool = True  # on this machine, as far as is known
 
 
 def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_seconds: float | None, now: float) -> Life:
@@ -75,9 +76,21 @@ def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_second
         now: seconds since 1970.
     """
     supervisor = read_supervised(run_dir)
+    here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
+    return replace(_life(run_dir, settings, events, step_seconds, now, supervisor, here), is_here=here)
+
+
+def _life(
+    run_dir: Path,
+    settings: Settings,
+    events: Sequence[Event],
+    step_seconds: float | None,
+    now: float,
+    supervisor: Supervised | None,
+    here: bool,
+) -> Life:
     turns = [event for event in events if event.kind in _TURNS]
     beats = _beats(run_dir)
-    here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
     if not here:
         beats = {rank: _by_any_clock(run_dir, rank, beat) for rank, beat in beats.items()}
     patience = _Patience(settings.supervisor, step_seconds, _first_step(turns))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_checkpoints_are_dated_in_the_order_in_which_they_are_made(monkeypatch: 
     checkpoints = store.Checkpoints.__new__(store.Checkpoints)
     checkpoints._newest_time = 0.0
     clock = iter([1000.0, 1060.0, 400.0, 460.0, 2000.0])
-    monkeypatch.setattr(store.time, "time", lambda: next(clock))
+    monkeypatch.setattr(store, "time", SimpleNamespace(time=lambda: next(clock)))
     assert [checkpoints._next_time() for _ in range(5)] == [1000.0, 1060.0, 1061.0, 1062.0, 2000.0]
 
 
