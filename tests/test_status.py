@@ -611,7 +611,7 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
     assert "disk        enough to the end, 1.00 TB free" in screen(working.look())
 
 
-Filesystem = namedtuple("Filesystem", "f_flag f_blocks f_bavail f_files f_favail f_frsize", defaults=[9])
+Filesystem = namedtuple("Filesystem", "f_flag f_blocks f_bavail f_files f_favail f_bfree f_frsize", defaults=[9, 9])
 
 
 @pytest.mark.parametrize(
