@@ -42,6 +42,8 @@ class ModelShape:
         for name, size in vars(self).items():
             if not 0 < size <= LARGEST_SIZE:
                 raise ValueError(f"{name} is {size:,}, more than {LARGEST_SIZE:,} or less than 1")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
 
 
 class KeyValueCache:

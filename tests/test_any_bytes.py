@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_gpt2 import safe_json
+from ds_gpt2 import cli, safe_json
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.commit import read_pointer, read_record
 from ds_gpt2.checkpoint.generations import newest_tag, scan
@@ -171,6 +171,18 @@ def test_aliases_do_not_expand_without_end(tmp_path: Path) -> None:
 def test_a_shape_that_no_model_has_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="more than 1,000,000 or less than 1"):
         ModelShape(size, 2, 32, 64)
+    with pytest.raises(ValueError, match="width 32 is not divisible by heads 3"):
+        ModelShape(2, 3, 32, 64)
+
+
+def test_an_error_shows_the_beginning_of_a_long_value(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"run: {{name: {'x' * 10**6}}}\n")
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"format": "x" * 10**6, "shards": [], "tokenizer": "", "source": ""})
+    )
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.endswith(" ...\n") and len(said) < 1600 and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "n_positions"])

@@ -15,6 +15,7 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.generate import Sampling, derived_seed, stream
 from ds_gpt2.model import GPT2
 from ds_gpt2.pretrained.opening import as_model
+from ds_gpt2.terminal import one_line, printable_lines
 from ds_gpt2.tokenizer import END_OF_TEXT, gpt2
 
 _RULE = "\n" + "-" * 8 + "\n"
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     place = device.choose(options.device)
     opened = open_model(options.model, options.tag)
-    print(f"{opened.title} on {place.type}", file=sys.stderr)
+    print(one_line(f"{opened.title} on {place.type}"), file=sys.stderr)
     if opened.note is not None:
         print(opened.note, file=sys.stderr)
     model = as_model(opened.shape, opened.weights).to(place)
@@ -76,19 +77,20 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
 def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) -> None:
     """Write the prompt and what follows, each character as soon as it is whole; Ctrl+C ends this text only."""
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    shown = printable_lines if sys.stdout.isatty() else str  # a model can generate any bytes
     sys.stdout.write(prompt)
     try:
         for token in itertools.islice(stream(model, prompt, sampling, seed=seed), tokens):
             if token == END_OF_TEXT:
                 break
-            sys.stdout.write(characters.decode(gpt2().decode_single_token_bytes(token)))
+            sys.stdout.write(shown(characters.decode(gpt2().decode_single_token_bytes(token))))
             sys.stdout.flush()
     except FloatingPointError as error:
         raise UserError(f"{error}: the weights are Inf or NaN somewhere, `verify --deep` says where") from None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-    print(characters.decode(b"", final=True), flush=True)
+    print(shown(characters.decode(b"", final=True)), flush=True)
 
 
 def _seed(text: str) -> int:

@@ -84,12 +84,9 @@ def _shape(file: Path, content: Any) -> ModelShape:
     if any(type(value) is not int for value in shape.values()):
         raise _refused(file, f"{str(shape)[:100]} is no model's shape")
     try:
-        found = ModelShape(**shape)
+        return ModelShape(**shape)
     except ValueError as error:
         raise _refused(file, error) from None
-    if found.width % found.heads:
-        raise _refused(file, f"{str(shape)[:100]} is no model's shape")
-    return found
 
 
 def _check_tensor(file: Path, name: Any, tensor: Any) -> None:

@@ -447,7 +447,7 @@ def _weight(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
             "layers is 1,000,000,000,000,000, more than 1,000,000",
         ),
         (lambda content: content["shape"].update(layers="2"), "is no model's shape"),
-        (lambda content: content["shape"].update(heads=3), "is no model's shape"),
+        (lambda content: content["shape"].update(heads=3), "width 32 is not divisible by heads 3"),
         (lambda content: content["shape"].update(width=True), "is no model's shape"),
         (lambda content: content.update(model=[1]), "no weights by name"),
         (_weight("ln_f.bias", 3), "'ln_f.bias' is no weight"),
