@@ -97,13 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
             terminal.ignore_failures()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
             return outcome.CRASHED
-        print(terminal.error_line(_described(error)), file=sys.stderr)
+        print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
         return outcome.MISTAKE if error.errno in _WRONG_PATH else outcome.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
         return outcome.CRASHED
     except UserError as error:
-        print(terminal.error_line(error), file=sys.stderr)
+        print(f"error: {terminal.one_line(error)}", file=sys.stderr)
         return outcome.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.unspeakable(error)}", file=sys.stderr)

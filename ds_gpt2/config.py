@@ -149,7 +149,7 @@ class BatchSettings(_Section):
 
 class ScheduleSettings(_Section):
     steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # give steps or epochs
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None
     warmup_steps: Count = 715
     max_lr: PositiveFloat = 6e-4
     min_lr: NonNegativeFloat = 6e-5
@@ -183,6 +183,8 @@ class BackupSettings(_Section):
     @classmethod
     def _no_secrets(cls, to: str | None) -> str | None:
         """Settings are written to files and logs."""
+        if to is not None and to.startswith("memory:"):
+            raise ValueError("memory is gone when the process ends: give a directory or a store")
         if to is not None and "://" in to and re.search(r"://[^/]*@|[?&;]", to):
             raise ValueError("must not hold a password or key: give it in the environment (FSSPEC_..., AWS_..., ...)")
         return to

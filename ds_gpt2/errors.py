@@ -1,8 +1,18 @@
-"""The one exception that means: the person at the keyboard can mend this."""
+"""The one exception that means: the user can fix this."""
+
+_LONGEST = 1500  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake of the user's: shown as one clear line (what, where, the mend), exit code 2, no traceback."""
+    """A mistake of the user's: shown as one clear line (what, where, the fix), exit code 2, no traceback."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message)))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text: a value from a file can be megabytes long."""
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def reason_of(error: Exception) -> str:

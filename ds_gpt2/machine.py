@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2.errors import UserError
-from ds_gpt2.safe_files import no_links, open_own
+from ds_gpt2.safe_files import no_links, open_own, write_problem
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
@@ -61,8 +61,11 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
-def check_may_write(directory: Path) -> None:
+def check_may_write(directory: Path, full_is_fine: bool = True) -> None:
     """As ``check_writable``, without a trace: what is not there yet is judged by the nearest parent that is.
+
+    Args:
+        full_is_fine: older files there give way to new ones.
 
     Raises:
         UserError: ``directory`` cannot be written to or made.
@@ -71,6 +74,8 @@ def check_may_write(directory: Path) -> None:
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
         _probe(existing)
+        if not full_is_fine and (problem := write_problem(existing)) is not None:
+            raise UserError(f"cannot write to {directory}: {problem}; make room on its disk")
     except OSError as error:
         raise UserError(
             f"cannot write to {directory}: {existing}: {error.strerror}; check its permissions and its disk"

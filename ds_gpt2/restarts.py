@@ -18,7 +18,7 @@ class Ended:
     stop_requested: bool  # by whoever supervises
     step: int  # the newest step that was begun; 0 where none was
     batch: int  # its batch of the data
-    from_step: int  # the step that it had gone on from; 0 where it had not
+    from_step: int | None  # the step that it had gone on from; None where it had not, or the journal does not say
     saved_step: int  # of the newest checkpoint there is now; -1 where there is none
 
 
@@ -78,7 +78,7 @@ class Restarts:
         seconds = self._backoff()
         if result.code == outcome.ROLLBACK and result.before is not None:
             return self._roll_back(result.before, ended.from_step, result.leave_out, seconds)
-        if self._at_one_step <= 1 or ended.saved_step < 0:
+        if self._at_one_step <= 1 or ended.saved_step < 0 or ended.from_step is None:
             return Again(seconds, "auto", (), "from the newest checkpoint")
         return self._avoid(ended, seconds)
 
@@ -94,9 +94,9 @@ class Restarts:
         longest = self._settings.longest_backoff_seconds
         return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._in_vain - 1, 30))
 
-    def _roll_back(self, before: int, from_step: int, leave_out: tuple[int, ...], seconds: float) -> Again:
+    def _roll_back(self, before: int, from_step: int | None, leave_out: tuple[int, ...], seconds: float) -> Again:
         """To a checkpoint of before the trouble; to an older one each time that it comes again at the same step."""
-        if self._at_one_step > 1:
+        if self._at_one_step > 1 and from_step is not None:
             before = min(before, from_step)
         text = f"from the newest checkpoint before step {before}"
         if leave_out:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from types import FrameType
 
 from ds_gpt2.open_directory import OpenDirectory
 from ds_gpt2.process_start import lives, start_of
+from ds_gpt2.safe_files import is_own_directory
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before its time limit
 STOP_FILE = "STOP"  # in the run's directory
@@ -63,9 +67,15 @@ class StopRequest:
             signal.signal(number, self._request)
 
     def clear(self) -> None:
-        """Take the file away: the request has been met, or was made before this run was started."""
+        """Delete the file: the request has been met, or was made before this run was started."""
         if self._run_dir is not None:
-            (self._run_dir.path / STOP_FILE).unlink(missing_ok=True)
+            file = self._run_dir.path / STOP_FILE
+            try:
+                file.rmdir() if is_own_directory(file) else file.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning(
+                    f"{file} cannot be removed ({error.strerror}): the next start stops again while it is there"
+                )
 
     def _look_for_supervisor(self) -> bool:
         """Without it the run would not be restarted and a hang not be noticed: better to end now, all saved."""

@@ -119,7 +119,7 @@ class _Supervisor:
         self._opened, self._project = OpenDirectory(settings.run_dir), OpenDirectory(PROJECT_DIR)
         self._checkpoints = OpenDirectory(settings.checkpoint_dir)
         self._requests = requests
-        self._has_trained = self._has_begun = False
+        self._has_trained = self._has_begun = self._kills = False
         self._launched = os.environ.pop(_MOVED, "") == settings.run.name  # then it is a restart
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
@@ -165,7 +165,7 @@ class _Supervisor:
         directory = self._run_dir / SUPERVISOR_DIR
         with contextlib.suppress(OSError):
             (directory / _OUTCOME).unlink()
-        from_journal = self._journal.size()
+        from_journal, self._kills = self._journal.size(), False
         killed_for_memory = launcher.out_of_memory_kills()
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
         self._note("launch", text, restart=self._launched)
@@ -201,7 +201,7 @@ class _Supervisor:
             stop_requested=self._requests.asked,
             step=beat.step if beat else 0,
             batch=beat.batch if beat else 0,
-            from_step=starts[-1].step or 0 if starts else 0,
+            from_step=starts[-1].step or 0 if starts else None,
             saved_step=self._saved_step(),
         )
 
@@ -220,6 +220,7 @@ class _Supervisor:
                 ranks.ask_to_stop()
                 deadline = time.monotonic() + self._settings.supervisor.stop_seconds
             if deadline is not None and time.monotonic() > deadline:
+                self._note_kill()
                 ranks.kill()
             elif (hang := watchdog.look()) is not None and not ranks.gone:
                 if ranks.failures():  # the others wait for one that has failed: a crash
@@ -228,6 +229,16 @@ class _Supervisor:
                     self._end_hung(ranks, hang)
                     return "hung"
         return how
+
+    def _note_kill(self) -> None:
+        """Report, once a start, that ranks are killed which have not saved in time."""
+        if self._kills:
+            return
+        self._kills = True
+        seconds = duration(self._settings.supervisor.stop_seconds)
+        saved = self._saved_step()
+        text = f"the ranks have not ended {seconds} after the stop (supervisor.stop_seconds): they are killed;"
+        self._tell("crash", f"{text} the newest checkpoint is {'none' if saved < 0 else f'of step {saved:,}'}")
 
     def _end_hung(self, ranks: Ranks, hang: Hang) -> None:
         """Take down what the ranks are doing, then kill them: who hangs answers to nothing else."""

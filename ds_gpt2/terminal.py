@@ -89,19 +89,12 @@ class Unfailing(io.TextIOBase):
         return self._stream.fileno()
 
 
-_LONGEST_ERROR = 1500  # characters
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def one_line(message: object) -> str:
     """Return a message as one line: control characters, line ends among them, and what cannot be shown are escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
-
-
-def error_line(error: object) -> str:
-    """The line that reports an error; a value from a file can be megabytes long, so it is cut."""
-    text = one_line(error)
-    return f"error: {text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + ' ...'}"
 
 
 def printable_lines(text: str) -> str:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     try:
         launch_environment.adopt()
     except UserError as error:  # which rank this is cannot be known
-        print(terminal.error_line(error), file=sys.stderr, flush=True)
+        print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
         return outcome.MISTAKE
     try:
         options, extra = parser().parse_known_args(arguments)
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     except UserError as error:
         if not dist.is_main():
             _let_the_main_rank_speak()
-        print(terminal.error_line(error), file=sys.stderr, flush=True)
+        print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
         outcome.leave_failure(dist.rank(), error)
         outcome.leave(Outcome(outcome.MISTAKE))
         return outcome.MISTAKE

@@ -49,6 +49,8 @@ class Watchdog:
         self._clock = clock
         self._looked = clock()
         self._now = 0.0  # seconds spent looking
+        # Of an earlier start: where they cannot be deleted, they are not taken for this one's.
+        self._old = [read_beat(run_dir.path, rank) for rank in range(ranks)]
         self._beats: list[Beat | None] = [None] * ranks
         self._changed = [0.0] * ranks  # when each was last seen to move
         self._blind = False
@@ -72,7 +74,7 @@ class Watchdog:
         self._looked = clock
         for rank in range(len(self._beats)):
             beat = read_beat(self._run_dir.path, rank)
-            if beat is not None and beat != self._beats[rank]:
+            if beat is not None and beat != self._beats[rank] and beat != self._old[rank]:
                 self._beats[rank], self._changed[rank] = beat, self._now
                 self._blind = False
         self._time_step(self._beats[0])

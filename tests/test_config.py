@@ -286,3 +286,8 @@ def test_a_place_for_backups_is_a_path_or_a_url(tmp_path: Path) -> None:
 def test_a_step_of_more_windows_than_memory_has_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 10,000,000 windows of"):
         BatchSettings(tokens_per_step=10**9, sequence_length=10)
+
+
+def test_copies_in_memory_are_refused() -> None:
+    with pytest.raises(UserError, match="memory is gone when the process ends"):
+        load_settings(MISSION, parse_overrides(["checkpoint.backup.to=memory://x"]))

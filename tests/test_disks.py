@@ -290,3 +290,21 @@ def test_a_crash_while_the_disk_of_the_run_is_full_is_followed_by_a_restart_when
         "not_logged",
     ]
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
+
+
+def test_nothing_is_saved_on_the_mount_point_of_a_disk_that_vanished(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The disk is mounted at the very directory of the run's checkpoints."""
+    (tmp_path / "checkpoints").mkdir()
+    disk = make_disk("checkpoints/test")
+    run = Started(config(100_000))
+    run.wait_for(lambda: run.saved >= EVERY)
+    disk.unmount()
+    run.wait_for(lambda: run.has_told("save_failed"))
+    assert list(disk.directory.iterdir()) == []
+    disk.mount()
+    step = run.step
+    run.wait_for(lambda: run.saved > step)
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED and "mount the disk again" in output, output

@@ -221,6 +221,20 @@ def test_a_failure_leaves_nothing_and_what_was_there(
     assert (out / "README.md").read_text() == "mine"
 
 
+def test_weights_that_are_not_finite_are_not_exported(
+    exported: Exported, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where a checkpoint was saved so, and every checksum is right."""
+    run = str(exported[0] / "runs" / "test")
+    opened = models.open_model(run, TAG)
+    opened.weights["ln_f.weight"][3] = float("nan")
+    monkeypatch.setattr(export, "open_model", lambda *_: opened)
+    for form in ("hf", "bf16", "fp32"):
+        said = _refused(capsys, "export", run, "--format", form, "--out", tmp_path / "out")
+        assert "ln_f.weight has values that are Inf or NaN" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_export_has_left_is_cleaned_up_by_the_next(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -97,3 +97,14 @@ def test_one_that_is_made_again_by_somebody_else_is_used(run_dir: Path) -> None:
     run_dir.rmdir()
     run_dir.mkdir()
     assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
+
+
+def test_an_empty_directory_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+    """What a disk was mounted on shows when it is unmounted; here by a move out of sight."""
+    (tmp_path / "one").mkdir()
+    opened = OpenDirectory(tmp_path / "one")
+    assert not opened.is_replaced
+    (tmp_path / "one").rmdir()
+    assert not opened.is_replaced
+    (tmp_path / "one").mkdir()
+    assert not opened.is_replaced  # deleted, and made again by a person

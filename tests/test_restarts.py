@@ -98,3 +98,15 @@ def test_a_rollback_goes_to_before_the_trouble_and_further_each_time_that_it_com
     assert "42-43" in first.text
     assert rolled_back(40, (44, 45)).resume == "before:40"
     assert rolled_back(35, (46, 47)).resume == "before:35"
+
+
+def test_starts_that_begin_no_step_resume_from_the_newest_checkpoint_and_suspect_no_data() -> None:
+    """As when a directory cannot be written: no heartbeat of such a start, and no line in the journal."""
+    restarts = Restarts(SupervisorSettings(restarts=9, skip_data=True), 40)
+    assert isinstance(restarts.after(_ended(step=46, saved=40, origin=0)), Again)
+    for _ in range(5):
+        again = restarts.after(Ended(Outcome(CRASHED), False, step=0, batch=0, from_step=None, saved_step=40))
+        assert isinstance(again, Again) and (again.resume, again.leave_out) == ("auto", ())
+    same_step = Ended(Outcome(CRASHED), False, step=46, batch=46, from_step=None, saved_step=40)
+    resumed = [restarts.after(same_step) for _ in range(3)]
+    assert all(isinstance(again, Again) and again.resume == "auto" for again in resumed)

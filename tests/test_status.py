@@ -645,6 +645,19 @@ def test_a_run_that_trains_and_is_not_logged_is_not_healthy(working: Files) -> N
     assert not any("logged" in problem for problem in working.problems(later=400))
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_or_gone_is_not_healthy(working: Files) -> None:
+    last = working.save(2000)
+    working.note("save", 10, 2000)
+    working.note("done", 5, 2000)
+    (working.run_dir / "heartbeat" / "rank_00000").unlink()
+    assert (working.look().state, working.problems()) == ("finished", [])
+    (last / "model.pt").write_bytes(b"short")
+    assert working.problems() == ["rolling_step_002000 is damaged: model.pt has 5 bytes, 1000 were written"]
+    shutil.rmtree(last)
+    (problem,) = working.problems()
+    assert problem.startswith("the last checkpoint, of step 2,000, is not in ")
+
+
 def test_each_of_two_disks_has_a_line(working: Files) -> None:
     status = working.look()
     (disk,) = status.disks

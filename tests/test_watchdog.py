@@ -186,3 +186,12 @@ def test_a_disk_that_takes_no_sign_of_life_is_recognised(tmp_path: Path) -> None
         assert beat_problem(tmp_path) is not None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_heartbeats_of_an_earlier_start_that_cannot_be_deleted_are_not_this_ones(tmp_path: Path) -> None:
+    Heartbeat(tmp_path, 0).begin_step(46, 46)
+    watchdog = Watchdog(SupervisorSettings(), OpenDirectory(tmp_path), 1)
+    assert watchdog.look() is None and watchdog.newest is None
+    Heartbeat(tmp_path, 0).begin_step(47, 47)
+    watchdog.look()
+    assert watchdog.newest is not None and watchdog.newest.step == 47

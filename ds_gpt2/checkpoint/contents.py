@@ -21,12 +21,12 @@ def problem_of_model(content: Any, known: Manifest) -> str | None:
     """Why the file of weights is not that of ``known``; None if it is."""
     try:
         state, ranks = content[CLIENT_KEY]["state"], content[_WORLD]
-        differing = [key for key in _COMPARED if key in known.state and state.get(key) != known.state[key]]
+        differing = [key for key in _COMPARED if state.get(key) != known.state.get(key)]
     except (KeyError, TypeError, AttributeError):
         return f"has no state to compare with {MANIFEST}"
     if differing:
         key = differing[0]
-        return f"is of {key} {str(state.get(key))[:40]}, {MANIFEST} says {str(known.state[key])[:40]}"
+        return f"is of {key} {str(state.get(key))[:40]}, {MANIFEST} says {str(known.state.get(key))[:40]}"
     return None if ranks == known.world_size else f"was saved by {ranks} ranks, {MANIFEST} says {known.world_size}"
 
 

@@ -5,6 +5,7 @@ A failure here is logged and tried again at the next commit; it never ends a run
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,6 +122,9 @@ class Housekeeping:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
+            if self._open.is_replaced:
+                reason = "an empty directory is there now: mount the disk again"
+                raise FileNotFoundError(errno.ENOENT, reason, str(self.directory))
             if self._open.is_deleted:
                 self._open.make_again()
                 self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)

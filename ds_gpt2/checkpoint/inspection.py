@@ -15,6 +15,7 @@ from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.generations import Generation, open_generation
 from ds_gpt2.checkpoint.layout import MANIFEST
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
+from ds_gpt2.terminal import one_line
 
 Check = Callable[[Generation], str | None]  # what is wrong with a checkpoint whose manifest is good; None if nothing
 
@@ -34,7 +35,7 @@ def examine(path: Path, checks: Iterable[Check]) -> Verdict | None:
         generation = open_generation(path)
         problem = generation.problem or next((found for check in checks if (found := check(generation))), None)
         if problem is None or mark(path) == before:
-            return Verdict(generation, problem)
+            return Verdict(generation, None if problem is None else one_line(problem))
     return None
 
 
@@ -153,11 +154,13 @@ def _wrong_shape(content: Any, known: Manifest) -> str | None:
             **{name: known.identity[f"model.{name}"] for name in ("layers", "heads", "width")},
             sequence_length=known.identity["batch.sequence_length"],
         )
+        found = {str(name): tuple(tensor.shape) for name, tensor in content.get("module", content).items()}
+        if shape.layers > len(found):
+            return f"it has {len(found):,} tensors, {MANIFEST} says {shape.layers:,} layers"
         with torch.device("meta"):
             model = GPT2(shape, dropout=0.0)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {str(name): tuple(tensor.shape) for name, tensor in content.get("module", content).items()}
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         return f"it cannot be compared with {MANIFEST}: {error!r}"
     for name in sorted({*expected, *found}):
         if name not in found:

@@ -14,15 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ds_gpt2 import safe_json
 from ds_gpt2.checkpoint.layout import MANIFEST, is_plain_name
+from ds_gpt2.errors import shortened
 from ds_gpt2.safe_files import regular_only
 from ds_gpt2.safe_json import LARGEST
+from ds_gpt2.terminal import one_line
 
 FORMAT = 2
 _LARGEST = 64 * 2**20  # bytes of a manifest; a real one has some ten thousand
 
 
 class DamagedError(Exception):
-    """A checkpoint that must not be loaded; the message is the reason."""
+    """A checkpoint that must not be loaded; the message is the reason, one line."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(one_line(shortened(str(reason))))
 
 
 class _Plain(BaseModel):

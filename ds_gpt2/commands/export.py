@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     needed = (2 if options.format == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _SPARE_BYTES
     with _appearing(out, needed) as unfinished:
         opened = open_model(str(generation.path), None)
+        for name, weight in opened.weights.items():
+            huggingface.as_weight(opened.path, name, weight)  # refuses Inf and NaN
         if options.format == "fp32":
             _write_file(opened, unfinished)
         else:

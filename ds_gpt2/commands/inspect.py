@@ -71,9 +71,9 @@ def verify(directory: Path, as_json: bool) -> int:
 def _show(dataset: Dataset, reports: list[ShardReport]) -> None:
     for report in reports:
         ends = f", {percent(report.end_of_text / report.tokens, 3)} <|endoftext|>" if report.tokens else ""
-        print(f"{'BAD ' if report.problem else 'good'}  {report.file}  {report.tokens:,} tokens{ends}")
+        print(f"{'BAD ' if report.problem else 'good'}  {one_line(report.file)}  {report.tokens:,} tokens{ends}")
         if report.problem:
-            print(f"      {report.problem}")
+            print(f"      {one_line(report.problem)}")
     if dataset.left_out:
         print(f"not read, for testing by their names: {', '.join(dataset.left_out)}")
     unknown = sum(shard.sha256 is None for shard in dataset.shards)

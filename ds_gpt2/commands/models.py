@@ -15,10 +15,10 @@ from ds_gpt2.checkpoint.layout import LATEST, MANIFEST
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.commands.checkpoints import find_place
 from ds_gpt2.errors import UserError
-from ds_gpt2.model import ModelShape
+from ds_gpt2.model import PADDED_VOCABULARY, ModelShape
 from ds_gpt2.model_names import hub_name, resolve
 from ds_gpt2.pretrained import opening
-from ds_gpt2.pretrained.huggingface import shapes_of
+from ds_gpt2.pretrained.huggingface import check_shapes, shapes_of
 from ds_gpt2.wording import size
 
 _WEIGHT_BYTES = 5  # one copy, and what is looked at of one rank's file
@@ -78,6 +78,7 @@ def _open_checkpoint(path: Path) -> Opened:
         weights = fp32_weights(path)
     except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    check_shapes(path, shape, PADDED_VOCABULARY, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     return Opened(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
 
 

@@ -64,8 +64,8 @@ def problems_of(
             *_of_disks(rooms, settings.alerts.disk_days),
             *_of_records(life, recorded, now),
         ]
-    elif newest is None and any(event.kind == "save" for event in events):
-        problems.append(Problem("save_failed", f"no checkpoints in {settings.checkpoint_dir}, though some were saved"))
+    else:
+        problems += _of_last_checkpoint(settings, events, newest)
     return [*problems, *_of_messages(events)]
 
 
@@ -105,6 +105,20 @@ def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Proble
     if newest is not None and (damage := damage_of(newest)) is not None:
         problems.append(Problem("save_failed", f"{newest.tag} is damaged: {damage}"))
     return problems
+
+
+def _of_last_checkpoint(settings: Settings, events: Sequence[Event], newest: Generation | None) -> list[Problem]:
+    """Of a run that has ended: whether the checkpoint that it saved last is there, and whole."""
+    last = next((event for event in reversed(events) if event.kind in ("save", "start")), None)
+    saved = None if last is None or last.kind == "start" else last.step
+    if newest is None and any(event.kind == "save" for event in events):
+        return [Problem("save_failed", f"no checkpoints in {settings.checkpoint_dir}, though some were saved")]
+    if newest is not None and (damage := damage_of(newest)) is not None:
+        return [Problem("save_failed", f"{newest.tag} is damaged: {damage}")]
+    if newest is not None and saved is not None and newest.step < saved:
+        text = f"the last checkpoint, of step {saved:,}, is not in {settings.checkpoint_dir}"
+        return [Problem("save_failed", f"{text}: the newest there is of step {newest.step:,}")]
+    return []
 
 
 def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:

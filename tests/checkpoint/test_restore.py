@@ -131,6 +131,12 @@ def _of_another_step(name: str, content: Any) -> Any:
     return {**content, "ds_gpt2": {"state": {"step": 7}}} if name == MODEL_FILE else content
 
 
+def _with_more_state(name: str, content: Any) -> Any:
+    """The manifest lacks it: data would be read from the first batch on."""
+    state = {"step": 10, "batch": 12}
+    return {**content, "ds_gpt2": {"state": state}} if name == MODEL_FILE else content
+
+
 def _of_more_ranks(name: str, content: Any) -> Any:
     return {**content, "dp_world_size": 4} if name == MODEL_FILE else content
 
@@ -149,6 +155,7 @@ def _of_a_list(name: str, content: Any) -> Any:
         (_cut, "its partitions have 4 weights, the model has 6"),
         (_cut_moments, "has 4 elements of exp_avg for 6 weights"),
         (_of_another_step, f"{MODEL_FILE} is of step 7, {MANIFEST} says 10"),
+        (_with_more_state, f"{MODEL_FILE} is of batch 12, {MANIFEST} says None"),
         (_of_more_ranks, f"was saved by 4 ranks, {MANIFEST} says 1"),
         (_without_state, f"has no state to compare with {MANIFEST}"),
         (_of_a_list, "is no partition of an optimizer"),
