@@ -322,5 +322,22 @@ def test_what_can_do_nothing_by_itself_is_ended_by_the_next_supervisor(configure
         end_session(after.pid)
 
 
+def test_ranks_that_do_not_end_after_a_stop_are_killed_and_that_is_reported(configure: Configure) -> None:
+    settings = configure("stuck", schedule=ENDLESS, supervisor={"hang_seconds": 600, "stop_seconds": 3})
+    process = _supervisor(settings, [Fault("hang", step=7, rank=1)])
+    try:
+        _until(lambda: (beat := read_beat(settings.run_dir, 1)) and beat.step == 7)
+        process.terminate()
+        assert process.wait(60) == outcome.CRASHED
+        (event,) = [event for event in _events(settings) if event.kind == "crash"]
+        assert event.text == (
+            "the ranks have not ended 3s after the stop (supervisor.stop_seconds): they are killed;"
+            " the newest checkpoint is of step 4"
+        )
+        assert _left(settings) == []
+    finally:
+        end_session(process.pid)
+
+
 def _is_stopped(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() == psutil.STATUS_STOPPED
