@@ -121,6 +121,7 @@ if [ -n "${DS_GPT2_PYTHON:-}" ]; then
   python=$DS_GPT2_PYTHON
   found=$("$python" -c '
 import sys
+sys.path = [path for path in sys.path if path]  # the working directory is not searched
 from importlib.util import find_spec
 assert sys.version_info >= (3, 10)
 lacking = [name for name in ("torch", "deepspeed", "pydantic", "psutil") if find_spec(name) is None]

@@ -75,7 +75,7 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
         try:
             subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", disk.image], check=True, capture_output=True)
             disk.mount()
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError) as error:  # no root, no loop devices, or another system
             pytest.skip(f"needs the right to mount a file as a disk, and mkfs.ext4: {error}")
         made.append(disk)
         return disk

@@ -31,7 +31,7 @@ def test_a_closed_descriptor_is_no_error(closed: str) -> None:
 
 
 def test_python_files_of_the_working_directory_are_not_imported(tmp_path: Path) -> None:
-    for name in ("venv", "random", "typing", "argparse"):
+    for name in ("venv", "random", "typing", "argparse", "types", "warnings", "contextlib", "torch", "pydantic"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
     assert shell(f"cd '{tmp_path}' && '{PROJECT}/launch.sh' --version").returncode == 0
 

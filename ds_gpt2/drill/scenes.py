@@ -63,7 +63,7 @@ class Stage:
 
     run: Actor
     undisturbed: Actor
-    dice: random.Random
+    generator: random.Random
     folder: Path  # for files that remember
 
     @property
@@ -86,9 +86,9 @@ def wait_for_a_moment(stage: Stage) -> None:
     if not run.alive:
         run.start()
     run.wait_for("a checkpoint", lambda: _saved_since_start(run))
-    until = run.done_steps() + stage.dice.randint(1, EVERY - 1)
+    until = run.done_steps() + stage.generator.randint(1, EVERY - 1)
     run.wait_for(f"step {until}", lambda: run.done_steps() >= until)
-    time.sleep(stage.dice.uniform(0, 0.3))
+    time.sleep(stage.generator.uniform(0, 0.3))
     if not run.alive or run.done_steps() >= stage.steps:
         raise FailedError(f"the run was over, at step {run.done_steps()}, before anything could be done to it")
 
@@ -137,7 +137,7 @@ def read_error(stage: Stage) -> Done:
     """A shard cannot be read at the first try: that is told, tried again, and changes nothing."""
     run = stage.run
     _stop(run)
-    batch, rank = max(0, run.saved_step()) + EVERY + stage.dice.randint(1, EVERY - 1), _a_rank(stage)
+    batch, rank = max(0, run.saved_step()) + EVERY + stage.generator.randint(1, EVERY - 1), _a_rank(stage)
     once, since = stage.folder / "read_error", run.now()
     run.start(faults_asked=[Fault("read_error", batch=batch, rank=rank, once=str(once))])
     run.wait_for("the step being made", lambda: run.done_steps() >= batch)
@@ -152,7 +152,7 @@ def read_error(stage: Stage) -> Done:
 def exception(stage: Stage) -> Done:
     run = stage.run
     _stop(run)
-    step, rank = max(0, run.saved_step()) + EVERY + stage.dice.randint(1, EVERY - 1), _a_rank(stage)
+    step, rank = max(0, run.saved_step()) + EVERY + stage.generator.randint(1, EVERY - 1), _a_rank(stage)
     once, since = stage.folder / "exception", run.now()
     run.start(faults_asked=[Fault("crash", step=step, rank=rank, once=str(once))])
     run.wait_for("the crash being noticed", lambda: run.events(since, "crash"))
@@ -289,12 +289,12 @@ def truncate(stage: Stage) -> Done:
 
 def flip_byte(stage: Stage) -> Done:
     def flip(file: Path) -> str:
-        place = stage.dice.randrange(file.stat().st_size)
+        place = stage.generator.randrange(file.stat().st_size)
         with file.open("r+b") as opened:
             opened.seek(place)
             byte = opened.read(1)[0]
             opened.seek(place)
-            opened.write(bytes([byte ^ 1 << stage.dice.randrange(8)]))
+            opened.write(bytes([byte ^ 1 << stage.generator.randrange(8)]))
         return f"one bit of byte {place:,} flipped"
 
     return _damage(stage, flip)
@@ -308,7 +308,7 @@ def _damage(stage: Stage, damage: Callable[[Path], str]) -> Done:
     _stop(run)
     newest = candidates(run.checkpoint_dir, "latest")[0]
     assert newest.manifest is not None
-    file = stage.dice.choice(sorted(newest.manifest.files))
+    file = stage.generator.choice(sorted(newest.manifest.files))
     what = damage(newest.path / file)
     whole = next((found for found in candidates(run.checkpoint_dir, "latest") if problem_of(found) is None), None)
     if whole is None:
@@ -337,7 +337,7 @@ def no_checkpoints(stage: Stage) -> Done:
     directory, aside = run.checkpoint_dir, run.checkpoint_dir.with_name(run.checkpoint_dir.name + ".aside")
     since, struck = run.now(), time.time()
     directory.rename(aside)
-    empty = stage.dice.random() < 0.5  # as where a disk is not mounted
+    empty = stage.generator.random() < 0.5  # what an unmounted disk leaves
     if empty:
         directory.mkdir()
     try:
@@ -384,7 +384,7 @@ def disk_full(stage: Stage) -> Done:
         # Half of the largest file: the write that comes there fails.
         limit = max(entry.bytes for entry in newest.manifest.files.values()) // 2
         full = _limited(launcher.ranks_of(run.group), limit)
-        how = "a save's writes failed (a limit on file size: no small disk to be had)"
+        how = "a save's writes failed (a limit on file size: no small file system available)"
     run.wait_for("a checkpoint", lambda: _saved_since_start(run))
     with full as keep_full:
         run.wait_for("the save failing", lambda: keep_full() or run.events(since, "save_failed"))
@@ -450,7 +450,10 @@ def run_dir_full(stage: Stage) -> Done:
     else:
         run.start()
         run.wait_for("a checkpoint", lambda: _saved_since_start(run))
-        before, how = _pids(run), "the run's files could not grow (a limit on file size: no small disk to be had)"
+        before, how = (
+            _pids(run),
+            "the run's files could not grow (a limit on file size: no small file system available)",
+        )
         reached = run.done_steps()
         with _limited([*launcher.ranks_of(run.group), psutil.Process(run.pid)], _LIMIT):
             run.wait_for("training continuing", lambda: run.done_steps() >= reached + EVERY)
@@ -487,10 +490,10 @@ def _pids(run: Actor) -> list[int]:
 
 
 def unreadable_data(stage: Stage) -> Done:
-    """A shard cannot be read for long, and a stop is asked for: the whole steps are saved at once."""
+    """A shard cannot be read for long, and a stop is requested: the whole steps are saved at once."""
     run = stage.run
     _stop(run)
-    batch, rank = max(0, run.saved_step()) + EVERY + stage.dice.randint(1, EVERY - 1), _a_rank(stage)
+    batch, rank = max(0, run.saved_step()) + EVERY + stage.generator.randint(1, EVERY - 1), _a_rank(stage)
     during, since = stage.folder / "unreadable_data", run.now()
     during.touch()
     try:
@@ -544,7 +547,7 @@ def nan(stage: Stage) -> Done:
     before = _newest_of_a_run_at_rest(run)
     step, state = before.step + 1, _state(before.path)
     since = run.now()
-    micro_batch = stage.dice.randrange(_accumulation(run))
+    micro_batch = stage.generator.randrange(_accumulation(run))
     run.start(f"schedule.steps={step}", faults_asked=[Fault("nan", step=step, rank=rank, micro_batch=micro_batch)])
     run.wait_done()
     after = _state(run.checkpoint_dir / rolling_tag(step))
@@ -693,7 +696,7 @@ def _accumulation(run: Actor) -> int:
 
 
 def _a_rank(stage: Stage) -> int:
-    return stage.dice.randrange(stage.run.place.ranks)
+    return stage.generator.randrange(stage.run.place.ranks)
 
 
 SCENES = {
