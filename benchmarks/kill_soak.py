@@ -2,12 +2,12 @@
 
     python benchmarks/kill_soak.py --kills 300 --out benchmarks/results/kill_soak.json
 
-A small GPT-2 with dropout trains on two ranks over several epochs, saving often and slowly, so that many kills fall
-into a save. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now and then a SIGTERM asks for a stop
-instead. After each: every committed checkpoint must verify byte for byte, no more may be lost than what came after the
-last save that had begun or, if that was still being written, the one before it, and the next start must go on from the
-newest. At the end of a run its weights, moments, random states, metrics and ledger of windows must equal, bit for bit,
-those of the run left alone, and TensorBoard must show every step of every curve once.
+A small GPT-2 with dropout trains on two ranks over several epochs. It saves often and slowly, and evaluates often, so
+that many kills fall into a save or an evaluation. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now and
+then a SIGTERM asks for a stop instead. After each: every committed checkpoint must verify byte for byte, no more may be
+lost than what came after the last save that had begun or, if that was still being written, the one before it, and the
+next start must resume from the newest. At the end of a run its weights, moments, random states, metrics and ledger of
+windows must equal, bit for bit, those of the run left alone, and TensorBoard must show every step of every curve once.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from ds_gpt2.data.holdout import EveryPiece
 from ds_gpt2.data.prepare import Recipe, prepare
 from ds_gpt2.data.sources import Listed, Source, python_documents
 from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
+from ds_gpt2.heartbeat import read_beat
 from ds_gpt2.launcher import TRAIN, Place, start_command
 from ds_gpt2.metrics import METRICS, read_metrics
 
@@ -60,7 +61,7 @@ class Tally:
     """What happened over the whole soak."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    moments: Counter[str] = field(default_factory=Counter)  # while starting, in a save, between saves
+    moments: Counter[str] = field(default_factory=Counter)  # see _kill
     lost_steps: list[int] = field(default_factory=list)
     verified: int = 0
     runs: int = 0
@@ -177,7 +178,7 @@ def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: T
             return
         _inspect(directory, run.step, tally)
         newest = _newest(directory)
-        if newest is not None and newest.step == STEPS:
+        if newest is not None and newest.step == STEPS and newest.manifest is not None and newest.manifest.is_evaluated:
             return
 
 
@@ -195,7 +196,10 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> Non
     ranks = [member for member in members if _is_rank(member)]
     tally.kills[way] += 1
     saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
-    tally.moments["in a save" if saving else "between saves" if run.shown else "while starting"] += 1
+    beat = read_beat(directory.parents[1] / "runs" / "soak", 0)
+    evaluating = beat is not None and beat.phase == "evaluating"
+    moments = {"in a save": saving, "in an evaluation": evaluating, "in a step": run.shown > 0, "while starting": True}
+    tally.moments[next(moment for moment, found in moments.items() if found)] += 1
     number = signal.SIGTERM if way == STOP else signal.SIGKILL
     targets = {
         "one rank": [dice.choice(ranks)] if ranks else members,
@@ -267,8 +271,8 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
             "keep_epochs": 2,
             "write_mb_per_s": 60,
         },
-        "validation": {"every": 7, "tokens": 4 * SEQUENCE},
-        "samples": {"every": 0},
+        "validation": {"every": 7, "tokens": 40 * SEQUENCE},
+        "samples": {"every": 3, "prompts": ["The statement"], "tokens": 60},
         "histograms": {"every": 20},
     }
     path = folder / "soak.yaml"

@@ -38,7 +38,7 @@ from ds_gpt2.engine import Engine, close_process_group, open_process_group
 from ds_gpt2.errors import UserError
 from ds_gpt2.guard import Guard, Incident
 from ds_gpt2.heartbeat import Heartbeat, open_stacks
-from ds_gpt2.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
+from ds_gpt2.hooks import Health, Histograms, Hook, Interrupted, Samples, Validation, open_hellaswag
 from ds_gpt2.journal import Journal
 from ds_gpt2.loop import Ending
 from ds_gpt2.meter import Meter, Past
@@ -158,11 +158,11 @@ def _train(
     state.leave_out(origin.leave_out)
     trackers = dist.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
     reserve = functools.partial(_reserve, checkpoints)
-    monitor = Monitor(engine, settings.run_dir / METRICS, state.step, trackers, reserve)
+    monitor = Monitor(engine, settings.run_dir / METRICS, state.recorded_step, trackers, reserve)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)
-    hooks = _hooks(settings, held_out, engine, heartbeat)
+    hooks = _hooks(settings, held_out, engine, functools.partial(_progress, heartbeat, stop, settings.run_dir))
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
@@ -281,8 +281,23 @@ def _open_trackers(
     return open_trackers(deepspeed_settings, settings.run_dir, settings.run.name, state.step, plan.windows_per_step)
 
 
-def _hooks(settings: Settings, held_out: Callable[[], Windows], engine: Engine, heartbeat: Heartbeat) -> list[Hook]:
+def _progress(heartbeat: Heartbeat, stop: StopRequest, run_dir: Path) -> None:
+    """Called during an observation, on each rank alone: other ranks may be elsewhere in theirs, or done.
+
+    Raises:
+        Interrupted: a stop is requested.
+    """
+    heartbeat.beat()
+    if stop.requested or (run_dir / STOP_FILE).exists():
+        raise Interrupted
+
+
+def _hooks(
+    settings: Settings, held_out: Callable[[], Windows], engine: Engine, progress: Callable[[], None]
+) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
+    if settings.histograms.every:  # before those that a stop may interrupt: it cannot be repeated
+        hooks.append(Histograms(settings.histograms, engine.model))
     if settings.validation.every:
         hooks.append(Validation(settings.validation, held_out(), settings.batch.micro_batch))
     if settings.samples.every:
@@ -291,10 +306,8 @@ def _hooks(settings: Settings, held_out: Callable[[], Windows], engine: Engine, 
     if settings.hellaswag.every:
         hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
         hooks += [hellaswag] if hellaswag is not None else []
-    if settings.histograms.every:
-        hooks.append(Histograms(settings.histograms, engine.model))
     for hook in hooks:
-        hook.progress = heartbeat.beat
+        hook.progress = progress
     return hooks
 
 

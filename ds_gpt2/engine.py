@@ -194,7 +194,10 @@ class Engine:
 
     def _read_constants(self) -> tuple[list[dict[str, Any]], float]:
         optimizer = self.deepspeed.optimizer
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        changing = ("params", "lr")  # each step sets its learning rate
+        groups = [
+            {key: value for key, value in group.items() if key not in changing} for group in optimizer.param_groups
+        ]
         return groups, optimizer.clip_grad
 
     def close(self) -> None:

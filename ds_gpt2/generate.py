@@ -9,7 +9,7 @@ three quarters of what the model knows, and the recomputation comes about every 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +42,24 @@ class Sampling:
             raise UserError(f"top-p {self.top_p}: give a share above 0, at most 1")
 
 
-def generate(model: GPT2, prompt: str, tokens: int, sampling: Sampling, *, count: int = 1, seed: int = 0) -> list[str]:
+def generate(
+    model: GPT2,
+    prompt: str,
+    tokens: int,
+    sampling: Sampling,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> list[str]:
     """``count`` continuations of ``prompt``, without the prompt, of up to ``tokens`` tokens each.
 
     A continuation that the model ended itself closes with ``<|endoftext|>``. Each has dice of its own, so the same
     seed gives the same continuation whatever ``count`` is, up to rounding: a matrix product of more rows may round
     differently, and rarely that decides between two tokens. For the mode (eval, train) see ``next_tokens``.
+
+    Args:
+        progress: called after each token of all continuations.
 
     Raises:
         FloatingPointError: the model's scores are not finite.
@@ -58,6 +70,7 @@ def generate(model: GPT2, prompt: str, tokens: int, sampling: Sampling, *, count
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row[-1:] != [END_OF_TEXT]:
                 row.append(token)
+        progress()
         if all(row[-1] == END_OF_TEXT for row in rows):
             break
     return [gpt2().decode(row) for row in rows]

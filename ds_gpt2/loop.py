@@ -20,9 +20,9 @@ from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import perplexity
 from ds_gpt2.guard import Guard
 from ds_gpt2.heartbeat import Heartbeat
-from ds_gpt2.hooks import Hook
+from ds_gpt2.hooks import Hook, Interrupted
 from ds_gpt2.meter import Meter
-from ds_gpt2.monitor import Monitor, Seen
+from ds_gpt2.monitor import Monitor, Seen, from_plain, to_plain
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
 from ds_gpt2.stop import StopRequest
@@ -69,7 +69,9 @@ def train(
 ) -> Ending:
     """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved.
 
-    Where the guard finds that the run has to go back, nothing of what it cannot trust is saved.
+    An evaluation that a stop or unreadable data breaks off is repeated after the resume, so that records, curves and
+    the best checkpoint do not depend on it. Where the guard finds that the run has to go back, nothing of what it
+    cannot trust is saved.
 
     Raises:
         UserError: on every rank, after all is saved: data cannot be read.
@@ -83,12 +85,29 @@ def train(
             monitor.flush(durable=True)
             checkpoints.save(state, data.epoch(state.batch), roles)
 
+    def finish_step(due: Sequence[Hook], seen: Seen) -> str | None:
+        """Evaluate and record this step, save it if due; returns what breaks off the evaluation, but for a stop."""
+        heartbeat.enter("evaluating")
+        problem = _observe(due, engine, state, seen)
+        meter.mark("eval")
+        if state.unevaluated is not None:
+            return problem
+        monitor.write(state.step, seen)
+        roles = _roles(state, data)
+        if roles or course.save.due(state.step, course.steps):
+            save(roles)
+            meter.mark("save")
+        return None
+
     stopping, problem = False, None
-    while state.step < course.steps and not stopping and not guard.rollback:
+    if state.unevaluated is not None:
         meter.begin()
-        step, previous, batch = state.step + 1, state.batch, state.next_batch
+        problem = finish_step(_due(hooks, state.step, course, repeated=True), from_plain(state.unevaluated))
+    while state.step < course.steps and not (stopping or guard.rollback or state.unevaluated is not None):
+        meter.begin()
+        step, batch = state.step + 1, state.next_batch
         heartbeat.begin_step(step, batch)
-        due = [hook for hook in hooks if hook.every.due(step, course.steps)]
+        due = _due(hooks, step, course)
         lr = course.learning_rate(step)
         batches = meter.waiting_for(data.micro_batches(batch))
         loss = engine.accumulate(batches, lambda: dist.any_rank_on_cpu(stop.requested))
@@ -110,22 +129,13 @@ def train(
         guard.judge_update(state, mean_loss, update.applied, windows)
         seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end(step)}
         lines.show(step, seen, meter.eta(step, course.steps))
-        heartbeat.enter("evaluating")
-        problem = _observe(due, engine, state, seen)
-        meter.mark("eval")
-        monitor.write(step, seen)
-        roles = _roles(state, previous, data)
-        if roles or course.save.due(step, course.steps):
-            save(roles)
-            meter.mark("save")
-        if problem is not None:
-            break
+        problem = finish_step(due, seen)
     save()
     _insist(save, checkpoints, state, stop, guard, heartbeat, course.stop_seconds)
     heartbeat.enter("finishing")
-    done = state.step >= course.steps and not guard.rollback
+    done = state.step >= course.steps and not (guard.rollback or state.unevaluated is not None)
     saved = checkpoints.finish(state, for_good=done)
-    if not stopping:
+    if not stopping and (state.unevaluated is None or problem is not None):
         dist.raise_on_all(data.problem or problem)
     if guard.rollback:
         return Ending.ROLLBACK
@@ -167,20 +177,32 @@ def _agree(loss: torch.Tensor, stop: StopRequest, data: TrainingData) -> tuple[f
     return total_loss / dist.world_size(), requests > 0, unread == 0
 
 
+def _due(hooks: Sequence[Hook], step: int, course: Course, repeated: bool = False) -> list[Hook]:
+    return [hook for hook in hooks if hook.every.due(step, course.steps) and (hook.can_be_repeated or not repeated)]
+
+
 def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: Seen) -> str | None:
-    """Add what the hooks see at this step to ``seen``; returns why the run cannot continue, the same on all ranks."""
+    """Add what the hooks see at this step to ``seen``; if they are interrupted, ``state`` keeps what there is.
+
+    Returns:
+        Why the run cannot continue, the same on all ranks; None if it can, or if a stop is requested.
+    """
     try:
         for hook in due:
             seen |= hook.observe(engine, state)
-    except UserError as error:
-        return str(error)
+        state.unevaluated = None
+    except (Interrupted, UserError) as reason:
+        state.unevaluated = to_plain(seen)
+        if isinstance(reason, UserError):
+            return str(reason)
+        log.info(f"step {state.step}: a stop breaks off the evaluation; it is repeated when the run resumes")
     return None
 
 
-def _roles(state: TrainState, previous_batch: int, data: TrainingData) -> list[str]:
+def _roles(state: TrainState, data: TrainingData) -> list[str]:
     """What a checkpoint of this very step is worth keeping as."""
     epochs_done = int(data.epoch(state.batch))
-    roles = [epoch_tag(epochs_done)] if epochs_done > int(data.epoch(previous_batch)) else []
+    roles = [epoch_tag(epochs_done)] if epochs_done > int(data.epoch(state.previous_batch)) else []
     return [*roles, BEST_TAG] if state.best_step == state.step else roles
 
 

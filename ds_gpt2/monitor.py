@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,25 @@ class Histogram:
 Seen = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
 
 
+def to_plain(seen: Seen) -> dict[str, Any]:
+    """``seen`` as JSON can hold it; numbers that are not finite become None."""
+    return {tag: _plain(value) for tag, value in seen.items()}
+
+
+def from_plain(plain: Mapping[str, Any]) -> Seen:
+    """The inverse of ``to_plain``; None becomes NaN."""
+    return {
+        tag: Histogram(**value) if isinstance(value, dict) else math.nan if value is None else value
+        for tag, value in plain.items()
+    }
+
+
+def _plain(value: float | str | Histogram) -> float | str | dict[str, Any] | None:
+    if isinstance(value, Histogram):
+        return asdict(value)
+    return value if isinstance(value, str) or math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class _AtStep:
     step: int
@@ -73,14 +92,14 @@ class Monitor:
         self,
         engine: Engine,
         metrics_file: Path,
-        start_step: int,
+        recorded_step: int,
         trackers: Mapping[str, Tracker] | None = None,
         reserve: Callable[[], Path] | None = None,
     ) -> None:
         """
         Args:
-            start_step: the step this process starts from; anything recorded beyond it is about to be replayed and
-                is dropped, so that curves neither overlap nor jump back.
+            recorded_step: the newest step whose record stays; anything recorded beyond it is about to be recorded
+                again and is dropped, so that curves neither overlap nor jump back.
             trackers: by the name of the DeepSpeed monitor that each replaces.
             reserve: see ``Records``.
         """
@@ -94,14 +113,14 @@ class Monitor:
         self._failing: set[str] = set()
         self._records: Records | None = None
         if dist.is_main():
-            forget_after(metrics_file, start_step, reserve() if reserve is not None else None)
-            self._records = Records(metrics_file, reserve, start_step)
+            forget_after(metrics_file, recorded_step, reserve() if reserve is not None else None)
+            self._records = Records(metrics_file, reserve, recorded_step)
             self._continue_csv()
             if self.tensorboard is not None:
                 _silence_writer_thread()
                 self._events = OpenDirectory(Path(self.tensorboard.log_dir))
             if self._has_written_before():
-                self._reopen_tensorboard(start_step + 1)
+                self._reopen_tensorboard(recorded_step + 1)
 
     @property
     def tensorboard(self) -> Any:
@@ -114,7 +133,8 @@ class Monitor:
         if self._records is None:
             return
         now = round(time.time(), 3)
-        self._records.append({"step": step, "time": now, **_json_fit(seen)})
+        without_histograms: Seen = {tag: value for tag, value in seen.items() if not isinstance(value, Histogram)}
+        self._records.append({"step": step, "time": now, **to_plain(without_histograms)})
         self._pending.append(_AtStep(step, now, seen))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
@@ -241,14 +261,3 @@ def _add_to(writer: Any, one: _AtStep) -> None:
 def as_code_block(text: str) -> str:
     """Markdown that shows ``text`` as it is."""
     return "".join(f"    {line}\n" for line in text.splitlines() or [""])
-
-
-def _json_fit(seen: Seen) -> dict[str, float | str | None]:
-    """JSON has no word for infinity or NaN."""
-    fit: dict[str, float | str | None] = {}
-    for tag, value in seen.items():
-        if isinstance(value, str):
-            fit[tag] = value
-        elif not isinstance(value, Histogram):
-            fit[tag] = value if math.isfinite(value) else None
-    return fit

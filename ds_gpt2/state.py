@@ -34,6 +34,15 @@ class TrainState:
     skipped_in_row: int = 0  # updates skipped one after another, up to now
     weights: str = ""  # fingerprint of the weights at the last save
     weights_updates: int = 0  # updates made until then
+    unevaluated: dict[str, Any] | None = None  # what was seen at this step if its evaluation was broken off
+
+    @property
+    def previous_batch(self) -> int:
+        """The batch before ``batch`` that was trained on; 0 if there is none."""
+        batch = self.batch - 1
+        while batch > 0 and batch in self.left_out:
+            batch -= 1
+        return max(batch, 0)
 
     @property
     def next_batch(self) -> int:
@@ -43,6 +52,11 @@ class TrainState:
         while at < len(self.left_out) and self.left_out[at] == batch:
             at, batch = at + 1, batch + 1
         return batch
+
+    @property
+    def recorded_step(self) -> int:
+        """The newest step whose evaluation is complete, and which is therefore recorded."""
+        return self.step if self.unevaluated is None else self.step - 1
 
     @property
     def updates(self) -> int:

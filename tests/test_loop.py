@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ds_gpt2.config import GuardSettings
 from ds_gpt2.engine import Update
 from ds_gpt2.errors import UserError
 from ds_gpt2.guard import Guard
+from ds_gpt2.hooks import Interrupted
 from ds_gpt2.loop import Course, Ending, train
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
@@ -34,7 +36,7 @@ class Parts:
         self.every, self.directory = Every(2), Path("checkpoints")
         self.plan = SimpleNamespace(tokens_per_step=100)
         self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
-        self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, -1
+        self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, (-1, True)
         self.disk_is_full = False
         self.for_good: bool | None = None
         self.step, self.requested = 0, False
@@ -42,6 +44,8 @@ class Parts:
         self.failing_saves = 0
         self.unreadable_at = 0  # the batch
         self.unseen_at = 0  # where validation cannot be read
+        self.interrupted_at = 0  # where a stop breaks off validation
+        self.can_be_repeated = True
 
     def epoch(self, step: int) -> float:
         return step / self._epoch_steps
@@ -80,6 +84,8 @@ class Parts:
         self.notes.append(f"observe {state.step}")
         if state.step == self.unseen_at:
             raise UserError("held out data cannot be read")
+        if state.step == self.interrupted_at:
+            raise Interrupted
         if state.step == self._best_at:
             state.validated(3.0)
         return {"val/loss": 3.0}
@@ -92,12 +98,12 @@ class Parts:
         if self.failing_saves:
             self.failing_saves -= 1
             self.notes.append("cannot save")
-        elif self._saved != state.step:
+        elif not self.has_saved(state):
             self.notes.append(" ".join([f"save {state.step}", *roles]))
-            self._saved = state.step
+            self._saved = state.step, state.unevaluated is None
 
     def has_saved(self, state: TrainState) -> bool:
-        return self._saved == state.step
+        return self._saved == (state.step, state.unevaluated is None)
 
     def finish(self, state: TrainState, for_good: bool) -> bool:
         self.for_good = for_good
@@ -224,7 +230,39 @@ def test_held_out_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
     parts.unseen_at = 4
     with pytest.raises(UserError, match="held out data cannot be read"):
         _train(parts, state, steps=9, save=0)
-    assert state.step == 4 and parts.notes[-3:] == ["observe 4", "write 4", "save 4"]
+    assert state.step == 4 and parts.notes[-2:] == ["observe 4", "save 4"]
+    parts.unseen_at = 0
+    assert _train(parts, state, steps=9, save=0) is Ending.DONE
+    assert parts.notes[parts.notes.index("save 4") + 1 :][:3] == ["observe 4", "write 4", "accumulate data of 5"]
+
+
+@pytest.mark.parametrize("interrupted_at", [4, 6])
+@pytest.mark.parametrize("save", [2, 5])
+def test_an_interrupted_evaluation_is_repeated_after_the_resume(interrupted_at: int, save: int) -> None:
+    undisturbed = Parts(best_at=4, epoch_steps=4)
+    undisturbed_state = TrainState()
+    assert _train(undisturbed, undisturbed_state, steps=6, save=save) is Ending.DONE
+
+    parts, state = Parts(best_at=4, epoch_steps=4), TrainState()
+    parts.interrupted_at = interrupted_at
+    assert _train(parts, state, steps=6, save=save) is Ending.STOPPED
+    assert (state.step, parts.for_good) == (interrupted_at, False)
+    assert parts.notes[-2:] == [f"observe {interrupted_at}", f"save {interrupted_at}"]
+    assert interrupted_at not in parts.records
+
+    resumed = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert _train(parts, resumed, steps=6, save=save) is Ending.STOPPED  # stopped again meanwhile
+    parts.interrupted_at = 0
+    assert _train(parts, resumed, steps=6, save=save) is Ending.DONE
+    assert parts.records == undisturbed.records and resumed == undisturbed_state
+    assert [note for note in undisturbed.notes if note not in parts.notes] == []
+
+
+def test_an_observation_that_cannot_be_repeated_is_not() -> None:
+    parts = Parts()
+    parts.can_be_repeated = False
+    assert _train(parts, TrainState(step=4, batch=4, unevaluated={"train/loss": None}), steps=4, save=0) is Ending.DONE
+    assert parts.notes == ["write 4", "save 4"] and math.isnan(parts.records[4]["train/loss"])
 
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:

@@ -1,10 +1,11 @@
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ds_gpt2.monitor import Monitor
+from ds_gpt2.monitor import Histogram, Monitor, Seen, from_plain, to_plain
 
 
 class Service:
@@ -53,6 +54,13 @@ def test_infinity_and_nan_stay_readable_json(tmp_path: Path) -> None:
     monitor.write(1, {"train/grad_norm": float("inf"), "train/loss": float("nan")})
     monitor.close()
     assert _records(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": None}]
+
+
+def test_what_was_seen_survives_the_way_through_a_checkpoint() -> None:
+    seen: Seen = {"x": 1.5, "n": 3, "text": "a", "h": Histogram([1.0, 2.0], [3.0, 4.0], 0.5, 2.0, 10.0, 20.0)}
+    assert from_plain(json.loads(json.dumps(to_plain(seen), allow_nan=False))) == seen
+    plain = to_plain({"x": math.inf, "y": math.nan})
+    assert plain == {"x": None, "y": None} and all(math.isnan(value) for value in from_plain(plain).values())
 
 
 def test_what_a_resume_replays_is_forgotten_first(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def test_it_survives_the_way_through_a_checkpoint() -> None:
     assert TrainState.from_dict({**state.to_dict(), "of_a_later_version": 1}) == state
 
 
+def test_a_step_is_recorded_once_it_is_evaluated() -> None:
+    assert TrainState(step=7).recorded_step == 7
+    assert TrainState(step=7, unevaluated={}).recorded_step == 6
+
+
 def test_batches_that_are_left_out_are_never_the_next() -> None:
     state = TrainState()
     state.leave_out([3, 2, 5])
@@ -53,7 +58,7 @@ def test_batches_that_are_left_out_are_never_the_next() -> None:
     for _ in range(5):
         seen.append(state.next_batch)
         state.advance(10, applied=True, windows=b"")
-        assert state.batch == seen[-1]
+        assert (state.batch, state.previous_batch) == (seen[-1], seen[-2] if len(seen) > 1 else 0)
     assert seen == [1, 4, 6, 7, 8]
     assert (state.step, state.left_out) == (5, [2, 3, 5])
 

@@ -645,6 +645,15 @@ def test_a_run_that_trains_and_is_not_logged_is_not_healthy(working: Files) -> N
     assert not any("logged" in problem for problem in working.problems(later=400))
 
 
+@pytest.mark.parametrize(("unevaluated", "state"), [(None, "finished"), ({"train/loss": 2.0}, "dead")])
+def test_a_run_whose_end_is_saved_and_evaluated_is_finished_though_its_journal_was_not_written(
+    working: Files, unevaluated: dict[str, float] | None, state: str
+) -> None:
+    working.save(2000, state={"unevaluated": unevaluated})
+    (working.run_dir / "heartbeat" / "rank_00000").unlink()
+    assert working.look().state == state
+
+
 def test_a_finished_run_whose_last_checkpoint_is_damaged_or_gone_is_not_healthy(working: Files) -> None:
     last = working.save(2000)
     working.note("save", 10, 2000)

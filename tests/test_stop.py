@@ -1,12 +1,26 @@
-"""The file that asks a run to stop."""
+"""Requests to stop a run."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import MODEL, hellaswag_item
+from launched import end_session, launch, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.kill_soak import curve_problems
+from ds_gpt2.checkpoint.generations import scan
+from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
+from ds_gpt2.heartbeat import forget_beats, read_beat
+from ds_gpt2.launcher import TRAIN, Place, ask_to_stop, start_command
+from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.outcome import STOPPED
 from ds_gpt2.stop import STOP_FILE, StopRequest
 
 
@@ -29,3 +43,63 @@ def test_a_request_that_cannot_be_removed_is_reported_and_ends_nothing(
     (tmp_path / STOP_FILE / "mine").mkdir(parents=True)
     request.clear()
     assert request.requested and "STOP cannot be removed" in caplog.text and (tmp_path / STOP_FILE / "mine").is_dir()
+
+
+def test_a_stop_breaks_off_an_evaluation_which_is_repeated_after_the_resume(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """Ended once by the file and once, at the last step, by a signal; in the end all is as in a run without stops."""
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(8)), encoding="utf-8")
+    sections = {
+        "model": MODEL,
+        "samples": {"every": 6, "prompts": ["The statement"], "tokens": 3000},  # some seconds
+        "hellaswag": {"every": 6, "path": str(items)},
+        "histograms": {"every": 6},
+    }
+    undisturbed = tmp_path / "undisturbed"
+    assert launch(2, "--config", str(write_config(undisturbed, **sections))).code == 0
+
+    config, run_dir = write_config(tmp_path, **sections), tmp_path / "runs" / "test"
+    arguments = ["--config", str(config), "--resume", "auto"]
+    assert _stop_at(6, run_dir, arguments, lambda process: (run_dir / STOP_FILE).touch()) == (STOPPED, [])
+    assert "step 6: a stop breaks off the evaluation" in (run_dir / "train.log").read_text()
+    newest = scan(tmp_path / "checkpoints" / "test")[0]
+    assert newest.step == 6 and newest.manifest is not None and not newest.manifest.is_evaluated
+    assert [record["step"] for record in read_metrics(run_dir / METRICS)] == [1, 2, 3, 4, 5]
+    assert _stop_at(12, run_dir, arguments, lambda process: ask_to_stop(process.pid)) == (STOPPED, [])
+    last = launch(2, *arguments)
+    assert (last.code, last.left_over) == (0, []), last.output
+
+    folders = (undisturbed, tmp_path)
+    assert curve_differences(*(folder / "runs" / "test" for folder in folders)) == []
+    assert curve_problems(run_dir) == []
+    expected, found = ([one.tag for one in scan(folder / "checkpoints" / "test")] for folder in folders)
+    assert found == expected
+    for tag in expected:
+        assert checkpoint_differences(*(folder / "checkpoints" / "test" / tag for folder in folders)) == []
+    assert _histograms(undisturbed) == _histograms(tmp_path)
+
+
+def _stop_at(
+    step: int, run_dir: Path, arguments: list[str], ask: Callable[[subprocess.Popen[str]], object]
+) -> tuple[int, list[str]]:
+    """Start two ranks and stop them by ``ask`` in the evaluation of ``step``; how they ended, and what they left."""
+    forget_beats(run_dir)
+    process = start(start_command(Place("cpu", 2), TRAIN, arguments))
+    deadline = time.monotonic() + 120
+    while (beat := read_beat(run_dir, 0)) is None or (beat.step, beat.phase) != (step, "evaluating"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ask(process)
+    process.communicate(timeout=120)
+    return process.returncode, end_session(process.pid)
+
+
+def _histograms(folder: Path) -> dict[str, list[tuple[int, list[float]]]]:
+    events = EventAccumulator(str(folder / "runs" / "test" / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, list(event.histogram_value.bucket)) for event in events.Histograms(tag)]
+        for tag in events.Tags()["histograms"]
+    }

@@ -48,7 +48,7 @@ class Cadence:
         self._owed |= {tag for tag in differing if role_of(tag) == "epoch" and "epoch" in self._settings.roles}
         if self._newest_step is None:
             reached = max((found.step for found in local), default=-1)
-            rolling = [copy.manifest.step for copy in held if copy.role == "rolling"]
+            rolling = [copy.manifest.step for copy in held if copy.role == "rolling" and copy.manifest.is_evaluated]
             self._newest_step = max((step for step in rolling if step <= reached), default=None)
         if self._best_at is None:
             self._best_at = there[BEST_TAG].made_at if BEST_TAG in there else None

@@ -221,7 +221,7 @@ def publish(disk: Disk, directory: Path, tag: str) -> None:
     """``<tag>.tmp`` is complete: it becomes ``<tag>``, in the place of an older one."""
     if (directory / tag).exists():
         disk.sync_directory(directory)  # the new one is there to be finished before the old one goes
-        if role_of(tag) == "rolling":
+        if role_of(tag) == "rolling" and not _is_unevaluated(directory / tag):
             supersede(disk, directory, tag)
         remove(disk, directory, tag)
     disk.rename(directory / (tag + PARTIAL), directory / tag)
@@ -260,6 +260,14 @@ def _is_spare(checkpoint: Path, other: Path) -> bool:
     except DamagedError:
         return False
     return mine == others or (mine.kind == "weights" and others.kind == "full")
+
+
+def _is_unevaluated(checkpoint: Path) -> bool:
+    """Whether the evaluation of its step was broken off: what replaces it is the same state, evaluated."""
+    try:
+        return not read(checkpoint).is_evaluated
+    except DamagedError:
+        return False
 
 
 def _make_durable(disk: Disk, partial: Path) -> None:

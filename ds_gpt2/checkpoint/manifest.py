@@ -80,6 +80,11 @@ class Manifest(_Plain):
         return sum(entry.bytes for entry in self.files.values())
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation of its step was complete: no stop broke it off."""
+        return self.state.get("unevaluated") is None
+
+    @property
     def made_at(self) -> float:
         """When the checkpoint was made, in seconds since 1970; 0 if that cannot be read."""
         try:

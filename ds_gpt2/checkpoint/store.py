@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -45,6 +45,17 @@ _LAST_COPIES_SECONDS = 1800.0  # how long the end of a run does
 _CLOCK_AHEAD_SECONDS = 3600.0  # a checkpoint of a later time was saved while the clock was wrong: it is ignored
 
 log = logging.getLogger(__name__)
+
+
+class _Saved(NamedTuple):
+    """Which state a checkpoint is of."""
+
+    step: int
+    evaluated: bool
+
+    @classmethod
+    def of(cls, state: TrainState) -> _Saved:
+        return cls(state.step, state.unevaluated is None)
 
 
 class Checkpoints:
@@ -82,7 +93,7 @@ class Checkpoints:
         self._thread = _writer_thread(engine.device) if settings.in_background else None
         self._save: Save | None = None
         self._done: Future[None] | None = None
-        self._saved_step: int | None = None
+        self._saved: _Saved | None = None
         self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
         engine.deepspeed.checkpoint_engine = self._serializer
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
@@ -118,7 +129,7 @@ class Checkpoints:
         )
         contents = self._serializer.take_saved()
         contents[partition_file(dist.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
-        self._saved_step = state.step
+        self._saved = _Saved.of(state)
         self._save = Save(
             self._housekeeping.disk,
             self.directory,
@@ -151,9 +162,9 @@ class Checkpoints:
 
     def has_saved(self, state: TrainState) -> bool:
         """Whether ``state`` is committed, after waiting for a save of it that is under way."""
-        if self._saved_step == state.step:
+        if self._saved == _Saved.of(state):
             self._settle()
-        return self._saved_step == state.step
+        return self._saved == _Saved.of(state)
 
     def finish(self, state: TrainState, for_good: bool) -> bool:
         """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed.
@@ -162,7 +173,7 @@ class Checkpoints:
             for_good: the run is complete: nobody wants the machine back in a hurry, and its last state is copied too.
         """
         self._settle()
-        saved = self._saved_step == state.step
+        saved = self._saved == _Saved.of(state)
         if self._queue is not None:
             if for_good and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
@@ -195,7 +206,7 @@ class Checkpoints:
         else:
             seed_everything(self._run_settings["run"]["seed"] + dist.rank() + state.step * dist.world_size())
         dist.together(lambda: self._continue_from(restored.generation))
-        self._saved_step = state.step
+        self._saved = _Saved.of(state)
         return state
 
     def _start(self, backup: Backup | None) -> None:
@@ -242,8 +253,8 @@ class Checkpoints:
             self._done.result()
             self._done = None
         if not dist.any_rank(save.committed, self._engine.device):
-            self._note_failure(self._saved_step)
-            self._saved_step = None
+            self._note_failure(self._saved.step if self._saved is not None else None)
+            self._saved = None
 
     def _note_failure(self, step: int | None) -> None:
         if self._journal is not None:

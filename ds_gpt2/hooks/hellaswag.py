@@ -16,7 +16,7 @@ from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
 from ds_gpt2.engine import Engine
 from ds_gpt2.errors import UserError
 from ds_gpt2.hellaswag import MEASURES, row_length, score
-from ds_gpt2.hooks.hook import Hook
+from ds_gpt2.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
@@ -45,7 +45,8 @@ class HellaSwag(Hook):
 
     def observe(self, engine: Engine, state: TrainState) -> Seen:
         begun = time.monotonic()
-        *correct, failed = dist.sum_over_ranks(self._count_correct(engine)).tolist()
+        counts = on_all_ranks(lambda: self._count_correct(engine))
+        *correct, failed = dist.sum_over_ranks(counts).tolist()
         if failed:
             log.warning(f"step {state.step}: no HellaSwag: {failed:.0f} rank(s) could not compute it")
             return {}
@@ -69,7 +70,8 @@ class HellaSwag(Hook):
         except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
             log.error(f"HellaSwag: {' '.join(str(error).split())}")
             counts[-1] = 1
-        engine.model.train()
+        finally:
+            engine.model.train()
         return torch.from_numpy(counts).to(engine.device)
 
 

@@ -35,6 +35,8 @@ class Histograms(Hook):
     over the part: around 1e-3 is usual; 0 is dead, 1e-1 explodes.
     """
 
+    can_be_repeated = False  # gradients are gone
+
     def __init__(self, settings: HistogramsSettings, model: GPT2) -> None:
         self.every = Every(settings.every)
         self._norms = settings.norms

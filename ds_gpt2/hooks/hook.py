@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeVar
 
+from ds_gpt2 import dist
 from ds_gpt2.engine import Engine
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):  # noqa: N818  # a request, not an error
+    """A stop is requested, and an observation has been broken off."""
 
 
 class Hook(ABC):
@@ -18,11 +26,37 @@ class Hook(ABC):
     """
 
     every: Every
-    progress: Callable[[], None] = staticmethod(lambda: None)  # called now and then where observing takes long
+    can_be_repeated = True  # after a resume; False if it needs what only the training process has
+    progress: Callable[[], None] = staticmethod(lambda: None)  # called during long observations; may raise Interrupted
 
     def before_update(self, engine: Engine) -> None:  # noqa: B027  # most hooks have nothing to do here
         """After the step's last backward pass: under ZeRO-2 gradients exist only here."""
 
     @abstractmethod
     def observe(self, engine: Engine, state: TrainState) -> Seen:
-        """What there is to see after the update; the values count on rank 0."""
+        """What there is to see after the update; the values count on rank 0.
+
+        Raises:
+            Interrupted: on every rank.
+            UserError: on every rank.
+        """
+
+
+def on_all_ranks(part: Callable[[], T]) -> T:
+    """Call ``part``, this rank's share of an observation, and return what it returns. Every rank calls this.
+
+    Raises:
+        Interrupted: on every rank, if ``part`` raised it on any.
+        UserError: on every rank, if ``part`` raised it on any.
+    """
+
+    def unless_interrupted() -> tuple[T] | None:
+        try:
+            return (part(),)
+        except Interrupted:
+            return None
+
+    result = dist.together(unless_interrupted)
+    if dist.any_rank_on_cpu(result is None) or result is None:
+        raise Interrupted
+    return result[0]

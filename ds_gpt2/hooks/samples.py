@@ -14,7 +14,7 @@ from ds_gpt2 import dist
 from ds_gpt2.config import SamplesSettings
 from ds_gpt2.engine import Engine
 from ds_gpt2.generate import Sampling, derived_seed, encode_prompt, generate
-from ds_gpt2.hooks.hook import Hook
+from ds_gpt2.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.machine import write_whole
 from ds_gpt2.model import GPT2
 from ds_gpt2.monitor import Seen
@@ -50,7 +50,10 @@ class Samples(Hook):
             _warn_if_cut(number, prompt, sequence_length)
 
     def observe(self, engine: Engine, state: TrainState) -> Seen:
-        if not (dist.is_main() and self._prompts):
+        return on_all_ranks(lambda: self._observe(engine, state) if dist.is_main() else {})
+
+    def _observe(self, engine: Engine, state: TrainState) -> Seen:
+        if not self._prompts:
             return {}
         try:
             with _evaluating(engine.model):
@@ -76,6 +79,7 @@ class Samples(Hook):
             self._sampling,
             count=settings.per_prompt,
             seed=derived_seed(self._seed, number),
+            progress=self.progress,
         )
 
     def _text(self, number: int, continuations: list[str]) -> str:

@@ -13,9 +13,8 @@ from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import on_device, with_targets
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
-from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import count_windows, perplexity
-from ds_gpt2.hooks.hook import Hook
+from ds_gpt2.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.monitor import Seen
 from ds_gpt2.schedule import Every
 from ds_gpt2.state import TrainState
@@ -61,20 +60,22 @@ class Validation(Hook):
         """Mean cross entropy over all tokens of the set, in nats.
 
         Raises:
+            Interrupted: on every rank: a stop is requested.
             UserError: on every rank: one cannot read its windows.
         """
-        problem = None
-        engine.model.eval()
-        losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
-        for number in range(dist.rank(), len(self._groups), dist.world_size()):
-            try:
-                tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
-            except UserError as error:  # the other ranks wait for this one
-                problem = str(error)
-                break
-            losses[number] = engine.model(tokens, targets)
-            self.progress()
-        engine.model.train()
-        dist.raise_on_all(problem)
+        losses = on_all_ranks(lambda: self._losses(engine))
         per_group = dist.sum_over_ranks(losses).cpu()
         return float((per_group * self._sizes).sum() / self._sizes.sum())
+
+    def _losses(self, engine: Engine) -> torch.Tensor:
+        """The loss of each of this rank's groups, (groups,) fp64; 0 for those of other ranks."""
+        losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
+        engine.model.eval()
+        try:
+            for number in range(dist.rank(), len(self._groups), dist.world_size()):
+                self.progress()
+                tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
+                losses[number] = engine.model(tokens, targets)
+        finally:
+            engine.model.train()
+        return losses

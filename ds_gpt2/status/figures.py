@@ -90,6 +90,7 @@ def look(run_dir: Path, now: float) -> Status:
         and steps is not None
         and newest is not None
         and newest.step >= steps
+        and (newest.manifest is None or newest.manifest.is_evaluated)
     ):
         alive = Life("finished", is_here=alive.is_here)  # its journal could not be written at the end
     progress = progress_of(settings, records, _step(records, alive), steps, pace)

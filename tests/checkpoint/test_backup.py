@@ -44,7 +44,12 @@ def content(name: str, seed: int) -> bytes:
 
 
 def save(
-    directory: Path, step: int, seed: int = 0, names: tuple[str, ...] = FILES, minute: int | None = None
+    directory: Path,
+    step: int,
+    seed: int = 0,
+    names: tuple[str, ...] = FILES,
+    minute: int | None = None,
+    evaluated: bool = True,
 ) -> Generation:
     """Commit a small checkpoint, the way training does."""
     tag = rolling_tag(step)
@@ -58,7 +63,7 @@ def save(
     manifest = Manifest(
         created=f"2026-01-01T{minute // 60:02d}:{minute % 60:02d}:00+00:00",
         epoch=0.5,
-        state={"step": step},
+        state={"step": step, "unevaluated": None if evaluated else {}},
         world_size=1,
         identity={},
         settings={},
@@ -793,6 +798,14 @@ def test_an_epoch_at_the_place_does_not_count_as_the_newest(run_dir: Path, place
     cadence = Cadence(SETTINGS, lambda: 0.0)
     cadence.start_from(backup.held(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [rolling_tag(200)]
+
+
+def test_a_copy_from_before_the_evaluation_of_its_step_does_not_count_as_the_newest(run_dir: Path, place: str) -> None:
+    backup = Backup(place, "run", SETTINGS)
+    backup.copy(save(run_dir, 190, evaluated=False))
+    cadence = Cadence(SETTINGS, lambda: 0.0)
+    cadence.start_from(backup.held(), scan(run_dir))
+    assert cadence.take_last(rolling_tag(190), 190) == [rolling_tag(190)]
 
 
 # In the training process

@@ -72,10 +72,12 @@ class Stage:
         self.promised: int | None = None  # operations after which the new checkpoint must be there
         self.failure: str | None = None  # why the act ended early
 
-    def save(self, step: int, label: str, roles: Sequence[str] = (), directory: Path | None = None) -> None:
+    def save(
+        self, step: int, label: str, roles: Sequence[str] = (), directory: Path | None = None, evaluated: bool = True
+    ) -> None:
         directory, tag = directory or self.directory, rolling_tag(step)
         files = _write_parts(self.disk, directory / (tag + PARTIAL), label)
-        commit.commit(self.disk, directory, tag, _manifest(step, files, roles))
+        commit.commit(self.disk, directory, tag, _manifest(step, files, roles, evaluated))
         if directory == self.directory:
             self.promise()
             self.house.after_commit(tag, roles)
@@ -117,9 +119,10 @@ def _val_loss(step: int) -> float:
     return 4.0 - step / 10
 
 
-def _manifest(step: int, files: dict[str, FileEntry], roles: Sequence[str] = ()) -> Manifest:
+def _manifest(step: int, files: dict[str, FileEntry], roles: Sequence[str] = (), evaluated: bool = True) -> Manifest:
     """Its loss was measured where it is to be the best."""
     state = {"step": step, "val_loss": _val_loss(step), "val_step": step if BEST_TAG in roles else None}
+    state["unevaluated"] = None if evaluated else {}
     about = {"created": "2025-01-01T00:00:00+00:00", "epoch": 0.5, "identity": {}, "settings": {}, "versions": {}}
     return Manifest(**about, state=state, roles=list(roles), world_size=RANKS, files=files)
 
@@ -136,6 +139,7 @@ class Scenario:
     best: float | None = None  # its loss before
     settings: CheckpointSettings = DEFAULTS
     links: bool = True
+    replaces: bool = False  # whether the new one has all of the old one, which goes
     readable: bool = True  # whether there is a checkpoint, and ``latest`` names one, also before a run is started again
 
     def __str__(self) -> str:
@@ -333,6 +337,17 @@ SCENARIOS = [
         readable=False,
     ),
     Scenario(
+        "the same step again, evaluated",
+        before=lambda stage: stage.save(10, "old", evaluated=False),
+        act=lambda stage: stage.save(10, "new", [EPOCH_TAG, BEST_TAG]),
+        old="old",
+        new="new",
+        latest=rolling_tag(10),
+        roles=(EPOCH_TAG, BEST_TAG),
+        replaces=True,
+        readable=False,
+    ),
+    Scenario(
         "the same step a third time",
         before=_saved_twice,
         act=lambda stage: stage.save(10, "new"),
@@ -478,7 +493,7 @@ def _unsafe(scenario: Scenario, allowed: set[str | None], found: Recovery) -> It
     """What must never be, whenever the power fails."""
     if found.resumed not in allowed:
         yield f"a run would go on from {found.resumed}"
-    if scenario.old not in {None, *found.labels}:
+    if scenario.old not in {None, *found.labels} and not (scenario.replaces and scenario.new in found.labels):
         yield f"{scenario.old}, which a person may want back, is lost"
     if found.torn:
         yield f"{found.torn} pass for checkpoints"
