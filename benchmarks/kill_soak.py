@@ -166,24 +166,22 @@ def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: T
     while True:
         expected = _newest(directory)
         run = Ranks(config, ranks)
-        if tally.sigkills < kills:
-            _kill(run, dice, tally, directory)
-        else:
+        if not (tally.sigkills < kills and _kill(run, dice, tally, directory)):
             run.end(patience=600)
+            if run.process.returncode != 0:
+                tally.fail("a start that was left alone failed: " + "".join(run.lines)[-2000:])
+                return
         tag = run.resumed_from
         if expected is not None and tag not in (None, expected.tag) and _step_in(tag) <= expected.step:
             tally.fail(f"went on from {tag}, the newest was {expected.tag}")  # a newer one: a commit that was finished
-        if any("Traceback" in line for line in run.lines) and not any("step" in line for line in run.lines):
-            tally.fail("could not start: " + "".join(run.lines)[-2000:])
-            return
         _inspect(directory, run.step, tally)
         newest = _newest(directory)
         if newest is not None and newest.step == STEPS and newest.manifest is not None and newest.manifest.is_evaluated:
             return
 
 
-def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> None:
-    """At a random instant: one in eight while starting, else within ten steps of training."""
+def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> bool:
+    """At a random instant: one in eight while starting, else within ten steps of training. False if it was done."""
     if dice.random() < 1 / 8:
         time.sleep(dice.uniform(0.5, 8))
     else:
@@ -192,7 +190,7 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> Non
     way = dice.choice(WAYS)
     members = run.members()
     if not members:
-        return  # it was done before
+        return False
     ranks = [member for member in members if _is_rank(member)]
     tally.kills[way] += 1
     saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
@@ -211,6 +209,7 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> Non
         with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(number)
     run.end(patience=60 if way == STOP else dice.choice([0, 0, 3]))
+    return True
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import signal
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_gpt2 import __version__, outcome, terminal
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, is_wrong_path
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,6 @@ _VERBS = {
     "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),
 }
 
-# Errors of a path that was given, and not of the machine.
-_WRONG_PATH = frozenset(
-    {
-        errno.EACCES,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
-
 _TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
 
 
@@ -98,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
             return outcome.CRASHED
         print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
-        return outcome.MISTAKE if error.errno in _WRONG_PATH else outcome.CRASHED
+        return outcome.MISTAKE if is_wrong_path(error) else outcome.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
         return outcome.CRASHED

@@ -1,6 +1,19 @@
 """The one exception that means: the user can fix this."""
 
+import errno
+
 _LONGEST = 1500  # characters of a message
+_WRONG_PATH = frozenset(
+    {
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
 
 
 class UserError(Exception):
@@ -13,6 +26,11 @@ class UserError(Exception):
 def shortened(text: str) -> str:
     """The beginning of a long text: a value from a file can be megabytes long."""
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+def is_wrong_path(error: OSError) -> bool:
+    """Whether it is an error of a path that was given, and not of the machine."""
+    return error.errno in _WRONG_PATH
 
 
 def reason_of(error: Exception) -> str:

@@ -139,7 +139,7 @@ class _Supervisor:
         restarts = Restarts(self._settings.supervisor, self._saved_step())
         run = self._run
         while True:
-            if not (self._await_run_dir() and self._await_checkpoints(run)):
+            if not (self._await_directories() and self._await_checkpoints(run)):
                 return self._end(outcome.STOPPED, None)
             if self._has_gone():
                 return self._move_on(run, None)
@@ -269,16 +269,24 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 launcher.kill(before.group)
 
-    def _await_run_dir(self) -> bool:
-        """Before a restart, until the run's directory can be written; False if a stop is requested meanwhile."""
-        is_reported = False
-        while self._launched and not self._has_gone() and (problem := write_problem(self._run_dir)) is not None:
-            if not is_reported:
-                self._tell("not_logged", f"{self._run_dir} cannot be written ({problem}): waiting for it to restart")
-            is_reported = True
+    def _await_directories(self) -> bool:
+        """Before a restart, until the run's logs can be written; False if a stop is requested meanwhile."""
+        reported = ""
+        while self._launched and not self._has_gone() and (problem := self._write_problem()) is not None:
+            if problem != reported:
+                self._tell("not_logged", f"{problem}: waiting for it to restart")
+            reported = problem
             if not self._pause(_PROBE_SECONDS):
                 return False
         return True
+
+    def _write_problem(self) -> str | None:
+        """Which directory cannot be written, and why. That of checkpoints may be full: older ones give way."""
+        tensorboard = self._settings.tensorboard_dir
+        for directory in (self._run_dir, *([tensorboard] if tensorboard.is_dir() else [])):
+            if (problem := write_problem(directory)) is not None:
+                return f"{directory} cannot be written ({problem})"
+        return None
 
     def _await_checkpoints(self, run: Run) -> bool:
         """Until the checkpoints that the run has saved are there; False if a stop is asked for meanwhile."""

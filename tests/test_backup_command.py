@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,16 +162,17 @@ def test_nothing_is_brought_back_below_a_run_that_trains(folder: Path) -> None:
         run(folder, "--fetch", rolling_tag(10))
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, outcome.CRASHED), (errno.EACCES, outcome.MISTAKE)])
 def test_a_place_that_fails_is_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     def fail(self: Disk, file: object) -> None:
-        raise OSError(28, "No space left on device", "ftp://me:hunter2@nas")
+        raise OSError(number, os.strerror(number), "ftp://me:hunter2@nas")
 
     monkeypatch.setattr(Disk, "sync", fail)
-    assert run(folder) == outcome.CRASHED
+    assert run(folder) == code
     said = capsys.readouterr()
-    assert said.err.endswith("error: ftp://***@nas: No space left on device\n")
+    assert said.err.endswith(f"error: ftp://***@nas: {os.strerror(number)}\n")
     assert said.out == ""
 
 

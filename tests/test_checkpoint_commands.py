@@ -235,6 +235,25 @@ def test_json_stays_json_whatever_a_manifest_says(run_with: Callable[..., Path],
     assert command("list", "test")[0] == outcome.DONE
 
 
+def test_the_table_stays_narrow_whatever_a_manifest_says(run_with: Callable[..., Path], command: Command) -> None:
+    state = {"step": 4, "val_step": 4, "val_loss": 1.5e300}
+    write_checkpoint(run_with(), rolling_tag(4), 4, state=state, epoch=2e200)
+    table = command("list", "test")[1]
+    assert "1.5e+300" in table and "2e+200" in table and max(map(len, table.splitlines()[1:])) < 150
+
+
+def test_settings_that_are_no_file_are_named(run_with: Callable[..., Path], command: Command) -> None:
+    run_with()
+    config = run_with("other").parents[1] / "runs" / "other" / "config.yaml"
+    config.unlink()
+    os.mkfifo(config)
+    code, _, err = command("list", "other")
+    assert (code, err) == (
+        outcome.MISTAKE,
+        f"error: {config} is not a regular file: restore it from a copy of the run\n",
+    )
+
+
 @pytest.mark.parametrize("where", ["test", "RUN", "CHECKPOINTS", None])
 def test_a_run_is_found_by_name_by_directory_and_as_the_newest(
     history: Path, run_with: Callable[..., Path], in_json: InJson, where: str | None

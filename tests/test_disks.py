@@ -69,7 +69,7 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
 
     def make(name: str, megabytes: int = 200) -> Disk:
         disk = Disk(tmp_path / f"{name}.img", tmp_path / name)
-        disk.directory.mkdir()
+        disk.directory.mkdir(exist_ok=True)
         with disk.image.open("wb") as file:
             file.truncate(megabytes << 20)
         try:
@@ -159,9 +159,10 @@ class Started:
 
 @pytest.fixture
 def config(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
-    def write(steps: int, **checkpoint: object) -> Path:
+    def write(steps: int, runs: Path = tmp_path / "runs", **checkpoint: object) -> Path:
         return write_config(
             tmp_path,
+            run={"name": "test", "dir": str(runs), "device": "cpu"},
             model=MODEL,
             schedule={"steps": steps, "warmup_steps": 3},
             checkpoint={
@@ -204,6 +205,26 @@ def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_com
     output = run.end()
     assert run.process.returncode == outcome.DONE, output
     assert steps_in(metrics) == list(range(1, 43)) and not reserve.exists()
+
+
+def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(
+    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+) -> None:
+    disk = make_disk("all")
+    directories = {"runs": disk.directory / "runs", "dir": str(disk.directory / "checkpoints"), "keep_last": 5}
+    run = Started(config(100_000, **directories))
+    run.wait_for(lambda: run.saved >= 5 * EVERY)
+    disk.fill()
+    saved = run.saved
+    run.wait_for(lambda: run.saved >= saved + 2 * EVERY)  # older checkpoints give way
+    output = run.stop()
+    assert run.process.returncode == outcome.STOPPED and "Traceback" not in output, output
+    last = run.saved
+    disk.free()
+    run = Started(config(last + 2, **directories), "--auto")
+    output = run.end()
+    assert run.process.returncode == outcome.DONE and f"step {last} of {last + 2}" in output, output
+    assert steps_in(run.settings.run_dir / METRICS) == list(range(1, last + 3))
 
 
 def test_checkpoints_whose_disk_vanishes_are_waited_for_and_nothing_is_written_where_it_was(
@@ -296,13 +317,14 @@ def test_nothing_is_saved_on_the_mount_point_of_a_disk_that_vanished(
     make_disk: Callable[[str], Disk], config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The disk is mounted at the very directory of the run's checkpoints."""
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "test").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "test" / "readme.txt").touch()
     disk = make_disk("checkpoints/test")
     run = Started(config(100_000))
     run.wait_for(lambda: run.saved >= EVERY)
     disk.unmount()
     run.wait_for(lambda: run.has_told("save_failed"))
-    assert list(disk.directory.iterdir()) == []
+    assert [path.name for path in disk.directory.iterdir()] == ["readme.txt"]
     disk.mount()
     step = run.step
     run.wait_for(lambda: run.saved > step)

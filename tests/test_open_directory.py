@@ -99,12 +99,25 @@ def test_one_that_is_made_again_by_somebody_else_is_used(run_dir: Path) -> None:
     assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
-def test_an_empty_directory_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
-    """What a disk was mounted on shows when it is unmounted; here by a move out of sight."""
-    (tmp_path / "one").mkdir()
-    opened = OpenDirectory(tmp_path / "one")
-    assert not opened.is_replaced
-    (tmp_path / "one").rmdir()
-    assert not opened.is_replaced
-    (tmp_path / "one").mkdir()
-    assert not opened.is_replaced  # deleted, and made again by a person
+def test_another_directory_at_the_path_is_noticed_unless_it_is_a_copy(tmp_path: Path) -> None:
+    """As when a disk is unmounted; here by a link."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    opened = OpenDirectory(link)
+    assert not opened.is_replaced("marker")
+    link.unlink()
+    assert not opened.is_replaced("marker")
+    link.symlink_to("other")
+    (tmp_path / "other" / "file").touch()
+    assert opened.is_replaced("marker")
+    (tmp_path / "other" / "marker").touch()
+    assert not opened.is_replaced("marker")
+
+
+def test_a_directory_that_was_deleted_and_made_again_is_not_replaced(run_dir: Path) -> None:
+    opened = OpenDirectory(run_dir)
+    run_dir.rmdir()
+    run_dir.mkdir()
+    assert not opened.is_replaced("marker")

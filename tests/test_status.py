@@ -738,6 +738,12 @@ def test_the_steps_that_a_start_has_planned_count_where_epochs_are_set(files: Fi
     assert files.look().progress.steps == 600
 
 
+def test_settings_that_were_edited_after_the_last_start_do_not_count_yet(files: Files) -> None:
+    files.train(500)
+    (files.run_dir / "starts.jsonl").write_text('{"from_step": 0, "steps": 500}\n')
+    assert "step        500 of 500, 100.0%" in screen(files.look())
+
+
 def test_a_run_is_not_all_done_before_its_last_step(working: Files) -> None:
     working.train(1999)
     assert "step        1,999 of 2,000, 99.9%" in screen(working.look())

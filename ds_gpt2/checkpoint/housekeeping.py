@@ -19,6 +19,7 @@ from ds_gpt2.checkpoint.retention import Kept, Policy
 from ds_gpt2.config import CheckpointSettings
 from ds_gpt2.errors import UserError
 from ds_gpt2.open_directory import OpenDirectory
+from ds_gpt2.run_location import OWNER
 from ds_gpt2.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -122,8 +123,8 @@ class Housekeeping:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
-            if self._open.is_replaced:
-                reason = "an empty directory is there now: mount the disk again"
+            if self._open.is_replaced(OWNER):
+                reason = "another directory is there now: mount the disk again"
                 raise FileNotFoundError(errno.ENOENT, reason, str(self.directory))
             if self._open.is_deleted:
                 self._open.make_again()

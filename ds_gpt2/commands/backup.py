@@ -20,7 +20,7 @@ from ds_gpt2.checkpoint.places import reason_of
 from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.config import Settings
-from ds_gpt2.errors import UserError
+from ds_gpt2.errors import UserError, is_wrong_path
 from ds_gpt2.journal import Journal
 from ds_gpt2.preflight import check_outputs
 from ds_gpt2.run_location import load_run_settings
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
-        return outcome.CRASHED
+        return outcome.MISTAKE if is_wrong_path(error) else outcome.CRASHED
 
 
 def _place(settings: Settings, given: str | None) -> str:

@@ -164,13 +164,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.tag,
         "" if row.step is None else str(row.step),
-        "" if row.epoch is None else f"{row.epoch:.2f}",
+        "" if row.epoch is None else _fixed(row.epoch, 2),
         "" if row.age_seconds is None else duration(row.age_seconds),
         size(row.bytes),
         size(row.freed_bytes),
-        "" if row.val_loss is None else f"{row.val_loss:.4f}",
+        "" if row.val_loss is None else _fixed(row.val_loss, 4),
         "; ".join([_state(row), *row.pointers, *([f"same files as {', '.join(row.roles)}"] if row.roles else [])]),
     )
+
+
+def _fixed(number: float, digits: int) -> str:
+    """So many digits after the point; of a number that a damaged file claims, three in all."""
+    return f"{number:.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
 def _state(row: Row) -> str:

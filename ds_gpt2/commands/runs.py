@@ -34,6 +34,8 @@ def find_run(name: str | None) -> Path:
                 raise UserError(f"{path} cannot be read: {os.strerror(errno.EACCES)}")
             if (path / CONFIG).is_file():
                 return absolute_run_dir(path)
+            if os.path.lexists(path / CONFIG):
+                raise UserError(f"{path / CONFIG} is not a regular file: restore it from a copy of the run")
         if (run_dir := run_of(Path(name))) is not None:
             return run_dir
     known = ", ".join(run_dir.name for run_dir in started) or "none"

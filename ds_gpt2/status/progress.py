@@ -75,11 +75,11 @@ def steps_of(settings: Settings, records: Sequence[Record], planned: int | None 
         planned: what the newest start said.
     """
     schedule = settings.schedule
-    if schedule.steps is not None or planned is not None:
-        return schedule.steps or planned
+    if planned is not None:  # the settings may have been edited since
+        return planned
     a_step = epochs_per_step(records)
-    if a_step is None or schedule.epochs is None:
-        return None
+    if schedule.steps is not None or a_step is None or schedule.epochs is None:
+        return schedule.steps
     return math.ceil(schedule.epochs / a_step - 1e-6)  # as TrainingData.steps_for
 
 
