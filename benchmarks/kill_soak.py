@@ -195,7 +195,8 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> boo
     tally.kills[way] += 1
     saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
     beat = read_beat(directory.parents[1] / "runs" / "soak", 0)
-    evaluating = beat is not None and beat.phase == "evaluating"
+    is_present = beat is not None and beat.pid in [rank.pid for rank in ranks]
+    evaluating = is_present and beat is not None and beat.phase == "evaluating"
     moments = {"in a save": saving, "in an evaluation": evaluating, "in a step": run.shown > 0, "while starting": True}
     tally.moments[next(moment for moment, found in moments.items() if found)] += 1
     number = signal.SIGTERM if way == STOP else signal.SIGKILL
@@ -281,9 +282,14 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
 
 def _differences(reference: Path, folder: Path) -> list[str]:
     """Where the end of a run differs from the reference's: the whole state, every step's metrics, what is shown."""
-    checkpoints = (place / "checkpoints" / "soak" / rolling_tag(STEPS) for place in (reference, folder))
+    directories = [place / "checkpoints" / "soak" for place in (reference, folder)]
+    kept = [{found.tag for found in scan(directory) if found.role in ("best", "epoch")} for directory in directories]
+    differences = [f"{tag} is kept in one run only" for tag in kept[0] ^ kept[1]]
+    for tag in (rolling_tag(STEPS), *sorted(kept[0] & kept[1])):
+        found = checkpoint_differences(*(directory / tag for directory in directories))
+        differences += [f"{tag}: {difference}" for difference in found]
     runs = [place / "runs" / "soak" for place in (reference, folder)]
-    return checkpoint_differences(*checkpoints) + curve_differences(*runs) + curve_problems(runs[1])
+    return differences + curve_differences(*runs) + curve_problems(runs[1])
 
 
 def curve_problems(run_dir: Path) -> list[str]:

@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ from ds_gpt2.trackers import Tracker, open_trackers
 log = logging.getLogger(__name__)
 
 _COMMAND = "alerts.command"  # may hold a password
+_PROGRESS_SECONDS = 0.2  # between two looks for a stop during an observation
 
 _HYPER_PARAMETERS: Any = {
     "run": {"seed"},
@@ -162,7 +164,7 @@ def _train(
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     meter = _meter(settings, engine, plan, place, state.step)
     held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)
-    hooks = _hooks(settings, held_out, engine, functools.partial(_progress, heartbeat, stop, settings.run_dir))
+    hooks = _hooks(settings, held_out, engine, _Progress(heartbeat, stop, settings.run_dir / STOP_FILE))
     stop.listen()
     dist.barrier()  # whoever hears of the start may ask any rank to stop
     if dist.is_main():
@@ -204,7 +206,7 @@ def _reserve(checkpoints: Checkpoints) -> Path:
 
 def _stops_reading(stop: StopRequest, file: Path) -> bool:
     """Whether a read that is tried again and again is to end: asked on each rank alone, which has no others to ask."""
-    return stop.signalled or file.exists()
+    return stop.signalled or os.path.exists(file)
 
 
 def _stop_request(settings: Settings) -> StopRequest:
@@ -281,15 +283,26 @@ def _open_trackers(
     return open_trackers(deepspeed_settings, settings.run_dir, settings.run.name, state.step, plan.windows_per_step)
 
 
-def _progress(heartbeat: Heartbeat, stop: StopRequest, run_dir: Path) -> None:
-    """Called during an observation, on each rank alone: other ranks may be elsewhere in theirs, or done.
+class _Progress:
+    """Called often during an observation, on each rank alone: other ranks may be elsewhere in theirs, or done."""
 
-    Raises:
-        Interrupted: a stop is requested.
-    """
-    heartbeat.beat()
-    if stop.requested or (run_dir / STOP_FILE).exists():
-        raise Interrupted
+    def __init__(self, heartbeat: Heartbeat, stop: StopRequest, stop_file: Path) -> None:
+        self._heartbeat, self._stop, self._stop_file = heartbeat, stop, stop_file
+        self._next = 0.0
+
+    def __call__(self) -> None:
+        """
+        Raises:
+            Interrupted: a stop is requested.
+        """
+        if self._stop.signalled:
+            raise Interrupted
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _PROGRESS_SECONDS
+        self._heartbeat.beat()
+        if self._stop.requested or os.path.exists(self._stop_file):  # unlike Path.exists, for a disk that fails too
+            raise Interrupted
 
 
 def _hooks(

@@ -6,7 +6,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,7 +69,7 @@ def train(
 ) -> Ending:
     """Train from ``state`` to the last step, or to where a stop is asked for; then all is saved.
 
-    An evaluation that a stop or unreadable data breaks off is repeated after the resume, so that records, curves and
+    An evaluation that a stop or unreadable data interrupts is repeated after the resume, so that records, curves and
     the best checkpoint do not depend on it. Where the guard finds that the run has to go back, nothing of what it
     cannot trust is saved.
 
@@ -85,25 +85,26 @@ def train(
             monitor.flush(durable=True)
             checkpoints.save(state, data.epoch(state.batch), roles)
 
-    def finish_step(due: Sequence[Hook], seen: Seen) -> str | None:
-        """Evaluate and record this step, save it if due; returns what breaks off the evaluation, but for a stop."""
+    def finish_step(due: Sequence[Hook], seen: Seen, repeated: bool = False) -> str | None:
+        """Evaluate and record this step, and save it if due. Returns why the evaluation failed, the same on all ranks;
+        None if it is complete or a stop has interrupted it."""
         heartbeat.enter("evaluating")
         problem = _observe(due, engine, state, seen)
         meter.mark("eval")
-        if state.unevaluated is not None:
-            return problem
-        monitor.write(state.step, seen)
-        roles = _roles(state, data)
-        if roles or course.save.due(state.step, course.steps):
-            save(roles)
-            meter.mark("save")
-        return None
+        if state.is_evaluated:
+            monitor.write(state.step, seen)
+            roles = _roles(state, data)
+            if roles or repeated or course.save.due(state.step, course.steps):
+                save(roles)
+                meter.mark("save")
+        return problem
 
     stopping, problem = False, None
     if state.unevaluated is not None:
         meter.begin()
-        problem = finish_step(_due(hooks, state.step, course, repeated=True), from_plain(state.unevaluated))
-    while state.step < course.steps and not (stopping or guard.rollback or state.unevaluated is not None):
+        due = [hook for hook in _due(hooks, state.step, course) if hook.can_be_repeated]
+        problem = finish_step(due, from_plain(state.unevaluated), repeated=True)
+    while state.step < course.steps and state.is_evaluated and not (stopping or guard.rollback):
         meter.begin()
         step, batch = state.step + 1, state.next_batch
         heartbeat.begin_step(step, batch)
@@ -133,9 +134,9 @@ def train(
     save()
     _insist(save, checkpoints, state, stop, guard, heartbeat, course.stop_seconds)
     heartbeat.enter("finishing")
-    done = state.step >= course.steps and not (guard.rollback or state.unevaluated is not None)
+    done = state.step >= course.steps and state.is_evaluated and not guard.rollback
     saved = checkpoints.finish(state, for_good=done)
-    if not stopping and (state.unevaluated is None or problem is not None):
+    if not stopping:
         dist.raise_on_all(data.problem or problem)
     if guard.rollback:
         return Ending.ROLLBACK
@@ -177,25 +178,29 @@ def _agree(loss: torch.Tensor, stop: StopRequest, data: TrainingData) -> tuple[f
     return total_loss / dist.world_size(), requests > 0, unread == 0
 
 
-def _due(hooks: Sequence[Hook], step: int, course: Course, repeated: bool = False) -> list[Hook]:
-    return [hook for hook in hooks if hook.every.due(step, course.steps) and (hook.can_be_repeated or not repeated)]
+def _due(hooks: Sequence[Hook], step: int, course: Course) -> list[Hook]:
+    return [hook for hook in hooks if hook.every.due(step, course.steps)]
 
 
 def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: Seen) -> str | None:
-    """Add what the hooks see at this step to ``seen``; if they are interrupted, ``state`` keeps what there is.
+    """Add what the hooks see at this step to ``seen``. If they are interrupted, ``state`` keeps what is not repeated.
 
     Returns:
-        Why the run cannot continue, the same on all ranks; None if it can, or if a stop is requested.
+        Why they failed, the same on all ranks; None if they have not, or a stop is requested.
     """
+    before, kept = replace(state), dict(seen)
     try:
         for hook in due:
-            seen |= hook.observe(engine, state)
+            observed = hook.observe(engine, state)
+            seen |= observed
+            kept |= {} if hook.can_be_repeated else observed
         state.unevaluated = None
     except (Interrupted, UserError) as reason:
-        state.unevaluated = to_plain(seen)
+        state.forget_validation_since(before)
+        state.unevaluated = to_plain(kept)
         if isinstance(reason, UserError):
             return str(reason)
-        log.info(f"step {state.step}: a stop breaks off the evaluation; it is repeated when the run resumes")
+        log.info(f"step {state.step}: a stop interrupts the evaluation; it is repeated when the run resumes")
     return None
 
 

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,14 @@ def to_plain(seen: Seen) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Seen:
-    """The inverse of ``to_plain``; None becomes NaN."""
-    return {
-        tag: Histogram(**value) if isinstance(value, dict) else math.nan if value is None else value
-        for tag, value in plain.items()
-    }
+    """The inverse of ``to_plain``; None becomes infinity, and fields of newer versions are ignored."""
+    return {tag: _from_plain(value) for tag, value in plain.items()}
+
+
+def _from_plain(value: Any) -> float | str | Histogram:
+    if isinstance(value, dict):
+        return Histogram(**{field.name: value[field.name] for field in fields(Histogram)})
+    return math.inf if value is None else value
 
 
 def _plain(value: float | str | Histogram) -> float | str | dict[str, Any] | None:

@@ -51,15 +51,15 @@ class OpenDirectory:
             not self._leads_here(self.opened_as) and str(self._now()).endswith(_DELETED) and not self.opened_as.exists()
         )
 
-    def is_replaced(self, marker: str) -> bool:
+    def is_replaced(self, *markers: str) -> bool:
         """Whether another directory is at its path: what a disk was mounted on shows when it is unmounted.
 
         Args:
-            marker: a file's name; a directory that has it is a copy, to be used in place of the original.
+            markers: names of files; a directory that has one is a copy, to be used in place of the original.
         """
         if self._leads_here(self.opened_as) or self.is_moved or str(self._now()).endswith(_DELETED):
             return False
-        return self.opened_as.is_dir() and not (self.opened_as / marker).exists()
+        return self.opened_as.is_dir() and not any((self.opened_as / marker).exists() for marker in markers)
 
     def make_again(self) -> None:
         """Make a deleted directory again, if its path is still on the same file system and not below an unused mount.

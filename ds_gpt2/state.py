@@ -19,6 +19,7 @@ class TrainState:
 
     step: int = 0  # optimizer updates attempted, skipped ones included
     batch: int = 0  # number of the newest batch of the data: as ``step``, but for those that were left out
+    previous_batch: int = 0  # the one trained on before ``batch``
     left_out: list[int] = field(default_factory=list)  # batches that are never trained on, ascending
     tokens: int = 0  # training tokens seen, over all ranks
     clipped_share: float = 0.0  # of updates whose gradient was clipped, over about the last hundred
@@ -34,15 +35,7 @@ class TrainState:
     skipped_in_row: int = 0  # updates skipped one after another, up to now
     weights: str = ""  # fingerprint of the weights at the last save
     weights_updates: int = 0  # updates made until then
-    unevaluated: dict[str, Any] | None = None  # what was seen at this step if its evaluation was broken off
-
-    @property
-    def previous_batch(self) -> int:
-        """The batch before ``batch`` that was trained on; 0 if there is none."""
-        batch = self.batch - 1
-        while batch > 0 and batch in self.left_out:
-            batch -= 1
-        return max(batch, 0)
+    unevaluated: dict[str, Any] | None = None  # what was seen at this step if its evaluation was interrupted
 
     @property
     def next_batch(self) -> int:
@@ -54,9 +47,14 @@ class TrainState:
         return batch
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation of this step is complete, if one was due; False if it was interrupted."""
+        return self.unevaluated is None
+
+    @property
     def recorded_step(self) -> int:
         """The newest step whose evaluation is complete, and which is therefore recorded."""
-        return self.step if self.unevaluated is None else self.step - 1
+        return self.step if self.is_evaluated else self.step - 1
 
     @property
     def updates(self) -> int:
@@ -74,7 +72,7 @@ class TrainState:
 
     def advance(self, tokens: int, applied: bool, windows: bytes, clipped: bool = False) -> None:
         """Count one step of ``tokens`` tokens from ``windows``; ``applied`` is False when the update was skipped."""
-        self.batch = self.next_batch
+        self.previous_batch, self.batch = self.batch, self.next_batch
         self.step += 1
         self.ledger = hashlib.sha256(self.ledger.encode() + windows).hexdigest()
         self.tokens += tokens
@@ -89,6 +87,11 @@ class TrainState:
         self.val_loss, self.val_step = loss, self.step
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss, self.best_step = loss, self.step
+
+    def forget_validation_since(self, before: TrainState) -> None:
+        """Take back what ``validated`` has recorded since ``before``, a copy of this state."""
+        self.val_loss, self.val_step = before.val_loss, before.val_step
+        self.best_val_loss, self.best_step = before.best_val_loss, before.best_step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON or a checkpoint."""

@@ -181,7 +181,7 @@ class _Supervisor:
         how = self._watch(ranks, watchdog)
         self._record(self._me)
         result, beat = ranks.outcome(), watchdog.newest
-        self._has_trained |= beat is not None and beat.step > 0
+        self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
         if result.code == outcome.MISTAKE and self._has_trained:  # nobody's: the same command was right before
             result = Outcome(outcome.CRASHED)
         if result.code == outcome.STOPPED and (how == "launcher died" or result.alone):  # without a request
@@ -274,7 +274,7 @@ class _Supervisor:
         reported = ""
         while self._launched and not self._has_gone() and (problem := self._write_problem()) is not None:
             if problem != reported:
-                self._tell("not_logged", f"{problem}: waiting for it to restart")
+                self._tell("not_logged", f"{problem}: the run restarts when it can")
             reported = problem
             if not self._pause(_PROBE_SECONDS):
                 return False

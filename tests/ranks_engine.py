@@ -93,6 +93,7 @@ def main(config: Path, out: Path) -> None:
     for guilty in range(dist.world_size()):
         complaints.append(_complaint_of(guilty))
     found["complaints"] = complaints
+    found["interrupted"] = [_interrupted_by(rank) for rank in range(dist.world_size())]
     if dist.is_main():
         out.write_text(json.dumps(found))
     engine.close()
@@ -218,6 +219,21 @@ def _counted(tensor: torch.Tensor, limits: list[float]) -> list[int]:
         counts.append(int(((values > last) & (values <= limit)).sum()))
         last = limit
     return counts
+
+
+def _interrupted_by(stopped: int) -> list[bool]:
+    """Whether an observation is interrupted on each rank when only one of them is asked to stop."""
+    from ds_gpt2.hooks.hook import Interrupted, on_all_ranks
+
+    def part() -> None:
+        if dist.rank() == stopped:
+            raise Interrupted
+
+    try:
+        on_all_ranks(part)
+    except Interrupted:
+        return dist.gather_objects(True)
+    return dist.gather_objects(False)
 
 
 def _complaint_of(guilty: int) -> list[str | None]:

@@ -100,6 +100,11 @@ def test_a_mistake_found_by_one_rank_is_heard_by_all(seen: Seen) -> None:
         assert seen[ranks]["complaints"] == expected
 
 
+def test_an_observation_interrupted_on_one_rank_is_on_all(seen: Seen) -> None:
+    for ranks in seen:
+        assert seen[ranks]["interrupted"] == [[True] * ranks] * ranks
+
+
 def test_histograms_and_norms_are_those_of_the_whole_tensors_whatever_the_ranks(seen: Seen) -> None:
     for ranks in seen:
         told, expected = seen[ranks]["histograms"]["told"], seen[ranks]["histograms"]["expected"]

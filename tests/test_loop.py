@@ -84,10 +84,10 @@ class Parts:
         self.notes.append(f"observe {state.step}")
         if state.step == self.unseen_at:
             raise UserError("held out data cannot be read")
-        if state.step == self.interrupted_at:
-            raise Interrupted
         if state.step == self._best_at:
             state.validated(3.0)
+        if state.step == self.interrupted_at:  # as in the samples, after the validation
+            raise Interrupted
         return {"val/loss": 3.0}
 
     def write(self, step: int, seen: dict[str, Any]) -> None:
@@ -233,12 +233,15 @@ def test_held_out_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
     assert state.step == 4 and parts.notes[-2:] == ["observe 4", "save 4"]
     parts.unseen_at = 0
     assert _train(parts, state, steps=9, save=0) is Ending.DONE
-    assert parts.notes[parts.notes.index("save 4") + 1 :][:3] == ["observe 4", "write 4", "accumulate data of 5"]
+    later = parts.notes[parts.notes.index("save 4") + 1 :]
+    assert later[:4] == ["observe 4", "write 4", "save 4", "accumulate data of 5"]
 
 
-@pytest.mark.parametrize("interrupted_at", [4, 6])
+@pytest.mark.parametrize(("interrupted_at", "before"), [(4, (None, None)), (6, (4, 3.0))])
 @pytest.mark.parametrize("save", [2, 5])
-def test_an_interrupted_evaluation_is_repeated_after_the_resume(interrupted_at: int, save: int) -> None:
+def test_an_interrupted_evaluation_is_repeated_after_the_resume(
+    interrupted_at: int, before: tuple[int | None, float | None], save: int
+) -> None:
     undisturbed = Parts(best_at=4, epoch_steps=4)
     undisturbed_state = TrainState()
     assert _train(undisturbed, undisturbed_state, steps=6, save=save) is Ending.DONE
@@ -248,7 +251,7 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(interrupted_at: 
     assert _train(parts, state, steps=6, save=save) is Ending.STOPPED
     assert (state.step, parts.for_good) == (interrupted_at, False)
     assert parts.notes[-2:] == [f"observe {interrupted_at}", f"save {interrupted_at}"]
-    assert interrupted_at not in parts.records
+    assert interrupted_at not in parts.records and (state.best_step, state.val_loss) == before
 
     resumed = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert _train(parts, resumed, steps=6, save=save) is Ending.STOPPED  # stopped again meanwhile
@@ -262,7 +265,7 @@ def test_an_observation_that_cannot_be_repeated_is_not() -> None:
     parts = Parts()
     parts.can_be_repeated = False
     assert _train(parts, TrainState(step=4, batch=4, unevaluated={"train/loss": None}), steps=4, save=0) is Ending.DONE
-    assert parts.notes == ["write 4", "save 4"] and math.isnan(parts.records[4]["train/loss"])
+    assert parts.notes == ["write 4", "save 4"] and parts.records[4]["train/loss"] == math.inf
 
 
 def test_a_resumed_run_begins_with_the_next_step() -> None:

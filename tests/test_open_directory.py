@@ -113,7 +113,7 @@ def test_another_directory_at_the_path_is_noticed_unless_it_is_a_copy(tmp_path: 
     (tmp_path / "other" / "file").touch()
     assert opened.is_replaced("marker")
     (tmp_path / "other" / "marker").touch()
-    assert not opened.is_replaced("marker")
+    assert not opened.is_replaced("another", "marker")
 
 
 def test_a_directory_that_was_deleted_and_made_again_is_not_replaced(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.kill_soak import curve_problems
 from ds_gpt2.checkpoint.generations import scan
 from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
-from ds_gpt2.heartbeat import forget_beats, read_beat
+from ds_gpt2.heartbeat import Beat, forget_beats, read_beat
 from ds_gpt2.launcher import TRAIN, Place, ask_to_stop, start_command
 from ds_gpt2.metrics import METRICS, read_metrics
 from ds_gpt2.open_directory import OpenDirectory
@@ -45,10 +45,10 @@ def test_a_request_that_cannot_be_removed_is_reported_and_ends_nothing(
     assert request.requested and "STOP cannot be removed" in caplog.text and (tmp_path / STOP_FILE / "mine").is_dir()
 
 
-def test_a_stop_breaks_off_an_evaluation_which_is_repeated_after_the_resume(
+def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    """Ended once by the file and once, at the last step, by a signal; in the end all is as in a run without stops."""
+    """Once by the file, in the samples, and once by a signal at the last step; the run ends as one without stops."""
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(8)), encoding="utf-8")
     sections = {
@@ -62,8 +62,14 @@ def test_a_stop_breaks_off_an_evaluation_which_is_repeated_after_the_resume(
 
     config, run_dir = write_config(tmp_path, **sections), tmp_path / "runs" / "test"
     arguments = ["--config", str(config), "--resume", "auto"]
-    assert _stop_at(6, run_dir, arguments, lambda process: (run_dir / STOP_FILE).touch()) == (STOPPED, [])
-    assert "step 6: a stop breaks off the evaluation" in (run_dir / "train.log").read_text()
+    logged = run_dir / "train.log"
+
+    def stop_by_file(process: subprocess.Popen[str]) -> None:
+        _wait_until(process, lambda: "step 6: validation loss" in logged.read_text())
+        (run_dir / STOP_FILE).touch()
+
+    assert _stop_at(6, run_dir, arguments, stop_by_file) == (STOPPED, [])
+    assert "step 6: a stop interrupts the evaluation" in logged.read_text()
     newest = scan(tmp_path / "checkpoints" / "test")[0]
     assert newest.step == 6 and newest.manifest is not None and not newest.manifest.is_evaluated
     assert [record["step"] for record in read_metrics(run_dir / METRICS)] == [1, 2, 3, 4, 5]
@@ -87,13 +93,21 @@ def _stop_at(
     """Start two ranks and stop them by ``ask`` in the evaluation of ``step``; how they ended, and what they left."""
     forget_beats(run_dir)
     process = start(start_command(Place("cpu", 2), TRAIN, arguments))
-    deadline = time.monotonic() + 120
-    while (beat := read_beat(run_dir, 0)) is None or (beat.step, beat.phase) != (step, "evaluating"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    _wait_until(process, lambda: _is_evaluating(step, read_beat(run_dir, 0)))
     ask(process)
     process.communicate(timeout=120)
     return process.returncode, end_session(process.pid)
+
+
+def _is_evaluating(step: int, beat: Beat | None) -> bool:
+    return beat is not None and (beat.step, beat.phase) == (step, "evaluating")
+
+
+def _wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _histograms(folder: Path) -> dict[str, list[tuple[int, list[float]]]]:

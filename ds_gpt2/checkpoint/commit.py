@@ -25,6 +25,7 @@ from ds_gpt2.safe_files import is_own_directory, read_small, regular_only
 
 log = logging.getLogger(__name__)
 
+_SAME_STATE = ("step", "batch", "tokens", "ledger", "weights")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
 
@@ -142,7 +143,7 @@ def remove(disk: Disk, directory: Path, tag: str) -> None:
 def give_up(disk: Disk, directory: Path, tag: str) -> None:
     """After a failed ``commit``: remove what it left, unless that is whole and the only one: a start finishes it."""
     partial = directory / (tag + PARTIAL)
-    if (directory / tag).exists() or not _is_complete(partial):
+    if (directory / tag / MANIFEST).exists() or not _is_complete(partial):
         remove(disk, directory, partial.name)
 
 
@@ -221,7 +222,7 @@ def publish(disk: Disk, directory: Path, tag: str) -> None:
     """``<tag>.tmp`` is complete: it becomes ``<tag>``, in the place of an older one."""
     if (directory / tag).exists():
         disk.sync_directory(directory)  # the new one is there to be finished before the old one goes
-        if role_of(tag) == "rolling" and not _is_unevaluated(directory / tag):
+        if role_of(tag) == "rolling" and not _completes(directory / (tag + PARTIAL), directory / tag):
             supersede(disk, directory, tag)
         remove(disk, directory, tag)
     disk.rename(directory / (tag + PARTIAL), directory / tag)
@@ -262,12 +263,14 @@ def _is_spare(checkpoint: Path, other: Path) -> bool:
     return mine == others or (mine.kind == "weights" and others.kind == "full")
 
 
-def _is_unevaluated(checkpoint: Path) -> bool:
-    """Whether the evaluation of its step was broken off: what replaces it is the same state, evaluated."""
+def _completes(new: Path, old: Path) -> bool:
+    """Whether ``new`` is the same state as ``old``, whose evaluation was interrupted."""
     try:
-        return not read(checkpoint).is_evaluated
+        before, after = read(old), read(new)
     except DamagedError:
         return False
+    same = all(before.state.get(key) == after.state.get(key) for key in _SAME_STATE)
+    return same and not before.is_evaluated and before.identity == after.identity
 
 
 def _make_durable(disk: Disk, partial: Path) -> None:

@@ -123,7 +123,7 @@ class Housekeeping:
             estimate: bytes, used where no checkpoint shows how large one is.
         """
         try:
-            if self._open.is_replaced(OWNER):
+            if self._open.is_replaced(OWNER, LATEST):
                 reason = "another directory is there now: mount the disk again"
                 raise FileNotFoundError(errno.ENOENT, reason, str(self.directory))
             if self._open.is_deleted:

@@ -55,7 +55,7 @@ class _Saved(NamedTuple):
 
     @classmethod
     def of(cls, state: TrainState) -> _Saved:
-        return cls(state.step, state.unevaluated is None)
+        return cls(state.step, state.is_evaluated)
 
 
 class Checkpoints:

@@ -174,7 +174,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _fixed(number: float, digits: int) -> str:
-    """So many digits after the point; of a number that a damaged file claims, three in all."""
+    """So many digits after the point; of a number that a damaged file claims, three significant ones."""
     return f"{number:.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 

@@ -165,7 +165,8 @@ def _sync(path: Path) -> None:
 def _write_file(opened: Opened, path: Path) -> None:
     assert opened.manifest is not None
     manifest = opened.manifest
-    about = {"title": opened.title, "step": manifest.step, "state": manifest.state, "versions": manifest.versions}
+    state = {key: value for key, value in manifest.state.items() if key != "unevaluated"}
+    about = {"title": opened.title, "step": manifest.step, "state": state, "versions": manifest.versions}
     file.write(opened.weights, opened.shape, about, path)
 
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818  # a request, not an error
-    """A stop is requested, and an observation has been broken off."""
+    """A stop is requested, and an observation has ended early."""
 
 
 class Hook(ABC):
@@ -37,8 +37,8 @@ class Hook(ABC):
         """What there is to see after the update; the values count on rank 0.
 
         Raises:
-            Interrupted: on every rank.
-            UserError: on every rank.
+            Interrupted: on every rank, because a stop is requested.
+            UserError: on every rank, because data cannot be read.
         """
 
 

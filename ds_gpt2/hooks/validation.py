@@ -6,6 +6,7 @@ import logging
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ds_gpt2 import dist
@@ -13,6 +14,7 @@ from ds_gpt2.config import ValidationSettings
 from ds_gpt2.data.batches import on_device, with_targets
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.engine import Engine
+from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import count_windows, perplexity
 from ds_gpt2.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.monitor import Seen
@@ -74,8 +76,21 @@ class Validation(Hook):
         try:
             for number in range(dist.rank(), len(self._groups), dist.world_size()):
                 self.progress()
-                tokens, targets = with_targets(on_device(self._windows.read(self._groups[number]), engine.device))
+                tokens, targets = with_targets(on_device(self._read(number), engine.device))
                 losses[number] = engine.model(tokens, targets)
         finally:
             engine.model.train()
         return losses
+
+    def _read(self, group: int) -> npt.NDArray[np.int64]:
+        """The windows of a group.
+
+        Raises:
+            Interrupted: a stop is requested while a shard cannot be read.
+            UserError: a shard cannot be read.
+        """
+        try:
+            return self._windows.read(self._groups[group])
+        except UserError as error:
+            self.progress()
+            raise UserError(f"{error}; validation.every=0 trains without this data") from None

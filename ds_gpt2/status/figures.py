@@ -93,7 +93,7 @@ def look(run_dir: Path, now: float) -> Status:
         and (newest.manifest is None or newest.manifest.is_evaluated)
     ):
         alive = Life("finished", is_here=alive.is_here)  # its journal could not be written at the end
-    progress = progress_of(settings, records, _step(records, alive), steps, pace)
+    progress = progress_of(settings, records, _step(records, alive, newest), steps, pace)
     day_before = _day_before(run_dir, records)
     rooms = room.look(run_dir, settings, found, _course(progress, epochs_per_step(records)))
     loss = loss_of(records, day_before, newest, settings)
@@ -120,10 +120,10 @@ def look(run_dir: Path, now: float) -> Status:
     )
 
 
-def _step(records: Sequence[Record], alive: Life) -> int:
+def _step(records: Sequence[Record], alive: Life, newest: Generation | None) -> int:
     """The newest one done: records come some seconds late, or not at all where the disk is full."""
     recorded = records[-1]["step"] if records else 0
-    return max(recorded, alive.beat.step - 1) if alive.beat else recorded
+    return max(recorded, alive.beat.step - 1 if alive.beat else 0, newest.step if newest is not None else 0)
 
 
 def _course(progress: Progress, epochs_a_step: float | None) -> Course | None:
