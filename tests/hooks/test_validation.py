@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ds_gpt2.config import ValidationSettings
+from ds_gpt2.errors import UserError
 from ds_gpt2.evaluation import perplexity
-from ds_gpt2.hooks import Validation
+from ds_gpt2.hooks import Interrupted, Validation
 from ds_gpt2.state import TrainState
 
 
@@ -62,3 +64,27 @@ def test_a_first_loss_that_is_not_finite_leaves_the_run_without_a_best(validatio
     validation.hook.observe(None, state)
     assert state.best_step is None
     assert heard == ["step 5: the validation loss is nan, not a finite number; the best stays: none yet"]
+
+
+@pytest.mark.parametrize("stop_requested", [False, True])
+def test_a_stop_while_a_shard_cannot_be_read_is_a_stop(stop_requested: bool) -> None:
+    class Unreadable(Windows):
+        is_asked = False
+
+        def read(self, indices: object) -> None:
+            self.is_asked = stop_requested
+            raise UserError("a shard cannot be read")
+
+    def progress() -> None:
+        if windows.is_asked:
+            raise Interrupted
+
+    windows: Any = Unreadable()
+    hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
+    hook.progress = progress
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Identity())
+    with pytest.raises(
+        Interrupted if stop_requested else UserError, match=None if stop_requested else "validation.every=0"
+    ):
+        hook.loss(engine)
+    assert engine.model.training
