@@ -206,7 +206,7 @@ def _reserve(checkpoints: Checkpoints) -> Path:
 
 def _stops_reading(stop: StopRequest, file: Path) -> bool:
     """Whether a read that is tried again and again is to end: asked on each rank alone, which has no others to ask."""
-    return stop.signalled or os.path.exists(file)
+    return stop.signalled or os.path.lexists(file)
 
 
 def _stop_request(settings: Settings) -> StopRequest:
@@ -301,7 +301,7 @@ class _Progress:
             return
         self._next = time.monotonic() + _PROGRESS_SECONDS
         self._heartbeat.beat()
-        if self._stop.requested or os.path.exists(self._stop_file):  # unlike Path.exists, for a disk that fails too
+        if self._stop.requested or os.path.lexists(self._stop_file):  # unlike Path.exists, for a disk that fails too
             raise Interrupted
 
 

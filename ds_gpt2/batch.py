@@ -46,8 +46,8 @@ def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, wor
     """Derive the accumulation from the token budget.
 
     Raises:
-        UserError: the budget is no multiple of what all ranks do at once; the message proposes budgets and
-            micro-batches that are.
+        UserError: the budget is no multiple of what all ranks do at once; the message proposes budgets,
+            micro-batches and numbers of ranks that fit.
     """
     at_once = micro_batch * sequence_length * world_size
     if tokens_per_step % at_once == 0:
@@ -55,7 +55,12 @@ def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, wor
 
     below = tokens_per_step // at_once * at_once
     budgets = [budget for budget in (below, below + at_once) if budget > 0]
-    proposal = "batch.tokens_per_step=" + " or ".join(str(budget) for budget in budgets)
+    proposal = f"batch.tokens_per_step={' or '.join(str(budget) for budget in budgets)} in a new run"
+    counts = [
+        ranks for ranks in range(1, 2 * world_size) if tokens_per_step % (micro_batch * sequence_length * ranks) == 0
+    ]
+    if counts:
+        proposal += f", or use {counted(min(counts, key=lambda ranks: abs(ranks - world_size)), 'rank')}"
     fitting = _micro_batches_that_fit(tokens_per_step, sequence_length, world_size)
     if fitting:
         nearest = min(fitting, key=lambda size: (abs(size - micro_batch), -size))

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ds_gpt2 import __version__, outcome, terminal
 from ds_gpt2.errors import UserError, is_wrong_path
@@ -115,10 +115,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line; ``--help`` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
 def _parser(asked_for: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="./launch.sh", description="Pre-train GPT-2 under DeepSpeed ZeRO-2.", allow_abbrev=False
-    )
+    parser = _Parser(prog="./launch.sh", description="Pre-train GPT-2 under DeepSpeed ZeRO-2.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in _VERBS.items():

@@ -408,7 +408,7 @@ def settings_of(
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{_source(error, path, overrides or {})}: {_explain(error)}") from None
 
 
 def dump_settings(settings: Settings) -> str:
@@ -571,6 +571,21 @@ def _default_path(tree: dict[str, Any], section: str, name: str, value: Path) ->
     node = tree.setdefault(section, {})
     if isinstance(node, dict):
         node.setdefault(name, str(value))
+
+
+def _source(error: ValidationError, path: Path, overrides: Mapping[str, str]) -> str:
+    """Where the wrong settings come from: the file, the command line, or both."""
+    sources: dict[str, None] = {}
+    for item in error.errors():
+        key = _setting_named(item["loc"])
+        given = [name for name in overrides if name == key or name.startswith(f"{key}.")]
+        if not given:
+            sources[str(path)] = None
+        elif key in overrides or item["type"] == "extra_forbidden":
+            sources["command line"] = None
+        else:
+            sources[f"{path} with {', '.join(given)}"] = None
+    return " and ".join(sources)
 
 
 def _explain(error: ValidationError) -> str:

@@ -164,7 +164,8 @@ def _insist(
         left = dist.gather_objects(begun + limit - time.monotonic())[0]  # by one clock: all ranks decide alike
         if left < pause:
             return
-        log.error(f"step {state.step} is not saved: trying again in {pause:g} s, for {duration(left)}")
+        if dist.is_main():
+            log.error(f"step {state.step} is not saved: trying again in {pause:g} s, for {duration(left)}")
         time.sleep(pause)
         pause = min(2 * pause, 30.0)
         heartbeat.beat()

@@ -49,7 +49,7 @@ class StopRequest:
         run_dir = self._run_dir
         if self._asked or run_dir is None:
             return self._asked
-        return os.path.exists(run_dir.path / STOP_FILE) or self.reason is not None or self._look_for_supervisor()
+        return os.path.lexists(run_dir.path / STOP_FILE) or self.reason is not None or self._look_for_supervisor()
 
     @property
     def reason(self) -> str | None:

@@ -26,6 +26,9 @@ def test_what_it_proposes_instead_fits(budget: int, micro_batch: int, sequence: 
         proposed = str(error).split(": set ")[1]
     else:
         return
+    proposed, _, count = proposed.partition(", or use ")
+    if count:
+        plan_batch(budget, micro_batch, sequence, int(count.split()[0]))
     for word in proposed.replace(",", "").split():
         if word.startswith("batch.micro_batch="):
             plan_batch(budget, int(word.split("=")[1]), sequence, ranks)

@@ -183,7 +183,7 @@ def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
         if path.name != tag:  # nothing of ours is written through a link
             disk.unlink(path)
             log.info(f"removed the link {path.name}")
-    elif path.name != tag and _is_complete(path) and not (directory / tag).exists():
+    elif path.name != tag and _is_complete(path):
         _make_durable(disk, path)
         publish(disk, directory, tag)
         log.info(f"finished the commit of {tag}")

@@ -133,7 +133,7 @@ class Housekeeping:
             commit.remove(self.disk, self.directory, tag + PARTIAL)  # a record in it would be taken for a new one
             return self._make_room(estimate)
         except OSError as error:
-            log.error(f"NO CHECKPOINT IS SAVED: {error}; training goes on")
+            log.error(f"NO CHECKPOINT IS SAVED: {error}")
             return False
 
     def _make_room(self, estimate: int) -> bool:
@@ -149,7 +149,7 @@ class Housekeeping:
         free = self.disk.free_bytes(self.directory)
         log.error(
             f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free;"
-            " training goes on, but make room"
+            " make room"
         )
         return False
 

@@ -57,10 +57,10 @@ def choose(directory: Path, wanted: str, identity: dict[str, Any], backup: Backu
             return Restored(generation, generation.manifest, contents)
         log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
     if not tried:
-        raise UserError(f"nothing to resume: {directory} has no checkpoint; start without --resume")
+        raise UserError(f"nothing to resume: {directory} has no checkpoint; start a new run")
     raise UserError(
         f"none of {', '.join(tried)} in {directory} can be used (the reasons are above):"
-        " restore one from a backup, or go on from another with --resume TAG or PATH"
+        f" restore one from a backup, or resume from another: ./launch.sh resume {directory.name} --from TAG"
     )
 
 

@@ -640,6 +640,8 @@ HARMLESS = {  # by what a step's name ends with
     "_sweep_one > remove: unlink": "what is swept has no marker, or one that does not fit",
     "publish > remove: unlink": "of a best that has been beaten: a start makes it again from the one that beat it",
     "publish > remove: sync_directory": "the same; where the marker alone decides, remove is missed",
+    "supersede > remove: unlink": "what it was superseded for is complete by then: a start finishes it",
+    "supersede > remove: sync_directory": "the same",
     "keep_weights > publish: sync_directory": "the one before the old best goes: a start makes it again; link needs it",
     "sweep: sync_directory": "latest moves to what is found, which syncs the same names; it is for where nothing moves",
     "_sweep_one > publish: sync_directory": "the same",
@@ -995,6 +997,20 @@ def test_an_unevaluated_checkpoint_of_another_state_is_superseded(tmp_path: Path
     commit.commit(stage.disk, stage.elsewhere, rolling_tag(10), other)
     stage.resume(stage.elsewhere / rolling_tag(10))
     assert [label for _, label in _labels(scan(stage.directory))] == ["new", "old"]
+
+
+def test_a_start_finishes_a_commit_though_the_checkpoint_it_replaces_is_there_and_damaged(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, RecordingDisk(tmp_path), DEFAULTS)
+    stage.disk.make_directory(stage.directory)
+    stage.save(10, "new")
+    new, partial = stage.directory / rolling_tag(10), stage.directory / (rolling_tag(10) + PARTIAL)
+    new.rename(partial)
+    stage.save(5, "before")
+    shutil.copytree(partial, new)
+    (new / "optim_0.pt").unlink()
+    stage.start()
+    found = {one.tag: generations.problem_of(one) for one in scan(stage.directory)}
+    assert found[rolling_tag(10)] is None and found[superseded_tag(10)] == "optim_0.pt is missing"
 
 
 def test_what_cannot_be_read_back_ends_no_run(
