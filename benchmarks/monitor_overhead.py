@@ -69,6 +69,8 @@ class Silent:
 class Timed:
     """Hands on every call, and adds up what the calls take."""
 
+    can_be_repeated = True  # of a hook
+
     def __init__(self, target: Any, *names: str) -> None:
         self.seconds = self.busy = 0.0  # busy: of the processor, what this thread did itself
         for name in names:
