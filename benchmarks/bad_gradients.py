@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import device, dist, outcome
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.run_dir import exit_report
 
 if TYPE_CHECKING:
-    from ds_gpt2.data.batches import TrainingData
-    from ds_gpt2.engine import Engine
+    from ds_gpt2.data.loader import TrainingData
+    from ds_gpt2.engine.engine import Engine
 
 KINDS = ("nan in a gradient", "inf in a gradient", "nan in the loss", "inf in the loss", "skip asked for")
 
@@ -40,16 +41,16 @@ def main() -> None:
     from benchmarks import machine
     from benchmarks.settings import settings_of
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
     shape = {"model.preset": "null", "model.layers": "2", "model.heads": "2", "model.width": "64"}
-    batch = {"batch.sequence_length": "64", "batch.tokens_per_step": str(64 * 2 * 3 * dist.world_size())}
+    batch = {"batch.sequence_length": "64", "batch.tokens_per_step": str(64 * 2 * 3 * collectives.world_size())}
     settings = settings_of(options.data, "7M", **shape, **batch)
     trainer = Trainer(settings, place)
     trainer.steps(3)
     result = inject(trainer.engine, trainer.data, options.count, options.seed)
-    if dist.is_main():
+    if collectives.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(shown, indent=1))
@@ -66,23 +67,23 @@ def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[st
     before = _state(engine)
     for number in range(count):
         kind, weight = dice.choice(KINDS), dice.choice(weights)
-        guilty, micro_batch = dice.randrange(dist.world_size()), dice.randrange(data.plan.accumulation)
+        guilty, micro_batch = dice.randrange(collectives.world_size()), dice.randrange(data.plan.accumulation)
         kinds[kind] += 1
-        handles = _poison(engine, kind, weight, micro_batch) if dist.rank() == guilty else []
+        handles = _poison(engine, kind, weight, micro_batch) if collectives.rank() == guilty else []
         engine.accumulate(data.micro_batches(number + 1))
         update = engine.apply(1e-3, skip=kind == "skip asked for")
         for handle in handles:
             handle.remove()
         after = _state(engine)
         applied += update.applied
-        reached += any(dist.gather_objects(after != before))
+        reached += any(collectives.gather_objects(after != before))
         before = after
     engine.accumulate(data.micro_batches(count + 1))
-    goes_on = engine.apply(1e-3).applied and any(dist.gather_objects(_state(engine) != before))
+    goes_on = engine.apply(1e-3).applied and any(collectives.gather_objects(_state(engine) != before))
     return {
         "injections": count,
         "of": dict(kinds),
-        "ranks": dist.world_size(),
+        "ranks": collectives.world_size(),
         "micro_batches": data.plan.accumulation,
         "updates_made": applied,
         "states_changed": reached,
@@ -129,4 +130,4 @@ def _state(engine: Engine) -> str:
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

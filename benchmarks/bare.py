@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from benchmarks.reference import rate
-from ds_gpt2 import compilation
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import Settings
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.model import GPT2, ModelShape, parameter_groups
-from ds_gpt2.rng import seed_everything
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.distributed import torch_compile
+from ds_gpt2.engine.rng_state import seed_everything
+from ds_gpt2.model.gpt2 import GPT2, parameter_groups
+from ds_gpt2.model.shape import ModelShape
 
 
 class Bare:
@@ -26,7 +27,7 @@ class Bare:
         seed_everything(settings.run.seed)
         self.model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
         self.model.to(place, torch.bfloat16)
-        if compilation.decide(settings.run.compile, place):
+        if torch_compile.decide(settings.run.compile, place):
             self.model.compile_blocks()
         groups = parameter_groups(self.model, optimizer.weight_decay)
         self.weights = [weight for group in groups for weight in group["params"]]

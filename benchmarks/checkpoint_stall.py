@@ -25,8 +25,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import device, dist, outcome
-from ds_gpt2.config import CheckpointSettings
+from ds_gpt2.config.settings import CheckpointSettings
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.run_dir import exit_report
 
 if TYPE_CHECKING:
     from benchmarks.trainer import Trainer
@@ -49,18 +50,18 @@ def main() -> None:
     set_up_compiler(settings, place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = dist.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
+    folder = collectives.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
     trainer = Trainer(settings, place)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
-    if dist.is_main():
+    if collectives.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(shown, indent=1))
-    dist.barrier()
+    collectives.barrier()
     _remove(Path(folder))
     close_process_group()
 
@@ -68,18 +69,18 @@ def main() -> None:
 def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     import torch
 
-    from ds_gpt2.checkpoint.disk import Disk
-    from ds_gpt2.checkpoint.housekeeping import Housekeeping
-    from ds_gpt2.checkpoint.serializer import Serializer
-    from ds_gpt2.checkpoint.store import Checkpoints
-    from ds_gpt2.model import count_parameters
+    from ds_gpt2.checkpoint.deepspeed_io import Serializer
+    from ds_gpt2.checkpoint.directory import Housekeeping
+    from ds_gpt2.checkpoint.filesystem import Disk
+    from ds_gpt2.checkpoint.manager import Checkpoints
+    from ds_gpt2.model.gpt2 import count_parameters
 
     engine, state = trainer.engine, trainer.state
     house = Housekeeping(Disk(), folder, CheckpointSettings(keep_last=1))
     checkpoints = Checkpoints(house, engine, {}, {"run": {"seed": 1}})
 
     def save(kind: str) -> float:
-        dist.barrier()
+        collectives.barrier()
         trainer.wait_for_device()
         begun = time.perf_counter()
         if kind == "background":
@@ -94,7 +95,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
                 with (folder / "stock" / name).open("wb") as file:
                     torch.save(part, file)
                     os.fsync(file.fileno())
-            dist.barrier()
+            collectives.barrier()
         return time.perf_counter() - begun
 
     trainer.steps(4)
@@ -118,7 +119,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
     parameters = count_parameters(engine.model)
     usual = statistics.median(blocks["none"])
     return {
-        "setting": f"{trainer.settings.model.preset}, {dist.world_size()} ranks on {engine.device.type}",
+        "setting": f"{trainer.settings.model.preset}, {collectives.world_size()} ranks on {engine.device.type}",
         "steps_a_block": steps,
         "parameters": parameters,
         "bytes_per_parameter": round(size / parameters, 3),
@@ -139,10 +140,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 def _remove(folder: Path) -> None:
     import shutil
 
-    if dist.is_main():
+    if collectives.is_main():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

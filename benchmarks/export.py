@@ -24,14 +24,15 @@ if not __package__:
 
 import torch
 
-from ds_gpt2 import device
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.layout import rolling_tag
+from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import Manifest
-from ds_gpt2.config import PRESETS, PROJECT_DIR
-from ds_gpt2.model import GPT2, ModelShape
-from ds_gpt2.state import TrainState
+from ds_gpt2.checkpoint.naming import rolling_tag
+from ds_gpt2.config.settings import PRESETS, PROJECT_DIR
+from ds_gpt2.distributed import device
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
 
 TAG = rolling_tag(1)
 
@@ -67,7 +68,7 @@ def _options() -> argparse.Namespace:
 
 def make_checkpoint(directory: Path, preset: str, ranks: int) -> int:
     """The files of a checkpoint, with all that an export looks at and what it must pass by; returns the parameters."""
-    from ds_gpt2.checkpoint.serializer import MODEL_FILE, partition_file, pickle_into
+    from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, pickle_into
 
     layers, heads, width = PRESETS[preset]
     with torch.device("meta"):

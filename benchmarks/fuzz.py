@@ -39,20 +39,21 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from ds_gpt2 import cli, outcome
+from ds_gpt2 import cli
 from ds_gpt2.checkpoint import manifest
-from ds_gpt2.checkpoint.layout import MANIFEST
 from ds_gpt2.checkpoint.manifest import DamagedError
-from ds_gpt2.config import load_settings
+from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.run_location import OWNER
+from ds_gpt2.config.settings import load_settings
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.data.holdout import EveryPiece
-from ds_gpt2.data.prepare import Recipe, prepare
-from ds_gpt2.data.sources import Listed, Source, python_documents
-from ds_gpt2.deepspeed_file import load_deepspeed_file
-from ds_gpt2.errors import UserError
-from ds_gpt2.pretrained import opening
-from ds_gpt2.run_location import OWNER
-from ds_gpt2.supervised import RECORD
+from ds_gpt2.data.prepare.holdout import EveryPiece
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
+from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
+from ds_gpt2.pretrained import load
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.supervisor_record import RECORD
 
 PROJECT = Path(__file__).resolve().parents[1]
 TAG = "rolling_step_000004"
@@ -194,9 +195,9 @@ def make_world(folder: Path, cache: Path) -> dict[str, Target]:
         "shard": Target(shard, "bytes", [inspect, _command("verify", str(data))]),
         "HellaSwag": Target(items, "jsonl", [lambda: load_items(items, "original", cache / "items")]),
         "run.json": Target(checkpoint.parent / OWNER, "json", [listed, doctor]),
-        "config.json": Target(exported / "config.json", "json", [lambda: opening.read(exported)]),
-        "safetensors": Target(exported / "model.safetensors", "bytes", [lambda: opening.read(exported)]),
-        "fp32.pt": Target(plain, "bytes", [lambda: opening.read(plain)]),
+        "config.json": Target(exported / "config.json", "json", [lambda: load.read(exported)]),
+        "safetensors": Target(exported / "model.safetensors", "bytes", [lambda: load.read(exported)]),
+        "fp32.pt": Target(plain, "bytes", [lambda: load.read(plain)]),
     }
 
 
@@ -234,7 +235,7 @@ def _command(*words: str) -> Callable[[], object]:
         ours = errors.getvalue().splitlines() if words[0] == "generate" else shown
         if any(ord(each) < 32 and each != "\t" for line in ours for each in line):
             raise FailureError("it prints control characters")
-        if code == outcome.MISTAKE:
+        if code == exit_report.MISTAKE:
             raise UserError(errors.getvalue().strip("\n"))
 
     return run

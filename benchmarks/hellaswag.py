@@ -29,12 +29,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2 import device
-from ds_gpt2.config import PRESETS
+from ds_gpt2.config.settings import PRESETS
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import ENDINGS, Item, load_items
-from ds_gpt2.hellaswag import CLOSE, MEASURES, Array, Scores, score, score_one, score_together
-from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
+from ds_gpt2.distributed import device
+from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_one, score_together
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import VOCABULARY, ModelShape
 
 CONTEXT = 1024
 WINDOW = 256  # tokens that a model is trained on at a time: no item is as long

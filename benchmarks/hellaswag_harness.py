@@ -27,8 +27,9 @@ if not __package__:
 
 from benchmarks import machine
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.hellaswag import MEASURES, Scores, score
-from ds_gpt2.model import GPT2, ModelShape
+from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, Scores, score
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import huggingface
 from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 

@@ -40,15 +40,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.machine import describe
-from ds_gpt2.checkpoint.generations import Generation, problem_of, scan
-from ds_gpt2.checkpoint.layout import PARTIAL, rolling_tag
-from ds_gpt2.data.holdout import EveryPiece
-from ds_gpt2.data.prepare import Recipe, prepare
-from ds_gpt2.data.sources import Listed, Source, python_documents
-from ds_gpt2.drill.compare import checkpoint_differences, curve_differences
-from ds_gpt2.heartbeat import read_beat
-from ds_gpt2.launcher import TRAIN, Place, start_command
-from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.checkpoint.catalog import Generation, problem_of, scan
+from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
+from ds_gpt2.data.prepare.holdout import EveryPiece
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
+from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
+from ds_gpt2.run_dir.heartbeat import read_beat
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, SEQUENCE = 120, 5, 32

@@ -33,11 +33,11 @@ if not __package__:
 import numpy as np
 import torch
 
-from ds_gpt2.batch import BatchPlan
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.shards import header_of
-from ds_gpt2.model import VOCABULARY
+from ds_gpt2.model.shape import VOCABULARY
 
 SEQUENCE, MICRO_BATCH, TOKENS_PER_STEP = 1024, 16, 524_288  # GPT-2's
 SHARD_TOKENS = 100_000_000

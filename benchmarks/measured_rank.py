@@ -12,9 +12,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import dist, outcome
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.planning import trial_rank
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.distributed import collectives
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.plan import trial_rank
 
 SCRIPT = Path(__file__)
 _VARIABLE = "DS_GPT2_MEASURED"  # environment: the directory of checkpoints, and of what is left
@@ -58,9 +59,9 @@ def main() -> int:
 
     Disk.unlink = look_first  # type: ignore[method-assign]  # train.py is to run as it is
     code = trial_rank.main()
-    _file(directory, dist.rank()).write_text(str(max(seen)), encoding="ascii")
+    _file(directory, collectives.rank()).write_text(str(max(seen)), encoding="ascii")
     return code
 
 
 if __name__ == "__main__":
-    outcome.end_process(main())
+    exit_report.end_process(main())

@@ -29,11 +29,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import config, device, dist, outcome
+from ds_gpt2.config.settings import PROJECT_DIR, load_settings
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.run_dir import exit_report
 
 if TYPE_CHECKING:
     from benchmarks.trainer import Trainer
-    from ds_gpt2.hooks import Hook
+    from ds_gpt2.training.hooks import Hook
 
 T = TypeVar("T")
 
@@ -105,11 +107,11 @@ def main() -> None:
     set_up_compiler(settings_of(options.data, options.preset), place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = Path(dist.from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
+    folder = Path(collectives.from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
     places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
     if options.hellaswag:
         places["hellaswag.path"] = str(options.hellaswag.absolute())
@@ -120,34 +122,34 @@ def main() -> None:
         name: _occasions(trainer, hook, every, options.occasions, result["step_ms"] * (options.one_of if shared else 1))
         for name, every, hook, shared in _hooks(trainer, bool(options.hellaswag))
     }
-    if dist.is_main():
-        setting = f"{options.preset}, {dist.world_size()} ranks on {place.type}, {trainer.plan}"
+    if collectives.is_main():
+        setting = f"{options.preset}, {collectives.world_size()} ranks on {place.type}, {trainer.plan}"
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), "setting": setting, **result}
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(shown, indent=1))
-    dist.barrier()
-    if dist.is_main():
+    collectives.barrier()
+    if collectives.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     close_process_group()
 
 
 def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
-    from ds_gpt2 import loop
-    from ds_gpt2.guard import Guard
-    from ds_gpt2.heartbeat import Heartbeat
-    from ds_gpt2.hooks import Health
-    from ds_gpt2.meter import Meter, Past
-    from ds_gpt2.model import flops_per_token
-    from ds_gpt2.monitor import Monitor
-    from ds_gpt2.pace import Cadence, Pace
-    from ds_gpt2.schedule import Every
+    from ds_gpt2.model.gpt2 import flops_per_token
+    from ds_gpt2.monitoring.monitor import Monitor
+    from ds_gpt2.monitoring.pace import Cadence, Pace
+    from ds_gpt2.monitoring.step_timer import Meter, Past
+    from ds_gpt2.run_dir.heartbeat import Heartbeat
+    from ds_gpt2.training import loop
+    from ds_gpt2.training.guards import Guard
+    from ds_gpt2.training.hooks import Health
+    from ds_gpt2.training.lr_schedule import Every
 
     engine, settings, nothing = trainer.engine, trainer.settings, Silent()
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", 0)
     past = Past(0.0, time.time(), Pace(Cadence({}, 0), []))
     meter = Meter(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, past, engine.moment)
-    guard, heartbeat = Guard(settings.guards, print), Heartbeat(settings.run_dir, dist.rank())
+    guard, heartbeat = Guard(settings.guards, print), Heartbeat(settings.run_dir, collectives.rank())
     watching = (
         Timed(meter, "begin", "mark", "end", "eta", "waiting_for"),
         Timed(monitor, "write", "flush"),
@@ -157,7 +159,7 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     health.every = Every(1)  # type: ignore[attr-defined]  # it stands in for the hook
 
     def block(hooks: list[Any], monitor: Any, meter: Any) -> float:
-        dist.barrier()
+        collectives.barrier()
         trainer.wait_for_device()
         begun = time.perf_counter()
         course = loop.Course(trainer.state.step + steps, lambda _: 1e-4, Every(0))
@@ -200,9 +202,9 @@ def _occasions(trainer: Trainer, hook: Hook, every: int, count: int, step_ms: fl
 def _hooks(trainer: Trainer, with_hellaswag: bool) -> Iterator[tuple[str, int, Hook, bool]]:
     """Name, steps between two occasions in the mission, the hook, and whether ranks share its work."""
     from ds_gpt2.data.dataset import Windows, open_dataset
-    from ds_gpt2.hooks import Histograms, Samples, Validation, open_hellaswag
+    from ds_gpt2.training.hooks import Histograms, Samples, Validation, open_hellaswag
 
-    mission = config.load_settings(config.PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
+    mission = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
     settings = trainer.settings
     context = settings.batch.sequence_length
     held_out = Windows(open_dataset(settings.data.dir), "val", context)
@@ -226,13 +228,13 @@ def _occasion(trainer: Trainer, hook: Hook) -> float:
     before = time.perf_counter() - begun
     engine.apply(1e-4)
     state.advance(trainer.plan.tokens_per_step, True, b"")
-    dist.barrier()
+    collectives.barrier()
     begun = time.perf_counter()
     hook.observe(engine, state)
-    dist.barrier()
+    collectives.barrier()
     return before + time.perf_counter() - begun
 
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

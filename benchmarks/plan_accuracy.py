@@ -27,10 +27,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from benchmarks import measured_rank
 from benchmarks.machine import describe
 from benchmarks.measured_rank import bytes_below
-from ds_gpt2.config import PROJECT_DIR, load_settings
-from ds_gpt2.launcher import Place, Ranks, start_command
-from ds_gpt2.metrics import METRICS, read_metrics
-from ds_gpt2.planning import trial_rank
+from ds_gpt2.config.settings import PROJECT_DIR, load_settings
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.supervision.launcher import Place, Ranks, start_command
+from ds_gpt2.tools.plan import trial_rank
 
 _CONFIG = PROJECT_DIR / "ds_configs" / "quickstart.yaml"
 

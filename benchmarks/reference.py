@@ -26,14 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2 import dist
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import Settings, load_settings
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.model import GPT2, ModelShape, parameter_groups
-from ds_gpt2.rng import seed_everything
-from ds_gpt2.schedule import learning_rate
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.rng_state import seed_everything
+from ds_gpt2.model.gpt2 import GPT2, parameter_groups
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.training.lr_schedule import learning_rate
 
 
 class PlainLoss(nn.Module):
@@ -57,9 +58,11 @@ class Reference:
     def __init__(self, settings: Settings, place: torch.device, compiled: bool = False) -> None:
         batch = settings.batch
         self.settings = settings
-        self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+        self.plan = plan_batch(
+            batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
+        )
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
+        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, place)
         self.place = place
         seed_everything(settings.run.seed)
         shape = ModelShape(*settings.model.shape, batch.sequence_length)
@@ -68,7 +71,7 @@ class Reference:
         if compiled:
             net.compile()
         self.net = net
-        self.parallel = DistributedDataParallel(net) if dist.world_size() > 1 else None
+        self.parallel = DistributedDataParallel(net) if collectives.world_size() > 1 else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.optimizer.weight_decay),
             betas=settings.optimizer.betas,
@@ -94,7 +97,7 @@ class Reference:
             group["lr"] = rate(settings, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(dist.sum_over_ranks(total)) / dist.world_size()
+        return float(collectives.sum_over_ranks(total)) / collectives.world_size()
 
 
 def rate(settings: Settings, step: int) -> float:
@@ -132,8 +135,8 @@ def main() -> None:
         torch_dist.init_process_group("gloo")
     seconds: list[float] = []
     losses = train_reference(options.config, options.steps, seconds)
-    memory = dist.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    if dist.is_main():
+    memory = collectives.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if collectives.is_main():
         options.out.write_text(json.dumps({"losses": losses, "seconds": seconds, "peak_bytes": memory}))
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

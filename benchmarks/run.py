@@ -27,7 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.launcher import Place, start_command
+from ds_gpt2.supervision.launcher import Place, start_command
 
 Found = dict[str, Any]  # what a program has written
 

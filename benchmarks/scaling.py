@@ -21,7 +21,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import device, dist, outcome
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.run_dir import exit_report
 
 PRESETS = ("124M", "350M", "774M", "1558M")
 RANKS = (1, 4, 8, 64)
@@ -52,8 +53,8 @@ def main() -> None:
     set_up_compiler(settings, place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine import close_process_group, open_process_group
-    from ds_gpt2.model import count_parameters
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.model.gpt2 import count_parameters
 
     counted = _count_collectives()
     open_process_group(place)
@@ -61,7 +62,7 @@ def main() -> None:
     trainer.step(1)
     counted.clear()
     trainer.step(2)
-    ranks, parameters = dist.world_size(), count_parameters(trainer.engine.model)
+    ranks, parameters = collectives.world_size(), count_parameters(trainer.engine.model)
     sent = sum(size * _ring(name, ranks) for name, size in counted.items())
     predicted = zero_2(parameters, ranks)
     result = {
@@ -75,7 +76,7 @@ def main() -> None:
         "memory_gb": {preset: _memory(preset) for preset in PRESETS},
         "sent_gb_a_step": {preset: _sent(preset) for preset in PRESETS},
     }
-    if dist.is_main():
+    if collectives.is_main():
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result, indent=1), flush=True)
     close_process_group()
@@ -130,8 +131,8 @@ def _sent(preset: str, micro_batch: int = 16) -> dict[str, dict[str, float]]:
 
 def _memory(preset: str) -> dict[str, dict[str, float]]:
     """Of the states alone, by stage; with ``peak`` what ``plan`` predicts for 4 windows under ZeRO-2, compiled."""
-    from ds_gpt2.batch import BatchPlan
-    from ds_gpt2.planning.memory import Zero, peak
+    from ds_gpt2.config.batch_plan import BatchPlan
+    from ds_gpt2.tools.resources.memory_model import Zero, peak
 
     model = _describe(preset)
     found = {}
@@ -148,12 +149,12 @@ def _memory(preset: str) -> dict[str, dict[str, float]]:
 
 
 def _describe(preset: str) -> Any:
-    from ds_gpt2.config import ModelSettings
-    from ds_gpt2.planning.memory import describe_model
+    from ds_gpt2.config.settings import ModelSettings
+    from ds_gpt2.tools.resources.memory_model import describe_model
 
     return describe_model(ModelSettings(preset=preset), 1024, compiled=True)
 
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

@@ -28,7 +28,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.config import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR
 
 _LOOK_SECONDS = 0.1  # each look takes processor time from what is measured
 _LIMIT_SECONDS = 300.0

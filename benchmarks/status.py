@@ -24,9 +24,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gpt2.checkpoint.layout import MANIFEST, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest, encode
-from ds_gpt2.state import TrainState
+from ds_gpt2.checkpoint.naming import MANIFEST, epoch_tag, rolling_tag
+from ds_gpt2.engine.train_state import TrainState
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, STEP_SECONDS, EVERY, SCALARS = 95_365, 27.0, 250, 25

@@ -18,8 +18,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import compilation, device, dist, outcome
-from ds_gpt2.config import parse_overrides
+from ds_gpt2.config.settings import parse_overrides
+from ds_gpt2.distributed import collectives, device, torch_compile
+from ds_gpt2.run_dir import exit_report
 
 _STEPS = 4
 
@@ -34,13 +35,13 @@ def main() -> None:
     place = device.choose("auto")
     settings = settings_of(options.data, "7M", **parse_overrides(options.set))
     set_up_compiler(settings, place)
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
-    if dist.world_size() == 1:
+    if collectives.world_size() == 1:
         _reduce_nothing()
-    measured = max(dist.gather_objects(_peak(settings, place)))
-    if dist.is_main():
+    measured = max(collectives.gather_objects(_peak(settings, place)))
+    if collectives.is_main():
         options.out.write_text(json.dumps({"measured": measured, **_predicted(settings, place)}), encoding="utf-8")
     close_process_group()
 
@@ -80,13 +81,13 @@ def _peak(settings: Any, place: Any) -> int:
 
 
 def _predicted(settings: Any, place: Any) -> dict[str, Any]:
-    from ds_gpt2.batch import plan_batch
-    from ds_gpt2.deepspeed_file import load_deepspeed_file
-    from ds_gpt2.planning.memory import describe_model, peak, read_zero
+    from ds_gpt2.config.batch_plan import plan_batch
+    from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+    from ds_gpt2.tools.resources.memory_model import describe_model, peak, read_zero
 
     batch = settings.batch
-    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
-    compiled = compilation.is_wanted(settings.run.compile, place.type)
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
+    compiled = torch_compile.is_wanted(settings.run.compile, place.type)
     model = describe_model(settings.model, batch.sequence_length, compiled)
     memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
     return {"predicted": memory.total, "moment": memory.moment, "parameters": model.parameters}
@@ -94,4 +95,4 @@ def _predicted(settings: Any, place: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

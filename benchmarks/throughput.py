@@ -25,9 +25,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.config import PROJECT_DIR, Settings, dump_settings, load_settings
-from ds_gpt2.launcher import TRAIN, Place, start_command
-from ds_gpt2.machine import free_port
+from ds_gpt2.common.host import free_port
+from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
+from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
 
 OURS, COMPILED, PLAIN = "ds_gpt2", "ds_gpt2, compiled", "plain DDP"
 WARM_UP = 5  # steps of each block that are not counted

@@ -29,8 +29,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import device, dist, outcome
-from ds_gpt2.config import Settings
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.run_dir import exit_report
 
 Step = Callable[[int], float]  # the number of a step -> its loss
 ARMS = ("engine", "engine, eager", "bare", "plain", "plain, eager")
@@ -53,12 +54,12 @@ def main() -> None:
     place = device.choose("auto")
     set_up_compiler(_settings(options, True), place)
     from benchmarks import machine
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
     result = _measure(_build(options, place), options, place)
     shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
-    if dist.is_main():
+    if collectives.is_main():
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({name: value for name, value in shown.items() if name != "curves"}, indent=1), flush=True)
     close_process_group()
@@ -69,7 +70,7 @@ def _settings(options: argparse.Namespace, compiled: bool) -> Settings:
     sizes = {
         "batch.sequence_length": length,
         "batch.micro_batch": micro,
-        "batch.tokens_per_step": length * micro * options.accumulation * dist.world_size(),
+        "batch.tokens_per_step": length * micro * options.accumulation * collectives.world_size(),
         "schedule.steps": 1000,
         "schedule.warmup_steps": 10,
         "schedule.max_lr": 6e-4,
@@ -118,7 +119,7 @@ def _measure(arms: dict[str, Step], options: argparse.Namespace, place: torch.de
     settings = _settings(options, True)
     return {
         "setting": f"{options.preset}, T={options.sequence_length}, micro-batch {options.micro_batch} x"
-        f" {options.accumulation}, {dist.world_size()} rank(s)",
+        f" {options.accumulation}, {collectives.world_size()} rank(s)",
         "first_step_s": first,
         **_speeds(seconds, settings, place),
         "loss_differences_from_plain": _differences(curves),
@@ -132,12 +133,13 @@ def _wait_for(place: torch.device) -> None:
 
 
 def _speeds(seconds: dict[str, list[float]], settings: Settings, place: torch.device) -> dict[str, Any]:
-    from ds_gpt2.model import GPT2, ModelShape, flops_per_token
+    from ds_gpt2.model.gpt2 import GPT2, flops_per_token
+    from ds_gpt2.model.shape import ModelShape
 
     tokens = settings.batch.tokens_per_step
     with torch.device("meta"):
         flops = flops_per_token(GPT2(ModelShape(*settings.model.shape, settings.batch.sequence_length)))
-    peak = (device.peak_flops(place) or 0.0) * dist.world_size()
+    peak = (device.peak_flops(place) or 0.0) * collectives.world_size()
     rates = {name: tokens / statistics.median(each) for name, each in seconds.items()}
     return {
         "tokens_per_s": {
@@ -169,4 +171,4 @@ def _differences(curves: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     main()
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

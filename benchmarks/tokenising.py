@@ -2,11 +2,11 @@
 
     python benchmarks/tokenising.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
 
-The same parquet file of documents becomes shards in two ways, in turns: by ``ds_gpt2.data.prepare``, and by the recipe
-of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents at a time,
-which go to the parent and from there into shards). Both with one worker, as the recipe has half of the cores, and with
-one for each core. The tokens are compared, all of them. What ours does beside (hashes, fsync, notes of progress) is in
-its time, as is the start of its workers.
+The same parquet file of documents becomes shards in two ways, in turns: by ``ds_gpt2.data.prepare.pipeline``, and by
+the recipe of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents
+at a time, which go to the parent and from there into shards). Both with one worker, as the recipe has half of the
+cores, and with one for each core. The tokens are compared, all of them. What ours does beside (hashes, fsync, notes of
+progress) is in its time, as is the start of its workers.
 
 The text given is repeated until there is enough; in repetitions every fiftieth word is one that nobody has seen before:
 a cache of words, which the faster one has, would otherwise have it too easy.
@@ -41,13 +41,13 @@ import psutil
 import pyarrow
 from pyarrow import parquet
 
-from ds_gpt2 import tokenizer
+from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import Split, open_dataset
-from ds_gpt2.data.holdout import FirstTokens
-from ds_gpt2.data.parquet import parquet_documents
-from ds_gpt2.data.prepare import Recipe, prepare
+from ds_gpt2.data.prepare.holdout import FirstTokens
+from ds_gpt2.data.prepare.parquet import parquet_documents
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
+from ds_gpt2.data.prepare.sources import local_source
 from ds_gpt2.data.shards import open_shard
-from ds_gpt2.data.sources import local_source
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCUMENT_CHARACTERS = 4_700  # FineWeb-Edu's mean, about

@@ -7,15 +7,17 @@ import time
 import torch
 
 from benchmarks.reference import rate
-from ds_gpt2 import compilation, deepspeed_file, dist
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import Settings
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.config import deepspeed_config
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.engine import Engine
-from ds_gpt2.model import GPT2, ModelShape, count_parameters
-from ds_gpt2.rng import seed_everything
-from ds_gpt2.state import TrainState
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.distributed import collectives, torch_compile
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.rng_state import seed_everything
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.shape import ModelShape
 
 
 class Trainer:
@@ -24,15 +26,17 @@ class Trainer:
     def __init__(self, settings: Settings, place: torch.device) -> None:
         batch = settings.batch
         self.settings = settings
-        self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+        self.plan = plan_batch(
+            batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
+        )
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, place)
-        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, place)
+        content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         seed_everything(settings.run.seed)
         model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
-        if compilation.decide(settings.run.compile, place):
+        if torch_compile.decide(settings.run.compile, place):
             model.compile_blocks()
-        completed = deepspeed_file.complete(content, settings, self.plan, count_parameters(model))
+        completed = deepspeed_config.complete(content, settings, self.plan, count_parameters(model))
         self.engine = Engine(model, completed, 0.1)
         self.state = TrainState()
 
@@ -50,7 +54,7 @@ class Trainer:
         """Train step ``step`` (1-based) as the training loop does: its loss is read before the update."""
         loss = self.engine.accumulate(self.data.micro_batches(step))
         assert loss is not None
-        mean = float(dist.sum_over_ranks(loss)) / dist.world_size()
+        mean = float(collectives.sum_over_ranks(loss)) / collectives.world_size()
         self.engine.apply(rate(self.settings, step))
         return mean
 

@@ -21,8 +21,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 
 def main() -> None:

@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks.machine import describe
-from ds_gpt2.config import load_settings
-from ds_gpt2.drill.actor import Actor, end_all
-from ds_gpt2.drill.scenes import Stage, freeze_rank
-from ds_gpt2.drill.shrink import EVERY
-from ds_gpt2.journal import KINDS
-from ds_gpt2.launcher import Place
-from ds_gpt2.metrics import METRICS, read_metrics
+from ds_gpt2.config.settings import load_settings
+from ds_gpt2.run_dir.journal import KINDS
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.tools.drill.run_process import Actor, end_all
+from ds_gpt2.tools.drill.scenarios import Stage, freeze_rank
+from ds_gpt2.tools.drill.shrink import EVERY
 
 _QUIET = ("launch", "start", "save", "best", "done")  # what a run that is well tells
 

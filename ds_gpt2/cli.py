@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ds_gpt2 import __version__, outcome, terminal
-from ds_gpt2.errors import UserError, is_wrong_path
+from ds_gpt2 import __version__
+from ds_gpt2.common import terminal
+from ds_gpt2.common.errors import UserError, is_wrong_path
+from ds_gpt2.run_dir import exit_report
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,26 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # who reads has seen enough, as ``head`` has; what Python still holds has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return outcome.CRASHED
+        return exit_report.CRASHED
     except OSError as error:
         if terminal.output_fails():
             terminal.ignore_failures()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-            return outcome.CRASHED
+            return exit_report.CRASHED
         print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
-        return outcome.MISTAKE if is_wrong_path(error) else outcome.CRASHED
+        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
-        return outcome.CRASHED
+        return exit_report.CRASHED
     except UserError as error:
         print(f"error: {terminal.one_line(error)}", file=sys.stderr)
-        return outcome.MISTAKE
+        return exit_report.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.unspeakable(error)}", file=sys.stderr)
-        return outcome.MISTAKE
+        return exit_report.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return outcome.CRASHED
+        return exit_report.CRASHED
 
 
 def _described(error: OSError) -> str:

@@ -10,29 +10,22 @@ from pathlib import Path
 
 if not __package__:  # started by the path of this file, as launchers do
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from ds_gpt2.own_modules import ignore_working_directory
+    from ds_gpt2.common.own_modules import ignore_working_directory
 
     ignore_working_directory()
 
-from ds_gpt2 import (
-    compilation,
-    config,
-    csv_files,
-    device,
-    dist,
-    launch_environment,
-    outcome,
-    preflight,
-    run_location,
-    terminal,
-    trackers,
-)
-from ds_gpt2.batch import parse_batches, plan_batch
-from ds_gpt2.config import Settings
-from ds_gpt2.deepspeed_file import load_deepspeed_file
-from ds_gpt2.errors import UserError
-from ds_gpt2.outcome import Outcome
-from ds_gpt2.stop import die_silently
+from ds_gpt2.common import terminal
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config import run_location
+from ds_gpt2.config.batch_plan import parse_batches, plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.settings import Settings, dump_settings, parse_overrides
+from ds_gpt2.distributed import collectives, device, launch_environment, torch_compile
+from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.exit_report import Outcome
+from ds_gpt2.run_dir.stop_request import die_silently
+from ds_gpt2.training import preflight
 
 _PATIENCE_SECONDS = 20.0
 
@@ -50,34 +43,34 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         launch_environment.adopt()
     except UserError as error:  # which rank this is cannot be known
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
-        return outcome.MISTAKE
+        return exit_report.MISTAKE
     try:
         options, extra = parser().parse_known_args(arguments)
         if options.config is None:
             raise UserError("which run? give --config YAML, for example ds_configs/quickstart.yaml")
         settings = run_location.load(Path(options.config), _overrides(options, extra))
         if options.print_config:
-            if dist.is_main():
-                print(config.dump_settings(settings), end="")
-            return outcome.DONE
+            if collectives.is_main():
+                print(dump_settings(settings), end="")
+            return exit_report.DONE
         result = _run(settings, options, prepare)
     except UserError as error:
-        if not dist.is_main():
+        if not collectives.is_main():
             _let_the_main_rank_speak()
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
-        outcome.leave_failure(dist.rank(), error)
-        outcome.leave(Outcome(outcome.MISTAKE))
-        return outcome.MISTAKE
+        exit_report.leave_failure(collectives.rank(), error)
+        exit_report.leave(Outcome(exit_report.MISTAKE))
+        return exit_report.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.unspeakable(error)}", file=sys.stderr, flush=True)
-        outcome.leave(Outcome(outcome.MISTAKE))
-        return outcome.MISTAKE
+        exit_report.leave(Outcome(exit_report.MISTAKE))
+        return exit_report.MISTAKE
     except Exception as error:
-        outcome.leave_failure(dist.rank(), error)
+        exit_report.leave_failure(collectives.rank(), error)
         raise
-    if dist.is_main():
-        outcome.leave(result)
-    return outcome.CRASHED if result.code == outcome.ROLLBACK else result.code
+    if collectives.is_main():
+        exit_report.leave(result)
+    return exit_report.CRASHED if result.code == exit_report.ROLLBACK else result.code
 
 
 def _let_the_main_rank_speak() -> None:
@@ -133,27 +126,27 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
             extra = [*extra, value]
             setattr(options, flag, default)
     flags = {key: value for flag, key in _FLAGS.items() if (value := getattr(options, flag)) is not None}
-    return {**flags, **config.parse_overrides(extra)}
+    return {**flags, **parse_overrides(extra)}
 
 
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
-    csv_files.check(deepspeed_settings)
+    csv_monitor.check(deepspeed_settings)
     trackers.check_packages(deepspeed_settings)
     batch = settings.batch
-    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, dist.world_size())
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
     preflight.check_start(settings, plan, options.resume)
     place = device.choose(settings.run.device)
-    compiled = compilation.decide(settings.run.compile, place)
-    compilation.set_up(compiled)
+    compiled = torch_compile.decide(settings.run.compile, place)
+    torch_compile.set_up(compiled)
     if settings.run.deterministic:
         device.be_deterministic()
-    from ds_gpt2 import assembly  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.training import setup  # only now: DeepSpeed picks its accelerator when it is imported
 
     prepare()
-    origin = assembly.Origin(options.resume, parse_batches(options.leave_out))
-    return assembly.run(settings, deepspeed_settings, plan, place, compiled, origin)
+    origin = setup.Origin(options.resume, parse_batches(options.leave_out))
+    return setup.run(settings, deepspeed_settings, plan, place, compiled, origin)
 
 
 if __name__ == "__main__":
-    outcome.run_process(main)
+    exit_report.run_process(main)

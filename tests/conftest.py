@@ -8,26 +8,23 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, settings
 from launched import Launched, launch
+from small_run import MODEL, SEQUENCE, hellaswag_item
 
-from ds_gpt2.data.holdout import EveryPiece
-from ds_gpt2.data.prepare import Recipe, prepare
-from ds_gpt2.data.sources import Listed, Source, python_documents
+from ds_gpt2.data.prepare.holdout import EveryPiece
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
+from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 
 # A machine that stalls for a moment is no failure of a property.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 # Whoever starts the tests in the background of a script has it ignored, in all that they start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SEQUENCE = 64
-MODEL = {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1}  # so that a resume needs the random state too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,14 +97,6 @@ def write_config(dataset_dir: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def hellaswag_item(number: int) -> dict[str, Any]:
-    """In the form of the original file."""
-    context = f"Statement {number} of a program is read."
-    endings = [f"It {verb} {number} times." for verb in ("runs", "fails", "waits", "ends")]
-    ours = {"ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings, "label": number % 4}
-    return {"activity_label": "Reading", **ours}
 
 
 @pytest.fixture(scope="session")

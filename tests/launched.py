@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_gpt2.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -20,6 +20,9 @@ class Launched:
     code: int
     output: str
     left_over: list[str]  # command lines of processes that outlived the launcher
+
+
+Run = tuple[Launched, Path]  # a whole run and its directory
 
 
 def launch(

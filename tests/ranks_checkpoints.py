@@ -17,20 +17,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from ds_gpt2 import deepspeed_file, device, dist, outcome
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.checkpoint import restore
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.generations import problem_of, scan
-from ds_gpt2.checkpoint.housekeeping import Housekeeping
-from ds_gpt2.checkpoint.store import Checkpoints
-from ds_gpt2.config import CheckpointSettings, Settings, load_settings
-from ds_gpt2.data.batches import TrainingData
+from ds_gpt2.checkpoint import resume
+from ds_gpt2.checkpoint.catalog import problem_of, scan
+from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.manager import Checkpoints
+from ds_gpt2.config import deepspeed_config
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import CheckpointSettings, Settings, load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.engine import Engine, close_process_group, open_process_group
-from ds_gpt2.model import GPT2, ModelShape, count_parameters
-from ds_gpt2.rng import get_rng_state, seed_everything
-from ds_gpt2.state import TrainState
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.engine.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.engine.rng_state import get_rng_state, seed_everything
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.run_dir import exit_report
 
 IDENTITY = {"model.width": 32}
 
@@ -60,27 +63,27 @@ class Bench:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.plan = plan_batch(16 * 64, 2, 64, dist.world_size())
+        self.plan = plan_batch(16 * 64, 2, 64, collectives.world_size())
         windows = Windows(open_dataset(settings.data.dir), "train", 64)
-        self.data = TrainingData(windows, self.plan, dist.rank(), settings.run.seed, torch.device("cpu"))
+        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, torch.device("cpu"))
         self.engine = self.fresh_engine(settings)
         self.state = TrainState()
         self.disk = FaultyDisk()
 
     def fresh_engine(self, settings: Settings) -> Engine:
         torch.manual_seed(5)
-        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64), 0.1)
-        complete = deepspeed_file.complete(content, settings, self.plan, count_parameters(model))
+        complete = deepspeed_config.complete(content, settings, self.plan, count_parameters(model))
         engine = Engine(model, complete, settings.optimizer.weight_decay)
-        seed_everything(7 + dist.rank())
+        seed_everything(7 + collectives.rank())
         return engine
 
     def checkpoints(self, engine: Engine | None = None, **settings: Any) -> Checkpoints:
         chosen = CheckpointSettings.model_validate({"min_free_gb": 0, **settings})
         run = self.settings.model_dump(mode="json")
         house = Housekeeping(self.disk, self.folder, chosen)
-        dist.together(lambda: house.start() if dist.is_main() else None)
+        collectives.together(lambda: house.start() if collectives.is_main() else None)
         return Checkpoints(house, engine or self.engine, IDENTITY, run)
 
     def steps(self, count: int) -> None:
@@ -102,7 +105,7 @@ class Bench:
 
 def main(config: Path, out: Path) -> None:
     open_process_group(device.choose("cpu"))
-    dist.gather_objects(None)
+    collectives.gather_objects(None)
     log = logging.getLogger("ds_gpt2")
     messages: list[str] = []
     log.addHandler(_Listener(messages))
@@ -111,9 +114,9 @@ def main(config: Path, out: Path) -> None:
     found: dict[str, Any] = {}
 
     bench = Bench(settings, out.parent / "run")
-    if dist.is_main():
+    if collectives.is_main():
         bench.folder.mkdir()
-    dist.barrier()
+    collectives.barrier()
     found["async"] = _save_while_training(bench)
     found["settings"] = _load_with_other_settings(bench)
     found["sizes"] = _sizes(bench)
@@ -121,10 +124,12 @@ def main(config: Path, out: Path) -> None:
     found["waited"] = _slow_disk(bench, messages)
     found["inline"] = _inline(bench)
     found["no_room"] = _no_room(bench, messages)
-    found["at_length"] = dist.gather_objects(dist.from_main_at_length(lambda: time.sleep(2.5) or dist.rank() + 7))
-    if dist.is_main():
+    found["at_length"] = collectives.gather_objects(
+        collectives.from_main_at_length(lambda: time.sleep(2.5) or collectives.rank() + 7)
+    )
+    if collectives.is_main():
         out.write_text(json.dumps(found))
-    dist.barrier()
+    collectives.barrier()
     close_process_group()
 
 
@@ -138,7 +143,7 @@ class _Listener(logging.Handler):
 
 
 def _everywhere(value: bool) -> bool:
-    return all(dist.gather_objects(value))
+    return all(collectives.gather_objects(value))
 
 
 def _save_while_training(bench: Bench) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     finished = checkpoints.finish(TrainState(step=2), for_good=False)
     seed_everything(99)
     engine = bench.fresh_engine(bench.settings)
-    restored = restore.choose(bench.folder, "latest", IDENTITY)
+    restored = resume.choose_checkpoint(bench.folder, "latest", IDENTITY)
     state = bench.checkpoints(engine).load(restored)
     return {
         "under_way": _everywhere(under_way),
@@ -174,7 +179,7 @@ def _load_with_other_settings(bench: Bench) -> dict[str, Any]:
         update={"weight_decay": 0.25, "grad_clip": 0.5, "betas": (0.8, 0.9)}
     )
     engine = bench.fresh_engine(bench.settings.model_copy(update={"optimizer": optimizer}))
-    bench.checkpoints(engine).load(restore.choose(bench.folder, "best", IDENTITY))
+    bench.checkpoints(engine).load(resume.choose_checkpoint(bench.folder, "best", IDENTITY))
     groups = engine.deepspeed.optimizer.param_groups
     return {
         "weight_decay": [group["weight_decay"] for group in groups],
@@ -194,7 +199,7 @@ def _sizes(bench: Bench) -> dict[str, int]:
 def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     """The last rank's disk is full, its failure record included: training goes on, and the next save works."""
     checkpoints = bench.checkpoints()
-    bench.disk.full = dist.rank() == dist.world_size() - 1
+    bench.disk.full = collectives.rank() == collectives.world_size() - 1
     checkpoints.save(bench.state, 0.1)
     bench.steps(1)
     saved = checkpoints.finish(TrainState(step=bench.state.step - 1), for_good=False)
@@ -228,7 +233,7 @@ def _inline(bench: Bench) -> dict[str, Any]:
     checkpoints = bench.checkpoints(**{"async": False})
     bench.steps(1)
     checkpoints.save(bench.state, 0.1)
-    dist.barrier()
+    collectives.barrier()
     there = scan(bench.folder)[0].step == bench.state.step
     return {"there": _everywhere(there), "good": problem_of(scan(bench.folder)[0])}
 
@@ -237,13 +242,13 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     """Nothing is free whatever is deleted: all that may give way does, the save is skipped, training goes on."""
     bench.disk.free = 0
     checkpoints = bench.checkpoints()
-    restored = restore.choose(bench.folder, "latest", IDENTITY)
+    restored = resume.choose_checkpoint(bench.folder, "latest", IDENTITY)
     checkpoints.load(restored)
     bench.steps(1)
     begun = time.monotonic()
     checkpoints.save(bench.state, 0.1)
     finished = checkpoints.finish(bench.state, for_good=False)
-    dist.barrier()
+    collectives.barrier()
     return {
         "finished": finished,
         "quick": time.monotonic() - begun < 30,
@@ -254,4 +259,4 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
 
 
 main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-outcome.end_process(outcome.DONE)
+exit_report.end_process(exit_report.DONE)

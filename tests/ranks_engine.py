@@ -18,16 +18,20 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from benchmarks.bad_gradients import inject
-from ds_gpt2 import deepspeed_file, device, dist, outcome, zero
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.config import HistogramsSettings, ValidationSettings, load_settings
-from ds_gpt2.data.batches import MicroBatch, TrainingData
+from ds_gpt2.config import deepspeed_config
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import HistogramsSettings, ValidationSettings, load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.engine import Engine, close_process_group, open_process_group
-from ds_gpt2.hooks import Histograms, Validation
-from ds_gpt2.model import GPT2, VOCABULARY, ModelShape, count_parameters
-from ds_gpt2.monitor import Histogram
-from ds_gpt2.state import TrainState
+from ds_gpt2.data.loader import MicroBatch, TrainingData
+from ds_gpt2.distributed import collectives, device
+from ds_gpt2.engine import zero2_patches
+from ds_gpt2.engine.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.shape import VOCABULARY, ModelShape
+from ds_gpt2.monitoring.monitor import Histogram
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.training.hooks import Histograms, Validation
 
 LR = 1e-3
 
@@ -51,16 +55,16 @@ def main(config: Path, out: Path) -> None:
     settings = load_settings(config)
     place = device.choose("cpu")
     open_process_group(place)
-    plan = plan_batch(16 * 64, 2, 64, dist.world_size())
+    plan = plan_batch(16 * 64, 2, 64, collectives.world_size())
     dataset = open_dataset(settings.data.dir)
-    data = TrainingData(Windows(dataset, "train", 64), plan, dist.rank(), settings.run.seed, place)
+    data = TrainingData(Windows(dataset, "train", 64), plan, collectives.rank(), settings.run.seed, place)
     validation = Validation(ValidationSettings(tokens=7 * 64), Windows(dataset, "val", 64), group=2)
 
     def fresh_engine() -> Engine:
         torch.manual_seed(5)
-        content = deepspeed_file.load_deepspeed_file(settings.deepspeed)
+        content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64))
-        return Engine(model, deepspeed_file.complete(content, settings, plan, count_parameters(model)), 0.1)
+        return Engine(model, deepspeed_config.complete(content, settings, plan, count_parameters(model)), 0.1)
 
     norm_errors: list[float] = []
 
@@ -72,10 +76,10 @@ def main(config: Path, out: Path) -> None:
             update = trained.apply(LR)
             assert update.applied
             norm_errors.append(abs(update.grad_norm / exact - 1))
-            seen.append((float(dist.sum_over_ranks(loss)) / dist.world_size(), update.grad_norm))
+            seen.append((float(collectives.sum_over_ranks(loss)) / collectives.world_size(), update.grad_norm))
         return seen
 
-    found: dict[str, object] = {"world_size": dist.world_size()}
+    found: dict[str, object] = {"world_size": collectives.world_size()}
     found["begun_from"] = begin_from_another(fresh_engine())
     engine = fresh_engine()
     found["validation_before"] = validation.loss(engine)
@@ -85,16 +89,16 @@ def main(config: Path, out: Path) -> None:
     found["norm_error"] = max(norm_errors)
     found["dropped"] = _dropped(engine, data)
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
-    found["bad"] = inject(engine, data, count=25, seed=dist.world_size())
+    found["bad"] = inject(engine, data, count=25, seed=collectives.world_size())
     found["fingerprints"] = _fingerprints(engine)
     found["after_skip"] = steps(engine, 1)
     found["histograms"] = _histograms(engine, data)
     complaints = []
-    for guilty in range(dist.world_size()):
+    for guilty in range(collectives.world_size()):
         complaints.append(_complaint_of(guilty))
     found["complaints"] = complaints
-    found["interrupted"] = [_interrupted_by(rank) for rank in range(dist.world_size())]
-    if dist.is_main():
+    found["interrupted"] = [_interrupted_by(rank) for rank in range(collectives.world_size())]
+    if collectives.is_main():
         out.write_text(json.dumps(found))
     engine.close()
     close_process_group()
@@ -103,19 +107,19 @@ def main(config: Path, out: Path) -> None:
 def _exact_norm(trained: Engine) -> float:
     """Of all ranks' gradients, every square in fp64."""
     total = torch.stack([part.double().square().sum() for part in trained.gradients().values()]).sum()
-    return float(dist.sum_over_ranks(total).sqrt())
+    return float(collectives.sum_over_ranks(total).sqrt())
 
 
 def _count_norms() -> list[object]:
     """Grows whenever the norm of the gradients is computed by us."""
     norms: list[object] = []
-    ours = zero._global_norm
+    ours = zero2_patches._global_norm
 
     def counted(optimizer: object) -> torch.Tensor:
         norms.append(optimizer)
         return ours(optimizer)
 
-    zero._global_norm = counted
+    zero2_patches._global_norm = counted
     return norms
 
 
@@ -164,11 +168,11 @@ def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -
 def _fingerprints(trained: Engine) -> dict[str, object]:
     """Those of all ranks: as they are, with one bit of one weight of the last rank flipped, and flipped back."""
     weight = trained.model.h[0].attn.c_attn.weight.detach().view(torch.int16).view(-1)
-    seen = {"same": dist.gather_objects(trained.fingerprint())}
+    seen = {"same": collectives.gather_objects(trained.fingerprint())}
     for name in ("flipped", "back"):
-        if dist.rank() == dist.world_size() - 1:
+        if collectives.rank() == collectives.world_size() - 1:
             weight[7] ^= 1 << 9
-        seen[name] = dist.gather_objects(trained.fingerprint())
+        seen[name] = collectives.gather_objects(trained.fingerprint())
     return seen
 
 
@@ -223,35 +227,35 @@ def _counted(tensor: torch.Tensor, limits: list[float]) -> list[int]:
 
 def _interrupted_by(stopped: int) -> list[bool]:
     """Whether an observation is interrupted on each rank when only one of them is asked to stop."""
-    from ds_gpt2.hooks.hook import Interrupted, on_all_ranks
+    from ds_gpt2.training.hooks.hook import Interrupted, on_all_ranks
 
     def part() -> None:
-        if dist.rank() == stopped:
+        if collectives.rank() == stopped:
             raise Interrupted
 
     try:
         on_all_ranks(part)
     except Interrupted:
-        return dist.gather_objects(True)
-    return dist.gather_objects(False)
+        return collectives.gather_objects(True)
+    return collectives.gather_objects(False)
 
 
 def _complaint_of(guilty: int) -> list[str | None]:
     """What every rank hears when only one of them has found a mistake."""
-    from ds_gpt2.errors import UserError
+    from ds_gpt2.common.errors import UserError
 
     def action() -> None:
-        if dist.rank() == guilty:
+        if collectives.rank() == guilty:
             raise UserError(f"rank {guilty} found it")
 
     try:
-        dist.together(action)
+        collectives.together(action)
     except UserError as error:
         heard: str | None = str(error)
     else:
         heard = None
-    return dist.gather_objects(heard)
+    return collectives.gather_objects(heard)
 
 
 main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-outcome.end_process(outcome.DONE)
+exit_report.end_process(exit_report.DONE)

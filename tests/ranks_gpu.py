@@ -13,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.settings import set_up_compiler, settings_of
-from ds_gpt2 import device, outcome
+from ds_gpt2.distributed import device
+from ds_gpt2.run_dir import exit_report
 
 
 def waits(work: Callable[[], object]) -> list[str]:
@@ -31,7 +32,7 @@ def main(data: Path, out: Path) -> None:
     settings = settings_of(data, "7M", 2)
     set_up_compiler(settings, place)
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.engine import close_process_group, open_process_group
 
     open_process_group(place)
     trainer = Trainer(settings, place)
@@ -45,4 +46,4 @@ def main(data: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-    outcome.end_process(outcome.DONE)
+    exit_report.end_process(exit_report.DONE)

@@ -17,11 +17,11 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_gpt2 import safe_json
-from ds_gpt2.checkpoint.disk import Disk, HashingFile, write_file
-from ds_gpt2.checkpoint.layout import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
+from ds_gpt2.checkpoint.filesystem import Disk, HashingFile, write_file
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, encode, read, size_problem_of
-from ds_gpt2.safe_files import is_own_directory, read_small, regular_only
+from ds_gpt2.checkpoint.naming import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.files import is_own_directory, read_small, regular_only
 
 log = logging.getLogger(__name__)
 

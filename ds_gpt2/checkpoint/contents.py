@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_gpt2.checkpoint.layout import MANIFEST
 from ds_gpt2.checkpoint.manifest import Manifest
-from ds_gpt2.checkpoint.partitions import BASE, COUNT, MASTERS, STATE
+from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.checkpoint.reshard import BASE, COUNT, MASTERS, STATE
 
 CLIENT_KEY = "ds_gpt2"  # our one key in DeepSpeed's client state
 _COMPARED = ("step", "batch", "tokens", "ledger")  # of TrainState

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ds_gpt2 import safe_json
-from ds_gpt2.checkpoint.layout import MANIFEST, is_plain_name
-from ds_gpt2.errors import shortened
-from ds_gpt2.safe_files import regular_only
-from ds_gpt2.safe_json import LARGEST
-from ds_gpt2.terminal import one_line
+from ds_gpt2.checkpoint.naming import MANIFEST, is_plain_name
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import shortened
+from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.safe_json import LARGEST
+from ds_gpt2.common.terminal import one_line
 
 FORMAT = 2
 _LARGEST = 64 * 2**20  # bytes of a manifest; a real one has some ten thousand

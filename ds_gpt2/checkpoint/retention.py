@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ds_gpt2.checkpoint.layout import Role
+from ds_gpt2.checkpoint.naming import Role
 
 PROTECTED = 2  # so many of the newest verified checkpoints are never deleted
 

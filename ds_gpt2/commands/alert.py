@@ -8,14 +8,15 @@ import socket
 import time
 from pathlib import Path
 
-from ds_gpt2 import outcome, run_location
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, parse_overrides
-from ds_gpt2.errors import UserError
-from ds_gpt2.messages.message import Message
-from ds_gpt2.messages.ways import ADDRESSES, Address, Way, check, deliver, ways
-from ds_gpt2.wording import clock
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import clock
+from ds_gpt2.config import run_location
+from ds_gpt2.config.settings import Settings, parse_overrides
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Way, check, deliver, ways
+from ds_gpt2.supervision.alerts.message import Message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def _show(kinds: dict[Way, str], as_json: bool) -> int:
     else:
         for way, kind in kinds.items():
             print(f"{way.name}: {kind}")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _test(settings: Settings, found: list[Way], as_json: bool) -> int:
@@ -69,7 +70,7 @@ def _test(settings: Settings, found: list[Way], as_json: bool) -> int:
     else:
         for way, why in reasons.items():
             print(f"{way.name}: {'taken' if why is None else f'NOT taken: {why}'}")
-    return outcome.CRASHED if any(reasons.values()) else outcome.DONE
+    return exit_report.CRASHED if any(reasons.values()) else exit_report.DONE
 
 
 def _test_message(run: str) -> Message:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_gpt2.errors import UserError
-from ds_gpt2.paths import expanded
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.paths import expanded
 
 
 def positive(text: str) -> int:

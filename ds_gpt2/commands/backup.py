@@ -10,20 +10,21 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from ds_gpt2 import machine, outcome
-from ds_gpt2.checkpoint.backup import Backup, Copy
-from ds_gpt2.checkpoint.backup_news import BackupNews
-from ds_gpt2.checkpoint.generations import Generation, candidates
-from ds_gpt2.checkpoint.layout import LOCK
+from ds_gpt2.checkpoint.backup.backup import Backup, Copy
+from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
-from ds_gpt2.checkpoint.places import reason_of
+from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import Settings
-from ds_gpt2.errors import UserError, is_wrong_path
-from ds_gpt2.journal import Journal
-from ds_gpt2.preflight import check_outputs
-from ds_gpt2.run_location import load_run_settings
+from ds_gpt2.common import files
+from ds_gpt2.common.errors import UserError, is_wrong_path
+from ds_gpt2.config.run_location import load_run_settings
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.journal import Journal
+from ds_gpt2.training.preflight import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +58,12 @@ def run(options: argparse.Namespace) -> int:
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
-        if copied == outcome.DONE and options.to is None:
+        if copied == exit_report.DONE and options.to is None:
             BackupNews(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
-        return outcome.MISTAKE if is_wrong_path(error) else outcome.CRASHED
+        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
 
 
 def _place(settings: Settings, given: str | None) -> str:
@@ -84,21 +85,21 @@ def _wanted(directory: Path, tag: str) -> list[Generation]:
 
 def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
-    machine.check_writable(directory)
-    with machine.lock(directory / LOCK, f"run {settings.run.name}"):
+    files.check_writable(directory)
+    with files.lock(directory / LOCK, f"run {settings.run.name}"):
         size = next((copy.manifest.bytes for copy in backup.held() if copy.tag == tag), None)
         try:
             with _bar(tag, size) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
             print(f"error: {tag} is not fetched: {error}", file=sys.stderr)
-            return outcome.CRASHED
+            return exit_report.CRASHED
     if as_json:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
         print(f"{fetched.path} is there, step {fetched.step:,}, every file verified")
         print(f"go on from it with `./launch.sh resume {settings.run.name} --from {tag}`")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
@@ -109,9 +110,9 @@ def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
             print(f"checkpoint {generation.path} is not copied: {error}", file=sys.stderr)
             continue
         _report(backup, generation, sent, as_json)
-        return outcome.DONE
+        return exit_report.DONE
     print("error: no good checkpoint to copy", file=sys.stderr)
-    return outcome.CRASHED
+    return exit_report.CRASHED
 
 
 def _copy_with_bar(backup: Backup, generation: Generation) -> int:
@@ -147,4 +148,4 @@ def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
         print(f"copies in {backup.where()}, the newest first:")
         for row in rows:
             print(f"  {row['tag']:<24} step {row['step']:>8,}  {row['bytes']:>16,} bytes  {row['created']}")
-    return outcome.DONE
+    return exit_report.DONE

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.generations import Generation
-from ds_gpt2.checkpoint.inspection import Verdict, examine, wrong_size
-from ds_gpt2.checkpoint.layout import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
-from ds_gpt2.errors import reason_of
-from ds_gpt2.wording import duration, size
+from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
+from ds_gpt2.checkpoint.verify import Verdict, examine, wrong_size
+from ds_gpt2.common.errors import reason_of
+from ds_gpt2.common.formatting import duration, size
 
 
 @dataclass(frozen=True)

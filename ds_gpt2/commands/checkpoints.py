@@ -17,20 +17,21 @@ from pathlib import Path
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ds_gpt2 import outcome
-from ds_gpt2.checkpoint import commit, housekeeping, retention
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation, scan
-from ds_gpt2.checkpoint.inspection import Check, deep_problem, examine, hashing, mark
-from ds_gpt2.checkpoint.layout import LATEST, MANIFEST, role_of
+from ds_gpt2.checkpoint import commit, retention
+from ds_gpt2.checkpoint import directory as housekeeping
+from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, scan
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.naming import LATEST, MANIFEST, role_of
+from ds_gpt2.checkpoint.verify import Check, deep_problem, examine, hashing, mark
 from ds_gpt2.commands import inspect
 from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR, CheckpointSettings
-from ds_gpt2.errors import UserError, reason_of
-from ds_gpt2.run_location import CONFIG, load_run_settings, run_of
-from ds_gpt2.wording import size
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.formatting import size
+from ds_gpt2.config.run_location import CONFIG, load_run_settings, run_of
+from ds_gpt2.config.settings import PROJECT_DIR, CheckpointSettings
+from ds_gpt2.run_dir import exit_report
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,7 @@ def show(options: argparse.Namespace) -> int:
         raise UserError(f"no checkpoints in {place.directory}")
     if not options.json:
         print(f"{place.directory}\n\n{as_table(rows)}")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -99,7 +100,7 @@ def verify(options: argparse.Namespace) -> int:
                 tqdm.write(f"{generation.tag}: {problem or 'ok'}")
     if options.json:
         _print_json(verdicts)
-    return outcome.DONE if all(verdict["ok"] for verdict in verdicts) else outcome.CRASHED
+    return exit_report.DONE if all(verdict["ok"] for verdict in verdicts) else exit_report.CRASHED
 
 
 def prune(options: argparse.Namespace) -> int:
@@ -117,7 +118,7 @@ def prune(options: argparse.Namespace) -> int:
         would_be = "would be " if options.dry_run else ""
         lines = [f"{tag} {would_be}deleted" for tag in pruned.deleted] + pruned.failures
         print("\n".join([*lines, f"{size(pruned.freed_bytes)} {would_be}freed"]))
-    return outcome.CRASHED if pruned.failures else outcome.DONE
+    return exit_report.CRASHED if pruned.failures else exit_report.DONE
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def find_place(run: str | None) -> Place:
         directory = _bare_directory(run)
         if directory is not None:
             return Place(directory, scan(directory), _settings_of_run_in(directory))
-        from ds_gpt2.preflight import check_outputs  # it loads what `list` of a directory does not need
+        from ds_gpt2.training.preflight import check_outputs  # it loads what `list` of a directory does not need
 
         settings = load_run_settings(find_run(run))
         check_outputs(settings)
@@ -202,7 +203,7 @@ def _chosen(options: argparse.Namespace) -> list[Generation]:
         return place.found
     if options.tag not in (None, LATEST, "auto"):
         return candidates(place.directory, options.tag)[:1]
-    return [next((one for one in place.found if one.role != "superseded"), place.found[0])]
+    return [next((one for one in place.found if not one.is_superseded), place.found[0])]
 
 
 def _newest_good(place: Place) -> set[str]:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_gpt2 import outcome
 from ds_gpt2.commands.report import load
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.pace import RECENT_LABEL
-from ds_gpt2.report.difference import Pair, ends, losses_at_equal_tokens, settings_that_differ
-from ds_gpt2.wording import table, tokens
+from ds_gpt2.common.formatting import table, tokens
+from ds_gpt2.monitoring.pace import RECENT_LABEL
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.report.diff import Pair, ends, losses_at_equal_tokens, settings_that_differ
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
 _WIDEST = 40  # characters of a setting's value
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
             "ends": {name: asdict(pair) for name, pair in reached.items()},
         }
         print(json.dumps(content, indent=1))
-        return outcome.DONE
+        return exit_report.DONE
     names = [a.name, b.name]
     if settings:
         rows = [[name, *(_short(value) for value in values)] for name, values in settings.items()]
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         _print(f"losses at equal tokens (train: {RECENT_LABEL}; val: measured at that point)", head, rows)
     rows = [[_LABELS.get(name, name), *_cells(pair)] for name, pair in reached.items()]
     _print("the newest", ["", *names, "difference"], rows)
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

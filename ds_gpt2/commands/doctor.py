@@ -11,14 +11,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
-from ds_gpt2 import outcome, run_location
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, parse_overrides
-from ds_gpt2.doctor.checks import checks
-from ds_gpt2.doctor.finding import Check, Row, examine
-from ds_gpt2.errors import UserError
-from ds_gpt2.launcher import choose_ranks
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config import run_location
+from ds_gpt2.config.settings import Settings, parse_overrides
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.launcher import choose_ranks
+from ds_gpt2.tools.doctor.checks import checks
+from ds_gpt2.tools.doctor.row import Check, Row, examine
 
 WIDTH = 100  # columns
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"is this machine ready for the run {settings.run.name}?")
         found = list(_shown(wanted))
         print(f"\n{_summary([row for _, row in found])}")
-    return outcome.MISTAKE if any(row.status == "fail" for _, row in found) else outcome.DONE
+    return exit_report.MISTAKE if any(row.status == "fail" for _, row in found) else exit_report.DONE
 
 
 def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:

@@ -6,18 +6,19 @@ import argparse
 import os
 import secrets
 
-from ds_gpt2 import outcome, run_location
-from ds_gpt2.batch import plan_batch
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import parse_overrides
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
+from ds_gpt2.config import run_location
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
-from ds_gpt2.deepspeed_file import load_deepspeed_file
-from ds_gpt2.drill.plan import NAMES, Plan
-from ds_gpt2.drill.record import Row, head, lines_of, summary
-from ds_gpt2.errors import UserError
-from ds_gpt2.launcher import choose_ranks
-from ds_gpt2.wording import counted
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.launcher import choose_ranks
+from ds_gpt2.tools.drill.plan import NAMES, Plan
+from ds_gpt2.tools.drill.record import Row, head, lines_of, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     plan = _plan(options)
     os.environ.setdefault("DS_ACCELERATOR", plan.place.accelerator)
-    from ds_gpt2.drill.rehearsal import rehearse  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.tools.drill.rehearsal import rehearse  # only now: DeepSpeed picks its accelerator when it is imported
 
     if not options.json:
         size = "whole" if plan.whole else "shrunk"
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(record.to_json(), end="")
     else:
         print(f"\n{summary(record)}\nrecord: {folder / 'drill.md'}")
-    return outcome.DONE if record.passed else outcome.CRASHED
+    return exit_report.DONE if record.passed else exit_report.CRASHED
 
 
 def _plan(options: argparse.Namespace) -> Plan:

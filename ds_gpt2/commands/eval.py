@@ -18,13 +18,16 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from ds_gpt2 import device, outcome
 from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.commands.models import Opened, find_checkpoint, find_outside, open_model, shape_of
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import MISSING, fixed, table, tokens
+from ds_gpt2.config.run_location import settings_now
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
-from ds_gpt2.errors import UserError
-from ds_gpt2.evaluation import (
+from ds_gpt2.distributed import device
+from ds_gpt2.evaluation.hellaswag_scoring import MEASURES
+from ds_gpt2.evaluation.loss import (
     Array,
     Estimate,
     count_windows,
@@ -35,11 +38,9 @@ from ds_gpt2.evaluation import (
     share,
     window_losses,
 )
-from ds_gpt2.hellaswag import MEASURES
-from ds_gpt2.model import GPT2
-from ds_gpt2.pretrained import opening
-from ds_gpt2.run_location import settings_now
-from ds_gpt2.wording import MISSING, fixed, table, tokens
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.pretrained import load
+from ds_gpt2.run_dir import exit_report
 
 _TOKENS = 1_048_576  # to measure the loss on, where no settings say how many
 _SHOWN = ("acc", "acc_norm")  # of ``MEASURES``; the others are in the JSON
@@ -88,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps({"rows": [_plain(dataclasses.asdict(row)) for row in rows]}) if options.json else _report(rows))
     if broken := [row.title for row in rows if row.loss is not None and not math.isfinite(row.loss.value)]:
         print(f"the loss of {', '.join(broken)} is not finite: the weights are broken", file=sys.stderr)
-        return outcome.CRASHED
-    return outcome.DONE
+        return exit_report.CRASHED
+    return exit_report.DONE
 
 
 def _choose(wanted: str) -> torch.device:
@@ -124,7 +125,7 @@ def _find(names: Sequence[str], tags: Sequence[str] | None) -> list[_Subject]:
 
 def _look(name: str | None, tag: str | None) -> _Subject:
     if (outside := find_outside(name, tag)) is not None:
-        return _Subject(str(name), opening.shape_at(outside).sequence_length, {})
+        return _Subject(str(name), load.shape_at(outside).sequence_length, {})
     found = find_checkpoint(name, tag)
     if found.manifest is None:
         raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
@@ -216,7 +217,7 @@ def _examine(subject: _Subject, exam: _Exam, where: torch.device) -> _Result:
     if opened.note is not None:
         print(f"{opened.title}: {opened.note}", file=sys.stderr, flush=True)
     try:
-        model = opening.as_model(opened.shape, opened.weights).to(where)
+        model = load.as_model(opened.shape, opened.weights).to(where)
         losses, right = _losses(model, exam, opened.title), _right(model, exam, opened.title)
     except torch.OutOfMemoryError:
         raise UserError(f"{opened.title}: the GPU's memory does not suffice, try --device cpu") from None

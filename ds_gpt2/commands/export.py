@@ -20,18 +20,20 @@ import psutil
 import torch
 from safetensors import SafetensorError
 
-from ds_gpt2 import device, machine, outcome
 from ds_gpt2.commands.arguments import path
 from ds_gpt2.commands.models import Opened, count_parameters, find_checkpoint, open_model, shape_of
-from ds_gpt2.errors import UserError
-from ds_gpt2.metrics import METRICS, read_metrics
-from ds_gpt2.pretrained import file, huggingface
-from ds_gpt2.pretrained.card import card
+from ds_gpt2.common import files
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import regular_only, remove_tree
+from ds_gpt2.common.formatting import size, tokens
+from ds_gpt2.config.run_location import settings_now
+from ds_gpt2.data.tokenizer import END_OF_TEXT
+from ds_gpt2.distributed import device
+from ds_gpt2.pretrained import huggingface, torch_file
+from ds_gpt2.pretrained.model_card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
-from ds_gpt2.run_location import settings_now
-from ds_gpt2.safe_files import regular_only, remove_tree
-from ds_gpt2.tokenizer import END_OF_TEXT
-from ds_gpt2.wording import size, tokens
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 FORMATS = ("hf", "bf16", "fp32")
 _SPARE_BYTES = 10_000_000  # tokenizer files and the rest
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             _write_directory(opened, unfinished, options.format)
     total = sum(each.stat().st_size for each in [out, *out.rglob("*")] if each.is_file())
     print(f"{opened.title}: {out}, {size(total)}")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -93,7 +95,7 @@ def _check_replaceable(out: Path, force: bool) -> None:
     if out.is_symlink():
         raise UserError(f"{out} is a link: give --out PATH of what it leads to")
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    unknown = sorted(name for name in names if name not in _EXPORTED and not name.endswith(file.SUFFIX))
+    unknown = sorted(name for name in names if name not in _EXPORTED and not name.endswith(torch_file.SUFFIX))
     if unknown:
         raise UserError(f"{out} holds {unknown[0]}, which no export has written: --force replaces an export only")
 
@@ -120,7 +122,7 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
         if os.path.lexists(out):
             out.rename(replaced)
         unfinished.rename(out)
-        machine.sync_directory(out.parent)
+        files.sync_directory(out.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save make of one
@@ -156,7 +158,7 @@ def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:
 
 def _sync(path: Path) -> None:
     if path.is_dir():
-        machine.sync_directory(path)
+        files.sync_directory(path)
         return
     with open(path, "rb", opener=regular_only) as opened:
         os.fsync(opened.fileno())
@@ -167,7 +169,7 @@ def _write_file(opened: Opened, path: Path) -> None:
     manifest = opened.manifest
     state = {key: value for key, value in manifest.state.items() if key != "unevaluated"}
     about = {"title": opened.title, "step": manifest.step, "state": state, "versions": manifest.versions}
-    file.write(opened.weights, opened.shape, about, path)
+    torch_file.write(opened.weights, opened.shape, about, path)
 
 
 def _write_directory(opened: Opened, directory: Path, kind: str) -> None:

@@ -8,15 +8,16 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from ds_gpt2 import device, outcome
 from ds_gpt2.commands.arguments import positive
 from ds_gpt2.commands.models import open_model
-from ds_gpt2.errors import UserError
-from ds_gpt2.generate import Sampling, derived_seed, stream
-from ds_gpt2.model import GPT2
-from ds_gpt2.pretrained.opening import as_model
-from ds_gpt2.terminal import one_line, printable_lines
-from ds_gpt2.tokenizer import END_OF_TEXT, gpt2
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.terminal import one_line, printable_lines
+from ds_gpt2.data.tokenizer import END_OF_TEXT, gpt2
+from ds_gpt2.distributed import device
+from ds_gpt2.evaluation.sampling import Sampling, derived_seed, stream
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.pretrained.load import as_model
+from ds_gpt2.run_dir import exit_report
 
 _RULE = "\n" + "-" * 8 + "\n"
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             if sample:
                 print(_RULE)
             _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample))
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[str]:

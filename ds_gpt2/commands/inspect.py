@@ -11,14 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_gpt2 import outcome
 from ds_gpt2.commands.arguments import path, positive
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import percent, tokens
+from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
-from ds_gpt2.data.inspection import ShardReport, examples, lengths, verify_shards
+from ds_gpt2.data.inspect import ShardReport, examples, lengths, verify_shards
 from ds_gpt2.data.shards import is_shard
-from ds_gpt2.errors import UserError
-from ds_gpt2.terminal import one_line, printable_lines
-from ds_gpt2.wording import percent, tokens
+from ds_gpt2.run_dir import exit_report
 
 _EXAMPLE_TOKENS = 80
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     for file, place, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
         print(f"\n{file}, token {place:,}:\n{printable_lines(text)}")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def is_data(name: str) -> bool:
@@ -65,7 +65,7 @@ def verify(directory: Path, as_json: bool) -> int:
         print(json.dumps([dataclasses.asdict(report) for report in reports]))
     else:
         _show(dataset, reports)
-    return outcome.CRASHED if bad or not reports else outcome.DONE
+    return exit_report.CRASHED if bad or not reports else exit_report.DONE
 
 
 def _show(dataset: Dataset, reports: list[ShardReport]) -> None:

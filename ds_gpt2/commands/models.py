@@ -9,17 +9,17 @@ from pathlib import Path
 import psutil
 import torch
 
-from ds_gpt2.checkpoint.generations import Generation, candidates, open_generation
-from ds_gpt2.checkpoint.inspection import examine, hashing, mark
-from ds_gpt2.checkpoint.layout import LATEST, MANIFEST
+from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
+from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
+from ds_gpt2.checkpoint.verify import examine, hashing, mark
 from ds_gpt2.commands.checkpoints import find_place
-from ds_gpt2.errors import UserError
-from ds_gpt2.model import PADDED_VOCABULARY, ModelShape
-from ds_gpt2.model_names import hub_name, resolve
-from ds_gpt2.pretrained import opening
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import size
+from ds_gpt2.config.model_names import hub_name, resolve
+from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
+from ds_gpt2.pretrained import load
 from ds_gpt2.pretrained.huggingface import check_shapes, shapes_of
-from ds_gpt2.wording import size
 
 _WEIGHT_BYTES = 5  # one copy, and what is looked at of one rank's file
 _TRIES = 3  # a run may put a new best in the place of the one that is read: its files must not be mixed
@@ -44,16 +44,16 @@ def open_model(name: str | None, tag: str | None) -> Opened:
     Args:
         name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory, an exported file, or a name on
             the hub; None: the newest run.
-        tag: which checkpoint, see ``generations.candidates``; None: the newest.
+        tag: which checkpoint, see ``catalog.candidates``; None: the newest.
 
     Raises:
         UserError: there is none, it is damaged, or too large for the memory.
     """
     outside = find_outside(name, tag)
     if outside is not None:
-        check_memory(opening.shape_at(outside))
-        found = opening.read(outside)
-        return Opened(str(name), found.shape, found.weights, outside, None, opening.padding_note(found))
+        check_memory(load.shape_at(outside))
+        found = load.read(outside)
+        return Opened(str(name), found.shape, found.weights, outside, None, load.padding_note(found))
     path = find_checkpoint(name, tag).path
     for _ in range(_TRIES):
         before = mark(path)
@@ -93,12 +93,12 @@ def find_outside(name: str | None, tag: str | None) -> Path | None:
     if name is None:
         return None
     path = Path(name)
-    if not opening.is_pretrained(path):
+    if not load.is_pretrained(path):
         resolved = resolve(name, Path.cwd())
         if hub_name(resolved) is None or _is_run(name):
             return None
         _refuse_tag(name, tag)
-        return opening.locate(resolved)
+        return load.locate(resolved)
     _refuse_tag(name, tag)
     return path
 
@@ -126,7 +126,7 @@ def find_checkpoint(name: str | None, tag: str | None) -> Generation:
             raise UserError(f"--tag {tag}: {name} is one checkpoint already")
         return open_generation(Path(name))
     place = find_place(name)
-    history = [found for found in place.found if found.role != "superseded"]
+    history = [found for found in place.found if not found.is_superseded]
     if not history:
         raise UserError(f"no checkpoints in {place.directory} yet")
     return history[0] if tag in (None, LATEST) else candidates(place.directory, str(tag))[0]

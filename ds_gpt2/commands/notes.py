@@ -8,12 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from ds_gpt2 import notes, outcome
 from ds_gpt2.commands.runs import find_run
 from ds_gpt2.commands.tensorboard import event_directory
-from ds_gpt2.errors import UserError
-from ds_gpt2.safe_files import read_small
-from ds_gpt2.terminal import printable, printable_lines
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import read_small
+from ds_gpt2.common.terminal import printable, printable_lines
+from ds_gpt2.run_dir import exit_report, notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
             print(f'no notes in {file} yet: write one with `./launch.sh notes {options.run} "what you saw"`')
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check its permissions and its disk") from None
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
@@ -59,7 +59,7 @@ def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
         print(json.dumps(report, ensure_ascii=False))
     else:
         print(f"noted at step {note.step:,} in {file}{' and in TensorBoard' if shown else ''}")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _show_in_tensorboard(run_dir: Path) -> bool:

@@ -15,23 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import compilation, outcome, run_location
-from ds_gpt2.batch import plan_batch
-from ds_gpt2.checkpoint.generations import scan
+from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.commands.arguments import add_start_arguments, positive
 from ds_gpt2.commands.checkpoint_table import freed_by
 from ds_gpt2.commands.train import find_config
-from ds_gpt2.config import Settings, parse_overrides
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted, size
+from ds_gpt2.config import run_location
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.deepspeed_file import load_deepspeed_file
-from ds_gpt2.errors import UserError
-from ds_gpt2.launcher import Place, choose_ranks
-from ds_gpt2.pace import Range
-from ds_gpt2.planning import supplies, timing
-from ds_gpt2.planning.course import course_of
-from ds_gpt2.planning.fit import Option, calibrate, micro_batches, other_ranks
-from ds_gpt2.planning.memory import describe_model, read_zero
-from ds_gpt2.planning.sections import (
+from ds_gpt2.distributed import torch_compile
+from ds_gpt2.monitoring.pace import Range
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.launcher import Place, choose_ranks
+from ds_gpt2.tools.plan import timing
+from ds_gpt2.tools.plan.fit import Option, calibrate, micro_batches, other_ranks
+from ds_gpt2.tools.plan.plan import Hardware, Row, Section, Subject, Value
+from ds_gpt2.tools.plan.sections import (
     batch_section,
     cost_section,
     disk_section,
@@ -40,11 +42,12 @@ from ds_gpt2.planning.sections import (
     room,
     time_section,
 )
-from ds_gpt2.planning.subject import Hardware, Row, Section, Subject, Value
-from ds_gpt2.planning.traces import Traces
-from ds_gpt2.planning.trial import LEAST_STEPS, Limits, TrialError, run_trial
-from ds_gpt2.report.summary import Prices
-from ds_gpt2.wording import counted, size
+from ds_gpt2.tools.plan.trial import LEAST_STEPS, Limits, TrialError, run_trial
+from ds_gpt2.tools.plan.trial_results import Traces
+from ds_gpt2.tools.resources import machine
+from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
+from ds_gpt2.tools.resources.prices import Prices
+from ds_gpt2.tools.resources.run_events import course_of
 
 WIDTH = 100  # columns
 
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
             traces = _trial(config, overrides, subject, Limits(options.steps, options.seconds))
         except TrialError as error:
             print(f"error: {error}", file=sys.stderr)
-            return outcome.CRASHED
+            return exit_report.CRASHED
     plan = make_plan(subject, traces, prices, time.time())
     if options.json:
         print(json.dumps(as_json(plan)))
@@ -102,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(lines_of(plan, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))))
     for problem in plan.problems:
         print(f"error: {problem}", file=sys.stderr)
-    return outcome.MISTAKE if plan.problems else outcome.DONE
+    return exit_report.MISTAKE if plan.problems else exit_report.DONE
 
 
 def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: float) -> Plan:
@@ -200,7 +203,7 @@ def _subject(
     batch = settings.batch
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     windows, no_data = _windows(settings)
-    compiled = compilation.is_wanted(settings.run.compile, place.accelerator)
+    compiled = torch_compile.is_wanted(settings.run.compile, place.accelerator)
     own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
         settings,
@@ -209,8 +212,8 @@ def _subject(
         describe_model(settings.model, batch.sequence_length, compiled),
         zero,
         course_of(settings, shared.windows_per_step, windows),
-        disk_free=supplies.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
-        memory_free=hardware.memory if hardware is not None else supplies.memory_for_a_rank(place),
+        disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
+        memory_free=hardware.memory if hardware is not None else machine.memory_for_a_rank(place),
         elsewhere=hardware,
         disk_given=disk_free is not None,
         no_data=no_data,

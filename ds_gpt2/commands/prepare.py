@@ -7,21 +7,23 @@ import logging
 import re
 from pathlib import Path
 
-from ds_gpt2 import machine, outcome
 from ds_gpt2.commands.arguments import path, positive
-from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.data import formats, hellaswag, published
+from ds_gpt2.common.host import usable_cores
+from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.data import hellaswag
 from ds_gpt2.data.dataset import UNFINISHED, Dataset, open_dataset
-from ds_gpt2.data.documents import COLUMN
-from ds_gpt2.data.formats import FORMS
-from ds_gpt2.data.holdout import FirstTokens
-from ds_gpt2.data.hub import hub_source
-from ds_gpt2.data.output import workplace
-from ds_gpt2.data.pieces import SEPARATOR
-from ds_gpt2.data.prepare import Recipe, is_prepared, prepare
-from ds_gpt2.data.pretokenized import fetch_shards
-from ds_gpt2.data.published import Repository
-from ds_gpt2.data.sources import Reading, local_source, python_source
+from ds_gpt2.data.prepare import formats, hub_datasets
+from ds_gpt2.data.prepare.chunking import SEPARATOR
+from ds_gpt2.data.prepare.documents import COLUMN
+from ds_gpt2.data.prepare.formats import FORMS
+from ds_gpt2.data.prepare.holdout import FirstTokens
+from ds_gpt2.data.prepare.hub import hub_source
+from ds_gpt2.data.prepare.hub_datasets import Repository
+from ds_gpt2.data.prepare.output import workplace
+from ds_gpt2.data.prepare.pipeline import Recipe, is_prepared, prepare
+from ds_gpt2.data.prepare.pretokenized import fetch_shards
+from ds_gpt2.data.prepare.sources import Reading, local_source, python_source
+from ds_gpt2.run_dir import exit_report
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
 
 _EARLIER = PROJECT_DIR / "data" / f"text{UNFINISHED}"  # where `prepare text` wrote before it named its directories
-_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *published.TOKENS}  # other kinds' names
+_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *hub_datasets.TOKENS}  # other kinds' names
 _HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # tokens of the hub's datasets, the less of both
 
 
@@ -57,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     edu = kinds.add_parser("fineweb-edu", help="FineWeb-Edu: educational web text")
     fineweb = kinds.add_parser("fineweb", help="FineWeb: web text")
     for kind in (edu, fineweb):
-        kind.add_argument("--sample", choices=published.SAMPLES, default=published.SAMPLES[0], help="(default: 10BT)")
+        kind.add_argument(
+            "--sample", choices=hub_datasets.SAMPLES, default=hub_datasets.SAMPLES[0], help="(default: 10BT)"
+        )
     webtext = kinds.add_parser("openwebtext", help="OpenWebText")
     tokens = kinds.add_parser("pretokenized", help="GPT-2 token shards that others have published")
-    tokens.add_argument("name", metavar="NAME", help=f"{', '.join(published.TOKENS)}, or OWNER/NAME on the hub")
+    tokens.add_argument("name", metavar="NAME", help=f"{', '.join(hub_datasets.TOKENS)}, or OWNER/NAME on the hub")
     for kind in (text, hub):
         kind.add_argument("--column", default=COLUMN, metavar="NAME", help="of the text (default: text)")
     for kind in (text, hub, edu, fineweb, webtext, tokens):
@@ -83,11 +87,11 @@ def run(options: argparse.Namespace) -> int:
     elif options.kind == "text":
         _say(_prepare_text(options))
     elif options.kind == "pretokenized":
-        repository = published.TOKENS.get(options.name, Repository(options.name))
+        repository = hub_datasets.TOKENS.get(options.name, Repository(options.name))
         _say(fetch_shards(repository, _out(options, options.name), options.tokens))
     else:
         _say(_prepare_from_hub(options))
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def separator(text: str) -> str:
@@ -99,9 +103,9 @@ def separator(text: str) -> str:
 
 def _workers(text: str) -> int:
     """A number of processes, as a type for argparse."""
-    number, most = positive(text), max(64, 8 * machine.usable_cores())
+    number, most = positive(text), max(64, 8 * usable_cores())
     if number > most:
-        raise argparse.ArgumentTypeError(f"{number} processes on {machine.usable_cores()} cores: at most {most}")
+        raise argparse.ArgumentTypeError(f"{number} processes on {usable_cores()} cores: at most {most}")
     return number
 
 
@@ -139,11 +143,11 @@ def _prepare_from_hub(options: argparse.Namespace) -> Dataset:
 
 def _repository(options: argparse.Namespace) -> Repository:
     if options.kind == "fineweb-edu":
-        return published.fineweb_edu(options.sample)
+        return hub_datasets.fineweb_edu(options.sample)
     if options.kind == "fineweb":
-        return published.fineweb(options.sample)
+        return hub_datasets.fineweb(options.sample)
     if options.kind == "openwebtext":
-        return published.OPENWEBTEXT
+        return hub_datasets.OPENWEBTEXT
     return Repository(options.repository, options.path, options.revision)
 
 

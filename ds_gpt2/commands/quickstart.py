@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from ds_gpt2 import outcome
-from ds_gpt2.checkpoint.generations import newest_tag
+from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.commands import prepare
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import find_config, start
-from ds_gpt2.config import PROJECT_DIR, Settings, load_settings, parse_overrides
-from ds_gpt2.launcher import choose_ranks
+from ds_gpt2.config.settings import PROJECT_DIR, Settings, load_settings, parse_overrides
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.launcher import choose_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if settings.data.dir == prepare.SAMPLE_DIR:
         prepare.prepare_sample()
     code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
-    if code in (outcome.DONE, outcome.STOPPED):
+    if code in (exit_report.DONE, exit_report.STOPPED):
         name = settings.run.name if settings.run.dir == PROJECT_DIR / "runs" else settings.run_dir
         print("\nWhat to type next:")
         print(f"  ./launch.sh tensorboard {name}                 see the curves and samples in a browser")

@@ -10,17 +10,17 @@ import re
 import time
 from pathlib import Path
 
-from ds_gpt2 import outcome
 from ds_gpt2.commands.arguments import path
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.errors import UserError
-from ds_gpt2.machine import write_whole
-from ds_gpt2.report.charts import charts_of, views_of
-from ds_gpt2.report.page import Part, render
-from ds_gpt2.report.run import Run, load_run
-from ds_gpt2.report.summary import Prices, Summary, summarize
-from ds_gpt2.safe_files import regular_only
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.report.charts import charts_of, views_of
+from ds_gpt2.tools.report.page import Part, render
+from ds_gpt2.tools.report.run import Run, load_run
+from ds_gpt2.tools.report.summary import Summary, summarize
+from ds_gpt2.tools.resources.prices import Prices
 
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400}
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         _check_power_known(summaries)
     if options.json:
         print(json.dumps([dataclasses.asdict(summary) for summary in summaries]))
-        return outcome.DONE
+        return exit_report.DONE
     if seconds is not None:
         runs = [each.since(now - seconds) for each in runs]
     views = views_of([(each.name, each.settings, each.records) for each in runs])
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or _default_out(directories)
     _write(out, render(parts, charts_of(views, options.reference), now))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser, without a network")
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def load(directory: Path) -> Run:
@@ -111,7 +111,7 @@ def _write(file: Path, page: str) -> None:
     try:
         if file.exists() and not _is_report(file):
             raise UserError(f"{file} is not a report: give another place with --out FILE, or delete it")
-        write_whole(file, page)
+        replace_file(file, page)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another place with --out FILE") from None
 

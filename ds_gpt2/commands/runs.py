@@ -7,9 +7,9 @@ import errno
 import os
 from pathlib import Path
 
-from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.errors import UserError
-from ds_gpt2.run_location import CONFIG, absolute_run_dir, last_started, run_of
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.run_location import CONFIG, absolute_run_dir, last_started, run_of
+from ds_gpt2.config.settings import PROJECT_DIR
 
 
 def started_runs() -> list[Path]:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2 import outcome, terminal
 from ds_gpt2.commands import status_news
 from ds_gpt2.commands.runs import find_run, started_runs
-from ds_gpt2.errors import UserError
-from ds_gpt2.status import figures, screen
-from ds_gpt2.status.figures import Status
+from ds_gpt2.common import terminal
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.status import screen, status
+from ds_gpt2.tools.status.status import Status
 
 _WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, 86_400.0
 _CLEAR = "\033[H\033[2J"
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         while True:
             _show(directories, options, redrawn=sys.stdout.isatty() and not options.json)
             time.sleep(options.watch)
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def _directories(options: argparse.Namespace) -> list[Path]:
@@ -70,7 +71,7 @@ def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: boo
             if isinstance(look, Status):
                 status_news.tell(directory, look)
     is_healthy = all(isinstance(look, Status) and look.healthy for look in looks)
-    return outcome.DONE if is_healthy else outcome.CRASHED
+    return exit_report.DONE if is_healthy else exit_report.CRASHED
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Unreadable:
 
 def _look(directory: Path, now: float) -> Status:
     try:
-        return figures.look(directory, now)
+        return status.look(directory, now)
     except OSError as error:
         raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 

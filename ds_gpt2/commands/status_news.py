@@ -7,12 +7,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2 import safe_json
-from ds_gpt2.journal import Kind
-from ds_gpt2.machine import write_whole
-from ds_gpt2.run_location import load_run_settings
-from ds_gpt2.status.figures import Status
-from ds_gpt2.status.screen import screen
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.files import replace_file
+from ds_gpt2.config.run_location import load_run_settings
+from ds_gpt2.run_dir.journal import Kind
+from ds_gpt2.tools.status.screen import screen
+from ds_gpt2.tools.status.status import Status
 
 MEMORY = "status_alert.json"  # in the run's directory: the problems that have been told
 
@@ -50,7 +50,7 @@ def news_of(status: Status, told: set[str]) -> News | None:
 
 
 def _send(run_dir: Path, news: News) -> bool:
-    from ds_gpt2.alerts import Alerts  # only here: most looks send nothing, and are to be quick
+    from ds_gpt2.supervision.alerts.alerts import Alerts  # only here: most looks send nothing, and are to be quick
 
     alerts = Alerts(load_run_settings(run_dir).alerts, run_dir)
     return alerts.send(news.kind, news.title, news.text)
@@ -65,4 +65,4 @@ def _told(run_dir: Path) -> set[str]:
 
 def _remember(run_dir: Path, kinds: set[str]) -> None:
     with contextlib.suppress(OSError):  # a full disk: then it is told more than once
-        write_whole(run_dir / MEMORY, json.dumps({"problems": sorted(kinds)}))
+        replace_file(run_dir / MEMORY, json.dumps({"problems": sorted(kinds)}))

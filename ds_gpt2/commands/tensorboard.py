@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ds_gpt2 import outcome
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR
-from ds_gpt2.errors import UserError
-from ds_gpt2.machine import free_port
-from ds_gpt2.run_location import CONFIG, load_run_settings
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.host import free_port
+from ds_gpt2.config.run_location import CONFIG, load_run_settings
+from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.run_dir import exit_report
 
 # How many points of a tag TensorBoard holds and sends; where there are more it draws them at random. Its own choice,
 # 1000, 100 and 500, shows few of 100,000 steps and loses notes, but sends more histograms than one can tell apart.
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         while True:
             time.sleep(_REFRESH_SECONDS)
             link_runs(place, links)
-    return outcome.DONE
+    return exit_report.DONE
 
 
 def event_directory(run_dir: Path) -> Path:

@@ -8,21 +8,23 @@ import os
 import sys
 from pathlib import Path
 
-from ds_gpt2 import csv_files, outcome, run_location, trackers
-from ds_gpt2.batch import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.runs import find_run
-from ds_gpt2.config import PROJECT_DIR, Settings, parse_overrides
-from ds_gpt2.deepspeed_file import load_deepspeed_file
-from ds_gpt2.doctor.checks import quick
-from ds_gpt2.doctor.finding import in_one_line
-from ds_gpt2.errors import UserError
-from ds_gpt2.launcher import Place, choose_ranks
-from ds_gpt2.messages import ways
-from ds_gpt2.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
-from ds_gpt2.run_location import CONFIG, load_run_settings
-from ds_gpt2.supervisor import Run, supervise
-from ds_gpt2.wording import counted
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
+from ds_gpt2.config import run_location
+from ds_gpt2.config.batch_plan import fit_ranks, parse_batches, plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.run_location import CONFIG, load_run_settings
+from ds_gpt2.config.settings import PROJECT_DIR, Settings, parse_overrides
+from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.alerts import channels
+from ds_gpt2.supervision.launcher import Place, choose_ranks
+from ds_gpt2.supervision.supervisor import Run, supervise
+from ds_gpt2.tools.doctor.checks import quick
+from ds_gpt2.tools.doctor.row import in_one_line
+from ds_gpt2.training.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +93,7 @@ def start(
 ) -> int:
     """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
-    csv_files.check(deepspeed_settings)
+    csv_monitor.check(deepspeed_settings)
     trackers.check(deepspeed_settings)
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
@@ -99,12 +101,12 @@ def start(
     waited_for = (CheckpointsGoneError,) if resume == "auto" else ()  # by the supervisor
     with contextlib.suppress(*waited_for):
         check_start(settings, plan, resume)
-    ways.check(settings.alerts)
+    channels.check(settings.alerts)
     with contextlib.suppress(*waited_for):
         if begins_anew(settings, resume):
             check_initial_model(settings)
     if not _is_ready(settings, place):
-        return outcome.MISTAKE
+        return exit_report.MISTAKE
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))

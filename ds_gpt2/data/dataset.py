@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ds_gpt2 import safe_json
-from ds_gpt2.data.reader import ShardReader
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.data.shard_reader import ShardReader
 from ds_gpt2.data.shards import count_tokens, is_shard
-from ds_gpt2.errors import UserError, reason_of
 
 log = logging.getLogger(__name__)
 

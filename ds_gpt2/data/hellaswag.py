@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ds_gpt2 import safe_json, tokenizer
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import no_links, read_small, regular_only
+from ds_gpt2.data import tokenizer
 from ds_gpt2.data.shards import Tokens, sha256
-from ds_gpt2.errors import UserError
-from ds_gpt2.safe_files import no_links, read_small, regular_only
 
 FILE = "hellaswag_val.jsonl"
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{FILE}"

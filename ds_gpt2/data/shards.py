@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ds_gpt2.errors import UserError, reason_of
-from ds_gpt2.safe_files import regular_only
-from ds_gpt2.tokenizer import END_OF_TEXT
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import regular_only
+from ds_gpt2.data.tokenizer import END_OF_TEXT
 
 Tokens = npt.NDArray[np.uint16]
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ds_gpt2 import safe_json
-from ds_gpt2.errors import UserError, reason_of
-from ds_gpt2.model import LARGEST_SIZE, VOCABULARY, ModelShape
-from ds_gpt2.tokenizer import END_OF_TEXT
-from ds_gpt2.wording import uncapitalized
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.formatting import uncapitalized
+from ds_gpt2.data.tokenizer import END_OF_TEXT
+from ds_gpt2.model.shape import LARGEST_SIZE, VOCABULARY, ModelShape
 
 CONFIG = "config.json"
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.model_names import HubName
 from ds_gpt2.data.shards import sha256
-from ds_gpt2.errors import UserError
-from ds_gpt2.model_names import HubName
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
 

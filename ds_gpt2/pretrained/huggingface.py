@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from ds_gpt2.errors import UserError
-from ds_gpt2.model import VOCABULARY, ModelShape
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.data.tokenizer import END_OF_TEXT
+from ds_gpt2.model.shape import VOCABULARY, ModelShape
 from ds_gpt2.pretrained import tensors
 from ds_gpt2.pretrained.gpt2_config import CONFIG as CONFIG
 from ds_gpt2.pretrained.gpt2_config import GPT2Config, read_config
 from ds_gpt2.pretrained.tensors import WEIGHTS as WEIGHTS
 from ds_gpt2.pretrained.tokenizer_files import check_tokenizer
-from ds_gpt2.tokenizer import END_OF_TEXT
 
 _PREFIX = "transformer."  # of GPT2LMHeadModel; OpenAI's own files on the hub have none
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_proj|c_fc)\.weight")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ds_gpt2 import safe_json
-from ds_gpt2.errors import UserError, reason_of
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError, reason_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

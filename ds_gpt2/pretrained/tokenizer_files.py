@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2 import safe_json, tokenizer
-from ds_gpt2.errors import UserError
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.data import tokenizer
 
 _LARGEST_BYTES = 50_000_000  # of one file; GPT-2's own have at most 4 MB
 _END = "<|endoftext|>"

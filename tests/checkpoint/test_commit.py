@@ -29,12 +29,14 @@ import pytest
 import torch
 from crash_states import KilledError, Kind, Operation, RecordingDisk, Step, Tree, crash_states, materialise
 
-from ds_gpt2.checkpoint import commit, generations, manifest, weights, writer
+from ds_gpt2.checkpoint import catalog, commit, manifest, weights
+from ds_gpt2.checkpoint import save as writer
+from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
 from ds_gpt2.checkpoint.commit import write_record, write_with
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.generations import Generation, open_generation, scan
-from ds_gpt2.checkpoint.housekeeping import Housekeeping
-from ds_gpt2.checkpoint.layout import (
+from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from ds_gpt2.checkpoint.naming import (
     BEST_TAG,
     LATEST,
     MANIFEST,
@@ -44,10 +46,9 @@ from ds_gpt2.checkpoint.layout import (
     rolling_tag,
     superseded_tag,
 )
-from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from ds_gpt2.checkpoint.save import Save
 from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
-from ds_gpt2.checkpoint.writer import Save
-from ds_gpt2.config import CheckpointSettings
+from ds_gpt2.config.settings import CheckpointSettings
 
 T = TypeVar("T")
 RANKS = 2
@@ -437,7 +438,7 @@ def _recover(tree: Tree, root: Path) -> Recovery:
 
 def _labels(listed: Iterable[Generation]) -> list[tuple[Generation, str]]:
     """Those that verify, in the same order, and which they are."""
-    return [(found, _label(found)) for found in listed if generations.problem_of(found) is None]
+    return [(found, _label(found)) for found in listed if catalog.problem_of(found) is None]
 
 
 def _label(found: Generation) -> str:
@@ -906,7 +907,7 @@ def _saved(
 
 
 def _good_tags(directory: Path) -> set[str]:
-    return {found.tag for found in scan(directory) if generations.problem_of(found) is None}
+    return {found.tag for found in scan(directory) if catalog.problem_of(found) is None}
 
 
 @pytest.mark.parametrize("before", ["second, as best_model", "the same step again", "the same step again, evaluated"])
@@ -1009,7 +1010,7 @@ def test_a_start_finishes_a_commit_though_the_checkpoint_it_replaces_is_there_an
     shutil.copytree(partial, new)
     (new / "optim_0.pt").unlink()
     stage.start()
-    found = {one.tag: generations.problem_of(one) for one in scan(stage.directory)}
+    found = {one.tag: catalog.problem_of(one) for one in scan(stage.directory)}
     assert found[rolling_tag(10)] is None and found[superseded_tag(10)] == "optim_0.pt is missing"
 
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import manifest
-from ds_gpt2.checkpoint.generations import open_generation, problem_of
+from ds_gpt2.checkpoint.catalog import open_generation, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
-from ds_gpt2.safe_json import LARGEST
+from ds_gpt2.common.safe_json import LARGEST
 
 SHA = hashlib.sha256(b"weights").hexdigest()
 REAL = Manifest(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import retention
-from ds_gpt2.checkpoint.layout import BEST_TAG, epoch_tag, rolling_tag, superseded_tag
+from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.checkpoint.retention import Kept, Policy
 
 _steps = st.integers(0, 30)

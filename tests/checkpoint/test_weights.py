@@ -6,8 +6,8 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from ds_gpt2.checkpoint import manifest
-from ds_gpt2.checkpoint.disk import Disk
-from ds_gpt2.checkpoint.generations import candidates, problem_of, scan
+from ds_gpt2.checkpoint.catalog import candidates, problem_of, scan
+from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.weights import WEIGHTS_FILE, fp32_weights, keep_weights
 
 TAG = "rolling_step_000012"

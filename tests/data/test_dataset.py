@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_gpt2.data.check import check_shards
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, Windows, as_first_read, open_dataset, split_of
 from ds_gpt2.data.shards import header_of, sha256
-from ds_gpt2.errors import UserError
+from ds_gpt2.data.verify import check_shards
 
 
 def _bin(path: Path, tokens: int, first: int = 0) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_gpt2 import tokenizer
-from ds_gpt2.errors import UserError
-from ds_gpt2.model import GPT2, VOCABULARY, ModelShape
-from ds_gpt2.pretrained import file, huggingface
-from ds_gpt2.pretrained.opening import as_model, check, read, weights_for
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.data import tokenizer
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import VOCABULARY, ModelShape
+from ds_gpt2.pretrained import huggingface, torch_file
+from ds_gpt2.pretrained.load import as_model, check, read, weights_for
 from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; of the extra dev")
@@ -79,7 +80,7 @@ def test_the_tokenizer_is_gpt2s(directory: Path, tmp_path: Path, files: list[str
 
 
 def test_what_is_written_is_read_back_exactly(model: GPT2, directory: Path, tmp_path: Path) -> None:
-    file.write(weights_of(model), SHAPE, {"step": 7}, tmp_path / "model.pt")
+    torch_file.write(weights_of(model), SHAPE, {"step": 7}, tmp_path / "model.pt")
     for path in (directory, tmp_path / "model.pt"):
         found = read(path)
         assert found.shape == SHAPE

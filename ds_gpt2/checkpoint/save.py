@@ -1,0 +1,120 @@
+"""One save on one rank: its files, its record, and on rank 0 the commit and the housekeeping after it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_gpt2.checkpoint import commit
+from ds_gpt2.checkpoint.deepspeed_io import pickle_into
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.host_copy import HostMemory
+from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
+from ds_gpt2.checkpoint.naming import PARTIAL
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 1800.0  # how long rank 0 waits for another rank's files before it gives the save up
+_POLL_SECONDS = 0.01
+
+
+@dataclass
+class Save:
+    """A snapshot on its way to the disk. ``run`` does all the work, in whatever thread; it never raises OSError."""
+
+    disk: Disk
+    directory: Path
+    tag: str
+    rank: int
+    world_size: int
+    contents: dict[str, Any]  # by file name; their tensors are the engine's own
+    memory: HostMemory | None  # where they are copied first; None: written from where they are
+    ready: torch.cuda.Event | None  # on a GPU, when the tensors hold what is to be saved
+    bytes_per_second: float
+    manifest: Callable[[dict[str, FileEntry]], Manifest]
+    afterwards: Callable[[str], None]  # on rank 0, once the checkpoint exists
+    committed: bool = False
+    wrote: bool = False
+    copied: threading.Event = field(default_factory=threading.Event)  # from here on the engine may change its tensors
+    files_done: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)  # set where another rank is known to have failed
+
+    @property
+    def _partial(self) -> Path:
+        return self.directory / (self.tag + PARTIAL)
+
+    def run(self) -> None:
+        """Write, and on rank 0 commit. A failure costs this checkpoint, is logged, and leaves no partial one."""
+        self._write()
+        if self.rank == 0:
+            self._commit()
+
+    def _write(self) -> None:
+        try:
+            if self.memory is not None:
+                self.contents = self.memory.copy(self.contents, self.ready)
+                self.copied.set()
+            self.disk.make_directory(self._partial)
+            files = {name: self._write_file(name, content) for name, content in self.contents.items()}
+            commit.write_record(self.disk, self._partial, self.rank, files)
+            self.wrote = True
+        except OSError as error:
+            log.error(f"rank {self.rank} cannot write its part of checkpoint {self.tag}: {error}")
+            self._make_room_and_tell(str(error))
+        finally:
+            self.contents = {}
+            self.copied.set()
+            self.files_done.set()
+
+    def _write_file(self, name: str, content: Any) -> FileEntry:
+        return commit.write_with(self.disk, self._partial / name, self.bytes_per_second, partial(pickle_into, content))
+
+    def _make_room_and_tell(self, reason: str) -> None:
+        """Best effort: where not even this can be written, rank 0 learns of it when the ranks next agree."""
+        for name in self.contents:
+            with contextlib.suppress(OSError):
+                self.disk.unlink(self._partial / name)
+        with contextlib.suppress(OSError):
+            commit.write_failure(self.disk, self._partial, self.rank, reason)
+
+    def _commit(self) -> None:
+        try:
+            files = self._await_all()
+            commit.commit(self.disk, self.directory, self.tag, self.manifest(files))
+        except OSError as error:
+            log.error(f"checkpoint {self.tag} was not saved ({error}); training goes on, the ones before it stay")
+            with contextlib.suppress(OSError):
+                commit.give_up(self.disk, self.directory, self.tag)
+            return
+        self.committed = True
+        self.afterwards(self.tag)
+
+    def _await_all(self) -> dict[str, FileEntry]:
+        """Every rank's files. Even after a failure all are awaited: what they still write is discarded afterwards."""
+        files: dict[str, FileEntry] = {}
+        failure: OSError | None = None
+        for rank in range(self.world_size):
+            try:
+                files |= self._await(rank)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return files
+
+    def _await(self, rank: int) -> dict[str, FileEntry]:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while (files := commit.read_record(self._partial, rank)) is None:
+            if self.given_up.is_set() or time.monotonic() > deadline or not self._partial.exists():
+                raise OSError(f"rank {rank} has not written its files")
+            time.sleep(_POLL_SECONDS)
+        return files

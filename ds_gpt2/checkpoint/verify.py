@@ -1,0 +1,173 @@
+"""A close look at checkpoints while a run may be replacing and deleting them: hashes, and what hashes cannot show."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.catalog import Generation, open_generation
+from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
+from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.common.terminal import one_line
+
+Check = Callable[[Generation], str | None]  # what is wrong with a checkpoint whose manifest is good; None if nothing
+
+
+@dataclass(frozen=True)
+class Verdict:
+    generation: Generation
+    problem: str | None
+
+
+def examine(path: Path, checks: Iterable[Check]) -> Verdict | None:
+    """The checkpoint in ``path`` and the first thing wrong with it; None if it is there no more.
+
+    A run may replace it (``best_model``) or delete it between two reads: what was found wrong is then not.
+    """
+    while (before := mark(path)) is not None:
+        generation = open_generation(path)
+        problem = generation.problem or next((found for check in checks if (found := check(generation))), None)
+        if problem is None or mark(path) == before:
+            return Verdict(generation, None if problem is None else one_line(problem))
+    return None
+
+
+def mark(path: Path) -> tuple[int, int] | None:
+    """What changes when another checkpoint takes this place; None where there is none."""
+    try:
+        status = (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+class Hashes:
+    """Reads the files of checkpoints again, one with several names only once. Shows a bar on a terminal."""
+
+    def __init__(self, generations: Iterable[Generation]) -> None:
+        total = sum(entry.bytes for generation in generations for entry in _entries(generation).values())
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None, delay=1)
+        self._seen: dict[tuple[int, int, FileEntry], str | None] = {}
+
+    def problem_of(self, generation: Generation) -> str | None:
+        """Why a file is not the one that was written; None if all are. Sizes come first, they cost nothing."""
+        problem = wrong_size(generation)
+        for name, entry in _entries(generation).items():
+            problem = problem or self._problem_of_file(generation.path, name, entry)
+            self.bar.update(entry.bytes)
+        return problem
+
+    def _problem_of_file(self, checkpoint: Path, name: str, entry: FileEntry) -> str | None:
+        try:
+            status = (checkpoint / name).stat()
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        key = (status.st_dev, status.st_ino, entry)
+        if key not in self._seen:
+            self._seen[key] = manifest.problem_of(checkpoint, name, entry)
+        return self._seen[key]
+
+
+@contextlib.contextmanager
+def hashing(generations: Iterable[Generation]) -> Iterator[Hashes]:
+    hashes = Hashes(generations)
+    try:
+        yield hashes
+    finally:
+        hashes.bar.close()
+
+
+def wrong_size(generation: Generation) -> str | None:
+    problems = (manifest.size_problem_of(generation.path, name, entry) for name, entry in _entries(generation).items())
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _entries(generation: Generation) -> Mapping[str, FileEntry]:
+    return generation.manifest.files if generation.manifest is not None else {}
+
+
+def deep_problem(generation: Generation) -> str | None:
+    """What hashes cannot show: files that do not load, numbers that are not finite, tensors of another model."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one when it is imported; a run may have them
+    from ds_gpt2.checkpoint import contents
+    from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, unpickle
+    from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
+
+    assert generation.manifest is not None
+    files, ranks = generation.manifest.files, generation.manifest.world_size
+    full = [MODEL_FILE, *map(partition_file, range(min(ranks, len(files))))]  # a forged number of ranks may be huge
+    if missing := [name for name in ([WEIGHTS_FILE] if generation.weights_only else full) if name not in files]:
+        return f"{MANIFEST} does not list {missing[0]}"
+    found = 0
+    for name in sorted(files):
+        if not name.endswith(".pt"):
+            continue
+        try:
+            content = unpickle(generation.path / name)
+        except Exception as error:  # there is no end to the ways in which unpickling fails
+            return f"{name} cannot be loaded safely: {' '.join(str(error).split())[:300]}"
+        if (where := _not_finite(content, name)) is not None:
+            return f"{where} has numbers that are not finite"
+        if name in (MODEL_FILE, WEIGHTS_FILE) and (problem := _wrong_shape(content, generation.manifest)) is not None:
+            return f"{name}: {problem}"
+        if name in full and not generation.weights_only:
+            compare = contents.problem_of_model if name == MODEL_FILE else contents.problem_of_partition
+            if (problem := compare(content, generation.manifest)) is not None:
+                return f"{name} {problem}"
+            if name == MODEL_FILE:
+                model = content
+            else:
+                found += contents.elements(content)
+    return None if generation.weights_only else contents.problem_of_sum(found, model)
+
+
+def _not_finite(content: Any, name: str) -> str | None:
+    """Where in ``content`` a tensor has a NaN or an infinity."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return None if not content.is_floating_point() or bool(content.isfinite().all()) else name
+    if isinstance(content, Mapping):
+        items: Iterable[tuple[Any, Any]] = content.items()
+    elif isinstance(content, (list, tuple)):
+        items = enumerate(content)
+    else:
+        return None
+    return next((where for key, item in items if (where := _not_finite(item, f"{name}: {key}"))), None)
+
+
+def _wrong_shape(content: Any, known: Manifest) -> str | None:
+    """Where the weights are not those of the model that the manifest names."""
+    import torch
+
+    from ds_gpt2.model.gpt2 import GPT2
+    from ds_gpt2.model.shape import ModelShape
+
+    try:
+        shape = ModelShape(
+            **{name: known.identity[f"model.{name}"] for name in ("layers", "heads", "width")},
+            sequence_length=known.identity["batch.sequence_length"],
+        )
+        found = {str(name): tuple(tensor.shape) for name, tensor in content.get("module", content).items()}
+        if shape.layers > len(found):
+            return f"it has {len(found):,} tensors, {MANIFEST} says {shape.layers:,} layers"
+        with torch.device("meta"):
+            model = GPT2(shape, dropout=0.0)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        return f"it cannot be compared with {MANIFEST}: {error!r}"
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not a tensor of this model"
+        if found[name] != expected[name]:
+            return f"{name} has the shape {found[name]}, {expected[name]} fits {MANIFEST}"
+    return None

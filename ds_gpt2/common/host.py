@@ -1,0 +1,47 @@
+"""Ports and cores of this machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from ds_gpt2.common.errors import UserError
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port_free(address: str, port: int) -> None:
+    """
+    Raises:
+        UserError: ``port`` cannot be listened on, usually because another run does.
+    """
+    try:
+        family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(
+            f"{address}, the address of rank 0, is not known here ({error.strerror}): check MASTER_ADDR"
+        ) from None
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # behind a translated address, say: PyTorch listens on all of them
+                return
+            raise UserError(
+                f"port {port} is in use, perhaps by another run: start with"
+                f" `deepspeed --master_port {free_port()} ...`, or with ./launch.sh, which finds a free one"
+            ) from None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,62 @@
+"""JSON from untrusted files: a value, or one kind of error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2.common.files import read_small
+
+LARGEST = 2**64  # of whole numbers: larger ones overflow in float arithmetic, or take minutes to print
+END_OF_TIME = 253_402_300_800  # the year 10000 in seconds since 1970, which datetime cannot represent
+
+
+class BadJsonError(ValueError):
+    """Invalid JSON, nested too deeply, or with a number out of range. The message is one line."""
+
+
+def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: bytes are UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        BadJsonError: it has none, nests too deeply, or has a whole number beyond ``LARGEST``.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        if object_pairs_hook is not None:
+            return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_whole_number)
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise BadJsonError("nested too deeply") from None
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise BadJsonError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def is_time(value: object) -> bool:
+    """Whether a value is a time in seconds since 1970."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < END_OF_TIME
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 21 or abs(number := int(digits)) > LARGEST:  # a sign and 20 digits
+        raise ValueError(f"a number of {len(digits)} digits is out of range")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)  # json.loads makes a new one at each call
+
+
+def read(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: see ``read_small``.
+        BadJsonError: see ``parse``.
+    """
+    return parse(read_small(path))

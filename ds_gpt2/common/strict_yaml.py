@@ -1,0 +1,91 @@
+"""YAML whose scalars stay as they were typed: the type of a setting decides what its text means, not YAML.
+
+YAML 1.1, which PyYAML implements, reads ``off`` as false, ``010`` as 8, ``2:30`` as 150 and ``1e-4`` as text
+(https://yaml.org/type/). A duplicate key, of which PyYAML keeps the last, is an error here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ds_gpt2.common.errors import UserError
+
+
+def parse(text: str, source: str) -> Any:
+    """Return ``text`` as nested dicts and lists of strings.
+
+    Args:
+        source: where the text comes from, for error messages.
+
+    Raises:
+        UserError: invalid YAML, a duplicate key, or nesting that is too deep.
+    """
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, set())
+        if _expanded(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a date or number with an explicit YAML tag
+        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def is_null(text: object) -> bool:
+    """Whether a scalar means "no value": nothing at all, ``null`` or ``~``."""
+    return text is None or (isinstance(text, str) and text in ("", "~", "null", "Null", "NULL"))
+
+
+_MOST_VALUES = 100_000  # of a settings file, aliases expanded
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that resolves no plain scalar but the merge key ``<<``."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's attribute
+        "<": [entry for entry in yaml.SafeLoader.yaml_implicit_resolvers["<"] if entry[0].endswith(":merge")]
+    }
+
+
+def _check_keys(node: yaml.Node, visited: set[int]) -> None:
+    """
+    Raises:
+        YAMLError: a mapping in ``node`` has a key twice.
+    """
+    if id(node) in visited or not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+        return
+    visited.add(id(node))
+    seen: dict[str, int] = {}
+    for entry in node.value:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} appears twice, in lines {seen[key.value]} and {line}: remove one")
+            seen[key.value] = line
+        _check_keys(value, visited)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in ``node``, those behind an alias as often as they are referred to."""
+    if id(node) not in known:
+        known[id(node)] = 1  # for a node that contains itself
+        entries = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,1 @@
+"""Settings, DeepSpeed's configuration, the batch plan, and where a run is. Imports no torch."""

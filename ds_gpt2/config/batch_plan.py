@@ -1,0 +1,117 @@
+"""Batch arithmetic: how the token budget of a step is shared out among ranks and micro-batches."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
+
+_MOST_LEFT_OUT = 100_000
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """tokens_per_step = micro_batch x sequence_length x accumulation x world_size."""
+
+    micro_batch: int  # windows per forward/backward on one rank
+    sequence_length: int  # tokens per window that are predicted
+    accumulation: int  # micro-batches per step on one rank
+    world_size: int
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.windows_per_step * self.sequence_length
+
+    def steps_for(self, epochs: float, windows: int) -> int:
+        """Steps until ``epochs`` epochs of ``windows`` windows are done, the last one filled up from the next epoch."""
+        return math.ceil(epochs * windows / self.windows_per_step)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_step:,} tokens a step = {counted(self.micro_batch, 'window')}"
+            f" x {counted(self.sequence_length, 'token')}"
+            f" x {counted(self.accumulation, 'micro-batch', 'micro-batches')} x {counted(self.world_size, 'rank')}"
+        )
+
+
+def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, world_size: int) -> BatchPlan:
+    """Derive the accumulation from the token budget.
+
+    Raises:
+        UserError: the budget is no multiple of what all ranks do at once; the message proposes budgets,
+            micro-batches and numbers of ranks that fit.
+    """
+    at_once = micro_batch * sequence_length * world_size
+    if tokens_per_step % at_once == 0:
+        return BatchPlan(micro_batch, sequence_length, tokens_per_step // at_once, world_size)
+
+    below = tokens_per_step // at_once * at_once
+    budgets = [budget for budget in (below, below + at_once) if budget > 0]
+    proposal = f"batch.tokens_per_step={' or '.join(str(budget) for budget in budgets)} in a new run"
+    counts = [
+        ranks for ranks in range(1, 2 * world_size) if tokens_per_step % (micro_batch * sequence_length * ranks) == 0
+    ]
+    if counts:
+        proposal += f", or use {counted(min(counts, key=lambda ranks: abs(ranks - world_size)), 'rank')}"
+    fitting = _micro_batches_that_fit(tokens_per_step, sequence_length, world_size)
+    if fitting:
+        nearest = min(fitting, key=lambda size: (abs(size - micro_batch), -size))
+        proposal = f"batch.micro_batch={nearest}, or {proposal}"
+    raise UserError(
+        f"batch.tokens_per_step={tokens_per_step} cannot be divided by micro_batch {micro_batch} x sequence_length"
+        f" {sequence_length} x {counted(world_size, 'rank')} = {at_once}: set {proposal}"
+    )
+
+
+def fit_ranks(tokens_per_step: int, micro_batch: int, sequence_length: int, available: int) -> tuple[int, int]:
+    """(ranks, micro_batch) nearest to what there is that can share the token budget of a step exactly.
+
+    The budget, and so the windows of every step, stay the same: a rank too many is left out.
+    """
+    windows = max(1, tokens_per_step // sequence_length)
+    ranks = next(count for count in range(available, 0, -1) if windows % count == 0)
+    per_rank = windows // ranks
+    return ranks, next(size for size in range(min(micro_batch, per_rank), 0, -1) if per_rank % size == 0)
+
+
+def _micro_batches_that_fit(tokens_per_step: int, sequence_length: int, world_size: int) -> list[int]:
+    if tokens_per_step % (sequence_length * world_size):
+        return []
+    windows = tokens_per_step // (sequence_length * world_size)
+    return [size for size in range(1, min(windows, 1024) + 1) if windows % size == 0]
+
+
+def parse_batches(text: str | None) -> tuple[int, ...]:
+    """``"1200-1202,1250"`` as ``(1200, 1201, 1202, 1250)``, ascending; None as none.
+
+    Raises:
+        UserError: it is nothing of that form.
+    """
+    found: set[int] = set()
+    for part in (text or "").split(",") if text else ():
+        bounds = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip(), re.ASCII)
+        first = int(bounds[1]) if bounds else 0
+        last = int(bounds[2] or first) if bounds else 0
+        if not 1 <= first <= last < first + _MOST_LEFT_OUT:
+            raise UserError(f"--leave_out {text}: give batches as 1200-1210,1250, at most {_MOST_LEFT_OUT:,} in a row")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def format_batches(batches: Sequence[int]) -> str:
+    """The inverse of ``parse_batches``."""
+    ranges: list[tuple[int, int]] = []
+    for batch in batches:
+        if ranges and ranges[-1][1] == batch - 1:
+            ranges[-1] = (ranges[-1][0], batch)
+        else:
+            ranges.append((batch, batch))
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)

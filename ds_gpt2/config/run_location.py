@@ -1,0 +1,307 @@
+"""Where a run is: the directory in which it is found. Its stored settings never point back to where it was before.
+
+``config.yaml`` in a run's directory has paths of three forms. ``$RUN_DIR/...`` is relative to the run's directory, a
+relative path is relative to the project's directory, and an absolute path is outside of both. Earlier versions stored
+absolute paths only, ``run.dir`` among them, from which it follows how far the run has moved since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2.common import safe_json
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.config.model_names import hub_name
+from ds_gpt2.config.settings import (
+    PATH_KEYS,
+    PROJECT_DIR,
+    Settings,
+    load_settings,
+    read_tree,
+    section_of,
+    settings_of,
+    to_yaml,
+)
+from ds_gpt2.run_dir.journal import JOURNAL
+from ds_gpt2.run_dir.metrics import STARTS, TIME
+
+CONFIG = "config.yaml"
+HIDDEN = "(not shown)"
+OWNER = "run.json"  # in a directory of outputs: which run writes there
+
+_RUN_DIR = "$RUN_DIR"
+_OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never taken from where the run was before
+
+
+def is_run_dir(directory: Path) -> bool:
+    """Whether a run has been started in ``directory``."""
+    return (directory / CONFIG).is_file() and any((directory / name).exists() for name in (JOURNAL, STARTS))
+
+
+def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
+    """Return the stored settings of the run found in ``run_dir``, wherever it was before.
+
+    Args:
+        overrides: see ``load_settings``.
+
+    Raises:
+        UserError: the stored settings cannot be read, or an override is wrong.
+    """
+    run_dir = absolute_run_dir(run_dir)
+    tree = read_tree(run_dir / CONFIG)
+    before = _last_seen(run_dir, tree)
+    for key in PATH_KEYS:
+        section, name = section_of(tree, key)
+        if isinstance(text := section.get(name), str) and "://" not in text:
+            section[name] = _moved(key, text, run_dir, before)
+    run = tree["run"] if isinstance(tree.get("run"), dict) else {}
+    tree["run"] = {**run, "name": run_dir.name, "dir": str(run_dir.parent)}
+    return settings_of(tree, run_dir / CONFIG, overrides, cwd=cwd, expand=False)
+
+
+def load(config: Path, overrides: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings in ``config``, which may be the stored settings of a run.
+
+    Raises:
+        UserError: see ``load_settings``.
+    """
+    if config.name == CONFIG and is_run_dir(config.parent):
+        return load_run_settings(config.parent, overrides)
+    return load_settings(config, overrides)
+
+
+def absolute_run_dir(run_dir: Path) -> Path:
+    """``run_dir`` as an absolute path; a symbolic link is followed where only its target has the run's own name."""
+    path = Path(os.path.abspath(run_dir))
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    stored, _ = section_of(read_tree(target / CONFIG), "run.name")
+    return target if stored.get("name") == target.name else path
+
+
+def stored_settings(settings: Settings) -> str:
+    """The settings as YAML for ``config.yaml`` in the run's directory: ``load_run_settings`` reads them back."""
+    return to_yaml(portable_tree(settings))
+
+
+def public_tree(settings: Settings) -> dict[str, Any]:
+    """``portable_tree`` for files that others may read, see ``without_secrets``."""
+    return without_secrets(portable_tree(settings))
+
+
+def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings without ``alerts.command``, which may hold a password."""
+    alerts = tree["alerts"]
+    return {**tree, "alerts": {**alerts, "command": None if alerts["command"] is None else HIDDEN}}
+
+
+def portable_tree(settings: Settings) -> dict[str, Any]:
+    """The settings as nested dicts fit for JSON, without absolute paths into the project or the run."""
+    tree = settings.model_dump(mode="json")
+    for key in PATH_KEYS:
+        section, name = section_of(tree, key)
+        if isinstance(text := section.get(name), str) and "://" not in text:
+            section[name] = _portable(key, text, settings.run_dir)
+    del tree["run"]["dir"]
+    return tree
+
+
+def write_first_settings(settings: Settings) -> None:
+    """Mark the directory of a new run as its own, before anything else is written there."""
+    config = settings.run_dir / CONFIG
+    if not config.exists():
+        write_settings(settings)
+
+
+def write_settings(settings: Settings) -> None:
+    """Write ``config.yaml`` in the run's directory; only its owner may read it if it holds a command for alerts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mode = 0o666 if settings.alerts.command is None else 0o600
+    replace_file(settings.run_dir / CONFIG, stored_settings(settings), mode=mode)
+
+
+def last_seen(run_dir: Path) -> Path:
+    """The directory in which the run was last started: ``run_dir`` itself unless it was moved, renamed or copied.
+
+    Raises:
+        UserError: the stored settings cannot be read.
+    """
+    return _last_seen(run_dir, read_tree(run_dir / CONFIG))
+
+
+def last_started(run_dir: Path) -> float:
+    """When the run was last started, in seconds since 1970; when its settings were written if nothing says it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+        return datetime.strptime(_last_start(run_dir)["time"], TIME).timestamp()
+    with contextlib.suppress(OSError):
+        return (run_dir / CONFIG).stat().st_mtime
+    return 0.0
+
+
+def run_of(checkpoints: Path) -> Path | None:
+    """The directory of the run that ``checkpoints``, a directory of checkpoints, belong to; None if it is not there."""
+    owner = read_owner(checkpoints)
+    usual = PROJECT_DIR / "runs" / checkpoints.resolve().name
+    if owner is None:
+        places = [usual]
+    elif owner.directory == checkpoints.resolve():
+        places = [owner.run_dir]
+    else:  # copied or moved: its run with it, or into a project
+        beside = checkpoints.resolve() / os.path.relpath(owner.run_dir, owner.directory)
+        places = [Path(os.path.normpath(beside)), usual]
+    started = (place for place in places if (place / CONFIG).is_file())
+    return next((one for one in started if _is_checkpoint_dir(checkpoints, one)), None)
+
+
+def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings that ``checkpoint`` was saved under, with the paths of its run as it is found now.
+
+    Args:
+        stored: the settings in its manifest.
+
+    Returns:
+        Nested dicts. Without a run, a path into the run's directory is None, and ``run.dir`` is missing.
+    """
+    run_dir = run_of(checkpoint.resolve().parent)
+    now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
+    tree = json.loads(json.dumps(stored))
+    for key in PATH_KEYS:
+        section, name = section_of(tree, key)
+        if now:
+            section[name] = section_of(now, key)[0].get(name)
+        elif isinstance(text := section.get(name), str) and "://" not in text:
+            section[name] = _without_run(key, text)
+    if run_dir is None:
+        section_of(tree, "run.dir")[0].pop("dir", None)
+    else:
+        section_of(tree, "run.name")[0]["name"] = run_dir.name
+    return tree
+
+
+def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
+    """Where the checkpoints of the run were when it was last started, by the run's name of then and of now.
+
+    Raises:
+        UserError: the stored settings cannot be read.
+    """
+    tree = read_tree(run_dir / CONFIG)
+    before = _last_seen(run_dir, tree)
+    section, name = section_of(tree, "checkpoint.dir")
+    text = str(section.get(name, "checkpoints"))
+    inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
+    then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
+    return [then / before.name, then / run_dir.name]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Which run writes into a directory of outputs, as ``run.json`` there says."""
+
+    run_dir: Path
+    directory: Path  # where that directory was when the run wrote this
+
+
+def read_owner(directory: Path) -> Owner | None:
+    """None where nothing says it."""
+    try:
+        content = safe_json.read(directory / OWNER)
+        return Owner(Path(content["run_dir"]), Path(content["directory"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_owner(directory: Path, run_dir: Path) -> None:
+    """Record that the run in ``run_dir`` writes into ``directory``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    owner = Owner(run_dir.resolve(), directory.resolve())
+    if read_owner(directory) != owner:
+        content = {"run_dir": str(owner.run_dir), "directory": str(owner.directory)}
+        replace_file(directory / OWNER, json.dumps(content) + "\n")
+
+
+def _without_run(key: str, text: str) -> str | None:
+    """A stored path where the run is not known."""
+    if key == "model.init_from" and hub_name(text) is not None:
+        return text
+    return None if text.startswith(_RUN_DIR) else str(PROJECT_DIR / text)
+
+
+def _is_checkpoint_dir(directory: Path, run_dir: Path) -> bool:
+    try:
+        return load_run_settings(run_dir).checkpoint_dir.resolve() == directory.resolve()
+    except UserError:  # its settings cannot be read
+        return False
+
+
+def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
+    run, _ = section_of(tree, "run.dir")
+    if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # an earlier version's
+        return Path(run["dir"]) / str(run.get("name", run_dir.name))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+        return Path(_last_start(run_dir)["run_dir"])
+    return run_dir
+
+
+def _last_start(run_dir: Path) -> dict[str, Any]:
+    """The last line of ``starts.jsonl``."""
+    with open(run_dir / STARTS, "rb", opener=regular_only) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
+        return dict(safe_json.parse(file.read().splitlines()[-1]))
+
+
+def _portable(key: str, text: str, run_dir: Path) -> str:
+    if key == "model.init_from" and hub_name(text) is not None:
+        return text
+    path = Path(os.path.abspath(text))
+    if path.is_relative_to(run_dir):
+        return str(Path(_RUN_DIR) / path.relative_to(run_dir))
+    if path.is_relative_to(PROJECT_DIR):
+        return os.path.join("." if key == "model.init_from" else "", path.relative_to(PROJECT_DIR))  # no hub's name
+    base = _base(run_dir)
+    if base is not None and path.is_relative_to(base):  # beside the run: copied and moved together with it
+        return os.path.join(_RUN_DIR, os.path.relpath(path, run_dir))
+    return text
+
+
+def _moved(key: str, text: str, run_dir: Path, before: Path) -> str:
+    """A stored path as it is now: what lay in or beside the run lies there still."""
+    if text == _RUN_DIR or text.startswith(f"{_RUN_DIR}/"):
+        inside = text[len(_RUN_DIR) :].lstrip("/")
+        now, then = (os.path.normpath(directory / inside) for directory in (run_dir, before))
+    elif os.path.isabs(text) and before != run_dir and (moved := _rebased(Path(text), before, run_dir)) is not None:
+        now, then = str(moved), text
+    else:
+        return text
+    use_old = key not in _OUTPUTS and not os.path.exists(now) and os.path.exists(then)
+    return then if use_old else now
+
+
+def _rebased(path: Path, before: Path, run_dir: Path) -> Path | None:
+    """``path`` in or beside the run's old directory as it is in or beside the new one; None if it lies elsewhere."""
+    if path.is_relative_to(before):
+        return run_dir / path.relative_to(before)
+    old, new = _base(before), _base(run_dir)
+    if old is None or new is None or not path.is_relative_to(old):
+        return None
+    return new / path.relative_to(old)
+
+
+def _base(run_dir: Path) -> Path | None:
+    """The directory that has ``runs/<run>``, and usually ``checkpoints/<run>`` too; None if that is the root."""
+    base = run_dir.parent.parent
+    return base if base != base.parent else None

@@ -1,0 +1,1 @@
+"""Make a dataset: sources, cleaning, tokenization, shards."""

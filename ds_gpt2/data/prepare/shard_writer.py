@@ -1,0 +1,137 @@
+"""Shards being written: they can be cut back to any length, and appear under their names only when they are full."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ds_gpt2.common.files import open_own
+from ds_gpt2.data.dataset import Shard, Split
+from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header_of, sha256
+
+_UNFINISHED = ".unfinished"
+
+
+@dataclass
+class Written:
+    """What of a split is there."""
+
+    shards: list[Shard] = field(default_factory=list)  # full ones
+    tokens: int = 0  # in the one after them
+    full: int = field(init=False)  # tokens of the full ones
+
+    def __post_init__(self) -> None:
+        self.full = sum(shard.tokens for shard in self.shards)
+
+    @property
+    def total(self) -> int:
+        return self.full + self.tokens
+
+    def finish(self, shard: Shard) -> None:
+        self.shards.append(shard)
+        self.full += shard.tokens
+        self.tokens = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shards": [asdict(shard) for shard in self.shards], "tokens": self.tokens}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Written:
+        return Written([Shard(**shard) for shard in content["shards"]], int(content["tokens"]))
+
+
+def is_there(directory: Path, split: Split, written: Written) -> bool:
+    """Return whether what was noted as written has its full length in ``directory``."""
+    sizes = {shard.file: shard.bytes for shard in written.shards}
+    if any(_size(directory / file) != size for file, size in sizes.items()):
+        return False
+    path = _path(directory, split, len(written.shards))
+    longest = max(_size(path), _size(_unfinished(path)))
+    return not written.tokens or longest >= HEADER_BYTES + TOKEN_BYTES * written.tokens
+
+
+class SplitWriter:
+    """Numbers the shards of one split and begins a new one when the current is full."""
+
+    def __init__(self, directory: Path, split: Split, shard_tokens: int, written: Written) -> None:
+        """
+        Args:
+            written: what is to be kept of what lies in ``directory``; the rest is overwritten.
+        """
+        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
+        self.written = written
+        self._file: BinaryIO | None = None
+        if written.tokens:
+            self._go_on()
+
+    def write(self, tokens: Tokens) -> None:
+        while len(tokens):
+            if self._file is None:
+                self._file = open_own(self._unfinished, "wb")
+                self._file.write(bytes(HEADER_BYTES))
+            room = self._shard_tokens - self.written.tokens
+            self._file.write(tokens[:room].astype("<u2").tobytes())
+            self.written.tokens += len(tokens[:room])
+            tokens = tokens[room:]
+            if self.written.tokens == self._shard_tokens:
+                self._finish()
+
+    def sync(self) -> None:
+        """What is written is on the medium when this returns."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> list[Shard]:
+        """Finish the last shard; returns all."""
+        if self._file is not None:
+            self._finish()
+        return self.written.shards
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def _path(self) -> Path:
+        return _path(self._directory, self._split, len(self.written.shards))
+
+    @property
+    def _unfinished(self) -> Path:
+        return _unfinished(self._path)
+
+    def _go_on(self) -> None:
+        """Cut back what was written after the last note."""
+        if not self._unfinished.exists():
+            self._path.rename(self._unfinished)  # it was finished, but that was not noted any more
+        self._file = self._unfinished.open("r+b")
+        self._file.truncate(HEADER_BYTES + TOKEN_BYTES * self.written.tokens)
+        self._file.seek(0, os.SEEK_END)
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        tokens, path = self.written.tokens, self._path
+        self._file.seek(0)
+        self._file.write(header_of(tokens))
+        self.sync()
+        self._file.close()
+        self._file = None
+        digest = sha256(self._unfinished)
+        self._unfinished.rename(path)
+        self.written.finish(Shard(path.name, self._split, tokens, path.stat().st_size, digest))
+
+
+def _path(directory: Path, split: Split, number: int) -> Path:
+    return directory / f"{split}_{number:06d}.bin"
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + _UNFINISHED)
+
+
+def _size(path: Path) -> int:
+    """Of a file; -1 if it is not there."""
+    return path.stat().st_size if path.exists() else -1

@@ -1,0 +1,1 @@
+"""Ranks: how they are started, their device, and their collectives."""

@@ -1,0 +1,140 @@
+"""Cross entropy of a tied output head without the whole micro-batch's logits in memory.
+
+The logits of GPT-2 are the largest tensor of a step by far (50,304 columns). Here they exist for a few hundred
+tokens at a time: each chunk's logits are turned into its loss and, at once, into its share of the gradients, so the
+backward pass neither keeps nor recomputes them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ds_gpt2.model.matmul import product
+
+# Bytes of fp32 logits that may exist at once. Small on a CPU, where a chunk should stay near the cache and where
+# fresh memory is slow; large on a GPU, where few big matrix products are fast.
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+_ROWS = 8  # of a chunk on a CPU: 1.6 MB of GPT-2's logits in fp32
+
+
+def cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int, compiled: bool = False
+) -> torch.Tensor:
+    """Mean next-token cross entropy in nats.
+
+    Args:
+        hidden: (tokens, width), the final hidden states, bf16 or fp32.
+        head: (padded vocabulary, width), the tied output weights, same dtype. Rows from ``vocabulary`` on are padding
+            and get no probability, so the loss is that of the unpadded model.
+        targets: (tokens,) int64.
+        vocabulary: number of real tokens.
+        compiled: let ``torch.compile`` fuse a chunk's passes over its logits.
+
+    Returns:
+        fp32 scalar.
+    """
+    chunk = chunk_tokens(head.shape[0], hidden.device)
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    lose = _compiled() if compiled else _lose_by_passes
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate, lose)
+
+
+def chunk_tokens(columns: int, device: torch.device) -> int:
+    """How many tokens' logits (a power of two) fit into the chunk budget of this kind of device."""
+    fitting = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * columns)
+    return max(1, 2 ** (fitting.bit_length() - 1)) if fitting else 1
+
+
+def rows_at_once(tokens: int, device: torch.device) -> int:
+    """How many of a chunk's tokens go through softmax together: on a CPU few, which its caches hold."""
+    return min(tokens, _ROWS) if device.type == "cpu" else tokens
+
+
+# (logits, targets, vocabulary, differentiate) -> the sum of the losses, fp32; logits (chunk, padded vocabulary) become
+# d(sum of losses)/d(logits) = softmax - one-hot, in their own memory, if they are to be differentiated.
+_Lose = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
+
+
+def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    size = rows_at_once(len(logits), logits.device)
+    parts = zip(logits.split(size), target.split(size), strict=True)
+    return torch.stack([_lose_rows(*part, vocabulary, differentiate) for part in parts]).sum()
+
+
+def _lose_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
+    logits[:, vocabulary:] = -torch.inf
+    largest = logits.amax(dim=1, keepdim=True)
+    target_logit = logits.gather(1, target)
+    slope = F.softmax(logits, dim=-1, dtype=torch.float32)
+    # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
+    total = (largest.float() - slope.amax(dim=1, keepdim=True).log() - target_logit.float()).sum()
+    if differentiate:
+        slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+        logits.copy_(slope)
+    return total
+
+
+def _lose_at_once(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    """The same, written for a compiler to fuse: all element by element but for maximum and sum."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    scores = torch.where(column < vocabulary, logits.float(), -torch.inf)
+    largest = scores.amax(dim=1, keepdim=True)
+    log_sum = largest + (scores - largest).exp().sum(dim=1, keepdim=True).log()
+    total = (log_sum - scores.gather(1, target)).sum()
+    if differentiate:
+        logits.copy_((scores - log_sum).exp() - (column == target).float())
+    return total
+
+
+@functools.cache
+def _compiled() -> _Lose:
+    return torch.compile(_lose_at_once, dynamic=False)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        vocabulary: int,
+        chunk: int,
+        differentiate: bool,
+        lose: _Lose,
+    ) -> torch.Tensor:
+        tokens = hidden.shape[0]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grads, head_grad = [], None
+        for start in range(0, tokens, chunk):
+            part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = product(part, head.t())  # (chunk, padded vocabulary)
+            total += lose(logits, target, vocabulary, differentiate)
+            if differentiate:
+                hidden_grads.append(product(logits, head))
+                # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
+                share = product(logits.t(), part)
+                if tokens <= chunk:
+                    head_grad = share
+                elif head_grad is None:
+                    head_grad = share.float()
+                else:
+                    head_grad += share
+                del share
+            del logits  # or both would still be there when the next chunk's are made
+        if head_grad is not None:
+            ctx.save_for_backward(torch.cat(hidden_grads), head_grad)
+            ctx.tokens, ctx.dtype = tokens, head.dtype
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, head_grad = ctx.saved_tensors
+        scale = grad_outputs[0] / ctx.tokens
+        return hidden_grad * scale, (head_grad * scale).to(ctx.dtype), None, None, None, None, None

@@ -1,0 +1,1 @@
+"""Scalars and timings of training: console, TensorBoard, trackers."""

@@ -1,0 +1,83 @@
+"""What TensorBoard shows beside the curves: their layout, hyper-parameters and settings, a reference."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from ds_gpt2.monitoring.monitor import Monitor, as_code_block
+from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
+
+# The CUSTOM SCALARS page: is it healthy?
+_LAYOUT = {
+    "is it healthy?": {
+        "loss": ["Multiline", [r"train/loss$", r"val/loss$"]],
+        "gradient norm before clipping": ["Multiline", [r"train/grad_norm$"]],
+        "updates clipped (share) and skipped": ["Multiline", [r"train/clipped_share$", r"train/skipped_steps$"]],
+        "tokens a second": ["Multiline", [r"perf/tokens_per_s$"]],
+        "share of the time that trained": ["Multiline", [r"perf/goodput$"]],
+    },
+    "does it learn?": {
+        "HellaSwag": ["Multiline", [r"hellaswag/acc$", r"hellaswag/acc_norm$"]],
+        "perplexity": ["Multiline", [r"val/perplexity$"]],
+        "learning rate": ["Multiline", [r"train/lr$"]],
+        "how far an update moves each part": ["Multiline", [r"update_ratio/"]],
+    },
+    "where does the time go?": {
+        "ms of a step": [
+            "Multiline",
+            [r"perf/step_ms$", r"perf/forward_backward_ms$", r"perf/update_ms$", r"perf/data_ms$"],
+        ],
+        "ms beside steps": ["Multiline", [r"perf/eval_ms$", r"perf/save_ms$"]],
+        "GPUs": ["Multiline", [r"perf/gpu_temperature_c$", r"perf/gpu_power_w$", r"perf/gpu_throttled$"]],
+    },
+}
+
+# Of the hyper-parameters, those that the HPARAMS page shows until a person chooses: it has room for five.
+_SHOWN_FIRST = ("parameters", "batch.tokens_per_step", "schedule.max_lr", "schedule.steps", "optimizer.weight_decay")
+_RESULTS = ("val/loss", "train/loss", "hellaswag/acc_norm", "perf/tokens_per_s")  # columns of the HPARAMS page
+
+
+def open_dashboard(monitor: Monitor, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
+    """Write what does not change during a run.
+
+    Args:
+        hyper_parameters: name to number, text or truth value, for the HPARAMS page; its results are the newest values
+            of the run's own curves.
+        compare: show the reference's curve beside the run's.
+    """
+    if monitor.tensorboard is not None:
+        lay_out = functools.partial(_lay_out, monitor.tensorboard, settings_text, hyper_parameters, compare)
+        monitor.attempt("lay out TensorBoard's pages", lay_out)
+
+
+def _lay_out(writer: Any, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
+    writer.add_custom_scalars(_LAYOUT)
+    writer.add_text("config", as_code_block(settings_text))
+    _write_hyper_parameters(writer, hyper_parameters)
+    if compare:
+        _write_reference(type(writer), Path(writer.log_dir) / REFERENCE)
+
+
+def _write_hyper_parameters(writer: Any, hyper_parameters: dict[str, Any]) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    columns, start, _ = hparams(hyper_parameters, dict.fromkeys(_RESULTS, 0.0))  # the third says that it has ended
+    data = HParamsPluginData.FromString(columns.value[0].metadata.plugin_data.content)
+    for column in data.experiment.hparam_infos:
+        column.differs = column.name in _SHOWN_FIRST  # TensorBoard lists those that differ from run to run first
+    columns.value[0].metadata.plugin_data.content = data.SerializeToString()
+    for summary in (columns, start):
+        writer.file_writer.add_summary(summary)
+
+
+def _write_reference(writer_type: Any, directory: Path) -> None:
+    """As a run of its own beside the run: TensorBoard draws it into the same chart in another colour."""
+    if directory.exists():
+        return
+    writer = writer_type(log_dir=str(directory))
+    for step, loss in REFERENCE_CURVE.items():
+        writer.add_scalar("val/loss", loss, step)
+    writer.close()

@@ -1,0 +1,1 @@
+"""Start the ranks, watch them, restart them, and send alerts."""

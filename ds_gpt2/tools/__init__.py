@@ -1,0 +1,1 @@
+"""What a person asks about a run: doctor, plan, status, report, drill."""

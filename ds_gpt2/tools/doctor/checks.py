@@ -1,0 +1,257 @@
+"""What is looked at, in the order in which it is shown."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ds_gpt2.checkpoint.backup.backup import Backup
+from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.settings import PROJECT_DIR, Settings
+from ds_gpt2.data.dataset import Dataset, open_dataset
+from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.monitoring.pace import recent
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.tools.doctor import clock, data, disk, gpus, limits, memory, network, processes, ranks, software
+from ds_gpt2.tools.doctor.row import Check, Row, examine
+from ds_gpt2.tools.resources import requirements
+from ds_gpt2.tools.resources.cgroup import read_cgroup
+from ds_gpt2.tools.resources.gpus import open_gpus
+
+_BACKUP_SECONDS = 60.0  # for a small file to be written to the backup, read and deleted
+_BACKUP_FIX = "check that the directory or bucket exists, the credentials, the network; or change checkpoint.backup.to"
+
+
+def quick(settings: Settings, accelerator: str, count: int) -> list[Row]:
+    """What takes milliseconds, without importing torch: ``train`` looks at it before it starts the ranks.
+
+    Args:
+        accelerator: ``cuda`` or ``cpu``.
+        count: of ranks.
+    """
+    return [row for check in checks(settings, accelerator, count) if check.quick for row in examine(check)]
+
+
+def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
+    """All there is to look at; arguments as of ``quick``. Each look is taken when it is called for."""
+    dataset = _opened(settings)
+    steps, epochs = _course(dataset, settings)
+    storage = requirements.storage(settings, steps, epochs)
+    directory, shards = settings.checkpoint_dir, _shards(dataset)
+    environment = os.environ
+    return [
+        Check("settings", "DeepSpeed's file", partial(_deepspeed_file, settings)),
+        Check("settings", "batch", partial(_batch, settings, count)),
+        Check("settings", "run's name", partial(_name, settings)),
+        Check("settings", "versions", software.versions),
+        Check("settings", "TensorBoard", software.tensorboard),
+        Check("settings", "compiler", partial(software.compiler, settings.run.compile, accelerator)),
+        Check("disk", "directories", partial(disk.directories, settings.output_dirs), quick=True),
+        Check("disk", "room", partial(disk.room, directory, storage), quick=True),
+        Check("disk", "room for logs", partial(disk.room_for_logs, settings.run_dir, directory), quick=True),
+        Check("disk", "inodes", partial(disk.inodes, directory), quick=True),
+        Check("disk", "quota", partial(disk.quota, directory, storage), quick=True),
+        Check("disk", "file system", partial(disk.file_system, directory), quick=True),
+        Check("disk", "file operations", partial(disk.operations, directory)),
+        Check("disk", "write speed", partial(_speed, settings, count)),
+        Check("disk", "backup", partial(_backup, settings)),
+        Check("data", "data", partial(_data, dataset)),
+        Check("data", "windows", partial(_windows, dataset, settings)),
+        Check("data", "checksums", partial(_checksums, dataset)),
+        Check("data", "HellaSwag", partial(data.hellaswag, settings.hellaswag)),
+        *_gpu_checks(settings, accelerator, count),
+        Check("memory", "memory", partial(_memory, settings, accelerator, count), quick=True),
+        Check("memory", "shared memory", partial(memory.shared_memory, accelerator), quick=True),
+        Check("memory", "cores", lambda: memory.cores(accelerator, count, read_cgroup()), quick=True),
+        Check("memory", "swap", memory.swap, quick=True),
+        Check("limits", "open files", partial(limits.open_files, count, shards), quick=True),
+        Check("limits", "processes", partial(limits.processes, count), quick=True),
+        Check("limits", "cgroup tasks", lambda: memory.tasks(count, read_cgroup()), quick=True),
+        Check("limits", "memory limits", partial(limits.sizes, requirements.largest_file(settings, count)), quick=True),
+        Check("limits", "CPU time", limits.cpu_time, quick=True),
+        Check("limits", "time limit", lambda: limits.time_limit(environment, time.time()), quick=True),
+        Check("limits", "terminal", lambda: limits.terminal(environment, software.terminal_tools()), quick=True),
+        Check("limits", "logout", lambda: limits.logout(environment, getpass.getuser()), quick=True),
+        Check("limits", "reboot", partial(limits.reboots, accelerator == "cuda")),
+        Check("machine", "runs", partial(processes.runs, settings), quick=True),
+        Check("machine", "clock", clock.synchronised, quick=True),
+        Check("machine", "time", partial(_time, settings), quick=True),
+        Check("machine", "kernel log", lambda: gpus.kernel_log(gpus.read_kernel_log(), _uptime())),
+        Check("network", "loopback", network.loopback, quick=True),
+        Check("network", "port", network.deepspeed_port),
+        Check("network", "port", network.tensorboard_port, quick=True),
+        Check("ranks", "ranks", partial(ranks.round_trip, Place(accelerator, count))),
+    ]
+
+
+def _gpu_checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
+    if accelerator == "cpu":
+        return [Check("GPUs", "GPUs", partial(gpus.unused, accelerator, count), quick=True)]
+    try:
+        import pynvml
+    except ImportError as error:
+        absent = Row("GPU driver", "unknown", f"not asked: {error}", "install nvidia-ml-py")
+        return [Check("GPUs", "GPU driver", lambda: absent, quick=True)]
+    if (broken := gpus.driver(pynvml)) is not None:
+        return [Check("GPUs", "GPU driver", lambda: broken, quick=True)]
+
+    def of_gpus(look: Callable[..., Row], *arguments: object) -> Callable[[], Row]:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return lambda: look(pynvml, open_gpus(pynvml, visible, count), *arguments)
+
+    return [
+        Check("GPUs", "GPUs", of_gpus(gpus.count, count), quick=True),
+        Check("GPUs", "GPU memory", of_gpus(gpus.memory, requirements.gpu_memory(settings, count)), quick=True),
+        Check("GPUs", "GPU programs", of_gpus(gpus.others), quick=True),
+        Check("GPUs", "CUDA", lambda: gpus.versions(pynvml, _torch_cuda())),
+        Check("GPUs", "ECC", of_gpus(gpus.errors)),
+        Check("GPUs", "remapped rows", of_gpus(gpus.remapped)),
+        Check("GPUs", "throttling", of_gpus(gpus.slowed)),
+        Check("GPUs", "temperature", of_gpus(gpus.temperature)),
+        Check("GPUs", "persistence", of_gpus(gpus.persistence)),
+        Check("GPUs", "Xid", lambda: gpus.xids(gpus.read_kernel_log(), _uptime())),
+    ]
+
+
+def _opened(settings: Settings) -> Dataset | UserError:
+    try:
+        return open_dataset(settings.data.dir)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"{settings.data.dir} cannot be read: {error.strerror or error}")
+
+
+def _course(dataset: Dataset | UserError, settings: Settings) -> tuple[int | None, float | None]:
+    """Steps and epochs of the run, as far as they are known."""
+    if isinstance(dataset, UserError):
+        return settings.schedule.steps, None
+    try:
+        return data.course(dataset, settings)
+    except UserError:
+        return settings.schedule.steps, None
+
+
+def _shards(dataset: Dataset | UserError) -> int:
+    return 0 if isinstance(dataset, UserError) else len(dataset.shards)
+
+
+def _data(dataset: Dataset | UserError) -> Row:
+    return Row("data", "fail", str(dataset)) if isinstance(dataset, UserError) else data.shards(dataset)
+
+
+def _windows(dataset: Dataset | UserError, settings: Settings) -> list[Row]:
+    return [] if isinstance(dataset, UserError) else data.windows(dataset, settings)
+
+
+def _checksums(dataset: Dataset | UserError) -> list[Row]:
+    return [] if isinstance(dataset, UserError) else [data.checksums(dataset)]
+
+
+def _deepspeed_file(settings: Settings) -> Row:
+    try:
+        content = load_deepspeed_file(settings.deepspeed)
+        csv_monitor.check(content)
+        trackers.check(content)
+    except UserError as error:
+        return Row("DeepSpeed's file", "fail", str(error))
+    return Row("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
+
+
+def _batch(settings: Settings, count: int) -> Row:
+    batch = settings.batch
+    try:
+        plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, count)
+    except UserError as error:
+        return Row("batch", "fail", str(error))
+    return Row("batch", "ok", str(plan))
+
+
+def _name(settings: Settings) -> Row:
+    name = settings.run.name
+    if (tag := newest_tag(settings.checkpoint_dir)) is not None:
+        mend = f"`./launch.sh resume {name}` goes on with it; for a new run give run.name=NAME"
+        return Row("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", mend)
+    return Row("run's name", "ok", f"{name} has no checkpoints yet: it starts afresh")
+
+
+def _backup(settings: Settings) -> Row:
+    place = settings.checkpoint.backup.to
+    if place is None:
+        found = "no second place for checkpoints: one broken disk takes all of them"
+        return Row("backup", "ok", f"{found} (checkpoint.backup.to)")
+    try:
+        backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
+        backup.check_exists()
+        backup.check_named(settings.checkpoint_dir)
+    except UserError as error:
+        return Row("backup", "fail", str(error))
+    if (problem := _problem_of(backup)) is not None:
+        return Row("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
+    if backup.shares_disk_with(disk.existing(settings.checkpoint_dir)):
+        return Row(
+            "backup", "warn", f"{backup.where()} is on the same disk", "a disk that breaks takes both: use another"
+        )
+    return Row("backup", "ok", f"{backup.where()}: a file was written, read back and deleted")
+
+
+def _problem_of(backup: Backup) -> str | None:
+    """Why a file cannot be written, read and deleted there; None if it can."""
+    found: list[str] = []
+
+    def probe() -> None:
+        try:
+            backup.probe()
+            found.append("")
+        except Exception as error:  # whatever library reaches the location
+            found.append(reason_of(error))
+
+    thread = threading.Thread(target=probe, daemon=True)  # a mounted disk or a server may never answer
+    thread.start()
+    thread.join(_BACKUP_SECONDS)
+    return (found[0] or None) if found else f"no answer within {_BACKUP_SECONDS:g} s"
+
+
+def _speed(settings: Settings, count: int) -> list[Row]:
+    limit = count * settings.checkpoint.write_mb_per_s * 1e6
+    between = _step_seconds(settings)
+    if between is not None:
+        between *= settings.checkpoint.every
+    return disk.speed(settings.checkpoint_dir, requirements.checkpoint_bytes(settings), limit, between or None)
+
+
+def _step_seconds(settings: Settings) -> float | None:
+    """Of a step, ``pace.recent`` of those that this run has recorded; None where there are none."""
+    times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)]
+    step_ms = recent(times)
+    return None if step_ms is None else step_ms / 1000
+
+
+def _memory(settings: Settings, accelerator: str, count: int) -> Row:
+    return memory.host(requirements.host_memory(settings, accelerator, count), read_cgroup())
+
+
+def _time(settings: Settings) -> Row:
+    files = [*PROJECT_DIR.glob("*"), *PROJECT_DIR.glob("ds_gpt2/*.py"), settings.run_dir / METRICS]
+    return clock.not_behind(files, time.time())
+
+
+def _uptime() -> float:
+    """Seconds since the machine started, sleep left out: what the kernel's log counts in."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def _torch_cuda() -> Any:
+    import torch
+
+    return torch.version.cuda

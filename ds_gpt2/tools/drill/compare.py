@@ -1,0 +1,115 @@
+"""Are two runs one and the same? Bit for bit: curves, weights, moments, random states, ledger of windows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, unpickle
+from ds_gpt2.checkpoint.manifest import read
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+
+
+def curve_differences(one: Path, other: Path) -> list[str]:
+    """Where the metrics of two runs' directories differ, step by step; times and speeds are left out."""
+    return differences(_metrics(one), _metrics(other), METRICS)
+
+
+def checkpoint_differences(one: Path, other: Path) -> list[str]:
+    """Where two checkpoints' directories differ: weights, moments, random states, progress and ledger.
+
+    Raises:
+        DamagedError: one of them is not there, or is damaged.
+    """
+    names = sorted(read(one).files)
+    if names != sorted(read(other).files):
+        return [f"{other.name} has other files than {one.name}"]
+    return [
+        found
+        for name in names
+        for found in differences(_without_paths(one / name), _without_paths(other / name), _short(name))
+    ]
+
+
+def update_differences(before: Path, after: Path) -> list[str]:
+    """What an update has changed between two checkpoints of one number of ranks: weights, masters, moments."""
+    found = differences(unpickle(before / MODEL_FILE)["module"], unpickle(after / MODEL_FILE)["module"], "weights")
+    for name in sorted(set(read(before).files) - {MODEL_FILE}):
+        one, other = (unpickle(place / name)["optimizer_state_dict"] for place in (before, after))
+        masters, moments = "single_partition_of_fp32_groups", "base_optimizer_state"
+        found += differences(one[masters], other[masters], f"masters in {_short(name)}")
+        found += differences(one[moments]["state"], other[moments]["state"], f"moments in {_short(name)}")
+    return found
+
+
+def expected_ledger(settings: Settings, ranks: int, batches: Iterable[int]) -> str:
+    """The ledger (see TrainState) of a run that has trained on ``batches`` of its data, in this order."""
+    batch = settings.batch
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
+    windows = Windows(open_dataset(settings.data.dir), "train", plan.sequence_length)
+    data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"))
+    ledger = ""
+    for number in batches:
+        ledger = hashlib.sha256(ledger.encode() + data.windows_of(number).tobytes()).hexdigest()
+    return ledger
+
+
+def loss_by_step(run_dir: Path) -> dict[int, float]:
+    """Training loss, nats per token, of every step; NaN where it was not finite."""
+    return {
+        record["step"]: math.nan if record["train/loss"] is None else record["train/loss"]
+        for record in read_metrics(run_dir / METRICS)
+        if "train/loss" in record
+    }
+
+
+def _without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record is the same whenever and wherever it is made."""
+    return {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
+
+
+def differences(one: Any, other: Any, place: str) -> list[str]:
+    """Where two nested states are not equal, bit for bit; ``place`` is what to call them."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [] if one.keys() == other.keys() else [f"{place} has other keys"]
+        shared = [key for key in one if key in other]
+        return found + [text for key in shared for text in differences(one[key], other[key], f"{place}.{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return [f"{place} has {len(other)} entries, not {len(one)}"]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [text for number, pair in pairs for text in differences(*pair, f"{place}[{number}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if _same_bits(one, other) else [f"{place} differs"]
+    if type(one) is type(other) and not isinstance(one, type) and hasattr(one, "__dict__"):
+        return differences(vars(one), vars(other), place)
+    return [] if one == other else [f"{place} is {other!r}, not {one!r}"]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Unlike ``==``: NaN equals itself, and 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _without_paths(file: Path) -> dict[str, Any]:
+    """All of a checkpoint's file but DeepSpeed's settings, which name the run's directory."""
+    return {key: value for key, value in unpickle(file).items() if key != "ds_config"}
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [_without_times(record) for record in read_metrics(run_dir / METRICS)]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("_optim_states.pt").removesuffix("_states.pt")

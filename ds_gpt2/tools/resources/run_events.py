@@ -1,0 +1,70 @@
+"""What happens in a run, and how often: the steps at which it evaluates, saves and ends an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.monitoring.pace import EVALUATIONS
+
+
+@dataclass(frozen=True)
+class Course:
+    """A whole run, from its first step."""
+
+    steps: int
+    windows_per_step: int
+    windows_per_epoch: int | None  # None: the data is not there yet
+    validation_every: int  # steps; 0: never
+    save_every: int  # steps
+
+    @property
+    def epochs(self) -> float | None:
+        return None if self.windows_per_epoch is None else self.steps * self.windows_per_step / self.windows_per_epoch
+
+    @property
+    def epoch_ends(self) -> list[int]:
+        """The step that completes each epoch; none where the data is not there yet."""
+        if self.windows_per_epoch is None:
+            return []
+        whole = self.steps * self.windows_per_step // self.windows_per_epoch
+        return [math.ceil(epoch * self.windows_per_epoch / self.windows_per_step) for epoch in range(1, whole + 1)]
+
+    @property
+    def validations(self) -> list[int]:
+        """The steps that are followed by one."""
+        return due(self.validation_every, self.steps)
+
+    def saves(self, best: Collection[int]) -> list[int]:
+        """The steps that are followed by a checkpoint.
+
+        Args:
+            best: those at which the validation loss is the best so far.
+        """
+        return sorted({*due(self.save_every, self.steps), *self.epoch_ends, *best})
+
+
+def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> Course | None:
+    """The run as ``settings`` have it.
+
+    Args:
+        windows_per_epoch: None where the data is not there yet; then None is returned if the steps follow from epochs.
+    """
+    schedule = settings.schedule
+    if schedule.steps is None and windows_per_epoch is None:
+        return None
+    steps = schedule.steps or math.ceil((schedule.epochs or 0) * (windows_per_epoch or 0) / windows_per_step)
+    every = settings.checkpoint.every or steps
+    return Course(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
+
+
+def occasions(settings: Settings, steps: int) -> dict[str, int]:
+    """How often each of ``EVALUATIONS`` is due."""
+    return {name: len(due(getattr(settings, name).every, steps)) for name in EVALUATIONS}
+
+
+def due(every: int, steps: int) -> list[int]:
+    """As ``lr_schedule.Every``: the multiples of a cadence up to the last step, and that one; none for 0."""
+    return sorted({*range(every, steps + 1, every), steps}) if every else []

@@ -1,0 +1,32 @@
+"""How many steps a run has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ds_gpt2.config.settings import ScheduleSettings
+from ds_gpt2.run_dir.metrics import Record
+
+
+def total_steps(schedule: ScheduleSettings, planned: int | None, epochs_per_step: float | None) -> int | None:
+    """The steps of the whole run; None if they follow from the data and nothing is recorded yet.
+
+    Args:
+        planned: what the newest start has recorded; the settings may have been edited since.
+        epochs_per_step: see the function of this name.
+    """
+    if planned is not None:
+        return planned
+    if schedule.steps is not None or epochs_per_step is None or schedule.epochs is None:
+        return schedule.steps
+    return math.ceil(schedule.epochs / epochs_per_step - 1e-6)  # as BatchPlan.steps_for; epochs are recorded rounded
+
+
+def epochs_per_step(records: Sequence[Record]) -> float | None:
+    """None where nothing is recorded yet."""
+    for record in reversed(records):
+        epoch = record.get("train/epoch")
+        if isinstance(epoch, float | int) and epoch > 0 and record["step"] > 0:
+            return float(epoch) / record["step"]
+    return None

@@ -1,0 +1,172 @@
+"""A run's status as lines for a phone: at most 46 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_gpt2.common.formatting import clock, done_share, duration, size
+from ds_gpt2.monitoring.pace import RECENT_LABEL
+from ds_gpt2.monitoring.reference_curves import REFERENCE
+from ds_gpt2.tools.resources.disk_forecast import Room
+from ds_gpt2.tools.resources.history import History
+from ds_gpt2.tools.status.problems import Problem
+from ds_gpt2.tools.status.progress import Loss
+from ds_gpt2.tools.status.status import Status
+
+WIDTH = 46
+_LABEL = 12  # columns before what is told
+
+_RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+
+
+def screen(status: Status, coloured: bool = False) -> str:
+    """The whole of it, some twenty lines."""
+    lines = [_header(status, coloured), *(_cut(line, WIDTH) for line in _lines(status))]
+    problems = [line for problem in status.problems for line in _problem(problem)]
+    return "\n".join([*lines, *(_painted(line, _RED, coloured) for line in problems)])
+
+
+def line(status: Status, coloured: bool = False) -> str:
+    """The same in one line, for several runs below each other."""
+    progress = status.progress
+    mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
+    done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
+    left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
+    cells = f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {_short(status.loss):>6} {left:>7}"
+    return f"{mark} {cells}".rstrip()
+
+
+def _short(loss: Loss) -> str:
+    """The training loss in six columns."""
+    if loss.train_not_finite_step is not None:
+        return "NaN"
+    return "" if loss.train is None else f"{loss.train:.3f}"
+
+
+def _header(status: Status, coloured: bool) -> str:
+    now, state = clock(status.time), status.state
+    name = _cut(status.run, WIDTH - len(now) - len(state) - 4)
+    text = f"{name}: {_painted(state, _GREEN if status.healthy else _RED, coloured)}"
+    return f"{text}{now:>{WIDTH - len(name) - len(state) - 2}}"
+
+
+def _lines(status: Status) -> Iterator[str]:
+    yield from _course(status)
+    yield from _learnt(status)
+    yield from _checkpoint(status)
+    yield from _past(status.history, status.time)
+    for room in status.disks:
+        where = Path(room.directories[0]).parent.name  # runs, checkpoints
+        yield _labelled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _room(room))
+    if status.gpus is not None:
+        throttled = f", {status.gpus.throttled} throttled" if status.gpus.throttled else ""
+        yield _labelled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
+
+
+def _course(status: Status) -> Iterator[str]:
+    progress = status.progress
+    of = "" if progress.steps is None else f" of {progress.steps:,}"
+    done = f", {done_share(progress.step, progress.steps)}" if progress.steps else ""
+    yield _labelled("step", f"{progress.step:,}{of}{done}")
+    if status.beat_age_seconds is not None:
+        yield _labelled("alive", f"{duration(status.beat_age_seconds)} ago")
+    if status.next_start_time is not None:
+        yield _labelled("next start", f"in {duration(status.next_start_time - status.time)}")
+    step_seconds = progress.step_seconds or progress.seconds_per_step
+    if progress.tokens_per_second is not None and step_seconds is not None:
+        yield _labelled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {step_seconds:.3g} s/step")
+    if progress.left_seconds:
+        low, high = duration(progress.left_seconds_low or 0.0), duration(progress.left_seconds_high or 0.0)
+        between = "" if low == high else f" ({low} to {high})"
+        yield _labelled("left", f"{duration(progress.left_seconds)}{between}")
+    if status.finish_time is not None and progress.left_seconds:
+        yield _labelled("done by", clock(status.finish_time))
+
+
+def _learnt(status: Status) -> Iterator[str]:
+    loss = status.loss
+    if loss.train_not_finite_step is not None:
+        yield _labelled("loss", f"not finite at step {loss.train_not_finite_step:,}")
+        if loss.train is not None:
+            yield _labelled("  finite", f"{loss.train:.4f} ({RECENT_LABEL})")
+    elif loss.train is not None:
+        yield _labelled("loss", f"{loss.train:.4f} ({RECENT_LABEL})")
+    if loss.train_day_before is not None:
+        yield _labelled("  a day ago", f"{loss.train_day_before:.4f}")
+    if loss.val_not_finite_step is not None:
+        yield _labelled("validation", f"not finite at step {loss.val_not_finite_step:,}")
+    if loss.val is not None and loss.val_step is not None:
+        label = "validation" if loss.val_not_finite_step is None else "  finite"
+        yield _labelled(label, f"{loss.val:.4f} at step {loss.val_step:,}")
+        if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
+            yield _labelled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
+        if loss.reference is not None:
+            yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} there: {loss.val - loss.reference:+.4f}")
+
+
+def _checkpoint(status: Status) -> Iterator[str]:
+    newest, history = status.checkpoint, status.history
+    if newest is None:
+        yield _labelled("checkpoint", "none yet")
+        return
+    age = "" if newest.age_seconds is None else f", {duration(newest.age_seconds)} ago"
+    yield _labelled("checkpoint", f"{newest.tag}{age}")
+    if newest.damage is None:
+        yield _labelled("", "hashed when written, sizes right")
+    if history.read_back_step is not None and history.read_back_time is not None:
+        ago = duration(status.time - history.read_back_time)
+        yield _labelled("", f"step {history.read_back_step:,} read back {ago} ago")
+
+
+def _past(history: History, now: float) -> Iterator[str]:
+    if history.last_start_time is not None:
+        yield _labelled("restarts", f"{history.restarts} by the supervisor, {history.resumes} by hand")
+        yield _labelled("last start", f"{duration(now - history.last_start_time)} ago")
+    if history.kept_share is not None:
+        yield _labelled("lost", _lost(history.lost_seconds, history.kept_share))
+    if history.kept_share_24h is not None and history.kept_share_24h != history.kept_share:
+        yield _labelled("  in 24 h", _lost(history.lost_seconds_24h, history.kept_share_24h))
+    if history.goodput is not None:
+        day = "" if history.goodput_24h is None else f", in 24 h {100 * history.goodput_24h:.1f}%"
+        yield _labelled("goodput", f"{100 * history.goodput:.1f}%{day}")
+    of_late = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
+    if history.last_incident is not None:
+        yield _labelled("incidents", f"{history.incidents}, in 24 h {of_late}")
+        last = f"{duration(now - history.last_incident.time)} ago: {history.last_incident.text}"
+        for part in textwrap.wrap(last, WIDTH - _LABEL, max_lines=2, placeholder="..."):
+            yield _labelled("", part)
+    else:
+        yield _labelled("incidents", "none")
+
+
+def _lost(seconds: float, kept_share: float) -> str:
+    return f"{duration(seconds)}, {100 * (1 - kept_share):.1f}% of the time"
+
+
+def _room(room: Room) -> str:
+    free = f"{size(room.free_bytes)} free"
+    if room.needed_bytes is None:
+        return free
+    if room.days_left is None:
+        return f"enough to the end, {free}"
+    return f"{room.days_left:.1f} days left, {free}"
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label:<{_LABEL}}{text}"
+
+
+def _problem(problem: Problem) -> list[str]:
+    return textwrap.wrap(
+        problem.text, WIDTH, initial_indent="! ", subsequent_indent="  ", max_lines=4, placeholder="..."
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _painted(text: str, colour: str, coloured: bool) -> str:
+    return f"{colour}{text}{_PLAIN}" if coloured else text

@@ -1,0 +1,10 @@
+"""Observers of training: they look and report, and never change what is trained."""
+
+from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag
+from ds_gpt2.training.hooks.histograms import Histograms
+from ds_gpt2.training.hooks.hook import Hook, Interrupted
+from ds_gpt2.training.hooks.machine_health import Health
+from ds_gpt2.training.hooks.samples import Samples
+from ds_gpt2.training.hooks.validation import Validation
+
+__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Interrupted", "Samples", "Validation", "open_hellaswag"]

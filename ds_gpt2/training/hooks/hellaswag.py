@@ -1,0 +1,102 @@
+"""HellaSwag during training: how often the model finds the right one of four endings likeliest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import HellaswagSettings
+from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
+from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.lr_schedule import Every
+
+log = logging.getLogger(__name__)
+
+
+class HellaSwag(Hook):
+    """Accuracy on HellaSwag's validation items, the same for every number of ranks that holds the same weights.
+
+    Four measures, by what an ending's log-likelihood is divided by before the largest counts as the answer: ``acc``
+    by nothing, ``acc_norm`` by tokens (what llm.c and build-nanogpt report), ``acc_norm_bytes`` by UTF-8 bytes,
+    ``acc_norm_chars`` by characters. What lm-evaluation-harness 0.4.13 calls ``acc_norm`` divides by ``len(ending)``:
+    that is ``acc_norm_chars`` on text that is ``cleaned``. Bytes are more than characters in 181 items.
+    """
+
+    def __init__(self, settings: HellaswagSettings, items: list[Item]) -> None:
+        """
+        Args:
+            items: all of the file, at least one; as many as the settings ask for are used.
+        """
+        self.every = Every(settings.every)
+        chosen = items[: settings.items]
+        self._items = len(chosen)
+        self._mine = share(chosen, collectives.rank(), collectives.world_size())
+
+    def observe(self, engine: Engine, state: TrainState) -> Seen:
+        begun = time.monotonic()
+        counts = on_all_ranks(lambda: self._count_correct(engine))
+        *correct, failed = collectives.sum_over_ranks(counts).tolist()
+        if failed:
+            log.warning(f"step {state.step}: no HellaSwag: {failed:.0f} rank(s) could not compute it")
+            return {}
+        seen: Seen = {}
+        for measure, count in zip(MEASURES, correct, strict=True):
+            accuracy = count / self._items
+            seen[f"hellaswag/{measure}"] = accuracy
+            seen[f"hellaswag/{measure}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / self._items)
+        accuracies = ", ".join(f"{measure} {seen[f'hellaswag/{measure}']:.4f}" for measure in MEASURES)
+        seconds = time.monotonic() - begun
+        log.info(f"step {state.step}: HellaSwag {accuracies} ({self._items:,} items, {seconds:.1f} s)")
+        return seen
+
+    def _count_correct(self, engine: Engine) -> torch.Tensor:
+        """Right answers among this rank's items by each measure; last a 1 if it could not compute them."""
+        counts = np.zeros(len(MEASURES) + 1)
+        engine.model.eval()
+        try:
+            if self._mine:
+                counts[:-1] = score(engine.model, self._mine, self.progress).correct()
+        except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
+            log.error(f"HellaSwag: {' '.join(str(error).split())}")
+            counts[-1] = 1
+        finally:
+            engine.model.train()
+        return torch.from_numpy(counts).to(engine.device)
+
+
+def open_hellaswag(settings: HellaswagSettings, cache_dir: Path) -> HellaSwag | None:
+    """The hook; None, and one line of warning, where there are no items to ask. Every rank calls this.
+
+    The file is downloaded if it is not there.
+    """
+    try:
+        collectives.from_main_at_length(lambda: _provide(settings, cache_dir))  # the others find the file and the cache
+        items = collectives.together(lambda: load_items(settings.path, settings.text, cache_dir))
+    except UserError as error:
+        log.warning(f"training goes on without HellaSwag: {error}")
+        return None
+    return HellaSwag(settings, items)
+
+
+def _provide(settings: HellaswagSettings, cache_dir: Path) -> int:
+    if not settings.path.exists():
+        log.info(f"fetching HellaSwag to {settings.path} ...")
+        fetch(settings.path, URL, SHA256)
+    return len(load_items(settings.path, settings.text, cache_dir))
+
+
+def share(items: list[Item], rank: int, world_size: int) -> list[Item]:
+    """A rank's items: of all, in the order of their rows' lengths, every ``world_size``-th."""
+    order = np.argsort([row_length(item) for item in items], kind="stable")
+    return [items[number] for number in order[rank::world_size]]

@@ -1,0 +1,77 @@
+"""What the machine is doing: memory, and the GPUs' temperature, power and throttling where NVIDIA's library tells."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.training.hooks.hook import Hook
+from ds_gpt2.training.lr_schedule import Every
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 30.0  # between two looks: this is not about steps
+# nvml.h, nvmlClocksEventReason*: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown. Running at the
+# power cap is not among them: under full load that is where a GPU belongs.
+_SLOWED_DOWN = 0x08 | 0x20 | 0x40 | 0x80
+
+
+class Health(Hook):
+    """Looks at this machine from rank 0: its own peak memory, and all GPUs that the run may use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.every = Every(1)
+        self._device = device
+        self._next = 0.0
+        self._gpus: list[Any] = []
+        if device.type == "cuda" and collectives.is_main():
+            self._gpus = _open_gpus()
+
+    def observe(self, engine: Engine, state: TrainState) -> Seen:
+        if not collectives.is_main() or time.monotonic() < self._next:
+            return {}
+        self._next = time.monotonic() + _SECONDS
+        seen: Seen = {"perf/host_memory_gb": psutil.Process().memory_info().rss / 1e9}
+        if self._device.type == "cuda":
+            seen["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        return seen | self._look_at_gpus()
+
+    def _look_at_gpus(self) -> Seen:
+        if not self._gpus:
+            return {}
+        import pynvml
+
+        try:
+            temperatures = [pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU) for gpu in self._gpus]
+            milliwatts = [pynvml.nvmlDeviceGetPowerUsage(gpu) for gpu in self._gpus]
+            reasons = [pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu) for gpu in self._gpus]
+        except pynvml.NVMLError as error:
+            log.warning(f"the GPUs' temperature and power cannot be read any more: {error}")
+            self._gpus = []
+            return {}
+        return {
+            "perf/gpu_temperature_c": float(max(temperatures)),
+            "perf/gpu_power_w": sum(milliwatts) / 1000,
+            "perf/gpu_throttled": float(sum(bool(reason & _SLOWED_DOWN) for reason in reasons)),
+        }
+
+
+def _open_gpus() -> list[Any]:
+    """NVML's handles of the GPUs that torch sees; none where they cannot be had, which is said."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuids = [f"GPU-{torch.cuda.get_device_properties(place).uuid}" for place in range(torch.cuda.device_count())]
+        return [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+    except Exception as error:  # no library, no driver, a container without rights: a run needs none of them
+        log.warning(f"the GPUs' temperature and power cannot be read: {error}")
+        return []

@@ -1,0 +1,150 @@
+"""What the model writes: the same prompts and the same dice every time, so that days can be compared."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ds_gpt2.common.files import replace_file
+from ds_gpt2.config.settings import SamplesSettings
+from ds_gpt2.data.tokenizer import gpt2
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.sampling import Sampling, derived_seed, encode_prompt, generate
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.lr_schedule import Every
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 100  # characters of a continuation in the log
+
+
+class Samples(Hook):
+    """Continues each prompt on rank 0 (under ZeRO-2 every rank holds all weights).
+
+    ``<directory>/step_<step>.md`` keeps what was written at a step, ``latest.md`` is a copy of the newest. A step
+    that is trained again after a resume replaces its file.
+    """
+
+    def __init__(self, settings: SamplesSettings, seed: int, directory: Path, sequence_length: int) -> None:
+        """
+        Args:
+            seed: of the run; each prompt's dice come from it and the prompt's number alone.
+            sequence_length: the model's longest context, in tokens; of a longer prompt the last tokens count.
+        """
+        self.every = Every(settings.every)
+        self._settings = settings
+        self._sampling = Sampling(settings.temperature, settings.top_k)
+        self._seed = seed
+        self._directory = directory
+        self._prompts = [_as_read(prompt, sequence_length) for prompt in settings.prompts]
+        for number, prompt in enumerate(settings.prompts):
+            _warn_if_cut(number, prompt, sequence_length)
+
+    def observe(self, engine: Engine, state: TrainState) -> Seen:
+        return on_all_ranks(lambda: self._observe(engine, state) if collectives.is_main() else {})
+
+    def _observe(self, engine: Engine, state: TrainState) -> Seen:
+        if not self._prompts:
+            return {}
+        try:
+            with _evaluating(engine.model):
+                written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            log.warning(f"step {state.step}: no samples: {' '.join(str(error).split())}")
+            return {}
+        for number, continuations in enumerate(written):
+            log.info(f"step {state.step}: sample {number}: {_shortened(continuations[0])!r}")
+        try:
+            self._save(state, written)
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning(f"step {state.step}: samples are not written to {self._directory}: {reason}")
+        return {f"samples/{number}": self._text(number, continuations) for number, continuations in enumerate(written)}
+
+    def _continue(self, model: GPT2, number: int) -> list[str]:
+        settings = self._settings
+        return generate(
+            model,
+            settings.prompts[number],
+            settings.tokens,
+            self._sampling,
+            count=settings.per_prompt,
+            seed=derived_seed(self._seed, number),
+            progress=self.progress,
+        )
+
+    def _text(self, number: int, continuations: list[str]) -> str:
+        """A prompt and its continuations, to be read as plain text."""
+        numbered = (f"[{place}] {text}" for place, text in enumerate(continuations, start=1))
+        return "\n\n".join([self._prompts[number], *numbered])
+
+    def _save(self, state: TrainState, written: list[list[str]]) -> None:
+        content = self._markdown(state, written)
+        self._directory.mkdir(exist_ok=True)  # never the run's own: it may have been moved
+        replace_file(self._directory / f"step_{state.step:06d}.md", content)
+        replace_file(self._directory / "latest.md", content)
+
+    def _markdown(self, state: TrainState, written: list[list[str]]) -> str:
+        settings = self._settings
+        parts = [
+            f"# Step {state.step}",
+            _progress(state),
+            f"Up to {settings.tokens} tokens each, temperature {settings.temperature:g}, top-k {settings.top_k}.",
+        ]
+        for number, continuations in enumerate(written):
+            parts += [f"## Prompt {number}", _code_block(self._prompts[number])]
+            for place, text in enumerate(continuations, start=1):
+                parts += [f"Continuation {place}:", _code_block(text)]
+        return "\n\n".join(parts) + "\n"
+
+
+@contextlib.contextmanager
+def _evaluating(model: GPT2) -> Iterator[None]:
+    """No dropout meanwhile; then the mode that was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _as_read(prompt: str, sequence_length: int) -> str:
+    """The prompt as the model reads it: whole if it fits, and as what begins a document if it is empty."""
+    return gpt2().decode(encode_prompt(prompt)[-sequence_length:])
+
+
+def _warn_if_cut(number: int, prompt: str, sequence_length: int) -> None:
+    tokens = len(encode_prompt(prompt))
+    if tokens > sequence_length:
+        log.warning(
+            f"samples.prompts: prompt {number} has {tokens:,} tokens, the model's context {sequence_length:,}:"
+            " only the last ones count"
+        )
+
+
+def _progress(state: TrainState) -> str:
+    seen = f"{state.tokens:,} tokens seen"
+    if state.val_loss is None:
+        return f"{seen}."
+    return f"{seen}, validation loss {state.val_loss:.4f} at step {state.val_step}."
+
+
+def _code_block(text: str) -> str:
+    """Markdown that shows ``text`` as it is: the fence is longer than any row of backticks in it."""
+    longest = max((len(row) for row in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -1,0 +1,96 @@
+"""Loss on a fixed set of held-out windows, averaged over tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.data.dataset import Windows
+from ds_gpt2.data.loader import on_device, with_targets
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.loss import count_windows, perplexity
+from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.lr_schedule import Every
+
+log = logging.getLogger(__name__)
+
+
+class Validation(Hook):
+    """Validation loss, the same to the last bit for every number of ranks that holds the same weights.
+
+    Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
+    are summed in one order.
+    """
+
+    def __init__(self, settings: ValidationSettings, windows: Windows, group: int) -> None:
+        """
+        Args:
+            windows: of the validation split; as many as the settings ask for are used, at least one.
+            group: windows per forward pass.
+        """
+        self.every = Every(settings.every)
+        self._windows = windows
+        count = count_windows(windows, settings.tokens)
+        self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
+        self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
+
+    def observe(self, engine: Engine, state: TrainState) -> Seen:
+        loss = self.loss(engine)
+        state.validated(loss)
+        if not math.isfinite(loss):
+            held = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
+            log.warning(
+                f"step {state.step}: the validation loss is {loss}, not a finite number; the best stays: {held}"
+            )
+            return {"val/loss": loss, "val/perplexity": loss}
+        best = state.best_step == state.step
+        log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if best else ''}")
+        seen: Seen = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        return seen | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if best else {})
+
+    @torch.no_grad()
+    def loss(self, engine: Engine) -> float:
+        """Mean cross entropy over all tokens of the set, in nats.
+
+        Raises:
+            Interrupted: on every rank: a stop is requested.
+            UserError: on every rank: one cannot read its windows.
+        """
+        losses = on_all_ranks(lambda: self._losses(engine))
+        per_group = collectives.sum_over_ranks(losses).cpu()
+        return float((per_group * self._sizes).sum() / self._sizes.sum())
+
+    def _losses(self, engine: Engine) -> torch.Tensor:
+        """The loss of each of this rank's groups, (groups,) fp64; 0 for those of other ranks."""
+        losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
+        engine.model.eval()
+        try:
+            for number in range(collectives.rank(), len(self._groups), collectives.world_size()):
+                self.progress()
+                tokens, targets = with_targets(on_device(self._read(number), engine.device))
+                losses[number] = engine.model(tokens, targets)
+        finally:
+            engine.model.train()
+        return losses
+
+    def _read(self, group: int) -> npt.NDArray[np.int64]:
+        """The windows of a group.
+
+        Raises:
+            Interrupted: a stop is requested while a shard cannot be read.
+            UserError: a shard cannot be read.
+        """
+        try:
+            return self._windows.read(self._groups[group])
+        except UserError as error:
+            self.progress()
+            raise UserError(f"{error}; validation.every=0 trains without this data") from None

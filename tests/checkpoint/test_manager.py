@@ -1,0 +1,87 @@
+"""Saving and loading with a real engine on two ranks: what ranks_checkpoints.py saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from launched import PROJECT, launch
+
+from ds_gpt2.checkpoint import manager
+
+Seen = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Seen:
+    folder = tmp_path_factory.mktemp("store")
+    config = write_config(folder, monitor={"tensorboard": False})
+    script = PROJECT / "tests" / "ranks_checkpoints.py"
+    launched = launch(2, str(config), str(folder / "seen.json"), script=script)
+    assert launched.code == 0, launched.output
+    assert launched.left_over == []
+    return json.loads((folder / "seen.json").read_text())
+
+
+def test_checkpoints_are_dated_in_the_order_in_which_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the clock is set back between two saves."""
+    checkpoints = manager.Checkpoints.__new__(manager.Checkpoints)
+    checkpoints._newest_time = 0.0
+    clock = iter([1000.0, 1060.0, 400.0, 460.0, 2000.0])
+    monkeypatch.setattr(manager, "time", SimpleNamespace(time=lambda: next(clock)))
+    assert [checkpoints._next_time() for _ in range(5)] == [1000.0, 1060.0, 1061.0, 1062.0, 2000.0]
+
+
+def test_training_goes_on_while_the_state_at_the_save_is_written(seen: Seen) -> None:
+    assert seen["async"] == {
+        "under_way": True,
+        "changed": True,
+        "finished": True,
+        "same": True,
+        "step": 2,
+        "tags": ["rolling_step_000002", "best_model"],
+    }
+
+
+def test_what_the_user_changed_takes_effect_after_a_load(seen: Seen) -> None:
+    assert seen["settings"] == {"weight_decay": [0.25, 0.0], "betas": [0.8, 0.9], "clip": 0.5, "moments": True}
+
+
+def test_a_checkpoint_takes_no_more_than_14_bytes_a_parameter(seen: Seen) -> None:
+    """bf16 weights, fp32 masters and two fp32 moments, and 1% for everything else."""
+    assert 1.0 < seen["sizes"]["bytes"] / (14 * seen["sizes"]["parameters"]) < 1.01
+
+
+def test_a_rank_that_cannot_write_costs_one_checkpoint_and_nothing_else(seen: Seen) -> None:
+    result = seen["one_rank_full"]
+    assert result["saved"] is False
+    assert result["left"] == ["best_model", "latest", "rolling_step_000002", "zero_to_fp32.py"]
+    assert len(result["told"]) == 1
+    assert "training goes on" in result["told"][0]
+    assert result["next"] is True
+    assert result["good"] is None
+
+
+def test_a_disk_slower_than_the_cadence_holds_training_back_and_is_named(seen: Seen) -> None:
+    assert seen["waited"]["seconds"] > 0.1
+    assert len(seen["waited"]["told"]) == 1
+
+
+def test_inline_the_checkpoint_is_there_when_save_returns(seen: Seen) -> None:
+    assert seen["inline"] == {"there": True, "good": None}
+
+
+def test_without_room_older_ones_give_way_then_the_save_is_skipped_loudly(seen: Seen) -> None:
+    result = seen["no_room"]
+    assert result["finished"] is False
+    assert result["quick"] is True
+    assert len(result["told"]) == 1
+    assert result["left"] == [result["restored"], "best_model"]
+
+
+def test_what_takes_rank_0_long_reaches_every_rank(seen: Seen) -> None:
+    assert set(seen["at_length"]) == {7}

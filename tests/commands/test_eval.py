@@ -1,0 +1,335 @@
+"""``eval``: the figures of models on disk are those that plain code finds, and so are their errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_run import SEQUENCE, hellaswag_item
+
+from ds_gpt2.checkpoint import manifest
+from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.commands import eval as command
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.hellaswag import Item, load_items
+from ds_gpt2.evaluation import loss as evaluation
+from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, score_one
+from ds_gpt2.evaluation.loss import Estimate, count_windows, difference, mean, right_answers, share, window_losses
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.pretrained import torch_file as exported
+from ds_gpt2.pretrained.huggingface import CONFIG, WEIGHTS, config_of, write_weights
+from ds_gpt2.run_dir import exit_report
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ITEMS = 20
+TAGS = ("rolling_step_000006", "rolling_step_000012")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the verb takes all cores
+
+
+def make_model(seed: int, sequence_length: int = SEQUENCE) -> GPT2:
+    """Weights five times as large as at the start of training: this model has opinions."""
+    torch.manual_seed(seed)
+    model = GPT2(ModelShape(layers=2, heads=2, width=32, sequence_length=sequence_length)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5.0)
+    return model
+
+
+def write_model(model: GPT2, directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    write_weights(dict(model.state_dict()), directory / WEIGHTS, torch.float32)
+    (directory / CONFIG).write_text(json.dumps(config_of(model.shape, 0.0, "float32")))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models, and one of a shorter context."""
+    folder = tmp_path_factory.mktemp("models")
+    short = write_model(make_model(1, SEQUENCE // 2), folder / "short")
+    return {"one": write_model(make_model(1), folder / "one"), "two": write_model(make_model(2), folder / "two")} | {
+        "short": short
+    }
+
+
+@pytest.fixture(scope="module")
+def items_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("items") / "items.jsonl"
+    file.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(ITEMS)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def items(items_file: Path) -> list[Item]:
+    return load_items(items_file, "original", items_file.parent)
+
+
+def plain_losses(model: GPT2, directory: Path, count: int) -> torch.Tensor:
+    """Losses (count,) of the first windows, written down independently."""
+    dataset = open_dataset(directory)
+    assert len(dataset.split("val")) == 1
+    content = np.fromfile(directory / dataset.split("val")[0].file, np.uint16)
+    tokens = torch.from_numpy(content[len(content) - dataset.tokens("val") :].astype(np.int64))
+    losses = []
+    for start in range(0, count * SEQUENCE, SEQUENCE):
+        window = tokens[start : start + SEQUENCE + 1]
+        losses.append(F.cross_entropy(model.logits(window[None, :-1])[0], window[1:]))
+    return torch.stack(losses).detach().double()
+
+
+def plain_right(model: GPT2, items: list[Item]) -> list[list[bool]]:
+    """By ``acc`` and ``acc_norm``: item by item, by the plain loop."""
+    rights = []
+    for item in items:
+        sums = score_one(model, item)
+        lengths = np.array([len(ending) for ending in item.endings])
+        rights.append([sums.argmax() == item.label, (sums / lengths).argmax() == item.label])
+    return [list(row) for row in zip(*rights, strict=True)]
+
+
+def run(*words: object) -> int:
+    """The verb, as the command line starts it."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, words), "--device", "cpu"]))
+
+
+def rows(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert run(*words, "--json") == exit_report.DONE
+    content = json.loads(capsys.readouterr().out)
+    assert list(content) == ["rows"]
+    return content["rows"]
+
+
+def test_the_loss_is_torchs_own(models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = rows(capsys, models["one"], "--data", dataset_dir, "--tokens", 40 * SEQUENCE + 5)
+    expected = plain_losses(make_model(1), dataset_dir, 40)
+    assert row["loss"]["value"] == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert row["loss"]["stderr"] == pytest.approx(float(expected.std(unbiased=True)) / math.sqrt(40), rel=1e-4)
+    assert row["perplexity"] == pytest.approx(math.exp(float(expected.mean())), rel=1e-5)
+    assert (row["windows"], row["window_tokens"], row["items"]) == (40, SEQUENCE, 0)
+    assert row["hellaswag"] is row["less_first"] is row["step"] is row["tokens"] is None
+
+
+def test_training_calls_the_same_number_validation_loss(dataset_dir: Path) -> None:
+    from ds_gpt2.training.hooks.validation import Validation
+
+    model, windows = make_model(1), Windows(open_dataset(dataset_dir), "val", SEQUENCE)
+    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # all that it asks of an engine
+    for tokens in (10 * SEQUENCE + 1, 1, 10**9):
+        trained = Validation(ValidationSettings(tokens=tokens), windows, 3).loss(engine)
+        model.eval()
+        done: list[int] = []
+        found = window_losses(model, windows, count_windows(windows, tokens), done.append)
+        assert float(found.mean()) == pytest.approx(trained, rel=1e-6)
+        assert sum(done) == len(found)
+    assert len(found) == len(windows)
+
+
+def test_every_answer_is_the_plain_loops(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(1)
+    monkeypatch.setattr(evaluation, "_ITEMS_AT_ONCE", 7)
+    done: list[int] = []
+    right = right_answers(model, items, done.append)
+    assert right[:2].tolist() == plain_right(model, items)
+    assert right.shape == (len(MEASURES), ITEMS)
+    assert done == [7, 7, 6]
+    assert 0 < right[0].sum() < ITEMS
+
+
+def test_errors_are_those_of_the_textbook() -> None:
+    assert mean(np.array([1.0, 2.0, 4.0])) == Estimate(pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3 / 3)))
+    assert mean(np.array([1.5])) == Estimate(1.5, None)
+    assert share(np.array([True, False, False, False])) == Estimate(0.25, pytest.approx(math.sqrt(0.1875 / 4)))
+    hard, easy = np.array([9.0, 1.0]), np.array([8.5, 0.5])
+    assert difference(easy, hard) == Estimate(-0.5, 0.0)  # far apart, but always by the same
+    right, other = np.array([True, True, False]), np.array([False, True, False])
+    assert difference(right, other) == Estimate(pytest.approx(1 / 3), pytest.approx(1 / 3))
+
+
+def test_models_are_compared_over_the_same_windows_and_items(
+    models: dict[str, Path], dataset_dir: Path, items_file: Path, items: list[Item], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--data", dataset_dir, "--tokens", 30 * SEQUENCE, "--hellaswag", items_file)
+    first, itself, other = rows(capsys, models["one"], models["one"], models["two"], *asked)
+    same = {"value": 0.0, "stderr": 0.0}
+    nothing = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same)}
+    assert first["less_first"] == itself["less_first"] == nothing
+    losses = [plain_losses(make_model(seed), dataset_dir, 30) for seed in (1, 2)]
+    right = [np.array(plain_right(make_model(seed), items), np.float64) for seed in (1, 2)]
+    by_window, by_item = losses[1] - losses[0], right[1] - right[0]
+    loss, hellaswag = other["less_first"]["loss"], other["less_first"]["hellaswag"]
+    assert loss["value"] == pytest.approx(float(by_window.mean()), rel=1e-4)
+    assert loss["stderr"] == pytest.approx(float(by_window.std()) / math.sqrt(30), rel=1e-4)
+    for measure, found, values in zip(MEASURES[:2], right[1], by_item, strict=True):
+        assert other["hellaswag"][measure]["value"] == pytest.approx(found.mean())
+        assert hellaswag[measure]["value"] == pytest.approx(values.mean())
+        assert hellaswag[measure]["stderr"] == pytest.approx(values.std(ddof=1) / math.sqrt(ITEMS))
+    assert np.abs(by_item).sum() > 0
+
+
+def test_the_table(
+    models: dict[str, Path], dataset_dir: Path, items_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--data", dataset_dir, "--tokens", 9 * SEQUENCE, "--hellaswag", items_file, "--items", 15)
+    one, two = rows(capsys, models["one"], models["two"], *asked)
+    assert run(models["one"], models["two"], *asked) == exit_report.DONE
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert said.err == ""  # no bar: this is no terminal
+    assert lines[0] == f"loss: 9 validation windows of {SEQUENCE} tokens, {dataset_dir}"
+    assert lines[1] == f"HellaSwag: 15 items, text original, {items_file}"
+    assert lines[3].split() == ["model", "step", "tokens", "loss", "perplexity", "acc", "acc_norm", "items"]
+    for line, row in zip(lines[4:6], (one, two), strict=True):
+        of_loss, of_answers = row["loss"], row["hellaswag"]["acc"]
+        assert line.startswith(f"{row['title']}  ")
+        assert f"  {of_loss['value']:.4f} ± {of_loss['stderr']:.4f}  " in line
+        assert f"  {row['perplexity']:,.2f}  {of_answers['value']:.4f} ± {of_answers['stderr']:.4f}  " in line
+        assert line.endswith("  15")
+    less = two["less_first"]["loss"]
+    assert lines[8].split()[0] == str(models["two"])
+    assert f"  {less['value']:+.4f} ± {less['stderr']:.4f}  " in lines[8]
+    assert lines[9:] == ["a difference of less than two of its errors may well be chance"]
+
+
+def test_the_shortest_context_decides_for_all(
+    models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (models["one"], models["short"], "--data", dataset_dir, "--tokens", 10 * SEQUENCE)
+    first, second = rows(capsys, *asked)
+    assert first["window_tokens"] == second["window_tokens"] == SEQUENCE // 2
+    assert first["windows"] == second["windows"] == 20
+    assert run(*asked) == exit_report.DONE
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sequence lengths"))
+    assert line == (
+        "sequence lengths differ (32 and 64 tokens): losses at a model's own length do not compare, all are of"
+        " windows of 32"
+    )
+
+
+def test_an_exported_file_is_the_same_model(
+    models: dict[str, Path], dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(1)
+    exported.write(dict(model.state_dict()), model.shape, {}, tmp_path / "one.pt")
+    _, row = rows(capsys, models["one"], tmp_path / "one.pt", "--data", dataset_dir, "--tokens", 5 * SEQUENCE)
+    assert row["less_first"] == {"loss": {"value": 0.0, "stderr": 0.0}, "hellaswag": None}
+
+
+def test_a_ruined_model_has_no_figures_and_valid_json(
+    dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(1)
+    model.ln_f.weight.data.fill_(3e38)  # finite, as a file's weights must be; the logits are not
+    words = [write_model(model, tmp_path / "ruined"), "--data", dataset_dir, "--tokens", 1, "--json"]
+    assert run(*words) == exit_report.CRASHED
+    printed, said = capsys.readouterr()
+    assert "ruined is not finite: the weights are broken" in said
+    (row,) = json.loads(printed)["rows"]
+    assert row["loss"] == {"value": None, "stderr": None}
+    assert row["perplexity"] is None
+
+
+def test_the_checkpoints_of_a_run_are_measured_as_its_settings_say(
+    four_ranks: tuple[object, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = four_ranks[1]
+    place = folder / "runs" / "test"
+    assert run(place, "--tag", TAGS[0], "--tag", "12") == exit_report.DONE
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"loss: 40 validation windows of {SEQUENCE} tokens, {dataset_dir} (data.dir of the run)"
+    assert said[1] == f"HellaSwag: 30 items, text original, {folder / 'items.jsonl'} (hellaswag.path of the run)"
+    found = rows(capsys, place, "--tag", TAGS[0], "--tag", "12")
+    for row, tag in zip(found, TAGS, strict=True):
+        about = manifest.read(folder / "checkpoints" / "test" / tag)
+        assert row["title"] == f"test, step {about.step} ({tag})"
+        assert (row["path"], row["step"]) == (str(folder / "checkpoints" / "test" / tag), about.step)
+        assert row["tokens"] == about.state["tokens"] == about.step * 16 * SEQUENCE
+        assert row["loss"]["value"] == pytest.approx(about.val_loss, abs=0.01)  # which was found in bf16
+    assert found[1]["less_first"]["loss"]["value"] < -10 * found[1]["less_first"]["loss"]["stderr"]
+    (newest,) = rows(capsys, place, "--data", dataset_dir, "--tokens", 40 * SEQUENCE, "--items", 5)
+    assert newest["loss"] == found[1]["loss"]
+    assert newest["items"] == 5
+
+
+def test_data_that_is_gone_is_said(
+    four_ranks: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / TAGS[1]
+    shutil.copytree(four_ranks[1] / "checkpoints" / "test" / TAGS[1], moved)
+    about = manifest.read(moved)
+    settings = about.settings | {"data": {"dir": "/gone"}}
+    (moved / MANIFEST).write_bytes(manifest.encode(about.model_copy(update={"settings": settings})))
+    (row,) = rows(capsys, moved, "--hellaswag", four_ranks[1] / "items.jsonl", "--items", 5)
+    assert row["loss"] is None and row["items"] == 5
+    with pytest.raises(UserError, match=r"give --data DIR .*; the run's data.dir, /gone, is not there"):
+        run(moved, "--tokens", 100)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ONE"], "nothing to measure on: give --data DIR .* or --hellaswag FILE"),
+        (["ONE", "--items", "3", "--data", "DATA"], "--items 3: of which file"),
+        (["ONE", "--tokens", "3", "--hellaswag", "ITEMS"], "--tokens 3: of which data"),
+        (["ONE", "TWO", "--tag", "12", "--data", "DATA"], "--tag goes with one run"),
+        (["ONE", "--tag", "12", "--data", "DATA"], "has no checkpoints"),
+        (["ONE", "nowhere", "--data", "DATA"], "no run nowhere"),
+        (["ONE", "--data", "nowhere"], "nowhere does not exist"),
+        (["ONE", "--hellaswag", "nowhere"], "nowhere cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    models: dict[str, Path], dataset_dir: Path, items_file: Path, words: list[str], message: str
+) -> None:
+    paths = {"ONE": models["one"], "TWO": models["two"], "DATA": dataset_dir, "ITEMS": items_file}
+    with pytest.raises(UserError, match=message) as caught:
+        run(*(paths.get(word, word) for word in words))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_or_is_full_is_one_line(
+    models: dict[str, Path], dataset_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda: PyTorch .* sees no GPU"):
+        command.run(parser.parse_args([str(models["one"]), "--device", "cuda"]))
+    monkeypatch.setattr(command, "window_losses", full)
+    with pytest.raises(UserError, match="the GPU's memory does not suffice, try --device cpu"):
+        run(models["one"], "--data", dataset_dir)
+
+
+def test_progress_shows_on_a_terminal(
+    models: dict[str, Path], dataset_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run(models["one"], "--data", dataset_dir, "--tokens", SEQUENCE) == exit_report.DONE
+    said = capsys.readouterr()
+    assert f"{models['one']}: loss:" in said.err and "window" in said.err
+    assert "loss:   0%" not in said.out

@@ -1,0 +1,152 @@
+"""Files are written, appended to and deleted by their own names only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ds_gpt2.checkpoint import commit
+from ds_gpt2.checkpoint.filesystem import Disk, write_file
+from ds_gpt2.common import files
+from ds_gpt2.common.files import NotDurableError, append_lines, no_links, remove_tree
+from ds_gpt2.run_dir.heartbeat import Heartbeat
+from ds_gpt2.run_dir.journal import Journal, read_journal
+from ds_gpt2.run_dir.metrics import Records, forget_after
+from ds_gpt2.run_dir.notes import NOTES, Note, append
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A file of the user's, elsewhere."""
+    path = tmp_path / "victim" / "thesis.txt"
+    path.parent.mkdir()
+    path.write_text("years of work\n")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "settings": ("config.yaml.tmp", lambda run: files.replace_file(run / "config.yaml", "a: 1\n")),
+    "lock": ("lock", lambda run: files.lock(run / "lock", "run").close()),
+    "a pointer": ("latest.tmp", lambda run: commit.point_to(Disk(), run, "rolling_step_000001")),
+    "a file of a checkpoint": ("manifest.json", lambda run: write_file(Disk(), run / "manifest.json", b"{}")),
+    "journal": ("journal.jsonl", lambda run: Journal(run).write("done", "done")),
+    "metrics": ("metrics.jsonl", lambda run: Records(run / "metrics.jsonl").append({"step": 1})),
+    "metrics, replaced": ("metrics_replaced.jsonl", lambda run: forget_after(recorded(run / "metrics.jsonl"), 0)),
+    "metrics, linked": ("metrics.jsonl.tmp", lambda run: forget_after(linked(run / "metrics.jsonl"), 0)),
+    "metrics, unwritten": ("unwritten.jsonl.tmp", lambda run: reserved(run / "metrics.jsonl", run / "unwritten.jsonl")),
+    "notes": (NOTES, lambda run: append(run, Note("now", 1, "text"))),
+    "heartbeat": ("heartbeat/rank_00000", lambda run: Heartbeat(run, 0)),
+    "an index of data": ("dataset.json.tmp", lambda run: files.replace_file(run / "dataset.json", "{}", durable=True)),
+}
+
+
+def recorded(path: Path) -> Path:
+    path.write_text('{"step": 1}\n')
+    return path
+
+
+def linked(path: Path) -> Path:
+    path.symlink_to(recorded(path.with_name("elsewhere.jsonl")))
+    return path
+
+
+def reserved(file: Path, reserve: Path) -> None:
+    """Write a record where the disk of ``file`` takes nothing."""
+    records = Records(file, lambda: reserve)
+    records.append({"step": 1})
+    records._write_reserve(reserve)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_no_writer_follows_a_link(run_dir: Path, victim: Path, writer: str) -> None:
+    name, write = WRITERS[writer]
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    (run_dir / name).symlink_to(victim)
+    write(run_dir)
+    assert victim.read_text() == "years of work\n"
+    assert not (run_dir / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["rolling_step_000001", "rolling_step_000001.tmp", "backup_in_progress.tmp"])
+def test_cleaning_deletes_links_and_nothing_behind_them(run_dir: Path, victim: Path, name: str) -> None:
+    link = run_dir / name
+    link.symlink_to(victim.parent)
+    commit.sweep(Disk(), run_dir)
+    commit.remove(Disk(), run_dir, name)
+    commit.discard(Disk(), link)
+    assert victim.exists() and not os.path.lexists(link)
+
+
+def test_a_link_inside_what_is_being_copied_is_only_a_link(run_dir: Path, victim: Path) -> None:
+    copying = run_dir / "backup_in_progress.tmp"
+    copying.mkdir()
+    (copying / "rolling_step_000001").symlink_to(victim.parent)
+    commit.sweep_copying(Disk(), run_dir)
+    assert victim.exists() and not copying.exists()
+
+
+def test_remove_tree_deletes_the_link_only(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "link").symlink_to(victim.parent)
+    remove_tree(tmp_path / "link")
+    remove_tree(tmp_path / "nothing")
+    assert victim.exists() and not os.path.lexists(tmp_path / "link")
+    remove_tree(victim.parent)
+    assert not victim.parent.exists()
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_block(run_dir: Path) -> None:
+    os.mkfifo(run_dir / "journal.jsonl")
+    with pytest.raises(OSError, match="No such device or address"):
+        no_links(str(run_dir / "journal.jsonl"), os.O_WRONLY)
+
+
+def test_a_line_that_a_full_disk_cut_costs_that_line_only(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the disk: a write is cut where it is reached."""
+    pid = os.fork()
+    if pid == 0:  # in a process of its own, which the limit ends with
+        journal = Journal(tmp_path)
+        journal.write("save", "first", 1)
+        size = (tmp_path / "journal.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+        journal.write("save", "cut", 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not (tmp_path / "journal.jsonl").read_bytes().endswith(b"\n")
+    Journal(tmp_path).write("save", "third", 3)
+    assert [event.text for event in read_journal(tmp_path)] == ["first", "third"]
+
+
+def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data[:3])))
+    append_lines(tmp_path / "lines", json.dumps({"step": 1}).encode() + b"\n")
+    append_lines(tmp_path / "lines", b"another\n", durable=True)
+    assert (tmp_path / "lines").read_text() == '{"step": 1}\nanother\n'
+
+
+def test_lines_that_are_written_but_not_confirmed_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("ds_gpt2.common.files.os.fsync", fail)
+    with pytest.raises(NotDurableError, match="Input/output error"):
+        append_lines(tmp_path / "file", b"a\n", durable=True)
+    journal = Journal(tmp_path)
+    assert journal.write("done", "done") is None
+    journal.write_missed()
+    assert [event.kind for event in read_journal(tmp_path)] == ["done"]

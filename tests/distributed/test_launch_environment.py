@@ -1,0 +1,264 @@
+"""What launchers, batch systems and MPI tell a rank, and what other jobs have left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import PROJECT, Launched, run
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.host import free_port
+from ds_gpt2.distributed import launch_environment
+from ds_gpt2.distributed.launch_environment import adopt, without_ranks
+from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+
+SLURM = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "PMIX_NAMESPACE": "prterun-1@1",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+TORCHRUN = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+DEEPSPEED = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_SIZE": "2",
+    "CROSS_SIZE": "1",
+    "CROSS_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def ranks(environment: dict[str, str]) -> tuple[str, ...]:
+    return tuple(environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "expected"),
+    [
+        ({}, "none", ("0", "1", "0", "1", "127.0.0.1")),
+        (SLURM, "slurm", ("5", "6", "1", "2", "gpu07")),
+        (SLURM | {"SLURM_NODEID": "0", "SLURM_PROCID": "1"}, "slurm", ("1", "6", "1", "4", "gpu07")),
+        (SLURM | {"SLURM_STEP_NODELIST": "a1,b[2-9]"}, "slurm", ("5", "6", "1", "2", "a1")),
+        (SLURM | {"MASTER_ADDR": "mine"}, "slurm", ("5", "6", "1", "2", "mine")),
+        (OPEN_MPI, "mpi", ("3", "4", "3", "4", "127.0.0.1")),
+        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "6"}, "slurm", ("5", "6", "1", "2", "gpu07")),
+        (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03-4],x"}, "slurm", ("5", "6", "1", "2", "rack1node03")),
+        (OPEN_MPI | SLURM, "mpi", ("3", "4", "3", "4", "127.0.0.1")),
+        (MPICH, "mpi", ("1", "2", "1", "2", "127.0.0.1")),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpi", ("1", "2", "1", "2", "127.0.0.1")),
+        (TORCHRUN, "torchrun", ("1", "4", "1", "2", "node1")),
+        (TORCHRUN | SLURM, "torchrun", ("1", "4", "1", "2", "node1")),
+        (DEEPSPEED, "deepspeed", ("1", "2", "1", "2", "127.0.0.1")),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "8"}, "deepspeed", ("1", "2", "1", "2", "127.0.0.1")),
+        # the batch script of a job: only its steps are ranks
+        ({"SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "none", ("0", "1", "0", "1", "127.0.0.1")),
+        ({"WORLD_SIZE": "1"}, "none", ("0", "1", "0", "1", "127.0.0.1")),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"},
+            "environment",
+            ("1", "2", "1", "2", "localhost"),
+        ),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0", "MASTER_PORT": "1234"},
+            "environment",
+            ("1", "2", "0", "1", "pod-0"),
+        ),
+    ],
+)
+def test_every_launcher_is_understood(given: dict[str, str], launcher: str, expected: tuple[str, ...]) -> None:
+    environment = dict(given)
+    assert adopt(environment) == launcher
+    assert ranks(environment) == expected
+    assert adopt(environment) == launcher  # what it has set itself is not taken for another launcher's
+    assert ranks(environment) == expected
+
+
+def test_the_ranks_of_a_job_agree_on_a_port_and_other_jobs_have_another() -> None:
+    ports = []
+    for given in (SLURM, SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, SLURM | {"SLURM_JOB_ID": "72"}):
+        environment = dict(given)
+        adopt(environment)
+        ports.append(environment["MASTER_PORT"])
+    assert ports[0] == ports[1] != ports[2]
+    assert all(1024 < int(port) < 32768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set but RANK is not"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 but WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x is not a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a whole number of at least 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999, but ports end at 65535"),
+        (SLURM | {"WORLD_SIZE": "3"}, "the batch system started 6 tasks"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "several machines: set MASTER_ADDR"),
+        ({"PMI_RANK": "1"}, "PMI_SIZE is not set"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        adopt(dict(given))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_empty_variable_is_none() -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    adopt(environment)
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in environment
+
+
+def test_ranks_are_started_without_what_another_launcher_said_of_this_process() -> None:
+    environment = TORCHRUN | DEEPSPEED | {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
+    assert without_ranks(environment) == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [{"WORLD_SIZE": "8"}, {"RANK": "3", "WORLD_SIZE": "8"}, {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n1"}],
+    ids=lambda names: " ".join(names),
+)
+def test_variables_left_over_from_another_job_end_a_start_at_once(
+    left_over: dict[str, str], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path)
+    told = subprocess.run(
+        [sys.executable, str(TRAIN), "--config", str(config)],
+        env={**os.environ, **left_over},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.count("\n") == 1 and "left over from a batch system" in told.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that DeepSpeed's launcher started, in a directory whose files have the names of modules; its folder."""
+    folder = tmp_path_factory.mktemp("launchers")
+    write_config(folder)
+    for name in ("random", "json", "torch", "logging", "numpy", "ds_gpt2", "argparse", "typing"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory was imported')\n")
+    (folder / "deepspeed").mkdir()
+    (folder / "deepspeed" / "__init__.py").write_text("raise SystemExit('the wrong deepspeed')\n")
+    done = started(start_command(Place("cpu", 2), TRAIN, arguments(folder, "deepspeed")), folder)
+    assert done.code == 0, done.output
+    return folder
+
+
+def arguments(folder: Path, name: str) -> list[str]:
+    flags = ["--use_tensorboard", "--checkpoint_freq", "6", "--eval_freq", "6"]
+    return ["--config", str(folder / "run.yaml"), "--run_name", name, *flags]
+
+
+def started(command: list[str], folder: Path) -> Launched:
+    """Run ``command`` in ``folder``."""
+    return run(["bash", "-c", 'cd "$1" && shift && exec "$@"', "bash", str(folder), *command])
+
+
+def torchrun(*flags: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("torchrun")), *flags, "--nproc_per_node", "2", str(TRAIN)]
+
+
+@pytest.mark.parametrize("flags", [["--standalone"], ["--master_port", "PORT"]], ids=" ".join)
+def test_torchrun_gives_the_losses_of_deepspeed(by_deepspeed: Path, flags: list[str]) -> None:
+    name = "standalone" if "--standalone" in flags else "port"
+    flags = [flag.replace("PORT", str(free_port())) for flag in flags]
+    done = started([*torchrun(*flags), *arguments(by_deepspeed, name)], by_deepspeed)
+    assert done.code == 0, done.output
+    assert done.left_over == []
+    assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
+
+
+TASKS = """
+import os, subprocess, sys
+def environment(rank):
+    return os.environ | {name: value.replace("N", str(rank)) for name, value in eval(sys.argv[1]).items()}
+tasks = [subprocess.Popen(sys.argv[2:], env=environment(rank)) for rank in range(2)]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SRUN = {
+    "SLURM_PROCID": "N",
+    "SLURM_LOCALID": "N",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "N",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "N",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize("variables", [SRUN, MPIRUN], ids=["srun", "mpirun"])
+def test_tasks_of_slurm_and_mpi_are_ranks(by_deepspeed: Path, variables: dict[str, str]) -> None:
+    name = next(iter(variables)).partition("_")[0].lower()
+    command = [sys.executable, str(TRAIN), *arguments(by_deepspeed, name)]
+    done = started([sys.executable, "-I", "-c", TASKS, repr(variables), *command], by_deepspeed)
+    assert done.code == 0, done.output
+    assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
+
+
+def test_what_deepspeed_saved_torchrun_resumes(by_deepspeed: Path) -> None:
+    """The last of the tests of this run, which it makes longer."""
+    command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]
+    done = started([*command, "schedule.steps=14"], by_deepspeed)
+    assert done.code == 0, done.output
+    assert len(losses(by_deepspeed, "deepspeed")) == 14
+
+
+def test_the_project_and_the_working_directory_are_no_place_for_modules(tmp_path: Path) -> None:
+    for name in ("random", "ds_gpt2", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    told = subprocess.run(
+        [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    assert launch_environment.__file__.startswith(str(PROJECT))

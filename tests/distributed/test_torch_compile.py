@@ -1,0 +1,102 @@
+"""torch.compile: when it is used, that it changes nothing but speed, that a compiled run resumes to the same bits."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launched import PROJECT, launch
+from small_run import MODEL
+
+from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.distributed import torch_compile
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_compiles_only_if_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
+    assert [torch_compile.decide(wanted, CPU) for wanted in ("auto", False, True)] == [False, False, True]
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"run.compile is true, but there is no C\+\+ compiler \(g\+\+, clang\+\+\)"):
+        torch_compile.decide(True, CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        torch_compile.decide(True, CPU)
+
+
+def test_pytorch_is_told_before_it_reads_its_settings() -> None:
+    """DeepSpeed's import reads them: everything up to there must not."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from ds_gpt2 import train\n"
+        "from ds_gpt2.distributed import device, torch_compile\n"
+        "torch_compile.set_up(torch_compile.decide(False, device.choose('cpu')))\n"
+        "sys.exit('torch._inductor.config' in sys.modules or 'deepspeed' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(PROJECT)], check=True)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[GPT2, GPT2]:
+    """The same weights, eager and compiled."""
+    torch.manual_seed(0)
+    eager = GPT2(ModelShape(3, 2, 32, 64))
+    compiled = GPT2(ModelShape(3, 2, 32, 64))
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile_blocks()
+    return eager, compiled
+
+
+def test_loss_and_gradients_are_those_of_the_model_as_it_is_written(models: tuple[GPT2, GPT2]) -> None:
+    tokens, targets = torch.randint(50_257, (2, 3, 64), generator=torch.Generator().manual_seed(1))
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for model in models:
+        loss = model(tokens, targets)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    # One for all blocks, one for the loss: not one a layer.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_evaluation_and_samples_compile_nothing(models: tuple[GPT2, GPT2]) -> None:
+    """Each of their shapes would be compiled anew."""
+    torch._dynamo.utils.counters.clear()
+    for length in (1, 7, 64):
+        tokens = torch.arange(length)[None]
+        torch.testing.assert_close(models[1].logits(tokens), models[0].logits(tokens))
+        with torch.no_grad():
+            assert torch.equal(models[1](tokens, tokens), models[0](tokens, tokens))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_compiled_run_resumes_to_the_same_bits(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    run = {"name": "test", "dir": str(tmp_path / "one" / "runs"), "device": "cpu", "compile": True}
+    config = write_config(tmp_path / "one", model=MODEL, run=run, schedule={"steps": 8, "warmup_steps": 3})
+    first = launch(2, "--config", str(config))
+    assert first.code == 0 and first.left_over == [], first.output
+    assert "gloo, compiled" in first.output
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    (tmp_path / "other" / "run.yaml").write_text(config.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/other"))
+    again = launch(2, "--config", str(tmp_path / "other" / "run.yaml"), "--resume", "6")
+    assert again.code == 0, again.output
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert curve_differences(one / "runs" / "test", other / "runs" / "test") == []
+    tags = [place / "checkpoints" / "test" / str(newest_tag(place / "checkpoints" / "test")) for place in (one, other)]
+    assert checkpoint_differences(*tags) == []

@@ -1,0 +1,286 @@
+"""HellaSwag's answers: the fast way gives those of the plain loop, however the items are batched and shared out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data import topics
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_gpt2.common.host import free_port
+from ds_gpt2.config.settings import PROJECT_DIR, HellaswagSettings
+from ds_gpt2.data.hellaswag import Item, Question, load_items, to_item
+from ds_gpt2.engine.rng_state import get_rng_state
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation import hellaswag_scoring
+from ds_gpt2.evaluation.hellaswag_scoring import (
+    CLOSE,
+    MEASURES,
+    fit,
+    make_batches,
+    row_length,
+    score,
+    score_one,
+    score_together,
+)
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag, share
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
+
+
+def lines(count: int) -> list[dict[str, Any]]:
+    """Items out of Python's manual: contexts of 1 to 8 words, endings of 1 to 5, some of them equal."""
+    words = [word for word in " ".join(topics.topics.values()).split() if "[" not in word]
+    dice = random.Random(7)
+
+    def text(most: int) -> str:
+        start = dice.randrange(len(words) - most)
+        return " ".join(words[start : start + dice.randint(1, most)])
+
+    found = []
+    for number in range(count):
+        endings = [text(5) for _ in range(4)]
+        if number % 20 == 0:
+            endings[3] = endings[1]
+        context = text(8)
+        found.append(
+            {"activity_label": "Reading", "ctx": context, "ctx_a": context, "ctx_b": "", "endings": endings, "label": 0}
+            | {"label": dice.randrange(4)}
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+    """200 items of ours, and the first 15 that are published where that file is at hand."""
+    folder = tmp_path_factory.mktemp("items")
+    (folder / "ours.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(200)), encoding="utf-8")
+    ours = load_items(folder / "ours.jsonl", "original", folder)
+    return ours + (load_items(PUBLISHED, "original", folder)[:15] if PUBLISHED.exists() else [])
+
+
+def make_model(dtype: torch.dtype, sequence_length: int = 256) -> GPT2:
+    """Weights five times as large as at the start of training: this model has opinions."""
+    torch.manual_seed(0)
+    model = GPT2(ModelShape(layers=2, heads=2, width=32, sequence_length=sequence_length)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5.0)
+    return model.to(dtype)
+
+
+def plain_sums(model: GPT2, items: list[Item]) -> Any:
+    return np.stack([score_one(model, item) for item in items])
+
+
+@pytest.fixture(scope="module")
+def plain_fp32(items: list[Item]) -> Any:
+    return plain_sums(make_model(torch.float32), items)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(items: list[Item]) -> Any:
+    return plain_sums(make_model(torch.bfloat16), items)
+
+
+def answers(sums: Any, items: list[Item]) -> Any:
+    """What each measure chooses, written down independently."""
+    tokens = np.array([[len(ending) for ending in item.endings] for item in items])
+    in_bytes, characters = np.array([item.bytes for item in items]), np.array([item.characters for item in items])
+    return np.stack([(sums / length).argmax(1) for length in (1, tokens, in_bytes, characters)])
+
+
+def test_the_plain_loop_is_the_definition() -> None:
+    model = make_model(torch.float32)
+    question = Question("", "The statement is", "", "", ["executed.", "a name", "not an expression.", "x"], 2)
+    item = to_item(question, "original")
+    expected = []
+    for ending in item.endings:
+        tokens = torch.tensor([[*item.context, *ending]], dtype=torch.int64)
+        chances = model.logits(tokens)[0].detach().log_softmax(-1)
+        places = range(len(item.context), tokens.shape[1])
+        expected.append(sum(float(chances[place - 1, tokens[0, place]]) for place in places))
+    np.testing.assert_allclose(score_one(model, item), expected, atol=1e-4)
+
+
+def test_fast_sums_are_those_of_the_plain_loop(items: list[Item], plain_fp32: Any) -> None:
+    assert len(items) >= 200
+    fast = score_together(make_model(torch.float32), items)
+    np.testing.assert_allclose(fast.sums, plain_fp32, rtol=0, atol=1e-4)
+
+
+def test_in_bf16_every_answer_is_that_of_the_plain_loop(items: list[Item], plain_bf16: Any) -> None:
+    model = make_model(torch.bfloat16)
+    fast, scores = score_together(model, items), score(model, items)
+    close = fast.close()
+    assert np.abs(fast.sums - plain_bf16).max() > 0
+    assert (np.abs(fast.sums - plain_bf16) <= CLOSE * fast.rounding).all()
+    assert 0 < close.mean() < 0.3
+    assert (scores.sums[close] == plain_bf16[close]).all()
+    assert (scores.sums[~close] == fast.sums[~close]).all()
+    assert (scores.answers() == answers(plain_bf16, items)).all()
+
+
+def test_answers_hold_where_rounding_is_as_large_as_it_may_be(
+    items: list[Item], plain_bf16: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(torch.bfloat16)
+    fast = score_together(model, items)
+    signs = np.random.default_rng(0).choice([-1, 1], fast.sums.shape)
+    off = replace(fast, sums=plain_bf16 + signs * fast.rounding * 0.7 * CLOSE)
+    assert (off.answers() != answers(plain_bf16, items)).any()
+    monkeypatch.setattr(hellaswag_scoring, "score_together", lambda *_: off)
+    assert (score(model, items).answers() == answers(plain_bf16, items)).all()
+
+
+def test_in_fp32_only_equal_endings_are_scored_again(
+    items: list[Item], plain_fp32: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = make_model(torch.float32), []
+
+    def ask(model: GPT2, item: Item) -> Any:
+        asked.append(item)
+        return score_one(model, item)
+
+    monkeypatch.setattr(hellaswag_scoring, "score_one", ask)
+    assert (score(model, items).answers() == answers(plain_fp32, items)).all()
+    assert len(asked) > 0
+    assert all(item.endings[1].tolist() == item.endings[3].tolist() for item in asked)
+
+
+def test_the_order_of_the_items_does_not_matter(items: list[Item]) -> None:
+    model, items = make_model(torch.bfloat16), items[::2]
+    order = np.random.default_rng(0).permutation(len(items))
+    shuffled = score(model, [items[number] for number in order])
+    assert (shuffled.answers() == score(model, items).answers()[:, order]).all()
+    assert shuffled.labels.tolist() == [items[number].label for number in order]
+
+
+def test_ranks_find_together_what_one_finds(items: list[Item]) -> None:
+    model, items = make_model(torch.bfloat16), items[::2]
+    shares = [share(items, rank, 3) for rank in range(3)]
+    assert sum(map(len, shares)) == len({id(item) for mine in shares for item in mine}) == len(items)
+    sizes = [sum(row_length(item) for item in mine) for mine in shares]
+    assert max(sizes) < 1.1 * min(sizes)
+    counts = sum(score(model, mine).correct() for mine in shares)
+    assert counts.tolist() == score(model, items).correct().tolist()
+
+
+def test_long_contexts_lose_their_beginning(items: list[Item]) -> None:
+    model, items = make_model(torch.float32, sequence_length=7), items[::4]
+    for item in items:
+        cut = fit(item, 7)
+        longest = max(map(len, cut.endings))
+        assert len(cut.context) == max(1, min(len(item.context), 8 - longest))
+        assert cut.context.tolist() == item.context[-len(cut.context) :].tolist()
+        assert [ending.tolist() for ending in cut.endings] == [ending[:7].tolist() for ending in item.endings]
+    assert any(max(map(len, item.endings)) > 7 for item in items)
+    np.testing.assert_allclose(score_together(model, items).sums, plain_sums(model, items), rtol=0, atol=1e-4)
+
+
+def test_batches_hold_each_item_once_rows_of_like_length_and_not_too_many(items: list[Item]) -> None:
+    batches = make_batches(items, 200)
+    assert sorted(np.concatenate(batches)) == list(range(len(items)))
+    lengths = [[row_length(items[number]) for number in batch] for batch in batches]
+    assert all(len(rows) * max(rows) <= 200 and min(rows) >= 0.9 * max(rows) for rows in lengths)
+    assert max(map(len, lengths)) > 3
+    assert len(make_batches(items, 1)) == len(items)  # a row that is too long still goes, alone
+
+
+def write(folder: Path, count: int = 30) -> HellaswagSettings:
+    path = folder / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines(count)), encoding="utf-8")
+    return HellaswagSettings(every=10, path=path)
+
+
+def observe(hook: HellaSwag, model: GPT2) -> dict[str, Any]:
+    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # all that it asks of an engine
+    return hook.observe(engine, TrainState(step=10))
+
+
+def test_the_hook_reports_shares_of_right_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings, model = write(tmp_path), make_model(torch.bfloat16).train()
+    hook = open_hellaswag(settings, tmp_path / "cache")
+    assert hook is not None and hook.every.due(20, 25) and not hook.every.due(21, 25)
+    before = get_rng_state()
+    with caplog.at_level(logging.INFO, "ds_gpt2"):
+        seen = observe(hook, model)
+    assert repr(get_rng_state()) == repr(before)
+    assert model.training
+    scores = score(model.eval(), load_items(settings.path, "original", tmp_path / "cache"))
+    assert list(seen) == [f"hellaswag/{measure}{end}" for measure in MEASURES for end in ("", "_stderr")]
+    for measure, count in zip(MEASURES, scores.correct().tolist(), strict=True):
+        share = count / 30
+        assert seen[f"hellaswag/{measure}"] == share
+        assert seen[f"hellaswag/{measure}_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 30))
+    (line,) = caplog.messages
+    assert line.startswith(f"step 10: HellaSwag acc {seen['hellaswag/acc']:.4f}, acc_norm ")
+
+
+def test_the_hook_asks_as_many_items_as_it_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = write(tmp_path).model_copy(update={"items": 7})
+    hook = open_hellaswag(settings, tmp_path / "cache")
+    assert hook is not None
+    with caplog.at_level(logging.INFO, "ds_gpt2"):
+        accuracy = observe(hook, make_model(torch.bfloat16))["hellaswag/acc"]
+    assert "(7 items, " in caplog.text
+    assert round(accuracy * 7, 9).is_integer()
+
+
+@pytest.mark.parametrize("content", ["{}\n", ""])
+def test_without_items_there_is_no_hook_and_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    settings = write(tmp_path)
+    settings.path.write_text(content)
+    assert open_hellaswag(settings, tmp_path / "cache") is None
+    (line,) = caplog.messages
+    assert line.startswith(f"training goes on without HellaSwag: {settings.path}")
+
+
+def test_a_file_that_is_not_there_is_fetched_and_its_absence_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = write(tmp_path)
+    content = settings.path.read_bytes()
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    settings.path.rename(elsewhere)
+    monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", f"http://127.0.0.1:{free_port()}/items.jsonl")
+    assert open_hellaswag(settings, tmp_path / "cache") is None
+    (line,) = [message for message in caplog.messages if not message.startswith("fetching")]
+    assert line.startswith("training goes on without HellaSwag: http://127.0.0.1:")
+    assert "`./launch.sh prepare hellaswag --from FILE`" in line
+    monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", elsewhere.as_uri())
+    monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.SHA256", hashlib.sha256(content).hexdigest())
+    assert open_hellaswag(settings, tmp_path / "cache") is not None
+    assert settings.path.read_bytes() == content
+
+
+def test_a_failure_is_one_rank_s_line_and_no_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook, model = open_hellaswag(write(tmp_path), tmp_path / "cache"), make_model(torch.bfloat16).train()
+    assert hook is not None
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.score", fail)
+    assert observe(hook, model) == {}
+    assert caplog.messages[0] == "HellaSwag: CUDA out of memory. Tried to allocate"
+    assert caplog.messages[1] == "step 10: no HellaSwag: 1 rank(s) could not compute it"
+    assert model.training

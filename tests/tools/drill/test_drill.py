@@ -1,0 +1,295 @@
+"""``drill``: a short one for real, and that it sees what it is there to see."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launched import PROJECT, end_session, start
+from small_run import MODEL
+
+from ds_gpt2.commands import drill
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.settings import load_settings
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.heartbeat import read_beat
+from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.tools.drill import rehearsal, small_disk
+from ds_gpt2.tools.drill.compare import curve_differences, differences, expected_ledger
+from ds_gpt2.tools.drill.plan import CHANGING, EXACT, Plan
+from ds_gpt2.tools.drill.record import WIDTH, Record, Row, head, lines_of
+from ds_gpt2.tools.drill.run_process import Actor, FailedError, end_all, marked
+from ds_gpt2.tools.drill.scenarios import SCENES, Done, NotDoneError, Scene, Stage
+from ds_gpt2.tools.drill.shrink import tree_for
+
+PLAYED = "kill_rank,flip_byte,nan"
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    drill.add_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+@pytest.fixture(scope="module")
+def drilled(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, int, str]:
+    """A drill of some scenes as a person starts it: its folder, exit code and output."""
+    folder = tmp_path_factory.mktemp("drill")
+    process = start([*_command(write_config(folder, model=MODEL)), "--only", PLAYED, "--seed", "3"])
+    try:
+        output, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it ends what it has started
+        output, _ = process.communicate(timeout=60)
+    return folder, process.returncode, output
+
+
+def _command(config: Path) -> list[str]:
+    return [sys.executable, "-m", "ds_gpt2", "drill", str(config), "--num_gpus=2"]
+
+
+def test_a_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
+    folder, code, output = drilled
+    assert code == exit_report.DONE, output
+    (record,) = (folder / "runs" / "test" / "drill").glob("*/record.json")
+    content = json.loads(record.read_text())
+    names = ["undisturbed", *PLAYED.split(",")[:2], "bit_for_bit", "nan", "no_process_left"]
+    assert [(row["name"], row["verdict"]) for row in content["rows"]] == [(name, "pass") for name in names]
+    assert content["passed"] and content["seed"] == 3
+    lost = {row["name"]: row for row in content["rows"]}
+    assert 0 <= lost["kill_rank"]["lost_steps"] <= 10 and 1 <= lost["flip_byte"]["lost_steps"] <= 5
+    assert lost["kill_rank"]["lost_seconds"] > 1
+    *lines, where = output.splitlines()
+    assert where == f"record: {record.with_name('drill.md')}"
+    assert max(map(len, lines)) <= WIDTH
+    assert [line.split()[1] for line in lines if line.startswith("pass")] == names
+    assert "| pass | kill_rank | SIGKILL to rank" in record.with_name("drill.md").read_text()
+
+
+def test_a_drill_leaves_nothing_but_its_record(drilled: tuple[Path, int, str]) -> None:
+    folder, _, _ = drilled
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert [path.name for path in (folder / "runs" / "test").iterdir()] == ["drill"]
+    (place,) = (folder / "runs" / "test" / "drill").iterdir()
+    assert marked(str(folder / "checkpoints" / f".drill-{place.name}")) == []
+
+
+def test_ctrl_c_ends_a_drill_and_all_that_it_has_started(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    process = start(_command(write_config(tmp_path)))
+    deadline = time.monotonic() + 200
+    while not any(read_beat(path, 1) for path in tmp_path.glob("runs/test/drill/*/undisturbed")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    (place,) = (tmp_path / "runs" / "test" / "drill").iterdir()
+    mark = str(tmp_path / "checkpoints" / f".drill-{place.name}")
+    assert len(marked(mark)) >= 3
+    try:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != exit_report.DONE, output
+        assert marked(mark) == []
+    finally:
+        end_session(process.pid)
+        end_all(mark)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_scene_that_fails_fails_the_drill(tmp_path: Path) -> None:
+    def fails(stage: Stage) -> Done:
+        raise FailedError("went on from step 3, though 20 was reached")
+
+    def cannot(stage: Stage) -> Done:
+        raise NotDoneError("needs a second GPU")
+
+    def breaks(stage: Stage) -> Done:
+        raise KeyError("step")
+
+    stage = Stage(None, None, random.Random(1), tmp_path)  # type: ignore[arg-type]  # nobody looks at the runs
+    rows = [rehearsal._play(Scene("one", play), stage) for play in (fails, cannot, breaks)]
+    assert [row.verdict for row in rows] == ["FAIL", "not done", "FAIL"]
+    assert rows[0].text == "went on from step 3, though 20 was reached" and rows[2].text == "KeyError: 'step'"
+    passed = Row("two", "pass", "all well", 0, 1.0)
+    assert _record([passed]).passed
+    assert not any(_record([passed, row]).passed for row in rows)
+    assert not _record([]).passed
+
+
+def _record(rows: list[Row]) -> Record:
+    return Record("test", 2, "cpu", False, 1, "2026-01-01T00:00:00+0000", [], {}, {}, rows)
+
+
+def test_no_line_is_too_wide() -> None:
+    row = Row("kill_supervisor", "not done", "a reason " * 30 + "x" * 200, 123, 4567.8)
+    lines = [*head().splitlines(), *lines_of(row)]
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[2].endswith("     123  4567.8")
+
+
+def test_every_scene_has_its_place_in_the_plan() -> None:
+    assert tuple(SCENES) == (*EXACT, *CHANGING)
+    assert all(scene.name == name for name, scene in SCENES.items())
+
+
+def test_an_unknown_scene_is_a_mistake(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    options = parse(str(write_config(tmp_path)), "--only", "nan,meteor", "--num_gpus", "2")
+    with pytest.raises(UserError, match="--only meteor: no such scene; there are read_error, exception"):
+        drill.run(options)
+
+
+def test_a_shrunk_run_is_the_users_in_all_that_matters(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    config = write_config(
+        tmp_path,
+        model={"preset": "124M", "dropout": 0.1},
+        batch={"tokens_per_step": 524_288, "micro_batch": 16, "sequence_length": 1024},
+        schedule={"epochs": 5, "warmup_steps": 715},
+        alerts={"command": "wake-me-up"},
+        checkpoint={"dir": str(tmp_path / "checkpoints"), "backup": {"to": str(tmp_path)}},
+    )
+    settings = load_settings(config)
+    tree = tree_for(settings, ranks=4, steps=90, whole=False)
+    (tmp_path / "shrunk.yaml").write_text(yaml.safe_dump(tree))
+    shrunk = load_settings(tmp_path / "shrunk.yaml")
+    assert shrunk.model.shape == (4, 12, 96) and shrunk.model.dropout == 0.1
+    assert plan_batch(shrunk.batch.tokens_per_step, 2, 64, 4).accumulation == 2
+    assert (shrunk.schedule.steps, shrunk.schedule.warmup_steps) == (90, 9)
+    assert shrunk.optimizer == settings.optimizer and shrunk.deepspeed == settings.deepspeed
+    assert shrunk.alerts.kinds == () and shrunk.alerts.command is None and shrunk.checkpoint.backup.to is None
+    whole = tree_for(settings, ranks=4, steps=90, whole=True)
+    assert whole["model"] == settings.model.model_dump() and whole["batch"] == settings.batch.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({"a": [1, torch.ones(2)]}, {"a": [1, torch.ones(2)]}, []),
+        ({"a": torch.tensor([float("nan")])}, {"a": torch.tensor([float("nan")])}, []),
+        ({"a": torch.zeros(2)}, {"a": torch.tensor([0.0, 1e-38])}, ["x.a differs"]),
+        ({"a": torch.zeros(2)}, {"a": -torch.zeros(2)}, ["x.a differs"]),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.bfloat16)}, ["x.a differs"]),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(1, 2)}, ["x.a differs"]),
+        ({"a": 1.0}, {"a": 1.0000000000000002}, ["x.a is 1.0000000000000002, not 1.0"]),
+        ({"a": [1]}, {"a": [1, 2]}, ["x.a has 2 entries, not 1"]),
+        ({"a": 1}, {"b": 1}, ["x has other keys"]),
+        (int, float, ["x is <class 'float'>, not <class 'int'>"]),
+        ({"a": Place("cpu", 2)}, {"a": Place("cpu", 3)}, ["x.a.ranks is 3, not 2"]),
+    ],
+)
+def test_the_comparison_sees_what_differs(one: object, other: object, expected: list[str]) -> None:
+    assert differences(one, other, "x") == expected
+
+
+def test_a_curve_that_differs_in_one_value_is_seen(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"step": step, "time": step, "train/loss": 1 / step, "perf/step_ms": 1.0} for step in (1, 2, 3)
+    ]
+    other = copy.deepcopy(records)
+    for record in other:
+        record |= {"time": 7.5, "perf/step_ms": 2.0}
+    one_dir, other_dir = _metrics(tmp_path / "one", records), _metrics(tmp_path / "other", other)
+    assert curve_differences(one_dir, other_dir) == []
+    other[2]["train/loss"] += 1e-16
+    assert curve_differences(one_dir, _metrics(other_dir, other)) == [
+        f"metrics.jsonl[2].train/loss is {1 / 3 + 1e-16!r}, not {1 / 3!r}"
+    ]
+    assert curve_differences(one_dir, _metrics(other_dir, other[:2])) == ["metrics.jsonl has 2 entries, not 3"]
+
+
+def _metrics(run_dir: Path, records: list[dict[str, Any]]) -> Path:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_dir
+
+
+def test_the_expected_ledger_is_the_one_that_training_keeps(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    plan = plan_batch(settings.batch.tokens_per_step, 2, 64, 2)
+    windows = Windows(open_dataset(settings.data.dir), "train", 64)
+    data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"))
+    state = TrainState()
+    state.leave_out([2])
+    for _ in range(3):
+        state.advance(plan.tokens_per_step, True, data.windows_of(state.next_batch).tobytes())
+    assert expected_ledger(settings, 4, [1, 3, 4]) == state.ledger
+    assert expected_ledger(settings, 4, [1, 2, 3]) != state.ledger
+
+
+def test_a_run_that_ends_before_what_is_waited_for_says_so(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    actor = Actor(tmp_path / "no.yaml", settings, Place("cpu", 2), tmp_path / "output", "a mark", patience=60)
+    actor.start()
+    with pytest.raises(FailedError, match="a checkpoint: the run ended before, exit code 2"):
+        actor.wait_for("a checkpoint", lambda: actor.events(0, "save"))
+
+
+@pytest.fixture
+def within() -> tuple[str, ...]:
+    """The command that runs another with mounts of its own."""
+    found = small_disk.namespace()
+    if found is None:  # not every machine allows it; the drill limits the size of files there, and reports that
+        pytest.skip("needs root or user namespaces")
+    return found
+
+
+def test_a_disk_is_filled_where_no_other_process_sees_it(tmp_path: Path, within: tuple[str, ...]) -> None:
+    code = (
+        f"import subprocess, sys; sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from pathlib import Path; from ds_gpt2.tools.drill import small_disk\n"
+        "place = Path(sys.argv[1])\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(place)], check=True)\n"
+        "filler = small_disk.fill(place); small_disk.fill(place)\n"
+        "try: (place / 'more').write_bytes(bytes(20000)); print('not full')\n"
+        "except OSError as error: print(error.strerror)\n"
+        "filler.unlink(); (place / 'more').write_bytes(bytes(20000)); print((place / 'more').stat().st_size)\n"
+    )
+    done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["No space left on device", "20000"], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_disk_has_the_directorys_files_and_leaves_them_there(tmp_path: Path, within: tuple[str, ...]) -> None:
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_00000").write_text("before")
+    code = (
+        f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from pathlib import Path; from ds_gpt2.tools.drill import small_disk\n"
+        "place = Path(sys.argv[1]); beat = place / 'heartbeat' / 'rank_00000'\n"
+        "with small_disk.small_disk(place, 2 << 20):\n"
+        "    small_disk.fill_up(place); print(beat.read_text()); beat.write_text('after')\n"
+        "    try: (place / 'more').write_bytes(b'x'); print('not full')\n"
+        "    except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["before", "No space left on device"], done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stat().st_size) == ["heartbeat"]
+    assert (tmp_path / "heartbeat" / "rank_00000").read_text() == "after"
+
+
+def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
+    wandb = {"enabled": True, "project": "p", "api_key": "s3cr3t"}
+    outside = {"wandb": wandb, "csv_monitor": {"enabled": True, "output_path": "/data"}}
+    (tmp_path / "ds.json").write_text(json.dumps({**content, **outside}))
+    settings = load_settings(write_config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
+    (tmp_path / "drill").mkdir()
+    actor = rehearsal._actor(Plan(settings, Place("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark")
+    drilled = load_deepspeed_file(actor.settings.deepspeed)
+    assert drilled["wandb"] == {"enabled": False}
+    assert drilled["csv_monitor"] == {"enabled": False}
+    assert drilled["optimizer"] == content["optimizer"]

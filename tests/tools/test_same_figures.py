@@ -1,0 +1,184 @@
+"""The same figure is the same wherever it is shown: ``status``, ``report``, ``diff``, ``list`` and the records."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import Run
+
+from ds_gpt2.cli import main
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.metrics import TIME, read_metrics
+
+NOW = time.time()
+STEPS = 5200
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """What a verb says with ``--json``."""
+
+    def ask(*words: object) -> Any:
+        code = main([*map(str, words), "--json"])
+        assert code in (exit_report.DONE, exit_report.CRASHED)  # status: not healthy
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def test_a_real_run_has_one_figure_for_each_thing(four_ranks: Run, told: Callable[..., Any]) -> None:
+    run_dir = four_ranks[1] / "runs" / "test"
+    records = list(read_metrics(run_dir / "metrics.jsonl"))
+    status, (report,) = told("status", run_dir), told("report", run_dir)
+    diff, rows = told("diff", run_dir, run_dir), told("list", four_ranks[1] / "checkpoints" / "test")
+    ends, last = {name: pair["a"] for name, pair in diff["ends"].items()}, records[-1]
+    progress, loss, history = status["progress"], status["loss"], status["history"]
+
+    def median(tag: str) -> float:
+        return statistics.median(record[tag] for record in records[-50:])
+
+    validations = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    best_step = min(validations, key=validations.__getitem__)
+    best = next(row for row in rows if row["tag"] == "best_model")
+    expected = {
+        "step": 12,
+        "steps": 12,
+        "tokens": last["train/tokens"],
+        "epochs": last["train/epoch"],
+        "loss": median("train/loss"),
+        "tokens_per_s": median("perf/tokens_per_s"),
+        "step_seconds": median("perf/step_ms") / 1000,
+        "val_loss": validations[12],
+        "best": (validations[best_step], best_step),
+        "goodput": last["perf/goodput"],
+        "starts": (0, 0, 0.0, 1.0),
+    }
+    by_status = {
+        "step": progress["step"],
+        "steps": progress["steps"],
+        "tokens": progress["tokens"],
+        "epochs": progress["epochs"],
+        "loss": loss["train"],
+        "tokens_per_s": progress["tokens_per_second"],
+        "step_seconds": progress["step_seconds"],
+        "val_loss": loss["val"],
+        "best": (loss["best_val"], loss["best_val_step"]),
+        "goodput": history["goodput"],
+        "starts": (history["restarts"], history["resumes"], history["lost_seconds"], history["kept_share"]),
+    }
+    by_report = {
+        "step": report["step"],
+        "steps": report["steps"],
+        "tokens": report["tokens"],
+        "epochs": report["epoch"],
+        "loss": report["loss"],
+        "tokens_per_s": report["tokens_per_s"],
+        "step_seconds": report["step_seconds"],
+        "val_loss": report["val_loss"],
+        "best": (report["best_val_loss"], report["best_val_step"]),
+        "goodput": report["goodput"],
+        "starts": (report["restarts"], report["resumes"], report["lost_seconds"], report["kept_share"]),
+    }
+    assert by_status == expected
+    assert by_report == expected
+    by_diff = {
+        "step": ends["steps"],
+        "tokens": ends["tokens"],
+        "loss": ends["train/loss"],
+        "tokens_per_s": ends["perf/tokens_per_s"],
+        "val_loss": ends["val/loss"],
+    }
+    assert by_diff == {name: expected[name] for name in by_diff}
+    assert ends["val/loss, lowest"] == best["val_loss"] == validations[best["step"]] == validations[best_step]
+    assert report["hellaswag_acc_norm"] == ends["hellaswag/acc_norm"] == last["hellaswag/acc_norm"]
+    assert progress["seconds_per_step"] == pytest.approx(report["seconds_per_step"]["mean"])
+    measured = {step * 1024: loss for step, loss in validations.items()}
+    assert {each["tokens"]: each["validation"]["a"] for each in diff["losses"]} == measured
+    assert status["checkpoint"]["tag"] == next(row["tag"] for row in rows if "latest" in row["pointers"])
+
+
+def test_what_a_person_reads_are_the_same_figures(
+    four_ranks: Run, told: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each says what it is: a median, or the newest."""
+    run_dir = four_ranks[1] / "runs" / "test"
+    loss = f"{told('status', run_dir)['loss']['train']:.4f}"
+    main(["status", str(run_dir)])
+    main(["diff", str(run_dir), str(run_dir)])
+    text = " ".join(capsys.readouterr().out.split())
+    main(["report", str(run_dir), "--out", str(run_dir.parent / "page.html")])
+    page = (run_dir.parent / "page.html").read_text()
+    assert f"loss {loss} (median of last 50 steps)" in text
+    assert f"train/loss, median of last 50 steps {loss} {loss} +0.0000" in text
+    assert f"Loss {loss} (median of last 50 steps), validation" in page
+    assert f"<th>loss (median of last 50 steps)</th><td>{loss}</td>" in page
+
+
+CONFIG = """
+run: {name: test, dir: FOLDER/runs}
+model: {preset: 7M}
+data: {dir: FOLDER/data}
+batch: {tokens_per_step: 1024, micro_batch: 1}
+schedule: {epochs: 4, warmup_steps: 1}
+checkpoint: {dir: FOLDER/checkpoints, every: 2600}
+validation: {every: 100}
+hellaswag: {every: 2600}
+samples: {every: 0}
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A run of 2 s a step, restarted once and resumed once; HellaSwag and a save came before the newest 2,000 steps."""
+    run_dir = tmp_path / "runs" / "test"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(CONFIG.replace("FOLDER", str(tmp_path)))
+    events, starts, records, now = [], [], [], NOW - 3 * STEPS
+    for step in range(1, STEPS + 1):
+        before = step - 1
+        if before in (0, 3000, 4000):
+            kinds = {0: ["launch"], 3000: ["crash", "restart", "launch"], 4000: ["stop", "launch"]}[before]
+            now += 600 if before else 0
+            events += [{"time": now - 5, "kind": kind, "step": before, "text": kind} for kind in kinds]
+            events += [{"time": now, "kind": "start", "step": before, "text": "start"}]
+            at = time.strftime(TIME, time.localtime(now))
+            starts.append({"time": at, "from_step": before, "world_size": 2, "steps": 8000})
+            aside = {}
+        else:
+            aside = {"perf/eval_ms": 90_000.0 if before % 2600 == 0 else 5000.0} if before % 100 == 0 else {}
+            aside |= {"perf/save_ms": 4000.0} if before % 2600 == 0 else {}
+        now += 2 + sum(aside.values()) / 1000
+        numbers = {"train/loss": 9.0 - step / STEPS, "train/epoch": step / 2000.5, "train/tokens": 1024 * step}
+        validation = {"val/loss": None if step == STEPS else 9.0 - step / STEPS} if step % 100 == 0 else {}
+        speed = {"perf/step_ms": 2000.0, "perf/tokens_per_s": 512.0, "perf/goodput": 0.75}
+        records.append({"step": step, "time": now, **numbers, **validation, **speed, **aside})
+        if step in (3000, 4000):
+            events.append({"time": now, "kind": "save", "step": step, "text": "saved", "facts": {"taken": now}})
+    for name, lines in (("journal", events), ("starts", starts), ("metrics", records)):
+        (run_dir / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run_dir
+
+
+def test_a_long_run_has_one_time_left_and_one_history(written: Path, told: Callable[..., Any]) -> None:
+    """Although ``status`` reads the ends of the files and ``report`` all of them."""
+    status, (report,) = told("status", written), told("report", written)
+    progress, history = status["progress"], status["history"]
+    # Steps 5201 to 8000; 26 validations alone; HellaSwag and a save as well after 7800 and at the end.
+    left = 2800 * 2 + 26 * 5 + 90 + 90 + 2 * 4
+    assert progress["left_seconds"] == pytest.approx(left) and report["seconds_left"]["mean"] == pytest.approx(left)
+    assert progress["left_seconds_low"] == pytest.approx(report["seconds_left"]["low"])
+    assert progress["steps"] == report["steps"] == 8000
+    assert progress["seconds_per_step"] == pytest.approx(report["seconds_per_step"]["mean"])
+    figures = ("restarts", "resumes", "goodput", "lost_seconds")
+    assert [history[name] for name in figures[:3]] == [report[name] for name in figures[:3]] == [1, 1, 0.75]
+    assert history["lost_seconds"] == pytest.approx(report["lost_seconds"], abs=60)  # until each was asked
+    assert report["lost_seconds"] >= 600
+    loss = status["loss"]
+    assert (loss["val"], loss["val_step"]) == (report["val_loss"], STEPS - 100)  # the newest one was NaN
+    assert (loss["best_val"], loss["best_val_step"]) == (report["best_val_loss"], report["best_val_step"])

@@ -1,0 +1,74 @@
+"""What the machine tells: memory at long intervals, and GPUs through NVIDIA's library where there is one."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.training.hooks import Health, machine_health
+
+
+class NVMLError(Exception):
+    """As the library's own."""
+
+
+def _library(throttled: dict[str, int], broken: bool = False) -> Any:
+    """A machine without a GPU has no answers to give: these are of two."""
+
+    def power(gpu: str) -> int:
+        if broken:
+            raise NVMLError("GPU is lost")
+        return {"a": 300_000, "b": 250_500}[gpu]
+
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetTemperature=lambda gpu, sensor: {"a": 61, "b": 83}[gpu],
+        nvmlDeviceGetPowerUsage=power,
+        nvmlDeviceGetCurrentClocksThrottleReasons=throttled.__getitem__,
+    )
+
+
+def _look(hook: Health) -> dict[str, Any]:
+    nothing: Any = None
+    return hook.observe(nothing, TrainState())
+
+
+def test_it_looks_every_half_minute_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(machine_health.time, "monotonic", lambda: now[0])
+    hook = Health(torch.device("cpu"))
+    assert 0.01 < _look(hook)["perf/host_memory_gb"] < 100
+    now[0] += 29
+    assert _look(hook) == {}
+    now[0] += 1
+    assert list(_look(hook)) == ["perf/host_memory_gb"]
+
+
+def test_the_hottest_gpu_all_power_and_who_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_the_power_cap, too_hot = 0x4, 0x40
+    monkeypatch.setitem(sys.modules, "pynvml", _library({"a": at_the_power_cap, "b": too_hot | at_the_power_cap}))
+    hook = Health(torch.device("cpu"))
+    hook._gpus = ["a", "b"]
+    seen = _look(hook)
+    del seen["perf/host_memory_gb"]
+    assert seen == {"perf/gpu_temperature_c": 83.0, "perf/gpu_power_w": 550.5, "perf/gpu_throttled": 1.0}
+
+
+def test_a_gpu_that_no_longer_answers_is_said_once(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> None:
+    monkeypatch.setattr(machine_health, "_SECONDS", 0.0)
+    monkeypatch.setitem(sys.modules, "pynvml", _library({}, broken=True))
+    hook = Health(torch.device("cpu"))
+    hook._gpus = ["a", "b"]
+    assert [list(_look(hook)) for _ in range(3)] == [["perf/host_memory_gb"]] * 3
+    assert heard == ["the GPUs' temperature and power cannot be read any more: GPU is lost"]
+
+
+def test_no_gpu_to_ask_is_said_and_costs_nothing(heard: list[str]) -> None:
+    assert machine_health._open_gpus() == [] or torch.cuda.is_available()
+    assert torch.cuda.is_available() or heard[0].startswith("the GPUs' temperature and power cannot be read")

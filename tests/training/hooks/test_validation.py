@@ -1,0 +1,90 @@
+"""What the validation hook reports, and what it records in the state."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.loss import perplexity
+from ds_gpt2.training.hooks import Interrupted, Validation
+
+
+class Windows:
+    """A validation split of ten windows."""
+
+    sequence_length = 64
+
+    def __len__(self) -> int:
+        return 10
+
+
+@pytest.fixture
+def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The hook; ``values`` are the losses that it measures, one after the other."""
+    windows: Any = Windows()
+    hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
+    measured = SimpleNamespace(hook=hook, values=[])
+    monkeypatch.setattr(hook, "loss", lambda engine: measured.values.pop(0))
+    return measured
+
+
+def test_a_loss_that_is_not_finite_is_reported_and_is_not_the_best(validation: Any, heard: list[str]) -> None:
+    state = TrainState()
+    validation.values = [3.0, math.nan, math.inf, 2.5]
+    seen = []
+    for state.step in (5, 10, 15, 20):
+        seen.append(validation.hook.observe(None, state))
+    assert ["marks/best" in one for one in seen] == [True, False, False, True]
+    assert math.isnan(seen[1]["val/loss"]) and math.isnan(seen[1]["val/perplexity"])
+    assert (state.best_val_loss, state.best_step) == (2.5, 20)
+    assert heard == [
+        "step 5: validation loss 3.0000  (best so far)",
+        "step 10: the validation loss is nan, not a finite number; the best stays: 3.0000 at step 5",
+        "step 15: the validation loss is inf, not a finite number; the best stays: 3.0000 at step 5",
+        "step 20: validation loss 2.5000  (best so far)",
+    ]
+
+
+def test_the_perplexity_of_no_number_is_none() -> None:
+    assert math.isnan(perplexity(math.nan))
+    assert perplexity(math.inf) == perplexity(800.0) == math.inf
+    assert perplexity(0.0) == 1.0
+
+
+def test_a_first_loss_that_is_not_finite_leaves_the_run_without_a_best(validation: Any, heard: list[str]) -> None:
+    validation.values = [math.nan]
+    state = TrainState(step=5)
+    validation.hook.observe(None, state)
+    assert state.best_step is None
+    assert heard == ["step 5: the validation loss is nan, not a finite number; the best stays: none yet"]
+
+
+@pytest.mark.parametrize("stop_requested", [False, True])
+def test_a_stop_while_a_shard_cannot_be_read_is_a_stop(stop_requested: bool) -> None:
+    class Unreadable(Windows):
+        is_asked = False
+
+        def read(self, indices: object) -> None:
+            self.is_asked = stop_requested
+            raise UserError("a shard cannot be read")
+
+    def progress() -> None:
+        if windows.is_asked:
+            raise Interrupted
+
+    windows: Any = Unreadable()
+    hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
+    hook.progress = progress
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Identity())
+    with pytest.raises(
+        Interrupted if stop_requested else UserError, match=None if stop_requested else "validation.every=0"
+    ):
+        hook.loss(engine)
+    assert engine.model.training

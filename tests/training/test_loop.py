@@ -1,0 +1,332 @@
+"""The order of things in the loop, with parts that only take notes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import GuardSettings
+from ds_gpt2.engine.engine import Update
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.training.guards import Guard
+from ds_gpt2.training.hooks import Interrupted
+from ds_gpt2.training.loop import Course, Ending, train
+from ds_gpt2.training.lr_schedule import Every
+
+OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="off", drift="off", stuck_data="off")
+
+
+class Parts:
+    """Every part of a training run; ``notes`` is what happened, in order."""
+
+    def __init__(
+        self, stop_at: int = 0, skip_at: int = 0, stop_within: int = 0, best_at: int = 0, epoch_steps: int = 10
+    ) -> None:
+        self.notes: list[str] = []
+        self.records: dict[int, dict[str, Any]] = {}
+        self.every, self.directory = Every(2), Path("checkpoints")
+        self.plan = SimpleNamespace(tokens_per_step=100)
+        self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
+        self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, (-1, True)
+        self.disk_is_full = False
+        self.for_good: bool | None = None
+        self.step, self.requested = 0, False
+        self.problem: str | None = None  # of the data
+        self.failing_saves = 0
+        self.unreadable_at = 0  # the batch
+        self.unseen_at = 0  # where validation cannot be read
+        self.interrupted_at = 0  # where a stop breaks off validation
+        self.can_be_repeated = True
+
+    def epoch(self, step: int) -> float:
+        return step / self._epoch_steps
+
+    def windows_of(self, batch: int) -> np.ndarray:
+        return np.array([batch])
+
+    def micro_batches(self, batch: int) -> str:
+        self.problem = "shard cannot be read" if batch == self.unreadable_at else None
+        return f"data of {batch}"
+
+    def begin_step(self, step: int, batch: int) -> None:
+        self.step = step
+
+    def accumulate(self, micro_batches: str, interrupted: Callable[[], bool]) -> torch.Tensor | None:
+        self.notes.append(f"accumulate {micro_batches}")
+        self.requested = self.step in (self._stop_at, self._stop_within)
+        return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
+
+    def apply(self, lr: float, skip: bool = False) -> Update:
+        self.notes.append(f"apply {lr}")
+        return Update(applied=self.step != self._skip_at and not skip, grad_norm=1.0, clipped=False)
+
+    def drop(self) -> None:
+        self.notes.append("drop")
+
+    def has_finite_weights(self) -> bool:
+        return True
+
+    device = torch.device("cpu")
+
+    def fingerprint(self) -> str:
+        return f"weights of {self.step}"
+
+    def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
+        self.notes.append(f"observe {state.step}")
+        if state.step == self.unseen_at:
+            raise UserError("held out data cannot be read")
+        if state.step == self._best_at:
+            state.validated(3.0)
+        if state.step == self.interrupted_at:  # as in the samples, after the validation
+            raise Interrupted
+        return {"val/loss": 3.0}
+
+    def write(self, step: int, seen: dict[str, Any]) -> None:
+        self.notes.append(f"write {step}")
+        self.records[step] = seen
+
+    def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
+        if self.failing_saves:
+            self.failing_saves -= 1
+            self.notes.append("cannot save")
+        elif not self.has_saved(state):
+            self.notes.append(" ".join([f"save {state.step}", *roles]))
+            self._saved = state.step, state.unevaluated is None
+
+    def has_saved(self, state: TrainState) -> bool:
+        return self._saved == (state.step, state.unevaluated is None)
+
+    def finish(self, state: TrainState, for_good: bool) -> bool:
+        self.for_good = for_good
+        return not self.disk_is_full
+
+    def before_update(self, engine: Any) -> None:
+        self.notes.append("look at gradients")
+
+    def waiting_for(self, items: str) -> str:
+        return items
+
+    def enter(self, phase: str) -> None: ...
+    def beat(self) -> None: ...
+    def flush(self, durable: bool = False) -> None: ...
+    def mark(self, phase: str) -> None: ...
+    def begin(self) -> None: ...
+    def end(self, step: int) -> dict[str, float]:
+        return {"perf/step_ms": 1.0}
+
+    def eta(self, step: int, steps: int) -> float:
+        return float(steps - step)
+
+    def show(self, step: int, seen: dict[str, Any], eta: float) -> None: ...
+
+
+def _train(parts: Parts, state: TrainState, steps: int, save: int, guard: Guard | None = None) -> Ending:
+    same: Any = parts
+    course = Course(steps, lambda step: step / 10, Every(save), stop_seconds=90)
+    return train(course, state, same, same, [same], same, same, same, same, same, guard or Guard(OFF, print), same)
+
+
+def test_a_step_is_told_in_order() -> None:
+    parts = Parts()
+    assert _train(parts, TrainState(), steps=3, save=3) is Ending.DONE
+    assert parts.notes == [
+        "accumulate data of 1", "apply 0.1", "write 1",
+        "accumulate data of 2", "look at gradients", "apply 0.2", "observe 2", "write 2",
+        "accumulate data of 3", "look at gradients", "apply 0.3", "observe 3", "write 3", "save 3",
+    ]  # fmt: skip
+    assert parts.records[2] == {
+        "train/loss": 2.0, "train/perplexity": math.exp(2), "train/lr": 0.2, "train/grad_norm": 1.0,
+        "train/clipped_share": 0, "train/skipped_steps": 0, "train/tokens": 200, "train/epoch": 0.2,
+        "perf/step_ms": 1.0, "val/loss": 3.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_stop_saves_the_step_just_done(stop_at: int) -> None:
+    parts, state = Parts(stop_at), TrainState()
+    assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
+    assert (state.step, parts.for_good) == (stop_at, False)
+    assert parts.notes[-2:] == [f"write {stop_at}", f"save {stop_at}"]
+
+
+def test_a_stop_in_the_last_step_is_an_end() -> None:
+    parts = Parts(stop_at=3)
+    assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
+    assert parts.for_good is True
+
+
+def test_a_stop_within_a_step_drops_it_and_saves_the_one_before() -> None:
+    parts, state = Parts(stop_within=4), TrainState()
+    assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
+    assert parts.notes[-2:] == ["accumulate data of 4", "save 3"]
+    assert (state.step, state.tokens) == (3, 300)
+
+
+def test_the_best_and_the_end_of_an_epoch_are_saved_as_such_whatever_the_cadence() -> None:
+    parts = Parts(best_at=4, epoch_steps=5)
+    assert _train(parts, TrainState(), steps=12, save=0) is Ending.DONE
+    saves = [note for note in parts.notes if note.startswith("save")]
+    assert saves == ["save 4 best_model", "save 5 epoch_00001", "save 10 epoch_00002", "save 12"]
+
+
+def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
+    parts = Parts()
+    parts.disk_is_full = True
+    assert _train(parts, TrainState(), steps=3, save=3) is Ending.UNSAVED
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited, in seconds, by a clock that only waiting moves."""
+    waited: list[float] = []
+    monkeypatch.setattr("ds_gpt2.training.loop.time.sleep", waited.append)
+    monkeypatch.setattr("ds_gpt2.training.loop.time.monotonic", lambda: sum(waited))
+    return waited
+
+
+def test_a_last_state_that_cannot_be_saved_is_tried_again(pauses: list[float]) -> None:
+    parts = Parts()
+    parts.failing_saves = 4
+    assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
+    assert parts.notes[-5:] == ["cannot save"] * 4 + ["save 3"]
+    assert pauses == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("stop_at", "limit"), [(0, 1800), (3, 90)])
+def test_it_is_given_up_in_the_end(pauses: list[float], stop_at: int, limit: int) -> None:
+    parts = Parts(stop_at=stop_at)
+    parts.failing_saves, parts.disk_is_full = 1000, True
+    assert _train(parts, TrainState(), steps=9, save=0) is Ending.UNSAVED
+    assert limit - 30 < sum(pauses) <= limit and max(pauses) <= 30
+
+
+def test_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+    parts, state = Parts(), TrainState()
+    parts.unreadable_at = 5
+    with pytest.raises(UserError, match="shard cannot be read"):
+        _train(parts, state, steps=9, save=0)
+    assert (state.step, state.batch) == (4, 4)
+    assert parts.notes[-3:] == ["accumulate data of 5", "drop", "save 4"]
+
+
+def test_a_stop_while_data_cannot_be_read_is_a_stop() -> None:
+    parts, state = Parts(stop_at=4), TrainState()
+    parts.unreadable_at = 4
+    assert _train(parts, state, steps=9, save=0) is Ending.STOPPED
+    assert parts.notes[-2:] == ["drop", "save 3"]
+
+
+def test_held_out_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+    parts, state = Parts(), TrainState()
+    parts.unseen_at = 4
+    with pytest.raises(UserError, match="held out data cannot be read"):
+        _train(parts, state, steps=9, save=0)
+    assert state.step == 4 and parts.notes[-2:] == ["observe 4", "save 4"]
+    parts.unseen_at = 0
+    assert _train(parts, state, steps=9, save=0) is Ending.DONE
+    later = parts.notes[parts.notes.index("save 4") + 1 :]
+    assert later[:4] == ["observe 4", "write 4", "save 4", "accumulate data of 5"]
+
+
+@pytest.mark.parametrize(("interrupted_at", "before"), [(4, (None, None)), (6, (4, 3.0))])
+@pytest.mark.parametrize("save", [2, 5])
+def test_an_interrupted_evaluation_is_repeated_after_the_resume(
+    interrupted_at: int, before: tuple[int | None, float | None], save: int
+) -> None:
+    undisturbed = Parts(best_at=4, epoch_steps=4)
+    undisturbed_state = TrainState()
+    assert _train(undisturbed, undisturbed_state, steps=6, save=save) is Ending.DONE
+
+    parts, state = Parts(best_at=4, epoch_steps=4), TrainState()
+    parts.interrupted_at = interrupted_at
+    assert _train(parts, state, steps=6, save=save) is Ending.STOPPED
+    assert (state.step, parts.for_good) == (interrupted_at, False)
+    assert parts.notes[-2:] == [f"observe {interrupted_at}", f"save {interrupted_at}"]
+    assert interrupted_at not in parts.records and (state.best_step, state.val_loss) == before
+
+    resumed = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert _train(parts, resumed, steps=6, save=save) is Ending.STOPPED  # stopped again meanwhile
+    parts.interrupted_at = 0
+    assert _train(parts, resumed, steps=6, save=save) is Ending.DONE
+    assert parts.records == undisturbed.records and resumed == undisturbed_state
+    assert [note for note in undisturbed.notes if note not in parts.notes] == []
+
+
+def test_an_observation_that_cannot_be_repeated_is_not() -> None:
+    parts = Parts()
+    parts.can_be_repeated = False
+    assert _train(parts, TrainState(step=4, batch=4, unevaluated={"train/loss": None}), steps=4, save=0) is Ending.DONE
+    assert parts.notes == ["write 4", "save 4"] and parts.records[4]["train/loss"] == math.inf
+
+
+def test_a_resumed_run_begins_with_the_next_step() -> None:
+    parts = Parts()
+    assert _train(parts, TrainState(step=5, batch=5, tokens=500), steps=6, save=0)
+    assert parts.notes[0] == "accumulate data of 6"
+    assert parts.records[6]["train/tokens"] == 600
+
+
+def test_a_finished_run_has_nothing_to_do() -> None:
+    parts = Parts()
+    assert _train(parts, TrainState(step=6), steps=6, save=1)
+    assert parts.notes == ["save 6"]  # which the store knows to be there already
+
+
+def test_a_skipped_update_is_counted() -> None:
+    parts, state = Parts(skip_at=2), TrainState()
+    _train(parts, state, steps=3, save=0)
+    assert [parts.records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+
+
+def _losses_of(parts: Parts, values: dict[int, float]) -> None:
+    def accumulate(micro_batches: str, interrupted: Callable[[], bool]) -> torch.Tensor:
+        parts.notes.append(f"accumulate {micro_batches}")
+        return torch.tensor(values.get(parts.step, 2.0))
+
+    parts.accumulate = accumulate  # type: ignore[method-assign]  # other losses
+
+
+def test_a_run_that_is_not_to_be_trusted_ends_without_saving() -> None:
+    parts, state = Parts(epoch_steps=1000), TrainState()
+    _losses_of(parts, dict.fromkeys(range(41, 60), 9.0))
+    guard = Guard(GuardSettings(divergence_steps=5), lambda _: None)
+    assert _train(parts, state, steps=100, save=45, guard=guard) is Ending.ROLLBACK
+    assert [note for note in parts.notes if note.startswith("save")] == []
+    assert (state.step, parts.for_good) == (45, False)
+
+
+def test_weights_that_differ_are_not_saved() -> None:
+    parts = Parts()
+    guard = Guard(GuardSettings(), lambda _: None)
+    guard.judge_weights = lambda state, _: Guard.judge_weights(guard, state, ["a", "b"])  # type: ignore[method-assign]
+    assert _train(parts, TrainState(), steps=10, save=5, guard=guard) is Ending.ROLLBACK
+    assert [note for note in parts.notes if note.startswith("save")] == []
+    assert guard.rollback is not None and guard.rollback.begun == 5
+
+
+def test_a_loss_that_is_not_finite_makes_no_update() -> None:
+    parts, state = Parts(), TrainState()
+    _losses_of(parts, {2: math.nan})
+    _train(parts, state, steps=3, save=0)
+    assert [parts.records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+
+
+def test_batches_that_are_left_out_are_not_trained_on_and_the_end_of_an_epoch_is_kept_all_the_same() -> None:
+    parts, state = Parts(epoch_steps=5), TrainState()
+    state.leave_out([5])
+    _train(parts, state, steps=5, save=0)
+    assert [note for note in parts.notes if note.startswith("accumulate")][-2:] == [
+        "accumulate data of 4",
+        "accumulate data of 6",
+    ]
+    assert "save 5 epoch_00001" in parts.notes
+    assert parts.records[5]["train/epoch"] == 1.2

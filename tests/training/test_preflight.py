@@ -1,0 +1,218 @@
+"""A mistake is found before anything is started or written: one line, exit code 2, and every file as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
+from launched import Launched
+
+from ds_gpt2 import cli
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.run_location import load_run_settings
+from ds_gpt2.config.settings import PROJECT_DIR, load_settings
+from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.journal import Journal
+from ds_gpt2.supervision import supervisor
+from ds_gpt2.training.preflight import CheckpointsGoneError, check_start, what_to_resume
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file below ``folder``, and every directory."""
+    return {
+        str(path.relative_to(folder)): (0, 0) if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end before any rank is started; returns its one line."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.setattr(supervisor, "Ranks", None)  # whoever starts ranks fails
+        capfd.readouterr()
+        assert cli.main([*words, "--num_gpus", "4"]) == exit_report.MISTAKE
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "999"], "no checkpoint '999'"),
+        (["--from", "epoch_00077"], "no checkpoint 'epoch_00077'"),
+        (["--from", "/nowhere"], "no checkpoint '/nowhere'"),
+        (["schedule.steps=10"], "is at step 12, beyond the 10 steps of the run: set schedule.steps"),
+        (["model.layers=3"], "was made with model.layers 2 (this run has 3)"),
+        (["run.seed=7"], "run.seed 1337 (this run has 7)"),
+        (["data.dir=/nowhere"], "no data: /nowhere does not exist"),
+        (["batch.micro_batch=3"], "cannot be divided"),
+        (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
+        (["alerts.urls_file=/nowhere"], "/nowhere cannot be read"),
+        (["run.name=other"], "run.name of a run is where it is found"),
+        (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it left some in"),
+        (["schedule.warmup_steps=20", "schedule.epochs=0.0001"], "schedule.warmup_steps 20 must be below"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_in_resuming_changes_no_file_of_the_run(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str], words: list[str], message: str
+) -> None:
+    _, folder = four_ranks
+    before = tree(folder)
+    assert message in refused("resume", str(folder / "runs" / "test"), *words)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.dir=/nowhere", "no data"),
+        ("model.init_from=/nowhere", "/nowhere"),
+        ("batch.sequence_length=32768", "too few for one window"),
+        ("checkpoint.dir=/dev/null/x", "cannot write to /dev/null/x/new: /dev/null: Not a directory"),
+        ("run.dir=/proc/x", "cannot write to /proc/x/new"),
+        ("monitor.dir=/dev/full/x", "cannot write to /dev/full/x/new"),
+        ("deepspeed=CSV", "csv_monitor: cannot write to /dev/null/DeepSpeedJobName: /dev/null: Not a directory"),
+        ("checkpoint.backup.to=/dev/null", "checkpoint.backup.to: cannot copy to /dev/null: /dev/null is not a direct"),
+        ("checkpoint.backup.to=/dev/null/x", "checkpoint.backup.to: cannot copy to /dev/null/x: /dev/null is not a "),
+        ("checkpoint.backup.to=file:///dev/null", "cannot copy to file:///dev/null: /dev/null is not a directory"),
+        ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot copy to foo://x: Protocol not known: foo"),
+        ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot copy to nowhere://x: Install nowhere_fs"),
+        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another place"),
+        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another place"),
+    ],
+)
+def test_a_mistake_in_starting_creates_no_run(
+    write_config: Callable[..., Path],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    message: str,
+) -> None:
+    needs_a_package = {"class": "nowhere_fs.Nowhere", "err": "Install nowhere_fs to reach it"}
+    monkeypatch.setitem(known_implementations, "nowhere", needs_a_package)
+    config = write_config(tmp_path / "new")
+    checkpoints = load_settings(config).checkpoint.dir
+    setting = setting.replace("CHECKPOINTS", str(checkpoints)).replace("=CSV", f"={tmp_path / 'csv.json'}")
+    content = json.loads((PROJECT_DIR / "ds_configs" / "zero2_bf16.json").read_text())
+    (tmp_path / "csv.json").write_text(
+        json.dumps({**content, "csv_monitor": {"enabled": True, "output_path": "/dev/null"}})
+    )
+    before = tree(tmp_path)
+    more = ["batch.tokens_per_step=262144"] if "sequence_length" in setting else []
+    assert message in refused("train", str(config), "run.name=new", setting, *more)
+    assert tree(tmp_path) == before
+
+
+def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Launched, Path], tmp_path: Path) -> None:
+    """A crash between the last two steps of a commit: the ranks finish it before they look for a checkpoint."""
+    folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
+    settings = load_run_settings(folder / "runs" / "test")
+    batch = settings.batch
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, 4)
+    newest = settings.checkpoint_dir / "rolling_step_000012"
+    for path in [path for path in settings.checkpoint_dir.iterdir() if path.is_dir() and path != newest]:
+        shutil.rmtree(path)
+    newest.rename(newest.with_name(f"{newest.name}.tmp"))
+    for wanted in ("latest", "auto", "12", newest.name):
+        check_start(settings, plan, wanted)
+    (newest.with_name(f"{newest.name}.tmp") / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"run test has no checkpoints in .*, but it left some in "):
+        check_start(settings, plan, "latest")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "CONFIG"], "move .*runs/test away or choose another run.name"),
+        (["resume", "RUN"], "mount or restore it"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_away_is_left_alone(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
+    text = (folder / "run.yaml").read_text().replace(str(four_ranks[1]), str(folder))
+    (folder / "run.yaml").write_text(text)
+    shutil.rmtree(folder / "checkpoints")
+    away = four_ranks[1] / "checkpoints"
+    away.rename(away.with_name("away"))  # where the run was before, it left some
+    before = tree(folder)
+    try:
+        given = {"CONFIG": str(folder / "run.yaml"), "RUN": str(folder / "runs" / "test")}
+        line = refused(*[given.get(word, word) for word in words])
+        assert "run test was saved at step 12, but there is no checkpoint in" in line and re.search(message, line)
+    finally:
+        away.with_name("away").rename(away)
+    assert tree(folder) == before
+
+
+def test_a_run_that_was_never_saved_may_be_begun_anew(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    settings.run_dir.mkdir(parents=True)
+    journal = Journal(settings.run_dir)
+    assert what_to_resume(settings, "auto") is None
+    journal.write("start", "started", 0)
+    (settings.run_dir / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert what_to_resume(settings, "auto") is None
+    journal.write("save", "saved", 6)
+    with pytest.raises(CheckpointsGoneError, match="saved at step 6"):
+        what_to_resume(settings, "auto")
+    journal.write("start", "begun anew", 0)
+    assert what_to_resume(settings, "auto") is None
+    (settings.run_dir / "journal.jsonl").unlink()
+    with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # by the metrics: the rest is lost
+        what_to_resume(settings, "auto")
+
+
+def test_records_that_cannot_be_read_are_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    settings = load_settings(write_config(tmp_path))
+    (settings.run_dir / "journal.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory"):
+        what_to_resume(settings, "auto")
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("runs/test/metrics.jsonl", "run.name"),
+        ("runs/test/dataset.json", "run.name"),
+        ("checkpoints/test/latest", "checkpoint.dir"),
+        ("checkpoints/test/run.json", "checkpoint.dir"),
+        ("checkpoints/test/rolling_step_000001/x", "checkpoint.dir"),
+    ],
+)
+def test_a_new_run_is_not_begun_among_files_of_something_else(
+    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, file: str, setting: str
+) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / "runs" / "test").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "runs" / "test" / "console.log").touch()  # not in the way
+    (tmp_path / file).write_text("of another program")
+    before = tree(tmp_path)
+    name = Path(file).parts[2]
+    assert f"has {name} of something else: choose another {setting}" in refused("train", str(config))
+    assert tree(tmp_path) == before
+
+
+def test_a_run_with_checkpoints_is_not_started_again(
+    four_ranks: tuple[Launched, Path], refused: Callable[..., str]
+) -> None:
+    _, folder = four_ranks
+    before = tree(folder)
+    assert "already has checkpoints" in refused("train", str(folder / "run.yaml"))
+    assert tree(folder) == before
