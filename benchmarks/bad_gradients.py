@@ -60,14 +60,14 @@ def main() -> None:
 
 def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[str, Any]:
     """``count`` bad values at random places, and what came of them; every rank draws the same places."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     weights = [name for name, _ in engine.model.named_parameters()]
     kinds: Counter[str] = Counter()
     reached, applied = 0, 0
     before = _state(engine)
     for number in range(count):
-        kind, weight = dice.choice(KINDS), dice.choice(weights)
-        guilty, micro_batch = dice.randrange(collectives.world_size()), dice.randrange(data.plan.accumulation)
+        kind, weight = rng.choice(KINDS), rng.choice(weights)
+        guilty, micro_batch = rng.randrange(collectives.world_size()), rng.randrange(data.plan.accumulation)
         kinds[kind] += 1
         handles = _poison(engine, kind, weight, micro_batch) if collectives.rank() == guilty else []
         engine.accumulate(data.micro_batches(number + 1))

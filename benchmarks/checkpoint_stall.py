@@ -54,7 +54,9 @@ def main() -> None:
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = collectives.from_main(lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent))
+    folder = collectives.broadcast_from_main(
+        lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent)
+    )
     trainer = Trainer(settings, place)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if collectives.is_main():

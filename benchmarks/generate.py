@@ -85,11 +85,11 @@ def _rate(tokens: Tokens) -> float:
 @torch.no_grad()
 def _without_cache(model: GPT2) -> Tokens:
     """The whole text through the model for every token."""
-    dice = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     text = torch.tensor([PROMPT] * CONTINUATIONS, device=model.wte.weight.device)
     while True:
         scores = F.linear(model.hidden(text)[:, -1], model.wte.weight[:VOCABULARY])
-        chosen = choose(scores.float().cpu(), SAMPLING, dice)
+        chosen = choose(scores.float().cpu(), SAMPLING, generators)
         yield chosen
         text = torch.cat([text, chosen[:, None].to(text.device)], dim=1)
 

@@ -96,11 +96,11 @@ def _model(options: argparse.Namespace) -> GPT2:
 
 def _train(model: GPT2, windows: Windows, steps: int) -> None:
     """Quickly, so that the model has learnt which words are frequent and some of which follow which."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
-        rows = torch.from_numpy(windows.read(dice.integers(len(windows), size=WINDOWS)))
+        rows = torch.from_numpy(windows.read(rng.integers(len(windows), size=WINDOWS)))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(rows[:, :-1], rows[:, 1:])
         loss.backward()

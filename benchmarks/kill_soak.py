@@ -139,7 +139,7 @@ class Ranks:
 
 def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     """SIGKILL ``kills`` times, over as many runs as that takes; stops come on top."""
-    dice, tally, begun = random.Random(seed), Tally(), time.monotonic()
+    rng, tally, begun = random.Random(seed), Tally(), time.monotonic()
     data = folder / "data"
     source = Source("soak", [Listed("manual", lambda: itertools.islice(python_documents(), 6, 9))])
     prepare(source, data, Recipe(EveryPiece(8)), workers=1, progress=False)
@@ -150,7 +150,7 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
         config = _write_config(folder, data, ranks, accumulation)
         for name in ("runs", "checkpoints"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        _one_run(config, ranks, kills, dice, tally)
+        _one_run(config, ranks, kills, rng, tally)
         for difference in _differences(references[accumulation], folder):
             tally.fail(f"run {tally.runs}, accumulation {accumulation}: {difference}")
         tally.runs += 1
@@ -160,13 +160,13 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     raise AssertionError("the accumulations never end")
 
 
-def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: Tally) -> None:
+def _one_run(config: Path, ranks: int, kills: int, rng: random.Random, tally: Tally) -> None:
     """From nothing to the last step, killed on the way as long as there are kills left."""
     directory = config.parent / "checkpoints" / "soak"
     while True:
         expected = _newest(directory)
         run = Ranks(config, ranks)
-        if not (tally.sigkills < kills and _kill(run, dice, tally, directory)):
+        if not (tally.sigkills < kills and _kill(run, rng, tally, directory)):
             run.end(patience=600)
             if run.process.returncode != 0:
                 tally.fail("a start that was left alone failed: " + "".join(run.lines)[-2000:])
@@ -180,14 +180,14 @@ def _one_run(config: Path, ranks: int, kills: int, dice: random.Random, tally: T
             return
 
 
-def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> bool:
+def _kill(run: Ranks, rng: random.Random, tally: Tally, directory: Path) -> bool:
     """At a random instant: one in eight while starting, else within ten steps of training. False if it was done."""
-    if dice.random() < 1 / 8:
-        time.sleep(dice.uniform(0.5, 8))
+    if rng.random() < 1 / 8:
+        time.sleep(rng.uniform(0.5, 8))
     else:
-        run.wait_for_steps(dice.randint(1, 10))
-        time.sleep(dice.uniform(0, 0.15))
-    way = dice.choice(WAYS)
+        run.wait_for_steps(rng.randint(1, 10))
+        time.sleep(rng.uniform(0, 0.15))
+    way = rng.choice(WAYS)
     members = run.members()
     if not members:
         return False
@@ -201,7 +201,7 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> boo
     tally.moments[next(moment for moment, found in moments.items() if found)] += 1
     number = signal.SIGTERM if way == STOP else signal.SIGKILL
     targets = {
-        "one rank": [dice.choice(ranks)] if ranks else members,
+        "one rank": [rng.choice(ranks)] if ranks else members,
         "all ranks": ranks or members,
         "the launcher": [member for member in members if member not in ranks],
         STOP: ranks or members,
@@ -209,7 +209,7 @@ def _kill(run: Ranks, dice: random.Random, tally: Tally, directory: Path) -> boo
     for target in targets:
         with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(number)
-    run.end(patience=60 if way == STOP else dice.choice([0, 0, 3]))
+    run.end(patience=60 if way == STOP else rng.choice([0, 0, 3]))
     return True
 
 

@@ -92,11 +92,11 @@ def _options() -> argparse.Namespace:
 
 
 def _write_shards(folder: Path, count: int) -> None:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(count):
         with (folder / f"random_train_{number:06d}.bin").open("wb") as file:
             file.write(header_of(SHARD_TOKENS))
-            file.write(dice.integers(0, VOCABULARY, SHARD_TOKENS, np.uint16).tobytes())
+            file.write(rng.integers(0, VOCABULARY, SHARD_TOKENS, np.uint16).tobytes())
             file.flush()
             os.fsync(file.fileno())  # what is not on the disk cannot be forgotten
 
@@ -116,10 +116,10 @@ def _measure(folder: Path, plan: BatchPlan, played: int, kind: Kind) -> dict[str
 
 def _read_ms(folder: Path, plan: BatchPlan, cold: bool) -> float:
     """Of one rank's windows of a step, in the median."""
-    windows, dice = Windows(open_dataset(folder), "train", plan.sequence_length), np.random.default_rng(1)
+    windows, rng = Windows(open_dataset(folder), "train", plan.sequence_length), np.random.default_rng(1)
     times = []
     for _ in range(20):
-        mine = dice.integers(0, len(windows), plan.windows_per_step // plan.world_size)
+        mine = rng.integers(0, len(windows), plan.windows_per_step // plan.world_size)
         if cold:
             _forget(folder)
         else:

@@ -111,7 +111,7 @@ def main() -> None:
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
-    folder = Path(collectives.from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
+    folder = Path(collectives.broadcast_from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
     places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
     if options.hellaswag:
         places["hellaswag.path"] = str(options.hellaswag.absolute())

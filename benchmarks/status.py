@@ -88,15 +88,15 @@ def make_month(folder: Path) -> Path:
 
 
 def _write_metrics(file: Path, begun: float) -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     names = ["train/loss", "train/epoch", "perf/tokens_per_s", "perf/gpu_temperature_c"]
     names += [f"perf/scalar_{number:02d}" for number in range(SCALARS - len(names))]
     with file.open("w", encoding="utf-8") as lines:
         for step in range(1, STEPS + 1):
             record = {"step": step, "time": round(begun + step * STEP_SECONDS, 3)}
-            record |= {name: round(dice.random(), 6) for name in names}
+            record |= {name: round(rng.random(), 6) for name in names}
             record["train/epoch"] = round(step / EPOCH_STEPS, 9)
-            record |= {"val/loss": 3.3 + dice.random() / 100} if step % EVERY == 0 else {}
+            record |= {"val/loss": 3.3 + rng.random() / 100} if step % EVERY == 0 else {}
             lines.write(json.dumps(record) + "\n")
 
 

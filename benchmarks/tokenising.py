@@ -228,21 +228,21 @@ def _write_text(path: Path, texts: list[Path], size: int) -> int:
 
 def _documents(stretches: Iterable[str]) -> Iterator[str]:
     """Of exponentially distributed length, as the web's are about."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     for stretch in stretches:
         start = 0
         while start < len(stretch):
-            length = 200 + int(dice.expovariate(1 / (DOCUMENT_CHARACTERS - 200)))
+            length = 200 + int(rng.expovariate(1 / (DOCUMENT_CHARACTERS - 200)))
             yield stretch[start : start + length]
             start += length
 
 
 def _endless(texts: list[Path]) -> Iterator[str]:
     """The texts, a million characters at a time, first as they are and then with new words in them."""
-    dice = random.Random(1)
+    rng = random.Random(1)
 
     def new(word: re.Match[str]) -> str:
-        return word[0] if dice.random() > 0.02 else "".join(dice.choices("etaoinshrdlu", k=dice.randint(4, 12)))
+        return word[0] if rng.random() > 0.02 else "".join(rng.choices("etaoinshrdlu", k=rng.randint(4, 12)))
 
     words = re.compile(r"[a-z]+")
     for turn in itertools.count():

@@ -83,7 +83,7 @@ class Bench:
         chosen = CheckpointSettings.model_validate({"min_free_gb": 0, **settings})
         run = self.settings.model_dump(mode="json")
         house = Housekeeping(self.disk, self.folder, chosen)
-        collectives.together(lambda: house.start() if collectives.is_main() else None)
+        collectives.call_on_all_ranks(lambda: house.start() if collectives.is_main() else None)
         return Checkpoints(house, engine or self.engine, IDENTITY, run)
 
     def steps(self, count: int) -> None:
@@ -125,7 +125,7 @@ def main(config: Path, out: Path) -> None:
     found["inline"] = _inline(bench)
     found["no_room"] = _no_room(bench, messages)
     found["at_length"] = collectives.gather_objects(
-        collectives.from_main_at_length(lambda: time.sleep(2.5) or collectives.rank() + 7)
+        collectives.broadcast_slow_from_main(lambda: time.sleep(2.5) or collectives.rank() + 7)
     )
     if collectives.is_main():
         out.write_text(json.dumps(found))

@@ -249,7 +249,7 @@ def _complaint_of(guilty: int) -> list[str | None]:
             raise UserError(f"rank {guilty} found it")
 
     try:
-        collectives.together(action)
+        collectives.call_on_all_ranks(action)
     except UserError as error:
         heard: str | None = str(error)
     else:

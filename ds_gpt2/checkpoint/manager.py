@@ -100,7 +100,7 @@ class Checkpoints:
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
         self._news: BackupNews | None = None
-        collectives.together(lambda: self._start(backup))
+        collectives.call_on_all_ranks(lambda: self._start(backup))
 
     @property
     def directory(self) -> Path:
@@ -208,7 +208,7 @@ class Checkpoints:
             seed_everything(
                 self._run_settings["run"]["seed"] + collectives.rank() + state.step * collectives.world_size()
             )
-        collectives.together(lambda: self._continue_from(restored.generation))
+        collectives.call_on_all_ranks(lambda: self._continue_from(restored.generation))
         self._saved = _Saved.of(state)
         return state
 

@@ -75,11 +75,11 @@ def _warn_if_too_new(generation: Generation, wanted: str) -> None:
 
 def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Generation]:
     """Candidates, the same on every rank; a copy is fetched only when all before it were bad."""
-    yield from collectives.from_main(lambda: candidates(directory, wanted))
+    yield from collectives.broadcast_from_main(lambda: candidates(directory, wanted))
     if backup is None or wanted not in ("latest", "auto"):
         return
-    for tag in collectives.from_main_at_length(partial(_copies, backup)):
-        yield from collectives.from_main_at_length(partial(_fetched, backup, tag, directory))
+    for tag in collectives.broadcast_slow_from_main(partial(_copies, backup)):
+        yield from collectives.broadcast_slow_from_main(partial(_fetched, backup, tag, directory))
 
 
 def _copies(backup: Backup) -> list[str]:

@@ -73,12 +73,12 @@ def lengths(dataset: Dataset, split: Split) -> Lengths:
 
 def examples(dataset: Dataset, split: Split, count: int, tokens: int, seed: int) -> Iterator[tuple[str, int, str]]:
     """Beginnings of documents at random places: shard, position and up to ``tokens`` tokens of it as text."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     shards = [shard for shard in dataset.split(split) if shard.tokens]
     for _ in range(count if shards else 0):
-        (shard,) = dice.choices(shards, [each.tokens for each in shards])
+        (shard,) = rng.choices(shards, [each.tokens for each in shards])
         content = open_shard(dataset.dir / shard.file)
-        place = dice.randrange(len(content))
+        place = rng.randrange(len(content))
         start = _next_document(content, place)
         end = _next_document(content, start + 1) if start + 1 < len(content) else len(content)
         end = min(end if end > start else len(content), start + 1 + tokens)

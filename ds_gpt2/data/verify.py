@@ -41,7 +41,7 @@ def check_shards(dataset: Dataset, memory: Path) -> None:
         log.info(f"checking {sum(shard.tokens for shard in left):,} tokens, once ...")
     mine = left[collectives.rank() :: collectives.world_size()]
     promised = {shard.file: shard.sha256 or known.get(shard.file, {}).get("sha256") for shard in mine}
-    for found in collectives.gather_objects(collectives.together(lambda: _check(dataset.dir, promised))):
+    for found in collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, promised))):
         known |= found
     if left and collectives.is_main():
         replace_file(memory, json.dumps(known, indent=1) + "\n")

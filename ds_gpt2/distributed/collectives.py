@@ -66,7 +66,7 @@ def gather_objects(value: T) -> list[T]:
     return gathered  # type: ignore[return-value]  # all_gather_object has filled every place
 
 
-def raise_on_all(problem: str | None) -> None:
+def raise_on_all_ranks(problem: str | None) -> None:
     """
     Raises:
         UserError: on every rank, with the first problem of any rank.
@@ -94,12 +94,12 @@ def any_rank_on_cpu(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def from_main(action: Callable[[], T]) -> T:
+def broadcast_from_main(action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank; so is a user's mistake that it finds there."""
-    return gather_objects(together(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]  # rank 0 has called action
+    return gather_objects(call_on_all_ranks(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]  # rank 0 has called action
 
 
-def from_main_at_length(action: Callable[[], T]) -> T:
+def broadcast_slow_from_main(action: Callable[[], T]) -> T:
     """As ``from_main``, for what may take longer than a collective may be waited for, such as a download."""
 
     def on_main() -> T:
@@ -110,10 +110,10 @@ def from_main_at_length(action: Callable[[], T]) -> T:
         return job.result()
 
     if is_main():
-        return from_main(on_main)
+        return broadcast_from_main(on_main)
     while any_rank_on_cpu(False):
         pass
-    return from_main(action)
+    return broadcast_from_main(action)
 
 
 def barrier() -> None:
@@ -122,7 +122,7 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def together(action: Callable[[], T]) -> T:
+def call_on_all_ranks(action: Callable[[], T]) -> T:
     """Run ``action`` on every rank; if it is a user's mistake on any of them, raise it on all of them.
 
     Without this a rank that fails alone leaves the others waiting for it in their next collective.
@@ -132,5 +132,5 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         complaint = str(error)
-    raise_on_all(complaint)
+    raise_on_all_ranks(complaint)
     return result  # type: ignore[return-value]  # no complaint anywhere: action returned a T

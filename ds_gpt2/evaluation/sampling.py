@@ -55,9 +55,9 @@ def generate(
 ) -> list[str]:
     """``count`` continuations of ``prompt``, without the prompt, of up to ``tokens`` tokens each.
 
-    A continuation that the model ended itself closes with ``<|endoftext|>``. Each has dice of its own, so the same
-    seed gives the same continuation whatever ``count`` is, up to rounding: a matrix product of more rows may round
-    differently, and rarely that decides between two tokens. For the mode (eval, train) see ``next_tokens``.
+    A continuation that the model ended itself closes with ``<|endoftext|>``. Each has a random generator of its own,
+    so the same seed gives the same continuation whatever ``count`` is, up to rounding: a matrix product of more rows
+    may round differently, and rarely that decides between two tokens. For the mode (eval, train) see ``next_tokens``.
 
     Args:
         progress: called after each token of all continuations.
@@ -115,14 +115,14 @@ def next_tokens(model: GPT2, prompt: Sequence[int], sampling: Sampling, seeds: S
         FloatingPointError: the model's scores are not finite.
     """
     longest = model.shape.sequence_length
-    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     context = torch.tensor([prompt[-longest:]], device=model.wte.weight.device)
     cache = KeyValueCache()
     scores = _scores(model, context, cache).expand(len(seeds), -1)
     context = context.expand(len(seeds), -1)
     cache.expand(len(seeds))
     while True:
-        chosen = choose(scores, sampling, dice)
+        chosen = choose(scores, sampling, generators)
         yield chosen
         context = torch.cat([context, chosen[:, None].to(context.device)], dim=1)
         if cache.length < longest:
@@ -151,8 +151,8 @@ def probabilities(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return shares / shares.sum(-1, keepdim=True)
 
 
-def choose(scores: torch.Tensor, sampling: Sampling, dice: Sequence[torch.Generator]) -> torch.Tensor:
-    """One token a row, (rows,) int64, each row by its own dice.
+def choose(scores: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """One token a row, (rows,) int64, each row by its own random generator.
 
     Args:
         scores: (rows, vocabulary), on the CPU.
@@ -161,7 +161,7 @@ def choose(scores: torch.Tensor, sampling: Sampling, dice: Sequence[torch.Genera
         return scores.argmax(-1)
     # Limits in the order of the vocabulary: in that of the probabilities, rounding would make tokens change places.
     limits = probabilities(scores, sampling).cumsum(-1)
-    drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=die) for die in dice])
+    drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     return torch.searchsorted(limits, drawn[:, None] * limits[:, -1:], right=True).squeeze(1)
 
 

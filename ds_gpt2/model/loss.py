@@ -40,8 +40,8 @@ def cross_entropy(
     """
     chunk = chunk_tokens(head.shape[0], hidden.device)
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    lose = _compiled() if compiled else _lose_by_passes
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate, lose)
+    chunk_loss = _compiled() if compiled else _loss_by_passes
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, vocabulary, chunk, differentiate, chunk_loss)
 
 
 def chunk_tokens(columns: int, device: torch.device) -> int:
@@ -57,30 +57,30 @@ def rows_at_once(tokens: int, device: torch.device) -> int:
 
 # (logits, targets, vocabulary, differentiate) -> the sum of the losses, fp32; logits (chunk, padded vocabulary) become
 # d(sum of losses)/d(logits) = softmax - one-hot, in their own memory, if they are to be differentiated.
-_Lose = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
+_ChunkLoss = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
-def _lose_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+def _loss_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
     size = rows_at_once(len(logits), logits.device)
     parts = zip(logits.split(size), target.split(size), strict=True)
-    return torch.stack([_lose_rows(*part, vocabulary, differentiate) for part in parts]).sum()
+    return torch.stack([_loss_of_rows(*part, vocabulary, differentiate) for part in parts]).sum()
 
 
-def _lose_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
     """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
     logits[:, vocabulary:] = -torch.inf
     largest = logits.amax(dim=1, keepdim=True)
     target_logit = logits.gather(1, target)
-    slope = F.softmax(logits, dim=-1, dtype=torch.float32)
+    gradient = F.softmax(logits, dim=-1, dtype=torch.float32)
     # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
-    total = (largest.float() - slope.amax(dim=1, keepdim=True).log() - target_logit.float()).sum()
+    total = (largest.float() - gradient.amax(dim=1, keepdim=True).log() - target_logit.float()).sum()
     if differentiate:
-        slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-        logits.copy_(slope)
+        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+        logits.copy_(gradient)
     return total
 
 
-def _lose_at_once(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+def _fused_loss(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
     """The same, written for a compiler to fuse: all element by element but for maximum and sum."""
     column = torch.arange(logits.shape[1], device=logits.device)
     scores = torch.where(column < vocabulary, logits.float(), -torch.inf)
@@ -93,8 +93,8 @@ def _lose_at_once(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, d
 
 
 @functools.cache
-def _compiled() -> _Lose:
-    return torch.compile(_lose_at_once, dynamic=False)
+def _compiled() -> _ChunkLoss:
+    return torch.compile(_fused_loss, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary: int,
         chunk: int,
         differentiate: bool,
-        lose: _Lose,
+        chunk_loss: _ChunkLoss,
     ) -> torch.Tensor:
         tokens = hidden.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -115,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = product(part, head.t())  # (chunk, padded vocabulary)
-            total += lose(logits, target, vocabulary, differentiate)
+            total += chunk_loss(logits, target, vocabulary, differentiate)
             if differentiate:
                 hidden_grads.append(product(logits, head))
                 # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.

@@ -137,7 +137,7 @@ def train(
     done = state.step >= course.steps and state.is_evaluated and not guard.rollback
     saved = checkpoints.finish(state, for_good=done)
     if not stopping:
-        collectives.raise_on_all(data.problem or problem)
+        collectives.raise_on_all_ranks(data.problem or problem)
     if guard.rollback:
         return Ending.ROLLBACK
     if not saved:

@@ -140,18 +140,20 @@ def _train(
     Args:
         endings: gets what must be closed, however the run ends.
     """
-    if settings.model.init_from is not None and collectives.from_main(lambda: begins_anew(settings, origin.resume)):
-        collectives.from_main_at_length(lambda: check_initial_model(settings))  # downloads it if it is on the hub
-    collectives.together(lambda: _check_directories(settings))
+    if settings.model.init_from is not None and collectives.broadcast_from_main(
+        lambda: begins_anew(settings, origin.resume)
+    ):
+        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads it if it is on the hub
+    collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
     open_stacks(settings.run_dir, collectives.rank())
     console.open_log(settings.run_dir / "train.log")
     made_again = functools.partial(_restore_checkpoint_dir, settings, journal, endings)
     house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, made_again)
-    lock = collectives.together(lambda: _take_over(settings, house))
-    wanted = collectives.from_main(lambda: what_to_resume(settings, origin.resume))
+    lock = collectives.call_on_all_ranks(lambda: _take_over(settings, house))
+    wanted = collectives.broadcast_from_main(lambda: what_to_resume(settings, origin.resume))
     heartbeat.beat()
-    dataset = collectives.together(lambda: dataset_of(settings, wanted))
+    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, wanted))
     check_shards(dataset, settings.run_dir / "data_checked.json")
     heartbeat.beat()
     tell_of_data = functools.partial(_tell_of_data, journal)
@@ -171,7 +173,7 @@ def _train(
     checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
     state = checkpoints.load(restored) if restored else _fresh(settings, engine)
     state.leave_out(origin.leave_out)
-    trackers = collectives.together(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
+    trackers = collectives.call_on_all_ranks(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
     reserve = functools.partial(_reserve, checkpoints)
     monitor = Monitor(engine, settings.run_dir / METRICS, state.recorded_step, trackers, reserve)
     endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
@@ -351,7 +353,7 @@ def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchP
 def _fresh(settings: Settings, engine: Engine) -> TrainState:
     """The state of a run that begins, with the weights of another model where the settings name one."""
     if (name := settings.model.init_from) is not None:
-        engine.begin_from(collectives.together(lambda: weights_for(engine.model.shape, name)))
+        engine.begin_from(collectives.call_on_all_ranks(lambda: weights_for(engine.model.shape, name)))
         log.info(f"initial weights from {name}")
     return TrainState()
 

@@ -44,11 +44,11 @@ PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
 def lines(count: int) -> list[dict[str, Any]]:
     """Items out of Python's manual: contexts of 1 to 8 words, endings of 1 to 5, some of them equal."""
     words = [word for word in " ".join(topics.topics.values()).split() if "[" not in word]
-    dice = random.Random(7)
+    rng = random.Random(7)
 
     def text(most: int) -> str:
-        start = dice.randrange(len(words) - most)
-        return " ".join(words[start : start + dice.randint(1, most)])
+        start = rng.randrange(len(words) - most)
+        return " ".join(words[start : start + rng.randint(1, most)])
 
     found = []
     for number in range(count):
@@ -58,7 +58,7 @@ def lines(count: int) -> list[dict[str, Any]]:
         context = text(8)
         found.append(
             {"activity_label": "Reading", "ctx": context, "ctx_a": context, "ctx_b": "", "endings": endings, "label": 0}
-            | {"label": dice.randrange(4)}
+            | {"label": rng.randrange(4)}
         )
     return found
 

@@ -227,8 +227,8 @@ def test_each_row_is_filtered_for_itself() -> None:
 def test_tokens_come_as_often_as_their_probability_says() -> None:
     """Each count within four standard deviations."""
     distribution, draws = torch.tensor([0.1, 0.5, 0.0, 0.4]), 4000
-    dice = [torch.Generator().manual_seed(derived_seed(1, row)) for row in range(draws)]
-    counts = choose(distribution.log().expand(draws, -1), Sampling(), dice).bincount(minlength=4)
+    generators = [torch.Generator().manual_seed(derived_seed(1, row)) for row in range(draws)]
+    counts = choose(distribution.log().expand(draws, -1), Sampling(), generators).bincount(minlength=4)
     deviation = (draws * distribution * (1 - distribution)).sqrt()
     assert ((counts - draws * distribution).abs() <= 4 * deviation).all(), counts
 

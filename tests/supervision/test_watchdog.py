@@ -104,9 +104,9 @@ def test_who_was_asleep_itself_blames_nobody(tmp_path: Path) -> None:
 
 def test_steps_of_every_length_raise_no_alarm(tmp_path: Path) -> None:
     """From 0.2 to 2 seconds, with evaluation of minutes between, 3,000 times."""
-    dice, watched = random.Random(7), Watched(tmp_path, ranks=1)
+    rng, watched = random.Random(7), Watched(tmp_path, ranks=1)
     for number in range(1, 3000):
-        watched.step(number, dice.uniform(0.2, 2))
+        watched.step(number, rng.uniform(0.2, 2))
         if number % 250 == 0:
             watched.ranks[0].enter("evaluating")
             assert watched.wait(600) is None

@@ -81,8 +81,10 @@ def open_hellaswag(settings: HellaswagSettings, cache_dir: Path) -> HellaSwag | 
     The file is downloaded if it is not there.
     """
     try:
-        collectives.from_main_at_length(lambda: _provide(settings, cache_dir))  # the others find the file and the cache
-        items = collectives.together(lambda: load_items(settings.path, settings.text, cache_dir))
+        collectives.broadcast_slow_from_main(
+            lambda: _provide(settings, cache_dir)
+        )  # the others find the file and the cache
+        items = collectives.call_on_all_ranks(lambda: load_items(settings.path, settings.text, cache_dir))
     except UserError as error:
         log.warning(f"training goes on without HellaSwag: {error}")
         return None

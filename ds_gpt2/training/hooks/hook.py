@@ -56,7 +56,7 @@ def on_all_ranks(part: Callable[[], T]) -> T:
         except Interrupted:
             return None
 
-    result = collectives.together(unless_interrupted)
+    result = collectives.call_on_all_ranks(unless_interrupted)
     if collectives.any_rank_on_cpu(result is None) or result is None:
         raise Interrupted
     return result[0]

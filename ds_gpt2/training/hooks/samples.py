@@ -1,4 +1,4 @@
-"""What the model writes: the same prompts and the same dice every time, so that days can be compared."""
+"""Samples from the model: the same prompts and the same random numbers every time, so that days can be compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Samples(Hook):
     def __init__(self, settings: SamplesSettings, seed: int, directory: Path, sequence_length: int) -> None:
         """
         Args:
-            seed: of the run; each prompt's dice come from it and the prompt's number alone.
+            seed: of the run; each prompt's random numbers come from it and the prompt's number alone.
             sequence_length: the model's longest context, in tokens; of a longer prompt the last tokens count.
         """
         self.every = Every(settings.every)

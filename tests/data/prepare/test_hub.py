@@ -43,11 +43,11 @@ def table_of(texts: list[str | None], ballast: int = 0) -> bytes:
 @pytest.fixture(scope="module")
 def tables() -> dict[str, bytes]:
     """Laid out like a sample of FineWeb-Edu."""
-    dice = random.Random(1)
+    rng = random.Random(1)
     words = [f"word{number}" for number in range(3000)]
     return {
         f"sample/10BT/{number:03}_00000.parquet": table_of(
-            [None if place == 7 else " ".join(dice.choices(words, k=150)) for place in range(400)],
+            [None if place == 7 else " ".join(rng.choices(words, k=150)) for place in range(400)],
             ballast=24_000_000 if number in (1, 2) else 0,
         )
         for number in range(5)
