@@ -210,7 +210,7 @@ def _train(
     engine.close()
     result = _outcome(ending, guard, stop.is_alone)
     if lock is not None:
-        _note_end(journal, result, state, course)
+        _note_end(journal, ending, result, state, course)
         lock.close()
     return result
 
@@ -258,8 +258,10 @@ def _outcome(ending: Ending, guard: Guard, alone: bool) -> Outcome:
     return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED), alone=alone)
 
 
-def _note_end(journal: Journal, result: Outcome, state: TrainState, course: loop.Course) -> None:
+def _note_end(journal: Journal, ending: Ending, result: Outcome, state: TrainState, course: loop.Course) -> None:
     """Crashes are noted by the supervisor; so is a rollback, which it makes."""
+    if ending is Ending.UNSAVED:
+        journal.write("save_failed", "ended, but the last state could not be saved", state.step, ended=True)
     if result.code == DONE:
         journal.write("done", f"done, {course.steps:,} steps", state.step)
     elif result.code == STOPPED:

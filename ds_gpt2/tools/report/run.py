@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from ds_gpt2.checkpoint import catalog
 from ds_gpt2.checkpoint.catalog import Generation
-from ds_gpt2.common.files import read_small, regular_only
+from ds_gpt2.common.files import read_small
 from ds_gpt2.config.run_location import load_run_settings, public_tree
 from ds_gpt2.config.settings import Settings, to_yaml
 from ds_gpt2.run_dir.journal import Event
@@ -22,12 +21,11 @@ from ds_gpt2.tools.report.curves import Records, read_records
 from ds_gpt2.tools.resources.history import lost_by_start, newest_events, restarts_of
 from ds_gpt2.tools.resources.run_steps import total_steps
 
-CONFIG, LOG = "config.yaml", "train.log"
+CONFIG = "config.yaml"
 
 _SAME_START_SECONDS = 60.0  # between the two records of a start
-_TAIL = 1 << 16  # bytes of the log that are looked at
-_ENDING = re.compile(r"^\S+ \S+ (done|stopped on request|ended, but its last state could not be saved) at step \d+ of ")
-_AT_WORK = re.compile(r"^\S+ \S+ (run \S+: |step +\d+/\d+ )")
+_ENDS = frozenset({"done", "stop", "mistake", "gave_up"})
+_BEGINS = frozenset({"launch", "start", "restart"})
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Run:
     planned: int | None  # steps that it is to have, as its newest start said
     checkpoints: list[Generation]  # newest first
     notes: str | None
-    ending: str | None  # what the log says of its end; None where it goes on, or has died without a word
+    ending: str | None  # how it ended; None if it still trains, or if nothing is known
 
     @property
     def steps(self) -> int | None:
@@ -94,7 +92,7 @@ def load_run(directory: Path) -> Run:
         planned=planned_steps(lines),
         checkpoints=catalog.scan(settings.checkpoint_dir),
         notes=_text_of(directory / NOTES),
-        ending=_ending(directory / LOG),
+        ending=_ending(events),
     )
 
 
@@ -170,16 +168,11 @@ def _text_of(file: Path) -> str | None:
         return None
 
 
-def _ending(log: Path) -> str | None:
-    """How the last process to write to ``log`` said that it ended."""
-    if not log.exists():
-        return None
-    with open(log, "rb", opener=regular_only) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        if said := _ENDING.match(line):
-            return said[1]
-        if _AT_WORK.match(line):
+def _ending(events: Sequence[Event]) -> str | None:
+    """How the last process ended, by the journal; None if it still trains, or could not write why it ended."""
+    for event in reversed(events):
+        if event.kind in _ENDS or event.facts.get("ended"):
+            return event.text
+        if event.kind in _BEGINS:
             return None
     return None

@@ -231,22 +231,28 @@ def test_newest_losses_that_are_not_finite_come_first_in_the_sentence(write: Wri
     assert f". {newest}, loss " in sentence and "validation 3.5000" in sentence
 
 
-STOPPED = "2027-01-15 08:00:00 stopped on request at step 40 of 100; checkpoint x"
+STOPPED = {"kind": "stop", "text": "stopped on request"}
+UNSAVED = {"kind": "save_failed", "text": "ended, but the last state could not be saved", "facts": {"ended": True}}
+FAILED = {"kind": "save_failed", "text": "no checkpoint was saved"}
 
 
 @pytest.mark.parametrize(
-    ("newest", "age", "log", "state"),
+    ("newest", "age", "journal", "state"),
     [
         (100, 9e9, [], "finished"),
         (40, 599, [], "running"),
         (40, 601, [], "silent"),
         (40, 5, [STOPPED], "stopped"),
-        (40, 5, [STOPPED, "2027-01-15 08:00:01 run test: a GPU"], "running"),
+        (40, 5, [UNSAVED], "stopped"),
+        (40, 5, [FAILED], "running"),
+        (40, 5, [STOPPED, {"kind": "start", "text": "resumed"}], "running"),
     ],
 )
-def test_the_state_is_what_the_files_tell(write: Write, newest: int, age: float, log: list[str], state: str) -> None:
+def test_the_state_is_what_the_files_tell(
+    write: Write, newest: int, age: float, journal: list[dict[str, Any]], state: str
+) -> None:
     directory = write([record(step) for step in range(1, newest + 1)])
-    (directory / "train.log").write_text("".join(line + "\n" for line in log))
+    (directory / "journal.jsonl").write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in journal))
     assert summarize(load_run(directory), record(newest)["time"] + age).state == state
 
 
