@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.checkpoint.naming import MANIFEST
-from ds_gpt2.common.files import read_small, regular_only
+from ds_gpt2.common.files import read_small
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -159,14 +157,12 @@ def _shares(pieces: Sequence[Piece], steps: int, due: Mapping[str, int]) -> Logs
 
 
 def read_events(file: Path) -> Iterator[Piece]:
-    """The events of a TensorBoard file: TFRecords, a length of 8 bytes, its CRC, as many bytes, their CRC."""
+    """The events of a TensorBoard file; a record has 16 bytes beside the event: its length and two checksums."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
-    with open(file, "rb", opener=regular_only) as stream:
-        while len(head := stream.read(12)) == 12:
-            (length,) = struct.unpack("<Q", head[:8])
-            yield int(Event.FromString(stream.read(length)).step), length + 16
-            stream.seek(4, os.SEEK_CUR)
+    for record in RawEventFileLoader(str(file)).Load():
+        yield int(Event.FromString(record).step), len(record) + 16
 
 
 def _log_lines(file: Path) -> Iterator[Piece]:
