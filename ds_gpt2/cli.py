@@ -31,31 +31,31 @@ class _Verb:
 
 
 _VERBS = {
-    "quickstart": _Verb("sample data, then train a small GPT-2: five minutes", "quickstart"),
-    "prepare": _Verb("text to token shards", "prepare"),
-    "doctor": _Verb("is this machine ready for the run? every check, with the mend", "doctor"),
-    "inspect": _Verb("what is in a directory of data: counts, lengths, examples", "inspect"),
-    "plan": _Verb("what a run will take: memory, time, disk, energy; a few real steps are run", "plan"),
-    "drill": _Verb("the rehearsal: what may go wrong is done on purpose, to a run like yours", "drill"),
-    "train": _Verb("start a run and keep it going", "train"),
-    "resume": _Verb("go on with a run", "train", "resume", "add_resume_arguments"),
-    "status": _Verb("how a run is now, on one small screen; exit code 1 if it is not well", "status"),
-    "alert": _Verb("which ways messages go, and whether they arrive", "alert"),
-    "list": _Verb("the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
+    "quickstart": _Verb("prepare sample data and train a small GPT-2 on it (five minutes)", "quickstart"),
+    "prepare": _Verb("convert text to token shards", "prepare"),
+    "doctor": _Verb("check this machine before a run and suggest fixes", "doctor"),
+    "inspect": _Verb("show what a dataset contains: counts, lengths, examples", "inspect"),
+    "plan": _Verb("estimate memory, time, disk and energy of a run from a few real steps", "plan"),
+    "drill": _Verb("inject faults into a scaled-down copy of your run and verify recovery", "drill"),
+    "train": _Verb("start a run and restart it after failures", "train"),
+    "resume": _Verb("resume a run", "train", "resume", "add_resume_arguments"),
+    "status": _Verb("show the state of a run on one screen; exit code 1 if it is unhealthy", "status"),
+    "alert": _Verb("list the alert channels of a run and send a test message", "alert"),
+    "list": _Verb("list the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
     "verify": _Verb(
-        "is a checkpoint, or data, as it was written? reads all", "checkpoints", "verify", "add_verify_arguments"
+        "verify the checksums of checkpoints or of a dataset", "checkpoints", "verify", "add_verify_arguments"
     ),
     "prune": _Verb(
         "delete the checkpoints that the settings do not keep", "checkpoints", "prune", "add_prune_arguments"
     ),
-    "backup": _Verb("a verified copy of a checkpoint in another place", "backup"),
-    "export": _Verb("a run's model for transformers, or for plain PyTorch", "export"),
-    "generate": _Verb("text from a model: of a run, or exported", "generate"),
-    "eval": _Verb("how good models are: loss on held-out text, HellaSwag, one table", "eval"),
-    "diff": _Verb("two runs side by side: settings, losses at equal tokens, what each came to", "diff"),
-    "notes": _Verb("write down, or read, what you think of a run", "notes"),
-    "report": _Verb("how a run went so far, as one HTML file for any browser", "report"),
-    "tensorboard": _Verb("the curves, in a browser here or far away", "tensorboard"),
+    "backup": _Verb("copy a checkpoint to another storage and verify the copy", "backup"),
+    "export": _Verb("export a run's model for transformers or plain PyTorch", "export"),
+    "generate": _Verb("generate text with the model of a run or an exported one", "generate"),
+    "eval": _Verb("evaluate models: loss on held-out text, HellaSwag", "eval"),
+    "diff": _Verb("compare two runs: settings, losses at equal tokens, final metrics", "diff"),
+    "notes": _Verb("add notes to a run, or show them", "notes"),
+    "report": _Verb("write a report of a run as one HTML file", "report"),
+    "tensorboard": _Verb("start TensorBoard for runs, also over ssh", "tensorboard"),
 }
 
 _TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
@@ -125,12 +125,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(asked_for: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(prog="./launch.sh", description="Pre-train GPT-2 under DeepSpeed ZeRO-2.", allow_abbrev=False)
+    parser = _Parser(prog="./launch.sh", description="Pre-train GPT-2 with DeepSpeed ZeRO-2.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in _VERBS.items():
         words = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
         if name == asked_for:
             verb.function(verb.add_arguments)(words)
-    verbs.add_parser("test", help="install what the tests need and run them (done by launch.sh itself)")
+    verbs.add_parser("test", help="install what the tests need and run them")
     return parser

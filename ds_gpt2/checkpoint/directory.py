@@ -55,7 +55,7 @@ class Housekeeping:
     def start(self) -> None:
         """Before anything is looked for here: what a crash has left half-done is finished or removed."""
         self._attempt("clean up", commit.sweep, self.disk, self.directory)
-        self._attempt("mend latest", self._mend_pointer)
+        self._attempt("repair latest", self._repair_pointer)
         self._attempt("keep the ends of epochs", self._keep_epochs)
         self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
@@ -163,7 +163,7 @@ class Housekeeping:
             commit.link(self.disk, self.directory / tag, self.directory, role)
             self._verified.add(role)
 
-    def _mend_pointer(self) -> None:
+    def _repair_pointer(self) -> None:
         """A crash may come between a commit, or superseding what ``latest`` names, and moving the pointer."""
         history = [found for found in scan(self.directory) if found.is_resumable]
         if history and history[0].tag != read_pointer(self.directory, LATEST):

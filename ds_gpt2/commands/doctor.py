@@ -1,4 +1,4 @@
-"""``doctor``: is this machine ready for the run? Every check by name, with the mend."""
+"""``doctor``: check this machine before a run and suggest fixes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         found = [(check.group, row) for check in wanted for row in examine(check)]
         print(json.dumps([{"group": group, **dataclasses.asdict(row)} for group, row in found]))
     else:
-        print(f"is this machine ready for the run {settings.run.name}?")
+        print(f"checks of this machine for the run {settings.run.name}:")
         found = list(_shown(wanted))
         print(f"\n{_summary([row for _, row in found])}")
     return exit_report.MISTAKE if any(row.status == "fail" for _, row in found) else exit_report.DONE
@@ -75,12 +75,12 @@ def _shown(wanted: list[Check]) -> Iterator[tuple[str, Row]]:
 
 
 def lines_of(row: Row, width: int = WIDTH) -> list[str]:
-    """A row as it is printed: the mend below what was found, nothing wider than ``width`` columns."""
+    """A row as it is printed: the fix below what was found, nothing wider than ``width`` columns."""
     head = f"  {_WORDS[row.status]:<5}{row.name:<{_NAME}}"
     head += "  " if len(head) < _FOUND else " "
     indent = " " * _FOUND
     found = _wrapped(row.found, head, indent, width)
-    return found + (_wrapped(row.mend, f"{indent}-> ", f"{indent}   ", width) if row.mend else [])
+    return found + (_wrapped(row.fix, f"{indent}-> ", f"{indent}   ", width) if row.fix else [])
 
 
 def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
@@ -98,7 +98,7 @@ def _summary(rows: list[Row]) -> str:
     words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
     told = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
     if counts["fail"]:
-        return f"{told}: not ready; mend what says FAIL, then ask again"
+        return f"{told}: not ready; fix what says FAIL, then run the doctor again"
     if counts["warn"]:
         return f"{told}: ready, as far as can be told; read the warnings"
     return f"{told}: ready, as far as can be told"

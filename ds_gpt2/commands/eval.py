@@ -180,8 +180,8 @@ def _check_something_to_measure_on(
     gone = _setting(settings, "data", "dir")
     no_data = f"; the run's data.dir, {gone}, is not there" if gone else ""
     if data is None and file is None:
-        mend = "give --data DIR (shards with a validation split) or --hellaswag FILE"
-        raise UserError(f"nothing to measure on: {mend}{no_data}")
+        fix = "give --data DIR (shards with a validation split) or --hellaswag FILE"
+        raise UserError(f"nothing to measure on: {fix}{no_data}")
     if data is None and options.tokens:
         raise UserError(f"--tokens {options.tokens}: of which data? give --data DIR{no_data}")
     if file is None and options.items:

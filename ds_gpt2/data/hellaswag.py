@@ -40,7 +40,7 @@ TextStyle = Literal["original", "cleaned"]
 _FORMAT = 1  # of the cache: whoever changes the text or the arrays takes the next number
 _BLOCK = 1 << 18  # bytes read at a time
 _PATIENCE = 30.0  # seconds that a server may be silent
-_MEND = "try again, or get the file elsewhere: `./launch.sh prepare hellaswag --from FILE`"
+_FIX = "try again, or get the file elsewhere: `./launch.sh prepare hellaswag --from FILE`"
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def fetch(path: Path, url: str, digest: str) -> None:
             if found != digest:
                 raise UserError(
                     f"{url} gave another file than expected (sha256 {found[:12]}..., not {digest[:12]}...), perhaps"
-                    f" cut short: {_MEND}"
+                    f" cut short: {_FIX}"
                 )
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
-        raise UserError(f"{url} cannot be downloaded to {path.parent}: {reason}; {_MEND}") from None
+        raise UserError(f"{url} cannot be downloaded to {path.parent}: {reason}; {_FIX}") from None
 
 
 def copy(source: Path, path: Path) -> None:
@@ -256,7 +256,7 @@ def _read_cache(cache: Path) -> list[Item] | None:
         with np.load(cache, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         return _unpack(**arrays)
-    except Exception:  # zip archives fail in many ways, and all of them have one mend
+    except Exception:  # zip archives fail in many ways, and all have one fix
         return None
 
 

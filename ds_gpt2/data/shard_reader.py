@@ -1,6 +1,6 @@
 """Stretches of shards, as training reads them: what goes wrong is said, tried again, and never becomes other tokens.
 
-Not through a memory map: there an error of the disk is a signal, SIGBUS, which ends the process without a word.
+Not through a memory map: an error of the disk would be a signal, SIGBUS, which ends the process without a message.
 """
 
 from __future__ import annotations

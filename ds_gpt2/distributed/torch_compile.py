@@ -65,7 +65,7 @@ def _cache_dir() -> Path | None:
 
 
 def obstacle(place: torch.device) -> tuple[str, str] | None:
-    """What is missing, and the mend. Triton builds its launchers in C, a CPU's kernels are C++."""
+    """What is missing, and how to fix it. Triton builds its launchers in C, a CPU's kernels are C++."""
     if place.type == "cpu":
         missing = _no_compiler("CXX", "g++", "clang++")
         return (f"there is no C++ compiler ({missing})", "install one (Debian: apt install g++)") if missing else None

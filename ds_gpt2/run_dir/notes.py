@@ -42,7 +42,7 @@ def now(step: int, text: str) -> Note:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The last step in the run's metrics; 0 where there is none. Lines cut by a crash are passed over."""
+    """The last step in the run's metrics; 0 where there is none. Lines cut by a crash are skipped."""
     with contextlib.suppress(OSError), open(run_dir / metrics.METRICS, "rb", opener=regular_only) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):

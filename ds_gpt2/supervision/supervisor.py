@@ -436,7 +436,7 @@ def _why(ranks: Ranks, out_of_memory: bool) -> str:
     silent = sorted(set(range(ranks.count)) - set(failures))
     parts = [f"rank {rank}: {text}" for rank, text in list(failures.items())[:1]]
     if silent:
-        parts.insert(0, f"rank {', '.join(map(str, silent))} ended without a word")
+        parts.insert(0, f"rank {', '.join(map(str, silent))} exited without an error message")
     return "; ".join([*parts, ranks.exit_status])
 
 

@@ -114,7 +114,7 @@ def run(
     """One rank's part of a run.
 
     Raises:
-        UserError: on every rank, for whatever the person who started the run can mend.
+        UserError: on every rank, for mistakes that the user can fix.
     """
     open_process_group(place)
     with contextlib.ExitStack() as endings:

@@ -820,7 +820,7 @@ class FailingDisk(RecordingDisk):
 
     def __init__(self, root: Path, fault: Fault, at: int) -> None:
         super().__init__(root)
-        self.failed = self.mended = False
+        self.failed = self.repaired = False
         self._fault = fault
         self._left = at
         self._lock = threading.Lock()  # two ranks count
@@ -837,7 +837,7 @@ class FailingDisk(RecordingDisk):
 
     def _fails(self, kind: Kind) -> bool:
         with self._lock:
-            if self.mended or kind not in self._fault.kinds or (self.failed and not self._fault.lasting):
+            if self.repaired or kind not in self._fault.kinds or (self.failed and not self._fault.lasting):
                 return False
             self._left -= 1
             self.failed = self.failed or self._left < 0
@@ -945,7 +945,7 @@ def _failing_while_saving(
     assert not committed or rolling_tag(10) in _good_tags(directory)
     replaced = scenario.replaces and commit.awaits_sweep(directory)
     assert replaced or {old, superseded_tag(10)} & _good_tags(directory)
-    disk.mended = True
+    disk.repaired = True
     assert _saved(ranks, disk, house, directory, 15)
     assert _latest(directory) == rolling_tag(15)
     Housekeeping(disk, directory, DEFAULTS).start()

@@ -107,7 +107,9 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
     (unreadable,) = [event.text for event in _events(disturbed) if event.kind == "data_error"]
     assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; again in 0.5 s" in unreadable
     killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
-    assert "rank 1 ended without a word" in killed.text  # its signal, too, where the launcher sees it before the others
+    assert (
+        "rank 1 exited without an error message" in killed.text
+    )  # its signal, too, where the launcher sees it before the others
     assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (13, True, True)
     stacks = Path(hung.facts["stacks"])
     assert "in _strike" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")

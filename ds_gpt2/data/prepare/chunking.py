@@ -77,7 +77,7 @@ class Counts:
 
 
 def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
-    """All pieces from ``start`` on, each with what was passed over or begun since the one before.
+    """All pieces from ``start`` on, each with what was skipped or begun since the one before.
 
     The first damaged documents are logged, and the first <|endoftext|>, U+FFFD and control character in a text.
     """

@@ -53,7 +53,7 @@ class Courier:
     def __init__(self, ways: Callable[[], Sequence[Way]], run_dir: Path) -> None:
         """
         Args:
-            ways: asked each time, so that a person can mend them while the run goes on; does not raise.
+            ways: called each time, so that channels can be fixed while the run trains; does not raise.
         """
         self._ways = ways
         self._journal = Journal(run_dir)

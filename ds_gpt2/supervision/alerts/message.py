@@ -20,8 +20,8 @@ _LONGEST = 3500  # characters of a text: Telegram takes 4096, title and all
 _TO_DO = {
     "crash": "it starts again by itself: `./launch.sh status {run}` shows how it gets on",
     "hang": "it starts again by itself: `./launch.sh status {run}` shows how it gets on",
-    "gave_up": "look into {log}, mend it, then type `./launch.sh resume {run}`",
-    "mistake": "look into {log}, mend it, then start it again",
+    "gave_up": "look into {log}, fix the cause, then type `./launch.sh resume {run}`",
+    "mistake": "look into {log}, fix the cause, then start it again",
     "stop": "type `./launch.sh resume {run}` to go on",
     "done": "`./launch.sh report {run}` draws the curves",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what could go",

@@ -180,8 +180,8 @@ def _batch(settings: Settings, count: int) -> Row:
 def _name(settings: Settings) -> Row:
     name = settings.run.name
     if (tag := newest_tag(settings.checkpoint_dir)) is not None:
-        mend = f"`./launch.sh resume {name}` goes on with it; for a new run give run.name=NAME"
-        return Row("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", mend)
+        fix = f"`./launch.sh resume {name}` goes on with it; for a new run give run.name=NAME"
+        return Row("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", fix)
     return Row("run's name", "ok", f"{name} has no checkpoints yet: it starts afresh")
 
 

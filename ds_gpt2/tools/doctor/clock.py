@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_gpt2.common.formatting import clock, duration
 from ds_gpt2.tools.doctor.row import Row
 
-_MEND = "`sudo timedatectl set-ntp true`, or install chrony; a virtual machine may be kept right by its host"
+_FIX = "`sudo timedatectl set-ntp true`, or install chrony; a virtual machine may be kept right by its host"
 _TOLERATED = 600.0  # seconds that a file may be from the future
 _UNSYNCHRONISED = 0x40  # STA_UNSYNC of linux/timex.h
 
@@ -30,13 +30,13 @@ class _Timex(ctypes.Structure):
 
 
 def synchronised() -> Row:
-    """Whether the kernel says that somebody keeps its clock right (adjtimex, which needs no rights to ask)."""
+    """Whether the clock is synchronised, by the kernel (adjtimex, which needs no privileges)."""
     state = _Timex(modes=0)
     if ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(state)) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     if state.status & _UNSYNCHRONISED:
-        return Row("clock", "warn", "the kernel knows of nobody who keeps it right", _MEND)
+        return Row("clock", "warn", "not synchronised (NTP)", _FIX)
     return Row("clock", "ok", f"synchronised, wrong by {state.largest_error / 1e3:,.0f} ms at most")
 
 
@@ -50,5 +50,5 @@ def not_behind(files: Iterable[Path], now: float) -> Row:
     newest = max(times, key=lambda file: times[file])
     behind = times[newest] - now
     if behind > _TOLERATED:
-        return Row("time", "warn", f"{clock(now)}, but {newest} is from {duration(behind)} later", _MEND)
+        return Row("time", "warn", f"{clock(now)}, but {newest} is from {duration(behind)} later", _FIX)
     return Row("time", "ok", f"{clock(now)}, after all that the project and the run have written")

@@ -68,8 +68,8 @@ def checksums(dataset: Dataset) -> Row:
             bar.update(shard.bytes)
             damaged += [shard.file] if is_bad else []
     if damaged:
-        mend = "restore them, or prepare the data again: training on them would go unnoticed"
-        return Row("checksums", "fail", f"not what was written: {', '.join(damaged)}", mend)
+        fix = "restore them, or prepare the data again: training on them would go unnoticed"
+        return Row("checksums", "fail", f"not what was written: {', '.join(damaged)}", fix)
     return Row("checksums", "ok", f"{len(known)} shards, {size(total)}, are what dataset.json says")
 
 
@@ -81,8 +81,8 @@ def hellaswag(settings: HellaswagSettings) -> Row:
     if not settings.every:
         return Row(name, "ok", "not asked for (hellaswag.every is 0)")
     if not path.exists():
-        mend = "`./launch.sh prepare hellaswag`: else it is fetched at the start, or left out"
-        return Row(name, "warn", f"{path} is not there", mend)
+        fix = "`./launch.sh prepare hellaswag`: else it is fetched at the start, or left out"
+        return Row(name, "warn", f"{path} is not there", fix)
     if is_original(path):
         return Row(name, "ok", f"{path.name} is the authors' file")
     try:
@@ -103,8 +103,8 @@ def _enough(dataset: Dataset, settings: Settings) -> Row:
     found = f"{steps:,} steps see the data {epochs:.2f} times"
     warmup = settings.schedule.warmup_steps
     if warmup >= steps:
-        mend = "set schedule.warmup_steps lower or schedule.epochs higher"
-        return Row(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", mend)
+        fix = "set schedule.warmup_steps lower or schedule.epochs higher"
+        return Row(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
     if epochs > steps:
         return Row(
             name, "warn", f"{found}: a step is more than an epoch", "prepare more text, or a smaller token budget"

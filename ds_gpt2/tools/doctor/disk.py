@@ -80,8 +80,8 @@ def room(directory: Path, need: Storage) -> Row:
     found = f"{size(free)} free" + (f", {size(own)} taken by the run already" if own else "")
     found += f"; a checkpoint takes {size(need.checkpoint)}, all that is kept {size(need.most)}"
     if free + own < need.least:
-        mend = f"at least {size(need.least)} are needed: make room, or set checkpoint.dir to a larger disk"
-        return Row("room", "fail", found, mend)
+        fix = f"at least {size(need.least)} are needed: make room, or set checkpoint.dir to a larger disk"
+        return Row("room", "fail", found, fix)
     if free + own < need.most:
         fewer = need.last - -(-(need.most - free - own) // need.checkpoint)
         less = f"set checkpoint.keep_last={fewer}" if fewer >= 2 else "set checkpoint.epochs_as=weights, keep_epochs"
@@ -97,8 +97,8 @@ def room_for_logs(directory: Path, checkpoints: Path) -> Row:
         return Row(name, "ok", f"{directory} is on the disk of the checkpoints")
     free = shutil.disk_usage(place).free
     if free < _FOR_LOGS:
-        mend = "make room, or set run.dir (and monitor.dir) to another disk"
-        return Row(name, "warn", f"{size(free)} free below {directory}", mend)
+        fix = "make room, or set run.dir (and monitor.dir) to another disk"
+        return Row(name, "warn", f"{size(free)} free below {directory}", fix)
     return Row(name, "ok", f"{size(free)} free below {directory}")
 
 
@@ -109,8 +109,8 @@ def inodes(directory: Path) -> Row:
         return Row("inodes", "ok", "this file system has no fixed number of files")
     found = f"{status.f_favail:,} more files fit"
     if status.f_favail < _FEW_FILES:
-        mend = "delete small files: `df -i` shows which disk, `du --inodes -d 2` where they are"
-        return Row("inodes", "fail" if status.f_favail < _TOO_FEW_FILES else "warn", found, mend)
+        fix = "delete small files: `df -i` shows which disk, `du --inodes -d 2` where they are"
+        return Row("inodes", "fail" if status.f_favail < _TOO_FEW_FILES else "warn", found, fix)
     return Row("inodes", "ok", found)
 
 
@@ -133,24 +133,24 @@ def file_system(directory: Path, mounts: Path = MOUNTS) -> Row:
     mount = mount_of(existing(directory), read_mounts(mounts))
     found = f"{mount.kind} on {mount.point}"
     if "ro" in mount.options:
-        mend = f"mount it for writing (`sudo mount -o remount,rw {mount.point}`): a disk that fails turns so by itself"
-        return Row("file system", "fail", f"{found} is read-only", mend)
+        fix = f"mount it for writing (`sudo mount -o remount,rw {mount.point}`): a disk that fails turns so by itself"
+        return Row("file system", "fail", f"{found} is read-only", fix)
     if mount.kind in _OBJECT_STORES:
-        mend = "it cannot rename at once or make anything durable: set checkpoint.dir to a disk, and backup.to to this"
-        return Row("file system", "fail", f"{found}, an object store", mend)
+        fix = "it cannot rename at once or make anything durable: set checkpoint.dir to a disk, and backup.to to this"
+        return Row("file system", "fail", f"{found}, an object store", fix)
     if mount.kind in _NETWORK or mount.kind.startswith("fuse."):
-        mend = (
+        fix = (
             "a file system of another machine or program: fsync and flock are worth what its server makes of them;"
             " a local disk for checkpoint.dir and this one for checkpoint.backup.to is safer and faster"
         )
-        return Row("file system", "warn", f"{found}, a network file system", mend)
+        return Row("file system", "warn", f"{found}, a network file system", fix)
     if mount.kind in _IN_MEMORY:
         return Row(
             "file system", "warn", f"{found}, in memory", "a reboot takes all of it: set checkpoint.dir to a disk"
         )
     if mount.kind == "overlay":
-        mend = "what is written goes with the container: mount a directory of the host, and set checkpoint.dir to it"
-        return Row("file system", "warn", f"{found}, a container's own layer", mend)
+        fix = "what is written goes with the container: mount a directory of the host, and set checkpoint.dir to it"
+        return Row("file system", "warn", f"{found}, a container's own layer", fix)
     return Row("file system", "ok", f"{found}, local")
 
 
@@ -230,8 +230,8 @@ def _write_speed(seen: Speed, checkpoint: int, ranks_limit: float, between_saves
     if between_saves is not None:
         found += f", one is due every {_seconds(between_saves)}"
     if save > (_LONG_SAVE if between_saves is None else between_saves / 2):
-        mend = "training would wait for the disk: a larger checkpoint.every, or checkpoint.dir on a faster disk"
-        return Row("write speed", "warn", found, mend)
+        fix = "training would wait for the disk: a larger checkpoint.every, or checkpoint.dir on a faster disk"
+        return Row("write speed", "warn", found, fix)
     return Row("write speed", "ok", found)
 
 
@@ -252,8 +252,8 @@ def _unwritable(directory: Path) -> Row | None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        mend = f"let {_user()} write there, or set another directory"
-        return Row(f"directory {directory.name}", "fail", f"{place}: {error.strerror}", mend)
+        fix = f"let {_user()} write there, or set another directory"
+        return Row(f"directory {directory.name}", "fail", f"{place}: {error.strerror}", fix)
     return None
 
 
@@ -268,8 +268,8 @@ def _rename(place: Path) -> Row | None:
         if (place / "new" / "file").read_bytes() != b"ds_gpt2" or (place / "pointer").read_bytes() != b"new":
             raise OSError(errno.EIO, "something else came out of it")
     except OSError as error:
-        mend = "checkpoints are committed by a rename: set checkpoint.dir to another file system"
-        return Row("rename", "fail", f"not possible: {error.strerror}", mend)
+        fix = "checkpoints are committed by a rename: set checkpoint.dir to another file system"
+        return Row("rename", "fail", f"not possible: {error.strerror}", fix)
     return None
 
 
@@ -281,8 +281,8 @@ def _sync(place: Path) -> Row | None:
         finally:
             os.close(handle)
     except OSError as error:
-        mend = "no checkpoint would be durable: set checkpoint.dir to another file system"
-        return Row("fsync of directories", "fail", f"not possible: {error.strerror}", mend)
+        fix = "no checkpoint would be durable: set checkpoint.dir to another file system"
+        return Row("fsync of directories", "fail", f"not possible: {error.strerror}", fix)
     return None
 
 
@@ -291,8 +291,8 @@ def _link(place: Path) -> Row | None:
     try:
         os.link(place / "file", place / "link")
     except OSError as error:
-        mend = "ends of epochs and the best are whole copies then: count on more room, or set checkpoint.dir"
-        return Row("hard links", "warn", f"not possible: {error.strerror}", mend)
+        fix = "ends of epochs and the best are whole copies then: count on more room, or set checkpoint.dir"
+        return Row("hard links", "warn", f"not possible: {error.strerror}", fix)
     return None
 
 
@@ -304,8 +304,8 @@ def _lock(place: Path) -> Row | None:
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 raise OSError(errno.ENOLCK, "two hold one lock")
     except OSError as error:
-        mend = "nothing would stop a second start of the same run: take care yourself, or set checkpoint.dir"
-        return Row("flock", "warn", f"not possible: {error.strerror}", mend)
+        fix = "nothing would stop a second start of the same run: take care yourself, or set checkpoint.dir"
+        return Row("flock", "warn", f"not possible: {error.strerror}", fix)
     return None
 
 

@@ -54,8 +54,8 @@ def unused(accelerator: str, ranks: int, devices: Path = Path("/dev")) -> Row:
     """For a run on the CPU: whether a GPU lies idle."""
     found = f"none used: {counted(ranks, 'rank')} on the CPU"
     if (devices / "nvidia0").exists():
-        mend = "for a GPU, install a CUDA build of PyTorch and set run.device=cuda"
-        return Row("GPUs", "warn", f"{found}, though there is an NVIDIA device", mend)
+        fix = "for a GPU, install a CUDA build of PyTorch and set run.device=cuda"
+        return Row("GPUs", "warn", f"{found}, though there is an NVIDIA device", fix)
     return Row("GPUs", "ok", found)
 
 
@@ -67,8 +67,8 @@ def driver(nvml: Any) -> Row | None:
         if error.value == nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
             found = "was updated while it was loaded: what starts now finds no GPU"
             return Row("GPU driver", "fail", found, "reboot: `sudo reboot`")
-        mend = "`nvidia-smi` says more; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-        return Row("GPU driver", "unknown", f"the GPUs cannot be looked at: {error}", mend)
+        fix = "`nvidia-smi` says more; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        return Row("GPU driver", "unknown", f"the GPUs cannot be looked at: {error}", fix)
     return None
 
 
@@ -123,8 +123,8 @@ def errors(nvml: Any, gpus: list[Any]) -> Row:
         return Row("ECC", "ok", "these cards have none, or it is off: memory errors would go unnoticed")
     if bad := {number: errors for number, errors in counts.items() if errors}:
         found = ", ".join(f"GPU {number}: {errors}" for number, errors in bad.items())
-        mend = "reset them (`sudo nvidia-smi --gpu-reset`) or reboot; a card where it comes again is broken"
-        return Row("ECC", "warn", f"errors that could not be corrected: {found}", mend)
+        fix = "reset them (`sudo nvidia-smi --gpu-reset`) or reboot; a card where it comes again is broken"
+        return Row("ECC", "warn", f"errors that could not be corrected: {found}", fix)
     return Row("ECC", "ok", "no error that could not be corrected")
 
 
@@ -148,8 +148,8 @@ def slowed(nvml: Any, gpus: list[Any]) -> Row:
         f"GPU {number}: {word}" for number, bits in reasons.items() for bit, word in _SLOWED_BY.items() if bits & bit
     ]
     if words:
-        mend = "look at fans, air and power cables; `nvidia-smi -q -d PERFORMANCE` says more"
-        return Row("throttling", "warn", f"slowed down already: {', '.join(words)}", mend)
+        fix = "look at fans, air and power cables; `nvidia-smi -q -d PERFORMANCE` says more"
+        return Row("throttling", "warn", f"slowed down already: {', '.join(words)}", fix)
     return Row("throttling", "ok", "none is slowed down")
 
 
@@ -170,8 +170,8 @@ def persistence(nvml: Any, gpus: list[Any]) -> Row:
     """Whether the driver stays loaded between two starts."""
     modes = _each(nvml, gpus, nvml.nvmlDeviceGetPersistenceMode)
     if not all(modes.values()):
-        mend = "`sudo systemctl enable --now nvidia-persistenced`, or `sudo nvidia-smi -pm 1`"
-        return Row("persistence", "warn", "off: each start loads the driver anew and forgets error counts", mend)
+        fix = "`sudo systemctl enable --now nvidia-persistenced`, or `sudo nvidia-smi -pm 1`"
+        return Row("persistence", "warn", "off: each start loads the driver anew and forgets error counts", fix)
     return Row("persistence", "ok", "the driver stays loaded")
 
 
@@ -185,8 +185,8 @@ def versions(nvml: Any, torch_cuda: str | None) -> Row:
     theirs = (number // 1000, number % 1000 // 10)
     found = f"driver {_text(nvml.nvmlSystemGetDriverVersion())} for CUDA up to {theirs[0]}.{theirs[1]}"
     if torch_cuda is None:
-        mend = "install a CUDA build of PyTorch: https://pytorch.org/get-started/locally"
-        return Row("CUDA", "fail", f"{found}; this PyTorch is built for the CPU", mend)
+        fix = "install a CUDA build of PyTorch: https://pytorch.org/get-started/locally"
+        return Row("CUDA", "fail", f"{found}; this PyTorch is built for the CPU", fix)
     ours = tuple(int(part) for part in torch_cuda.split(".")[:2])
     found += f"; PyTorch is built for {torch_cuda}"
     if theirs[0] < ours[0]:
@@ -208,8 +208,8 @@ def xids(lines: Iterable[tuple[float, str]], uptime: float) -> Row:
         return Row("Xid", "ok", "the kernel has logged no error of a GPU")
     counts = Counter(code for _, code in found)
     told = ", ".join(f"{times} x {code}" + _meaning(code) for code, times in counts.most_common())
-    mend = "`sudo dmesg | grep Xid`; one that comes again after a reboot is the card, its slot or its power"
-    return Row("Xid", "warn", f"{told}; the last {duration(uptime - found[-1][0])} ago", mend)
+    fix = "`sudo dmesg | grep Xid`; one that comes again after a reboot is the card, its slot or its power"
+    return Row("Xid", "warn", f"{told}; the last {duration(uptime - found[-1][0])} ago", fix)
 
 
 def kernel_log(lines: Iterable[tuple[float, str]], uptime: float) -> Row:

@@ -52,8 +52,8 @@ def cpu_time() -> Row:
     soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
     if soft == _INFINITY:
         return Row("CPU time", "ok", "no limit")
-    mend = "every rank would be killed then: `ulimit -t unlimited`, or ask the administrator"
-    return Row("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time for a process", mend)
+    fix = "every rank would be killed then: `ulimit -t unlimited`, or ask the administrator"
+    return Row("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time for a process", fix)
 
 
 def sizes(largest_file: int) -> list[Row]:
@@ -70,8 +70,8 @@ def sizes(largest_file: int) -> list[Row]:
     ):
         soft, _ = resource.getrlimit(number)
         if soft != _INFINITY:
-            mend = f"PyTorch reserves more than it uses, CUDA far more: `ulimit -{letter} unlimited`"
-            rows.append(Row(name, "warn", f"{size(soft)} for a process", mend))
+            fix = f"PyTorch reserves more than it uses, CUDA far more: `ulimit -{letter} unlimited`"
+            rows.append(Row(name, "warn", f"{size(soft)} for a process", fix))
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     locked = "no limit" if soft == _INFINITY else f"{size(soft)}, enough without InfiniBand"
     return rows or [Row("memory limits", "ok", f"none on files and addresses; locked memory: {locked}")]
@@ -91,8 +91,8 @@ def time_limit(environment: Mapping[str, str], now: float) -> Row:
     if seconds is None:
         return Row(name, "unknown", f"Slurm job {job} does not say when it ends", f"look at `scontrol show job {job}`")
     found = f"Slurm ends job {job} in {duration(seconds)}, {clock(now + seconds)}"
-    mend = "`#SBATCH --signal=USR1@300` lets the run save in time; afterwards `./launch.sh resume`"
-    return Row(name, "fail" if seconds < _SHORT else "warn", found, mend)
+    fix = "`#SBATCH --signal=USR1@300` lets the run save in time; afterwards `./launch.sh resume`"
+    return Row(name, "fail" if seconds < _SHORT else "warn", found, fix)
 
 
 def parse_time_left(text: str) -> float | None:
@@ -118,13 +118,13 @@ def terminal(environment: Mapping[str, str], tools: list[str]) -> Row:
     if not environment.get("SSH_CONNECTION"):
         return Row("terminal", "ok", f"not over ssh; installed: {', '.join(tools) or 'neither tmux nor screen'}")
     start = "./launch.sh train ..."
-    mends = {
+    fixes = {
         "tmux": f"`tmux new -s gpt2 {start}` (away: Ctrl+B D; back: `tmux attach -t gpt2`)",
         "screen": f"`screen -S gpt2 {start}` (away: Ctrl+A D; back: `screen -r gpt2`)",
         "systemd-run": f"`systemd-run --user --scope nohup {start} &`",
     }
-    mend = next((mends[tool] for tool in mends if tool in tools), f"`nohup {start} &`")
-    return Row("terminal", "warn", "over ssh, outside tmux: a lost connection stops the run (it saves first)", mend)
+    fix = next((fixes[tool] for tool in fixes if tool in tools), f"`nohup {start} &`")
+    return Row("terminal", "warn", "over ssh, outside tmux: a lost connection stops the run (it saves first)", fix)
 
 
 def logout(environment: Mapping[str, str], user: str, root: Path = Path("/")) -> Row:
@@ -135,8 +135,8 @@ def logout(environment: Mapping[str, str], user: str, root: Path = Path("/")) ->
         return Row("logout", "ok", "systemd-logind leaves processes alone (KillUserProcesses=no)")
     if (root / "var/lib/systemd/linger" / user).exists():
         return Row("logout", "ok", "KillUserProcesses=yes, but this user lingers")
-    mend = "`loginctl enable-linger`, then start with `systemd-run --user --scope tmux new -s gpt2`"
-    return Row("logout", "warn", "KillUserProcesses=yes: logging out kills the run, inside tmux too", mend)
+    fix = "`loginctl enable-linger`, then start with `systemd-run --user --scope tmux new -s gpt2`"
+    return Row("logout", "warn", "KillUserProcesses=yes: logging out kills the run, inside tmux too", fix)
 
 
 def kills_at_logout(root: Path) -> bool:
@@ -156,17 +156,17 @@ def reboots(gpus: bool, root: Path = Path("/")) -> list[Row]:
     """A reboot that waits, and updates that come by themselves."""
     rows = []
     if any((root / place).exists() for place in ("var/run/reboot-required", "run/reboot-required")):
-        mend = "reboot now, before the run: `sudo reboot`"
-        rows.append(Row("reboot", "warn", "an update waits for a reboot (/var/run/reboot-required)", mend))
+        fix = "reboot now, before the run: `sudo reboot`"
+        rows.append(Row("reboot", "warn", "an update waits for a reboot (/var/run/reboot-required)", fix))
     settings = _apt_settings(root)
     if settings.get("APT::Periodic::Unattended-Upgrade", "0") not in ("0", ""):
         if settings.get("Unattended-Upgrade::Automatic-Reboot", "false").lower() in ("true", "1", "yes"):
             at = settings.get("Unattended-Upgrade::Automatic-Reboot-Time", "now")
-            mend = 'set Unattended-Upgrade::Automatic-Reboot "false" in /etc/apt/apt.conf.d, or resume afterwards'
-            rows.append(Row("updates", "warn", f"unattended upgrades may reboot this machine ({at})", mend))
+            fix = 'set Unattended-Upgrade::Automatic-Reboot "false" in /etc/apt/apt.conf.d, or resume afterwards'
+            rows.append(Row("updates", "warn", f"unattended upgrades may reboot this machine ({at})", fix))
         elif gpus:
-            mend = "for the time of the run: `sudo systemctl stop unattended-upgrades apt-daily-upgrade.timer`"
-            rows.append(Row("updates", "warn", "unattended upgrades may replace the GPU driver in the night", mend))
+            fix = "for the time of the run: `sudo systemctl stop unattended-upgrades apt-daily-upgrade.timer`"
+            rows.append(Row("updates", "warn", "unattended upgrades may replace the GPU driver in the night", fix))
     return rows or [Row("reboot", "ok", "none waits, and no update reboots by itself")]
 
 

@@ -20,18 +20,18 @@ _MUCH_SWAP = 0.5
 
 def shared_memory(accelerator: str, directory: Path = Path("/dev/shm")) -> Row:
     """NCCL's ranks exchange data through it where GPUs cannot reach each other; gloo goes over loopback."""
-    name, mend = "shared memory", "start the container with `--shm-size=1g`, or `mount -o remount,size=1g /dev/shm`"
+    name, fix = "shared memory", "start the container with `--shm-size=1g`, or `mount -o remount,size=1g /dev/shm`"
     try:
         status = os.statvfs(directory)
     except OSError as error:
-        return Row(name, "fail" if accelerator == "cuda" else "warn", f"no {directory}: {error.strerror}", mend)
+        return Row(name, "fail" if accelerator == "cuda" else "warn", f"no {directory}: {error.strerror}", fix)
     whole, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     found = f"{size(free)} free of {size(whole)} in {directory}"
     if accelerator == "cpu":
         return Row(name, "ok", f"{found}; ranks on the CPU do without")
     if free < _SHM_NEEDED:
-        return Row(name, "fail", found, mend)
-    return Row(name, "warn" if free < _SHM_WANTED else "ok", found, mend if free < _SHM_WANTED else "")
+        return Row(name, "fail", found, fix)
+    return Row(name, "warn" if free < _SHM_WANTED else "ok", found, fix if free < _SHM_WANTED else "")
 
 
 def host(need: int, limits: Cgroup) -> Row:
@@ -59,8 +59,8 @@ def cores(accelerator: str, ranks: int, limits: Cgroup) -> Row:
     if limits.cores is not None and limits.cores < count:
         found += f", of which the cgroup grants {limits.cores:g}"
         threads = max(1, int(limits.cores // ranks))
-        mend = f"ranks would be halted now and then: grant more, or set OMP_NUM_THREADS={threads}"
-        return Row("cores", "warn", found, mend)
+        fix = f"ranks would be halted now and then: grant more, or set OMP_NUM_THREADS={threads}"
+        return Row("cores", "warn", found, fix)
     if accelerator == "cuda" and count < ranks:
         return Row("cores", "warn", found, "a rank needs a core of its own to keep its GPU busy: allow more cores")
     if count < ranks:
@@ -85,14 +85,14 @@ def swap(proc: Path = Path("/proc")) -> Row:
     adjustment = int((proc / "self/oom_score_adj").read_text())
     found = f"{size(swapped.total)} of swap" if swapped.total else "no swap"
     if overcommit == 2:
-        mend = "memory that is reserved but not used counts: `sudo sysctl vm.overcommit_memory=0`"
-        return Row("swap", "warn", f"{found}; vm.overcommit_memory=2", mend)
+        fix = "memory that is reserved but not used counts: `sudo sysctl vm.overcommit_memory=0`"
+        return Row("swap", "warn", f"{found}; vm.overcommit_memory=2", fix)
     if swapped.total and swapped.used > _MUCH_SWAP * swapped.total:
         return Row(
             "swap", "warn", f"{found}, {size(swapped.used)} in use", "end other programs: what is swapped is slow"
         )
     if adjustment > 0:
-        mend = "start it from a service or from tmux outside the desktop's session"
+        fix = "start it from a service or from tmux outside the desktop's session"
         found += f"; oom_score_adj {adjustment}: killed before others when memory runs out"
-        return Row("swap", "warn", found, mend)
+        return Row("swap", "warn", found, fix)
     return Row("swap", "ok", found + ("" if swapped.total else ": when memory runs out the kernel kills at once"))

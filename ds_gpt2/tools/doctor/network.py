@@ -19,7 +19,7 @@ _PATIENCE = 2.0  # seconds; on loopback microseconds are usual
 
 def loopback() -> Row:
     """A port of one's own choosing, a connection to it, and bytes both ways: what a rendezvous needs."""
-    mend = "the ranks cannot meet: `ip addr show lo` must have 127.0.0.1 (`sudo ip link set lo up`)"
+    fix = "the ranks cannot meet: `ip addr show lo` must have 127.0.0.1 (`sudo ip link set lo up`)"
     try:
         begun = time.monotonic()
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -32,7 +32,7 @@ def loopback() -> Row:
                         raise OSError("something else arrived than was sent")
         taken = time.monotonic() - begun
     except OSError as error:
-        return Row("loopback", "fail", f"no connection over 127.0.0.1: {error}", mend)
+        return Row("loopback", "fail", f"no connection over 127.0.0.1: {error}", fix)
     return Row("loopback", "ok", f"the ranks can meet on a free port, connected in {taken * 1e3:.1f} ms")
 
 
@@ -41,8 +41,8 @@ def deepspeed_port(port: int = DEEPSPEED_PORT) -> Row:
     name = f"port {port}"
     if is_free(port):
         return Row(name, "ok", "free (the ranks' own, where you start `deepspeed` yourself)")
-    mend = f"`deepspeed --master_port {free_port()} ...` where you start it yourself; ./launch.sh finds a free one"
-    return Row(name, "warn", f"taken{_holder(port)}", mend)
+    fix = f"`deepspeed --master_port {free_port()} ...` where you start it yourself; ./launch.sh finds a free one"
+    return Row(name, "warn", f"taken{_holder(port)}", fix)
 
 
 def tensorboard_port(port: int = TENSORBOARD_PORT) -> Row:

@@ -19,7 +19,7 @@ from ds_gpt2.tools.doctor.row import Row
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
 
-_MEND = "wait for their end, or end them (they save first): `kill -TERM "
+_FIX = "wait for their end, or end them (they save first): `kill -TERM "
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Row:
         return Row("this run", "warn", found, "the next start asks them to save, and ends them")
     if mine or holder:
         found = f"{name} is being trained by process {holder or _list(mine)}"
-        return Row("this run", "fail", found, f"{_MEND}{_list(mine)}`" if mine else "wait for its end")
+        return Row("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait for its end")
     return Row("this run", "ok", f"nobody trains {name}")
 
 
@@ -62,7 +62,7 @@ def other_runs(settings: Settings, ranks: list[Rank]) -> Row:
         return Row("other runs", "ok", "no other run of this project")
     runs = ", ".join(sorted({rank.run for rank in others}))
     pids = _list([rank.pid for rank in others])
-    return Row("other runs", "warn", f"processes {pids} train {runs}", f"{_MEND}{pids}`")
+    return Row("other runs", "warn", f"processes {pids} train {runs}", f"{_FIX}{pids}`")
 
 
 def find_ranks(script: Path = TRAIN) -> list[Rank]:

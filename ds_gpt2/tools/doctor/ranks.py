@@ -19,12 +19,12 @@ _HANGS = {
     "joining": "does not meet the others",
     "summing": "does not get through an all-reduce",
 }
-_MENDS = {
+_FIXES = {
     "cpu": "gloo goes over 127.0.0.1: look for a firewall on lo, and at GLOO_SOCKET_IFNAME",
     "cuda": "try NCCL_P2P_DISABLE=1 (consumer cards, IOMMU), look with NCCL_DEBUG=INFO; /dev/shm needs 1 GB",
 }
 _LIBRARIES = {"cpu": "gloo", "cuda": "NCCL"}
-_SLOW_MENDS = {
+_SLOW_FIXES = {
     "cpu": "other programs want the cores: end them",
     "cuda": "GPUs may not reach each other: `nvidia-smi topo -m`, other slots, an NVLink bridge",
 }
@@ -47,10 +47,10 @@ def round_trip(place: Place, seconds: float = SECONDS, script: Path = ALL_REDUCE
         records = [_record(folder / f"rank_{rank}.json") for rank in range(place.ranks)]
     if any(record.get("phase") != "done" for record in records):
         limit = "" if in_time else f"not done after {seconds:.0f} s, ended: "
-        return [Row("ranks", "fail", limit + _story(records), _MENDS[place.accelerator])]
+        return [Row("ranks", "fail", limit + _story(records), _FIXES[place.accelerator])]
     if not all(record["right"] for record in records):
-        mend = "a link, a card or its memory is broken: try fewer ranks until the sum is right"
-        return [Row("ranks", "fail", "an all-reduce gave a wrong sum", mend)]
+        fix = "a link, a card or its memory is broken: try fewer ranks until the sum is right"
+        return [Row("ranks", "fail", "an all-reduce gave a wrong sum", fix)]
     meeting = f"{place.ranks} started, met over {_LIBRARIES[place.accelerator]}, summed and ended in {taken:.1f} s"
     return [Row("ranks", "ok", meeting), *(_speed(place, rank, record) for rank, record in enumerate(records))]
 
@@ -99,5 +99,5 @@ def _speed(place: Place, rank: int, record: dict[str, Any]) -> Row:
     late = times[smallest] > _SLOW_SECONDS[place.accelerator]
     slow = on_bus[larger[-1]] < _SLOW_BYTES[place.accelerator]
     if place.ranks > 1 and (late or slow):
-        return Row(f"rank {rank}", "warn", found, _SLOW_MENDS[place.accelerator])
+        return Row(f"rank {rank}", "warn", found, _SLOW_FIXES[place.accelerator])
     return Row(f"rank {rank}", "ok", found)

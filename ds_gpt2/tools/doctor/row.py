@@ -16,7 +16,7 @@ class Row:
     name: str
     status: Status  # fail: the run would end or lose something; warn: it may; unknown: it could not be looked at
     found: str  # with figures
-    mend: str = ""  # what to type or to change
+    fix: str = ""  # what to type or to change
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def examine(check: Check) -> list[Row]:
 
 
 def in_one_line(row: Row) -> str:
-    """``name: what was found; mend``."""
-    return f"{row.name}: {row.found}" + (f"; {row.mend}" if row.mend else "")
+    """``name: what was found; fix``."""
+    return f"{row.name}: {row.found}" + (f"; {row.fix}" if row.fix else "")

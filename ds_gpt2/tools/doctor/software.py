@@ -41,8 +41,8 @@ def tensorboard() -> Row:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception as error:  # whatever is broken in it
-        mend = f"`{sys.executable} -m pip install --force-reinstall tensorboard`"
-        return Row("TensorBoard", "fail", f"cannot be loaded: {type(error).__name__}: {error}", mend)
+        fix = f"`{sys.executable} -m pip install --force-reinstall tensorboard`"
+        return Row("TensorBoard", "fail", f"cannot be loaded: {type(error).__name__}: {error}", fix)
     return Row("TensorBoard", "ok", f"{metadata.version('tensorboard')}, {SummaryWriter.__name__} loads")
 
 
@@ -81,11 +81,11 @@ def read_ranges(pyproject: Path) -> tuple[SpecifierSet, list[Requirement]]:
 
 
 def _misfit(requirement: Requirement) -> Row | None:
-    mend = f'`{sys.executable} -m pip install "{requirement}"`'
+    fix = f'`{sys.executable} -m pip install "{requirement}"`'
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return Row(requirement.name, "fail", "not installed", mend)
+        return Row(requirement.name, "fail", "not installed", fix)
     if requirement.specifier.contains(version, prereleases=True):
         return None
-    return Row(requirement.name, "warn", f"{version} is not {requirement.specifier}, which was tested", mend)
+    return Row(requirement.name, "warn", f"{version} is not {requirement.specifier}, which was tested", fix)

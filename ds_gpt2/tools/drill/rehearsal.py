@@ -86,7 +86,7 @@ def _play_undisturbed(run: Actor) -> Row:
     try:
         run.wait_done()
     except FailedError as error:
-        raise UserError(f"undisturbed, {error}: see {run.output}, mend the config, then drill again") from None
+        raise UserError(f"undisturbed, {error}: see {run.output}, fix the config, then run the drill again") from None
     if troubles := run.events(0, "crash", "hang", "rollback", "save_failed"):
         raise UserError(f"the run is in trouble even if nobody disturbs it ({troubles[0].text}): see {run.output}")
     text = f"{run.settings.schedule.steps} steps that nobody disturbs, in {time.time() - begun:.0f} s"

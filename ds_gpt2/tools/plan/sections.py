@@ -304,12 +304,12 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Sec
 
 
 def problems_of(subject: Subject, traces: Traces | None, calibration: Calibration) -> list[str]:
-    """Why the run cannot be, each with its mend."""
+    """Why the run is not possible, each with a fix."""
     problems = []
     needed, there = calibration.rank_bytes(subject, subject.batch), subject.memory_free
     if there is not None and needed > there:
-        mend = _smaller_batch(subject, calibration)
-        problems.append(f"memory: a rank takes {size(needed)}, there are {size(there)}: {mend}")
+        fix = _smaller_batch(subject, calibration)
+        problems.append(f"memory: a rank takes {size(needed)}, there are {size(there)}: {fix}")
     wanted = _disk_needed(subject, traces)
     if wanted > subject.disk_free:
         hint = _fewer_checkpoints(subject, traces)

@@ -35,7 +35,7 @@ class Timing:
         return self.save.held_seconds + self.save.slower_seconds + waiting
 
     def run_seconds(self, course: Course, occasions: Mapping[str, int], saves: int) -> Range:
-        """Of the whole run. What was not measured is taken for nothing."""
+        """Of the whole run. What was not measured counts as 0 s."""
         costs = self.costs or {}
         aside = self.start + saves * self.save_seconds(course.save_every)
         aside += sum(count * costs.get(name, 0.0) for name, count in occasions.items())

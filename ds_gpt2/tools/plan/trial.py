@@ -84,7 +84,7 @@ def run_trial(
         tell: is given one line about how far it is.
 
     Raises:
-        UserError: the run refuses its settings, or its memory does not do.
+        UserError: the run refuses its settings, or it needs more memory than there is.
         TrialError: it ended in another way.
     """
     with _terminable(), _folder(settings.checkpoint.dir) as folder:
@@ -188,7 +188,7 @@ def _raise(ranks: Ranks, folder: Path, out_of_memory: bool) -> NoReturn:
     """Say why the trial ended before its time."""
     failures = ranks.failures()
     if out_of_memory or any("OutOfMemoryError" in text for text in failures.values()):
-        raise UserError("the memory does not do for a step of this run: set a smaller batch.micro_batch")
+        raise UserError("out of memory in a training step: reduce batch.micro_batch")
     said = [line for line in _printed(folder, 0) if line.startswith("error: ")]
     if ranks.outcome().code == exit_report.MISTAKE and said:
         raise UserError(said[-1].removeprefix("error: "))

@@ -80,8 +80,8 @@ _BY_STATE: dict[State, tuple[Kind, str]] = {
 def _of_life(life: Life, name: str, now: float) -> list[Problem]:
     if life.state in _BY_STATE:
         kind, text = _BY_STATE[life.state]
-        mend = "" if life.state == "hung?" else f"; go on with ./launch.sh resume {name}"
-        return [Problem(kind, (life.why or text) + mend)]
+        fix = "" if life.state == "hung?" else f"; go on with ./launch.sh resume {name}"
+        return [Problem(kind, (life.why or text) + fix)]
     if life.overdue and life.next_start is not None:
         return [Problem("hang", f"it should have been started again {duration(now - life.next_start)} ago")]
     return []

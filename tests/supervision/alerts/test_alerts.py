@@ -150,7 +150,7 @@ def test_news_is_one_message_that_says_what_to_type(run_dir: Path, service: Serv
     gave_up, crash, to_do = message["message"].split("\n\n")
     assert gave_up.startswith("9 starts in a row got no further\nstep 1,230, ")
     assert crash.startswith("rank 1: RuntimeError: out of luck\nstep 1,234, ")
-    assert to_do == f"look into {run_dir}/train.log, mend it, then type `./launch.sh resume {run_dir}`"
+    assert to_do == f"look into {run_dir}/train.log, fix the cause, then type `./launch.sh resume {run_dir}`"
     assert complaints(run_dir) == ["told mine: gave up, crash"]
 
 

@@ -115,11 +115,11 @@ def test_room_on_the_disk_against_what_is_needed(tmp_path: Path) -> None:
     gigabyte = 10**9
     assert disk.room(tmp_path, requirements.Storage(gigabyte, 3, gigabyte, gigabyte)).status == "ok"
     early = disk.room(tmp_path, requirements.Storage(gigabyte, 9, free + 2 * gigabyte, gigabyte))
-    assert (early.status, "set checkpoint.keep_last=" in early.mend) == ("warn", True)
-    assert int(early.mend.split("keep_last=")[1]) in (5, 6, 7)  # others write to this disk meanwhile
+    assert (early.status, "set checkpoint.keep_last=" in early.fix) == ("warn", True)
+    assert int(early.fix.split("keep_last=")[1]) in (5, 6, 7)  # others write to this disk meanwhile
     full = disk.room(tmp_path / "not" / "yet", requirements.Storage(gigabyte, 9, free + gigabyte, free + gigabyte))
     assert full.status == "fail"
-    assert "make room" in full.mend
+    assert "make room" in full.fix
 
 
 def test_what_the_run_has_saved_already_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_the_backup_is_written_to_read_and_cleaned_up(settings: Settings, monkey
         patched.setattr(MemoryFile, "write", refuse)
         row = backup_row(settings, "memory://nas")
     assert (row.status, row.found) == ("fail", "memory://nas/test: 403 for ***")
-    assert "check that the directory or bucket exists" in row.mend
+    assert "check that the directory or bucket exists" in row.fix
     assert MemoryFileSystem.store == {}
 
 
@@ -284,7 +284,7 @@ def under_limits(code: str, *limit: str) -> list[dict[str, str]]:
 def test_limits_on_processes(code: str, limit: str, expected: dict[str, str]) -> None:
     rows = under_limits(code, limit)
     assert {row["name"]: row["status"] for row in rows} == expected
-    assert all(bool(row["mend"]) == (row["status"] != "ok") for row in rows)
+    assert all(bool(row["fix"]) == (row["status"] != "ok") for row in rows)
 
 
 def test_the_end_of_a_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +306,8 @@ def test_a_terminal_that_takes_the_run_with_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_DFL)  # the tests' own may be under nohup
     over_ssh = {"SSH_CONNECTION": "10.0.0.2 50000 10.0.0.1 22"}
     alone = limits.terminal(over_ssh, ["tmux", "systemd-run"])
-    assert (alone.status, "`tmux new -s gpt2 ./launch.sh train ...`" in alone.mend) == ("warn", True)
-    assert "nohup" in limits.terminal(over_ssh, []).mend
+    assert (alone.status, "`tmux new -s gpt2 ./launch.sh train ...`" in alone.fix) == ("warn", True)
+    assert "nohup" in limits.terminal(over_ssh, []).fix
     assert limits.terminal({**over_ssh, "TMUX": "/tmp/tmux-0/default,1,0"}, ["tmux"]).status == "ok"
     assert limits.terminal({}, []).status == "ok"
     monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_IGN)
@@ -379,7 +379,7 @@ def test_limits_of_an_older_container(tmp_path: Path) -> None:
 def test_shared_memory(tmp_path: Path) -> None:
     assert memory.shared_memory("cuda", tmp_path / "gone").status == "fail"
     assert memory.shared_memory("cpu").status == "ok"
-    assert "--shm-size" in memory.shared_memory("cuda", Path("/proc")).mend  # a file system of no size
+    assert "--shm-size" in memory.shared_memory("cuda", Path("/proc")).fix  # a file system of no size
 
 
 def test_how_memory_runs_out(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_how_memory_runs_out(tmp_path: Path) -> None:
     (tmp_path / "self/oom_score_adj").write_text("200\n")
     assert "oom_score_adj 200" in memory.swap(tmp_path).found
     (tmp_path / "sys/vm/overcommit_memory").write_text("2\n")
-    assert "vm.overcommit_memory=0" in memory.swap(tmp_path).mend
+    assert "vm.overcommit_memory=0" in memory.swap(tmp_path).fix
     assert memory.swap().status in ("ok", "warn")
 
 
@@ -446,7 +446,7 @@ def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings
         found = processes.find_ranks(script)
         assert {rank.pid: rank.run for rank in found} == {mine: "test", other: "other"}
         this, others = processes.this_run(settings, found), processes.other_runs(settings, found)
-        assert (this.status, f"kill -TERM {mine}`" in this.mend) == ("fail", True)
+        assert (this.status, f"kill -TERM {mine}`" in this.fix) == ("fail", True)
         assert (others.status, f"processes {other} train other" in others.found) == ("warn", True)
         settings.run_dir.mkdir(parents=True)
         Supervised(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
@@ -524,7 +524,7 @@ def test_no_data_is_one_row(settings: Settings, tmp_path: Path) -> None:
 
 def test_hellaswag(tmp_path: Path) -> None:
     wanted = preset("gpt2_124m", hellaswag__path=tmp_path / "items.jsonl").hellaswag
-    assert "prepare hellaswag" in data.hellaswag(wanted).mend
+    assert "prepare hellaswag" in data.hellaswag(wanted).fix
     wanted.path.write_text("no item\n")
     assert (data.hellaswag(wanted).status, "not JSON" in data.hellaswag(wanted).found) == ("warn", True)
     assert data.hellaswag(preset("quickstart").hellaswag).status == "ok"
@@ -609,7 +609,7 @@ LOOKS: dict[str, Callable[[Any, list[Any]], Row]] = {
 @pytest.mark.parametrize("look", LOOKS)
 def test_two_gpus_that_are_well(look: str) -> None:
     row = LOOKS[look](nvml(), [0, 1])
-    assert (row.status, row.mend) == ("ok", "")
+    assert (row.status, row.fix) == ("ok", "")
 
 
 @pytest.mark.parametrize(
@@ -633,7 +633,7 @@ def test_gpus_that_are_not_well(look: str, question: str, answer: Any, status: s
         "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [SimpleNamespace(pid=answer)],
     }
     row = LOOKS[look](nvml(**{question: answers.get(question, answer)}), [0, 1])
-    assert (row.status, word in row.found, bool(row.mend)) == (status, True, True), row
+    assert (row.status, word in row.found, bool(row.fix)) == (status, True, True), row
 
 
 def test_which_gpus_and_whether_there_are_enough() -> None:
@@ -652,7 +652,7 @@ def test_a_driver_that_does_not_answer() -> None:
 
     assert gpus.driver(nvml()) is None
     updated, absent = gpus.driver(nvml(nvmlInit=fails(18))), gpus.driver(nvml(nvmlInit=fails(12)))
-    assert updated is not None and (updated.status, "reboot" in updated.mend) == ("fail", True)
+    assert updated is not None and (updated.status, "reboot" in updated.fix) == ("fail", True)
     assert absent is not None and absent.status == "unknown"
 
 
@@ -713,7 +713,7 @@ def test_ranks_that_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     rows = ranks.round_trip(Place("cpu", 1))
     assert [(row.name, row.status) for row in rows] == [("ranks", "fail")]
     assert "nosuch0" in rows[0].found
-    assert "GLOO_SOCKET_IFNAME" in rows[0].mend
+    assert "GLOO_SOCKET_IFNAME" in rows[0].fix
 
 
 def run(*words: str | Path) -> int:
@@ -754,7 +754,7 @@ def test_what_a_person_sees(
     lines = capsys.readouterr().out.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("  FAIL room "))
     assert any(line.strip().startswith("-> at least") for line in lines[at : at + 3])
-    assert "1 FAIL: not ready; mend what says FAIL" in lines[-1]
+    assert "1 FAIL: not ready; fix what says FAIL" in lines[-1]
 
 
 def test_a_run_that_cannot_choose_its_ranks_is_a_row_too(
@@ -768,11 +768,11 @@ def test_a_run_that_cannot_choose_its_ranks_is_a_row_too(
 
 
 def test_a_wide_row_is_wrapped_under_itself() -> None:
-    row = Row("a name that is rather long", "warn", "found " * 40, "mend " * 40)
+    row = Row("a name that is rather long", "warn", "found " * 40, "fix " * 40)
     lines = doctor.lines_of(row)
     assert max(map(len, lines)) <= doctor.WIDTH
     assert lines[0].startswith("  warn a name that is rather long found")
-    assert next(line for line in lines if "->" in line).strip().startswith("-> mend")
+    assert next(line for line in lines if "->" in line).strip().startswith("-> fix")
 
 
 def test_what_train_looks_at_takes_no_time_and_no_torch(settings: Settings, tmp_path: Path) -> None:
@@ -802,4 +802,4 @@ def test_what_train_looks_at_takes_no_time_and_no_torch(settings: Settings, tmp_
 
 
 def test_rows_are_plain_values() -> None:
-    assert asdict(Row("room", "ok", "1 GB free")) == {"name": "room", "status": "ok", "found": "1 GB free", "mend": ""}
+    assert asdict(Row("room", "ok", "1 GB free")) == {"name": "room", "status": "ok", "found": "1 GB free", "fix": ""}

@@ -184,8 +184,8 @@ def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
     assert not found["fits"]
     bases = {name: figure["basis"] for name, figure in found["figures"].items()}
     assert bases["step_seconds"] == bases["run_seconds"] == bases["rank_memory_bytes"] == "estimated"
-    mend = int(line.rsplit("=", 1)[1])
-    assert run(command(config, *far, *large, *batch[1:], f"batch.micro_batch={mend}")).code == exit_report.DONE
+    fix = int(line.rsplit("=", 1)[1])
+    assert run(command(config, *far, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_report.DONE
 
 
 @pytest.mark.parametrize(
