@@ -184,7 +184,7 @@ class _Supervisor:
         self._record(self._me)
         result, beat = ranks.outcome(), watchdog.newest
         self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
-        if result.code == exit_report.MISTAKE and self._has_trained:  # nobody's: the same command was right before
+        if result.code == exit_report.MISTAKE and self._has_trained:  # the same command has trained before
             result = Outcome(exit_report.CRASHED)
         if result.code == exit_report.STOPPED and (how == "launcher died" or result.alone):  # without a request
             result = Outcome(exit_report.CRASHED, alone=result.alone)
@@ -210,7 +210,7 @@ class _Supervisor:
     def _watch(self, ranks: Ranks, watchdog: Watchdog) -> Literal["ended", "hung", "launcher died"]:
         """Until no process of this start is left; how it came to that."""
         how: Literal["ended", "launcher died"] = "ended"
-        deadline: float | None = None  # from when on nobody may be left
+        deadline: float | None = None  # from when on remaining processes are killed
         while not ranks.gone:
             time.sleep(_LOOK_SECONDS)
             self._checkpoints.open()  # the ranks make it

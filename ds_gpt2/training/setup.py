@@ -158,7 +158,7 @@ def _train(
     heartbeat.beat()
     tell_of_data = functools.partial(_tell_of_data, journal)
     stop = _stop_request(settings)
-    stopped = functools.partial(_stops_reading, stop, settings.run_dir / STOP_FILE)
+    stopped = functools.partial(_is_stopped, stop, settings.run_dir / STOP_FILE)
     windows = Windows(dataset, "train", plan.sequence_length, tell_of_data, stopped)
     data = TrainingData(windows, plan, collectives.rank(), settings.run.seed, place)
     course = _course(settings, data)
@@ -181,7 +181,7 @@ def _train(
     held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)
     hooks = _hooks(settings, held_out, engine, _Progress(heartbeat, stop, settings.run_dir / STOP_FILE))
     stop.listen()
-    collectives.barrier()  # whoever hears of the start may ask any rank to stop
+    collectives.barrier()  # once the start is announced, any rank must accept a stop
     if collectives.is_main():
         _record_start(settings, state, plan, course.steps)
         _open_dashboard(settings, monitor, engine, plan, restored, origin)
@@ -219,9 +219,9 @@ def _reserve(checkpoints: Checkpoints) -> Path:
     return checkpoints.directory / UNWRITTEN
 
 
-def _stops_reading(stop: StopRequest, file: Path) -> bool:
-    """Whether a read that is tried again and again is to end: asked on each rank alone, which has no others to ask."""
-    return stop.signalled or os.path.lexists(file)
+def _is_stopped(stop: StopRequest, file: Path) -> bool:
+    """Whether a stop is requested, as far as this rank sees it; used where ranks cannot ask each other."""
+    return stop.signalled or os.path.lexists(file)  # unlike Path.exists, it does not raise if the disk fails
 
 
 def _stop_request(settings: Settings) -> StopRequest:
@@ -284,7 +284,7 @@ def _restore_checkpoint_dir(settings: Settings, journal: Journal, endings: conte
 
 
 def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
-    """On rank 0: nobody else trains this run (the lock says so while we live), and its checkpoints are in order."""
+    """On rank 0: lock the run against other processes, and bring its checkpoints in order."""
     if not collectives.is_main():
         return None
     lock = files.lock(house.directory / LOCK, f"run {settings.run.name}")
@@ -318,7 +318,7 @@ class _Progress:
             return
         self._next = time.monotonic() + _PROGRESS_SECONDS
         self._heartbeat.beat()
-        if self._stop.requested or os.path.lexists(self._stop_file):  # unlike Path.exists, for a disk that fails too
+        if self._stop.requested or _is_stopped(self._stop, self._stop_file):
             raise Interrupted
 
 

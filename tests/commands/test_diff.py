@@ -89,8 +89,8 @@ def test_the_same_settings_are_said_to_be(make: Made, capsys: pytest.CaptureFixt
 
 
 def test_a_run_that_is_not_there(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", make("one", 5, 640, 0.0), "nobody"]) == exit_report.MISTAKE
-    assert "no run nobody" in capsys.readouterr().err
+    assert main(["diff", make("one", 5, 640, 0.0), "unknown"]) == exit_report.MISTAKE
+    assert "no run unknown" in capsys.readouterr().err
 
 
 def test_training_losses_that_are_not_finite_are_counted(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
