@@ -173,6 +173,7 @@ def config(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., P
                 **checkpoint,
             },
             samples={"every": 0},
+            validation={"every": 0},  # a stop may interrupt it, and the record of that step is then written later
             supervisor={"backoff_seconds": 0.2, "stop_seconds": 60},
             guards={"spike": "off", "divergence": "off"},
         )
