@@ -47,7 +47,7 @@ from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
-from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ class Ranks:
 
     def __init__(self, config: Path, ranks: int) -> None:
         self.process = subprocess.Popen(
-            start_command(Place("cpu", ranks), TRAIN, ["--config", str(config), "--resume", "auto"]),
+            start_command(RankLayout("cpu", ranks), TRAIN, ["--config", str(config), "--resume", "auto"]),
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             text=True,
             stdout=subprocess.PIPE,

@@ -29,7 +29,7 @@ from benchmarks.machine import describe
 from benchmarks.measured_rank import bytes_below
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
-from ds_gpt2.supervision.launcher import Place, Ranks, start_command
+from ds_gpt2.supervision.launcher import RankLayout, Ranks, start_command
 from ds_gpt2.tools.plan import trial_rank
 
 _CONFIG = PROJECT_DIR / "ds_configs" / "quickstart.yaml"
@@ -138,7 +138,7 @@ def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder
     settings = load_settings(config, overrides)
     arguments = ["--config", str(config), *(f"{key}={value}" for key, value in overrides.items())]
     begun, environment = time.time(), measured_rank.request(settings.checkpoint_dir, folder)
-    started = Ranks(arguments, Place("cpu", ranks), folder / "outcome", environment, script=measured_rank.SCRIPT)
+    started = Ranks(arguments, RankLayout("cpu", ranks), folder / "outcome", environment, script=measured_rank.SCRIPT)
     try:
         while not started.gone:
             time.sleep(0.1)
@@ -161,7 +161,7 @@ def _tensor_peak(ranks: int, data: Path, overrides: dict[str, str], folder: Path
     out = folder / "tensors.json"
     program = Path(__file__).with_name("tensor_peak.py")
     settings = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
-    command = start_command(Place("cpu", ranks), program, ["--data", str(data), "--out", str(out), *settings])
+    command = start_command(RankLayout("cpu", ranks), program, ["--data", str(data), "--out", str(out), *settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return json.loads(out.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.supervision.launcher import Place, start_command
+from ds_gpt2.supervision.launcher import RankLayout, start_command
 
 Found = dict[str, Any]  # what a program has written
 
@@ -241,7 +241,7 @@ def run(program: Program, options: argparse.Namespace) -> Found | None:
     out = options.out / f"{program.name}_{options.suite}.json"
     out.unlink(missing_ok=True)
     file, words = Path(__file__).with_name(program.file), [*map(str, program.words), "--out", str(out)]
-    place = Place("cpu" if options.suite == "cpu" else "cuda", program.ranks)
+    place = RankLayout("cpu" if options.suite == "cpu" else "cuda", program.ranks)
     command = start_command(place, file, words) if program.ranks else [sys.executable, str(file), *words]
     environment = dict(os.environ)
     if options.suite == "cpu":

@@ -27,7 +27,7 @@ if not __package__:
 from benchmarks import machine
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
-from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
 OURS, COMPILED, PLAIN = "ds_gpt2", "ds_gpt2, compiled", "plain DDP"
 WARM_UP = 5  # steps of each block that are not counted
@@ -91,7 +91,7 @@ def _settings(data: Path, folder: Path, steps: int) -> Settings:
 def _run_ours(settings: Settings, name: str, steps: int, ranks: int, *words: str) -> Block:
     config = _write(settings, name)
     train = ["--config", str(config), f"schedule.steps={steps}", f"run.name={name}", *words]
-    command = start_command(Place("cpu", ranks), TRAIN, train)
+    command = start_command(RankLayout("cpu", ranks), TRAIN, train)
     peaks = _run(command, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, "train.py")
     lines = (settings.run.dir / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]

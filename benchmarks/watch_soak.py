@@ -30,7 +30,7 @@ from benchmarks.machine import describe
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir.journal import KINDS
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill.run_process import Actor, end_all
 from ds_gpt2.tools.drill.scenarios import Stage, freeze_rank
 from ds_gpt2.tools.drill.shrink import EVERY
@@ -109,7 +109,7 @@ def _actor(folder: Path, options: argparse.Namespace) -> Actor:
     config = folder / "soak.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     settings = load_settings(config)
-    place = Place("cpu", options.ranks)
+    place = RankLayout("cpu", options.ranks)
     return Actor(config, settings, place, folder / "output.txt", str(folder), patience=300)
 
 

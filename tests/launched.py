@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def launch(
     ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 900
 ) -> Launched:
     """SCRIPT ARGUMENTS on so many ranks, to its end."""
-    return run(start_command(Place(accelerator, ranks), script, arguments), accelerator, timeout)
+    return run(start_command(RankLayout(accelerator, ranks), script, arguments), accelerator, timeout)
 
 
 def run(command: list[str], accelerator: str = "cpu", timeout: float = 900) -> Launched:

@@ -15,7 +15,7 @@ from ds_gpt2.common.formatting import clock
 from ds_gpt2.config import run_location
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Way, check, deliver, ways
+from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Channel, check, deliver, ways
 from ds_gpt2.supervision.alerts.message import Message
 
 
@@ -54,7 +54,7 @@ def _find(name: str) -> Path:
             raise no_run from None
 
 
-def _show(kinds: dict[Way, str], as_json: bool) -> int:
+def _show(kinds: dict[Channel, str], as_json: bool) -> int:
     if as_json:
         print(json.dumps([{"way": way.name, "kind": kind} for way, kind in kinds.items()]))
     else:
@@ -63,7 +63,7 @@ def _show(kinds: dict[Way, str], as_json: bool) -> int:
     return exit_report.DONE
 
 
-def _test(settings: Settings, found: list[Way], as_json: bool) -> int:
+def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
     reasons = deliver(dict.fromkeys(found, _test_message(settings.run.name)))
     if as_json:
         print(json.dumps([{"way": way.name, "taken": why is None, "why": why} for way, why in reasons.items()]))

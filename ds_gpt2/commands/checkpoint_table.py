@@ -22,7 +22,7 @@ from ds_gpt2.common.formatting import duration, size
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """One checkpoint, or what is left of one, as ``list --json`` prints it."""
 
     tag: str
@@ -40,7 +40,7 @@ class Row:
     problem: str | None
 
 
-def rows_of(directory: Path, found: Sequence[Generation]) -> list[Row]:
+def rows_of(directory: Path, found: Sequence[Generation]) -> list[CheckpointRow]:
     """One row a checkpoint; what vanishes meanwhile is left out."""
     inodes = {generation.tag: _inodes(generation.path) for generation in found}
     pointers = {name: commit.read_pointer(directory, name) for name in (LATEST, LATEST_BACKUP)}
@@ -53,9 +53,9 @@ def rows_of(directory: Path, found: Sequence[Generation]) -> list[Row]:
     return rows
 
 
-def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> Row:
+def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> CheckpointRow:
     generation, known = verdict.generation, verdict.generation.manifest
-    return Row(
+    return CheckpointRow(
         tag=generation.tag,
         kind=known.kind if known else "unknown",
         step=step_of(generation),
@@ -87,8 +87,8 @@ def unfinished(directory: Path) -> dict[Path, str]:
     return found
 
 
-def unfinished_row(path: Path, what: str) -> Row:
-    return Row(
+def unfinished_row(path: Path, what: str) -> CheckpointRow:
+    return CheckpointRow(
         tag=path.name,
         kind="unfinished",
         step=None,
@@ -150,7 +150,7 @@ def _age(created: str) -> float | None:
     return None
 
 
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[CheckpointRow]) -> str:
     cells = [("tag", "step", "epoch", "age", "size", "frees", "val loss", "state"), *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     first, *middle, last = range(len(widths))
@@ -160,7 +160,7 @@ def as_table(rows: Sequence[Row]) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: CheckpointRow) -> tuple[str, ...]:
     return (
         row.tag,
         "" if row.step is None else str(row.step),
@@ -178,7 +178,7 @@ def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
-def _state(row: Row) -> str:
+def _state(row: CheckpointRow) -> str:
     if row.problem is not None:
         return row.problem if row.kind == "unfinished" else f"BAD: {row.problem}"
     return "weights only" if row.kind == "weights" else "resumable"

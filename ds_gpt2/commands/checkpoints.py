@@ -66,7 +66,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """``list``: a table of the checkpoints, newest first, and of what is unfinished."""
-    place = find_place(options.run)
+    place = find_run_directories(options.run)
     rows = [
         *rows_of(place.directory, place.found),
         *(unfinished_row(path, what) for path, what in unfinished(place.directory).items()),
@@ -105,7 +105,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """``prune``: delete what the run's settings do not keep; exit code 1 if something could not be deleted."""
-    place = find_place(options.run)
+    place = find_run_directories(options.run)
     if not place.found:
         raise UserError(f"no checkpoints in {place.directory}")
     policies = housekeeping.policies(_settings_of(place))
@@ -122,7 +122,7 @@ def prune(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunDirectories:
     """A directory of checkpoints, those in it, and the settings of the run that made them where these are known."""
 
     directory: Path
@@ -130,7 +130,7 @@ class Place:
     settings: CheckpointSettings | None
 
 
-def find_place(run: str | None) -> Place:
+def find_run_directories(run: str | None) -> RunDirectories:
     """The checkpoints of ``run``: a run's name or directory, or a directory of checkpoints; None for the newest run.
 
     Raises:
@@ -139,12 +139,12 @@ def find_place(run: str | None) -> Place:
     try:
         directory = _bare_directory(run)
         if directory is not None:
-            return Place(directory, scan(directory), _settings_of_run_in(directory))
+            return RunDirectories(directory, scan(directory), _settings_of_run_in(directory))
         from ds_gpt2.training.preflight import check_outputs  # it loads what `list` of a directory does not need
 
         settings = load_run_settings(find_run(run))
         check_outputs(settings)
-        return Place(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
+        return RunDirectories(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
     except OSError as error:
         raise UserError(f"the checkpoints of {run or 'the newest run'} cannot be read: {reason_of(error)}") from None
 
@@ -171,7 +171,7 @@ def _settings_of_run_in(directory: Path) -> CheckpointSettings | None:
     return load_run_settings(run_dir).checkpoint if run_dir is not None else None
 
 
-def _settings_of(place: Place) -> CheckpointSettings:
+def _settings_of(place: RunDirectories) -> CheckpointSettings:
     """The run's settings; of a bare directory those that its newest checkpoint was made under.
 
     Raises:
@@ -196,7 +196,7 @@ def _chosen(options: argparse.Namespace) -> list[Generation]:
         return [open_generation(Path(options.run))]
     if options.tag is None and options.run is not None and role_of(options.run):
         options.run, options.tag = None, options.run  # a tag alone, of the newest run
-    place = find_place(options.run)
+    place = find_run_directories(options.run)
     if not place.found:
         raise UserError(f"no checkpoints in {place.directory}: there is nothing to verify")
     if options.all:
@@ -206,7 +206,7 @@ def _chosen(options: argparse.Namespace) -> list[Generation]:
     return [next((one for one in place.found if not one.is_superseded), place.found[0])]
 
 
-def _newest_good(place: Place) -> set[str]:
+def _newest_good(place: RunDirectories) -> set[str]:
     """The tags of the newest checkpoints that verify, as many steps as retention protects.
 
     Raises:

@@ -19,7 +19,7 @@ from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.doctor.checks import checks
-from ds_gpt2.tools.doctor.row import Check, Row, examine
+from ds_gpt2.tools.doctor.row import Check, Finding, examine
 
 WIDTH = 100  # columns
 
@@ -54,12 +54,12 @@ def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
         place = choose_ranks(settings, num_gpus)
     except UserError as error:
         reason = str(error)
-        first = Check("settings", "device", lambda: Row("device", "fail", reason), quick=True)
+        first = Check("settings", "device", lambda: Finding("device", "fail", reason), quick=True)
         return [first, *(check for check in checks(settings, "cuda", num_gpus or 1) if check.group != "ranks")]
     return checks(settings, place.accelerator, place.ranks)
 
 
-def _shown(wanted: list[Check]) -> Iterator[tuple[str, Row]]:
+def _shown(wanted: list[Check]) -> Iterator[tuple[str, Finding]]:
     """Rows as they are found, each printed under its group."""
     group, width = "", min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     for check in wanted:
@@ -74,7 +74,7 @@ def _shown(wanted: list[Check]) -> Iterator[tuple[str, Row]]:
             yield group, row
 
 
-def lines_of(row: Row, width: int = WIDTH) -> list[str]:
+def lines_of(row: Finding, width: int = WIDTH) -> list[str]:
     """A row as it is printed: the fix below what was found, nothing wider than ``width`` columns."""
     head = f"  {_WORDS[row.status]:<5}{row.name:<{_NAME}}"
     head += "  " if len(head) < _FOUND else " "
@@ -93,7 +93,7 @@ def _wait_line(text: str) -> None:
         print(f"\r\033[K{text}", end="", flush=True)
 
 
-def _summary(rows: list[Row]) -> str:
+def _summary(rows: list[Finding]) -> str:
     counts = Counter[str](row.status for row in rows)
     words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
     told = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])

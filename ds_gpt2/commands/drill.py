@@ -17,8 +17,8 @@ from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
-from ds_gpt2.tools.drill.plan import NAMES, Plan
-from ds_gpt2.tools.drill.record import Row, head, lines_of, summary
+from ds_gpt2.tools.drill.plan import NAMES, DrillPlan
+from ds_gpt2.tools.drill.record import SceneResult, head, lines_of, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     return exit_report.DONE if record.passed else exit_report.CRASHED
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace) -> DrillPlan:
     """
     Raises:
         UserError: the settings could not train, or there is no such scene.
@@ -65,12 +65,12 @@ def _plan(options: argparse.Namespace) -> Plan:
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--only {','.join(unknown)}: no such scene; there are {', '.join(NAMES)}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    return Plan(settings, place, names, options.whole, seed, options.keep)
+    return DrillPlan(settings, place, names, options.whole, seed, options.keep)
 
 
-def _show(row: Row) -> None:
+def _show(row: SceneResult) -> None:
     print("\n".join(lines_of(row)), flush=True)
 
 
-def _quiet(row: Row) -> None:
+def _quiet(row: SceneResult) -> None:
     """The JSON at the end has it."""

@@ -255,7 +255,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """One model, as ``eval --json`` prints it."""
 
     title: str
@@ -271,10 +271,10 @@ class Row:
     less_first: Difference | None  # None where there is one row only
 
 
-def _row(result: _Result, first: _Result | None, exam: _Exam) -> Row:
+def _row(result: _Result, first: _Result | None, exam: _Exam) -> EvalRow:
     known = result.opened.manifest
     loss = None if result.losses is None else mean(result.losses)
-    return Row(
+    return EvalRow(
         title=result.opened.title,
         path=str(result.opened.path),
         step=known.step if known else None,
@@ -305,7 +305,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _report(rows: Sequence[Row]) -> str:
+def _report(rows: Sequence[EvalRow]) -> str:
     head = ["model", "step", "tokens", "loss", "perplexity", *_SHOWN, "items"]
     parts = ["", table([head, *map(_cells, rows)])]
     if len(rows) > 1:
@@ -314,7 +314,7 @@ def _report(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: EvalRow) -> list[str]:
     return [
         row.title,
         MISSING if row.step is None else f"{row.step:,}",
@@ -326,7 +326,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _cells_of_difference(row: Row) -> list[str]:
+def _cells_of_difference(row: EvalRow) -> list[str]:
     less = row.less_first
     assert less is not None
     accuracies = (less.hellaswag[measure] if less.hellaswag else None for measure in _SHOWN)

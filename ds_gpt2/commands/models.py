@@ -13,7 +13,7 @@ from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
 from ds_gpt2.checkpoint.verify import examine, hashing, mark
-from ds_gpt2.commands.checkpoints import find_place
+from ds_gpt2.commands.checkpoints import find_run_directories
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import size
 from ds_gpt2.config.model_names import hub_name, resolve
@@ -110,7 +110,7 @@ def _refuse_tag(name: str, tag: str | None) -> None:
 
 def _is_run(name: str) -> bool:
     try:
-        find_place(name)
+        find_run_directories(name)
     except UserError:
         return False
     return True
@@ -125,7 +125,7 @@ def find_checkpoint(name: str | None, tag: str | None) -> Generation:
         if tag is not None:
             raise UserError(f"--tag {tag}: {name} is one checkpoint already")
         return open_generation(Path(name))
-    place = find_place(name)
+    place = find_run_directories(name)
     history = [found for found in place.found if not found.is_superseded]
     if not history:
         raise UserError(f"no checkpoints in {place.directory} yet")

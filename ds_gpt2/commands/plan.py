@@ -29,10 +29,10 @@ from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.distributed import torch_compile
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.supervision.launcher import Place, choose_ranks
+from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.tools.plan import timing
 from ds_gpt2.tools.plan.fit import Option, calibrate, micro_batches, other_ranks
-from ds_gpt2.tools.plan.plan import Hardware, Row, Section, Subject, Value
+from ds_gpt2.tools.plan.plan import Hardware, PlanRow, Section, Subject, Value
 from ds_gpt2.tools.plan.sections import (
     batch_section,
     cost_section,
@@ -47,7 +47,7 @@ from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import machine
 from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
 from ds_gpt2.tools.resources.prices import Prices
-from ds_gpt2.tools.resources.run_events import course_of
+from ds_gpt2.tools.resources.run_schedule import run_schedule_of
 
 WIDTH = 100  # columns
 
@@ -199,7 +199,7 @@ def _subject(
         UserError: the settings could not train.
     """
     zero = read_zero(load_deepspeed_file(settings.deepspeed))
-    place = Place("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
+    place = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
     batch = settings.batch
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     windows, no_data = _windows(settings)
@@ -211,7 +211,7 @@ def _subject(
         place,
         describe_model(settings.model, batch.sequence_length, compiled),
         zero,
-        course_of(settings, shared.windows_per_step, windows),
+        run_schedule_of(settings, shared.windows_per_step, windows),
         disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
         memory_free=hardware.memory if hardware is not None else machine.memory_for_a_rank(place),
         elsewhere=hardware,
@@ -249,7 +249,7 @@ def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
     return Section("the same budget shared out otherwise", [_option_row(subject, option) for option in options])
 
 
-def _option_row(subject: Subject, option: Option) -> Row:
+def _option_row(subject: Subject, option: Option) -> PlanRow:
     verdicts = {True: "fits", False: "DOES NOT FIT", None: "not known whether it fits"}
     ours = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
     shared = (
@@ -257,4 +257,4 @@ def _option_row(subject: Subject, option: Option) -> Row:
         f" x {counted(option.ranks, 'rank')}"
     )
     text = f"{size(option.rank_bytes):>9}  a rank: {shared}; {verdicts[option.fits]}{' (as set)' if ours else ''}"
-    return Row(f"micro-batch {option.micro_batch}", text, "predicted")
+    return PlanRow(f"micro-batch {option.micro_batch}", text, "predicted")

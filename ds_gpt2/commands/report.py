@@ -17,7 +17,7 @@ from ds_gpt2.common.files import regular_only, replace_file
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.report.charts import charts_of, views_of
-from ds_gpt2.tools.report.page import Part, render
+from ds_gpt2.tools.report.page import RunSection, render
 from ds_gpt2.tools.report.run import Run, load_run
 from ds_gpt2.tools.report.summary import Summary, summarize
 from ds_gpt2.tools.resources.prices import Prices
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     if seconds is not None:
         runs = [each.since(now - seconds) for each in runs]
     views = views_of([(each.name, each.settings, each.records) for each in runs])
-    parts = [Part(each, summary) for each, summary in zip(runs, summaries, strict=True)]
+    parts = [RunSection(each, summary) for each, summary in zip(runs, summaries, strict=True)]
     out = options.out or _default_out(directories)
     _write(out, render(parts, charts_of(views, options.reference), now))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser, without a network")

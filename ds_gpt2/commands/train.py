@@ -20,8 +20,8 @@ from ds_gpt2.config.settings import PROJECT_DIR, Settings, parse_overrides
 from ds_gpt2.monitoring import csv_monitor, trackers
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts import channels
-from ds_gpt2.supervision.launcher import Place, choose_ranks
-from ds_gpt2.supervision.supervisor import Run, supervise
+from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
+from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.doctor.checks import quick
 from ds_gpt2.tools.doctor.row import in_one_line
 from ds_gpt2.training.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
@@ -110,10 +110,10 @@ def start(
     where = "GPUs" if place.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
-    return supervise(Run(arguments, place, resume, leave_out), settings)
+    return supervise(SupervisedRun(arguments, place, resume, leave_out), settings)
 
 
-def _is_ready(settings: Settings, place: Place) -> bool:
+def _is_ready(settings: Settings, place: RankLayout) -> bool:
     """Say what doctor's quick rows warn of; False where one of them would end the run."""
     rows = quick(settings, place.accelerator, place.ranks)
     failed = [row for row in rows if row.status == "fail"]

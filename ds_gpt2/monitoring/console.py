@@ -14,7 +14,7 @@ from ds_gpt2.common.files import open_own, write_all
 from ds_gpt2.common.formatting import counted, duration
 from ds_gpt2.common.terminal import LineFormatter
 from ds_gpt2.distributed import collectives
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 
 log = logging.getLogger("ds_gpt2")
 
@@ -73,7 +73,7 @@ class StepLines:
         if watched:
             self._bar = tqdm(total=steps, initial=start_step, file=sys.stdout, dynamic_ncols=True, bar_format=_BAR)
 
-    def show(self, step: int, seen: Seen, eta_seconds: float) -> None:
+    def show(self, step: int, seen: StepMetrics, eta_seconds: float) -> None:
         """One step, from the values that go to the monitor."""
         numbers = _numbers(seen)
         width = len(str(self._steps))
@@ -109,7 +109,7 @@ class _Terminal(logging.Handler):
             self.gone = True
 
 
-def _numbers(seen: Seen) -> str:
+def _numbers(seen: StepMetrics) -> str:
     parts = [
         f"loss {seen['train/loss']:.4f}",
         f"lr {seen['train/lr']:.2e}",

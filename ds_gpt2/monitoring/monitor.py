@@ -25,7 +25,7 @@ from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.monitoring.trackers import Tracker, finish
-from ds_gpt2.run_dir.metrics import Records, forget_after
+from ds_gpt2.run_dir.metrics import MetricsFile, drop_after
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,15 @@ class Histogram:
     squares: float  # sum of their squares
 
 
-Seen = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
+StepMetrics = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
 
 
-def to_plain(seen: Seen) -> dict[str, Any]:
+def to_plain(seen: StepMetrics) -> dict[str, Any]:
     """``seen`` as JSON can hold it; numbers that are not finite become None."""
     return {tag: _plain(value) for tag, value in seen.items()}
 
 
-def from_plain(plain: Mapping[str, Any]) -> Seen:
+def from_plain(plain: Mapping[str, Any]) -> StepMetrics:
     """The inverse of ``to_plain``; None becomes infinity, and fields of newer versions are ignored."""
     return {tag: _from_plain(value) for tag, value in plain.items()}
 
@@ -71,7 +71,7 @@ def _plain(value: float | str | Histogram) -> float | str | dict[str, Any] | Non
 class _AtStep:
     step: int
     time: float  # seconds since 1970
-    seen: Seen
+    seen: StepMetrics
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -104,7 +104,7 @@ class Monitor:
             recorded_step: the newest step whose record stays; anything recorded beyond it is about to be recorded
                 again and is dropped, so that curves neither overlap nor jump back.
             trackers: by the name of the DeepSpeed monitor that each replaces.
-            reserve: see ``Records``.
+            reserve: see ``MetricsFile``.
         """
         self._master = engine.deepspeed.monitor
         self._trackers = dict(trackers or {})
@@ -114,10 +114,10 @@ class Monitor:
         self._to_show: list[_AtStep] = []  # TensorBoard could not be given it yet
         self._flushed = time.monotonic()
         self._failing: set[str] = set()
-        self._records: Records | None = None
+        self._records: MetricsFile | None = None
         if collectives.is_main():
-            forget_after(metrics_file, recorded_step, reserve() if reserve is not None else None)
-            self._records = Records(metrics_file, reserve, recorded_step)
+            drop_after(metrics_file, recorded_step, reserve() if reserve is not None else None)
+            self._records = MetricsFile(metrics_file, reserve, recorded_step)
             self._continue_csv()
             if self.tensorboard is not None:
                 _silence_writer_thread()
@@ -131,12 +131,14 @@ class Monitor:
         backend = self._master.tb_monitor
         return backend.summary_writer if backend is not None and self._records is not None else None
 
-    def write(self, step: int, seen: Seen) -> None:
+    def write(self, step: int, seen: StepMetrics) -> None:
         """Record ``seen`` under ``step``; histograms go to TensorBoard alone."""
         if self._records is None:
             return
         now = round(time.time(), 3)
-        without_histograms: Seen = {tag: value for tag, value in seen.items() if not isinstance(value, Histogram)}
+        without_histograms: StepMetrics = {
+            tag: value for tag, value in seen.items() if not isinstance(value, Histogram)
+        }
         self._records.append({"step": step, "time": now, **to_plain(without_histograms)})
         self._pending.append(_AtStep(step, now, seen))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:

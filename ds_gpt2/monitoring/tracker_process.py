@@ -22,7 +22,7 @@ _COMET_DIRECTORY = ".cometml-runs"  # Comet's default, in the working directory
 _INIT_SECONDS = 60.0  # W&B's server has so long to answer
 
 
-class Run(Protocol):
+class TrackerRun(Protocol):
     """A run at one tracker."""
 
     def log(self, step: int, row: Mapping[str, float]) -> None: ...
@@ -123,7 +123,7 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     _secrets.extend(filter(None, [request["arguments"].get("api_key")]))
     try:
-        run: Run = _KINDS[request["tracker"]](request)
+        run: TrackerRun = _KINDS[request["tracker"]](request)
     except Exception as error:  # whatever the library raises
         mistake = isinstance(error, ImportError | ValueError) or type(error).__name__ == "UsageError"
         answer(error=one_line(error), mistake=mistake)
@@ -138,7 +138,7 @@ def main() -> None:
         answer(error=one_line(error), mistake=False)
 
 
-def _pass_on(run: Run) -> bool:
+def _pass_on(run: TrackerRun) -> bool:
     """Log every row until the end; return whether the run failed, as one has that did not report its end."""
     complained = False
     for line in sys.stdin:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-class Records:
+class MetricsFile:
     """Appends to ``metrics.jsonl``, wherever the run is moved. What could not be written waits for the next flush."""
 
     def __init__(self, file: Path, reserve: Callable[[], Path] | None = None, step: int = 0) -> None:
@@ -148,14 +148,14 @@ def read_metrics(file: Path) -> Iterator[Record]:
                 yield record
 
 
-def forget_after(file: Path, step: int, reserve: Path | None = None) -> None:
+def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
     """Move what was recorded beyond ``step`` to ``REPLACED``: it is replayed, and curves must not overlap.
 
     A crash in between moves some of it twice. Damaged lines after the last record that stays are deleted.
 
     Args:
-        reserve: see ``Records``. What it has beyond ``step`` is moved too; its directory takes what the full disk of
-            ``file`` does not.
+        reserve: see ``MetricsFile``. What it has beyond ``step`` is moved too; its directory takes what does not fit
+            on the full disk of ``file``.
 
     Raises:
         OSError: the records cannot be moved.

@@ -34,14 +34,14 @@ _STACKS_SECONDS = 10.0  # how long ranks are given to write down what they are d
 
 
 @dataclass(frozen=True)
-class Place:
+class RankLayout:
     """Where the ranks run."""
 
     accelerator: str  # cuda or cpu
     ranks: int
 
 
-def choose_ranks(settings: Settings, wanted: int | None) -> Place:
+def choose_ranks(settings: Settings, wanted: int | None) -> RankLayout:
     """Every GPU there is, else four ranks on the CPU, unless told otherwise.
 
     Raises:
@@ -52,12 +52,12 @@ def choose_ranks(settings: Settings, wanted: int | None) -> Place:
         accelerator = "cpu"
     gpus = 0 if accelerator == "cpu" else _gpus()
     if accelerator == "cpu" or (accelerator == "auto" and not gpus):
-        return Place("cpu", wanted or CPU_RANKS)
+        return RankLayout("cpu", wanted or CPU_RANKS)
     if not gpus:
         raise UserError(f"run.device is cuda, but PyTorch {version('torch')} sees no GPU: set run.device=cpu")
     if wanted and wanted > gpus:
         raise UserError(f"--num_gpus {wanted}, but this machine shows {gpus} GPU(s)")
-    return Place("cuda", wanted or gpus)
+    return RankLayout("cuda", wanted or gpus)
 
 
 def _gpus() -> int:
@@ -69,7 +69,7 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def start_command(place: Place, script: Path, arguments: Sequence[str]) -> list[str]:
+def start_command(place: RankLayout, script: Path, arguments: Sequence[str]) -> list[str]:
     """What starts the ranks: DeepSpeed's launcher of one machine, which is what ``deepspeed --num_gpus`` starts, too.
 
     Started by itself it spares a second process of PyTorch, in the time of each start and in memory for all of a run.
@@ -88,7 +88,7 @@ class Ranks:
     def __init__(
         self,
         arguments: Sequence[str],
-        place: Place,
+        place: RankLayout,
         outcome_file: Path,
         environment: Mapping[str, str],
         script: Path = TRAIN,
@@ -265,7 +265,7 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _devices(place: Place) -> list[str]:
+def _devices(place: RankLayout) -> list[str]:
     """One for each rank, as CUDA_VISIBLE_DEVICES names them: by number or by UUID."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if place.accelerator == "cuda" else ""
     names = [name.strip() for name in visible.split(",")] if visible else list(map(str, range(place.ranks)))

@@ -34,7 +34,7 @@ from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, Supervised, read_s
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.disk_watch import DiskWatch, WriteWatch
-from ds_gpt2.supervision.launcher import Place, Ranks
+from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.supervision.restart_policy import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.supervision.watchdog import Hang, Watchdog
 from ds_gpt2.training.preflight import CheckpointsGoneError, what_to_resume
@@ -47,11 +47,11 @@ _MOVED = "DS_GPT2_MOVED"  # environment: the name of a run that is resumed becau
 
 
 @dataclass(frozen=True)
-class Run:
+class SupervisedRun:
     """What is to be kept going."""
 
     arguments: tuple[str, ...]  # of train.py, all but what follows
-    place: Place
+    place: RankLayout
     resume: str | None = None
     leave_out: tuple[int, ...] = ()
     script: Path = launcher.TRAIN
@@ -70,7 +70,7 @@ class Run:
         return ["resume", str(run_dir), "--num_gpus", str(self.place.ranks), "--from", source, *left_out]
 
 
-def supervise(run: Run, settings: Settings) -> int:
+def supervise(run: SupervisedRun, settings: Settings) -> int:
     """Keep ``run`` going to its end; returns its exit code (see outcome).
 
     Raises:
@@ -114,7 +114,7 @@ class _StopRequests:
 class _Supervisor:
     """One run's, from its first start to its end."""
 
-    def __init__(self, run: Run, settings: Settings, requests: _StopRequests) -> None:
+    def __init__(self, run: SupervisedRun, settings: Settings, requests: _StopRequests) -> None:
         self._run = run
         self.next_command: list[str] = []  # to be executed after the end
         self._settings = settings
@@ -161,7 +161,7 @@ class _Supervisor:
                 return self._end(exit_report.STOPPED if self._saved_step() >= 0 else exit_report.CRASHED, ended)
             run = _after(run, decision)
 
-    def _start(self, run: Run) -> Ended:
+    def _start(self, run: SupervisedRun) -> Ended:
         """One start of the ranks, to its end."""
         forget_beats(self._run_dir)
         directory = self._run_dir / SUPERVISOR_DIR
@@ -290,7 +290,7 @@ class _Supervisor:
                 return f"{directory} cannot be written ({problem})"
         return None
 
-    def _await_checkpoints(self, run: Run) -> bool:
+    def _await_checkpoints(self, run: SupervisedRun) -> bool:
         """Until the checkpoints that the run has saved are there; False if a stop is asked for meanwhile."""
         seconds, told = self._settings.supervisor.backoff_seconds, ""
         while (missing := self._missing_checkpoints(run)) is not None and not self._has_gone():
@@ -302,7 +302,7 @@ class _Supervisor:
             seconds = min(self._settings.supervisor.longest_backoff_seconds, max(1.0, 2 * seconds))
         return True
 
-    def _missing_checkpoints(self, run: Run) -> str | None:
+    def _missing_checkpoints(self, run: SupervisedRun) -> str | None:
         try:
             what_to_resume(self._settings, run.resume)
         except CheckpointsGoneError as error:
@@ -349,7 +349,7 @@ class _Supervisor:
     def _has_gone(self) -> bool:
         return self._opened.is_moved or self._opened.is_deleted
 
-    def _move_on(self, run: Run, ended: Ended | None) -> int:
+    def _move_on(self, run: SupervisedRun, ended: Ended | None) -> int:
         """The run's directory was moved or deleted, and no rank is left: resume there, if that can be done."""
         code = ended.outcome.code if ended is not None else exit_report.STOPPED
         before, step = self._settings.run_dir, ended.step if ended is not None else None
@@ -423,7 +423,7 @@ class _Supervisor:
             self._alerts.tell(missed)
 
 
-def _after(run: Run, again: Again) -> Run:
+def _after(run: SupervisedRun, again: Again) -> SupervisedRun:
     """The next start; an older checkpoint does not know of batches that were left out before."""
     return replace(run, resume=again.resume, leave_out=tuple(sorted({*run.leave_out, *again.leave_out})))
 
@@ -440,6 +440,6 @@ def _why(ranks: Ranks, out_of_memory: bool) -> str:
     return "; ".join([*parts, ranks.exit_status])
 
 
-def _origin(run: Run) -> str:
+def _origin(run: SupervisedRun) -> str:
     text = f"to go on from {run.resume}" if run.resume else "from the beginning"
     return f"{text} without batches {format_batches(run.leave_out)}" if run.leave_out else text

@@ -17,7 +17,7 @@ _LEAST_SPREAD = 0.002  # of the median: losses that hardly differ make no small 
 
 
 @dataclass(frozen=True)
-class Incident:
+class Anomaly:
     """Something is wrong with the training."""
 
     kind: Kind
@@ -31,7 +31,7 @@ class Incident:
 class Guard:
     """Judges each step, on every rank alike; what it remembers is in ``TrainState``, so a resume changes nothing."""
 
-    def __init__(self, settings: GuardSettings, tell: Callable[[Incident], None]) -> None:
+    def __init__(self, settings: GuardSettings, tell: Callable[[Anomaly], None]) -> None:
         """
         Args:
             tell: is given every incident.
@@ -39,7 +39,7 @@ class Guard:
         self._settings = settings
         self._tell = tell
         self._windows = b""
-        self.rollback: Incident | None = None  # once set, the run is to go back
+        self.rollback: Anomaly | None = None  # once set, the run is to go back
 
     def judge_loss(self, state: TrainState, loss: float) -> bool:
         """Before the update of the step after ``state``, whose mean loss is ``loss``: whether it may be made."""
@@ -57,12 +57,12 @@ class Guard:
         step, usual = state.step + 1, statistics.median(state.recent_losses)
         text = f"loss {loss:.4f} is {z:.0f} deviations above the recent {usual:.4f}"
         if state.high_losses == 1:
-            self._raise(Incident("spike", step, text, self._settings.spike, step, (state.next_batch,)))
+            self._raise(Anomaly("spike", step, text, self._settings.spike, step, (state.next_batch,)))
         if state.high_losses == self._settings.divergence_steps:
             begun, text = step + 1 - state.high_losses, f"{text}, the {state.high_losses}th in a row"
             begun -= len(state.high_batches) - state.high_losses  # steps in between whose loss was not finite
             batches = tuple(state.high_batches)
-            self._raise(Incident("divergence", step, text, self._settings.divergence, begun, batches))
+            self._raise(Anomaly("divergence", step, text, self._settings.divergence, begun, batches))
             # Told once: from here on this is its level.
             state.recent_losses, state.high_losses, state.high_batches = [loss], 0, []
         return self._settings.spike != "skip"
@@ -72,14 +72,14 @@ class Guard:
         step, skipped = state.step, state.skipped_in_row
         if not applied and not (math.isfinite(loss) and state.high_losses):  # a spike that is skipped has been told
             what = "a gradient" if math.isfinite(loss) else "the loss"
-            self._raise(Incident("not_finite", step, f"{what} is Inf or NaN: update skipped", "skip", step))
+            self._raise(Anomaly("not_finite", step, f"{what} is Inf or NaN: update skipped", "skip", step))
         if skipped == self._settings.skipped_run_steps:
             batches = _batches_up_to(state.batch, skipped, state.left_out)
             text = f"{skipped} updates in a row were skipped"
-            self._raise(Incident("skipped_run", step, text, self._settings.skipped_run, step + 1 - skipped, batches))
+            self._raise(Anomaly("skipped_run", step, text, self._settings.skipped_run, step + 1 - skipped, batches))
         if windows == self._windows:
             text = "the data does not advance: the same windows as at the step before"
-            self._raise(Incident("stuck_data", step, text, self._settings.stuck_data, step))
+            self._raise(Anomaly("stuck_data", step, text, self._settings.stuck_data, step))
         self._windows = windows
 
     def judge_weights(self, state: TrainState, fingerprints: Sequence[str]) -> None:
@@ -88,17 +88,17 @@ class Guard:
             usual = statistics.mode(fingerprints)
             odd = ", ".join(str(rank) for rank, each in enumerate(fingerprints) if each != usual)
             text = f"the ranks' weights have drifted apart (rank {odd} differs)"
-            self._raise(Incident("drift", state.step, text, self._settings.drift, state.step))
+            self._raise(Anomaly("drift", state.step, text, self._settings.drift, state.step))
         elif fingerprints[0] == state.weights and state.updates > state.weights_updates:
             text = f"{state.updates - state.weights_updates} updates have not changed a single weight"
-            self._raise(Incident("frozen", state.step, text, self._settings.frozen, state.step))
+            self._raise(Anomaly("frozen", state.step, text, self._settings.frozen, state.step))
         state.weights, state.weights_updates = fingerprints[0], state.updates
 
     def is_sound(self, state: TrainState) -> bool:
         """At the end: whether updates were made, and not skipped for as long as a rollback would wait."""
         return state.step == 0 or (state.updates > 0 and state.skipped_in_row < self._settings.skipped_run_steps)
 
-    def _raise(self, incident: Incident) -> None:
+    def _raise(self, incident: Anomaly) -> None:
         if incident.policy == "off":
             return
         self._tell(incident)

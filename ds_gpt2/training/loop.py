@@ -20,7 +20,7 @@ from ds_gpt2.engine.engine import Engine, Update
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
 from ds_gpt2.monitoring.console import StepLines
-from ds_gpt2.monitoring.monitor import Monitor, Seen, from_plain, to_plain
+from ds_gpt2.monitoring.monitor import Monitor, StepMetrics, from_plain, to_plain
 from ds_gpt2.monitoring.step_timer import Meter
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.stop_request import StopRequest
@@ -85,7 +85,7 @@ def train(
             monitor.flush(durable=True)
             checkpoints.save(state, data.epoch(state.batch), roles)
 
-    def finish_step(due: Sequence[Hook], seen: Seen, repeated: bool = False) -> str | None:
+    def finish_step(due: Sequence[Hook], seen: StepMetrics, repeated: bool = False) -> str | None:
         """Evaluate and record this step, and save it if due. Returns why the evaluation failed, the same on all ranks;
         None if it is complete or a stop has interrupted it."""
         heartbeat.enter("evaluating")
@@ -128,7 +128,7 @@ def train(
         windows = data.windows_of(batch).tobytes()
         state.advance(data.plan.tokens_per_step, update.applied, windows, update.clipped)
         guard.judge_update(state, mean_loss, update.applied, windows)
-        seen: Seen = {**_scalars(mean_loss, lr, update, state, data), **meter.end(step)}
+        seen: StepMetrics = {**_scalars(mean_loss, lr, update, state, data), **meter.end(step)}
         lines.show(step, seen, meter.eta(step, course.steps))
         problem = finish_step(due, seen)
     save()
@@ -185,7 +185,7 @@ def _due(hooks: Sequence[Hook], step: int, course: Course) -> list[Hook]:
     return [hook for hook in hooks if hook.every.due(step, course.steps)]
 
 
-def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: Seen) -> str | None:
+def _observe(due: Sequence[Hook], engine: Engine, state: TrainState, seen: StepMetrics) -> str | None:
     """Add what the hooks see at this step to ``seen``. If they are interrupted, ``state`` keeps what is not repeated.
 
     Returns:
@@ -214,7 +214,7 @@ def _roles(state: TrainState, data: TrainingData) -> list[str]:
     return [*roles, BEST_TAG] if state.best_step == state.step else roles
 
 
-def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: TrainingData) -> Seen:
+def _scalars(loss: float, lr: float, update: Update, state: TrainState, data: TrainingData) -> StepMetrics:
     return {
         "train/loss": loss,
         "train/perplexity": perplexity(loss),

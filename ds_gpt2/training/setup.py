@@ -67,7 +67,7 @@ from ds_gpt2.run_dir.metrics import (
 )
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training import loop
-from ds_gpt2.training.guards import Guard, Incident
+from ds_gpt2.training.guards import Anomaly, Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Interrupted, Samples, Validation, open_hellaswag
 from ds_gpt2.training.loop import Ending
 from ds_gpt2.training.lr_schedule import Every, learning_rate
@@ -233,7 +233,7 @@ def _stop_request(settings: Settings) -> StopRequest:
     return stop
 
 
-def _tell(journal: Journal, incident: Incident) -> None:
+def _tell(journal: Journal, incident: Anomaly) -> None:
     if collectives.is_main():
         log.warning(f"step {incident.step}: {incident.text}")
         facts = {"policy": incident.policy, "begun": incident.begun, "batches": list(incident.batches)}

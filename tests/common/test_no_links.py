@@ -17,7 +17,7 @@ from ds_gpt2.common import files
 from ds_gpt2.common.files import NotDurableError, append_lines, no_links, remove_tree
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal, read_journal
-from ds_gpt2.run_dir.metrics import Records, forget_after
+from ds_gpt2.run_dir.metrics import MetricsFile, drop_after
 from ds_gpt2.run_dir.notes import NOTES, Note, append
 
 
@@ -43,9 +43,9 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a pointer": ("latest.tmp", lambda run: commit.point_to(Disk(), run, "rolling_step_000001")),
     "a file of a checkpoint": ("manifest.json", lambda run: write_file(Disk(), run / "manifest.json", b"{}")),
     "journal": ("journal.jsonl", lambda run: Journal(run).write("done", "done")),
-    "metrics": ("metrics.jsonl", lambda run: Records(run / "metrics.jsonl").append({"step": 1})),
-    "metrics, replaced": ("metrics_replaced.jsonl", lambda run: forget_after(recorded(run / "metrics.jsonl"), 0)),
-    "metrics, linked": ("metrics.jsonl.tmp", lambda run: forget_after(linked(run / "metrics.jsonl"), 0)),
+    "metrics": ("metrics.jsonl", lambda run: MetricsFile(run / "metrics.jsonl").append({"step": 1})),
+    "metrics, replaced": ("metrics_replaced.jsonl", lambda run: drop_after(recorded(run / "metrics.jsonl"), 0)),
+    "metrics, linked": ("metrics.jsonl.tmp", lambda run: drop_after(linked(run / "metrics.jsonl"), 0)),
     "metrics, unwritten": ("unwritten.jsonl.tmp", lambda run: reserved(run / "metrics.jsonl", run / "unwritten.jsonl")),
     "notes": (NOTES, lambda run: append(run, Note("now", 1, "text"))),
     "heartbeat": ("heartbeat/rank_00000", lambda run: Heartbeat(run, 0)),
@@ -65,7 +65,7 @@ def linked(path: Path) -> Path:
 
 def reserved(file: Path, reserve: Path) -> None:
     """Write a record where the disk of ``file`` takes nothing."""
-    records = Records(file, lambda: reserve)
+    records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
     records._write_reserve(reserve)
 

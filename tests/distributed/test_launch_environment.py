@@ -16,7 +16,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
 from ds_gpt2.distributed import launch_environment
 from ds_gpt2.distributed.launch_environment import adopt, without_ranks
-from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
 SLURM = {
     "SLURM_JOB_ID": "71",
@@ -183,7 +183,7 @@ def by_deepspeed(write_config: Callable[..., Path], tmp_path_factory: pytest.Tem
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory was imported')\n")
     (folder / "deepspeed").mkdir()
     (folder / "deepspeed" / "__init__.py").write_text("raise SystemExit('the wrong deepspeed')\n")
-    done = started(start_command(Place("cpu", 2), TRAIN, arguments(folder, "deepspeed")), folder)
+    done = started(start_command(RankLayout("cpu", 2), TRAIN, arguments(folder, "deepspeed")), folder)
     assert done.code == 0, done.output
     return folder
 

@@ -6,9 +6,9 @@ import pytest
 
 from ds_gpt2.monitoring import console
 from ds_gpt2.monitoring.console import StepLines, open_log
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 
-SEEN: Seen = {
+SEEN: StepMetrics = {
     "train/loss": 3.14159,
     "train/lr": 6e-4,
     "train/grad_norm": 1.5,

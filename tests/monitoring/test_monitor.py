@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ds_gpt2.monitoring.monitor import Histogram, Monitor, Seen, from_plain, to_plain
+from ds_gpt2.monitoring.monitor import Histogram, Monitor, StepMetrics, from_plain, to_plain
 
 
 class Service:
@@ -57,7 +57,7 @@ def test_infinity_and_nan_stay_readable_json(tmp_path: Path) -> None:
 
 
 def test_what_was_seen_survives_the_way_through_a_checkpoint() -> None:
-    seen: Seen = {"x": 1.5, "n": 3, "text": "a", "h": Histogram([1.0, 2.0], [3.0, 4.0], 0.5, 2.0, 10.0, 20.0)}
+    seen: StepMetrics = {"x": 1.5, "n": 3, "text": "a", "h": Histogram([1.0, 2.0], [3.0, 4.0], 0.5, 2.0, 10.0, 20.0)}
     assert from_plain(json.loads(json.dumps(to_plain(seen), allow_nan=False))) == seen
     plain = to_plain({"x": math.inf, "y": math.nan})
     assert plain == {"x": None, "y": None} and from_plain(plain) == {"x": math.inf, "y": math.inf}

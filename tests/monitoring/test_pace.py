@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gpt2.monitoring.pace import RECENT, WINDOW, Cadence, Pace, Timed, recent, timed_of
-from ds_gpt2.tools.resources.run_events import due
+from ds_gpt2.tools.resources.run_schedule import due
 
 NEVER = Cadence({}, 0)
 

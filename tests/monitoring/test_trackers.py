@@ -25,7 +25,7 @@ from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.monitoring import trackers
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
-from ds_gpt2.supervision.launcher import TRAIN, Place, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
 STEPS = 30
 DEEPSPEED = json.loads((PROJECT_DIR / "ds_configs" / "zero2_bf16.json").read_text())
@@ -349,7 +349,7 @@ def test_what_is_switched_on_and_right_passes(tmp_path: Path, monkeypatch: pytes
 
 def stop_after(step: int, folder: Path, config: Path) -> Launched:
     """Train on two ranks, and SIGTERM them once ``step`` has begun."""
-    process = start(start_command(Place("cpu", 2), TRAIN, ["--config", str(config)]))
+    process = start(start_command(RankLayout("cpu", 2), TRAIN, ["--config", str(config)]))
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         found = read_beat(folder / "runs" / "test", 0)

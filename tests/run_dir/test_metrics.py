@@ -17,9 +17,9 @@ import pytest
 
 from ds_gpt2.monitoring.pace import timed_of
 from ds_gpt2.run_dir.metrics import (
-    Records,
+    MetricsFile,
+    drop_after,
     first_start,
-    forget_after,
     planned_steps,
     read_metrics,
     read_starts,
@@ -50,16 +50,16 @@ def test_what_comes_after_a_step_is_kept_elsewhere(file: Path, tmp_path: Path) -
     def steps(name: str) -> list[int]:
         return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
 
-    forget_after(file, 2)
+    drop_after(file, 2)
     assert steps("metrics.jsonl") == [1, 2] and steps("metrics_replaced.jsonl") == [3, 4]
-    forget_after(file, 0)
+    drop_after(file, 0)
     assert steps("metrics.jsonl") == [] and steps("metrics_replaced.jsonl") == [3, 4, 1, 2]
-    forget_after(tmp_path / "nothing", 2)
+    drop_after(tmp_path / "nothing", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics_replaced.jsonl"]
 
 
 def test_nothing_is_made_where_nothing_is_replaced(file: Path, tmp_path: Path) -> None:
-    forget_after(file, 9)
+    drop_after(file, 9)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -85,9 +85,9 @@ def test_records_wait_for_room_on_the_disk_and_a_half_written_line_is_taken_back
     """A limit on the size of files is a full disk that needs no disk: the kernel writes what fits, then refuses."""
     program = """
 import pathlib, resource, signal, sys
-from ds_gpt2.run_dir.metrics import Records
+from ds_gpt2.run_dir.metrics import MetricsFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-records = Records(pathlib.Path(sys.argv[1]))
+records = MetricsFile(pathlib.Path(sys.argv[1]))
 for step in range(1, 4):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30 if step == 2 else 1000, resource.RLIM_INFINITY))
     records.append({"step": step, "x": "y"})
@@ -117,7 +117,7 @@ def steps_in(file: Path) -> list[int]:
     return [record["step"] for record in read_metrics(file)]
 
 
-def unable_to_write(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def unable_to_write(records: MetricsFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(durable: bool) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -129,7 +129,7 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
 ) -> None:
     file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
     reserve.parent.mkdir()
-    records = Records(file, lambda: reserve)
+    records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
     records.flush(durable=True)
     assert not reserve.exists()
@@ -146,7 +146,7 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
     assert records.unsaved == 1
     records.close()
 
-    after = Records(file, lambda: reserve, step=2)  # resumes from step 2
+    after = MetricsFile(file, lambda: reserve, step=2)  # resumes from step 2
     assert after.unsaved == 0
     after.append({"step": 3})
     after.flush(durable=True)
@@ -158,7 +158,7 @@ def test_records_that_are_written_but_not_confirmed_are_kept_too(
 ) -> None:
     """A server can report only at fsync that its disk is full."""
     file, reserve = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
-    records = Records(file, lambda: reserve)
+    records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
     records.flush()
     records.append({"step": 2})
@@ -182,7 +182,7 @@ def test_records_that_are_written_but_not_confirmed_are_kept_too(
 
 def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_space(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    records = Records(file)
+    records = MetricsFile(file)
     for step in range(1, 1001):
         records.append({"step": step, "text": "x" * 50})
     records.flush()
@@ -198,10 +198,10 @@ def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_spac
 def test_a_last_line_without_its_end_is_a_record(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}')
-    forget_after(file, 5)
+    drop_after(file, 5)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     file.write_text('{"step": 1}\n{"step": 2}')
-    forget_after(file, 1)
+    drop_after(file, 1)
     assert file.read_text() == '{"step": 1}\n' and (tmp_path / "metrics_replaced.jsonl").read_text() == '{"step": 2}\n'
 
 
@@ -211,23 +211,23 @@ def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tm
     replaced = file.with_name("metrics_replaced.jsonl")
     replaced.mkdir()  # stands for a disk that takes nothing
     reserve.write_text('{"step": 2}\n{"step": 5}\n')
-    forget_after(file, 2, reserve)
+    drop_after(file, 2, reserve)
     assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4, 5]
     with pytest.raises(OSError, match="Is a directory"):
-        forget_after(file, 1)
+        drop_after(file, 1)
     assert steps_in(file) == [1, 2]  # nothing is dropped that is not kept elsewhere
 
 
 def test_nothing_has_to_be_written_where_nothing_is_replaced(file: Path) -> None:
     with full_disk():
-        forget_after(file, 9)
+        drop_after(file, 9)
     assert steps_in(file) == [1, 2, 3, 4] and b"y" not in file.read_bytes()
 
 
 def test_metrics_deleted_under_a_live_run_are_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "run" / "metrics.jsonl"
     file.parent.mkdir()
-    records = Records(file)
+    records = MetricsFile(file)
 
     def record(step: int) -> None:
         records.append({"step": step})

@@ -20,7 +20,7 @@ from ds_gpt2.run_dir.exit_report import STOPPED
 from ds_gpt2.run_dir.heartbeat import Beat, forget_beats, read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
-from ds_gpt2.supervision.launcher import TRAIN, Place, ask_to_stop, start_command
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, ask_to_stop, start_command
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
 
@@ -92,7 +92,7 @@ def _stop_at(
 ) -> tuple[int, list[str]]:
     """Start two ranks and stop them by ``ask`` in the evaluation of ``step``; how they ended, and what they left."""
     forget_beats(run_dir)
-    process = start(start_command(Place("cpu", 2), TRAIN, arguments))
+    process = start(start_command(RankLayout("cpu", 2), TRAIN, arguments))
     _wait_until(process, lambda: _is_evaluating(step, read_beat(run_dir, 0)))
     ask(process)
     process.communicate(timeout=120)

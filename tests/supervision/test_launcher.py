@@ -26,7 +26,7 @@ from ds_gpt2.config.settings import dump_settings, load_settings
 from ds_gpt2.distributed import device
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision import launcher
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 
 FOR_EVER = {"steps": 1_000_000, "warmup_steps": 3}
 
@@ -150,7 +150,7 @@ def _ranks_of(config: Path) -> list[list[str]]:
 def test_the_signal_that_ended_a_rank_is_named(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGKILL)\n", encoding="utf-8")
-    ranks = launcher.Ranks([], Place("cpu", 1), tmp_path / "outcome", {}, script)
+    ranks = launcher.Ranks([], RankLayout("cpu", 1), tmp_path / "outcome", {}, script)
     assert ranks.exit_status == "a rank was killed by SIGKILL"
     assert not ranks.launcher_died and ranks.gone
 
@@ -286,13 +286,13 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cu130")
-    assert launcher.choose_ranks(auto, None) == Place("cuda", 3)
-    assert launcher.choose_ranks(auto, 2) == Place("cuda", 2)
+    assert launcher.choose_ranks(auto, None) == RankLayout("cuda", 3)
+    assert launcher.choose_ranks(auto, 2) == RankLayout("cuda", 2)
     with pytest.raises(UserError, match=r"--num_gpus 4, but this machine shows 3 GPU"):
         launcher.choose_ranks(auto, 4)
-    assert launcher.choose_ranks(load_settings(endless), None) == Place("cpu", 4)
+    assert launcher.choose_ranks(load_settings(endless), None) == RankLayout("cpu", 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert launcher.choose_ranks(auto, None) == Place("cpu", 4)
+    assert launcher.choose_ranks(auto, None) == RankLayout("cpu", 4)
 
 
 def test_a_build_of_pytorch_for_cpus_is_not_imported_to_be_asked(
@@ -301,7 +301,7 @@ def test_a_build_of_pytorch_for_cpus_is_not_imported_to_be_asked(
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("it was asked"))
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cpu")
-    assert launcher.choose_ranks(load_settings(endless, {"run.device": "auto"}), None) == Place("cpu", 4)
+    assert launcher.choose_ranks(load_settings(endless, {"run.device": "auto"}), None) == RankLayout("cpu", 4)
 
 
 STOPPED = """
@@ -349,15 +349,15 @@ def test_stacks_tell_where_a_rank_was_stopped_though_other_threads_are_quicker(t
 )
 def test_visible_devices_are_the_ones_used(visible: str, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher._devices(Place("cuda", 2)) == seen
-    assert launcher._devices(Place("cpu", 2)) == ["0", "1"]
+    assert launcher._devices(RankLayout("cuda", 2)) == seen
+    assert launcher._devices(RankLayout("cpu", 2)) == ["0", "1"]
 
 
 def test_ranks_see_devices_that_have_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-89,GPU-f3")
     script = tmp_path / "seen.py"
     script.write_text("import os; print('seen ' + os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
-    done = run(launcher.start_command(Place("cuda", 2), script, []))
+    done = run(launcher.start_command(RankLayout("cuda", 2), script, []))
     assert done.output.count("seen GPU-89,GPU-f3") == 2, done.output  # the ends of two ranks' lines may mingle
 
 

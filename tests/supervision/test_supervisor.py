@@ -21,8 +21,8 @@ from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE
 from ds_gpt2.run_dir.supervisor_record import read_supervised
-from ds_gpt2.supervision.launcher import Place
-from ds_gpt2.supervision.supervisor import Run, supervise
+from ds_gpt2.supervision.launcher import RankLayout
+from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.drill import fault_injection
 from ds_gpt2.tools.drill.compare import curve_differences
 from ds_gpt2.tools.drill.fault_injection import Fault
@@ -51,11 +51,15 @@ def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
     return write
 
 
-def _run(settings: Settings, *struck: Fault, resume: str | None = None) -> Run:
+def _run(settings: Settings, *struck: Fault, resume: str | None = None) -> SupervisedRun:
     config = settings.run.dir.parent / "run.yaml"
     arguments = ("--config", str(config), *SAVES)
-    return Run(
-        arguments, Place("cpu", 2), resume, script=fault_injection.SCRIPT, environment=fault_injection.request(struck)
+    return SupervisedRun(
+        arguments,
+        RankLayout("cpu", 2),
+        resume,
+        script=fault_injection.SCRIPT,
+        environment=fault_injection.request(struck),
     )
 
 

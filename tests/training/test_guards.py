@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ds_gpt2.config.settings import GuardSettings
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.training.guards import Guard, Incident, spike_score
+from ds_gpt2.training.guards import Anomaly, Guard, spike_score
 
 
 def _losses(count: int, seed: int = 0) -> list[float]:
@@ -24,7 +24,7 @@ class Run:
     """Steps as the loop takes them, without a model."""
 
     def __init__(self, **settings: object) -> None:
-        self.told: list[Incident] = []
+        self.told: list[Anomaly] = []
         self.guard = Guard(GuardSettings.model_validate(settings), self.told.append)
         self.state = TrainState()
         self.applied: list[bool] = []

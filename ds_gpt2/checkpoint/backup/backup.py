@@ -22,12 +22,12 @@ from pathlib import Path
 from ds_gpt2.checkpoint import commit, retention
 from ds_gpt2.checkpoint.backup.storage import (
     BLOCK,
-    LocalPlace,
-    Place,
+    LocalStorage,
+    Storage,
     check_protocol,
-    file_in_the_way,
+    file_instead_of,
     local_directory,
-    open_place,
+    open_storage,
     redact,
 )
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of
@@ -108,7 +108,7 @@ class Backup:
         if directory is None:
             return
         root = directory / self._run_name
-        if (file := file_in_the_way(root)) is not None:
+        if (file := file_instead_of(root)) is not None:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
@@ -124,9 +124,9 @@ class Backup:
         Raises:
             UserError: the place is a directory that is not there, or a file is in the way.
         """
-        if isinstance(self._place, LocalPlace) and (file := file_in_the_way(self._place.root)) is not None:
+        if isinstance(self._place, LocalStorage) and (file := file_instead_of(self._place.root)) is not None:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
-        if isinstance(self._place, LocalPlace) and not self._place.is_there():
+        if isinstance(self._place, LocalStorage) and not self._place.is_there():
             raise UserError(f"no directory {redact(self._url)} to copy to: make it, or mount what belongs there")
 
     def check_apart_from(self, checkpoints: Path) -> None:
@@ -134,7 +134,7 @@ class Backup:
         Raises:
             UserError: the place is where the run's checkpoints are: one would be taken for a copy of itself.
         """
-        if isinstance(self._place, LocalPlace) and self._place.root.resolve() == checkpoints.resolve():
+        if isinstance(self._place, LocalStorage) and self._place.root.resolve() == checkpoints.resolve():
             raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
 
     def probe(self) -> None:
@@ -166,7 +166,7 @@ class Backup:
     def shares_disk_with(self, checkpoints: Path) -> bool:
         """Whether what destroys that disk destroys both."""
         place = self._place
-        return isinstance(place, LocalPlace) and os.stat(place.root.parent).st_dev == os.stat(checkpoints).st_dev
+        return isinstance(place, LocalStorage) and os.stat(place.root.parent).st_dev == os.stat(checkpoints).st_dev
 
     def copy(self, generation: Generation, progress: Progress = lambda _: None) -> int:
         """Make the place hold ``generation``; files that are there and good are not sent again. Returns bytes sent.
@@ -279,8 +279,8 @@ class Backup:
             raise UserError(f"{self.where()} has the copies of {owner}: set checkpoint.backup.to to another location")
 
     @functools.cached_property
-    def _place(self) -> Place:
-        return open_place(self._url, self._run_name, self._disk)
+    def _place(self) -> Storage:
+        return open_storage(self._url, self._run_name, self._disk)
 
     def _has(self, tag: str, name: str, entry: FileEntry, progress: Progress) -> bool:
         if self._place.size(tag, name) != entry.bytes:

@@ -30,7 +30,7 @@ class StoppedError(OSError):
     """A copy was ended on request; another one goes on from there."""
 
 
-class Cadence:
+class BackupSchedule:
     """What is due for a copy. ``now`` tells seconds since 1970, as the manifests do."""
 
     def __init__(self, settings: BackupSettings, now: Callable[[], float] = time.time) -> None:
@@ -131,7 +131,7 @@ class BackupQueue:
         self._moved = time.monotonic()  # when the copy under way last sent or read a block
         self._where = directory
         self._disk = disk or Disk()
-        self._cadence = Cadence(backup.settings, now)
+        self._cadence = BackupSchedule(backup.settings, now)
         self._lock = threading.RLock()  # around the cadence, the two collections below, and the private directory
         self._under_way: dict[str, Future[None]] = {}  # waiting ones too
         self._lacking: set[str] = set()  # failed, and not made up for since
@@ -150,7 +150,7 @@ class BackupQueue:
         return self._directory / COPYING
 
     def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
-        """See ``Cadence.due``."""
+        """See ``BackupSchedule.due``."""
         with self._lock:
             return self._cadence.due(tag, roles, step)
 

@@ -67,13 +67,13 @@ def local_directory(place: str) -> Path | None:
     return Path(LocalFileSystem._strip_protocol(path)) if protocol in (None, "file", "local") else None
 
 
-def file_in_the_way(directory: Path) -> Path | None:
+def file_instead_of(directory: Path) -> Path | None:
     """Return what exists in the place of ``directory`` or of one of its parents and is not a directory."""
     existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), None)
     return existing if existing is not None and not existing.is_dir() else None
 
 
-def open_place(url: str, run_name: str, disk: Disk) -> Place:
+def open_storage(url: str, run_name: str, disk: Disk) -> Storage:
     """The directory of a run's copies at ``url``.
 
     Raises:
@@ -82,8 +82,8 @@ def open_place(url: str, run_name: str, disk: Disk) -> Place:
     with only_os_errors():
         system, root = fsspec.core.url_to_fs(url)
     if isinstance(system, LocalFileSystem):
-        return LocalPlace(system, Path(root) / run_name, disk)
-    return Place(system, f"{root.rstrip('/')}/{run_name}")
+        return LocalStorage(system, Path(root) / run_name, disk)
+    return Storage(system, f"{root.rstrip('/')}/{run_name}")
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def only_os_errors() -> Iterator[None]:
         raise OSError(reason_of(error)) from None
 
 
-class Place:
+class Storage:
     """The directory of a run's copies on any file system of fsspec. The tag "" means the directory itself."""
 
     def __init__(self, system: Any, root: str) -> None:
@@ -211,7 +211,7 @@ class Place:
         return "/".join(part for part in (self._root, *parts) if part)
 
 
-class LocalPlace(Place):
+class LocalStorage(Storage):
     """A directory on a disk or a mounted one: durable when it says so."""
 
     def __init__(self, system: Any, root: Path, disk: Disk) -> None:
@@ -248,7 +248,7 @@ class LocalPlace(Place):
 
     def _check_there(self) -> None:
         """What is not mounted must not look empty, nor be made: that would fill the disk below the mount point."""
-        if (file := file_in_the_way(self.root)) is not None:
+        if (file := file_instead_of(self.root)) is not None:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory (set checkpoint.backup.to to one)", str(file))
         if not self.is_there():
             hint = "no such directory (make it, or mount what belongs there)"

@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class Position:
     """A piece of a source: where to go on."""
 
     part: int = 0
@@ -42,7 +42,7 @@ class Piece:
 
     text: str
     begins_document: bool
-    then: Place  # of the piece after it
+    then: Position  # of the piece after it
     start: int = 0  # characters of the document before it
 
 
@@ -76,7 +76,7 @@ class Counts:
         return False
 
 
-def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
+def pieces_of(source: Source, start: Position) -> Iterator[tuple[Piece, Counts]]:
     """All pieces from ``start`` on, each with what was skipped or begun since the one before.
 
     The first damaged documents are logged, and the first <|endoftext|>, U+FFFD and control character in a text.
@@ -94,7 +94,7 @@ def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
                     _warn_of_damage(document, damaged)
                 continue
             assert document is not None and not isinstance(document, Unreadable)
-            for piece in _pieces_of_one(document, Place(number, order, place.piece)):
+            for piece in _pieces_of_one(document, Position(number, order, place.piece)):
                 marks.look_at(piece, counts, source.parts[number].name, order)
                 counts.endoftext += piece.text.count(SEPARATOR)
                 if counts.endoftext and not warned:
@@ -105,8 +105,8 @@ def pieces_of(source: Source, start: Place) -> Iterator[tuple[Piece, Counts]]:
                     )
                 yield piece, counts
                 counts = Counts()
-            place = Place(number, order + 1)
-        place = Place(number + 1)
+            place = Position(number, order + 1)
+        place = Position(number + 1)
     yield Piece("", False, place), counts  # what came after the last
 
 
@@ -172,12 +172,16 @@ def _warn_of_damage(document: Unreadable, number: int) -> None:
         log.warning("more documents that are skipped are only counted")
 
 
-def _pieces_of_one(document: str | Iterable[str], start: Place) -> Iterator[Piece]:
+def _pieces_of_one(document: str | Iterable[str], start: Position) -> Iterator[Piece]:
     begin = 0
     for number, (text, following) in enumerate(with_next(cut(document))):
         if number >= start.piece:
             is_last = following is None
-            then = Place(start.part, start.document + 1) if is_last else Place(start.part, start.document, number + 1)
+            then = (
+                Position(start.part, start.document + 1)
+                if is_last
+                else Position(start.part, start.document, number + 1)
+            )
             yield Piece(text, number == 0, then, begin)
         begin += len(text)
 

@@ -25,7 +25,7 @@ from ds_gpt2.common.formatting import tokens as words
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
 from ds_gpt2.data.dataset import UNFINISHED as UNFINISHED
-from ds_gpt2.data.prepare.chunking import Counts, Piece, Place, pieces_of, with_next
+from ds_gpt2.data.prepare.chunking import Counts, Piece, Position, pieces_of, with_next
 from ds_gpt2.data.prepare.holdout import EveryPiece, Holdout
 from ds_gpt2.data.prepare.output import NOTE, check_room, publish, unfinished
 from ds_gpt2.data.prepare.shard_writer import SplitWriter, Written, is_there
@@ -53,7 +53,7 @@ class Recipe:
 class _Progress:
     """How far a preparation has come; what was written after it is cut back."""
 
-    place: Place = field(default_factory=Place)
+    place: Position = field(default_factory=Position)
     pieces: int = 0
     previous: Split | None = None  # where the piece before went
     counts: Counts = field(default_factory=Counts)
@@ -286,7 +286,7 @@ def _progress_of(note: dict[str, Any]) -> _Progress:
     # In the order of a new preparation, which is that of the shards in the index.
     splits = {split: Written.from_dict(note["splits"][split]) for split in _Progress().splits}
     return _Progress(
-        Place(**note["place"]),
+        Position(**note["place"]),
         note["pieces"],
         note["previous"],
         Counts(**note["counts"]),

@@ -32,7 +32,7 @@ _READER = "text 2"  # changes when the documents of a text file change, for prep
 _MOST_WARNINGS = 5
 
 
-class Part(Protocol):
+class SourcePart(Protocol):
     """A stretch of a source."""
 
     @property
@@ -70,7 +70,7 @@ class Source:
     """What a dataset is made of."""
 
     name: str  # for people
-    parts: Sequence[Part]
+    parts: Sequence[SourcePart]
     separator: Separator | None = None  # that splits documents
 
     @property

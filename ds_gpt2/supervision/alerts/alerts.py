@@ -18,7 +18,7 @@ from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import AlertSettings
 from ds_gpt2.run_dir.journal import JOURNAL, Event, parse_event
 from ds_gpt2.supervision.alerts import channels
-from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Way
+from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Channel
 from ds_gpt2.supervision.alerts.delivery_queue import Courier
 from ds_gpt2.supervision.alerts.message import Message, of_events, with_note
 from ds_gpt2.supervision.alerts.rate_limit import HourlyLimit
@@ -131,7 +131,7 @@ class Alerts:
     def _message(self, kind: str, title: str, text: str) -> Message:
         return Message(self._run_dir.name, kind, title, text, time.time())
 
-    def _ways(self) -> list[Way]:
+    def _ways(self) -> list[Channel]:
         """Those that can be used now; what is wrong with the file of addresses is said once."""
         try:
             found, complaint = channels.ways(self._settings), ""

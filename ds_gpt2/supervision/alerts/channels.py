@@ -88,10 +88,10 @@ class Address:
         return _run([sys.executable, apprise_child.__file__], text, seconds, keep_output=True)
 
 
-Way = Command | Address
+Channel = Command | Address
 
 
-def ways(settings: AlertSettings) -> list[Way]:
+def ways(settings: AlertSettings) -> list[Channel]:
     """All that are set up.
 
     Raises:
@@ -139,10 +139,10 @@ def check(settings: AlertSettings) -> dict[Address, str]:
     return services
 
 
-def deliver(messages: Mapping[Way, Message], seconds: float = LIMIT_SECONDS) -> dict[Way, str | None]:
+def deliver(messages: Mapping[Channel, Message], seconds: float = LIMIT_SECONDS) -> dict[Channel, str | None]:
     """Give each way its message, all at once; for each, why it was not taken, or None. Takes ``seconds`` at most."""
 
-    def take(way: Way) -> str | None:
+    def take(way: Channel) -> str | None:
         try:
             return way.take(messages[way], seconds)
         except Exception as error:  # no memory for a process, for one

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds_gpt2.common.formatting import counted, duration
 from ds_gpt2.run_dir.journal import Journal
-from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Way, deliver
+from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Channel, deliver
 from ds_gpt2.supervision.alerts.message import Message, joined
 
 FIRST_RETRY_SECONDS = 10.0  # and twice as long before each next one
@@ -50,7 +50,7 @@ class _Post:
 class Courier:
     """No method raises, and none but ``close`` waits."""
 
-    def __init__(self, ways: Callable[[], Sequence[Way]], run_dir: Path) -> None:
+    def __init__(self, ways: Callable[[], Sequence[Channel]], run_dir: Path) -> None:
         """
         Args:
             ways: called each time, so that channels can be fixed while the run trains; does not raise.
@@ -58,7 +58,7 @@ class Courier:
         self._ways = ways
         self._journal = Journal(run_dir)
         self._posts: queue.SimpleQueue[_Post | None] = queue.SimpleQueue()  # None: no more will come
-        self._undelivered: dict[Way, _Undelivered] = {}
+        self._undelivered: dict[Channel, _Undelivered] = {}
         self._thread: threading.Thread | None = None
 
     def post(self, message: Message) -> Future[bool]:
@@ -130,14 +130,14 @@ class Courier:
         for post in posts:
             post.taken.set_result(None in reasons.values())
 
-    def _forget_old(self, way: Way, waiting: _Undelivered) -> None:
+    def _forget_old(self, way: Channel, waiting: _Undelivered) -> None:
         kept = [message for message in waiting.messages if message.time > time.time() - KEPT_SECONDS]
         if (forgotten := len(waiting.messages) - len(kept)) > 0:
             waiting.messages = deque(kept, maxlen=KEPT_MESSAGES)
             text = f"{_not_delivered(forgotten)} within {duration(KEPT_SECONDS)} and will not be tried again"
             self._tell(f"{text}: {_failure(way, waiting.reason)}")
 
-    def _report(self, messages: dict[Way, Message], reasons: dict[Way, str | None]) -> None:
+    def _report(self, messages: dict[Channel, Message], reasons: dict[Channel, str | None]) -> None:
         """What was told in the journal; of a way that fails again and again, the first time and the end of it."""
         took = [way.name for way, reason in reasons.items() if reason is None]
         if took:
@@ -156,7 +156,7 @@ def _not_delivered(count: int) -> str:
     return f"{counted(count, 'message')} {'was' if count == 1 else 'were'} not delivered"
 
 
-def _failure(way: Way, reason: str) -> str:
+def _failure(way: Channel, reason: str) -> str:
     """How the newest attempt failed, as ``the command failed with exit status 7``."""
     if reason.startswith("exit status"):
         return f"{way.name} failed with {reason}"

@@ -21,9 +21,9 @@ from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.monitoring import csv_monitor, trackers
 from ds_gpt2.monitoring.pace import recent
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import clock, data, disk, gpus, limits, memory, network, processes, ranks, software
-from ds_gpt2.tools.doctor.row import Check, Row, examine
+from ds_gpt2.tools.doctor.row import Check, Finding, examine
 from ds_gpt2.tools.resources import requirements
 from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
@@ -32,7 +32,7 @@ _BACKUP_SECONDS = 60.0  # for a small file to be written to the backup, read and
 _BACKUP_FIX = "check that the directory or bucket exists, the credentials, the network; or change checkpoint.backup.to"
 
 
-def quick(settings: Settings, accelerator: str, count: int) -> list[Row]:
+def quick(settings: Settings, accelerator: str, count: int) -> list[Finding]:
     """What takes milliseconds, without importing torch: ``train`` looks at it before it starts the ranks.
 
     Args:
@@ -45,7 +45,7 @@ def quick(settings: Settings, accelerator: str, count: int) -> list[Row]:
 def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
     """All there is to look at; arguments as of ``quick``. Each look is taken when it is called for."""
     dataset = _opened(settings)
-    steps, epochs = _course(dataset, settings)
+    steps, epochs = _schedule(dataset, settings)
     storage = requirements.storage(settings, steps, epochs)
     directory, shards = settings.checkpoint_dir, _shards(dataset)
     environment = os.environ
@@ -90,7 +90,7 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("network", "loopback", network.loopback, quick=True),
         Check("network", "port", network.deepspeed_port),
         Check("network", "port", network.tensorboard_port, quick=True),
-        Check("ranks", "ranks", partial(ranks.round_trip, Place(accelerator, count))),
+        Check("ranks", "ranks", partial(ranks.round_trip, RankLayout(accelerator, count))),
     ]
 
 
@@ -100,12 +100,12 @@ def _gpu_checks(settings: Settings, accelerator: str, count: int) -> list[Check]
     try:
         import pynvml
     except ImportError as error:
-        absent = Row("GPU driver", "unknown", f"not asked: {error}", "install nvidia-ml-py")
+        absent = Finding("GPU driver", "unknown", f"not asked: {error}", "install nvidia-ml-py")
         return [Check("GPUs", "GPU driver", lambda: absent, quick=True)]
     if (broken := gpus.driver(pynvml)) is not None:
         return [Check("GPUs", "GPU driver", lambda: broken, quick=True)]
 
-    def of_gpus(look: Callable[..., Row], *arguments: object) -> Callable[[], Row]:
+    def of_gpus(look: Callable[..., Finding], *arguments: object) -> Callable[[], Finding]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return lambda: look(pynvml, open_gpus(pynvml, visible, count), *arguments)
 
@@ -132,12 +132,12 @@ def _opened(settings: Settings) -> Dataset | UserError:
         return UserError(f"{settings.data.dir} cannot be read: {error.strerror or error}")
 
 
-def _course(dataset: Dataset | UserError, settings: Settings) -> tuple[int | None, float | None]:
+def _schedule(dataset: Dataset | UserError, settings: Settings) -> tuple[int | None, float | None]:
     """Steps and epochs of the run, as far as they are known."""
     if isinstance(dataset, UserError):
         return settings.schedule.steps, None
     try:
-        return data.course(dataset, settings)
+        return data.schedule(dataset, settings)
     except UserError:
         return settings.schedule.steps, None
 
@@ -146,63 +146,63 @@ def _shards(dataset: Dataset | UserError) -> int:
     return 0 if isinstance(dataset, UserError) else len(dataset.shards)
 
 
-def _data(dataset: Dataset | UserError) -> Row:
-    return Row("data", "fail", str(dataset)) if isinstance(dataset, UserError) else data.shards(dataset)
+def _data(dataset: Dataset | UserError) -> Finding:
+    return Finding("data", "fail", str(dataset)) if isinstance(dataset, UserError) else data.shards(dataset)
 
 
-def _windows(dataset: Dataset | UserError, settings: Settings) -> list[Row]:
+def _windows(dataset: Dataset | UserError, settings: Settings) -> list[Finding]:
     return [] if isinstance(dataset, UserError) else data.windows(dataset, settings)
 
 
-def _checksums(dataset: Dataset | UserError) -> list[Row]:
+def _checksums(dataset: Dataset | UserError) -> list[Finding]:
     return [] if isinstance(dataset, UserError) else [data.checksums(dataset)]
 
 
-def _deepspeed_file(settings: Settings) -> Row:
+def _deepspeed_file(settings: Settings) -> Finding:
     try:
         content = load_deepspeed_file(settings.deepspeed)
         csv_monitor.check(content)
         trackers.check(content)
     except UserError as error:
-        return Row("DeepSpeed's file", "fail", str(error))
-    return Row("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
+        return Finding("DeepSpeed's file", "fail", str(error))
+    return Finding("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
 
 
-def _batch(settings: Settings, count: int) -> Row:
+def _batch(settings: Settings, count: int) -> Finding:
     batch = settings.batch
     try:
         plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, count)
     except UserError as error:
-        return Row("batch", "fail", str(error))
-    return Row("batch", "ok", str(plan))
+        return Finding("batch", "fail", str(error))
+    return Finding("batch", "ok", str(plan))
 
 
-def _name(settings: Settings) -> Row:
+def _name(settings: Settings) -> Finding:
     name = settings.run.name
     if (tag := newest_tag(settings.checkpoint_dir)) is not None:
         fix = f"`./launch.sh resume {name}` goes on with it; for a new run give run.name=NAME"
-        return Row("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", fix)
-    return Row("run's name", "ok", f"{name} has no checkpoints yet: it starts afresh")
+        return Finding("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", fix)
+    return Finding("run's name", "ok", f"{name} has no checkpoints yet: it starts afresh")
 
 
-def _backup(settings: Settings) -> Row:
+def _backup(settings: Settings) -> Finding:
     place = settings.checkpoint.backup.to
     if place is None:
         found = "no second place for checkpoints: one broken disk takes all of them"
-        return Row("backup", "ok", f"{found} (checkpoint.backup.to)")
+        return Finding("backup", "ok", f"{found} (checkpoint.backup.to)")
     try:
         backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
         backup.check_exists()
         backup.check_named(settings.checkpoint_dir)
     except UserError as error:
-        return Row("backup", "fail", str(error))
+        return Finding("backup", "fail", str(error))
     if (problem := _problem_of(backup)) is not None:
-        return Row("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
+        return Finding("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
     if backup.shares_disk_with(disk.existing(settings.checkpoint_dir)):
-        return Row(
+        return Finding(
             "backup", "warn", f"{backup.where()} is on the same disk", "a disk that breaks takes both: use another"
         )
-    return Row("backup", "ok", f"{backup.where()}: a file was written, read back and deleted")
+    return Finding("backup", "ok", f"{backup.where()}: a file was written, read back and deleted")
 
 
 def _problem_of(backup: Backup) -> str | None:
@@ -222,7 +222,7 @@ def _problem_of(backup: Backup) -> str | None:
     return (found[0] or None) if found else f"no answer within {_BACKUP_SECONDS:g} s"
 
 
-def _speed(settings: Settings, count: int) -> list[Row]:
+def _speed(settings: Settings, count: int) -> list[Finding]:
     limit = count * settings.checkpoint.write_mb_per_s * 1e6
     between = _step_seconds(settings)
     if between is not None:
@@ -237,11 +237,11 @@ def _step_seconds(settings: Settings) -> float | None:
     return None if step_ms is None else step_ms / 1000
 
 
-def _memory(settings: Settings, accelerator: str, count: int) -> Row:
+def _memory(settings: Settings, accelerator: str, count: int) -> Finding:
     return memory.host(requirements.host_memory(settings, accelerator, count), read_cgroup())
 
 
-def _time(settings: Settings) -> Row:
+def _time(settings: Settings) -> Finding:
     files = [*PROJECT_DIR.glob("*"), *PROJECT_DIR.glob("ds_gpt2/*.py"), settings.run_dir / METRICS]
     return clock.not_behind(files, time.time())
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ds_gpt2.common.formatting import clock, duration
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 
 _FIX = "`sudo timedatectl set-ntp true`, or install chrony; a virtual machine may be kept right by its host"
 _TOLERATED = 600.0  # seconds that a file may be from the future
@@ -29,18 +29,18 @@ class _Timex(ctypes.Structure):
     ]
 
 
-def synchronised() -> Row:
+def synchronised() -> Finding:
     """Whether the clock is synchronised, by the kernel (adjtimex, which needs no privileges)."""
     state = _Timex(modes=0)
     if ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(state)) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     if state.status & _UNSYNCHRONISED:
-        return Row("clock", "warn", "not synchronised (NTP)", _FIX)
-    return Row("clock", "ok", f"synchronised, wrong by {state.largest_error / 1e3:,.0f} ms at most")
+        return Finding("clock", "warn", "not synchronised (NTP)", _FIX)
+    return Finding("clock", "ok", f"synchronised, wrong by {state.largest_error / 1e3:,.0f} ms at most")
 
 
-def not_behind(files: Iterable[Path], now: float) -> Row:
+def not_behind(files: Iterable[Path], now: float) -> Finding:
     """Nothing here can be newer than now.
 
     Args:
@@ -50,5 +50,5 @@ def not_behind(files: Iterable[Path], now: float) -> Row:
     newest = max(times, key=lambda file: times[file])
     behind = times[newest] - now
     if behind > _TOLERATED:
-        return Row("time", "warn", f"{clock(now)}, but {newest} is from {duration(behind)} later", _FIX)
-    return Row("time", "ok", f"{clock(now)}, after all that the project and the run have written")
+        return Finding("time", "warn", f"{clock(now)}, but {newest} is from {duration(behind)} later", _FIX)
+    return Finding("time", "ok", f"{clock(now)}, after all that the project and the run have written")

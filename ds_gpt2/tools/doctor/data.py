@@ -13,31 +13,33 @@ from ds_gpt2.common.host import usable_cores
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
 from ds_gpt2.data.shards import sha256
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS
 
 
-def shards(dataset: Dataset) -> Row:
+def shards(dataset: Dataset) -> Finding:
     """What there is; that sizes agree with the index was found when it was opened."""
     train, val = tokens(dataset.tokens("train")), tokens(dataset.tokens("val"))
-    return Row(
+    return Finding(
         "data", "ok", f"{train} training and {val} validation tokens, {len(dataset.shards)} shards of the right size"
     )
 
 
-def windows(dataset: Dataset, settings: Settings) -> list[Row]:
+def windows(dataset: Dataset, settings: Settings) -> list[Finding]:
     """Whether there is a window to train on, one to validate on, and enough for a step and the whole run."""
     rows = []
     if settings.validation.every:
         try:
             held_out = len(Windows(dataset, "val", settings.batch.sequence_length))
-            rows.append(Row("validation", "ok", f"{held_out:,} windows of {settings.batch.sequence_length} held out"))
+            rows.append(
+                Finding("validation", "ok", f"{held_out:,} windows of {settings.batch.sequence_length} held out")
+            )
         except UserError as error:
-            rows.append(Row("validation", "fail", str(error), "or set validation.every=0"))
+            rows.append(Finding("validation", "fail", str(error), "or set validation.every=0"))
     return [*rows, _enough(dataset, settings)]
 
 
-def course(dataset: Dataset, settings: Settings) -> tuple[int, float]:
+def schedule(dataset: Dataset, settings: Settings) -> tuple[int, float]:
     """(steps, epochs) of the whole run.
 
     Raises:
@@ -51,12 +53,14 @@ def course(dataset: Dataset, settings: Settings) -> tuple[int, float]:
     return steps, steps * per_step / count
 
 
-def checksums(dataset: Dataset) -> Row:
+def checksums(dataset: Dataset) -> Finding:
     """Every byte of every shard against ``dataset.json``; shards are read side by side, one a core."""
     known = [shard for shard in dataset.shards if shard.sha256 is not None]
     if not known:
         found = f"{dataset.dir} has no dataset.json, and so no checksums"
-        return Row("checksums", "unknown", found, "prepare the data with ./launch.sh prepare, or compare it yourself")
+        return Finding(
+            "checksums", "unknown", found, "prepare the data with ./launch.sh prepare, or compare it yourself"
+        )
 
     def is_damaged(shard: Shard) -> bool:
         return sha256(dataset.dir / shard.file) != shard.sha256
@@ -69,46 +73,46 @@ def checksums(dataset: Dataset) -> Row:
             damaged += [shard.file] if is_bad else []
     if damaged:
         fix = "restore them, or prepare the data again: training on them would go unnoticed"
-        return Row("checksums", "fail", f"not what was written: {', '.join(damaged)}", fix)
-    return Row("checksums", "ok", f"{len(known)} shards, {size(total)}, are what dataset.json says")
+        return Finding("checksums", "fail", f"not what was written: {', '.join(damaged)}", fix)
+    return Finding("checksums", "ok", f"{len(known)} shards, {size(total)}, are what dataset.json says")
 
 
-def hellaswag(settings: HellaswagSettings) -> Row:
+def hellaswag(settings: HellaswagSettings) -> Finding:
     """Whether the items are there; a run goes on without them where they cannot be fetched."""
     from ds_gpt2.data.hellaswag import is_original, read_questions  # only here: it needs the tokenizer
 
     name, path = "HellaSwag", settings.path
     if not settings.every:
-        return Row(name, "ok", "not asked for (hellaswag.every is 0)")
+        return Finding(name, "ok", "not asked for (hellaswag.every is 0)")
     if not path.exists():
         fix = "`./launch.sh prepare hellaswag`: else it is fetched at the start, or left out"
-        return Row(name, "warn", f"{path} is not there", fix)
+        return Finding(name, "warn", f"{path} is not there", fix)
     if is_original(path):
-        return Row(name, "ok", f"{path.name} is the authors' file")
+        return Finding(name, "ok", f"{path.name} is the authors' file")
     try:
         count = sum(1 for _ in read_questions(path))
     except UserError as error:
-        return Row(name, "warn", str(error), "the run would go on without it")
-    return Row(
+        return Finding(name, "warn", str(error), "the run would go on without it")
+    return Finding(
         name, "warn", f"{path.name} has {count:,} items, but is not the authors' file", "results differ from others'"
     )
 
 
-def _enough(dataset: Dataset, settings: Settings) -> Row:
+def _enough(dataset: Dataset, settings: Settings) -> Finding:
     name = "epochs"
     try:
-        steps, epochs = course(dataset, settings)
+        steps, epochs = schedule(dataset, settings)
     except UserError as error:
-        return Row(name, "fail", str(error))
+        return Finding(name, "fail", str(error))
     found = f"{steps:,} steps see the data {epochs:.2f} times"
     warmup = settings.schedule.warmup_steps
     if warmup >= steps:
         fix = "set schedule.warmup_steps lower or schedule.epochs higher"
-        return Row(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
+        return Finding(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
     if epochs > steps:
-        return Row(
+        return Finding(
             name, "warn", f"{found}: a step is more than an epoch", "prepare more text, or a smaller token budget"
         )
     if epochs > MANY_EPOCHS:
-        return Row(name, "warn", found, "it will learn them by heart: prepare more text, or fewer steps")
-    return Row(name, "ok", found)
+        return Finding(name, "warn", found, "it will learn them by heart: prepare more text, or fewer steps")
+    return Finding(name, "ok", found)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.common.formatting import size
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 from ds_gpt2.tools.resources.requirements import Storage
 
 MOUNTS = Path("/proc/mounts")
@@ -64,16 +64,16 @@ class Speed:
         return self.written / self.seconds
 
 
-def directories(wanted: Iterable[Path]) -> list[Row]:
+def directories(wanted: Iterable[Path]) -> list[Finding]:
     """Whether files can be made in, or where there would be, each of these."""
     unique = list(dict.fromkeys(wanted))
     rows = [row for directory in unique if (row := _unwritable(directory)) is not None]
     if rows:
         return rows
-    return [Row("directories", "ok", f"{len(unique)} places can be written to by {_user()}")]
+    return [Finding("directories", "ok", f"{len(unique)} places can be written to by {_user()}")]
 
 
-def room(directory: Path, need: Storage) -> Row:
+def room(directory: Path, need: Storage) -> Finding:
     """Free space for all that is kept; what the run's checkpoints take already counts as free."""
     free = shutil.disk_usage(existing(directory)).free
     own = _bytes_in(directory)
@@ -81,85 +81,85 @@ def room(directory: Path, need: Storage) -> Row:
     found += f"; a checkpoint takes {size(need.checkpoint)}, all that is kept {size(need.most)}"
     if free + own < need.least:
         fix = f"at least {size(need.least)} are needed: make room, or set checkpoint.dir to a larger disk"
-        return Row("room", "fail", found, fix)
+        return Finding("room", "fail", found, fix)
     if free + own < need.most:
         fewer = need.last - -(-(need.most - free - own) // need.checkpoint)
         less = f"set checkpoint.keep_last={fewer}" if fewer >= 2 else "set checkpoint.epochs_as=weights, keep_epochs"
-        return Row("room", "warn", found, f"older checkpoints would be deleted early: make room, or {less}")
-    return Row("room", "ok", found)
+        return Finding("room", "warn", found, f"older checkpoints would be deleted early: make room, or {less}")
+    return Finding("room", "ok", found)
 
 
-def room_for_logs(directory: Path, checkpoints: Path) -> Row:
+def room_for_logs(directory: Path, checkpoints: Path) -> Finding:
     """Room for what grows beside the checkpoints."""
     name = "room for logs"
     place = existing(directory)
     if place.stat().st_dev == existing(checkpoints).stat().st_dev:
-        return Row(name, "ok", f"{directory} is on the disk of the checkpoints")
+        return Finding(name, "ok", f"{directory} is on the disk of the checkpoints")
     free = shutil.disk_usage(place).free
     if free < _FOR_LOGS:
         fix = "make room, or set run.dir (and monitor.dir) to another disk"
-        return Row(name, "warn", f"{size(free)} free below {directory}", fix)
-    return Row(name, "ok", f"{size(free)} free below {directory}")
+        return Finding(name, "warn", f"{size(free)} free below {directory}", fix)
+    return Finding(name, "ok", f"{size(free)} free below {directory}")
 
 
-def inodes(directory: Path) -> Row:
+def inodes(directory: Path) -> Finding:
     """How many more files the file system takes."""
     status = os.statvfs(existing(directory))
     if status.f_files == 0:
-        return Row("inodes", "ok", "this file system has no fixed number of files")
+        return Finding("inodes", "ok", "this file system has no fixed number of files")
     found = f"{status.f_favail:,} more files fit"
     if status.f_favail < _FEW_FILES:
         fix = "delete small files: `df -i` shows which disk, `du --inodes -d 2` where they are"
-        return Row("inodes", "fail" if status.f_favail < _TOO_FEW_FILES else "warn", found, fix)
-    return Row("inodes", "ok", found)
+        return Finding("inodes", "fail" if status.f_favail < _TOO_FEW_FILES else "warn", found, fix)
+    return Finding("inodes", "ok", found)
 
 
-def quota(directory: Path, need: Storage, mounts: Path = MOUNTS) -> Row:
+def quota(directory: Path, need: Storage, mounts: Path = MOUNTS) -> Finding:
     """This user's quota on a local disk; how much may still be written under it."""
     mount = mount_of(existing(directory), read_mounts(mounts))
     left = _left_of_quota(mount.device)
     if left is None:
-        return Row("quota", "ok", f"none for {_user()} on {mount.point}")
+        return Finding("quota", "ok", f"none for {_user()} on {mount.point}")
     own = _bytes_in(directory)
     if left + own < need.least:
-        return Row("quota", "fail", f"{size(left)} left", f"{size(need.least)} are needed: ask for a larger quota")
+        return Finding("quota", "fail", f"{size(left)} left", f"{size(need.least)} are needed: ask for a larger quota")
     if left + own < need.most:
-        return Row("quota", "warn", f"{size(left)} left", f"the settings keep up to {size(need.most)}: keep fewer")
-    return Row("quota", "ok", f"{size(left)} left")
+        return Finding("quota", "warn", f"{size(left)} left", f"the settings keep up to {size(need.most)}: keep fewer")
+    return Finding("quota", "ok", f"{size(left)} left")
 
 
-def file_system(directory: Path, mounts: Path = MOUNTS) -> Row:
+def file_system(directory: Path, mounts: Path = MOUNTS) -> Finding:
     """What kind of disk it is, from the list of mounts."""
     mount = mount_of(existing(directory), read_mounts(mounts))
     found = f"{mount.kind} on {mount.point}"
     if "ro" in mount.options:
         fix = f"mount it for writing (`sudo mount -o remount,rw {mount.point}`): a disk that fails turns so by itself"
-        return Row("file system", "fail", f"{found} is read-only", fix)
+        return Finding("file system", "fail", f"{found} is read-only", fix)
     if mount.kind in _OBJECT_STORES:
         fix = "it cannot rename at once or make anything durable: set checkpoint.dir to a disk, and backup.to to this"
-        return Row("file system", "fail", f"{found}, an object store", fix)
+        return Finding("file system", "fail", f"{found}, an object store", fix)
     if mount.kind in _NETWORK or mount.kind.startswith("fuse."):
         fix = (
             "a file system of another machine or program: fsync and flock are worth what its server makes of them;"
             " a local disk for checkpoint.dir and this one for checkpoint.backup.to is safer and faster"
         )
-        return Row("file system", "warn", f"{found}, a network file system", fix)
+        return Finding("file system", "warn", f"{found}, a network file system", fix)
     if mount.kind in _IN_MEMORY:
-        return Row(
+        return Finding(
             "file system", "warn", f"{found}, in memory", "a reboot takes all of it: set checkpoint.dir to a disk"
         )
     if mount.kind == "overlay":
         fix = "what is written goes with the container: mount a directory of the host, and set checkpoint.dir to it"
-        return Row("file system", "warn", f"{found}, a container's own layer", fix)
-    return Row("file system", "ok", f"{found}, local")
+        return Finding("file system", "warn", f"{found}, a container's own layer", fix)
+    return Finding("file system", "ok", f"{found}, local")
 
 
-def operations(directory: Path) -> list[Row]:
+def operations(directory: Path) -> list[Finding]:
     """What committing a checkpoint and locking a run consist of, done once for real."""
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=existing(directory)) as folder:
         place = Path(folder)
         rows = [row for row in (_rename(place), _sync(place), _link(place), _lock(place)) if row is not None]
-    return rows or [Row("file operations", "ok", "rename, fsync of files and directories, hard links, flock")]
+    return rows or [Finding("file operations", "ok", "rename, fsync of files and directories, hard links, flock")]
 
 
 def measure(directory: Path, most_bytes: int = 256 << 20, seconds: float = 2.0) -> Speed:
@@ -183,7 +183,7 @@ def measure(directory: Path, most_bytes: int = 256 << 20, seconds: float = 2.0) 
     return Speed(written, max(taken, 1e-9), statistics.median(syncs), max(syncs))
 
 
-def speed(directory: Path, checkpoint: int, ranks_limit: float, between_saves: float | None) -> list[Row]:
+def speed(directory: Path, checkpoint: int, ranks_limit: float, between_saves: float | None) -> list[Finding]:
     """
     Args:
         checkpoint: bytes of one.
@@ -221,7 +221,7 @@ def existing(path: Path) -> Path:
     return place
 
 
-def _write_speed(seen: Speed, checkpoint: int, ranks_limit: float, between_saves: float | None) -> Row:
+def _write_speed(seen: Speed, checkpoint: int, ranks_limit: float, between_saves: float | None) -> Finding:
     rate = min(seen.bytes_per_second, ranks_limit or seen.bytes_per_second)
     save = checkpoint / rate
     found = f"{size(seen.written)} at {seen.bytes_per_second / 1e6:,.0f} MB/s; a checkpoint takes {_seconds(save)}"
@@ -231,19 +231,19 @@ def _write_speed(seen: Speed, checkpoint: int, ranks_limit: float, between_saves
         found += f", one is due every {_seconds(between_saves)}"
     if save > (_LONG_SAVE if between_saves is None else between_saves / 2):
         fix = "training would wait for the disk: a larger checkpoint.every, or checkpoint.dir on a faster disk"
-        return Row("write speed", "warn", found, fix)
-    return Row("write speed", "ok", found)
+        return Finding("write speed", "warn", found, fix)
+    return Finding("write speed", "ok", found)
 
 
-def _sync_speed(seen: Speed) -> Row:
+def _sync_speed(seen: Speed) -> Finding:
     found = f"a small write is durable after {seen.sync_seconds * 1e3:.1f} ms"
     found += f", at worst {seen.worst_sync_seconds * 1e3:.1f} ms"
     if seen.sync_seconds > _SLOW_SYNC:
-        return Row("fsync", "warn", found, "the disk is busy or far away: look at `iostat -x 1`")
-    return Row("fsync", "ok", found)
+        return Finding("fsync", "warn", found, "the disk is busy or far away: look at `iostat -x 1`")
+    return Finding("fsync", "ok", found)
 
 
-def _unwritable(directory: Path) -> Row | None:
+def _unwritable(directory: Path) -> Finding | None:
     place = existing(directory)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -253,11 +253,11 @@ def _unwritable(directory: Path) -> Row | None:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         fix = f"let {_user()} write there, or set another directory"
-        return Row(f"directory {directory.name}", "fail", f"{place}: {error.strerror}", fix)
+        return Finding(f"directory {directory.name}", "fail", f"{place}: {error.strerror}", fix)
     return None
 
 
-def _rename(place: Path) -> Row | None:
+def _rename(place: Path) -> Finding | None:
     (place / "old.tmp").mkdir()
     (place / "old.tmp" / "file").write_bytes(b"ds_gpt2")
     (place / "pointer").write_bytes(b"old")
@@ -269,11 +269,11 @@ def _rename(place: Path) -> Row | None:
             raise OSError(errno.EIO, "something else came out of it")
     except OSError as error:
         fix = "checkpoints are committed by a rename: set checkpoint.dir to another file system"
-        return Row("rename", "fail", f"not possible: {error.strerror}", fix)
+        return Finding("rename", "fail", f"not possible: {error.strerror}", fix)
     return None
 
 
-def _sync(place: Path) -> Row | None:
+def _sync(place: Path) -> Finding | None:
     try:
         handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -282,21 +282,21 @@ def _sync(place: Path) -> Row | None:
             os.close(handle)
     except OSError as error:
         fix = "no checkpoint would be durable: set checkpoint.dir to another file system"
-        return Row("fsync of directories", "fail", f"not possible: {error.strerror}", fix)
+        return Finding("fsync of directories", "fail", f"not possible: {error.strerror}", fix)
     return None
 
 
-def _link(place: Path) -> Row | None:
+def _link(place: Path) -> Finding | None:
     (place / "file").write_bytes(b"ds_gpt2")
     try:
         os.link(place / "file", place / "link")
     except OSError as error:
         fix = "ends of epochs and the best are whole copies then: count on more room, or set checkpoint.dir"
-        return Row("hard links", "warn", f"not possible: {error.strerror}", fix)
+        return Finding("hard links", "warn", f"not possible: {error.strerror}", fix)
     return None
 
 
-def _lock(place: Path) -> Row | None:
+def _lock(place: Path) -> Finding | None:
     try:
         with (place / "lock").open("wb") as first, (place / "lock").open("wb") as second:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,7 +305,7 @@ def _lock(place: Path) -> Row | None:
                 raise OSError(errno.ENOLCK, "two hold one lock")
     except OSError as error:
         fix = "nothing would stop a second start of the same run: take care yourself, or set checkpoint.dir"
-        return Row("flock", "warn", f"not possible: {error.strerror}", fix)
+        return Finding("flock", "warn", f"not possible: {error.strerror}", fix)
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.common.formatting import clock, counted, duration, size
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 
 _INFINITY = resource.RLIM_INFINITY
 _OWN_FILES = 128  # that a rank has open beside shards and connections: libraries, logs, event files, checkpoints
@@ -23,47 +23,47 @@ _SHORT = 600.0  # seconds
 _PATIENCE = 1.0  # seconds that Slurm may take to answer
 
 
-def open_files(ranks: int, shards: int) -> Row:
+def open_files(ranks: int, shards: int) -> Finding:
     """A memory-mapped shard stays an open file."""
     need = shards + _OWN_FILES + _FILES_PER_RANK * ranks
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{_word(soft)} allowed; a rank may have {need:,} open ({shards:,} shards)"
     if soft == _INFINITY or soft >= need:
-        return Row("open files", "ok", found)
+        return Finding("open files", "ok", found)
     how = f"ulimit -n {2 * need}" if hard == _INFINITY or hard >= 2 * need else f"raise the hard limit above {hard:,}"
-    return Row("open files", "fail", found, f"`{how}` in the shell that starts the run, or in limits.conf")
+    return Finding("open files", "fail", found, f"`{how}` in the shell that starts the run, or in limits.conf")
 
 
-def processes(ranks: int) -> Row:
+def processes(ranks: int) -> Finding:
     """Processes and threads of this user, and of the container."""
     need = _TASKS_PER_RANK * ranks
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() == 0 or soft == _INFINITY:
-        return Row("processes", "ok", "no limit" + (" for root" if os.geteuid() == 0 else ""))
+        return Finding("processes", "ok", "no limit" + (" for root" if os.geteuid() == 0 else ""))
     used = _threads_of(os.getuid())
     found = f"{soft:,} allowed, {used:,} in use; {counted(ranks, 'rank')} may have up to {need:,} threads"
     if soft - used < need:
-        return Row("processes", "fail", found, f"`ulimit -u {used + 2 * need}`, or end what else runs")
-    return Row("processes", "ok", found)
+        return Finding("processes", "fail", found, f"`ulimit -u {used + 2 * need}`, or end what else runs")
+    return Finding("processes", "ok", found)
 
 
-def cpu_time() -> Row:
+def cpu_time() -> Finding:
     """A limit in CPU seconds ends a long run, however idle the machine."""
     soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
     if soft == _INFINITY:
-        return Row("CPU time", "ok", "no limit")
+        return Finding("CPU time", "ok", "no limit")
     fix = "every rank would be killed then: `ulimit -t unlimited`, or ask the administrator"
-    return Row("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time for a process", fix)
+    return Finding("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time for a process", fix)
 
 
-def sizes(largest_file: int) -> list[Row]:
+def sizes(largest_file: int) -> list[Finding]:
     """Limits on the size of files, of address space and of locked memory."""
     rows = []
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft != _INFINITY:
         found = f"{size(soft)} for a file; a checkpoint's largest has {size(largest_file)}"
         bad = soft < 2 * largest_file
-        rows.append(Row("file size", "fail" if bad else "ok", found, "`ulimit -f unlimited`" if bad else ""))
+        rows.append(Finding("file size", "fail" if bad else "ok", found, "`ulimit -f unlimited`" if bad else ""))
     for name, letter, number in (
         ("address space", "v", resource.RLIMIT_AS),
         ("data segment", "d", resource.RLIMIT_DATA),
@@ -71,13 +71,13 @@ def sizes(largest_file: int) -> list[Row]:
         soft, _ = resource.getrlimit(number)
         if soft != _INFINITY:
             fix = f"PyTorch reserves more than it uses, CUDA far more: `ulimit -{letter} unlimited`"
-            rows.append(Row(name, "warn", f"{size(soft)} for a process", fix))
+            rows.append(Finding(name, "warn", f"{size(soft)} for a process", fix))
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     locked = "no limit" if soft == _INFINITY else f"{size(soft)}, enough without InfiniBand"
-    return rows or [Row("memory limits", "ok", f"none on files and addresses; locked memory: {locked}")]
+    return rows or [Finding("memory limits", "ok", f"none on files and addresses; locked memory: {locked}")]
 
 
-def time_limit(environment: Mapping[str, str], now: float) -> Row:
+def time_limit(environment: Mapping[str, str], now: float) -> Finding:
     """The end of a Slurm job; where the environment does not tell it, Slurm itself is asked.
 
     Args:
@@ -85,14 +85,16 @@ def time_limit(environment: Mapping[str, str], now: float) -> Row:
     """
     name, job = "time limit", environment.get("SLURM_JOB_ID")
     if job is None:
-        return Row(name, "ok", "not in a Slurm job")
+        return Finding(name, "ok", "not in a Slurm job")
     end = environment.get("SLURM_JOB_END_TIME", "")
     seconds = float(end) - now if end.isdigit() else _ask_slurm(job)
     if seconds is None:
-        return Row(name, "unknown", f"Slurm job {job} does not say when it ends", f"look at `scontrol show job {job}`")
+        return Finding(
+            name, "unknown", f"Slurm job {job} does not say when it ends", f"look at `scontrol show job {job}`"
+        )
     found = f"Slurm ends job {job} in {duration(seconds)}, {clock(now + seconds)}"
     fix = "`#SBATCH --signal=USR1@300` lets the run save in time; afterwards `./launch.sh resume`"
-    return Row(name, "fail" if seconds < _SHORT else "warn", found, fix)
+    return Finding(name, "fail" if seconds < _SHORT else "warn", found, fix)
 
 
 def parse_time_left(text: str) -> float | None:
@@ -104,7 +106,7 @@ def parse_time_left(text: str) -> float | None:
     return float(days * 86_400 + hours * 3600 + minutes * 60 + seconds)
 
 
-def terminal(environment: Mapping[str, str], tools: list[str]) -> Row:
+def terminal(environment: Mapping[str, str], tools: list[str]) -> Finding:
     """Whether the run outlives the terminal it is started from.
 
     Args:
@@ -112,11 +114,11 @@ def terminal(environment: Mapping[str, str], tools: list[str]) -> Row:
     """
     inside = next((word for word, name in (("tmux", "TMUX"), ("screen", "STY")) if environment.get(name)), None)
     if inside:
-        return Row("terminal", "ok", f"inside {inside}: the run outlives a lost connection")
+        return Finding("terminal", "ok", f"inside {inside}: the run outlives a lost connection")
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        return Row("terminal", "ok", "started with nohup: the run outlives the terminal")
+        return Finding("terminal", "ok", "started with nohup: the run outlives the terminal")
     if not environment.get("SSH_CONNECTION"):
-        return Row("terminal", "ok", f"not over ssh; installed: {', '.join(tools) or 'neither tmux nor screen'}")
+        return Finding("terminal", "ok", f"not over ssh; installed: {', '.join(tools) or 'neither tmux nor screen'}")
     start = "./launch.sh train ..."
     fixes = {
         "tmux": f"`tmux new -s gpt2 {start}` (away: Ctrl+B D; back: `tmux attach -t gpt2`)",
@@ -124,19 +126,19 @@ def terminal(environment: Mapping[str, str], tools: list[str]) -> Row:
         "systemd-run": f"`systemd-run --user --scope nohup {start} &`",
     }
     fix = next((fixes[tool] for tool in fixes if tool in tools), f"`nohup {start} &`")
-    return Row("terminal", "warn", "over ssh, outside tmux: a lost connection stops the run (it saves first)", fix)
+    return Finding("terminal", "warn", "over ssh, outside tmux: a lost connection stops the run (it saves first)", fix)
 
 
-def logout(environment: Mapping[str, str], user: str, root: Path = Path("/")) -> Row:
+def logout(environment: Mapping[str, str], user: str, root: Path = Path("/")) -> Finding:
     """Whether systemd-logind kills what a user leaves running, tmux included."""
     if not environment.get("XDG_SESSION_ID"):
-        return Row("logout", "ok", "not in a login session of systemd")
+        return Finding("logout", "ok", "not in a login session of systemd")
     if not kills_at_logout(root):
-        return Row("logout", "ok", "systemd-logind leaves processes alone (KillUserProcesses=no)")
+        return Finding("logout", "ok", "systemd-logind leaves processes alone (KillUserProcesses=no)")
     if (root / "var/lib/systemd/linger" / user).exists():
-        return Row("logout", "ok", "KillUserProcesses=yes, but this user lingers")
+        return Finding("logout", "ok", "KillUserProcesses=yes, but this user lingers")
     fix = "`loginctl enable-linger`, then start with `systemd-run --user --scope tmux new -s gpt2`"
-    return Row("logout", "warn", "KillUserProcesses=yes: logging out kills the run, inside tmux too", fix)
+    return Finding("logout", "warn", "KillUserProcesses=yes: logging out kills the run, inside tmux too", fix)
 
 
 def kills_at_logout(root: Path) -> bool:
@@ -152,22 +154,22 @@ def kills_at_logout(root: Path) -> bool:
     return value.lower() in ("yes", "true", "on", "1")
 
 
-def reboots(gpus: bool, root: Path = Path("/")) -> list[Row]:
+def reboots(gpus: bool, root: Path = Path("/")) -> list[Finding]:
     """A reboot that waits, and updates that come by themselves."""
     rows = []
     if any((root / place).exists() for place in ("var/run/reboot-required", "run/reboot-required")):
         fix = "reboot now, before the run: `sudo reboot`"
-        rows.append(Row("reboot", "warn", "an update waits for a reboot (/var/run/reboot-required)", fix))
+        rows.append(Finding("reboot", "warn", "an update waits for a reboot (/var/run/reboot-required)", fix))
     settings = _apt_settings(root)
     if settings.get("APT::Periodic::Unattended-Upgrade", "0") not in ("0", ""):
         if settings.get("Unattended-Upgrade::Automatic-Reboot", "false").lower() in ("true", "1", "yes"):
             at = settings.get("Unattended-Upgrade::Automatic-Reboot-Time", "now")
             fix = 'set Unattended-Upgrade::Automatic-Reboot "false" in /etc/apt/apt.conf.d, or resume afterwards'
-            rows.append(Row("updates", "warn", f"unattended upgrades may reboot this machine ({at})", fix))
+            rows.append(Finding("updates", "warn", f"unattended upgrades may reboot this machine ({at})", fix))
         elif gpus:
             fix = "for the time of the run: `sudo systemctl stop unattended-upgrades apt-daily-upgrade.timer`"
-            rows.append(Row("updates", "warn", "unattended upgrades may replace the GPU driver in the night", fix))
-    return rows or [Row("reboot", "ok", "none waits, and no update reboots by itself")]
+            rows.append(Finding("updates", "warn", "unattended upgrades may replace the GPU driver in the night", fix))
+    return rows or [Finding("reboot", "ok", "none waits, and no update reboots by itself")]
 
 
 def _apt_settings(root: Path) -> dict[str, str]:

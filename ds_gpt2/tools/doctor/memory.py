@@ -9,7 +9,7 @@ import psutil
 
 from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.common.host import usable_cores
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 from ds_gpt2.tools.resources.cgroup import Cgroup
 
 _SHM_WANTED = 1 << 30  # bytes: NVIDIA's advice for containers, `--shm-size=1g`
@@ -18,23 +18,23 @@ _FAST_ENOUGH = 1.5  # times the least need
 _MUCH_SWAP = 0.5
 
 
-def shared_memory(accelerator: str, directory: Path = Path("/dev/shm")) -> Row:
+def shared_memory(accelerator: str, directory: Path = Path("/dev/shm")) -> Finding:
     """NCCL's ranks exchange data through it where GPUs cannot reach each other; gloo goes over loopback."""
     name, fix = "shared memory", "start the container with `--shm-size=1g`, or `mount -o remount,size=1g /dev/shm`"
     try:
         status = os.statvfs(directory)
     except OSError as error:
-        return Row(name, "fail" if accelerator == "cuda" else "warn", f"no {directory}: {error.strerror}", fix)
+        return Finding(name, "fail" if accelerator == "cuda" else "warn", f"no {directory}: {error.strerror}", fix)
     whole, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     found = f"{size(free)} free of {size(whole)} in {directory}"
     if accelerator == "cpu":
-        return Row(name, "ok", f"{found}; ranks on the CPU do without")
+        return Finding(name, "ok", f"{found}; ranks on the CPU do without")
     if free < _SHM_NEEDED:
-        return Row(name, "fail", found, fix)
-    return Row(name, "warn" if free < _SHM_WANTED else "ok", found, fix if free < _SHM_WANTED else "")
+        return Finding(name, "fail", found, fix)
+    return Finding(name, "warn" if free < _SHM_WANTED else "ok", found, fix if free < _SHM_WANTED else "")
 
 
-def host(need: int, limits: Cgroup) -> Row:
+def host(need: int, limits: Cgroup) -> Finding:
     """
     Args:
         need: bytes at least, see ``requirements.host_memory``.
@@ -46,13 +46,13 @@ def host(need: int, limits: Cgroup) -> Row:
         free = min(free, limits.memory)
     found += f"; the ranks take at least {size(need)}"
     if free < need:
-        return Row("memory", "fail", found, "end other programs, raise the container's limit, or use fewer ranks")
+        return Finding("memory", "fail", found, "end other programs, raise the container's limit, or use fewer ranks")
     if free < _FAST_ENOUGH * need:
-        return Row("memory", "warn", found, "little is left for activations and the page cache: end other programs")
-    return Row("memory", "ok", found)
+        return Finding("memory", "warn", found, "little is left for activations and the page cache: end other programs")
+    return Finding("memory", "ok", found)
 
 
-def cores(accelerator: str, ranks: int, limits: Cgroup) -> Row:
+def cores(accelerator: str, ranks: int, limits: Cgroup) -> Finding:
     """Cores that this process may use, against ranks."""
     count = usable_cores()
     found = f"{count} for {counted(ranks, 'rank')}"
@@ -60,25 +60,25 @@ def cores(accelerator: str, ranks: int, limits: Cgroup) -> Row:
         found += f", of which the cgroup grants {limits.cores:g}"
         threads = max(1, int(limits.cores // ranks))
         fix = f"ranks would be halted now and then: grant more, or set OMP_NUM_THREADS={threads}"
-        return Row("cores", "warn", found, fix)
+        return Finding("cores", "warn", found, fix)
     if accelerator == "cuda" and count < ranks:
-        return Row("cores", "warn", found, "a rank needs a core of its own to keep its GPU busy: allow more cores")
+        return Finding("cores", "warn", found, "a rank needs a core of its own to keep its GPU busy: allow more cores")
     if count < ranks:
         found += ", which share them"
-    return Row("cores", "ok", found)
+    return Finding("cores", "ok", found)
 
 
-def tasks(ranks: int, limits: Cgroup, per_rank: int = 128) -> Row:
+def tasks(ranks: int, limits: Cgroup, per_rank: int = 128) -> Finding:
     """Processes and threads that a container may still start."""
     if limits.tasks is None:
-        return Row("cgroup tasks", "ok", "no limit")
+        return Finding("cgroup tasks", "ok", "no limit")
     found = f"{limits.tasks:,} more processes and threads; {counted(ranks, 'rank')} may have up to {per_rank * ranks:,}"
     if limits.tasks < per_rank * ranks:
-        return Row("cgroup tasks", "fail", found, "start the container with a larger `--pids-limit`")
-    return Row("cgroup tasks", "ok", found)
+        return Finding("cgroup tasks", "fail", found, "start the container with a larger `--pids-limit`")
+    return Finding("cgroup tasks", "ok", found)
 
 
-def swap(proc: Path = Path("/proc")) -> Row:
+def swap(proc: Path = Path("/proc")) -> Finding:
     """How the kernel behaves when memory runs out."""
     swapped = psutil.swap_memory()
     overcommit = int((proc / "sys/vm/overcommit_memory").read_text())
@@ -86,13 +86,13 @@ def swap(proc: Path = Path("/proc")) -> Row:
     found = f"{size(swapped.total)} of swap" if swapped.total else "no swap"
     if overcommit == 2:
         fix = "memory that is reserved but not used counts: `sudo sysctl vm.overcommit_memory=0`"
-        return Row("swap", "warn", f"{found}; vm.overcommit_memory=2", fix)
+        return Finding("swap", "warn", f"{found}; vm.overcommit_memory=2", fix)
     if swapped.total and swapped.used > _MUCH_SWAP * swapped.total:
-        return Row(
+        return Finding(
             "swap", "warn", f"{found}, {size(swapped.used)} in use", "end other programs: what is swapped is slow"
         )
     if adjustment > 0:
         fix = "start it from a service or from tmux outside the desktop's session"
         found += f"; oom_score_adj {adjustment}: killed before others when memory runs out"
-        return Row("swap", "warn", found, fix)
-    return Row("swap", "ok", found + ("" if swapped.total else ": when memory runs out the kernel kills at once"))
+        return Finding("swap", "warn", found, fix)
+    return Finding("swap", "ok", found + ("" if swapped.total else ": when memory runs out the kernel kills at once"))

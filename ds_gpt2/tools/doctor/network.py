@@ -9,7 +9,7 @@ import time
 import psutil
 
 from ds_gpt2.common.host import free_port
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 
 DEEPSPEED_PORT = 29_500
 TENSORBOARD_PORT = 6006
@@ -17,7 +17,7 @@ TENSORBOARD_PORT = 6006
 _PATIENCE = 2.0  # seconds; on loopback microseconds are usual
 
 
-def loopback() -> Row:
+def loopback() -> Finding:
     """A port of one's own choosing, a connection to it, and bytes both ways: what a rendezvous needs."""
     fix = "the ranks cannot meet: `ip addr show lo` must have 127.0.0.1 (`sudo ip link set lo up`)"
     try:
@@ -32,25 +32,25 @@ def loopback() -> Row:
                         raise OSError("something else arrived than was sent")
         taken = time.monotonic() - begun
     except OSError as error:
-        return Row("loopback", "fail", f"no connection over 127.0.0.1: {error}", fix)
-    return Row("loopback", "ok", f"the ranks can meet on a free port, connected in {taken * 1e3:.1f} ms")
+        return Finding("loopback", "fail", f"no connection over 127.0.0.1: {error}", fix)
+    return Finding("loopback", "ok", f"the ranks can meet on a free port, connected in {taken * 1e3:.1f} ms")
 
 
-def deepspeed_port(port: int = DEEPSPEED_PORT) -> Row:
+def deepspeed_port(port: int = DEEPSPEED_PORT) -> Finding:
     """Only for those who start DeepSpeed's launcher themselves: launch.sh takes a free one."""
     name = f"port {port}"
     if is_free(port):
-        return Row(name, "ok", "free (the ranks' own, where you start `deepspeed` yourself)")
+        return Finding(name, "ok", "free (the ranks' own, where you start `deepspeed` yourself)")
     fix = f"`deepspeed --master_port {free_port()} ...` where you start it yourself; ./launch.sh finds a free one"
-    return Row(name, "warn", f"taken{_holder(port)}", fix)
+    return Finding(name, "warn", f"taken{_holder(port)}", fix)
 
 
-def tensorboard_port(port: int = TENSORBOARD_PORT) -> Row:
+def tensorboard_port(port: int = TENSORBOARD_PORT) -> Finding:
     """TensorBoard's usual one."""
     name = f"port {port}"
     if is_free(port):
-        return Row(name, "ok", "free (TensorBoard's)")
-    return Row(name, "warn", f"taken{_holder(port)}", "`./launch.sh tensorboard` takes the next, and says which")
+        return Finding(name, "ok", "free (TensorBoard's)")
+    return Finding(name, "warn", f"taken{_holder(port)}", "`./launch.sh tensorboard` takes the next, and says which")
 
 
 def is_free(port: int) -> bool:

@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import regular_only
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.run_dir.supervisor_record import read_supervised
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.tools.doctor.row import Finding
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
 
@@ -30,13 +30,13 @@ class Rank:
     run: str  # its name, as far as its command line tells
 
 
-def runs(settings: Settings) -> list[Row]:
+def runs(settings: Settings) -> list[Finding]:
     """Who trains this run, and who trains others."""
     ranks = find_ranks()
     return [this_run(settings, ranks), other_runs(settings, ranks)]
 
 
-def this_run(settings: Settings, ranks: list[Rank]) -> Row:
+def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     """Two must not train one run; what a dead supervisor has left of it, the next start ends."""
     name = settings.run.name
     mine = [rank.pid for rank in ranks if rank.run == name]
@@ -45,24 +45,24 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Row:
     if supervised is not None and supervised.alive:
         found = f"{name} is kept going by process {supervised.pid} on {supervised.host}"
         here = supervised.host == socket.gethostname()
-        return Row("this run", "fail" if here else "warn", found, "wait for its end, or give another run.name")
+        return Finding("this run", "fail" if here else "warn", found, "wait for its end, or give another run.name")
     if mine and supervised is not None and supervised.group is not None:
         found = f"processes {_list(mine)} of {name} outlived their supervisor"
-        return Row("this run", "warn", found, "the next start asks them to save, and ends them")
+        return Finding("this run", "warn", found, "the next start asks them to save, and ends them")
     if mine or holder:
         found = f"{name} is being trained by process {holder or _list(mine)}"
-        return Row("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait for its end")
-    return Row("this run", "ok", f"nobody trains {name}")
+        return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait for its end")
+    return Finding("this run", "ok", f"nobody trains {name}")
 
 
-def other_runs(settings: Settings, ranks: list[Rank]) -> Row:
+def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:
     """Other runs of this project and user share the machine, or were forgotten."""
     others = [rank for rank in ranks if rank.run != settings.run.name]
     if not others:
-        return Row("other runs", "ok", "no other run of this project")
+        return Finding("other runs", "ok", "no other run of this project")
     runs = ", ".join(sorted({rank.run for rank in others}))
     pids = _list([rank.pid for rank in others])
-    return Row("other runs", "warn", f"processes {pids} train {runs}", f"{_FIX}{pids}`")
+    return Finding("other runs", "warn", f"processes {pids} train {runs}", f"{_FIX}{pids}`")
 
 
 def find_ranks(script: Path = TRAIN) -> list[Rank]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.supervision.launcher import Place, Ranks
-from ds_gpt2.tools.doctor.row import Row
+from ds_gpt2.supervision.launcher import RankLayout, Ranks
+from ds_gpt2.tools.doctor.row import Finding
 
 ALL_REDUCE = Path(__file__).with_name("all_reduce.py")
 SECONDS = 120.0  # until all must be done; four ranks on two cores take 12
@@ -32,7 +32,7 @@ _SLOW_SECONDS = {"cpu": 0.1, "cuda": 0.002}  # for the smallest
 _SLOW_BYTES = {"cpu": 0.0, "cuda": 1e9}  # a second, for the largest
 
 
-def round_trip(place: Place, seconds: float = SECONDS, script: Path = ALL_REDUCE) -> list[Row]:
+def round_trip(place: RankLayout, seconds: float = SECONDS, script: Path = ALL_REDUCE) -> list[Finding]:
     """One row for the meeting, and one for each rank; whatever happens, no process of it is left.
 
     Args:
@@ -47,12 +47,12 @@ def round_trip(place: Place, seconds: float = SECONDS, script: Path = ALL_REDUCE
         records = [_record(folder / f"rank_{rank}.json") for rank in range(place.ranks)]
     if any(record.get("phase") != "done" for record in records):
         limit = "" if in_time else f"not done after {seconds:.0f} s, ended: "
-        return [Row("ranks", "fail", limit + _story(records), _FIXES[place.accelerator])]
+        return [Finding("ranks", "fail", limit + _story(records), _FIXES[place.accelerator])]
     if not all(record["right"] for record in records):
         fix = "a link, a card or its memory is broken: try fewer ranks until the sum is right"
-        return [Row("ranks", "fail", "an all-reduce gave a wrong sum", fix)]
+        return [Finding("ranks", "fail", "an all-reduce gave a wrong sum", fix)]
     meeting = f"{place.ranks} started, met over {_LIBRARIES[place.accelerator]}, summed and ended in {taken:.1f} s"
-    return [Row("ranks", "ok", meeting), *(_speed(place, rank, record) for rank, record in enumerate(records))]
+    return [Finding("ranks", "ok", meeting), *(_speed(place, rank, record) for rank, record in enumerate(records))]
 
 
 def _run(ranks: Ranks, deadline: float) -> bool:
@@ -89,7 +89,7 @@ def _story(records: list[dict[str, Any]]) -> str:
     return errors[0] if errors else ", ".join(stuck)
 
 
-def _speed(place: Place, rank: int, record: dict[str, Any]) -> Row:
+def _speed(place: RankLayout, rank: int, record: dict[str, Any]) -> Finding:
     """Latency, and bandwidth as nccl-tests counts it on the bus: 2 (n - 1) / n bytes pass for each byte summed."""
     times = {int(size): float(seconds) for size, seconds in record["seconds"].items()}
     smallest, *larger = sorted(times)
@@ -99,5 +99,5 @@ def _speed(place: Place, rank: int, record: dict[str, Any]) -> Row:
     late = times[smallest] > _SLOW_SECONDS[place.accelerator]
     slow = on_bus[larger[-1]] < _SLOW_BYTES[place.accelerator]
     if place.ranks > 1 and (late or slow):
-        return Row(f"rank {rank}", "warn", found, _SLOW_FIXES[place.accelerator])
-    return Row(f"rank {rank}", "ok", found)
+        return Finding(f"rank {rank}", "warn", found, _SLOW_FIXES[place.accelerator])
+    return Finding(f"rank {rank}", "ok", found)

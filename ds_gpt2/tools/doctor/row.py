@@ -10,7 +10,7 @@ Status = Literal["ok", "warn", "fail", "unknown"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Finding:
     """One line of the doctor's."""
 
     name: str
@@ -25,20 +25,20 @@ class Check:
 
     group: str  # under which its rows are shown
     name: str  # of its row, should the look itself fail
-    look: Callable[[], Row | list[Row]]
+    look: Callable[[], Finding | list[Finding]]
     quick: bool = False  # takes milliseconds: ``train`` does it too
 
 
-def examine(check: Check) -> list[Row]:
+def examine(check: Check) -> list[Finding]:
     """The rows of ``check``; one that says ``unknown`` where it breaks, whatever the reason."""
     try:
         found = check.look()
     except Exception as error:  # a machine has many ways to refuse an answer, and none of them may hide the others
         reason = " ".join(str(error).split()) or type(error).__name__
-        return [Row(check.name, "unknown", f"could not be looked at: {reason}")]
-    return [found] if isinstance(found, Row) else found
+        return [Finding(check.name, "unknown", f"could not be looked at: {reason}")]
+    return [found] if isinstance(found, Finding) else found
 
 
-def in_one_line(row: Row) -> str:
+def in_one_line(row: Finding) -> str:
     """``name: what was found; fix``."""
     return f"{row.name}: {row.found}" + (f"; {row.fix}" if row.fix else "")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 
 # The scenes in their order: first those after which the run must be what it would have been ...
 EXACT = (
@@ -31,11 +31,11 @@ NAMES = (*EXACT, *CHANGING)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrillPlan:
     """One drill."""
 
     settings: Settings  # the user's
-    place: Place
+    place: RankLayout
     names: Sequence[str] = NAMES
     whole: bool = False  # the real model and batch
     seed: int = 0  # of moments and victims

@@ -17,7 +17,7 @@ _INDENT = " " * 27
 
 
 @dataclass(frozen=True)
-class Row:
+class SceneResult:
     """One scene."""
 
     name: str
@@ -40,7 +40,7 @@ class Record:
     command: list[str]
     machine: dict[str, str]
     settings: dict[str, object]  # of the run that was disturbed
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SceneResult] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -61,7 +61,7 @@ def head() -> str:
     return f"{'lost':>95}\n{'':8}  {'scene':15}  {'what was done, and what became of it':{_TEXT}}   steps seconds"
 
 
-def lines_of(row: Row) -> list[str]:
+def lines_of(row: SceneResult) -> list[str]:
     """A row as it is printed, nothing wider than ``WIDTH``."""
     texts = textwrap.wrap(row.text, _TEXT, break_on_hyphens=False) or [""]
     first = f"{row.verdict:8}  {row.name:15}  {texts[0]:{_TEXT}}{_lost(row)}".rstrip()
@@ -74,7 +74,7 @@ def summary(record: Record) -> str:
     return f"{told or 'nothing was done'}, {record.seconds:.0f} s"
 
 
-def _lost(row: Row) -> str:
+def _lost(row: SceneResult) -> str:
     if row.lost_steps is None or row.lost_seconds is None:
         return ""
     return f"{row.lost_steps:8}{row.lost_seconds:8.1f}"

@@ -24,8 +24,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file, without_trackers
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.tools.drill import shrink
-from ds_gpt2.tools.drill.plan import CHANGING, EXACT, Plan
-from ds_gpt2.tools.drill.record import Record, Row
+from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
+from ds_gpt2.tools.drill.record import Record, SceneResult
 from ds_gpt2.tools.drill.run_process import Actor, FailedError, end_all
 from ds_gpt2.tools.drill.scenarios import FINISH, SCENES, NotDoneError, Scene, Stage
 from ds_gpt2.tools.resources.requirements import checkpoint_bytes
@@ -35,7 +35,7 @@ _PATIENCE_SECONDS = {False: 300.0, True: 1200.0}  # whole or not: for a start, a
 _CHECKPOINTS = 14  # of both runs together, on the disk at one time
 
 
-def rehearse(plan: Plan, tell: Callable[[Row], None]) -> tuple[Record, Path]:
+def rehearse(plan: DrillPlan, tell: Callable[[SceneResult], None]) -> tuple[Record, Path]:
     """Play it; returns the record, and the directory below the run's where it lies.
 
     Args:
@@ -59,7 +59,7 @@ def rehearse(plan: Plan, tell: Callable[[Row], None]) -> tuple[Record, Path]:
         _check_room(disturbed.settings, plan.settings)
         record = _record(plan, disturbed.settings)
 
-        def note(row: Row) -> None:
+        def note(row: SceneResult) -> None:
             record.rows.append(row)
             record.seconds = round(time.time() - begun, 1)
             record.write(folder)
@@ -75,7 +75,7 @@ def rehearse(plan: Plan, tell: Callable[[Row], None]) -> tuple[Record, Path]:
     return record, folder
 
 
-def _play_undisturbed(run: Actor) -> Row:
+def _play_undisturbed(run: Actor) -> SceneResult:
     """The run that nobody disturbs.
 
     Raises:
@@ -90,26 +90,26 @@ def _play_undisturbed(run: Actor) -> Row:
     if troubles := run.events(0, "crash", "hang", "rollback", "save_failed"):
         raise UserError(f"the run is in trouble even if nobody disturbs it ({troubles[0].text}): see {run.output}")
     text = f"{run.settings.schedule.steps} steps that nobody disturbs, in {time.time() - begun:.0f} s"
-    return Row("undisturbed", "pass", text)
+    return SceneResult("undisturbed", "pass", text)
 
 
-def _play(scene: Scene, stage: Stage) -> Row:
+def _play(scene: Scene, stage: Stage) -> SceneResult:
     try:
         done = scene.play(stage)
     except NotDoneError as error:
-        return Row(scene.name, "not done", str(error))
+        return SceneResult(scene.name, "not done", str(error))
     except (FailedError, DamagedError, UserError) as error:
-        return Row(scene.name, "FAIL", str(error))
+        return SceneResult(scene.name, "FAIL", str(error))
     except Exception as error:  # whatever it is, the scenes after it are worth playing
-        return Row(scene.name, "FAIL", f"{type(error).__name__}: {error}")
-    return Row(scene.name, "pass", done.text, done.lost_steps, round(done.lost_seconds, 1))
+        return SceneResult(scene.name, "FAIL", f"{type(error).__name__}: {error}")
+    return SceneResult(scene.name, "pass", done.text, done.lost_steps, round(done.lost_seconds, 1))
 
 
-def _nothing_left(mark: str) -> Row:
+def _nothing_left(mark: str) -> SceneResult:
     left = end_all(mark)
     if left:
-        return Row("no_process_left", "FAIL", f"{len(left)} processes were left: {left[0]}")
-    return Row("no_process_left", "pass", "no process of the drill is left")
+        return SceneResult("no_process_left", "FAIL", f"{len(left)} processes were left: {left[0]}")
+    return SceneResult("no_process_left", "pass", "no process of the drill is left")
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def _cleaned_up(mark: str, checkpoints: Path, keep: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _actor(plan: Plan, name: str, steps: int, folder: Path, checkpoints: Path, mark: str) -> Actor:
+def _actor(plan: DrillPlan, name: str, steps: int, folder: Path, checkpoints: Path, mark: str) -> Actor:
     """A run of its own, with its config in the drill's directory."""
     tree = shrink.tree_for(plan.settings, plan.place.ranks, steps, plan.whole)
     tree["run"] |= {"name": name, "dir": str(folder)}
@@ -169,7 +169,7 @@ def _check_room(drill: Settings, users: Settings) -> None:
         )
 
 
-def _record(plan: Plan, settings: Settings) -> Record:
+def _record(plan: DrillPlan, settings: Settings) -> Record:
     versions = {"ds_gpt2": __version__, "torch": version("torch"), "deepspeed": version("deepspeed")}
     return Record(
         run=plan.settings.run.name,

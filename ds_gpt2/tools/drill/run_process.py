@@ -22,7 +22,7 @@ from ds_gpt2.run_dir.heartbeat import Beat, read_beat
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
 from ds_gpt2.run_dir.supervisor_record import read_supervised
 from ds_gpt2.supervision import launcher
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import fault_injection, supervisor_child
 from ds_gpt2.tools.drill.fault_injection import Fault
 
@@ -41,7 +41,7 @@ class Actor:
 
     config: Path
     settings: Settings
-    place: Place
+    place: RankLayout
     output: Path  # what the supervisor and the ranks print
     mark: str  # of the drill
     patience: float  # seconds for a start, a stop, or a few steps

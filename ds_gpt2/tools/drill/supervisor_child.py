@@ -21,8 +21,8 @@ from ds_gpt2.checkpoint.catalog import candidates
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import load_settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.supervision.launcher import Place
-from ds_gpt2.supervision.supervisor import Run, supervise
+from ds_gpt2.supervision.launcher import RankLayout
+from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.drill import fault_injection, small_disk
 
 SCRIPT = Path(__file__)
@@ -31,7 +31,9 @@ SCRIPT = Path(__file__)
 def main(words: list[str]) -> int:
     config, accelerator, ranks, resume, size, run_size, *overrides = words
     settings = load_settings(Path(config), parse_overrides(overrides))
-    run = Run(("--config", config, *overrides), Place(accelerator, int(ranks)), resume, script=fault_injection.SCRIPT)
+    run = SupervisedRun(
+        ("--config", config, *overrides), RankLayout(accelerator, int(ranks)), resume, script=fault_injection.SCRIPT
+    )
     if int(run_size):
         with small_disk.small_disk(settings.run_dir, int(run_size)):
             return supervise(run, settings)

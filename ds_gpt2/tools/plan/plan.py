@@ -9,9 +9,9 @@ from typing import Literal
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.monitoring.pace import Range
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.resources.memory_model import Model, Zero
-from ds_gpt2.tools.resources.run_events import Course
+from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 # exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or from what was
 # measured to what was not run; estimated: with figures of another machine or run.
@@ -33,10 +33,10 @@ class Subject:
 
     settings: Settings
     batch: BatchPlan
-    place: Place
+    place: RankLayout
     model: Model
     zero: Zero
-    course: Course | None  # None: the steps follow from data that is not there yet
+    schedule: RunSchedule | None  # None: the steps follow from data that is not there yet
     disk_free: int  # bytes for checkpoints, those that the run already has included
     memory_free: int | None  # bytes for one rank, of its GPU or its share of the host; None where not known
     elsewhere: Hardware | None = None  # the run is to be on other GPUs than this machine's
@@ -49,7 +49,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One line for a person, the same as figures for a program; their names end in their unit."""
 
     label: str
@@ -61,4 +61,4 @@ class Row:
 @dataclass(frozen=True)
 class Section:
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[PlanRow]

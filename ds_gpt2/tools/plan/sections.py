@@ -9,20 +9,20 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
-from ds_gpt2.tools.plan.plan import Basis, Row, Section, Subject, Value
+from ds_gpt2.tools.plan.plan import Basis, PlanRow, Section, Subject, Value
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import memory_model
 from ds_gpt2.tools.resources.checkpoint_space import Count, simulate
 from ds_gpt2.tools.resources.prices import Prices
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, storage
-from ds_gpt2.tools.resources.run_events import Course, occasions
+from ds_gpt2.tools.resources.run_schedule import RunSchedule, occasions
 
 _NO_STEPS = "not known without the number of steps"
 
 
 def batch_section(subject: Subject) -> Section:
-    batch, course, model = subject.batch, subject.course, subject.model
+    batch, schedule, model = subject.batch, subject.schedule, subject.model
     shared = (
         f"{batch.tokens_per_step:,} = {counted(batch.micro_batch, 'window')} x {batch.sequence_length:,} tokens"
         f" x {counted(batch.accumulation, 'micro-batch', 'micro-batches')} x {counted(batch.world_size, 'rank')}"
@@ -38,31 +38,31 @@ def batch_section(subject: Subject) -> Section:
     return Section(
         "batch",
         [
-            Row("tokens a step", shared, "exact", arithmetic),
-            _steps_row(subject, course),
+            PlanRow("tokens a step", shared, "exact", arithmetic),
+            _steps_row(subject, schedule),
             *_data_rows(subject),
-            Row("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
+            PlanRow("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
         ],
     )
 
 
-def _data_rows(subject: Subject) -> list[Row]:
+def _data_rows(subject: Subject) -> list[PlanRow]:
     if subject.no_data is None:
         return []
-    return [Row("data", f"epochs are not known yet, and no trial is run: {subject.no_data}", "not known")]
+    return [PlanRow("data", f"epochs are not known yet, and no trial is run: {subject.no_data}", "not known")]
 
 
-def _steps_row(subject: Subject, course: Course | None) -> Row:
-    if course is None:
+def _steps_row(subject: Subject, schedule: RunSchedule | None) -> PlanRow:
+    if schedule is None:
         text = f"not known: schedule.epochs={subject.settings.schedule.epochs:g} of data that is not there yet"
-        return Row("steps", text, "not known", {"steps": None, "tokens": None, "epochs": None})
-    whole, epochs = subject.batch.tokens_per_step * course.steps, course.epochs
-    text = f"{course.steps:,}: {tokens(whole)} tokens"
-    if epochs is not None and course.windows_per_epoch is not None:
+        return PlanRow("steps", text, "not known", {"steps": None, "tokens": None, "epochs": None})
+    whole, epochs = subject.batch.tokens_per_step * schedule.steps, schedule.epochs
+    text = f"{schedule.steps:,}: {tokens(whole)} tokens"
+    if epochs is not None and schedule.windows_per_epoch is not None:
         digits = 2 if epochs < MANY_EPOCHS else 0
-        text += f", {epochs:,.{digits}f} epochs of {counted(course.windows_per_epoch, 'window')}"
+        text += f", {epochs:,.{digits}f} epochs of {counted(schedule.windows_per_epoch, 'window')}"
         text += ": the model will memorize the data" if epochs > MANY_EPOCHS else ""
-    return Row("steps", text, "exact", {"steps": course.steps, "tokens": whole, "epochs": epochs})
+    return PlanRow("steps", text, "exact", {"steps": schedule.steps, "tokens": whole, "epochs": epochs})
 
 
 def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> Section:
@@ -77,19 +77,20 @@ def memory_section(subject: Subject, traces: Traces | None, calibration: Calibra
         ("logits", most.logits, "and what the loss makes of them, for a moment"),
     )
     rows = [
-        Row(label, f"{size(count):>9}  {what}", "predicted", {f"{label}_bytes": count}) for label, count, what in parts
+        PlanRow(label, f"{size(count):>9}  {what}", "predicted", {f"{label}_bytes": count})
+        for label, count, what in parts
     ]
     text = f"{size(most.total):>9}  at most, in this part of a step: {most.moment}"
-    rows.append(Row("all tensors", text, "predicted", {"tensors_bytes": most.total}))
+    rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": most.total}))
     if traces is not None and not subject.on_cpu:
         allocated = max(rank.device_allocated or 0 for rank in traces.ranks)
         off = percent(most.total / allocated - 1)
         text = f"{size(allocated):>9}  allocated at most: the prediction is off by {off}"
-        rows.append(Row("", text, "measured", {"allocated_bytes": allocated}))
+        rows.append(PlanRow("", text, "measured", {"allocated_bytes": allocated}))
     return Section("memory of a rank", [*rows, _rank_row(subject, traces, calibration)])
 
 
-def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration) -> Row:
+def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanRow:
     """All of it: what has to be there."""
     needed, there = calibration.rank_bytes(subject, subject.batch), subject.memory_free
     text = f"{size(needed):>9}"
@@ -101,7 +102,7 @@ def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration)
         least = min(rank.resident for rank in traces.ranks)
         text += f"; the rank that took least {size(least)}"
         figures["least_rank_memory_bytes"] = least
-    return Row("a rank takes", text, calibration.basis, figures)
+    return PlanRow("a rank takes", text, calibration.basis, figures)
 
 
 def time_section(subject: Subject, timing: Timing | None, now: float) -> Section:
@@ -110,77 +111,79 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> Section
         now: seconds since 1970.
     """
     if timing is None:
-        return Section("time", [Row("a step", "not measured: no step was run", "not known", {"step_seconds": None})])
-    if subject.course is None:
+        return Section(
+            "time", [PlanRow("a step", "not measured: no step was run", "not known", {"step_seconds": None})]
+        )
+    if subject.schedule is None:
         rows = [_step_row(subject, timing)]
-        return Section("time", [*rows, Row("the whole run", _NO_STEPS, "not known", {"run_seconds": None})])
-    course = subject.course
+        return Section("time", [*rows, PlanRow("the whole run", _NO_STEPS, "not known", {"run_seconds": None})])
+    schedule = subject.schedule
     rows = [
         _step_row(subject, timing),
-        *_evaluation_rows(subject, course, timing),
-        *_save_rows(course, timing),
+        *_evaluation_rows(subject, schedule, timing),
+        *_save_rows(schedule, timing),
     ]
-    whole = run_seconds(subject, course, timing)
+    whole = run_seconds(subject, schedule, timing)
     span = f"{duration(whole.mean)} ({duration(whole.low)} to {duration(whole.high)})"
     ends = Range(now + whole.mean, now + whole.low, now + whole.high)
     date = f"{clock(ends.mean)} {zone(ends.mean)} ({clock(ends.low)} to {clock(ends.high)}), if started now"
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    rows.append(Row("the whole run", span, basis, {"run_seconds": whole}))
-    rows.append(Row("done on", date, basis, {"finish_time": ends}))
+    rows.append(PlanRow("the whole run", span, basis, {"run_seconds": whole}))
+    rows.append(PlanRow("done on", date, basis, {"finish_time": ends}))
     return Section("time", rows)
 
 
-def _step_row(subject: Subject, timing: Timing) -> Row:
+def _step_row(subject: Subject, timing: Timing) -> PlanRow:
     step, speed = timing.step, subject.batch.tokens_per_step / timing.step.mean
     text = f"{_seconds(step.mean)} ({_seconds(step.low)} to {_seconds(step.high)}), {speed:,.0f} tokens/s"
     figures: dict[str, Value] = {"step_seconds": step, "tokens_per_second": speed}
     if timing.mfu is not None:
         text += f", {percent(timing.mfu, 0)} of what the GPUs can do at most"
         figures["mfu"] = timing.mfu
-    return Row("a step", text, timing.basis, figures)
+    return PlanRow("a step", text, timing.basis, figures)
 
 
-def _evaluation_rows(subject: Subject, course: Course, timing: Timing) -> list[Row]:
+def _evaluation_rows(subject: Subject, schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
     rows = []
-    for name, count in occasions(subject.settings, course.steps).items():
+    for name, count in occasions(subject.settings, schedule.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
-            rows.append(Row(name, f"{_seconds(cost)} each of {counted(count, 'time')}", "measured", figures))
+            rows.append(PlanRow(name, f"{_seconds(cost)} each of {counted(count, 'time')}", "measured", figures))
         elif count:
             rows.append(
-                Row(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
+                PlanRow(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
             )
     return rows
 
 
-def _save_rows(course: Course, timing: Timing) -> list[Row]:
-    count = _saves(course)
+def _save_rows(schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
+    count = _saves(schedule)
     if timing.save is None:
         text = f"not measured, {counted(count, 'time')}: counted as 0 s below"
-        return [Row("saves", text, "not known", {"save_seconds": None, "save_times": count})]
-    cost, write = timing.save_seconds(course.save_every), timing.save.write_seconds
+        return [PlanRow("saves", text, "not known", {"save_seconds": None, "save_times": count})]
+    cost, write = timing.save_seconds(schedule.save_every), timing.save.write_seconds
     text = f"{_seconds(cost)} of training each of {counted(count, 'time')} at most; written within {_seconds(write)}"
     figures: dict[str, Value] = {"save_seconds": cost, "save_write_seconds": write, "save_times": count}
-    return [Row("saves", text, "measured", figures)]
+    return [PlanRow("saves", text, "measured", figures)]
 
 
-def _saves(course: Course) -> int:
+def _saves(schedule: RunSchedule) -> int:
     """At most: as if every validation loss were the best so far."""
-    return len(course.saves(course.validations))
+    return len(schedule.saves(schedule.validations))
 
 
-def run_seconds(subject: Subject, course: Course, timing: Timing) -> Range:
+def run_seconds(subject: Subject, schedule: RunSchedule, timing: Timing) -> Range:
     """Of the whole run, evaluation and saves included."""
-    times = occasions(subject.settings, course.steps)
-    return timing.run_seconds(course, times, _saves(course))
+    times = occasions(subject.settings, schedule.steps)
+    return timing.run_seconds(schedule, times, _saves(schedule))
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskNeed:
     """Bytes on the disk of the checkpoints, the logs of the whole run among them."""
 
-    course: Course
+    schedule: RunSchedule
     checkpoint: int
     most: int  # of all checkpoints at once
     most_of: Count  # those
@@ -195,111 +198,113 @@ class Room:
         return self.most + (self.logs or 0) + int(free_gb * 1e9)
 
 
-def room(subject: Subject, traces: Traces | None) -> Room | None:
+def room(subject: Subject, traces: Traces | None) -> DiskNeed | None:
     """By simulation of all the run's saves; None where the number of steps is not known."""
-    settings, course, parameters = subject.settings, subject.course, subject.model.parameters
-    if course is None:
+    settings, schedule, parameters = subject.settings, subject.schedule, subject.model.parameters
+    if schedule is None:
         return None
     full = traces.checkpoint_bytes if traces is not None else None
     weights = traces.weights_bytes if traces is not None else None
     full, weights = full or CHECKPOINT_BYTES * parameters, weights or WEIGHT_BYTES * parameters
-    alone, shared = (simulate(settings.checkpoint, course, improving) for improving in (False, True))
+    alone, shared = (simulate(settings.checkpoint, schedule, improving) for improving in (False, True))
     most_of = max((alone.most, shared.most), key=lambda count: count.bytes(full, weights))
-    times = occasions(settings, course.steps)
-    return Room(
-        course=course,
+    times = occasions(settings, schedule.steps)
+    return DiskNeed(
+        schedule=schedule,
         checkpoint=full,
         most=most_of.bytes(full, weights),
         most_of=most_of,
         at_end=shared.at_end.bytes(full, weights),
         at_end_of=shared.at_end,
         saves=shared.saves,
-        logs=None if traces is None else round(traces.logs.total(course.steps, times)),
-        tensorboard=None if traces is None else round(traces.tensorboard.total(course.steps, times)),
+        logs=None if traces is None else round(traces.logs.total(schedule.steps, times)),
+        tensorboard=None if traces is None else round(traces.tensorboard.total(schedule.steps, times)),
     )
 
 
-def disk_section(subject: Subject, traces: Traces | None, found: Room | None) -> Section:
+def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None) -> Section:
     if found is None:
         return Section("disk", _disk_rows_without_steps(subject))
     free_gb = subject.settings.checkpoint.min_free_gb
     basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
     most = f"{size(found.most):>9}  {found.most_of}, one being written among them"
-    most += "" if found.course.windows_per_epoch else "; ends of epochs, not known yet, come on top"
+    most += "" if found.schedule.windows_per_epoch else "; ends of epochs, not known yet, come on top"
     needed = found.needed(free_gb)
     room_text = f"{size(needed):>9}  with {free_gb:g} GB to stay free; there are {size(subject.disk_free)} free"
     rows = [
-        Row("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
-        Row("at most", most, "predicted", {"checkpoints_most_bytes": found.most}),
-        Row(
+        PlanRow("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
+        PlanRow("at most", most, "predicted", {"checkpoints_most_bytes": found.most}),
+        PlanRow(
             "at the end",
             f"{size(found.at_end):>9}  {found.at_end_of}, if the best is one of the newest",
             "predicted",
             {"checkpoints_at_end_bytes": found.at_end},
         ),
         _logs_row(found),
-        Row("room needed", room_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}),
+        PlanRow(
+            "room needed", room_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}
+        ),
     ]
     if subject.settings.checkpoint.backup.to is not None:
         rows.append(_backup_row(subject.settings, found))
     return Section("disk", rows)
 
 
-def _disk_rows_without_steps(subject: Subject) -> list[Row]:
+def _disk_rows_without_steps(subject: Subject) -> list[PlanRow]:
     checkpoint = CHECKPOINT_BYTES * subject.model.parameters
     least = storage(subject.settings, None, None).least
     text = f"{size(least):>9}  at least; the whole is {_NO_STEPS}; there are {size(subject.disk_free)} free"
     figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": subject.disk_free}
     return [
-        Row("a checkpoint", f"{size(checkpoint):>9}", "predicted", {"checkpoint_bytes": checkpoint}),
-        Row("room needed", text, "predicted", figures),
+        PlanRow("a checkpoint", f"{size(checkpoint):>9}", "predicted", {"checkpoint_bytes": checkpoint}),
+        PlanRow("room needed", text, "predicted", figures),
     ]
 
 
-def _logs_row(found: Room) -> Row:
+def _logs_row(found: DiskNeed) -> PlanRow:
     figures: dict[str, Value] = {"logs_bytes": found.logs, "tensorboard_bytes": found.tensorboard}
     if found.logs is None or found.tensorboard is None:
-        return Row("logs", "not measured", "not known", figures)
+        return PlanRow("logs", "not measured", "not known", figures)
     text = f"{size(found.logs):>9}  of which TensorBoard's events {size(found.tensorboard)}"
-    return Row("logs", text, "predicted", figures)
+    return PlanRow("logs", text, "predicted", figures)
 
 
-def _backup_row(settings: Settings, found: Room) -> Row:
+def _backup_row(settings: Settings, found: DiskNeed) -> PlanRow:
     """Copies elsewhere share nothing with each other."""
-    backup, course = settings.checkpoint.backup, found.course
+    backup, schedule = settings.checkpoint.backup, found.schedule
     rolling = min(backup.keep, found.saves) if "latest" in backup.roles else 0
-    epochs = len(course.epoch_ends) if "epoch" in backup.roles else 0
-    best = int("best" in backup.roles and bool(course.validations))
+    epochs = len(schedule.epoch_ends) if "epoch" in backup.roles else 0
+    best = int("best" in backup.roles and bool(schedule.validations))
     count = (rolling + epochs + best) * found.checkpoint
     text = f"{size(count):>9}  elsewhere, at most: {rolling} newest, {epochs} ends of epochs, {best} best"
-    return Row("backups", text, "predicted", {"backup_bytes": count})
+    return PlanRow("backups", text, "predicted", {"backup_bytes": count})
 
 
 def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Section:
     """Energy and money of the whole run; money is in whatever the prices are in."""
     if timing is None:
-        return Section("cost", [Row("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
-    if subject.course is None:
-        return Section("cost", [Row("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
+        return Section("cost", [PlanRow("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
+    if subject.schedule is None:
+        return Section("cost", [PlanRow("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    hours = run_seconds(subject, subject.course, timing).times(1 / 3600)
+    hours = run_seconds(subject, subject.schedule, timing).times(1 / 3600)
     watts = prices.watts if prices.watts is not None else timing.watts
     rows = []
     if watts is None:
         rows.append(
-            Row("energy", "not known: nothing tells the power, give --watts", "not known", {"energy_kwh": None})
+            PlanRow("energy", "not known: nothing tells the power, give --watts", "not known", {"energy_kwh": None})
         )
     else:
         whose = "as you say" if prices.watts is not None else "its GPUs alone, measured"
         energy = hours.times(watts / 1000)
         text = f"{_range(energy)} kWh, at {watts:,.0f} W ({whose})"
-        rows.append(Row("energy", text, basis, {"power_watts": watts, "energy_kwh": energy}))
+        rows.append(PlanRow("energy", text, basis, {"power_watts": watts, "energy_kwh": energy}))
         if prices.per_kwh is not None:
             money = energy.times(prices.per_kwh)
-            rows.append(Row("of the energy", _range(money), basis, {"energy_money": money}))
+            rows.append(PlanRow("of the energy", _range(money), basis, {"energy_money": money}))
     if prices.per_hour is not None:
         money = hours.times(prices.per_hour)
-        rows.append(Row("of the machine", _range(money), basis, {"hours_money": money}))
+        rows.append(PlanRow("of the machine", _range(money), basis, {"hours_money": money}))
     return Section("cost", rows)
 
 
@@ -315,7 +320,7 @@ def problems_of(subject: Subject, traces: Traces | None, calibration: Calibratio
         hint = _fewer_checkpoints(subject, traces)
         if subject.elsewhere is not None and not subject.disk_given:
             hint += "; if that machine has another disk, give --disk-free-gb"
-        most = "up to" if subject.course is not None else "at least"
+        most = "up to" if subject.schedule is not None else "at least"
         problems.append(f"disk: the run takes {most} {size(wanted)}, there are {size(subject.disk_free)}: {hint}")
     return problems
 

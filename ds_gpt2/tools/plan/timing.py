@@ -9,8 +9,8 @@ import numpy as np
 
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.plan import Basis, Hardware, Subject
-from ds_gpt2.tools.plan.trial_results import Save, Traces
-from ds_gpt2.tools.resources.run_events import Course
+from ds_gpt2.tools.plan.trial_results import SaveCost, Traces
+from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 _MFU = Range(0.35, 0.5, 0.25)  # of GPUs that are not here; nanoGPT and llm.c have reported such shares for GPT-2
 
@@ -23,7 +23,7 @@ class Timing:
     basis: Basis
     start: float = 0.0  # seconds from the start of the ranks to the end of the first step
     costs: Mapping[str, float] | None = None  # seconds of one evaluation of each kind; None where not measured
-    save: Save | None = None
+    save: SaveCost | None = None
     watts: float | None = None  # of the GPUs
     mfu: float | None = None
 
@@ -34,12 +34,12 @@ class Timing:
         waiting = max(0.0, self.save.write_seconds - every * self.step.mean)
         return self.save.held_seconds + self.save.slower_seconds + waiting
 
-    def run_seconds(self, course: Course, occasions: Mapping[str, int], saves: int) -> Range:
+    def run_seconds(self, schedule: RunSchedule, occasions: Mapping[str, int], saves: int) -> Range:
         """Of the whole run. What was not measured counts as 0 s."""
         costs = self.costs or {}
-        aside = self.start + saves * self.save_seconds(course.save_every)
+        aside = self.start + saves * self.save_seconds(schedule.save_every)
         aside += sum(count * costs.get(name, 0.0) for name, count in occasions.items())
-        steps = self.step.times(course.steps)
+        steps = self.step.times(schedule.steps)
         return Range(steps.mean + aside, steps.low + aside, steps.high + aside)
 
 

@@ -25,7 +25,7 @@ from ds_gpt2.monitoring.pace import EVALUATIONS
 from ds_gpt2.run_dir import exit_report, stop_request
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision import launcher
-from ds_gpt2.supervision.launcher import Place, Ranks
+from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.tools.plan import trial_rank
 from ds_gpt2.tools.plan.trial_results import Traces, read_traces
 from ds_gpt2.tools.resources.machine import existing
@@ -71,7 +71,7 @@ def run_trial(
     overrides: Mapping[str, str],
     settings: Settings,
     plan: BatchPlan,
-    place: Place,
+    place: RankLayout,
     limits: Limits,
     tell: Callable[[str], None],
 ) -> Traces:
@@ -113,7 +113,7 @@ def _train(
     overrides: Mapping[str, str],
     scenes: Scenes,
     plan: BatchPlan,
-    place: Place,
+    place: RankLayout,
     limits: Limits,
     tell: Callable[[str], None],
 ) -> bool:
@@ -134,7 +134,7 @@ def _train(
     return in_time
 
 
-def _start(arguments: list[str], place: Place, folder: Path) -> Ranks:
+def _start(arguments: list[str], place: RankLayout, folder: Path) -> Ranks:
     """The ranks, which end by themselves if this process dies."""
     environment = {**trial_rank.request(folder), **stop_request.watched_by_me()}
     return Ranks(arguments, place, folder / "outcome", environment, trial_rank.SCRIPT)

@@ -25,7 +25,7 @@ Piece = tuple[int, int]  # the step that something was written for, 0 for none; 
 
 
 @dataclass(frozen=True)
-class Save:
+class SaveCost:
     """One checkpoint beside training."""
 
     held_seconds: float  # the training thread stood still
@@ -42,7 +42,7 @@ class Traces:
     start_seconds: float  # from the start of the ranks to the end of the first step
     step_seconds: list[float]  # of steps with all their micro-batches, nothing beside them
     costs: dict[str, float]  # seconds by name of the hook
-    save: Save | None
+    save: SaveCost | None
     ranks: list[RankMemory]
     checkpoint_bytes: int | None
     weights_bytes: int | None  # of one kept as weights alone
@@ -117,12 +117,12 @@ def _steps_beside(saved: Event | None, records: Sequence[Record]) -> list[int]:
     return [step for step, time in begun.items() if step > saved.step and time < saved.time]
 
 
-def _save(saved: Event | None, records: Sequence[Record], beside: Sequence[float], usual: float) -> Save | None:
+def _save(saved: Event | None, records: Sequence[Record], beside: Sequence[float], usual: float) -> SaveCost | None:
     if saved is None or saved.step is None:
         return None
     held = next((each.get("perf/save_ms") or 0.0 for each in records if each["step"] == saved.step + 1), 0.0)
     slower = max(0.0, sum(beside) - len(beside) * usual)
-    return Save(held / 1000, slower, saved.time - saved.time_in("taken"))
+    return SaveCost(held / 1000, slower, saved.time - saved.time_in("taken"))
 
 
 def _checkpoint_sizes(directory: Path) -> tuple[int | None, int | None]:

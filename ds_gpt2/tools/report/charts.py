@@ -14,7 +14,7 @@ from ds_gpt2.monitoring.reference_curves import (
     REFERENCE_HELLASWAG,
     REFERENCE_TOKENS_PER_STEP,
 )
-from ds_gpt2.tools.report.curves import Curve, Records, mean_per_step, smoothed, thinned
+from ds_gpt2.tools.report.curves import Curve, Curves, mean_per_step, smoothed, thinned
 
 Trace = dict[str, Any]
 
@@ -30,7 +30,7 @@ class View:
 
     name: str
     settings: Settings
-    records: Records
+    records: Curves
     colour: str = _COLOURS[0]
 
     def curve(self, tag: str) -> Curve:
@@ -47,7 +47,7 @@ class Chart:
     note: str = ""
 
 
-def views_of(runs: list[tuple[str, Settings, Records]]) -> list[View]:
+def views_of(runs: list[tuple[str, Settings, Curves]]) -> list[View]:
     """Each run in a colour of its own."""
     return [View(*run, colour=_COLOURS[number % len(_COLOURS)]) for number, run in enumerate(runs)]
 

@@ -80,7 +80,7 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True)
-class Records:
+class Curves:
     """All that ``metrics.jsonl`` tells about a run, or about a part of it."""
 
     steps: npt.NDArray[np.int64]  # (n,), ascending
@@ -94,12 +94,12 @@ class Records:
         """Empty where ``tag`` was never recorded."""
         return self.curves.get(tag, EMPTY)
 
-    def since(self, time: float) -> Records:
+    def since(self, time: float) -> Curves:
         """What was recorded at ``time`` and later."""
         kept = self.times >= time
         first = int(self.steps[kept][0]) if kept.any() else self.newest + 1
         kept = self.steps >= first
-        return Records(
+        return Curves(
             self.steps[kept],
             self.times[kept],
             min(self.estimated, int(kept.sum())),
@@ -114,7 +114,7 @@ class Records:
         return int(self.steps[-1]) if len(self.steps) else 0
 
 
-def read_records(file: Path) -> Records:
+def read_records(file: Path) -> Curves:
     """The records in ``file``, none if there is no file. It may grow meanwhile: a last line cut short is not damage."""
     lines = _count_lines(file)
     read = 0
@@ -141,7 +141,7 @@ def read_records(file: Path) -> Records:
     all_steps = np.array(steps, np.int64)
     filled = _fill(known, _seconds_spent(all_steps, curves), newest)
     estimated = int(np.isnan(known).sum())
-    return Records(all_steps, filled, estimated, curves, dict(samples), max(0, lines - read))
+    return Curves(all_steps, filled, estimated, curves, dict(samples), max(0, lines - read))
 
 
 def smoothed(curve: Curve, width: int | None = None) -> Curve:

@@ -24,14 +24,14 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 
 @dataclass(frozen=True)
-class Part:
+class RunSection:
     """What the page shows of one run; ``run`` is cut to the window that is looked at."""
 
     run: Run
     summary: Summary
 
 
-def render(parts: Sequence[Part], charts: Sequence[Chart], now: float) -> str:
+def render(parts: Sequence[RunSection], charts: Sequence[Chart], now: float) -> str:
     """The whole page.
 
     Args:
@@ -180,7 +180,7 @@ def _chart(number: int, chart: Chart) -> str:
     return f'{title}<div class="chart" id="chart-{number}"></div>{note}'
 
 
-def _told(part: Part) -> str:
+def _told(part: RunSection) -> str:
     """What is told of one run alone."""
     run = part.run
     notes = f"<pre>{escape(run.notes)}</pre>" if run.notes else ""

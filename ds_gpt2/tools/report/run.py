@@ -17,7 +17,7 @@ from ds_gpt2.config.settings import Settings, to_yaml
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.metrics import METRICS, STARTS, TIME, planned_steps, read_starts
 from ds_gpt2.run_dir.notes import NOTES
-from ds_gpt2.tools.report.curves import Records, read_records
+from ds_gpt2.tools.report.curves import Curves, read_records
 from ds_gpt2.tools.resources.history import lost_by_start, newest_events, restarts_of
 from ds_gpt2.tools.resources.run_steps import total_steps
 
@@ -47,7 +47,7 @@ class Run:
     name: str
     settings: Settings
     settings_text: str
-    records: Records
+    records: Curves
     starts: list[Start]  # in the order of the file
     events: list[Event]  # of the journal, the oldest first
     planned: int | None  # steps that it is to have, as its newest start said
@@ -96,7 +96,7 @@ def load_run(directory: Path) -> Run:
     )
 
 
-def _starts(starts: list[Start], records: Records, events: list[Event]) -> list[Start]:
+def _starts(starts: list[Start], records: Curves, events: list[Event]) -> list[Start]:
     """With what the journal tells about each: what it cost, and who made it."""
     noted = [event for event in events if event.kind == "start"]
     if not noted:
@@ -123,7 +123,7 @@ def _place_of(start: Start, noted: list[Event]) -> int | None:
     return place if seconds <= _SAME_START_SECONDS else None
 
 
-def _lost(start: Start, later: list[Start], records: Records) -> float | None:
+def _lost(start: Start, later: list[Start], records: Curves) -> float | None:
     """Seconds from the last step that counts before ``start`` to the first one after it, that one's own time left out.
 
     That is the time the run lay still, and the work that was not saved and had to be done again. None where a later

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, timed_of
-from ds_gpt2.tools.report.curves import Records
+from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
 from ds_gpt2.tools.resources.prices import Prices
@@ -154,14 +154,14 @@ def pace_of(run: Run) -> Pace:
     return pace
 
 
-def _times_of(records: Records) -> Iterator[dict[str, Any]]:
+def _times_of(records: Curves) -> Iterator[dict[str, Any]]:
     """What ``timed_of`` reads, step by step."""
     columns = [_at_all_steps(records, tag) for tag in _TIMES]
     for step, when, *values in zip(records.steps.tolist(), records.times.tolist(), *columns, strict=True):
         yield {"step": step, "time": when, **dict(zip(_TIMES, values, strict=True))}
 
 
-def _at_all_steps(records: Records, tag: str) -> list[float]:
+def _at_all_steps(records: Curves, tag: str) -> list[float]:
     """A curve as one value a step, NaN where it was not recorded."""
     values = np.full(len(records.steps), np.nan)
     curve = records.curve(tag)
@@ -227,7 +227,7 @@ def _state(run: Run, now: float, pace: Range | None) -> State:
     return "running" if now - run.records.times[-1] <= patience else "silent"
 
 
-def _power(records: Records) -> float | None:
+def _power(records: Curves) -> float | None:
     """Watts of the GPUs, the mean over the newest steps; None where none were recorded among them."""
     first = records.newest - WINDOW + 1
     watts = records.curve("perf/gpu_power_w").since(first).finite().values

@@ -12,7 +12,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import CheckpointSettings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
-from ds_gpt2.tools.resources.run_events import Course
+from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 _MOST_SAVES = 1_000_000
 
@@ -58,7 +58,7 @@ class Logs:
         return self.start + self.step * steps + aside
 
 
-def simulate(settings: CheckpointSettings, course: Course, improving: bool) -> Store:
+def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> Store:
     """Save and delete as the run would, by its own rules.
 
     Args:
@@ -68,14 +68,14 @@ def simulate(settings: CheckpointSettings, course: Course, improving: bool) -> S
     Raises:
         UserError: there are too many checkpoints to simulate.
     """
-    if course.save_every and course.steps // course.save_every > _MOST_SAVES:
+    if schedule.save_every and schedule.steps // schedule.save_every > _MOST_SAVES:
         raise UserError(
-            f"checkpoint.every={course.save_every} over {course.steps:,} steps is more than {_MOST_SAVES:,}"
+            f"checkpoint.every={schedule.save_every} over {schedule.steps:,} steps is more than {_MOST_SAVES:,}"
             " checkpoints: set checkpoint.every to more"
         )
-    best = set(course.validations if improving else course.validations[:1])
-    ends = {step: number for number, step in enumerate(course.epoch_ends, start=1)}
-    saves, shelf = course.saves(best), _Shelf(settings)
+    best = set(schedule.validations if improving else schedule.validations[:1])
+    ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
+    saves, shelf = schedule.saves(best), _Shelf(settings)
     most = Count(0, 0)
     for step in saves:
         new = [Kept(rolling_tag(step), "rolling", step, verified=True)]

@@ -20,7 +20,7 @@ Growth = Callable[[int], float]  # bytes that are written, beyond what is there,
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """One disk that a run writes to."""
 
     directories: tuple[str, ...]
@@ -31,7 +31,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Course:
+class RunProgress:
     """Where a run is, and what it has to go."""
 
     step: int  # above 0
@@ -40,41 +40,45 @@ class Course:
     epochs_per_step: float
 
 
-def look(run_dir: Path, settings: Settings, found: Sequence[Generation], course: Course | None) -> list[Room]:
+def look(
+    run_dir: Path, settings: Settings, found: Sequence[Generation], progress: RunProgress | None
+) -> list[DiskSpace]:
     """The disks of a run's directories, the first that will be full first.
 
     Args:
         found: the run's checkpoints.
-        course: None where not known: then the free space alone is told.
+        progress: None where not known: then only the free space is known.
     """
     events = settings.tensorboard_dir
     directories = [run_dir, settings.checkpoint_dir, *([] if events.is_relative_to(run_dir) else [events])]
-    growths = None if course is None else _growths(directories, settings, found, course)
-    disks: dict[int, list[Path]] = {}
+    growths = None if progress is None else _growths(directories, settings, found, progress)
+    sharing: dict[int, list[Path]] = {}
     for directory in directories:
         with contextlib.suppress(OSError):  # not made yet
-            disks.setdefault(directory.stat().st_dev, []).append(directory)
-    rooms = [_room(sharing, growths, course) for sharing in disks.values()]
-    return sorted(rooms, key=lambda room: (math.inf if room.days_left is None else room.days_left, room.free_bytes))
+            sharing.setdefault(directory.stat().st_dev, []).append(directory)
+    disks = [_space_of(directories, growths, progress) for directories in sharing.values()]
+    return sorted(disks, key=lambda disk: (math.inf if disk.days_left is None else disk.days_left, disk.free_bytes))
 
 
-def _room(sharing: Sequence[Path], growths: Mapping[Path, Growth] | None, course: Course | None) -> Room:
+def _space_of(
+    sharing: Sequence[Path], growths: Mapping[Path, Growth] | None, progress: RunProgress | None
+) -> DiskSpace:
     names, free = tuple(map(str, sharing)), shutil.disk_usage(sharing[0]).free
     problem = _problem_of(sharing[0])
-    if growths is None or course is None:
-        return Room(names, free, None, None, problem)
+    if growths is None or progress is None:
+        return DiskSpace(names, free, None, None, problem)
 
     def needed(step: int) -> int:
         return math.ceil(sum(growths[directory](step) for directory in sharing))
 
-    if needed(course.steps) <= free:
-        return Room(names, free, needed(course.steps), None, problem)
-    fits, too_much = course.step, course.steps
+    if needed(progress.steps) <= free:
+        return DiskSpace(names, free, needed(progress.steps), None, problem)
+    fits, too_much = progress.step, progress.steps
     while too_much - fits > 1:
         middle = (fits + too_much) // 2
         fits, too_much = (middle, too_much) if needed(middle) <= free else (fits, middle)
-    days_left = (fits - course.step) * course.seconds_per_step / _DAY
-    return Room(names, free, needed(course.steps), days_left, problem)
+    days_left = (fits - progress.step) * progress.seconds_per_step / _DAY
+    return DiskSpace(names, free, needed(progress.steps), days_left, problem)
 
 
 def _problem_of(directory: Path) -> str | None:
@@ -87,15 +91,15 @@ def _problem_of(directory: Path) -> str | None:
 
 
 def _growths(
-    directories: Sequence[Path], settings: Settings, found: Sequence[Generation], course: Course
+    directories: Sequence[Path], settings: Settings, found: Sequence[Generation], progress: RunProgress
 ) -> dict[Path, Growth] | None:
     """By directory; None before a first checkpoint shows how large they are."""
     size = next((one.manifest.bytes for one in found if one.manifest is not None and not one.weights_only), None)
     if size is None:
         return None
-    growths = {directory: _steady(_bytes_below(directory) / course.step, course.step) for directory in directories}
+    growths = {directory: _steady(_bytes_below(directory) / progress.step, progress.step) for directory in directories}
     present = _bytes_below(settings.checkpoint_dir)
-    growths[settings.checkpoint_dir] = of_checkpoints(settings.checkpoint, found, size, present, course)
+    growths[settings.checkpoint_dir] = of_checkpoints(settings.checkpoint, found, size, present, progress)
     return growths
 
 
@@ -104,7 +108,7 @@ def _steady(bytes_per_step: float, begun: int) -> Growth:
 
 
 def of_checkpoints(
-    settings: CheckpointSettings, found: Sequence[Generation], size: int, present: int, course: Course
+    settings: CheckpointSettings, found: Sequence[Generation], size: int, present: int, progress: RunProgress
 ) -> Growth:
     """At most: as if no two of those that are kept shared their files.
 
@@ -113,26 +117,26 @@ def of_checkpoints(
         present: bytes of all that are there.
     """
     counts = {role: sum(one.role == role for one in found) for role in ("rolling", "superseded", "epoch")}
-    every = settings.every or course.steps
+    every = settings.every or progress.steps
     kept_every = math.lcm(every, settings.keep_every) if settings.keep_every else 0
     most_epochs = math.inf if settings.keep_epochs == "all" else settings.keep_epochs
     epoch_size = size * (_WEIGHTS_SHARE if settings.epochs_as == "weights" else 1)
     best_size = size * (_WEIGHTS_SHARE if settings.best_as == "weights" else 1) * settings.keep_best
 
     def growth(step: int) -> float:
-        saves = step // every - course.step // every
+        saves = step // every - progress.step // every
         rolling = min(settings.keep_last, counts["rolling"] + counts["superseded"] + saves)
         for_good = step // kept_every if kept_every else 0
-        epochs = min(most_epochs, counts["epoch"] + _epochs(course, step) - _epochs(course, course.step))
+        epochs = min(most_epochs, counts["epoch"] + _epochs(progress, step) - _epochs(progress, progress.step))
         being_written = size + settings.min_free_gb * 1e9
         return max(0.0, (rolling + for_good) * size + epochs * epoch_size + best_size - present) + being_written
 
     return growth
 
 
-def _epochs(course: Course, step: int) -> int:
+def _epochs(progress: RunProgress, step: int) -> int:
     """That are complete after ``step``."""
-    return int(step * course.epochs_per_step + 1e-6)
+    return int(step * progress.epochs_per_step + 1e-6)
 
 
 def _bytes_below(directory: Path) -> int:

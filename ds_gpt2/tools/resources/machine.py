@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
 
 
-def memory_for_a_rank(place: Place) -> int | None:
+def memory_for_a_rank(place: RankLayout) -> int | None:
     """Bytes: all of its GPU, of the smallest; on the CPU its share of what is free. None where that is not told."""
     if place.accelerator == "cpu":
         return host_memory() // place.ranks

@@ -14,7 +14,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import Event, Kind
 from ds_gpt2.run_dir.metrics import METRICS, Record
 from ds_gpt2.run_dir.metrics_tail import time_of
-from ds_gpt2.tools.resources.disk_forecast import Room
+from ds_gpt2.tools.resources.disk_forecast import DiskSpace
 from ds_gpt2.tools.resources.run_state import AT_WORK, TRAINED, Life, State
 from ds_gpt2.tools.status.progress import Loss
 
@@ -40,7 +40,7 @@ def problems_of(
     step: int,
     loss: Loss,
     newest: Generation | None,
-    rooms: Sequence[Room],
+    disks: Sequence[DiskSpace],
     recorded: Record | None,
     now: float,
 ) -> list[Problem]:
@@ -60,8 +60,8 @@ def problems_of(
             *_of_saves(events, newest),
             *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
             *_of_training(events, now),
-            *(_of_unwritable_disks(rooms) if life.is_here else []),
-            *_of_disks(rooms, settings.alerts.disk_days),
+            *(_of_unwritable_disks(disks) if life.is_here else []),
+            *_of_disks(disks, settings.alerts.disk_days),
             *_of_records(life, recorded, now),
         ]
     else:
@@ -189,18 +189,18 @@ def _of_records(life: Life, recorded: Record | None, now: float) -> list[Problem
     return [Problem("not_logged", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
 
 
-def _of_unwritable_disks(rooms: Sequence[Room]) -> list[Problem]:
-    found = [room for room in rooms if room.problem is not None]
+def _of_unwritable_disks(disks: Sequence[DiskSpace]) -> list[Problem]:
+    found = [room for room in disks if room.problem is not None]
     return [Problem("disk_low", f"the disk of {room.directories[0]} {room.problem}") for room in found]
 
 
-def _of_disks(rooms: Sequence[Room], enough_days: float) -> list[Problem]:
+def _of_disks(disks: Sequence[DiskSpace], enough_days: float) -> list[Problem]:
     return [
         Problem(
             "disk_low",
             f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days at what this run writes:"
             f" {size(room.free_bytes)} free",
         )
-        for room in rooms
+        for room in disks
         if room.problem is None and room.days_left is not None and room.days_left < enough_days
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_gpt2.common.formatting import clock, done_share, duration, size
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.monitoring.reference_curves import REFERENCE
-from ds_gpt2.tools.resources.disk_forecast import Room
+from ds_gpt2.tools.resources.disk_forecast import DiskSpace
 from ds_gpt2.tools.resources.history import History
 from ds_gpt2.tools.status.problems import Problem
 from ds_gpt2.tools.status.progress import Loss
@@ -53,7 +53,7 @@ def _header(status: Status, coloured: bool) -> str:
 
 
 def _lines(status: Status) -> Iterator[str]:
-    yield from _course(status)
+    yield from _progress_of(status)
     yield from _learnt(status)
     yield from _checkpoint(status)
     yield from _past(status.history, status.time)
@@ -65,7 +65,7 @@ def _lines(status: Status) -> Iterator[str]:
         yield _labelled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
 
 
-def _course(status: Status) -> Iterator[str]:
+def _progress_of(status: Status) -> Iterator[str]:
     progress = status.progress
     of = "" if progress.steps is None else f" of {progress.steps:,}"
     done = f", {done_share(progress.step, progress.steps)}" if progress.steps else ""
@@ -145,7 +145,7 @@ def _lost(seconds: float, kept_share: float) -> str:
     return f"{duration(seconds)}, {100 * (1 - kept_share):.1f}% of the time"
 
 
-def _room(room: Room) -> str:
+def _room(room: DiskSpace) -> str:
     free = f"{size(room.free_bytes)} free"
     if room.needed_bytes is None:
         return free

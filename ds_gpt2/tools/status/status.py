@@ -13,7 +13,7 @@ from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.metrics import STARTS, Record, first_start, planned_steps, read_starts
 from ds_gpt2.run_dir.metrics_tail import time_of, values
 from ds_gpt2.tools.resources import disk_forecast, run_state
-from ds_gpt2.tools.resources.disk_forecast import Course, Room
+from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress
 from ds_gpt2.tools.resources.history import DAY, Goodput, History, history_of, newest_events
 from ds_gpt2.tools.resources.run_state import AT_WORK, Life, State
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
@@ -64,7 +64,7 @@ class Status:
     loss: Loss
     checkpoint: Checkpoint | None
     history: History
-    disks: list[Room]
+    disks: list[DiskSpace]
     gpus: Gpus | None
 
 
@@ -96,10 +96,10 @@ def look(run_dir: Path, now: float) -> Status:
         alive = Life("finished", is_here=alive.is_here)  # its journal could not be written at the end
     progress = progress_of(settings, records, _step(records, alive, newest), steps, pace)
     day_before = _day_before(run_dir, records)
-    rooms = disk_forecast.look(run_dir, settings, found, _course(progress, epochs_per_step(records)))
+    disks = disk_forecast.look(run_dir, settings, found, _progress_of(progress, epochs_per_step(records)))
     loss = loss_of(records, day_before, newest, settings)
     problems = problems_of(
-        alive, settings, events, progress.step, loss, newest, rooms, records[-1] if records else None, now
+        alive, settings, events, progress.step, loss, newest, disks, records[-1] if records else None, now
     )
     at_work = alive.state in AT_WORK and progress.left_seconds is not None
     return Status(
@@ -116,7 +116,7 @@ def look(run_dir: Path, now: float) -> Status:
         loss=loss,
         checkpoint=_checkpoint(newest, now) if newest else None,
         history=history_of(events, alive.state, now, _goodput(run_dir, records, day_before)),
-        disks=rooms,
+        disks=disks,
         gpus=_gpus(records),
     )
 
@@ -127,12 +127,12 @@ def _step(records: Sequence[Record], alive: Life, newest: Generation | None) -> 
     return max(recorded, alive.beat.step - 1 if alive.beat else 0, newest.step if newest is not None else 0)
 
 
-def _course(progress: Progress, epochs_a_step: float | None) -> Course | None:
+def _progress_of(progress: Progress, epochs_a_step: float | None) -> RunProgress | None:
     if progress.seconds_per_step is None or progress.steps is None or not progress.step:
         return None
     left = progress.steps - progress.step
     a_step = progress.left_seconds / left if progress.left_seconds and left > 0 else progress.seconds_per_step
-    return Course(progress.step, progress.steps, a_step, epochs_a_step or 0.0)
+    return RunProgress(progress.step, progress.steps, a_step, epochs_a_step or 0.0)
 
 
 def _goodput(run_dir: Path, records: Sequence[Record], day_before: Sequence[Record]) -> Goodput | None:

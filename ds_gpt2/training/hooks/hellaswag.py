@@ -17,7 +17,7 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.training.lr_schedule import Every
 
@@ -43,14 +43,14 @@ class HellaSwag(Hook):
         self._items = len(chosen)
         self._mine = share(chosen, collectives.rank(), collectives.world_size())
 
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         begun = time.monotonic()
         counts = on_all_ranks(lambda: self._count_correct(engine))
         *correct, failed = collectives.sum_over_ranks(counts).tolist()
         if failed:
             log.warning(f"step {state.step}: no HellaSwag: {failed:.0f} rank(s) could not compute it")
             return {}
-        seen: Seen = {}
+        seen: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):
             accuracy = count / self._items
             seen[f"hellaswag/{measure}"] = accuracy

@@ -15,7 +15,7 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
-from ds_gpt2.monitoring.monitor import Histogram, Seen
+from ds_gpt2.monitoring.monitor import Histogram, StepMetrics
 from ds_gpt2.training.hooks.hook import Hook
 from ds_gpt2.training.lr_schedule import Every
 
@@ -44,7 +44,7 @@ class Histograms(Hook):
         names = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
         self._shown = [name for name in names if _layer_of(name) in (None, *shown)]
         self._parts = list(dict.fromkeys(part_of(name) for name, _ in model.named_parameters()))
-        self._gradients: Seen = {}
+        self._gradients: StepMetrics = {}
         self._gradient_norms: list[float] = []
         self._before: dict[str, torch.Tensor] = {}
 
@@ -55,7 +55,7 @@ class Histograms(Hook):
         # In host memory: a copy on the device could be what it has no room for.
         self._before = {name: part.to("cpu", copy=True) for name, part in engine.masters().items()}
 
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         masters, before = engine.masters(), self._before
         moved = {name: (chunk - old for chunk, old in _pairs(part, before[name])) for name, part in masters.items()}
         moved_norms, norms = self._norms_of(moved, engine.device), self._norms_of(_in_chunks(before), engine.device)
@@ -85,7 +85,7 @@ def part_of(name: str) -> str:
     return ".".join(words[:2]) if words[0] == "h" else words[0]
 
 
-def _histograms(kind: str, names: list[str], tensors: dict[str, torch.Tensor], device: torch.device) -> Seen:
+def _histograms(kind: str, names: list[str], tensors: dict[str, torch.Tensor], device: torch.device) -> StepMetrics:
     """``<kind>/<name>`` of each, its elements of all ranks together; what is not finite is left out."""
     sums = torch.zeros(len(names), _COUNTS.stop, dtype=torch.float64, device=device)
     extremes = torch.full((len(names), 2), -math.inf, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.lr_schedule import Every
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Hook(ABC):
         """After the step's last backward pass: under ZeRO-2 gradients exist only here."""
 
     @abstractmethod
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         """What there is to see after the update; the values count on rank 0.
 
         Raises:

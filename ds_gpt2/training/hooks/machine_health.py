@@ -12,7 +12,7 @@ import torch
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook
 from ds_gpt2.training.lr_schedule import Every
 
@@ -35,16 +35,16 @@ class Health(Hook):
         if device.type == "cuda" and collectives.is_main():
             self._gpus = _open_gpus()
 
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         if not collectives.is_main() or time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + _SECONDS
-        seen: Seen = {"perf/host_memory_gb": psutil.Process().memory_info().rss / 1e9}
+        seen: StepMetrics = {"perf/host_memory_gb": psutil.Process().memory_info().rss / 1e9}
         if self._device.type == "cuda":
             seen["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         return seen | self._look_at_gpus()
 
-    def _look_at_gpus(self) -> Seen:
+    def _look_at_gpus(self) -> StepMetrics:
         if not self._gpus:
             return {}
         import pynvml

@@ -18,7 +18,7 @@ from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.sampling import Sampling, derived_seed, encode_prompt, generate
 from ds_gpt2.model.gpt2 import GPT2
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.training.lr_schedule import Every
 
@@ -49,10 +49,10 @@ class Samples(Hook):
         for number, prompt in enumerate(settings.prompts):
             _warn_if_cut(number, prompt, sequence_length)
 
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         return on_all_ranks(lambda: self._observe(engine, state) if collectives.is_main() else {})
 
-    def _observe(self, engine: Engine, state: TrainState) -> Seen:
+    def _observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         if not self._prompts:
             return {}
         try:

@@ -17,7 +17,7 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import count_windows, perplexity
-from ds_gpt2.monitoring.monitor import Seen
+from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 from ds_gpt2.training.lr_schedule import Every
 
@@ -43,7 +43,7 @@ class Validation(Hook):
         self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
         self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
 
-    def observe(self, engine: Engine, state: TrainState) -> Seen:
+    def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         loss = self.loss(engine)
         state.validated(loss)
         if not math.isfinite(loss):
@@ -54,7 +54,7 @@ class Validation(Hook):
             return {"val/loss": loss, "val/perplexity": loss}
         best = state.best_step == state.step
         log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if best else ''}")
-        seen: Seen = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        seen: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
         return seen | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if best else {})
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.queue import BackupQueue, Cadence, StoppedError
+from ds_gpt2.checkpoint.backup.queue import BackupQueue, BackupSchedule, StoppedError
 from ds_gpt2.checkpoint.backup.storage import reason_of, redact
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.filesystem import Disk
@@ -699,21 +699,23 @@ def test_an_error_without_words_has_a_name() -> None:
     ],
 )
 def test_what_is_due(commits: list[tuple[str, int]], copied: list[list[str]]) -> None:
-    cadence = Cadence(SETTINGS, lambda: 0.0)
+    cadence = BackupSchedule(SETTINGS, lambda: 0.0)
     assert [cadence.take(rolling_tag(step), roles.split(), step) for roles, step in commits] == copied
 
 
 def test_only_the_roles_asked_for_are_due() -> None:
     roles = [epoch_tag(1), BEST_TAG]
-    assert Cadence(changed_settings(roles=("latest",))).due("rolling_step_000100", roles, 100) == [rolling_tag(100)]
-    assert Cadence(changed_settings(roles=("epoch",))).due("rolling_step_000100", roles, 100) == [epoch_tag(1)]
-    assert Cadence(changed_settings(roles=("best",))).due("rolling_step_000100", roles, 100) == [BEST_TAG]
-    assert Cadence(changed_settings(roles=())).due("rolling_step_000100", roles, 100) == []
+    assert BackupSchedule(changed_settings(roles=("latest",))).due("rolling_step_000100", roles, 100) == [
+        rolling_tag(100)
+    ]
+    assert BackupSchedule(changed_settings(roles=("epoch",))).due("rolling_step_000100", roles, 100) == [epoch_tag(1)]
+    assert BackupSchedule(changed_settings(roles=("best",))).due("rolling_step_000100", roles, 100) == [BEST_TAG]
+    assert BackupSchedule(changed_settings(roles=())).due("rolling_step_000100", roles, 100) == []
 
 
 def test_a_best_that_came_too_soon_is_copied_when_its_time_has_come() -> None:
     hour = [0.0]
-    cadence = Cadence(changed_settings(roles=("best",)), lambda: hour[0] * 3600)
+    cadence = BackupSchedule(changed_settings(roles=("best",)), lambda: hour[0] * 3600)
     taken = []
     for hours, roles in ((0, [BEST_TAG]), (1, []), (2, [BEST_TAG]), (167, []), (168, []), (400, [])):
         hour[0] = hours
@@ -722,7 +724,7 @@ def test_a_best_that_came_too_soon_is_copied_when_its_time_has_come() -> None:
 
 
 def test_a_failed_copy_is_due_again() -> None:
-    cadence = Cadence(SETTINGS, lambda: 0.0)
+    cadence = BackupSchedule(SETTINGS, lambda: 0.0)
     assert cadence.take(rolling_tag(100), [epoch_tag(1), BEST_TAG], 100) == [epoch_tag(1), BEST_TAG, rolling_tag(100)]
     cadence.failed(epoch_tag(1))
     cadence.failed(BEST_TAG)
@@ -743,7 +745,7 @@ def test_copies_keep_their_distance_and_no_epoch_is_missed(
 ) -> None:
     """Whatever the order of commits, ends of epochs, new bests, and failures."""
     clock, step, epochs = 0.0, 0, 0
-    cadence = Cadence(SETTINGS, lambda: clock)
+    cadence = BackupSchedule(SETTINGS, lambda: clock)
     done: list[tuple[str, int, float]] = []
     for steps, hours, is_epoch, is_best, fails in commits:
         clock, step = clock + hours * 3600, step + steps
@@ -776,7 +778,7 @@ def test_a_new_process_goes_on_where_the_one_before_was(run_dir: Path, place: st
     backup.copy(link(run_dir, rolling_tag(100), BEST_TAG))
     link(run_dir, rolling_tag(100), epoch_tag(1))
     hours = [1.0]
-    cadence = Cadence(SETTINGS, lambda: 1767225600 + hours[0] * 3600)  # the year 2026, when best_model was made
+    cadence = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)  # the year 2026, when best_model was made
     cadence.start_from(backup.held(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1)]  # 40 steps after 160 is too soon
     assert cadence.due(rolling_tag(200), [BEST_TAG], 200) == [epoch_tag(1)]
@@ -784,7 +786,7 @@ def test_a_new_process_goes_on_where_the_one_before_was(run_dir: Path, place: st
     hours[0] = 170
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1)]
     link(run_dir, rolling_tag(160), BEST_TAG)
-    cadence = Cadence(SETTINGS, lambda: 1767225600 + hours[0] * 3600)
+    cadence = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)
     cadence.start_from(backup.held(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1), BEST_TAG]
 
@@ -795,7 +797,7 @@ def test_an_epoch_at_the_place_does_not_count_as_the_newest(run_dir: Path, place
     backup.copy(save(run_dir, 100))
     save(run_dir, 190)
     backup.copy(link(run_dir, rolling_tag(190), epoch_tag(1)))
-    cadence = Cadence(SETTINGS, lambda: 0.0)
+    cadence = BackupSchedule(SETTINGS, lambda: 0.0)
     cadence.start_from(backup.held(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [rolling_tag(200)]
 
@@ -803,7 +805,7 @@ def test_an_epoch_at_the_place_does_not_count_as_the_newest(run_dir: Path, place
 def test_a_copy_from_before_the_evaluation_of_its_step_does_not_count_as_the_newest(run_dir: Path, place: str) -> None:
     backup = Backup(place, "run", SETTINGS)
     backup.copy(save(run_dir, 190, evaluated=False))
-    cadence = Cadence(SETTINGS, lambda: 0.0)
+    cadence = BackupSchedule(SETTINGS, lambda: 0.0)
     cadence.start_from(backup.held(), scan(run_dir))
     assert cadence.take_last(rolling_tag(190), 190) == [rolling_tag(190)]
 

@@ -37,10 +37,10 @@ from ds_gpt2.model.gpt2 import GPT2, count_parameters
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.supervisor_record import Supervised
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import clock, data, disk, gpus, limits, memory, network, processes, ranks, software
 from ds_gpt2.tools.doctor.checks import checks, quick
-from ds_gpt2.tools.doctor.row import Check, Row, examine, in_one_line
+from ds_gpt2.tools.doctor.row import Check, Finding, examine, in_one_line
 from ds_gpt2.tools.resources import requirements
 from ds_gpt2.tools.resources.cgroup import Cgroup, read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
@@ -78,14 +78,14 @@ def unprivileged() -> Iterator[None]:
 
 
 def test_a_look_that_breaks_is_a_row_and_hides_no_other() -> None:
-    def broken() -> Row:
+    def broken() -> Finding:
         raise PermissionError(13, "Permission denied", "/dev/kmsg")
 
-    looks = [Check("machine", "kernel log", broken), Check("machine", "time", lambda: Row("time", "ok", "noon"))]
+    looks = [Check("machine", "kernel log", broken), Check("machine", "time", lambda: Finding("time", "ok", "noon"))]
     rows = [row for check in looks for row in examine(check)]
     assert [(row.name, row.status) for row in rows] == [("kernel log", "unknown"), ("time", "ok")]
     assert rows[0].found == "could not be looked at: [Errno 13] Permission denied: '/dev/kmsg'"
-    assert in_one_line(Row("room", "fail", "1 GB free", "make room")) == "room: 1 GB free; make room"
+    assert in_one_line(Finding("room", "fail", "1 GB free", "make room")) == "room: 1 GB free; make room"
     assert in_one_line(rows[1]) == "time: noon"
 
 
@@ -206,7 +206,7 @@ def test_the_disk_is_timed_and_nothing_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def backup_row(settings: Settings, to: str) -> Row:
+def backup_row(settings: Settings, to: str) -> Finding:
     backup = settings.checkpoint.backup.model_copy(update={"to": to})
     wanted = changed(settings, checkpoint={"backup": backup})
     (check,) = [check for check in checks(wanted, "cpu", 1) if check.name == "backup"]
@@ -494,13 +494,13 @@ def test_a_flipped_bit_in_the_data_is_found(copied: Path) -> None:
 
 def test_data_for_the_whole_run(dataset_dir: Path, settings: Settings) -> None:
     dataset = open_dataset(dataset_dir)
-    steps, epochs = data.course(dataset, settings)
+    steps, epochs = data.schedule(dataset, settings)
     windows = sum((shard.tokens - 1) // 64 for shard in dataset.split("train"))
     assert (steps, epochs) == (12, pytest.approx(12 * 16 / windows))
     whole = changed(settings, schedule={"steps": None, "epochs": 1.5})
     plan = plan_batch(1024, 2, 64, 2)
     trained = TrainingData(Windows(dataset, "train", 64), plan, 0, 1, torch.device("cpu"))
-    assert data.course(dataset, whole)[0] == trained.steps_for(1.5)
+    assert data.schedule(dataset, whole)[0] == trained.steps_for(1.5)
     assert [(row.name, row.status) for row in data.windows(dataset, settings)] == [
         ("validation", "ok"),
         ("epochs", "ok"),
@@ -594,7 +594,7 @@ def nvml(**answers: Any) -> Any:
     return SimpleNamespace(**{**well, **constants, **answers})
 
 
-LOOKS: dict[str, Callable[[Any, list[Any]], Row]] = {
+LOOKS: dict[str, Callable[[Any, list[Any]], Finding]] = {
     "count": lambda library, two: gpus.count(library, two, 2),
     "memory": lambda library, two: gpus.memory(library, two, 2 * 10**9),
     "others": gpus.others,
@@ -700,7 +700,7 @@ def test_ranks_that_hang_are_ended(script: Path) -> None:
         "file = pathlib.Path(sys.argv[-1]) / f'rank_{os.environ[\"RANK\"]}.json'\n"
         "file.write_text(json.dumps({'phase': 'joining'}))\ntime.sleep(600)\n"
     )
-    rows = ranks.round_trip(Place("cpu", 2), seconds=6.0, script=script)
+    rows = ranks.round_trip(RankLayout("cpu", 2), seconds=6.0, script=script)
     assert [(row.name, row.status) for row in rows] == [("ranks", "fail")]
     state = "(does not meet the others|was not started)"  # the latter where the machine is busy
     assert re.fullmatch(f"not done after 6 s, ended: rank 0 {state}, rank 1 {state}", rows[0].found)
@@ -710,7 +710,7 @@ def test_ranks_that_hang_are_ended(script: Path) -> None:
 
 def test_ranks_that_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    rows = ranks.round_trip(Place("cpu", 1))
+    rows = ranks.round_trip(RankLayout("cpu", 1))
     assert [(row.name, row.status) for row in rows] == [("ranks", "fail")]
     assert "nosuch0" in rows[0].found
     assert "GLOO_SOCKET_IFNAME" in rows[0].fix
@@ -768,7 +768,7 @@ def test_a_run_that_cannot_choose_its_ranks_is_a_row_too(
 
 
 def test_a_wide_row_is_wrapped_under_itself() -> None:
-    row = Row("a name that is rather long", "warn", "found " * 40, "fix " * 40)
+    row = Finding("a name that is rather long", "warn", "found " * 40, "fix " * 40)
     lines = doctor.lines_of(row)
     assert max(map(len, lines)) <= doctor.WIDTH
     assert lines[0].startswith("  warn a name that is rather long found")
@@ -802,4 +802,9 @@ def test_what_train_looks_at_takes_no_time_and_no_torch(settings: Settings, tmp_
 
 
 def test_rows_are_plain_values() -> None:
-    assert asdict(Row("room", "ok", "1 GB free")) == {"name": "room", "status": "ok", "found": "1 GB free", "fix": ""}
+    assert asdict(Finding("room", "ok", "1 GB free")) == {
+        "name": "room",
+        "status": "ok",
+        "found": "1 GB free",
+        "fix": "",
+    }

@@ -30,11 +30,11 @@ from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import read_beat
-from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import rehearsal, small_disk
 from ds_gpt2.tools.drill.compare import curve_differences, differences, expected_ledger
-from ds_gpt2.tools.drill.plan import CHANGING, EXACT, Plan
-from ds_gpt2.tools.drill.record import WIDTH, Record, Row, head, lines_of
+from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
+from ds_gpt2.tools.drill.record import WIDTH, Record, SceneResult, head, lines_of
 from ds_gpt2.tools.drill.run_process import Actor, FailedError, end_all, marked
 from ds_gpt2.tools.drill.scenarios import SCENES, Done, NotDoneError, Scene, Stage
 from ds_gpt2.tools.drill.shrink import tree_for
@@ -125,18 +125,18 @@ def test_a_scene_that_fails_fails_the_drill(tmp_path: Path) -> None:
     rows = [rehearsal._play(Scene("one", play), stage) for play in (fails, cannot, breaks)]
     assert [row.verdict for row in rows] == ["FAIL", "not done", "FAIL"]
     assert rows[0].text == "went on from step 3, though 20 was reached" and rows[2].text == "KeyError: 'step'"
-    passed = Row("two", "pass", "all well", 0, 1.0)
+    passed = SceneResult("two", "pass", "all well", 0, 1.0)
     assert _record([passed]).passed
     assert not any(_record([passed, row]).passed for row in rows)
     assert not _record([]).passed
 
 
-def _record(rows: list[Row]) -> Record:
+def _record(rows: list[SceneResult]) -> Record:
     return Record("test", 2, "cpu", False, 1, "2026-01-01T00:00:00+0000", [], {}, {}, rows)
 
 
 def test_no_line_is_too_wide() -> None:
-    row = Row("kill_supervisor", "not done", "a reason " * 30 + "x" * 200, 123, 4567.8)
+    row = SceneResult("kill_supervisor", "not done", "a reason " * 30 + "x" * 200, 123, 4567.8)
     lines = [*head().splitlines(), *lines_of(row)]
     assert max(map(len, lines)) <= WIDTH
     assert lines[2].endswith("     123  4567.8")
@@ -188,7 +188,7 @@ def test_a_shrunk_run_is_the_users_in_all_that_matters(tmp_path: Path, write_con
         ({"a": [1]}, {"a": [1, 2]}, ["x.a has 2 entries, not 1"]),
         ({"a": 1}, {"b": 1}, ["x has other keys"]),
         (int, float, ["x is <class 'float'>, not <class 'int'>"]),
-        ({"a": Place("cpu", 2)}, {"a": Place("cpu", 3)}, ["x.a.ranks is 3, not 2"]),
+        ({"a": RankLayout("cpu", 2)}, {"a": RankLayout("cpu", 3)}, ["x.a.ranks is 3, not 2"]),
     ],
 )
 def test_the_comparison_sees_what_differs(one: object, other: object, expected: list[str]) -> None:
@@ -232,7 +232,7 @@ def test_the_expected_ledger_is_the_one_that_training_keeps(tmp_path: Path, writ
 
 def test_a_run_that_ends_before_what_is_waited_for_says_so(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
-    actor = Actor(tmp_path / "no.yaml", settings, Place("cpu", 2), tmp_path / "output", "a mark", patience=60)
+    actor = Actor(tmp_path / "no.yaml", settings, RankLayout("cpu", 2), tmp_path / "output", "a mark", patience=60)
     actor.start()
     with pytest.raises(FailedError, match="a checkpoint: the run ended before, exit code 2"):
         actor.wait_for("a checkpoint", lambda: actor.events(0, "save"))
@@ -288,7 +288,9 @@ def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callabl
     (tmp_path / "ds.json").write_text(json.dumps({**content, **outside}))
     settings = load_settings(write_config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
     (tmp_path / "drill").mkdir()
-    actor = rehearsal._actor(Plan(settings, Place("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark")
+    actor = rehearsal._actor(
+        DrillPlan(settings, RankLayout("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark"
+    )
     drilled = load_deepspeed_file(actor.settings.deepspeed)
     assert drilled["wandb"] == {"enabled": False}
     assert drilled["csv_monitor"] == {"enabled": False}

@@ -38,10 +38,10 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.plan import fit, trial
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_rank import RankMemory
-from ds_gpt2.tools.plan.trial_results import Save
+from ds_gpt2.tools.plan.trial_results import SaveCost
 from ds_gpt2.tools.resources import memory_model
 from ds_gpt2.tools.resources.checkpoint_space import Count, Logs, Store, simulate
-from ds_gpt2.tools.resources.run_events import Course, due
+from ds_gpt2.tools.resources.run_schedule import RunSchedule, due
 from ds_gpt2.training.lr_schedule import Every
 
 RANKS, STEPS = 2, 24
@@ -321,22 +321,22 @@ def test_the_disk_is_simulated_by_the_rules_of_retention(data: st.DataObject) ->
         best_as=data.draw(kind),
     )
     steps, windows = data.draw(st.integers(1, 150)), data.draw(st.integers(4, 200))
-    course = Course(steps, 4, windows, data.draw(st.sampled_from([0, 7, 10])), settings.every)
+    schedule = RunSchedule(steps, 4, windows, data.draw(st.sampled_from([0, 7, 10])), settings.every)
     improving = data.draw(st.booleans())
-    assert simulate(settings, course, improving) == _keep_all_in_a_list(settings, course, improving)
+    assert simulate(settings, schedule, improving) == _keep_all_in_a_list(settings, schedule, improving)
 
 
-def _keep_all_in_a_list(settings: CheckpointSettings, course: Course, improving: bool) -> Store:
+def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> Store:
     def count() -> Count:
         alone = [one for one in kept if reduced.get(one.role)]
         return Count(len({one.step for one in kept if one not in alone}), len(alone))
 
-    best = set(course.validations if improving else course.validations[:1])
-    ends = {step: number for number, step in enumerate(course.epoch_ends, start=1)}
+    best = set(schedule.validations if improving else schedule.validations[:1])
+    ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
     reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
     kept: list[Kept] = []
     most = Count(0, 0)
-    for step in course.saves(best):
+    for step in schedule.saves(best):
         kept.append(Kept(rolling_tag(step), "rolling", step, True))
         if step in ends:
             kept.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
@@ -348,22 +348,22 @@ def _keep_all_in_a_list(settings: CheckpointSettings, course: Course, improving:
             kept = [one for one in kept if one not in before]
         gone = to_delete(kept, policies(settings))
         kept = [one for one in kept if one not in gone]
-    return Store(len(course.saves(best)), most, count())
+    return Store(len(schedule.saves(best)), most, count())
 
 
 def test_thousands_of_epochs_do_not_take_minutes() -> None:
     begun = time.monotonic()
-    found = simulate(CheckpointSettings(dir=Path("unused")), Course(20_000, 512, 1000, 250, 250), improving=False)
+    found = simulate(CheckpointSettings(dir=Path("unused")), RunSchedule(20_000, 512, 1000, 250, 250), improving=False)
     assert found.at_end.full > 10_000
     assert time.monotonic() - begun < 30
 
 
 def test_the_time_of_a_run_is_the_sum_of_its_parts() -> None:
-    save = Save(held_seconds=1.0, slower_seconds=2.0, write_seconds=50.0)
+    save = SaveCost(held_seconds=1.0, slower_seconds=2.0, write_seconds=50.0)
     timing = Timing(Range(4.0, 3.0, 6.0), "measured", start=30.0, costs={"validation": 10.0}, save=save)
-    course = Course(steps=100, windows_per_step=4, windows_per_epoch=1000, validation_every=50, save_every=10)
+    schedule = RunSchedule(steps=100, windows_per_step=4, windows_per_epoch=1000, validation_every=50, save_every=10)
     assert timing.save_seconds(10) == 1 + 2 + (50 - 40)  # the next save waits for the one before
-    whole = timing.run_seconds(course, {"validation": 2, "samples": 5}, saves=10)
+    whole = timing.run_seconds(schedule, {"validation": 2, "samples": 5}, saves=10)
     assert whole.mean == 400 + 30 + 20 + 130 and (whole.low, whole.high) == (300 + 180, 600 + 180)
 
 

@@ -17,7 +17,7 @@ from ds_gpt2.run_dir.metrics import TIME
 from ds_gpt2.tools.report import page
 from ds_gpt2.tools.report.charts import Chart, charts_of, views_of
 from ds_gpt2.tools.report.curves import EMPTY, Curve, mean_per_step, read_records, smoothed, thinned
-from ds_gpt2.tools.report.page import Part, render
+from ds_gpt2.tools.report.page import RunSection, render
 from ds_gpt2.tools.report.run import load_run
 from ds_gpt2.tools.report.summary import Prices, summarize
 
@@ -106,7 +106,7 @@ def shown(*directories: Path, now: float = NOW, since: float | None = None) -> P
     summaries = [summarize(run, now, since_seconds=since) for run in runs]
     if since is not None:
         runs = [run.since(now - since) for run in runs]
-    parts = [Part(run, summary) for run, summary in zip(runs, summaries, strict=True)]
+    parts = [RunSection(run, summary) for run, summary in zip(runs, summaries, strict=True)]
     views = views_of([(run.name, run.settings, run.records) for run in runs])
     return Page(render(parts, charts_of(views), now))
 
@@ -387,7 +387,7 @@ def test_text_from_files_is_shown_and_never_run(write: Write) -> None:
 def test_no_name_of_a_curve_ends_the_script(write: Write) -> None:
     run = load_run(write([]))
     name = "</script><b>bold</b>"
-    found = Page(render([Part(run, summarize(run, NOW))], [Chart(name, [{"name": name}])], NOW))
+    found = Page(render([RunSection(run, summarize(run, NOW))], [Chart(name, [{"name": name}])], NOW))
     assert list(found.traces(0)) == [name]
     assert "b" not in {tag for tag, _ in found.tags}
 

@@ -36,7 +36,7 @@ from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase, read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
 from ds_gpt2.run_dir.supervisor_record import Supervised
 from ds_gpt2.tools.resources import disk_forecast, history
-from ds_gpt2.tools.resources.disk_forecast import Course
+from ds_gpt2.tools.resources.disk_forecast import RunProgress
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 from ds_gpt2.tools.status import status as figures
 from ds_gpt2.tools.status.progress import reference_loss
@@ -598,10 +598,10 @@ def test_a_disk_that_will_not_do_is_foreseen(working: Files, monkeypatch: pytest
     written = sum(file.stat().st_size for file in working.run_dir.rglob("*") if file.is_file())
     checkpoint = sum(file.stat().st_size for file in (working.folder / "checkpoints").rglob("*") if file.is_file())
     needed = written + 11 * 1000 - checkpoint + 1000  # as much again; ten, the best one, less what is there; the next
-    course = Course(1000, 2000, 10.0, 0.0)
+    progress = RunProgress(1000, 2000, 10.0, 0.0)
     for free, enough in ((needed, True), (needed - 2, False)):
         _with_free(free, monkeypatch)
-        (found,) = disk_forecast.look(working.run_dir, settings, scan(settings.checkpoint_dir), course)
+        (found,) = disk_forecast.look(working.run_dir, settings, scan(settings.checkpoint_dir), progress)
         assert (found.free_bytes, found.needed_bytes) == (free, pytest.approx(needed, abs=1))
         assert (found.days_left is None) is enough
     assert found.days_left == pytest.approx(1000 * 10 / DAY, rel=0.01)
@@ -703,19 +703,19 @@ def test_before_the_first_checkpoint_the_free_space_alone_is_told(
 def test_checkpoints_grow_to_what_retention_keeps(working: Files, changes: dict[str, Any], checkpoints: int) -> None:
     settings = load_settings(working.run_dir / "config.yaml").checkpoint.model_copy(update=changes)
     found = scan(working.folder / "checkpoints" / "test")
-    growth = disk_forecast.of_checkpoints(settings, found, 1000, 0, Course(1000, 2000, 10.0, 0.0))
+    growth = disk_forecast.of_checkpoints(settings, found, 1000, 0, RunProgress(1000, 2000, 10.0, 0.0))
     assert growth(2000) == 1000 * checkpoints
     assert growth(1000) <= growth(1500) <= growth(2000)
-    more_than_is_kept = disk_forecast.of_checkpoints(settings, found, 1000, 10**9, Course(1000, 2000, 10.0, 0.0))
+    more_than_is_kept = disk_forecast.of_checkpoints(settings, found, 1000, 10**9, RunProgress(1000, 2000, 10.0, 0.0))
     assert more_than_is_kept(2000) == 1000  # the one that is written before others go
 
 
 def test_epochs_come_on_top(working: Files) -> None:
     settings = load_settings(working.run_dir / "config.yaml").checkpoint
-    found, course = scan(working.folder / "checkpoints" / "test"), Course(1000, 2000, 10.0, 1 / 300)
-    plain = disk_forecast.of_checkpoints(settings, found, 1400, 0, replace(course, epochs_per_step=0.0))(2000)
+    found, progress = scan(working.folder / "checkpoints" / "test"), RunProgress(1000, 2000, 10.0, 1 / 300)
+    plain = disk_forecast.of_checkpoints(settings, found, 1400, 0, replace(progress, epochs_per_step=0.0))(2000)
     for changes, more in (({}, 3 * 1400), ({"keep_epochs": 2}, 2 * 1400), ({"epochs_as": "weights"}, 3 * 400)):
-        growth = disk_forecast.of_checkpoints(settings.model_copy(update=changes), found, 1400, 0, course)
+        growth = disk_forecast.of_checkpoints(settings.model_copy(update=changes), found, 1400, 0, progress)
         assert growth(2000) - plain == pytest.approx(more)
 
 

@@ -11,7 +11,7 @@ from ds_gpt2.monitoring.pace import EVALUATIONS
 
 
 @dataclass(frozen=True)
-class Course:
+class RunSchedule:
     """A whole run, from its first step."""
 
     steps: int
@@ -46,7 +46,7 @@ class Course:
         return sorted({*due(self.save_every, self.steps), *self.epoch_ends, *best})
 
 
-def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> Course | None:
+def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> RunSchedule | None:
     """The run as ``settings`` have it.
 
     Args:
@@ -57,7 +57,7 @@ def course_of(settings: Settings, windows_per_step: int, windows_per_epoch: int 
         return None
     steps = schedule.steps or math.ceil((schedule.epochs or 0) * (windows_per_epoch or 0) / windows_per_step)
     every = settings.checkpoint.every or steps
-    return Course(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
+    return RunSchedule(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
 
 
 def occasions(settings: Settings, steps: int) -> dict[str, int]:
