@@ -41,7 +41,7 @@ def main() -> None:
     from benchmarks import machine
     from benchmarks.settings import settings_of
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     shape = {"model.preset": "null", "model.layers": "2", "model.heads": "2", "model.width": "64"}
@@ -71,7 +71,7 @@ def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[st
         kinds[kind] += 1
         handles = _poison(engine, kind, weight, micro_batch) if collectives.rank() == guilty else []
         engine.accumulate(data.micro_batches(number + 1))
-        update = engine.apply(1e-3, skip=kind == "skip asked for")
+        update = engine.skip_update(1e-3) if kind == "skip asked for" else engine.apply(1e-3)
         for handle in handles:
             handle.remove()
         after = _state(engine)

@@ -50,7 +50,7 @@ def main() -> None:
     set_up_compiler(settings, place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
@@ -71,7 +71,6 @@ def main() -> None:
 def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     import torch
 
-    from ds_gpt2.checkpoint.deepspeed_io import Serializer
     from ds_gpt2.checkpoint.directory import Housekeeping
     from ds_gpt2.checkpoint.filesystem import Disk
     from ds_gpt2.checkpoint.manager import Checkpoints
@@ -88,12 +87,9 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         if kind == "background":
             checkpoints.save(state, 0.0)
         elif kind == "torch.save":
-            live = Serializer()
-            engine.deepspeed.checkpoint_engine, ours = live, engine.deepspeed.checkpoint_engine
-            engine.deepspeed.save_checkpoint(str(folder), tag="stock", client_state={}, save_latest=False)
-            engine.deepspeed.checkpoint_engine = ours
+            contents = engine.save_checkpoint(folder, "stock", {})
             (folder / "stock").mkdir(exist_ok=True)
-            for name, part in live.take_saved().items():
+            for name, part in contents.items():
                 with (folder / "stock" / name).open("wb") as file:
                     torch.save(part, file)
                     os.fsync(file.fileno())
@@ -104,7 +100,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
     for kind in KINDS:  # buffers, caches, the file system
         save(kind)
         trainer.steps(steps)
-        checkpoints.finish(state, for_good=False)
+        checkpoints.finish(state, complete=False)
     held: dict[str, list[float]] = {kind: [] for kind in KINDS}
     blocks: dict[str, list[float]] = {kind: [] for kind in KINDS}
     still_writing = []
@@ -113,7 +109,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
             held[kind].append(1000 * save(kind))
             blocks[kind].append(1000 * trainer.steps(steps))
             begun = time.perf_counter()
-            checkpoints.finish(state, for_good=False)
+            checkpoints.finish(state, complete=False)
             if kind == "background":
                 still_writing.append(1000 * (time.perf_counter() - begun))
     engine.close()

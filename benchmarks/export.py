@@ -68,7 +68,7 @@ def _options() -> argparse.Namespace:
 
 def make_checkpoint(directory: Path, preset: str, ranks: int) -> int:
     """The files of a checkpoint, with all that an export looks at and what it must pass by; returns the parameters."""
-    from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, pickle_into
+    from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, pickle_into
 
     layers, heads, width = PRESETS[preset]
     with torch.device("meta"):

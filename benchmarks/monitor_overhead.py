@@ -64,7 +64,7 @@ class Silent:
     def has_saved(self, state: object) -> bool:
         return True
 
-    def finish(self, state: object, for_good: bool) -> bool:
+    def finish(self, state: object, complete: bool) -> bool:
         return True
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     set_up_compiler(settings_of(options.data, options.preset), place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
@@ -137,18 +137,21 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     from ds_gpt2.model.gpt2 import flops_per_token
     from ds_gpt2.monitoring.monitor import Monitor
     from ds_gpt2.monitoring.pace import Cadence, Pace
-    from ds_gpt2.monitoring.step_timer import Meter, Past
+    from ds_gpt2.monitoring.step_reporter import StepReporter
+    from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
     from ds_gpt2.run_dir.heartbeat import Heartbeat
-    from ds_gpt2.training import loop
+    from ds_gpt2.training.evaluator import Evaluator
     from ds_gpt2.training.guards import Guard
     from ds_gpt2.training.hooks import Health
     from ds_gpt2.training.lr_schedule import Every
+    from ds_gpt2.training.trainer import Trainer as TrainingLoop
+    from ds_gpt2.training.trainer import TrainingSchedule
 
     engine, settings, nothing = trainer.engine, trainer.settings, Silent()
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    monitor = Monitor(engine, settings.run_dir / "metrics.jsonl", 0)
-    past = Past(0.0, time.time(), Pace(Cadence({}, 0), []))
-    meter = Meter(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, past, engine.moment)
+    monitor = Monitor(engine.monitors, settings.run_dir / "metrics.jsonl", 0)
+    earlier = EarlierTime(0.0, time.time(), Pace(Cadence({}, 0), []))
+    meter = StepTimer(trainer.plan.tokens_per_step, flops_per_token(engine.model), 1e15, earlier, engine.record_event)
     guard, heartbeat = Guard(settings.guards, print), Heartbeat(settings.run_dir, collectives.rank())
     watching = (
         Timed(meter, "begin", "mark", "end", "eta", "waiting_for"),
@@ -162,11 +165,12 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         collectives.barrier()
         trainer.wait_for_device()
         begun = time.perf_counter()
-        course = loop.Course(trainer.state.step + steps, lambda _: 1e-4, Every(0))
-        still: Any = nothing
-        loop.train(
-            course, trainer.state, engine, trainer.data, hooks, monitor, still, meter, still, still, guard, heartbeat
-        )
+        schedule = TrainingSchedule(trainer.state.step + steps, lambda _: 1e-4, Every(0))
+        silent: Any = nothing
+        reporter = StepReporter(heartbeat, meter, silent, monitor, schedule.steps)
+        evaluator = Evaluator(hooks)
+        training = TrainingLoop(schedule, engine, trainer.data, guard, evaluator, silent, reporter, silent)
+        training.train(trainer.state)
         trainer.wait_for_device()
         return time.perf_counter() - begun
 

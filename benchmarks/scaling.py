@@ -53,7 +53,7 @@ def main() -> None:
     set_up_compiler(settings, place)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
     from ds_gpt2.model.gpt2 import count_parameters
 
     counted = _count_collectives()

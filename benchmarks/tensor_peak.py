@@ -35,7 +35,7 @@ def main() -> None:
     place = device.choose("auto")
     settings = settings_of(options.data, "7M", **parse_overrides(options.set))
     set_up_compiler(settings, place)
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     if collectives.world_size() == 1:

@@ -54,7 +54,7 @@ def main() -> None:
     place = device.choose("auto")
     set_up_compiler(_settings(options, True), place)
     from benchmarks import machine
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     result = _measure(_build(options, place), options, place)

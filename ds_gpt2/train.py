@@ -21,7 +21,7 @@ from ds_gpt2.config.batch_plan import parse_batches, plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import Settings, dump_settings, parse_overrides
 from ds_gpt2.distributed import collectives, device, launch_environment, torch_compile
-from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.stop_request import die_silently
@@ -41,13 +41,13 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     die_silently()
     try:
         launch_environment.adopt()
-    except UserError as error:  # which rank this is cannot be known
+    except UserError as error:  # the rank is unknown
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
         return exit_report.MISTAKE
     try:
         options, extra = parser().parse_known_args(arguments)
         if options.config is None:
-            raise UserError("which run? give --config YAML, for example ds_configs/quickstart.yaml")
+            raise UserError("--config YAML is required, for example ds_configs/quickstart.yaml")
         settings = run_location.load(Path(options.config), _overrides(options, extra))
         if options.print_config:
             if collectives.is_main():
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         result = _run(settings, options, prepare)
     except UserError as error:
         if not collectives.is_main():
-            _let_the_main_rank_speak()
+            _let_rank_0_report()
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
         exit_report.leave_failure(collectives.rank(), error)
         exit_report.leave(Outcome(exit_report.MISTAKE))
@@ -73,10 +73,10 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     return exit_report.CRASHED if result.code == exit_report.ROLLBACK else result.code
 
 
-def _let_the_main_rank_speak() -> None:
-    """Most mistakes are found by every rank, and the launcher ends the others as soon as rank 0 has said its line.
+def _let_rank_0_report() -> None:
+    """Wait: every rank finds most mistakes, and the launcher ends the others once rank 0 has reported one.
 
-    Who is still there after a while found it alone, and says it.
+    A rank that is still alive after a while is the only one that found the mistake, and reports it.
     """
     die_silently()
     time.sleep(_PATIENCE_SECONDS)
@@ -87,16 +87,16 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="ds_gpt2/train.py", description=__doc__, allow_abbrev=False, epilog="Any setting may follow as key=value."
     )
-    result.add_argument("--config", metavar="YAML", help="the run's settings; needed")
+    result.add_argument("--config", metavar="YAML", help="the run's settings; required")
     result.add_argument(
         "--resume",
         nargs="?",
         const="latest",
         metavar="WHERE",
-        help="go on from latest, auto (latest, or start if there is none), backup, best, a step, a tag or a path",
+        help="resume from latest, auto (latest, or a new run if there is none), backup, best, a step, a tag or a path",
     )
     result.add_argument(
-        "--leave_out", metavar="BATCHES", help="batches of the data never to train on, as 1200-1210,1250"
+        "--leave_out", metavar="BATCHES", help="batches of the data to exclude from training, such as 1200-1210,1250"
     )
     result.add_argument("--run_name", metavar="NAME", help="run.name")
     result.add_argument("--checkpoint_freq", metavar="STEPS", help="checkpoint.every")
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--eval_freq", metavar="STEPS", help="validation.every")
     result.add_argument("--tensorboard_dir", metavar="DIR", help="monitor.dir")
     result.add_argument("--use_tensorboard", nargs="?", const="true", metavar="true|false", help="monitor.tensorboard")
-    result.add_argument("--print-config", action="store_true", help="show the settings that result, and end")
+    result.add_argument("--print-config", action="store_true", help="print the resulting settings and exit")
     result.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return result
 
@@ -122,7 +122,7 @@ _FLAGS = {
 def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
     for flag, default in (("resume", "latest"), ("use_tensorboard", "true")):
         value = getattr(options, flag)
-        if value is not None and "=" in value:  # a setting that stands behind a flag without a value
+        if value is not None and "=" in value:  # a setting that follows a flag without a value
             extra = [*extra, value]
             setattr(options, flag, default)
     flags = {key: value for flag, key in _FLAGS.items() if (value := getattr(options, flag)) is not None}
@@ -132,20 +132,21 @@ def _overrides(options: argparse.Namespace, extra: list[str]) -> dict[str, str]:
 def _run(settings: Settings, options: argparse.Namespace, prepare: Callable[[], None]) -> Outcome:
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
-    trackers.check_packages(deepspeed_settings)
+    tracker_checks.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
     preflight.check_start(settings, plan, options.resume)
-    place = device.choose(settings.run.device)
-    compiled = torch_compile.decide(settings.run.compile, place)
-    torch_compile.set_up(compiled)
+    torch_device = device.choose(settings.run.device)
+    is_compiled = torch_compile.decide(settings.run.compile, torch_device)
+    torch_compile.set_up(is_compiled)
     if settings.run.deterministic:
         device.be_deterministic()
-    from ds_gpt2.training import setup  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.training.run import run  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.training.setup import RunSpec
 
     prepare()
-    origin = setup.Origin(options.resume, parse_batches(options.leave_out))
-    return setup.run(settings, deepspeed_settings, plan, place, compiled, origin)
+    excluded = parse_batches(options.leave_out)
+    return run(RunSpec(settings, deepspeed_settings, plan, torch_device, is_compiled, options.resume, excluded))
 
 
 if __name__ == "__main__":

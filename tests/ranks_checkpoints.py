@@ -28,7 +28,8 @@ from ds_gpt2.config.settings import CheckpointSettings, Settings, load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.engine.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2, count_parameters
@@ -150,7 +151,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     """Save in the background, train on meanwhile, load into another engine: it is the state at the save."""
     checkpoints = bench.checkpoints(write_mb_per_s=20)
     bench.steps(2)
-    bench.state.validated(3.0)
+    bench.state.record_validation(3.0)
     before = bench.fingerprint()
     bench.disk.ready.clear()
     checkpoints.save(bench.state, 0.1, ["best_model"])
@@ -158,7 +159,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     under_way = not scan(bench.folder)
     bench.disk.ready.set()
     changed = bench.fingerprint() != before
-    finished = checkpoints.finish(TrainState(step=2), for_good=False)
+    finished = checkpoints.finish(TrainState(step=2), complete=False)
     seed_everything(99)
     engine = bench.fresh_engine(bench.settings)
     restored = resume.choose_checkpoint(bench.folder, "latest", IDENTITY)
@@ -202,7 +203,7 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     bench.disk.full = collectives.rank() == collectives.world_size() - 1
     checkpoints.save(bench.state, 0.1)
     bench.steps(1)
-    saved = checkpoints.finish(TrainState(step=bench.state.step - 1), for_good=False)
+    saved = checkpoints.finish(TrainState(step=bench.state.step - 1), complete=False)
     bench.disk.full = False
     after_failure = sorted(path.name for path in bench.folder.iterdir())
     told = [message for message in messages if "was not saved" in message]
@@ -211,7 +212,7 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
         "saved": saved,
         "left": after_failure,
         "told": told,
-        "next": _everywhere(checkpoints.finish(bench.state, for_good=False)),
+        "next": _everywhere(checkpoints.finish(bench.state, complete=False)),
         "good": problem_of(scan(bench.folder)[0]),
     }
 
@@ -224,7 +225,7 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
     bench.steps(1)
     threading.Timer(2.0, bench.disk.ready.set).start()
     checkpoints.save(bench.state, 0.1)
-    checkpoints.finish(bench.state, for_good=False)
+    checkpoints.finish(bench.state, complete=False)
     told = [message for message in messages if "slower than checkpoint.every" in message]
     return {"seconds": checkpoints.waited_seconds, "told": told}
 
@@ -247,7 +248,7 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     bench.steps(1)
     begun = time.monotonic()
     checkpoints.save(bench.state, 0.1)
-    finished = checkpoints.finish(bench.state, for_good=False)
+    finished = checkpoints.finish(bench.state, complete=False)
     collectives.barrier()
     return {
         "finished": finished,

@@ -24,8 +24,9 @@ from ds_gpt2.config.settings import HistogramsSettings, ValidationSettings, load
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import MicroBatch, TrainingData
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.engine import zero2_patches
-from ds_gpt2.engine.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.engine import zero2_gradients
+from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2, count_parameters
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
@@ -42,7 +43,7 @@ def begin_from_another(engine: Engine) -> dict[str, bool]:
     weights = {name: torch.randn(parameter.shape) for name, parameter in engine.model.named_parameters()}
     weights["wte.weight"] = weights["wte.weight"][:VOCABULARY]
     padding = engine.model.wte.weight[VOCABULARY:].clone()
-    engine.begin_from(weights)
+    engine.set_weights(weights)
     masters = {name: safe_get_full_fp32_param(each) for name, each in engine.model.named_parameters()}
     return {
         "masters": all(torch.equal(masters[name][: len(each)], each) for name, each in weights.items()),
@@ -113,13 +114,13 @@ def _exact_norm(trained: Engine) -> float:
 def _count_norms() -> list[object]:
     """Grows whenever the norm of the gradients is computed by us."""
     norms: list[object] = []
-    ours = zero2_patches._global_norm
+    ours = zero2_gradients._global_norm
 
     def counted(optimizer: object) -> torch.Tensor:
         norms.append(optimizer)
         return ours(optimizer)
 
-    zero2_patches._global_norm = counted
+    zero2_gradients._global_norm = counted
     return norms
 
 

@@ -32,7 +32,7 @@ def main(data: Path, out: Path) -> None:
     settings = settings_of(data, "7M", 2)
     set_up_compiler(settings, place)
     from benchmarks.trainer import Trainer
-    from ds_gpt2.engine.engine import close_process_group, open_process_group
+    from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(place)
     trainer = Trainer(settings, place)

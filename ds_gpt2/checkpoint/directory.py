@@ -199,9 +199,9 @@ class Housekeeping:
         return known(self.directory, self._verified)
 
     def _provide_recovery_script(self) -> None:
-        from deepspeed.utils import zero_to_fp32
+        from ds_gpt2.engine.checkpoint_io import recovery_script  # imports DeepSpeed
 
-        content, target = Path(zero_to_fp32.__file__).read_bytes(), self.directory / RECOVERY_SCRIPT
+        content, target = recovery_script(), self.directory / RECOVERY_SCRIPT
         if not target.exists() or target.read_bytes() != content:
             unfinished = target.with_name(target.name + PARTIAL)
             write_file(self.disk, unfinished, content)

@@ -1,4 +1,4 @@
-"""Save and restore a run: DeepSpeed's own sharded checkpoints, under the commit protocol."""
+"""Save and restore a run: DeepSpeed's sharded checkpoints, committed atomically."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 
 from ds_gpt2 import __version__
@@ -21,9 +21,7 @@ from ds_gpt2.checkpoint.backup.failure_log import BackupNews
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
 from ds_gpt2.checkpoint.catalog import Generation, scan
 from ds_gpt2.checkpoint.contents import CLIENT_KEY
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, Serializer, partition_file
 from ds_gpt2.checkpoint.directory import Housekeeping
-from ds_gpt2.checkpoint.host_copy import HostMemory
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.reshard import repartition
@@ -32,7 +30,9 @@ from ds_gpt2.checkpoint.save import Save
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
 from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.host_copy import HostMemory
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import count_parameters
@@ -40,16 +40,18 @@ from ds_gpt2.model.shape import CHECKPOINT_BYTES
 from ds_gpt2.run_dir.journal import Journal
 
 _NOTICEABLE_SECONDS = 0.1
-_COPIES_SECONDS = 20.0  # how long a stop waits for backups under way
-_LAST_COPIES_SECONDS = 1800.0  # how long the end of a run does
+_STOP_COPY_SECONDS = 20.0  # how long a stop waits for running backups
+_LAST_COPY_SECONDS = 1800.0  # how long the end of a complete run waits
 
-_CLOCK_AHEAD_SECONDS = 3600.0  # a checkpoint of a later time was saved while the clock was wrong: it is ignored
+_CLOCK_AHEAD_SECONDS = (
+    3600.0  # a checkpoint from later than this was saved while the clock was wrong: its time is ignored
+)
 
 log = logging.getLogger(__name__)
 
 
 class _Saved(NamedTuple):
-    """Which state a checkpoint is of."""
+    """Identifies the state of a checkpoint."""
 
     step: int
     evaluated: bool
@@ -60,7 +62,7 @@ class _Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run. At most one save is on its way to the disk; every rank calls every method."""
+    """The checkpoints of one run. At most one save is in progress; every rank calls every method."""
 
     def __init__(
         self,
@@ -73,62 +75,54 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-            housekeeping: of the run's directory, and started.
+            housekeeping: of the run's directory; started.
             identity: what must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
-            backup: where copies go, if anywhere.
-            journal: where rank 0 writes down what was saved and what was not.
+            backup: the run's backups, if it has any.
+            journal: rank 0 records saves and failures in it.
 
         Raises:
-            UserError: on every rank: the disk has no room for a single checkpoint.
+            UserError: on every rank: the disk has no space for a single checkpoint.
         """
-        self.waited_seconds = 0.0  # training stood still because the disk was slower than the cadence
+        self.waited_seconds = 0.0  # time that training waited for slow saves
         self._housekeeping = housekeeping
         self._engine = engine
         self._settings = settings = housekeeping.settings
         self._identity = identity
         self._run_settings = run_settings
         self._journal = journal if collectives.is_main() else None
-        self._serializer = Serializer()
         self._memory = HostMemory() if settings.in_background else None
         self._thread = _writer_thread(engine.device) if settings.in_background else None
         self._save: Save | None = None
         self._done: Future[None] | None = None
         self._saved: _Saved | None = None
         self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
-        engine.deepspeed.checkpoint_engine = self._serializer
-        engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
         self._news: BackupNews | None = None
         collectives.call_on_all_ranks(lambda: self._start(backup))
 
     @property
     def directory(self) -> Path:
-        """``checkpoints/<run>/``, where it is now."""
+        """The current path of ``checkpoints/<run>/``."""
         return self._housekeeping.directory
 
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
-        """Begin a rolling checkpoint of ``state``. In the background it is copied and written while training goes on;
-        the next update waits until it is copied.
+        """Start saving a rolling checkpoint of ``state``. In the background it is copied and written while training
+        continues; the next update waits until it is copied.
 
         Args:
             epoch: epochs of data seen.
-            roles: other tags under which it is to be known (``epoch_00001``, ``best_model``).
+            roles: other tags for the same files (``epoch_00001``, ``best_model``).
         """
         if self.has_saved(state):
             return
-        self._hold_back()
+        self._wait_for_previous_save()
         tag = rolling_tag(state.step)
         if not self._is_ready_for(tag):
             self._note_failure(state.step)
             return
-        self._engine.deepspeed.save_checkpoint(
-            str(self.directory),
-            tag=tag + PARTIAL,
-            client_state={CLIENT_KEY: {"state": state.to_dict()}},
-            save_latest=False,
-        )
-        contents = self._serializer.take_saved()
+        client_state = {CLIENT_KEY: {"state": state.to_dict()}}
+        contents = self._engine.save_checkpoint(self.directory, tag + PARTIAL, client_state)
         contents[partition_file(collectives.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
         self._saved = _Saved.of(state)
         self._save = Save(
@@ -139,11 +133,11 @@ class Checkpoints:
             collectives.world_size(),
             contents,
             self._memory,
-            self._engine.moment(),
+            self._engine.record_event(),
             self._settings.write_mb_per_s * 1e6,
             manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings, self._next_time()),
             afterwards=partial(
-                self._keep_house, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
+                self._after_commit, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
             ),
         )
         if self._thread is None:
@@ -154,54 +148,47 @@ class Checkpoints:
             self._done = self._thread.submit(self._save.run)
 
     def _next_time(self) -> float:
-        """When the checkpoint is made, in seconds since 1970; later than any before, also if the clock is set back.
-
-        Copies are ordered by it: after a rollback the highest step is not the newest.
+        """Return the time of the checkpoint, in seconds since 1970: always later than earlier ones, also if the clock
+        is set back. Backups are ordered by it: after a rollback the highest step is not the newest.
         """
         self._newest_time = max(time.time(), self._newest_time + 1)
         return self._newest_time
 
     def has_saved(self, state: TrainState) -> bool:
-        """Whether ``state`` is committed, after waiting for a save of it that is under way."""
+        """Return whether ``state`` is committed; wait if a save of it is in progress."""
         if self._saved == _Saved.of(state):
             self._settle()
         return self._saved == _Saved.of(state)
 
-    def finish(self, state: TrainState, for_good: bool) -> bool:
-        """The end: wait for the save on its way and, for a while, for copies; whether ``state`` is committed.
+    def finish(self, state: TrainState, complete: bool) -> bool:
+        """Wait for the save in progress and, for a limited time, for backups; return whether ``state`` is committed.
 
         Args:
-            for_good: the run is complete: nobody wants the machine back in a hurry, and its last state is copied too.
+            complete: all steps of the run are done: wait longer for backups, and back up the last state too.
         """
         self._settle()
         saved = self._saved == _Saved.of(state)
         if self._queue is not None:
-            if for_good and saved:
+            if complete and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
-            left = self._queue.finish(_LAST_COPIES_SECONDS if for_good else _COPIES_SECONDS)
-            if left and for_good and self._news is not None:  # after a stop, the next start makes up for it
+            left = self._queue.finish(_LAST_COPY_SECONDS if complete else _STOP_COPY_SECONDS)
+            if left and complete and self._news is not None:  # after a stop, the next start copies them
                 self._news.failed(f"{', '.join(left)} could not be copied before the end of the run", state.step)
         return saved
 
     def load(self, restored: Restored) -> TrainState:
-        """Put the engine and this rank's random state where ``restored`` left them, and make it the newest there is.
+        """Restore the engine and this rank's random state from ``restored``, and make it the newest checkpoint.
 
         Raises:
-            UserError: on every rank: DeepSpeed does not accept the content, or the disk does not take note of it.
+            UserError: on every rank: DeepSpeed rejects the contents, or the directory cannot be written.
         """
-        contents = self._cut_for_this_world(restored)
-        self._serializer.offer(contents)
+        contents = self._repartitioned(restored)
+        generation = restored.generation
         try:
-            path, client_state = self._engine.deepspeed.load_checkpoint(
-                str(restored.generation.path.parent), tag=restored.generation.tag, load_lr_scheduler_states=False
-            )
-            assert path is not None, "DeepSpeed found nothing to load"
+            client_state = self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
             state = TrainState.from_dict(client_state[CLIENT_KEY]["state"])
-        except Exception as error:
-            raise UserError(f"checkpoint {restored.generation.path} cannot be loaded: {error!r}") from error
-        finally:
-            self._serializer.offer({})
-        self._engine.reset_constants()
+        except Exception as error:  # DeepSpeed raises many kinds
+            raise UserError(f"checkpoint {generation.path} cannot be loaded: {error!r}") from error
         if restored.manifest.world_size == collectives.world_size():
             set_rng_state(contents[partition_file(collectives.rank())][CLIENT_KEY]["rng"])
         else:
@@ -232,20 +219,20 @@ class Checkpoints:
                 f"cannot make {generation.tag} the newest in {self.directory} ({error}): check its permissions and disk"
             ) from None
 
-    def _hold_back(self) -> None:
-        """Let the save before this one end: where the disk is slower than the cadence, training waits, and says so."""
-        begun = time.monotonic()
+    def _wait_for_previous_save(self) -> None:
+        """Wait until the previous save has ended; log a warning if the disk is slower than the save interval."""
+        start = time.monotonic()
         self._settle()
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - start
         if waited > _NOTICEABLE_SECONDS:
             self.waited_seconds += waited
             log.warning(
-                f"the disk is slower than checkpoint.every: waited {waited:.1f} s for the checkpoint before this one"
+                f"the disk is slower than checkpoint.every: waited {waited:.1f} s for the previous checkpoint"
                 f" ({self.waited_seconds:.1f} s since the start)"
             )
 
     def _settle(self) -> None:
-        """The end of the save that is on its way: all ranks agree whether it became a checkpoint."""
+        """Wait for the save in progress; all ranks agree whether it was committed."""
         if self._save is None:
             return
         save, self._save = self._save, None
@@ -261,10 +248,10 @@ class Checkpoints:
 
     def _note_failure(self, step: int | None) -> None:
         if self._journal is not None:
-            self._journal.write("save_failed", "no checkpoint was saved: train.log says why", step)
+            self._journal.write("save_failed", "no checkpoint was saved: train.log has the reason", step)
 
-    def _keep_house(self, tag: str, roles: Sequence[str], step: int, val_loss: float | None, taken: float) -> None:
-        """On rank 0, after a commit. Nothing here is worth ending a run for."""
+    def _after_commit(self, tag: str, roles: Sequence[str], step: int, val_loss: float | None, taken: float) -> None:
+        """Log and journal the commit, prune, and queue backups, on rank 0. A failure here does not end the run."""
         log.info(f"step {step}: saved {self.directory / tag}")
         if self._journal is not None:
             self._journal.write("save", f"saved {tag}", step, taken=taken)
@@ -279,21 +266,18 @@ class Checkpoints:
         return collectives.any_rank(ready, self._engine.device)
 
     def _estimate(self) -> int:
-        """Bytes of a checkpoint."""
+        """Return the bytes of a checkpoint."""
         return CHECKPOINT_BYTES * count_parameters(self._engine.model)
 
-    def _cut_for_this_world(self, restored: Restored) -> dict[str, Any]:
-        """The files as this number of ranks would have saved them."""
+    def _repartitioned(self, restored: Restored) -> dict[str, Any]:
+        """Return the files as the present number of ranks would have saved them."""
         saved_by, ranks = restored.manifest.world_size, collectives.world_size()
         if saved_by == ranks:
             return restored.contents
-        log.info(
-            f"{restored.generation.tag} was saved by {counted(saved_by, 'rank')}: cutting its partitions for {ranks}"
-        )
+        log.info(f"{restored.generation.tag} was saved by {counted(saved_by, 'rank')}: repartitioning it for {ranks}")
         partitions = [restored.contents[partition_file(rank)] for rank in range(saved_by)]
-        sizes = [part.numel() for part in self._engine.deepspeed.optimizer.single_partition_of_fp32_groups]
         try:
-            mine = repartition(partitions, collectives.rank(), sizes)
+            mine = repartition(partitions, collectives.rank(), self._engine.partition_sizes())
         except ValueError as error:
             raise UserError(
                 f"checkpoint {restored.generation.path} was saved by {counted(saved_by, 'rank')}: {error}"
@@ -303,7 +287,7 @@ class Checkpoints:
 
 
 def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
-    """One thread; where the engine is on a GPU, it works on that very one, not on the first."""
+    """Return a pool of one thread that uses the engine's GPU, if it has one."""
     if device.type != "cuda":
         return ThreadPoolExecutor(1, "checkpoint")
     return ThreadPoolExecutor(1, "checkpoint", initializer=torch.cuda.set_device, initargs=(device,))
@@ -317,15 +301,15 @@ def _manifest_of(
     run_settings: dict[str, Any],
     made_at: float,
 ) -> Callable[[dict[str, FileEntry]], Manifest]:
-    """The manifest of ``state`` as it is now, but for the files, which are known later."""
-    so_far = state.to_dict()
+    """Return a function that builds the manifest of the present ``state`` once the files are known."""
+    values = state.to_dict()
     created = datetime.fromtimestamp(made_at).astimezone().isoformat(timespec="seconds")
 
     def with_files(files: dict[str, FileEntry]) -> Manifest:
         return Manifest(
             created=created,
             epoch=epoch,
-            state=so_far,
+            state=values,
             roles=list(roles),
             world_size=collectives.world_size(),
             identity=identity,
@@ -338,10 +322,10 @@ def _manifest_of(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that a checkpoint or a run was made with."""
+    """Return the versions that a checkpoint or a start is recorded with."""
     return {
         "ds_gpt2": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": metadata.version("deepspeed"),
     }

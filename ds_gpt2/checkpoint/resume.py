@@ -13,10 +13,10 @@ from ds_gpt2.checkpoint import contents as contents_of
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.catalog import Generation, before, candidates, check_identity, problem_of
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed import collectives
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.deepspeed_io import pickle_into
 from ds_gpt2.checkpoint.filesystem import Disk
-from ds_gpt2.checkpoint.host_copy import HostMemory
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import PARTIAL
+from ds_gpt2.engine.checkpoint_io import pickle_into
+from ds_gpt2.engine.host_copy import HostMemory
 
 log = logging.getLogger(__name__)
 

@@ -97,8 +97,8 @@ def deep_problem(generation: Generation) -> str | None:
     """What hashes cannot show: files that do not load, numbers that are not finite, tensors of another model."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one when it is imported; a run may have them
     from ds_gpt2.checkpoint import contents
-    from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, unpickle
     from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
+    from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 
     assert generation.manifest is not None
     files, ranks = generation.manifest.files, generation.manifest.world_size

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, pickle_into, unpickle
 from ds_gpt2.checkpoint.filesystem import Disk, write_file
 from ds_gpt2.checkpoint.manifest import DamagedError, encode, read
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, pickle_into, unpickle
 
 WEIGHTS_FILE = "fp32_weights.pt"  # parameter name to fp32 tensor; torch.load(weights_only=True) reads it
 

@@ -17,14 +17,15 @@ from ds_gpt2.config.batch_plan import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.run_location import CONFIG, load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, parse_overrides
-from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.doctor.checks import quick
 from ds_gpt2.tools.doctor.row import in_one_line
-from ds_gpt2.training.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
+from ds_gpt2.training.preflight import check_initial_model, check_start
+from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,7 @@ def start(
     """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
-    trackers.check(deepspeed_settings)
+    tracker_checks.check(deepspeed_settings)
     place = choose_ranks(settings, num_gpus)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
@@ -103,7 +104,7 @@ def start(
         check_start(settings, plan, resume)
     channels.check(settings.alerts)
     with contextlib.suppress(*waited_for):
-        if begins_anew(settings, resume):
+        if starts_new_run(settings, resume):
             check_initial_model(settings)
     if not _is_ready(settings, place):
         return exit_report.MISTAKE

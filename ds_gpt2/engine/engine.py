@@ -1,72 +1,66 @@
-"""The DeepSpeed engine, wrapped to what a training loop says: accumulate, apply."""
+"""The DeepSpeed engine behind the few methods that a training loop needs."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
-import os
-import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_set_full_fp32_param
 from pydantic import ValidationError
 
-from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.loader import MicroBatch
-from ds_gpt2.distributed import collectives, launch_environment
+from ds_gpt2.distributed import collectives
+from ds_gpt2.engine import internals
+from ds_gpt2.engine.checkpoint_io import Serializer
+from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.engine.rng_state import get_rng_state, set_rng_state
-from ds_gpt2.engine.zero2_patches import read_norm_at_once, sum_gradients_in_fp32
+from ds_gpt2.engine.zero2_gradients import compute_norm_once, sum_gradients_in_fp32
 from ds_gpt2.model.gpt2 import GPT2, parameter_groups
-from ds_gpt2.run_dir import exit_report
-
-log = logging.getLogger(__name__)
-
-_NOTICE_SECONDS = 30.0  # without the other ranks, until that is said
-_ALONE_SECONDS = 60.0  # until a rank gives up whose variables are probably left over from another job
 
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one optimizer update."""
+    """The result of one optimizer update."""
 
-    applied: bool  # False: a gradient was Inf or NaN and the update was skipped
+    applied: bool  # False: the update was skipped, because a gradient is Inf or NaN or on request
     grad_norm: float  # global norm before clipping; inf if skipped
     clipped: bool  # the gradient was scaled down to optimizer.grad_clip
 
 
 class Engine:
-    """A GPT-2 under ZeRO: bf16 weights, fp32 masters and moments partitioned over the ranks."""
+    """A GPT-2 under ZeRO: bf16 weights, fp32 master weights and moments partitioned over the ranks."""
 
     def __init__(self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float) -> None:
         """
         Args:
             deepspeed_config: complete, see ``deepspeed_config.complete``.
-            weight_decay: on matrices and embeddings; biases and norms have none.
+            weight_decay: of matrices and embeddings; biases and norms have none.
 
         Raises:
-            UserError: DeepSpeed does not accept its configuration.
+            UserError: DeepSpeed rejects its configuration, or this version lacks an internal that is used.
         """
         groups = parameter_groups(model, weight_decay)
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
         except (ValidationError, DeepSpeedConfigError) as error:
-            raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from None
+            raise UserError(f"DeepSpeed rejects its configuration: {' '.join(str(error).split())}") from None
+        collectives.call_on_all_ranks(lambda: internals.check(self.deepspeed, model))
         self.model = model
+        self.monitors = Monitors(self.deepspeed.monitor)
         sum_gradients_in_fp32(model, self.deepspeed.optimizer)
-        read_norm_at_once(self.deepspeed.optimizer)
-        # DeepSpeed would write the learning rate with x = samples and flush at every step; ours is the monitor module.
-        self.deepspeed.monitor.enabled = False
-        self._accumulation: int = deepspeed_config["gradient_accumulation_steps"]
+        compute_norm_once(self.deepspeed.optimizer)
+        self._serializer = Serializer()
+        self.deepspeed.checkpoint_engine = self._serializer
+        self.deepspeed._copy_recovery_script = lambda _: None  # at every save; checkpoint/directory.py copies it once
         self._constants = self._read_constants()
         self._snapshot: threading.Event | None = None
 
@@ -77,21 +71,22 @@ class Engine:
     def accumulate(
         self, micro_batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
     ) -> torch.Tensor | None:
-        """Forward and backward over this rank's micro-batches of a step; no update yet.
+        """Compute loss and gradients of this rank's micro-batches of a step, without an update.
 
         Args:
-            interrupted: asked between micro-batches, on all ranks alike; True drops the step, random state included.
+            interrupted: called between micro-batches, with the same result on all ranks; True discards the step and
+                restores the random state.
 
         Returns:
-            This rank's mean loss, fp32 scalar on the device: reading it is left to the caller, so nothing waits here.
-            None if interrupted; then there must be no ``apply``.
+            This rank's mean loss, fp32 scalar on the device; nothing here waits for the device. None if interrupted:
+            then no update may follow.
         """
         engine = self.deepspeed
         self._random_before = get_rng_state()
         engine.train()
         engine.set_gradient_accumulation_boundary(True)
         losses = None
-        with engine.coalesce_grad_reduction():  # it reduces what gradients there are, also after an exception
+        with engine.coalesce_grad_reduction():  # reduces the gradients that exist, also after an exception
             try:
                 losses = self._backward(micro_batches, interrupted)
             finally:
@@ -112,36 +107,68 @@ class Engine:
             losses.append(loss.detach())
         return losses
 
-    def apply(self, lr: float, skip: bool = False) -> Update:
-        """Clip, step and zero the gradients; skipped, and said so, if any gradient is not finite.
-
-        Args:
-            skip: make no update of these gradients, on any rank.
-        """
+    def apply(self, lr: float) -> Update:
+        """Clip the gradients, update the weights and zero the gradients; skip if one is not finite."""
         engine = self.deepspeed
-        if skip:  # the way of DeepSpeed's that keeps all of its counters right
-            for part in self.gradients().values():
-                part[:1] = float("inf")
         if self._snapshot is not None:
             self._snapshot.wait()
             self._snapshot = None
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
-        applied, norm, limit = engine.was_step_applied(), float(engine.get_global_grad_norm()), self._constants[1]
+        applied, norm, limit = engine.was_step_applied(), float(engine.get_global_grad_norm()), self._clip_norm
         return Update(applied, norm, clipped=applied and 0 < limit < norm)
 
-    def drop(self) -> None:
-        """Forget the gradients of this step, on all ranks; weights, optimizer and random state are as before it."""
-        self.apply(0.0, skip=True)
+    def skip_update(self, lr: float) -> Update:
+        """Make no update of the accumulated gradients, on any rank.
+
+        DeepSpeed has no call for this. Inf in the gradients makes it skip the update as after an overflow, and keep
+        all of its counters consistent.
+        """
+        for part in self.gradients().values():
+            part[:1] = float("inf")
+        return self.apply(lr)
+
+    def discard_step(self) -> None:
+        """Drop the accumulated gradients on all ranks; weights, optimizer and random state are as before the step."""
+        self.skip_update(0.0)
         set_rng_state(self._random_before)
 
+    def save_checkpoint(self, directory: Path, tag: str, client_state: dict[str, Any]) -> dict[str, Any]:
+        """Return what DeepSpeed saves on this rank, by file name; nothing is written. Every rank calls this.
+
+        Tensors are the engine's own: valid until the next update (see ``hold_updates_until``).
+        """
+        self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state=client_state, save_latest=False)
+        return self._serializer.take_saved()
+
+    def load_checkpoint(self, directory: Path, tag: str, contents: dict[str, Any]) -> dict[str, Any]:
+        """Restore the engine from ``contents``, as ``save_checkpoint`` returned them, and return the client state.
+
+        Clipping and optimizer constants stay those of the settings. Every rank calls this; nothing is read from disk.
+
+        Raises:
+            Exception: whatever DeepSpeed raises if it does not accept the contents.
+        """
+        self._serializer.offer(contents)
+        try:
+            path, client_state = self.deepspeed.load_checkpoint(str(directory), tag=tag, load_lr_scheduler_states=False)
+            assert path is not None, "DeepSpeed found no checkpoint to load"
+        finally:
+            self._serializer.offer({})
+        self._restore_constants()
+        return dict(client_state)
+
+    def partition_sizes(self) -> list[int]:
+        """Return the number of elements of this rank's partition of each parameter group, padding included."""
+        return [part.numel() for part in self.deepspeed.optimizer.single_partition_of_fp32_groups]
+
     def has_finite_weights(self) -> bool:
-        """Whether all of this rank's weights are finite."""
+        """Return whether all of this rank's weights are finite."""
         return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
-    def moment(self) -> torch.cuda.Event | None:
-        """On a GPU, an event that happens when all work given to it so far is done; None on a CPU, where it is."""
+    def record_event(self) -> torch.cuda.Event | None:
+        """Record an event after all work queued on the GPU so far; None on a CPU, where no work is queued."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
@@ -149,14 +176,15 @@ class Engine:
         return event
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """This rank's part of each parameter's fp32 master, flat, by name; what it has no part of is left out."""
+        """Return this rank's part of each parameter's fp32 master weight, flat, by name; parameters without one are
+        left out."""
         mappings = ((name, parameter._hp_mapping) for name, parameter in self.model.named_parameters())  # type: ignore[attr-defined]  # DeepSpeed's
         return {name: mapping.get_hp_fragment() for name, mapping in mappings if mapping is not None}
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The same parts of the gradients, averaged over ranks and micro-batches, before clipping.
+        """Return the same parts of the gradients, averaged over ranks and micro-batches, before clipping.
 
-        There are some only between a step's last backward pass and its update.
+        They exist only between a step's last backward pass and its update.
         """
         parts = {}
         for name, parameter in self.model.named_parameters():
@@ -168,8 +196,11 @@ class Engine:
         return parts
 
     @torch.no_grad()
-    def begin_from(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take ``weights`` (fp32, by parameter name) for masters, and rounded for bf16; rows they lack stay."""
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Set the master weights to ``weights`` (fp32, by parameter name) and the bf16 weights to their rounded values.
+
+        Rows that ``weights`` do not have (padding of the vocabulary) stay as they are.
+        """
         for name, parameter in self.model.named_parameters():
             value = parameter.float()
             value[: len(weights[name])] = weights[name]
@@ -177,95 +208,37 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
 
     def fingerprint(self) -> str:
-        """A hash of this rank's bf16 weights: ranks that hold the same weights have the same one.
+        """Return a hash of this rank's bf16 weights; it differs if any single bit differs.
 
-        A sum of bit patterns a tensor, on the device: any one bit that differs shows.
+        Computed on the device: per tensor, the sum of the weights' bit patterns.
         """
         sums = [parameter.detach().view(torch.int16).sum(dtype=torch.int64) for parameter in self.model.parameters()]
         return hashlib.sha256(repr(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
     def hold_updates_until(self, snapshot: threading.Event) -> None:
-        """The next update waits until somebody has copied the state."""
+        """Make the next update wait until ``snapshot`` is set: until the state has been copied."""
         self._snapshot = snapshot
 
-    def reset_constants(self) -> None:
-        """The settings' clipping and optimizer constants again, in place of those that a checkpoint brought."""
-        groups, self.deepspeed.optimizer.clip_grad = self._constants
-        for group, constants in zip(self.deepspeed.optimizer.param_groups, groups, strict=True):
-            group.update(constants)
+    def close(self) -> None:
+        """Free the engine's buffers. Does nothing if DeepSpeed's modules are gone because the project was moved."""
+        with contextlib.suppress(ImportError):
+            self.deepspeed.destroy()
+
+    @property
+    def _clip_norm(self) -> float:
+        return self._constants[1]
 
     def _read_constants(self) -> tuple[list[dict[str, Any]], float]:
+        """Return the constants of each parameter group, without the learning rate, and the clipping norm."""
         optimizer = self.deepspeed.optimizer
-        changing = ("params", "lr")  # each step sets its learning rate
+        changing = ("params", "lr")
         groups = [
             {key: value for key, value in group.items() if key not in changing} for group in optimizer.param_groups
         ]
         return groups, optimizer.clip_grad
 
-    def close(self) -> None:
-        """Free the engine's buffers, as far as DeepSpeed still finds its modules: a project may have been moved."""
-        with contextlib.suppress(ImportError):
-            self.deepspeed.destroy()
-
-
-def open_process_group(device: torch.device) -> None:
-    """Join the ranks of this run: NCCL on GPUs, gloo on CPUs.
-
-    Raises:
-        UserError: the port for the rendezvous is taken, usually by another run, or other ranks do not come.
-    """
-    started_by = launch_environment.adopt()
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(host.free_port())
-    if device.type == "cpu":
-        # DeepSpeed's shared-memory all-reduce needs g++ and half a minute at first use, and was no faster
-        # where ranks share cores (benchmarks/LOG.md).
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # asked for what else it can, it runs g++
-        if collectives.local_world_size() == collectives.world_size() and os.path.exists("/sys/class/net/lo"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no need for its name to resolve
-    # torchrun's agent listens on the port itself, and the ranks are its clients.
-    if collectives.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        host.check_port_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    # Raised in DeepSpeed's calls: one line per rank would be all that a newcomer reads.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with _waiting_for_ranks(started_by):
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
-    collectives.open_cpu_group()
-
-
-@contextlib.contextmanager
-def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None]:
-    """Say so where other ranks do not come; on one machine, where nothing known has started them, give up soon.
-
-    Raises:
-        UserError: PyTorch has waited for its own limit.
-    """
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    ranks = collectives.world_size()
-    text = f"rank {collectives.rank()} has waited {{:.0f}} s for all {ranks} ranks to meet at {where}"
-    if started_by == "environment":
-        text += "; RANK and WORLD_SIZE come from the environment: unset them if they are left over from another job"
-    alone = started_by == "environment" and os.environ["MASTER_ADDR"] in launch_environment.LOOPBACK
-
-    def give_up() -> None:  # the main thread waits in C++ and cannot be interrupted
-        print(f"error: {text.format(_ALONE_SECONDS)}", file=sys.stderr, flush=True)
-        os._exit(exit_report.MISTAKE)
-
-    timers = [threading.Timer(_NOTICE_SECONDS, lambda: log.warning(text.format(_NOTICE_SECONDS)))]
-    timers += [threading.Timer(_ALONE_SECONDS, give_up)] if alone else []
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    except torch.distributed.DistError as error:
-        raise UserError(f"the ranks cannot meet at {where}: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        for timer in timers:
-            timer.cancel()
-
-
-def close_process_group() -> None:
-    """Leave the ranks of this run; without it NCCL complains when the process ends."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    def _restore_constants(self) -> None:
+        """Set the settings' clipping and optimizer constants again in place of those that a checkpoint contained."""
+        groups, self.deepspeed.optimizer.clip_grad = self._constants
+        for group, constants in zip(self.deepspeed.optimizer.param_groups, groups, strict=True):
+            group.update(constants)

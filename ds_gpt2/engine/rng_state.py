@@ -1,4 +1,4 @@
-"""A rank's random state: Python, numpy, torch and the GPU, as plain values that load without unpickling code."""
+"""The random state of a rank: Python, numpy, torch and GPU generators, as plain values that load without pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of all generators of this process."""
+    """Return the state of all generators of this process."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     state = {
@@ -31,7 +31,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of ``get_rng_state``."""
+    """Restore a state that ``get_rng_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]

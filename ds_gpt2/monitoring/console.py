@@ -1,4 +1,4 @@
-"""What a person sees: one line a step, a bar on a terminal, and the same lines in the run's log file."""
+"""Console output: one line per step, or a progress bar on a terminal; the same lines go to the run's log file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("ds_gpt2")
 
 
 def open_log(file: Path | None) -> None:
-    """Send the project's messages to the terminal and to ``file``; ranks other than 0 only speak of trouble."""
+    """Send the project's messages to the terminal and to ``file``; ranks other than 0 print errors only."""
     log.setLevel(logging.INFO if collectives.is_main() else logging.ERROR)
     log.propagate = False
     for handler in list(log.handlers):
@@ -31,7 +31,7 @@ def open_log(file: Path | None) -> None:
     if file is not None and collectives.is_main():
         try:
             to_file = _LogFile(file)
-        except OSError as error:  # a run is worth more than its log
+        except OSError as error:  # a run does not end for its log
             log.warning(f"cannot write {file}: {error.strerror}; training continues")
             return
         to_file.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
@@ -39,7 +39,7 @@ def open_log(file: Path | None) -> None:
 
 
 class _LogFile(logging.Handler):
-    """Appends to ``train.log``. Lines that cannot be written are lost and reported: on the terminal, and here later."""
+    """Appends to ``train.log``. Lines that cannot be written are lost; their number is written here later."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -64,18 +64,18 @@ class _LogFile(logging.Handler):
 
 
 class StepLines:
-    """Shows each step: a line in the log, a progress bar instead where a person watches a terminal."""
+    """Shows each step: a line in the log, and on a terminal a progress bar instead of the line."""
 
     def __init__(self, start_step: int, steps: int) -> None:
-        watched = collectives.is_main() and sys.stdout.isatty()
+        on_terminal = collectives.is_main() and sys.stdout.isatty()
         self._steps = steps
         self._bar: tqdm[NoReturn] | None = None
-        if watched:
+        if on_terminal:
             self._bar = tqdm(total=steps, initial=start_step, file=sys.stdout, dynamic_ncols=True, bar_format=_BAR)
 
-    def show(self, step: int, seen: StepMetrics, eta_seconds: float) -> None:
-        """One step, from the values that go to the monitor."""
-        numbers = _numbers(seen)
+    def show(self, step: int, metrics: StepMetrics, eta_seconds: float) -> None:
+        """Show one step."""
+        numbers = _numbers(metrics)
         width = len(str(self._steps))
         line = f"step {step:{width}d}/{self._steps}  {numbers}  eta {duration(eta_seconds)}"
         log.info(line, extra={"bar": self._bar})
@@ -96,29 +96,29 @@ _BAR = "{n_fmt}/{total_fmt} |{bar:16}| {desc}"
 
 
 class _Terminal(logging.Handler):
-    """Prints above a progress bar if there is one; a step that a bar shows needs no line of its own."""
+    """Prints above a progress bar if there is one; a step that the bar shows gets no line of its own."""
 
-    gone = False
+    closed = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.gone or getattr(record, "bar", None) is not None:
+        if self.closed or getattr(record, "bar", None) is not None:
             return
         try:
             tqdm.write(self.format(record), file=sys.stdout)
-        except OSError:  # the terminal is closed or the pipe broken; the run and its log file go on
-            self.gone = True
+        except OSError:  # the terminal is closed or the pipe broken; the run and its log file continue
+            self.closed = True
 
 
-def _numbers(seen: StepMetrics) -> str:
+def _numbers(metrics: StepMetrics) -> str:
     parts = [
-        f"loss {seen['train/loss']:.4f}",
-        f"lr {seen['train/lr']:.2e}",
-        f"grad {seen['train/grad_norm']:.3f}",
-        f"{seen['perf/step_ms']:,.0f} ms",
-        f"{seen['perf/tokens_per_s']:,.0f} tok/s",
+        f"loss {metrics['train/loss']:.4f}",
+        f"lr {metrics['train/lr']:.2e}",
+        f"grad {metrics['train/grad_norm']:.3f}",
+        f"{metrics['perf/step_ms']:,.0f} ms",
+        f"{metrics['perf/tokens_per_s']:,.0f} tok/s",
     ]
-    if isinstance(mfu := seen.get("perf/mfu"), float):
+    if isinstance(mfu := metrics.get("perf/mfu"), float):
         parts.append(f"mfu {100 * mfu:.1f}%")
-    if seen["train/skipped_steps"]:
-        parts.append(f"skipped {seen['train/skipped_steps']:.0f}")
+    if metrics["train/skipped_steps"]:
+        parts.append(f"skipped {metrics['train/skipped_steps']:.0f}")
     return "  ".join(parts)

@@ -1,12 +1,11 @@
-"""Where the numbers go: metrics.jsonl, and DeepSpeed's monitors (TensorBoard, and W&B, Comet or CSV by its config).
+"""Write the metrics of each step to metrics.jsonl and to DeepSpeed's monitors (TensorBoard, W&B, Comet, CSV).
 
-TensorBoard's writer is the one that DeepSpeed opens, but is given all scalars of a step as one event, under the time
-of the step: DeepSpeed's own way, an event a scalar, takes ten times as long.
+TensorBoard's writer is the one that DeepSpeed opens. All scalars of a step go to it as one event with the time of the
+step; DeepSpeed's monitor writes one event per scalar, which takes ten times as long.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
@@ -23,7 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.distributed import collectives
-from ds_gpt2.engine.engine import Engine
+from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.monitoring.trackers import Tracker, finish
 from ds_gpt2.run_dir.metrics import MetricsFile, drop_after
 
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values fell into each bucket."""
+    """Counts of values per bucket."""
 
     limits: list[float]  # upper edges of the buckets, ascending
     counts: list[float]
@@ -42,16 +41,16 @@ class Histogram:
     squares: float  # sum of their squares
 
 
-StepMetrics = dict[str, float | str | Histogram]  # what was observed at a step: scalars, texts and histograms by tag
+StepMetrics = dict[str, float | str | Histogram]  # of one step: scalars, texts and histograms by tag
 
 
-def to_plain(seen: StepMetrics) -> dict[str, Any]:
-    """``seen`` as JSON can hold it; numbers that are not finite become None."""
-    return {tag: _plain(value) for tag, value in seen.items()}
+def to_plain(metrics: StepMetrics) -> dict[str, Any]:
+    """Return ``metrics`` as values that JSON can represent; NaN and infinity become Nentry."""
+    return {tag: _plain(value) for tag, value in metrics.items()}
 
 
 def from_plain(plain: Mapping[str, Any]) -> StepMetrics:
-    """The inverse of ``to_plain``; None becomes infinity, and fields of newer versions are ignored."""
+    """Invert ``to_plain``; None becomes infinity, and fields of newer versions are ignored."""
     return {tag: _from_plain(value) for tag, value in plain.items()}
 
 
@@ -71,29 +70,28 @@ def _plain(value: float | str | Histogram) -> float | str | dict[str, Any] | Non
 class _AtStep:
     step: int
     time: float  # seconds since 1970
-    seen: StepMetrics
+    metrics: StepMetrics
 
     @property
     def scalars(self) -> dict[str, float]:
-        return {tag: value for tag, value in self.seen.items() if isinstance(value, float | int)}
+        return {tag: value for tag, value in self.metrics.items() if isinstance(value, float | int)}
 
 
-_SERVICES = ("wandb_monitor", "csv_monitor", "comet_monitor")  # DeepSpeed's monitors besides TensorBoard
 _FLUSH_SECONDS = 10.0
-_MOST_TO_SHOW = 10_000  # steps that wait for TensorBoard
+_MAX_WAITING = 10_000  # steps that wait for TensorBoard
 _SHOW = "write TensorBoard's events"
 
 
 class Monitor:
-    """Writes what was seen at a step, on rank 0; on the other ranks it does nothing.
+    """Writes the metrics of each step on rank 0; does nothing on the other ranks.
 
-    A full disk or a service that is away is said once and costs no step: records wait for room, TensorBoard's values
-    too; other services miss what came meanwhile.
+    A full disk or an unavailable service is logged once and never stops training: records and TensorBoard's values
+    wait until they can be written; other services miss the values of that time.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        monitors: Monitors,
         metrics_file: Path,
         recorded_step: int,
         trackers: Mapping[str, Tracker] | None = None,
@@ -101,24 +99,24 @@ class Monitor:
     ) -> None:
         """
         Args:
-            recorded_step: the newest step whose record stays; anything recorded beyond it is about to be recorded
-                again and is dropped, so that curves neither overlap nor jump back.
+            recorded_step: the newest step whose record is retained. Later steps are about to be trained and recorded
+                again: their records are dropped, so that curves do not overlap.
             trackers: by the name of the DeepSpeed monitor that each replaces.
             reserve: see ``MetricsFile``.
         """
-        self._master = engine.deepspeed.monitor
+        self._monitors = monitors
         self._trackers = dict(trackers or {})
         for name, tracker in self._trackers.items():
-            setattr(self._master, name, tracker)
+            monitors.replace(name, tracker)
         self._pending: list[_AtStep] = []  # since the last flush
-        self._to_show: list[_AtStep] = []  # TensorBoard could not be given it yet
+        self._waiting: list[_AtStep] = []  # not written to TensorBoard yet
         self._flushed = time.monotonic()
         self._failing: set[str] = set()
         self._records: MetricsFile | None = None
         if collectives.is_main():
             drop_after(metrics_file, recorded_step, reserve() if reserve is not None else None)
             self._records = MetricsFile(metrics_file, reserve, recorded_step)
-            self._continue_csv()
+            monitors.continue_csv()
             if self.tensorboard is not None:
                 _silence_writer_thread()
                 self._events = OpenDirectory(Path(self.tensorboard.log_dir))
@@ -128,72 +126,74 @@ class Monitor:
     @property
     def tensorboard(self) -> Any:
         """torch's SummaryWriter; None where TensorBoard is off, and on ranks other than 0."""
-        backend = self._master.tb_monitor
-        return backend.summary_writer if backend is not None and self._records is not None else None
+        return self._monitors.tensorboard if self._records is not None else None
 
-    def write(self, step: int, seen: StepMetrics) -> None:
-        """Record ``seen`` under ``step``; histograms go to TensorBoard alone."""
+    def write(self, step: int, metrics: StepMetrics) -> None:
+        """Record the metrics of ``step``; histograms go to TensorBoard only."""
         if self._records is None:
             return
         now = round(time.time(), 3)
         without_histograms: StepMetrics = {
-            tag: value for tag, value in seen.items() if not isinstance(value, Histogram)
+            tag: value for tag, value in metrics.items() if not isinstance(value, Histogram)
         }
         self._records.append({"step": step, "time": now, **to_plain(without_histograms)})
-        self._pending.append(_AtStep(step, now, seen))
+        self._pending.append(_AtStep(step, now, metrics))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self, durable: bool = False) -> None:
-        """Hand everything to the operating system; ``durable``: and the records to the disk, as a checkpoint is."""
+        """Write everything that waits; ``durable``: sync the records to the disk, like a checkpoint."""
         records = self._records
         if records is None:
             return
         self._flushed = time.monotonic()
         self.attempt(f"write {records.file}", lambda: records.flush(durable))
-        seen, self._pending = self._pending, []
-        if not seen:
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        scalars = [(tag, value, one.step) for one in seen for tag, value in one.scalars.items()]
-        for name in _SERVICES:
-            if (backend := getattr(self._master, name, None)) is not None:
-                self.attempt(f"write to {name}", functools.partial(backend.write_events, scalars))
+        scalars = [(tag, value, each.step) for each in pending for tag, value in each.scalars.items()]
+        for name, service in self._monitors.services.items():
+            self.attempt(f"write to {name}", functools.partial(service.write_events, scalars))
         if self.tensorboard is not None:
-            self._to_show = [*self._to_show, *seen][-_MOST_TO_SHOW:]
+            self._waiting = [*self._waiting, *pending][-_MAX_WAITING:]
             if self.attempt(_SHOW, self._show):
-                self._to_show = []
+                self._waiting = []
 
-    def mark_start(self, step: int, what: str) -> None:
-        """Say on TensorBoard's text page that a process began at ``step``; the records know nothing of processes."""
+    def mark_start(self, step: int, text: str) -> None:
+        """Write to TensorBoard's text page that a process started at ``step``; metrics.jsonl has no such entry."""
         if self._records is not None:
-            self._pending.append(_AtStep(step, time.time(), {"marks/start": what}))
+            self._pending.append(_AtStep(step, time.time(), {"marks/start": text}))
 
     def attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Whether ``action`` worked; the first of several failures in a row is said, and the end of them."""
+        """Return whether ``action`` succeeded; log the first of several failures in a row, and the recovery.
+
+        Args:
+            what: for the log, as in "cannot write FILE".
+        """
         try:
             action()
-        except Exception as error:  # from whatever library writes there; none of it is worth a run
+        except Exception as error:  # libraries raise many kinds; none may stop training
             if what not in self._failing:
                 self._failing.add(what)
-                log.warning(f"cannot {what}: {error}; training goes on, and it is tried again")
+                log.warning(f"cannot {what}: {error}; training continues and will try again")
             return False
         if what in self._failing:
             self._failing.discard(what)
-            log.info(f"could {what} again")
+            log.info(f"recovered: can {what} again")
         return True
 
     def close(self, failed: bool = False) -> None:
-        """Write what is left and finish everything; a second call does nothing. Takes a limited time.
+        """Write what waits and finish all trackers, in limited time; a second call does nothing.
 
         Args:
-            failed: the run ends with an error; W&B shows that.
+            failed: the run ends with an error; W&B shows it.
         """
         records = self._records
         if records is None:
             return
         self.flush(durable=True)
         if records.unsaved:
-            log.error(f"{counted(records.unsaved, 'record')} cannot be written to {records.file}: lost")
+            log.error(f"{counted(records.unsaved, 'record')} could not be written to {records.file} and are lost")
         if self.tensorboard is not None:
             self.attempt("close TensorBoard's events", self.tensorboard.close)
         self._records = None
@@ -201,53 +201,49 @@ class Monitor:
         finish(self._trackers.values(), failed)
 
     def _show(self) -> None:
-        # The writer opens its file by name at each write. Its thread does not survive an error; nothing comes twice.
+        # The writer opens its file by name at each write, and its thread does not survive an error.
         if _SHOW in self._failing or self._events.is_moved or self._events.is_deleted:
-            self._reopen_tensorboard(self._to_show[0].step)
-        for one in self._to_show:
-            _add_to(self.tensorboard, one)
+            self._reopen_tensorboard(self._waiting[0].step)
+        for each in self._waiting:
+            _add_to(self.tensorboard, each)
         self.tensorboard.flush()
-
-    def _continue_csv(self) -> None:
-        """DeepSpeed's CSV monitor writes the header of a file once per process: name the files that have one."""
-        backend: Any = getattr(self._master, "csv_monitor", None)
-        if (directory := getattr(backend, "log_dir", None)) is not None:
-            backend.filenames += [file.stem for file in Path(directory).glob("*.csv") if file.stat().st_size]
 
     def _has_written_before(self) -> bool:
         opened = self.tensorboard
         return opened is not None and len(list(Path(opened.log_dir).glob("events.*"))) > 1
 
     def _reopen_tensorboard(self, purge_step: int) -> None:
-        """A new writer in the place of DeepSpeed's, which knows no ``purge_step``: what it shows from there on goes."""
-        opened, directory = self.tensorboard, self._events.path
-        with contextlib.suppress(OSError):
-            opened.close()
-        if not directory.parent.is_dir():  # the writer would make it: a run that was deleted
+        """Open a new writer; TensorBoard then hides older events from ``purge_step`` on.
+
+        Raises:
+            FileNotFoundError: the run's directory was deleted; the writer would create it again.
+        """
+        directory = self._events.path
+        if not directory.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory.parent))
-        self._master.tb_monitor.summary_writer = type(opened)(log_dir=str(directory), purge_step=purge_step)
+        self._monitors.reopen_tensorboard(directory, purge_step)
         self._events = OpenDirectory(directory)
 
 
 def _silence_writer_thread() -> None:
-    """TensorBoard's thread raises what it also hands to the next write, which reports it: no traceback is printed."""
-    usual = threading.excepthook
+    """Print no traceback of TensorBoard's thread: the next write raises the same error, and reports it."""
+    default = threading.excepthook
 
     def report(failure: threading.ExceptHookArgs) -> None:
         if not type(failure.thread).__module__.startswith("tensorboard."):
-            usual(failure)
+            default(failure)
 
     threading.excepthook = report
 
 
-def _add_to(writer: Any, one: _AtStep) -> None:
-    scalars = one.scalars
+def _add_to(writer: Any, entry: _AtStep) -> None:
+    scalars = entry.scalars
     if scalars:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        writer.file_writer.add_summary(Summary(value=values), one.step, one.time)
-    for tag, value in one.seen.items():
+        writer.file_writer.add_summary(Summary(value=values), entry.step, entry.time)
+    for tag, value in entry.metrics.items():
         if isinstance(value, str):
-            writer.add_text(tag, as_code_block(value), one.step, one.time)
+            writer.add_text(tag, as_code_block(value), entry.step, entry.time)
         elif isinstance(value, Histogram):
             writer.add_histogram_raw(
                 tag,
@@ -258,11 +254,11 @@ def _add_to(writer: Any, one: _AtStep) -> None:
                 sum_squares=value.squares,
                 bucket_limits=value.limits,
                 bucket_counts=value.counts,
-                global_step=one.step,
-                walltime=one.time,
+                global_step=entry.step,
+                walltime=entry.time,
             )
 
 
 def as_code_block(text: str) -> str:
-    """Markdown that shows ``text`` as it is."""
+    """Return Markdown that shows ``text`` unchanged."""
     return "".join(f"    {line}\n" for line in text.splitlines() or [""])

@@ -1,8 +1,8 @@
-"""How fast a run is, and how long it still takes: one definition, used by the console, ``status`` and ``report``.
+"""The pace of a run and its time left: one definition for the console, ``status`` and ``report``.
 
 Time left = time of a training step x steps left
           + usual time of an evaluation x evaluations left
-          + usual hold of a save x saves left.
+          + usual blocking time of a save x saves left.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ RECENT_LABEL = f"median of last {RECENT} steps"
 
 WINDOW = 2000  # newest steps whose mean is the time of a step
 _STRETCHES = 8  # parts of the window whose spread gives the range
-_ENOUGH = 10  # steps since the newest start, from which on earlier ones do not count
+_ENOUGH = 10  # steps since the newest start from which on earlier steps are ignored
 _USUAL = 5  # newest evaluations or saves whose median is their usual time
-_LOOK_BACK = 64  # multiples of a cadence that are searched for an evaluation of exactly these kinds
+_SEARCHED = 64  # multiples of an interval that are searched for an evaluation of exactly these kinds
 
 _Kinds = frozenset[str]
 
 
 def recent(values: Sequence[float | None]) -> float | None:
-    """Return the median of the finite ones among the newest ``RECENT`` values of a metric; None if there is none.
+    """Return the median of the finite values among the newest ``RECENT`` of a metric; None if there is none.
 
-    This is "the" training loss, tokens/s, gradient norm or time of a step wherever one figure is shown.
+    Wherever one figure is shown for training loss, tokens/s, gradient norm or step time, it is this one.
     """
     finite = [value for value in values[-RECENT:] if value is not None and math.isfinite(value)]
     return statistics.median(finite) if finite else None
@@ -43,7 +43,7 @@ def recent(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Range:
-    """A mean, and the 10th and 90th percentile around it."""
+    """A mean with the 10th and 90th percentile."""
 
     mean: float
     low: float
@@ -54,7 +54,7 @@ class Range:
 
 
 class Timed(NamedTuple):
-    """What one record tells about time, in seconds. Evaluation and save took place after the step before it."""
+    """The times of one record, in seconds. Evaluation and save happened after the previous step."""
 
     step: int
     train: float
@@ -63,9 +63,9 @@ class Timed(NamedTuple):
 
 
 def timed_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Timed]:
-    """Yield the times of records in ascending order of steps.
+    """Yield the times of records, which are in ascending order of steps.
 
-    Where a record has no ``perf/step_ms``, the time since the record before it counts.
+    Where a record has no ``perf/step_ms``, the time since the previous record counts.
     """
     before: tuple[int, float] | None = None
     for record in records:
@@ -81,10 +81,10 @@ def timed_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Timed]:
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often a run evaluates and saves."""
+    """The intervals at which a run evaluates and saves."""
 
-    evaluations: Mapping[str, int]  # kind to steps between two, above 0
-    save: int  # steps; 0: at the last step alone
+    evaluations: Mapping[str, int]  # steps between two evaluations of a kind, above 0
+    save: int  # steps; 0: at the last step only
 
     @classmethod
     def of(cls, settings: Settings) -> Cadence:
@@ -92,43 +92,43 @@ class Cadence:
         return cls({name: every for name, every in found.items() if every}, settings.checkpoint.every)
 
     def due(self, step: int) -> _Kinds:
-        """Return the kinds of evaluation that follow ``step``, unless it is the last one."""
+        """Return the kinds of evaluation that follow ``step``, unless it is the last timed."""
         return frozenset(name for name, every in self.evaluations.items() if step % every == 0)
 
     def evaluations_left(self, step: int, steps: int) -> dict[_Kinds, int]:
-        """Return how often exactly these kinds come together after ``step``; at the last step all do."""
+        """Return how often exactly these kinds are due together after ``step``; at the last step all are."""
         if step >= steps or not self.evaluations:
             return {}
         exactly: dict[_Kinds, int] = {}
-        for kinds, every in self._together.items():
+        for kinds, every in self._intervals.items():
             count = (steps - 1) // every - step // every
             exactly[kinds] = count - sum(other for larger, other in exactly.items() if kinds < larger)
         exactly[frozenset(self.evaluations)] += 1
         return {kinds: count for kinds, count in exactly.items() if count}
 
     def saves_left(self, step: int, steps: int) -> int:
-        """Return how many saves come after ``step``; the last step is always saved."""
+        """Return the number of saves after ``step``; the last step is always saved."""
         if step >= steps:
             return 0
         return 1 + ((steps - 1) // self.save - step // self.save if self.save else 0)
 
     def occasions(self, step: int) -> list[int]:
-        """Return the steps of the records that tell what the newest evaluations and saves up to ``step`` took."""
-        found = {place for kinds in self._together for place in self._newest_of(kinds, step)}
+        """Return the steps of the records with the times of the newest evaluations and saves up to ``step``."""
+        found = {due for kinds in self._intervals for due in self._newest_of(kinds, step)}
         if self.save:
             newest = (step - 1) // self.save
             found |= {number * self.save for number in range(max(1, newest - _USUAL + 1), newest + 1)}
-        return sorted(place + 1 for place in found)
+        return sorted(due + 1 for due in found)
 
     def _newest_of(self, kinds: _Kinds, step: int) -> list[int]:
-        every = self._together[kinds]
+        every = self._intervals[kinds]
         newest = (step - 1) // every
-        places = (number * every for number in range(newest, max(0, newest - _LOOK_BACK), -1))
-        return list(itertools.islice((place for place in places if self.due(place) == kinds), _USUAL))
+        steps = (number * every for number in range(newest, max(0, newest - _SEARCHED), -1))
+        return list(itertools.islice((due for due in steps if self.due(due) == kinds), _USUAL))
 
     @functools.cached_property
-    def _together(self) -> dict[_Kinds, int]:
-        """Every combination of kinds, the largest first, and how many steps lie between two of its occasions."""
+    def _intervals(self) -> dict[_Kinds, int]:
+        """The steps between two evaluations of each combination of kinds, the largest combination first."""
         names = tuple(self.evaluations)
         sizes = range(len(names), 0, -1)
         chosen = (part for size in sizes for part in itertools.combinations(names, size))
@@ -138,47 +138,47 @@ class Cadence:
 class _Step(NamedTuple):
     step: int
     train: float
-    aside: float  # evaluation and save
-    off_cadence: bool  # a save that was not due by the cadence: a best checkpoint, the end of an epoch
+    between: float  # evaluation and save
+    off_interval: bool  # a save that was not due by the interval: a best checkpoint, the end of an epoch
 
 
 class Pace:
     """The pace of one run. Add the times of its records in ascending order of steps.
 
-    The first step of a start does not count: it may compile, and what lies before it is not of this process.
+    The first step of a start is ignored: it may include compilation, and the time before it is of another process.
     """
 
     def __init__(self, cadence: Cadence, starts: Sequence[int]) -> None:
         """
         Args:
-            starts: the steps that the run was started from, the newest last.
+            starts: the step of each start of the run, the newest last.
         """
         self._cadence = cadence
         self._first_steps = {step + 1 for step in starts}
         self._newest_start = starts[-1] if starts else 0
         self._steps: deque[_Step] = deque()
-        self._all, self._fresh = _Sum(), _Sum()  # of these steps, and of those among them since the newest start
-        self._off_cadence = 0  # saves among them
-        self._first: float | None = None  # seconds of the newest first step: better than nothing
+        self._all, self._fresh = _Sum(), _Sum()  # of these steps, and of those since the newest start
+        self._off_interval = 0  # saves among them
+        self._first: float | None = None  # seconds of the newest first step, used until there are others
         self._evaluations: dict[_Kinds, deque[float]] = {}
         self._saves: deque[float] = deque(maxlen=_USUAL)
 
-    def add(self, one: Timed) -> None:
-        if one.step in self._first_steps:
-            self._first = one.train
+    def add(self, timed: Timed) -> None:
+        if timed.step in self._first_steps:
+            self._first = timed.train
             return
-        kinds = self._cadence.due(one.step - 1)
-        if kinds and one.evaluation:
-            self._evaluations.setdefault(kinds, deque(maxlen=_USUAL)).append(one.evaluation)
-        if one.save:
-            self._saves.append(one.save)
-        small = 0.0 if kinds else one.evaluation  # what every step has, such as its line in the log
-        off_cadence = bool(one.save) and (not self._cadence.save or (one.step - 1) % self._cadence.save != 0)
-        self._count(_Step(one.step, one.train + small, one.evaluation - small + one.save, off_cadence), 1)
+        kinds = self._cadence.due(timed.step - 1)
+        if kinds and timed.evaluation:
+            self._evaluations.setdefault(kinds, deque(maxlen=_USUAL)).append(timed.evaluation)
+        if timed.save:
+            self._saves.append(timed.save)
+        small = 0.0 if kinds else timed.evaluation  # part of every step, such as its line in the log
+        off_interval = bool(timed.save) and (not self._cadence.save or (timed.step - 1) % self._cadence.save != 0)
+        self._count(_Step(timed.step, timed.train + small, timed.evaluation - small + timed.save, off_interval), 1)
 
     @property
     def step_seconds(self) -> Range | None:
-        """Seconds of a training step alone; None where no step is known."""
+        """Seconds of a training step without evaluation and saving; None where no step is known."""
         counted = self._counted()
         if not counted:
             return None if self._first is None else Range(self._first, self._first, self._first)
@@ -186,39 +186,39 @@ class Pace:
 
     @property
     def wall_seconds(self) -> Range | None:
-        """Seconds from one step to the next of late, evaluation and saves included."""
+        """Seconds from one step to the next in the window, with evaluation and saving."""
         counted = self._counted()
-        return _range([each.train + each.aside for each in counted]) if counted else self.step_seconds
+        return _range([each.train + each.between for each in counted]) if counted else self.step_seconds
 
     def mean_step_seconds(self) -> float | None:
-        """Return the mean of ``step_seconds`` without its range: microseconds, as the console asks at every step."""
+        """Return the mean of ``step_seconds`` without its range; takes microseconds, for use at every step."""
         counted = self._fresh if self._is_fresh() else self._all
         return counted.seconds / counted.steps if counted.steps else self._first
 
     def left(self, step: int, steps: int) -> Range | None:
         """Return the seconds from the end of ``step`` to the end of ``steps``; None where no step is known."""
-        pace, aside = self.step_seconds, self._aside_left(step, steps)
+        pace, between = self.step_seconds, self._between_left(step, steps)
         if pace is None:
             return None
         alone = pace.times(max(0, steps - step))
-        return Range(alone.mean + aside, alone.low + aside, alone.high + aside)
+        return Range(alone.mean + between, alone.low + between, alone.high + between)
 
     def mean_left(self, step: int, steps: int) -> float | None:
         """Return the mean of ``left`` without its range, see ``mean_step_seconds``."""
         mean = self.mean_step_seconds()
-        return None if mean is None else max(0, steps - step) * mean + self._aside_left(step, steps)
+        return None if mean is None else max(0, steps - step) * mean + self._between_left(step, steps)
 
-    def _aside_left(self, step: int, steps: int) -> float:
-        """Seconds of the evaluations and saves that are left; what has not been seen yet counts as nothing."""
+    def _between_left(self, step: int, steps: int) -> float:
+        """Return the seconds of the evaluations and saves that are left; kinds without a known time count as 0."""
         left = self._cadence.evaluations_left(step, steps)
         seconds = sum(count * self._evaluation_seconds(kinds) for kinds, count in left.items())
         if self._saves:
-            off_cadence = self._off_cadence / max(1, len(self._steps)) * max(0, steps - step)
-            seconds += (self._cadence.saves_left(step, steps) + off_cadence) * statistics.median(self._saves)
+            off_interval = self._off_interval / max(1, len(self._steps)) * max(0, steps - step)
+            seconds += (self._cadence.saves_left(step, steps) + off_interval) * statistics.median(self._saves)
         return seconds
 
     def _evaluation_seconds(self, kinds: _Kinds) -> float:
-        """The usual time of these kinds together; as long as that is not known, from smaller groups or a larger one."""
+        """Return the usual time of these kinds together; until it is known, estimate it from other combinations."""
         if kinds in self._evaluations:
             return statistics.median(self._evaluations[kinds])
         seconds, missing = 0.0, set(kinds)
@@ -232,7 +232,7 @@ class Pace:
         return seconds
 
     def _count(self, step: _Step, sign: Literal[1, -1]) -> None:
-        """Put ``step`` into the window, or take it out."""
+        """Add ``step`` to the window (``sign`` 1), or remove it (-1)."""
         if sign == 1:
             self._steps.append(step)
             if len(self._steps) > WINDOW:
@@ -240,10 +240,10 @@ class Pace:
         self._all.add(step, sign)
         if step.step > self._newest_start:
             self._fresh.add(step, sign)
-        self._off_cadence += sign * step.off_cadence
+        self._off_interval += sign * step.off_interval
 
     def _counted(self) -> list[_Step]:
-        """The steps since the newest start, which may have other ranks; before there are enough of them all."""
+        """Return the steps since the newest start, which may use other ranks; all steps until these are enough."""
         if not self._is_fresh():
             return list(self._steps)
         return [each for each in self._steps if each.step > self._newest_start]
@@ -253,7 +253,7 @@ class Pace:
 
 
 class _Sum:
-    """Seconds of training of so many steps."""
+    """Seconds of training, and the number of steps."""
 
     def __init__(self) -> None:
         self.seconds, self.steps = 0.0, 0
@@ -264,7 +264,7 @@ class _Sum:
 
 
 def _range(seconds: Sequence[float]) -> Range:
-    """The mean, and the percentiles of the means of equally long stretches, so that one slow step is no range."""
+    """Return the mean, and percentiles of the means of equally long parts, so that one slow step has little effect."""
     size = max(1, len(seconds) // _STRETCHES)
     count = len(seconds) // size
     newest = list(seconds)[-size * count :]

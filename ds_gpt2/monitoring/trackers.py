@@ -1,14 +1,13 @@
-"""Experiment trackers: W&B and Comet, switched on in the DeepSpeed file.
+"""Experiment trackers: W&B and Comet, enabled in the DeepSpeed file.
 
-They are opened here and not by DeepSpeed's own monitors. Those never finish a run, which loses its last rows, start
-another W&B run at each resume, and give Comet only every hundredth step. Each tracker has a process of its own, see
+They replace DeepSpeed's own monitors, which never finish a run and so lose its last rows, start another W&B run at
+each resume, and send only every hundredth step to Comet. Each tracker has a process of its own, see
 ``tracker_process``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -22,20 +21,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.run_address import address_of, read_address
 from ds_gpt2.monitoring import tracker_process
+from ds_gpt2.monitoring.tracker_checks import read_blocks
 
-IDS = "trackers.json"  # in the run's directory: the ids under which the trackers know the run
-_ADDRESS = "run"  # there: which run they belong to
+IDS = "trackers.json"  # in the run's directory: the run's ids at the trackers
+_ADDRESS = "run"  # a key in it: the run that the ids belong to
 FINISH_SECONDS = 30  # for all trackers together
-_OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s, and then has to open an offline run
-_CHECK_SECONDS = 60.0
-_MOST_WAITING = 10_000  # flushes whose rows the process has not taken yet
+_OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s and then opens an offline run
+_MAX_WAITING = 10_000  # flushes whose rows the process has not read yet
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +40,22 @@ Event = tuple[str, float, int]  # tag, value, step
 
 
 class Tracker:
-    """A run at an experiment tracker, on rank 0. No method but ``wait_opened`` and ``wait_finished`` waits."""
+    """A run at an experiment tracker, on rank 0. Only ``wait_opened`` and ``wait_finished`` block."""
 
     def __init__(self, name: str, request: dict[str, Any], every: int = 1) -> None:
-        """Start the process and let it open the run.
+        """Start the process, which opens the run.
 
         Args:
-            name: for people.
+            name: for messages.
             request: see ``tracker_process``.
-            every: steps that lie at least between two values of a metric.
+            every: minimum number of steps between two values of a metric.
         """
         self.name = name
-        self.location = ""  # once opened: where its data is on this machine, and how to upload it
+        self.location = ""  # after opening: where the data is on this machine, and how to upload it
         self._every = every
         self._logged: dict[str, int] = {}  # tag -> its newest step
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._lines: queue.Queue[str | None] = queue.Queue(_MOST_WAITING)
+        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING)
         self._problem = ""
         self._process = subprocess.Popen(
             [sys.executable, tracker_process.__file__],
@@ -75,7 +72,7 @@ class Tracker:
     def wait_opened(self) -> None:
         """
         Raises:
-            UserError: the tracker refuses how it is set up.
+            UserError: the tracker rejects its settings.
             OSError: it cannot be opened for another reason.
         """
         answer = self._answer(_OPEN_SECONDS)
@@ -86,10 +83,10 @@ class Tracker:
         self.location = answer["opened"]
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Hand over scalars.
+        """Send scalars to the process.
 
         Raises:
-            OSError: the process has ended, or does not keep up.
+            OSError: the process has ended or does not keep up.
         """
         rows: dict[int, dict[str, float]] = {}
         for tag, value, step in events:
@@ -99,15 +96,15 @@ class Tracker:
         if rows:
             self._put({"rows": rows})
 
-    def begin_to_finish(self, failed: bool) -> None:
-        """Let it write the rest and end the run; the process ends after ``FINISH_SECONDS`` at the latest."""
+    def start_finishing(self, failed: bool) -> None:
+        """Have the process write the rest and end the run; it exits within ``FINISH_SECONDS``."""
         with contextlib.suppress(OSError):
             self._put({"failed": failed})
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
 
     def wait_finished(self, seconds: float) -> str | None:
-        """What went wrong; None if the run is finished."""
+        """Return what went wrong; None if the run is finished."""
         answer = self._answer(seconds)
         if answer is None:
             return "did not finish in time"
@@ -128,7 +125,7 @@ class Tracker:
             return None
 
     def _send(self) -> None:
-        """In a thread: a pipe may be full."""
+        """Write lines to the process, in a thread: the pipe may be full."""
         assert self._process.stdin is not None
         try:
             while (line := self._lines.get()) is not None:
@@ -139,13 +136,13 @@ class Tracker:
             self._problem = "its process has ended"
 
     def _receive(self) -> None:
-        """In a thread: what the process answers, until it ends."""
+        """Read the answers of the process, in a thread, until it exits."""
         assert self._process.stdout is not None
-        self._process.wait()  # it has left a child that goes on: no zombie stays
+        self._process.wait()  # it forks and exits at once; this removes the zombie
         for line in self._process.stdout:
             try:
                 answer = safe_json.parse(line)
-            except ValueError:  # a library of the process has printed it
+            except ValueError:  # printed by a library in the process
                 continue
             if "warning" in answer:
                 log.warning(f"{self.name} {answer['warning']}")
@@ -155,78 +152,22 @@ class Tracker:
         self._answers.put({"error": self._problem, "mistake": False})
 
 
-class WandbBlock(BaseModel):
-    """``wandb`` in the DeepSpeed file, with DeepSpeed's defaults."""
-
-    enabled: bool = False
-    group: str | None = None
-    team: str | None = None
-    project: str = "deepspeed"
-
-
-class CometBlock(BaseModel):
-    """``comet`` in the DeepSpeed file, with DeepSpeed's defaults, but for the interval: every step."""
-
-    enabled: bool = False
-    samples_log_interval: int = 1
-    project: str | None = None
-    workspace: str | None = None
-    api_key: str | None = None
-    experiment_name: str | None = None
-    experiment_key: str | None = None
-    online: bool | None = None
-    mode: str | None = None
-
-
-def check(content: dict[str, Any]) -> None:
-    """Check that the trackers that are switched on can be used; nothing is started and nothing is sent.
-
-    Takes no time if none is, and some seconds otherwise: the packages are loaded in a child process.
-
-    Args:
-        content: of the DeepSpeed file.
-
-    Raises:
-        UserError: a block is wrong, a package is missing or broken, or there is no API key.
-    """
-    check_packages(content)
-    wandb, comet = _read(content)
-    if wandb.enabled:
-        _ask("wandb", _WANDB_LOGIN, {}, "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
-    if comet.enabled:
-        fix = 'set COMET_API_KEY, or "online": false in the comet block'
-        _ask("comet", _COMET_KEY, comet.model_dump(include={"api_key", "online"}), fix)
-
-
-def check_packages(content: dict[str, Any]) -> None:
-    """Check only that the packages are installed, which takes milliseconds.
-
-    Raises:
-        UserError: a block is wrong or a package is missing.
-    """
-    wandb, comet = _read(content)
-    if wandb.enabled:
-        _check_package("wandb", "wandb")
-    if comet.enabled:
-        _check_package("comet", "comet_ml")
-
-
 def open_trackers(
     content: dict[str, Any], run_dir: Path, run_name: str, start_step: int, windows_per_step: int
 ) -> dict[str, Tracker]:
-    """Open the trackers that are switched on, on rank 0. A service that is away is logged, and costs no run.
+    """Open the enabled trackers, on rank 0. An unavailable service is logged and does not end the run.
 
     Args:
         content: of the DeepSpeed file.
-        start_step: a run that resumes keeps its ids; one that starts at step 0 gets new ones, and so does a copy.
+        start_step: a resumed run keeps its ids; a run that starts at step 0, or a copy of a run, gets new ones.
 
     Returns:
-        By the name of the DeepSpeed monitor that it replaces.
+        Trackers by the name of the DeepSpeed monitor that each replaces.
 
     Raises:
-        UserError: a block is wrong, or a tracker refuses how it is set up and the run starts at step 0.
+        UserError: a block is wrong, or a tracker rejects its settings and the run starts at step 0.
     """
-    wandb, comet = _read(content)
+    wandb, comet = read_blocks(content)
     ids = _Ids(run_dir, resumes=start_step > 0)
     started = {}
     if wandb.enabled:
@@ -261,10 +202,10 @@ def _is_open(tracker: Tracker, fatal: bool) -> bool:
 
 
 def finish(trackers: Iterable[Tracker], failed: bool, seconds: float = FINISH_SECONDS + 5) -> None:
-    """Finish all ``trackers`` at once, in ``seconds`` at most. What could not be finished is logged."""
+    """Finish all ``trackers`` in parallel, within ``seconds``; log those that could not be finished."""
     trackers = list(trackers)
     for tracker in trackers:
-        tracker.begin_to_finish(failed)
+        tracker.start_finishing(failed)
     deadline = time.monotonic() + seconds
     for tracker in trackers:
         if (problem := tracker.wait_finished(max(0.0, deadline - time.monotonic()))) is not None:
@@ -272,7 +213,7 @@ def finish(trackers: Iterable[Tracker], failed: bool, seconds: float = FINISH_SE
 
 
 class _Ids:
-    """The ids of a run at its trackers, kept in a file over resumes."""
+    """The ids of a run at its trackers, stored in a file so that a resume finds them."""
 
     def __init__(self, run_dir: Path, resumes: bool) -> None:
         self._file = run_dir / IDS
@@ -283,7 +224,7 @@ class _Ids:
             self._read()
 
     def of(self, tracker: str) -> str:
-        """The id the run has there, or a new one."""
+        """Return the run's id at ``tracker``, or a new one."""
         known = self._known.setdefault(tracker, uuid.uuid4().hex)
         if self._known != self._written:
             self._written = dict(self._known)
@@ -304,104 +245,3 @@ class _Ids:
             return
         self._written = written
         self._known = {**written, **self._known}
-
-
-def _read(content: dict[str, Any]) -> tuple[WandbBlock, CometBlock]:
-    try:
-        return WandbBlock.model_validate(content.get("wandb", {})), CometBlock.model_validate(content.get("comet", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([error.title.removesuffix("Block").lower(), *map(str, first["loc"])])
-        raise UserError(f"DeepSpeed file: {place}: {first['msg']}") from None
-
-
-def _check_package(block: str, package: str) -> None:
-    """A directory of that name, such as the one that W&B writes into, is not the package."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        install = f"{sys.executable} -m pip install {package}"
-        raise UserError(f'the DeepSpeed file enables "{block}", but {package} is not installed: {install}')
-
-
-def _ask(block: str, program: str, request: dict[str, Any], fix: str) -> None:
-    """Run ``program`` in a child process; what it prints before an exit code of 2 or 3 is a mistake of the user's.
-
-    Args:
-        fix: what to do after an exit code of 2; after 3 what it prints says that itself.
-    """
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", program],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning(f"{block} could not be checked: {_one_line(error)}")
-        return
-    if child.returncode in (2, 3):
-        hint = f": {fix}" if child.returncode == 2 else ""
-        raise UserError(f'the DeepSpeed file enables "{block}", but {_last_line(child.stdout)}{hint}')
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it cannot be used"])[-1]
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-# The messages that W&B prints for a key that is missing or malformed do not contain it. A service that is away is no
-# mistake. W&B reads its settings from the environment: each is named WANDB_ and its name in capitals.
-_WANDB_LOGIN = """
-import os, re, sys
-
-def refuse_setting(name, reason):
-    variable = "WANDB_" + name.upper()
-    given = "" if re.search("key|token|secret|password", name) else "=" + os.environ.get(variable, "")
-    what = f"the environment variable {variable}{given}" if variable in os.environ else f"W&B's setting {name}"
-    print(f"{what} is not valid ({' '.join(reason.split())[:200]}): correct it or remove it")
-    sys.exit(3)
-
-try:
-    import wandb
-    from pydantic import ValidationError
-    wandb.login(verify=True)
-except ImportError as error:
-    print(f"wandb cannot be imported ({error})")
-    sys.exit(2)
-except ValidationError as error:
-    first = error.errors()[0]
-    refuse_setting(str((*first["loc"], "?")[0]), first["msg"])
-except (wandb.errors.UsageError, ValueError) as error:
-    for name in ("run_id", "project", "entity"):
-        if name.replace("_", " ") in str(error).lower() and "API key" not in str(error):
-            refuse_setting(name, str(error))
-    print("W&B has no valid API key")
-    sys.exit(2)
-except wandb.errors.AuthenticationError as error:
-    if re.search(r"invalid|error 40[13]", str(error)):
-        print("W&B refuses the API key")
-        sys.exit(2)
-"""
-_COMET_KEY = """
-import json, sys
-request = json.load(sys.stdin)
-try:
-    import comet_ml
-    from comet_ml.config import get_config
-except ImportError as error:
-    print(f"comet_ml cannot be imported ({error})")
-    sys.exit(2)
-config = get_config()
-try:
-    online = request["online"] if request["online"] is not None else config["comet.start.online"]
-except Exception:  # the library's own
-    print("COMET_START_ONLINE, or online in ~/.comet.config, is not valid: set it to true or false")
-    sys.exit(3)
-if online is not False and not (request["api_key"] or config["comet.api_key"]):
-    print("Comet has no API key")
-    sys.exit(2)
-"""

@@ -37,7 +37,7 @@ from ds_gpt2.supervision.disk_watch import DiskWatch, WriteWatch
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.supervision.restart_policy import Again, Ended, Finish, GiveUp, Restarts
 from ds_gpt2.supervision.watchdog import Hang, Watchdog
-from ds_gpt2.training.preflight import CheckpointsGoneError, what_to_resume
+from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
 _LOOK_SECONDS = 0.5  # between two looks at the ranks
 _PROBE_SECONDS = 5.0  # between two attempts to write to a directory that cannot be written
@@ -304,7 +304,7 @@ class _Supervisor:
 
     def _missing_checkpoints(self, run: SupervisedRun) -> str | None:
         try:
-            what_to_resume(self._settings, run.resume)
+            choose_source(self._settings, run.resume)
         except CheckpointsGoneError as error:
             return f"{error}; waiting for it"
         except UserError:  # the ranks will say it

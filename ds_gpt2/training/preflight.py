@@ -1,4 +1,4 @@
-"""Check all that can be known about a start before anything is started or left on the disk."""
+"""Check a start as far as possible before anything is started or written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.catalog import candidates, check_identity, newest_tag
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.common import files
@@ -22,26 +20,27 @@ from ds_gpt2.config.run_location import CONFIG, OWNER, is_run_dir, load_run_sett
 from ds_gpt2.config.settings import ScheduleSettings, Settings
 from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.data.shards import is_shard
-from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
-from ds_gpt2.run_dir.metrics import METRICS, REPLACED, STARTS, read_metrics, read_starts, started_from
+from ds_gpt2.run_dir.journal import JOURNAL
+from ds_gpt2.run_dir.metrics import METRICS, REPLACED, STARTS
 from ds_gpt2.run_dir.supervisor_record import RECORD
+from ds_gpt2.training.resume_choice import backup_of, check_never_saved, choose_source, has_backups, starts_new_run
 
 
 def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
-    """Check all of a start that needs neither ranks nor writing.
+    """Check everything about a start that needs neither ranks nor writing.
 
     Args:
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
 
     Raises:
-        UserError: something that the user has to change first.
+        UserError: the user has to change something first.
     """
     check_outputs(settings)
     check_backup(settings)
-    wanted = what_to_resume(settings, resume)
+    source = choose_source(settings, resume)
     if commit.awaits_sweep(settings.checkpoint_dir):
-        wanted = None  # which checkpoints there are shows when the run is taken over
-    dataset = dataset_of(settings, wanted)
+        source = None  # the ranks complete or remove interrupted saves first
+    dataset = dataset_of(settings, source)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
@@ -49,9 +48,9 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         )
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
-    if wanted is not None:
-        _check_resume(settings, wanted, identity_of(settings, dataset), steps)
-    elif begins_anew(settings, resume):
+    if source is not None:
+        _check_resume(settings, source, identity_of(settings, dataset), steps)
+    elif starts_new_run(settings, resume):
         _check_new_directories(settings)
         if hub_name(settings.model.init_from or "") is None:
             check_initial_model(settings)
@@ -60,36 +59,36 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
 
 
 def check_initial_model(settings: Settings) -> None:
-    """Check the model that a new run begins from, if there is one; one of the hub is downloaded.
+    """Check the model that a new run is initialized from, if any; a model of the hub is downloaded.
 
     Raises:
-        UserError: there is no such model, it is of another shape, or it cannot be downloaded.
+        UserError: there is no such model, its shape differs, or it cannot be downloaded.
     """
     if settings.model.init_from is None:
         return
-    from ds_gpt2.model.shape import ModelShape  # imports PyTorch, which `train` needs for nothing else
+    from ds_gpt2.model.shape import ModelShape  # imports PyTorch, which `train` does not need otherwise
     from ds_gpt2.pretrained import load
 
     load.prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
 
 
-def dataset_of(settings: Settings, wanted: str | None) -> Dataset:
-    """Return the run's data, as the checkpoints know it that ``wanted`` stands for.
+def dataset_of(settings: Settings, source: str | None) -> Dataset:
+    """Return the run's data; of a resumed run, as the checkpoints that ``source`` matches have recorded it.
 
     Raises:
         UserError: the data cannot be read, or there is no such checkpoint.
     """
     dataset = open_dataset(settings.data.dir)
-    found = candidates(settings.checkpoint_dir, wanted) if wanted is not None else []
+    found = candidates(settings.checkpoint_dir, source) if source is not None else []
     known = [one.manifest.identity.get("data") for one in found if one.manifest is not None]
     return as_first_read(dataset, str(known[0])) if known else dataset
 
 
 def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:
-    """The steps of a whole run.
+    """Return the number of steps of a whole run.
 
     Args:
-        windows: of an epoch.
+        windows: of one epoch.
     """
     if schedule.steps is not None:
         return schedule.steps
@@ -97,7 +96,7 @@ def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:
 
 
 def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run must share with the one that saved: change any of it and it is another experiment."""
+    """Return what a resumed run must share with its checkpoint: with any other value it is another experiment."""
     layers, heads, width = settings.model.shape
     return {
         "model.layers": layers,
@@ -114,99 +113,11 @@ _RECORDS = frozenset((METRICS, REPLACED, STARTS, JOURNAL, RECORD, INDEX))
 _POINTERS = frozenset((LATEST, LATEST_BACKUP, OWNER))
 
 
-class CheckpointsGoneError(UserError):
-    """A run has been saved, and its checkpoints are not there: a disk may not be mounted."""
-
-
-def what_to_resume(settings: Settings, resume: str | None) -> str | None:
-    """What to look for among the checkpoints; None to start a new run, which is refused where there are checkpoints.
-
-    Raises:
-        UserError: a run must not be trained over.
-        CheckpointsGoneError: ``resume`` is automatic, and would begin a run anew that has been saved before.
-    """
-    directory = settings.checkpoint_dir
-    newest = newest_tag(directory)
-    if resume is None and newest is not None:
-        known = (settings.run_dir / CONFIG).is_file()
-        command = f"resume {directory.name}" if known else f"train CONFIG run.name={directory.name} --auto"
-        raise UserError(
-            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}: resume it"
-            f" (`./launch.sh {command}`, or --resume latest), or choose another run.name"
-        )
-    automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
-    if resume is None or (automatic and newest is None and not has_copies(settings)):
-        _check_not_saved_before(settings)
-        return None
-    return resume
-
-
-def _check_not_saved_before(settings: Settings) -> None:
-    """
-    Raises:
-        CheckpointsGoneError: the run was saved, and no checkpoint of it is there.
-    """
-    if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
-        raise CheckpointsGoneError(
-            f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
-            f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
-            " choose another run.name"
-        )
-
-
-def saved_step(settings: Settings) -> int | None:
-    """The newest step that the run is known to have been saved at, by its own records; None if by none of them.
-
-    Raises:
-        UserError: a record cannot be read.
-    """
-    try:
-        return _saved_step(settings)
-    except NotADirectoryError:  # there is no run: whether it can be made is checked later
-        return None
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions and disk") from None
-
-
-def _saved_step(settings: Settings) -> int | None:
-    if (step := last_saved_step(settings.run_dir)) is not None:
-        return step
-    if (steps := started_from(read_starts(settings.run_dir / STARTS))) and steps[-1] > 0:
-        return steps[-1]
-    if (settings.run_dir / JOURNAL).exists():
-        return None  # it was never saved
-    return max((record["step"] for record in read_metrics(settings.run_dir / METRICS)), default=None)
-
-
-def begins_anew(settings: Settings, resume: str | None) -> bool:
-    """Whether a new run begins, with nothing to resume from now or when a save that a crash cut short is finished.
-
-    Raises:
-        UserError: a run must not be trained over.
-    """
-    return what_to_resume(settings, resume) is None and not commit.awaits_sweep(settings.checkpoint_dir)
-
-
-def has_copies(settings: Settings) -> bool:
-    """Whether there are backups of the run's checkpoints."""
-    backup = backup_of(settings)
-    try:
-        return backup is not None and bool(backup.held())
-    except OSError as error:
-        raise UserError(f"cannot tell whether {settings.run.name} has backups: {reason_of(error)}") from None
-
-
-def backup_of(settings: Settings) -> Backup | None:
-    """Where the run's backups go; None if it has none."""
-    to = settings.checkpoint.backup.to
-    return Backup(to, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir) if to else None
-
-
 def check_backup(settings: Settings) -> None:
-    """Check where the run's backups go, without connecting to anything; a directory may still be mounted later.
+    """Check the destination of the run's backups without connecting; a directory may be mounted later.
 
     Raises:
-        UserError: no backup can ever be made there.
+        UserError: no backup can be made there.
     """
     try:
         if (backup := backup_of(settings)) is not None:
@@ -219,7 +130,7 @@ def check_outputs(settings: Settings) -> None:
     """Check that the run's output directories are its own.
 
     Raises:
-        UserError: another run writes there, or the run's checkpoints are where it was before it moved.
+        UserError: another run writes there, or the run was moved and its checkpoints were not.
     """
     for directory in settings.shared_output_dirs:
         if (other := _other_owner(directory, settings)) is not None:
@@ -228,10 +139,10 @@ def check_outputs(settings: Settings) -> None:
                 f"{directory} belongs to the run in {other}, not to the one in {settings.run_dir}: set {key} to another"
                 " directory, or choose another run.name"
             )
-    if (left := _checkpoints_left_behind(settings)) is not None:
+    if (left := _checkpoints_elsewhere(settings)) is not None:
         verb = "move" if run_location.run_of(left) in (None, settings.run_dir) else "copy"
         raise UserError(
-            f"run {settings.run.name} has no checkpoints in {settings.checkpoint_dir}, but it left some in {left}:"
+            f"run {settings.run.name} has no checkpoints in {settings.checkpoint_dir}, but it has some in {left}:"
             f" {verb} that directory to {settings.checkpoint_dir}"
             + (f", or set checkpoint.dir={left.parent}" if left.name == settings.run.name else "")
         )
@@ -248,47 +159,51 @@ def _check_new_directories(settings: Settings) -> None:
         _check_none(settings.checkpoint_dir, lambda name: name in _POINTERS or role_of(name), "checkpoint.dir")
 
 
-def _check_none(directory: Path, is_in_the_way: Callable[[str], object], setting: str) -> None:
+def _check_none(directory: Path, is_forbidden: Callable[[str], object], setting: str) -> None:
     with contextlib.suppress(OSError):  # whether it can be written to is checked next
         for name in sorted(os.listdir(directory)):
-            if is_in_the_way(name):
-                raise UserError(f"{directory} has {name} of something else: choose another {setting}")
+            if is_forbidden(name):
+                raise UserError(f"{directory} has {name}, which is not of this run: choose another {setting}")
 
 
 def _other_owner(directory: Path, settings: Settings) -> Path | None:
-    """The directory of another run that writes into ``directory``; None if there is none."""
+    """Return the directory of another run that writes into ``directory``; None if there is none."""
     run_dir = settings.run_dir.resolve()
     if (owner := read_owner(directory)) is not None:
-        moved = owner.directory != directory.resolve()  # copied or moved, together with its run
+        moved = owner.directory != directory.resolve()  # or copied, together with its run
         return owner.run_dir if not moved and owner.run_dir != run_dir and is_run_dir(owner.run_dir) else None
     if not (settings.run_dir / CONFIG).is_file() or not directory.is_dir():
         return None
-    before = run_location.last_seen(settings.run_dir)  # no owner is recorded: an earlier version's
+    before = run_location.last_seen(settings.run_dir)  # an earlier version recorded no owner
     if before.resolve() == run_dir or not is_run_dir(before):
         return None
     try:
         theirs = load_run_settings(before).shared_output_dirs
-    except UserError:  # its settings cannot be read: nothing says that it writes there
+    except UserError:  # its settings cannot be read: there is no evidence that it writes there
         return None
     return before if directory.resolve() in [path.resolve() for path in theirs] else None
 
 
-def _checkpoints_left_behind(settings: Settings) -> Path | None:
-    """Checkpoints of the run in another directory than its own, which has none; None if there are none."""
+def _checkpoints_elsewhere(settings: Settings) -> Path | None:
+    """Return a directory with checkpoints of the run if its own has none; None if there is no such directory."""
     if newest_tag(settings.checkpoint_dir) is not None or commit.awaits_sweep(settings.checkpoint_dir):
         return None
     if not (settings.run_dir / CONFIG).is_file():
         return None
-    places = [load_run_settings(settings.run_dir).checkpoint_dir]
-    places += run_location.checkpoint_dirs_before(settings.run_dir)
-    places.append(settings.checkpoint.dir / run_location.last_seen(settings.run_dir).name)
-    return next((path for path in places if path != settings.checkpoint_dir and newest_tag(path) is not None), None)
+    earlier = [load_run_settings(settings.run_dir).checkpoint_dir]
+    earlier += run_location.checkpoint_dirs_before(settings.run_dir)
+    earlier.append(settings.checkpoint.dir / run_location.last_seen(settings.run_dir).name)
+    return next((path for path in earlier if path != settings.checkpoint_dir and newest_tag(path) is not None), None)
 
 
-def _check_resume(settings: Settings, wanted: str, identity: dict[str, Any], steps: int) -> None:
-    found = candidates(settings.checkpoint_dir, wanted)
-    if not found and not has_copies(settings):
-        _check_not_saved_before(settings)
+def _check_resume(settings: Settings, source: str, identity: dict[str, Any], steps: int) -> None:
+    """
+    Raises:
+        UserError: there is nothing to resume from, or the newest candidate does not fit the run.
+    """
+    found = candidates(settings.checkpoint_dir, source)
+    if not found and not has_backups(settings):
+        check_never_saved(settings)
         raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
     first = next((one for one in found if one.manifest is not None), None)
     if first is None or first.manifest is None:
@@ -296,6 +211,6 @@ def _check_resume(settings: Settings, wanted: str, identity: dict[str, Any], ste
     check_identity(first, first.manifest, identity)
     if first.step > steps:
         raise UserError(
-            f"{first.tag} is at step {first.step}, beyond the {steps} steps of the run: set schedule.steps to more, or"
+            f"{first.tag} is at step {first.step}, beyond the {steps} steps of the run: increase schedule.steps, or"
             " resume from an older checkpoint with --from STEP"
         )

@@ -1,45 +1,38 @@
-"""Build the parts of a run and hand them to the loop.
+"""Build the parts of a run and connect them to a ``Trainer``.
 
-Importing this imports DeepSpeed, which then picks its accelerator: call ``device.choose`` first.
+Importing this module imports DeepSpeed, which then picks its accelerator: call ``device.choose`` first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 
-from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.checkpoint.directory import Housekeeping
 from ds_gpt2.checkpoint.filesystem import Disk
-from ds_gpt2.checkpoint.manager import Checkpoints, library_versions
+from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.checkpoint.resume import Restored, choose_checkpoint
 from ds_gpt2.common import files
-from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import append_lines
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config import deepspeed_config
-from ds_gpt2.config.batch_plan import BatchPlan, format_batches
-from ds_gpt2.config.run_location import HIDDEN, public_tree, write_first_settings, write_owner, write_settings
-from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, Settings, flat, to_yaml
+from ds_gpt2.config.batch_plan import BatchPlan
+from ds_gpt2.config.run_location import public_tree, write_first_settings, write_owner
+from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.verify import check_shards
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.engine.engine import Engine, close_process_group, open_process_group
+from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2, count_parameters, flops_per_token
@@ -47,12 +40,10 @@ from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.monitoring import console
 from ds_gpt2.monitoring.monitor import Monitor
 from ds_gpt2.monitoring.pace import Cadence, Pace, timed_of
-from ds_gpt2.monitoring.reference_curves import REFERENCE_TOKENS_PER_STEP
-from ds_gpt2.monitoring.step_timer import Meter, Past
-from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
+from ds_gpt2.monitoring.step_reporter import StepReporter
+from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 from ds_gpt2.monitoring.trackers import Tracker, open_trackers
 from ds_gpt2.pretrained.load import weights_for
-from ds_gpt2.run_dir.exit_report import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
 from ds_gpt2.run_dir.heartbeat import Heartbeat, open_stacks
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.run_dir.metrics import (
@@ -66,206 +57,132 @@ from ds_gpt2.run_dir.metrics import (
     started_from,
 )
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
-from ds_gpt2.training import loop
+from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Anomaly, Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Interrupted, Samples, Validation, open_hellaswag
-from ds_gpt2.training.loop import Ending
 from ds_gpt2.training.lr_schedule import Every, learning_rate
-from ds_gpt2.training.preflight import (
-    backup_of,
-    begins_anew,
-    check_initial_model,
-    dataset_of,
-    identity_of,
-    steps_of,
-    what_to_resume,
-)
+from ds_gpt2.training.preflight import check_initial_model, dataset_of, identity_of, steps_of
+from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
+from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
+from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
 log = logging.getLogger(__name__)
 
-_COMMAND = "alerts.command"  # may hold a password
-_PROGRESS_SECONDS = 0.2  # between two looks for a stop during an observation
-
-_HYPER_PARAMETERS: Any = {
-    "run": {"seed"},
-    "model": True,
-    "batch": True,
-    "schedule": True,
-    "optimizer": {"eps", "weight_decay", "grad_clip"},
-}
+_PROGRESS_SECONDS = 0.2  # between two checks for a stop request during an evaluation
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a run is to begin with."""
+class RunSpec:
+    """Everything that determines one rank's part of a run."""
 
-    resume: str | None = None  # what to go on from, see ``catalog.candidates``; None: start afresh
-    leave_out: tuple[int, ...] = ()  # batches of the data that are never to be trained on
+    settings: Settings
+    deepspeed_settings: dict[str, Any]  # content of the DeepSpeed file
+    plan: BatchPlan
+    device: torch.device
+    is_compiled: bool
+    resume: str | None = None  # what to resume from, see ``catalog.candidates``; None: a new run
+    excluded: tuple[int, ...] = ()  # batches of the data to exclude from training
 
 
-def run(
-    settings: Settings,
-    deepspeed_settings: dict[str, Any],
-    plan: BatchPlan,
-    place: torch.device,
-    compiled: bool,
-    origin: Origin,
-) -> Outcome:
-    """One rank's part of a run.
+@dataclass(frozen=True)
+class BuiltRun:
+    """A run that is ready to train."""
+
+    trainer: Trainer
+    state: TrainState
+    journal: Journal
+    lock: BinaryIO | None  # on rank 0: held until the run has ended
+
+
+@dataclass(frozen=True)
+class _RunFiles:
+    """The run's directories, which this start owns."""
+
+    heartbeat: Heartbeat
+    journal: Journal
+    checkpoints: Housekeeping
+    lock: BinaryIO | None  # on rank 0
+
+
+@dataclass(frozen=True)
+class _RunData:
+    """The run's data, as its checkpoints have recorded it."""
+
+    training: TrainingData
+    held_out: Callable[[], Windows]
+    identity: dict[str, Any]
+    source: str | None  # what to resume from, see ``catalog.candidates``
+
+
+def build_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> BuiltRun:
+    """Build the parts of a run, restore its state, and record the start. The process group must be open.
+
+    Args:
+        cleanup: receives what must be closed however the run ends.
 
     Raises:
         UserError: on every rank, for mistakes that the user can fix.
     """
-    open_process_group(place)
-    with contextlib.ExitStack() as endings:
-        try:
-            result = _train(settings, deepspeed_settings, plan, place, compiled, origin, endings)
-        except UserError:
-            close_process_group()
-            raise
-        close_process_group()
-    return result
+    settings = spec.settings
+    run_files = _claim_run(spec, cleanup)
+    stop = _stop_request(settings)
+    data = _open_data(spec, run_files, stop)
+    backup = backup_of(settings)
+    restored = choose_checkpoint(settings.checkpoint_dir, data.source, data.identity, backup) if data.source else None
+    run_files.heartbeat.beat()
+    engine = _build_engine(spec)
+    run_files.heartbeat.beat()
+    run_settings = public_tree(settings)
+    checkpoints = Checkpoints(run_files.checkpoints, engine, data.identity, run_settings, backup, run_files.journal)
+    state = checkpoints.load(restored) if restored else _new_state(settings, engine)
+    state.exclude(spec.excluded)
+    schedule = _schedule(settings, data.training)
+    monitor = _open_monitor(spec, engine, checkpoints, state, cleanup)
+    progress = _Progress(run_files.heartbeat, stop, settings.run_dir / STOP_FILE)
+    evaluator = Evaluator(_build_hooks(settings, data.held_out, engine, progress))
+    timer, lines = _build_timer(spec, engine, state.step), console.StepLines(state.step, schedule.steps)
+    reporter = StepReporter(run_files.heartbeat, timer, lines, monitor, schedule.steps)
+    guard = Guard(settings.guards, functools.partial(_report_anomaly, run_files.journal))
+    stop.listen()
+    trainer = Trainer(schedule, engine, data.training, guard, evaluator, checkpoints, reporter, stop)
+    _record_start(spec, trainer, state, restored, run_files.journal)
+    return BuiltRun(trainer, state, run_files.journal, run_files.lock)
 
 
-def _train(
-    settings: Settings,
-    deepspeed_settings: dict[str, Any],
-    plan: BatchPlan,
-    place: torch.device,
-    compiled: bool,
-    origin: Origin,
-    endings: contextlib.ExitStack,
-) -> Outcome:
-    """
-    Args:
-        endings: gets what must be closed, however the run ends.
-    """
+def _record_start(
+    spec: RunSpec, trainer: Trainer, state: TrainState, restored: Restored | None, journal: Journal
+) -> None:
+    """Record the start in the run's directory, its journal, TensorBoard and the log."""
+    settings, plan, steps = spec.settings, spec.plan, trainer.schedule.steps
+    parameters = count_parameters(trainer.engine.model)
+    collectives.barrier()  # once the start is recorded, any rank must accept a stop
+    if collectives.is_main():
+        record_start(settings, state, plan, steps)
+        text = start_text(plan, restored, spec.excluded)
+        write_dashboard(trainer.reporter.monitor, settings, parameters, plan)
+        trainer.reporter.monitor.mark_start(state.step, f"{time.strftime(TIME)}: {text}")
+        journal.write("start", text, state.step, left_out=state.left_out)
+    log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
+    log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows an epoch")
+    if restored:
+        log_resume(restored, settings, steps)
+
+
+def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
+    """Check and create the run's directories, open its log and journal, and lock it against other processes."""
+    settings = spec.settings
     if settings.model.init_from is not None and collectives.broadcast_from_main(
-        lambda: begins_anew(settings, origin.resume)
+        lambda: starts_new_run(settings, spec.resume)
     ):
-        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads it if it is on the hub
+        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model of the hub
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
     open_stacks(settings.run_dir, collectives.rank())
     console.open_log(settings.run_dir / "train.log")
-    made_again = functools.partial(_restore_checkpoint_dir, settings, journal, endings)
-    house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, made_again)
-    lock = collectives.call_on_all_ranks(lambda: _take_over(settings, house))
-    wanted = collectives.broadcast_from_main(lambda: what_to_resume(settings, origin.resume))
-    heartbeat.beat()
-    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, wanted))
-    check_shards(dataset, settings.run_dir / "data_checked.json")
-    heartbeat.beat()
-    tell_of_data = functools.partial(_tell_of_data, journal)
-    stop = _stop_request(settings)
-    stopped = functools.partial(_is_stopped, stop, settings.run_dir / STOP_FILE)
-    windows = Windows(dataset, "train", plan.sequence_length, tell_of_data, stopped)
-    data = TrainingData(windows, plan, collectives.rank(), settings.run.seed, place)
-    course = _course(settings, data)
-    identity = identity_of(settings, dataset)
-    backup = backup_of(settings)
-    restored = choose_checkpoint(settings.checkpoint_dir, wanted, identity, backup) if wanted else None
-
-    heartbeat.beat()
-    engine = _engine(settings, deepspeed_settings, plan, compiled)
-    heartbeat.beat()
-    run_settings = public_tree(settings)
-    checkpoints = Checkpoints(house, engine, identity, run_settings, backup, journal)
-    state = checkpoints.load(restored) if restored else _fresh(settings, engine)
-    state.leave_out(origin.leave_out)
-    trackers = collectives.call_on_all_ranks(lambda: _open_trackers(settings, deepspeed_settings, state, plan))
-    reserve = functools.partial(_reserve, checkpoints)
-    monitor = Monitor(engine, settings.run_dir / METRICS, state.recorded_step, trackers, reserve)
-    endings.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
-    meter = _meter(settings, engine, plan, place, state.step)
-    held_out = functools.partial(Windows, dataset, "val", plan.sequence_length, tell_of_data, stopped)
-    hooks = _hooks(settings, held_out, engine, _Progress(heartbeat, stop, settings.run_dir / STOP_FILE))
-    stop.listen()
-    collectives.barrier()  # once the start is announced, any rank must accept a stop
-    if collectives.is_main():
-        _record_start(settings, state, plan, course.steps)
-        _open_dashboard(settings, monitor, engine, plan, restored, origin)
-        journal.write("start", _start_text(plan, restored, origin), state.step, left_out=state.left_out)
-    log.info(f"run {settings.run.name}: {device.describe(place)}{', compiled' if compiled else ''}")
-    log.info(f"model {count_parameters(engine.model):,} parameters; {plan}; {len(data.windows):,} windows an epoch")
-    if restored:
-        log.info(f"resumed from {restored.generation.path}, step {state.step} of {course.steps}")
-        for change in _changes(restored.manifest.settings, settings):
-            log.info(f"changed since then: {change}")
-        del restored  # a copy of all the state
-
-    guard = Guard(settings.guards, functools.partial(_tell, journal))
-    lines = console.StepLines(state.step, course.steps)
-    gc.collect()
-    gc.freeze()  # looking through the libraries' 400,000 objects takes 0.2 s, on each rank at another time
-    ending = loop.train(course, state, engine, data, hooks, monitor, checkpoints, meter, lines, stop, guard, heartbeat)
-    lines.close()
-    monitor.close()
-    stop.clear()
-    newest = newest_tag(checkpoints.directory)
-    saved = f"checkpoint {checkpoints.directory / newest}" if newest else "no checkpoint is saved"
-    if ending == Ending.STOPPED and stop.reason is not None:
-        log.warning(f"{stop.reason}: stopping")
-    log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
-    engine.close()
-    result = _outcome(ending, guard, stop.is_alone)
-    if lock is not None:
-        _note_end(journal, ending, result, state, course)
-        lock.close()
-    return result
-
-
-def _reserve(checkpoints: Checkpoints) -> Path:
-    return checkpoints.directory / UNWRITTEN
-
-
-def _is_stopped(stop: StopRequest, file: Path) -> bool:
-    """Whether a stop is requested, as far as this rank sees it; used where ranks cannot ask each other."""
-    return stop.signalled or os.path.lexists(file)  # unlike Path.exists, it does not raise if the disk fails
-
-
-def _stop_request(settings: Settings) -> StopRequest:
-    if not collectives.is_main():
-        return StopRequest()
-    stop = StopRequest(OpenDirectory(settings.run_dir), OpenDirectory(settings.checkpoint_dir))
-    if not stop.is_supervised:  # a supervisor has done it, and a request since then counts
-        stop.clear()
-    return stop
-
-
-def _tell(journal: Journal, incident: Anomaly) -> None:
-    if collectives.is_main():
-        log.warning(f"step {incident.step}: {incident.text}")
-        facts = {"policy": incident.policy, "begun": incident.begun, "batches": list(incident.batches)}
-        journal.write(incident.kind, incident.text, incident.step, **facts)
-
-
-def _tell_of_data(journal: Journal, text: str) -> None:
-    """Of whichever rank it befell, from whichever thread."""
-    text = f"rank {collectives.rank()}: {text}"
-    log.error(text)
-    journal.write("data_error", text)
-
-
-def _outcome(ending: Ending, guard: Guard, alone: bool) -> Outcome:
-    if guard.rollback is not None:
-        batches = format_batches(guard.rollback.batches)
-        leave_out = f" --leave_out {batches}" if batches else ""
-        log.info(f"to go back: --resume before:{guard.rollback.begun}{leave_out} (the supervisor does it by itself)")
-        return Outcome(ROLLBACK, before=guard.rollback.begun, leave_out=guard.rollback.batches)
-    if ending is Ending.NOT_FINITE:
-        log.error("losses or weights are not finite: resume from an earlier checkpoint, with a lower schedule.max_lr")
-    return Outcome({Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED), alone=alone)
-
-
-def _note_end(journal: Journal, ending: Ending, result: Outcome, state: TrainState, course: loop.Course) -> None:
-    """Crashes are noted by the supervisor; so is a rollback, which it makes."""
-    if ending is Ending.UNSAVED:
-        journal.write("save_failed", "ended, but the last state could not be saved", state.step, ended=True)
-    if result.code == DONE:
-        journal.write("done", f"done, {course.steps:,} steps", state.step)
-    elif result.code == STOPPED:
-        journal.write("stop", f"stopped on request at step {state.step:,} of {course.steps:,}, saved", state.step)
+    restore_directory = functools.partial(_restore_checkpoint_dir, settings, journal, cleanup)
+    checkpoints = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, restore_directory)
+    lock = collectives.call_on_all_ranks(lambda: _lock_checkpoints(settings, checkpoints))
+    return _RunFiles(heartbeat, journal, checkpoints, lock)
 
 
 def _check_directories(settings: Settings) -> None:
@@ -275,33 +192,156 @@ def _check_directories(settings: Settings) -> None:
         write_first_settings(settings)
 
 
-def _restore_checkpoint_dir(settings: Settings, journal: Journal, endings: contextlib.ExitStack, text: str) -> None:
-    """The directory of checkpoints was deleted and made again: mark and lock it as it was."""
-    log.error(text)
-    journal.write("no_checkpoints", text)
-    write_owner(settings.checkpoint_dir, settings.run_dir)
-    endings.enter_context(files.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
-
-
-def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
-    """On rank 0: lock the run against other processes, and bring its checkpoints in order."""
+def _lock_checkpoints(settings: Settings, checkpoints: Housekeeping) -> BinaryIO | None:
+    """On rank 0, lock the run's checkpoints, and complete or remove interrupted saves."""
     if not collectives.is_main():
         return None
-    lock = files.lock(house.directory / LOCK, f"run {settings.run.name}")
-    house.start()
+    lock = files.lock(checkpoints.directory / LOCK, f"run {settings.run.name}")
+    checkpoints.start()
     return lock
 
 
-def _open_trackers(
-    settings: Settings, deepspeed_settings: dict[str, Any], state: TrainState, plan: BatchPlan
-) -> dict[str, Tracker]:
+def _restore_checkpoint_dir(settings: Settings, journal: Journal, cleanup: contextlib.ExitStack, text: str) -> None:
+    """Mark and lock the checkpoint directory again after it was deleted and created again."""
+    log.error(text)
+    journal.write("no_checkpoints", text)
+    write_owner(settings.checkpoint_dir, settings.run_dir)
+    cleanup.enter_context(files.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
+
+
+def _stop_request(settings: Settings) -> StopRequest:
+    if not collectives.is_main():
+        return StopRequest()
+    stop = StopRequest(OpenDirectory(settings.run_dir), OpenDirectory(settings.checkpoint_dir))
+    if not stop.is_supervised:  # a supervisor has cleared it before, and a request since then counts
+        stop.clear()
+    return stop
+
+
+def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunData:
+    """Choose what to resume from, and open and check the data that belongs to it."""
+    settings = spec.settings
+    source = collectives.broadcast_from_main(lambda: choose_source(settings, spec.resume))
+    run_files.heartbeat.beat()
+    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, source))
+    check_shards(dataset, settings.run_dir / "data_checked.json")
+    run_files.heartbeat.beat()
+    report = functools.partial(_report_data_error, run_files.journal)
+    is_stopped = functools.partial(_is_stopped, stop, settings.run_dir / STOP_FILE)
+
+    def windows(split: Literal["train", "val"]) -> Windows:
+        return Windows(dataset, split, spec.plan.sequence_length, report, is_stopped)
+
+    training = TrainingData(windows("train"), spec.plan, collectives.rank(), settings.run.seed, spec.device)
+    return _RunData(training, lambda: windows("val"), identity_of(settings, dataset), source)
+
+
+def _is_stopped(stop: StopRequest, file: Path) -> bool:
+    """Return whether this rank sees a stop request; for code in which ranks cannot communicate."""
+    return stop.signalled or os.path.lexists(file)  # unlike Path.exists, it does not raise if the disk fails
+
+
+def _build_engine(spec: RunSpec) -> Engine:
+    settings, plan = spec.settings, spec.plan
+    seed_everything(settings.run.seed)
+    model = GPT2(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.dropout)
+    if spec.is_compiled:
+        model.compile_blocks()
+    completed = deepspeed_config.complete(spec.deepspeed_settings, settings, plan, count_parameters(model))
+    engine = Engine(model, completed, settings.optimizer.weight_decay)
+    seed_everything(settings.run.seed + collectives.rank())  # dropout differs between ranks
+    return engine
+
+
+def _new_state(settings: Settings, engine: Engine) -> TrainState:
+    """Return the state of a new run, with the initial weights of another model if the settings name one."""
+    if (name := settings.model.init_from) is not None:
+        engine.set_weights(collectives.call_on_all_ranks(lambda: weights_for(engine.model.shape, name)))
+        log.info(f"initial weights from {name}")
+    return TrainState()
+
+
+def _schedule(settings: Settings, data: TrainingData) -> TrainingSchedule:
+    schedule = settings.schedule
+    steps = steps_of(schedule, len(data.windows), data.plan)
+    rate = functools.partial(
+        learning_rate,
+        steps=steps,
+        warmup_steps=schedule.warmup_steps,
+        max_lr=schedule.max_lr,
+        min_lr=schedule.min_lr,
+    )
+    stop_seconds = 0.8 * settings.supervisor.stop_seconds  # the rest is for closing the run
+    return TrainingSchedule(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
+
+
+def _open_monitor(
+    spec: RunSpec, engine: Engine, checkpoints: Checkpoints, state: TrainState, cleanup: contextlib.ExitStack
+) -> Monitor:
+    settings = spec.settings
+    trackers = collectives.call_on_all_ranks(lambda: _open_trackers(spec, state))
+    monitor = Monitor(
+        engine.monitors,
+        settings.run_dir / METRICS,
+        state.recorded_step,
+        trackers,
+        reserve=lambda: checkpoints.directory / UNWRITTEN,
+    )
+    cleanup.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
+    return monitor
+
+
+def _open_trackers(spec: RunSpec, state: TrainState) -> dict[str, Tracker]:
     if not collectives.is_main():
         return {}
-    return open_trackers(deepspeed_settings, settings.run_dir, settings.run.name, state.step, plan.windows_per_step)
+    run = spec.settings.run
+    run_dir = spec.settings.run_dir
+    return open_trackers(spec.deepspeed_settings, run_dir, run.name, state.step, spec.plan.windows_per_step)
+
+
+def _build_timer(spec: RunSpec, engine: Engine, step: int) -> StepTimer:
+    peak = device.peak_flops(spec.device)
+    total_peak = peak and peak * spec.plan.world_size
+    flops = flops_per_token(engine.model)
+    earlier = _earlier_time(spec.settings, step)
+    return StepTimer(spec.plan.tokens_per_step, flops, total_peak, earlier, engine.record_event)
+
+
+def _earlier_time(settings: Settings, step: int) -> EarlierTime:
+    """Return the times of earlier starts, for a start at ``step``; only rank 0 reports them."""
+    starts = started_from(read_starts(settings.run_dir / STARTS)) if collectives.is_main() else []
+    pace = Pace(Cadence.of(settings), [*starts, step])
+    started = first_start(settings.run_dir / STARTS) if collectives.is_main() else None
+    if started is None:
+        return EarlierTime(trained_seconds=0.0, first_start=time.time(), pace=pace)
+    trained = 0.0
+    for timed in timed_of(read_metrics(settings.run_dir / METRICS)):
+        trained += timed.train
+        pace.add(timed)
+    return EarlierTime(trained, started, pace)
+
+
+def _build_hooks(
+    settings: Settings, held_out: Callable[[], Windows], engine: Engine, progress: Callable[[], None]
+) -> list[Hook]:
+    hooks: list[Hook] = [Health(engine.device)]
+    if settings.histograms.every:  # before the hooks that a stop may interrupt: it cannot be repeated
+        hooks.append(Histograms(settings.histograms, engine.model))
+    if settings.validation.every:
+        hooks.append(Validation(settings.validation, held_out(), settings.batch.micro_batch))
+    if settings.samples.every:
+        directory, context = settings.run_dir / "samples", settings.batch.sequence_length
+        hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
+    if settings.hellaswag.every:
+        hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
+        hooks += [hellaswag] if hellaswag is not None else []
+    for hook in hooks:
+        hook.progress = progress
+    return hooks
 
 
 class _Progress:
-    """Called often during an observation, on each rank alone: other ranks may be elsewhere in theirs, or done."""
+    """Called often during an evaluation, on each rank on its own: ranks may be at different points of it."""
 
     def __init__(self, heartbeat: Heartbeat, stop: StopRequest, stop_file: Path) -> None:
         self._heartbeat, self._stop, self._stop_file = heartbeat, stop, stop_file
@@ -322,133 +362,15 @@ class _Progress:
             raise Interrupted
 
 
-def _hooks(
-    settings: Settings, held_out: Callable[[], Windows], engine: Engine, progress: Callable[[], None]
-) -> list[Hook]:
-    hooks: list[Hook] = [Health(engine.device)]
-    if settings.histograms.every:  # before those that a stop may interrupt: it cannot be repeated
-        hooks.append(Histograms(settings.histograms, engine.model))
-    if settings.validation.every:
-        hooks.append(Validation(settings.validation, held_out(), settings.batch.micro_batch))
-    if settings.samples.every:
-        directory, context = settings.run_dir / "samples", settings.batch.sequence_length
-        hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
-    if settings.hellaswag.every:
-        hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
-        hooks += [hellaswag] if hellaswag is not None else []
-    for hook in hooks:
-        hook.progress = progress
-    return hooks
+def _report_anomaly(journal: Journal, anomaly: Anomaly) -> None:
+    if collectives.is_main():
+        log.warning(f"step {anomaly.step}: {anomaly.text}")
+        facts = {"policy": anomaly.policy, "begun": anomaly.first_step, "batches": list(anomaly.batches)}
+        journal.write(anomaly.kind, anomaly.text, anomaly.step, **facts)
 
 
-def _engine(settings: Settings, deepspeed_settings: dict[str, Any], plan: BatchPlan, compiled: bool) -> Engine:
-    seed_everything(settings.run.seed)
-    model = GPT2(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.dropout)
-    if compiled:
-        model.compile_blocks()
-    completed = deepspeed_config.complete(deepspeed_settings, settings, plan, count_parameters(model))
-    engine = Engine(model, completed, settings.optimizer.weight_decay)
-    seed_everything(settings.run.seed + collectives.rank())  # dropout differs between ranks
-    return engine
-
-
-def _fresh(settings: Settings, engine: Engine) -> TrainState:
-    """The state of a run that begins, with the weights of another model where the settings name one."""
-    if (name := settings.model.init_from) is not None:
-        engine.begin_from(collectives.call_on_all_ranks(lambda: weights_for(engine.model.shape, name)))
-        log.info(f"initial weights from {name}")
-    return TrainState()
-
-
-def _meter(settings: Settings, engine: Engine, plan: BatchPlan, place: torch.device, from_step: int) -> Meter:
-    peak = device.peak_flops(place)
-    flops = flops_per_token(engine.model)
-    return Meter(
-        plan.tokens_per_step, flops, peak and peak * plan.world_size, _past(settings, from_step), engine.moment
-    )
-
-
-def _past(settings: Settings, from_step: int) -> Past:
-    """What the run has behind it, up to this start; only rank 0 reports it."""
-    starts = started_from(read_starts(settings.run_dir / STARTS)) if collectives.is_main() else []
-    pace = Pace(Cadence.of(settings), [*starts, from_step])
-    begun = first_start(settings.run_dir / STARTS) if collectives.is_main() else None
-    if begun is None:
-        return Past(trained_seconds=0.0, begun=time.time(), pace=pace)
-    trained = 0.0
-    for timed in timed_of(read_metrics(settings.run_dir / METRICS)):
-        trained += timed.train
-        pace.add(timed)
-    return Past(trained, begun, pace)
-
-
-def _start_text(plan: BatchPlan, restored: Restored | None, origin: Origin) -> str:
-    text = f"went on from {restored.generation.tag}" if restored else "started"
-    if origin.leave_out:
-        text += f" without batches {format_batches(origin.leave_out)} of the data"
-    return f"{text}, {plan}"
-
-
-def _open_dashboard(
-    settings: Settings, monitor: Monitor, engine: Engine, plan: BatchPlan, restored: Restored | None, origin: Origin
-) -> None:
-    hyper_parameters = {
-        "parameters": count_parameters(engine.model),
-        "world_size": plan.world_size,
-        "data": settings.data.dir.name,
-        **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
-    }
-    compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
-    open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, compare)
-    text = _start_text(plan, restored, origin)
-    monitor.mark_start(restored.manifest.step if restored else 0, f"{time.strftime(TIME)}: {text}")
-
-
-def _course(settings: Settings, data: TrainingData) -> loop.Course:
-    schedule = settings.schedule
-    steps = steps_of(schedule, len(data.windows), data.plan)
-    rate = functools.partial(
-        learning_rate,
-        steps=steps,
-        warmup_steps=schedule.warmup_steps,
-        max_lr=schedule.max_lr,
-        min_lr=schedule.min_lr,
-    )
-    stop_seconds = 0.8 * settings.supervisor.stop_seconds  # the rest is for the end itself
-    return loop.Course(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
-
-
-def _changes(before: dict[str, Any], settings: Settings) -> list[str]:
-    """The settings that differ from those a checkpoint was saved under, as ``name old -> new``."""
-    old, new = flat(before), flat(public_tree(settings))
-    absolute = "run.dir" in old  # an earlier version stored absolute paths: where they lead to now says nothing
-    left_out = {_COMMAND, *(PATH_KEYS if absolute else ())}  # an earlier version stored the command as it is
-    names = [name for name in new if name not in left_out]
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
-
-
-def _record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
-    """Record in the run's directory what was started: the settings in force, and one line per start."""
-    write_settings(settings)
-    for directory in settings.shared_output_dirs:
-        write_owner(directory, settings.run_dir)
-    start = {
-        "time": time.strftime(TIME),
-        "from_step": state.step,
-        "run_dir": str(settings.run_dir),
-        "steps": steps,
-        "world_size": plan.world_size,
-        "command": [f"{_COMMAND}={HIDDEN}" if word.startswith(f"{_COMMAND}=") else word for word in sys.argv],
-        "versions": library_versions(),
-        "git_commit": _git_commit(),
-    }
-    append_lines(settings.run_dir / STARTS, json.dumps(start).encode() + b"\n")
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(PROJECT_DIR), "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or not a checkout
-    return answer.stdout.strip()
+def _report_data_error(journal: Journal, text: str) -> None:
+    """Report a read error of this rank; called from any thread."""
+    text = f"rank {collectives.rank()}: {text}"
+    log.error(text)
+    journal.write("data_error", text)

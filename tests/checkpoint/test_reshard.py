@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gpt2.checkpoint.deepspeed_io import partition_file, unpickle
 from ds_gpt2.checkpoint.reshard import repartition
+from ds_gpt2.engine.checkpoint_io import partition_file, unpickle
 
 Partition = dict[str, Any]
 

@@ -14,11 +14,11 @@ import torch
 from ds_gpt2.checkpoint import resume, verify
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.catalog import open_generation
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest, encode
 from ds_gpt2.checkpoint.naming import MANIFEST
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import BackupSettings
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
 
 IDENTITY = {"model.layers": 2, "model.width": 32, "data": "abc"}
 

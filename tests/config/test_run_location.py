@@ -17,7 +17,7 @@ from ds_gpt2.config import run_location
 from ds_gpt2.config.run_location import load_run_settings, stored_settings, write_owner
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.tools.report import diff
-from ds_gpt2.training import preflight, setup
+from ds_gpt2.training import preflight, run_start
 
 Start = Callable[..., Settings]
 
@@ -126,7 +126,7 @@ def test_a_run_that_moved_without_the_checkpoints_beside_it_is_not_begun_again(
     start(project, run_dir=there / "runs", checkpoints=str(there / "checkpoints"))
     shutil.move(there / "runs" / "a", tmp_path / "home" / "runs" / "a")
     settings = load_run_settings(tmp_path / "home" / "runs" / "a")
-    message = f"no checkpoints in {tmp_path}/home/checkpoints/a, but it left some in {there}/checkpoints/a"
+    message = f"no checkpoints in {tmp_path}/home/checkpoints/a, but it has some in {there}/checkpoints/a"
     with pytest.raises(UserError, match=rf"{message}: move .*, or set checkpoint.dir={there}/checkpoints$"):
         preflight.check_outputs(settings)
     there_again = load_run_settings(settings.run_dir, {"checkpoint.dir": str(there / "checkpoints")})
@@ -169,7 +169,7 @@ def test_a_command_for_alerts_is_stored_for_its_owner_alone(project: Path) -> No
     assert public["alerts"]["command"] == "(not shown)" and "s3cr3t" not in str(public)
     assert run_location.public_tree(settings)["alerts"]["command"] is None
     earlier = run_location.portable_tree(secret)  # as earlier versions stored it with every checkpoint
-    assert not any("alerts" in change for change in setup._changes(earlier, settings))
+    assert not any("alerts" in change for change in run_start.changed_settings(earlier, settings))
     assert list(diff.settings_that_differ(settings, secret)) == ["alerts.command"]
     assert "s3cr3t" not in str(diff.settings_that_differ(settings, secret))
 
@@ -180,7 +180,7 @@ def test_a_renamed_run_has_the_name_of_its_directory(project: Path, monkeypatch:
     os.rename(project / "runs" / "a", project / "runs" / "b")
     renamed = load_run_settings(project / "runs" / "b")
     assert renamed.run.name == "b"
-    with pytest.raises(UserError, match=rf"no checkpoints in {project}/checkpoints/b, but it left some in .*/a: move"):
+    with pytest.raises(UserError, match=rf"no checkpoints in {project}/checkpoints/b, but it has some in .*/a: move"):
         preflight.check_outputs(renamed)
     os.rename(project / "checkpoints" / "a", project / "checkpoints" / "b")
     preflight.check_outputs(renamed)
@@ -193,7 +193,7 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
     use(project, monkeypatch)
     start(project)
     shutil.copytree(project / "runs" / "a", project / "runs" / "b")
-    with pytest.raises(UserError, match=rf"left some in .*/a: copy that directory to {project}/checkpoints/b$"):
+    with pytest.raises(UserError, match=rf"has some in .*/a: copy that directory to {project}/checkpoints/b$"):
         preflight.check_outputs(load_run_settings(project / "runs" / "b"))
 
 
@@ -228,7 +228,7 @@ def test_checkpoints_that_were_set_elsewhere_at_the_start_before_are_named(
     use(project, monkeypatch)
     start(project, checkpoints=str(tmp_path / "ck"))
     here = load_run_settings(project / "runs" / "a", {"checkpoint.dir": str(tmp_path / "new")})
-    with pytest.raises(UserError, match=rf"left some in {tmp_path}/ck/a: .*set checkpoint.dir={tmp_path}/ck$"):
+    with pytest.raises(UserError, match=rf"has some in {tmp_path}/ck/a: .*set checkpoint.dir={tmp_path}/ck$"):
         preflight.check_outputs(here)
 
 

@@ -28,18 +28,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., P
     return results
 
 
-def test_the_first_loss_is_that_of_the_same_windows_whatever_the_ranks(seen: Seen) -> None:
+def test_the_first_loss_does_not_depend_on_the_number_of_ranks(seen: Seen) -> None:
     losses = [seen[ranks]["steps"][0][0] for ranks in seen]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     assert losses[0] == pytest.approx(math.log(50_257), abs=0.3)
 
 
-def test_another_models_weights_are_taken_exactly(seen: Seen) -> None:
+def test_weights_of_another_model_are_set_exactly(seen: Seen) -> None:
     for ranks in seen:
         assert seen[ranks]["begun_from"] == {"masters": True, "rounded": True, "padding": True}
 
 
-def test_training_agrees_to_bf16_noise_whatever_the_ranks(seen: Seen) -> None:
+def test_training_agrees_to_bf16_noise_for_any_number_of_ranks(seen: Seen) -> None:
     one, two, four = (seen[ranks]["steps"] for ranks in (1, 2, 4))
     for other in (two, four):
         for (loss, norm), (expected_loss, expected_norm) in zip(other, one, strict=True):
@@ -55,12 +55,12 @@ def test_gradients_accumulate_in_fp32(seen: Seen) -> None:
         assert seen[ranks]["summed_gradient"] == pytest.approx(1 + (accumulation - 1) / 512, rel=1e-6)
 
 
-def test_the_norm_is_computed_once_a_step_and_by_us(seen: Seen) -> None:
+def test_the_norm_is_computed_once_per_step_by_the_replacement(seen: Seen) -> None:
     """DeepSpeed asks methods that it does not promise to have: it must go on asking them."""
     assert {seen[ranks]["norms"] for ranks in seen} == {4}
 
 
-def test_the_norm_of_the_gradients_is_exact_whatever_the_ranks(seen: Seen) -> None:
+def test_the_gradient_norm_is_exact_for_any_number_of_ranks(seen: Seen) -> None:
     """One fp32 sum over all of them is off by 1e-4 on a CPU, by another amount for every number of ranks.
 
     Sums of 4,096 squares are in fp32 still: how far off they are depends on the processor's vectors (1.4e-7 at most).
@@ -69,16 +69,16 @@ def test_the_norm_of_the_gradients_is_exact_whatever_the_ranks(seen: Seen) -> No
         assert seen[ranks]["norm_error"] < 1e-6
 
 
-def test_a_step_that_ends_early_reduces_nothing_and_leaves_nothing(seen: Seen) -> None:
+def test_an_interrupted_step_reduces_nothing_and_leaves_no_gradient(seen: Seen) -> None:
     for ranks in seen:
         assert seen[ranks]["dropped"] == {"stopped": True, "left": 0.0, "reductions": 0}
 
 
-def test_validation_is_bit_identical_whatever_the_ranks(seen: Seen) -> None:
+def test_validation_is_bit_identical_for_any_number_of_ranks(seen: Seen) -> None:
     assert len({seen[ranks]["validation_before"] for ranks in seen}) == 1
 
 
-def test_nothing_bad_in_one_micro_batch_of_one_rank_ever_reaches_the_state(seen: Seen) -> None:
+def test_a_bad_micro_batch_of_one_rank_never_reaches_the_state(seen: Seen) -> None:
     """In losses and in gradients, and updates that are to be skipped; benchmarks/bad_gradients.py has 1,000."""
     for ranks in seen:
         bad = seen[ranks]["bad"]
@@ -87,25 +87,25 @@ def test_nothing_bad_in_one_micro_batch_of_one_rank_ever_reaches_the_state(seen:
         assert math.isfinite(seen[ranks]["after_skip"][0][0])
 
 
-def test_a_fingerprint_tells_of_one_bit_on_one_rank(seen: Seen) -> None:
+def test_one_differing_bit_changes_the_fingerprint(seen: Seen) -> None:
     for ranks in seen:
         same, flipped, back = (seen[ranks]["fingerprints"][name] for name in ("same", "flipped", "back"))
         assert len(set(same)) == 1 and back == same
         assert flipped[-1] != same[-1] and flipped[:-1] == same[:-1]
 
 
-def test_a_mistake_found_by_one_rank_is_heard_by_all(seen: Seen) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(seen: Seen) -> None:
     for ranks in seen:
         expected = [[f"rank {guilty} found it"] * ranks for guilty in range(ranks)]
         assert seen[ranks]["complaints"] == expected
 
 
-def test_an_observation_interrupted_on_one_rank_is_on_all(seen: Seen) -> None:
+def test_a_hook_interrupted_on_one_rank_is_interrupted_on_all(seen: Seen) -> None:
     for ranks in seen:
         assert seen[ranks]["interrupted"] == [[True] * ranks] * ranks
 
 
-def test_histograms_and_norms_are_those_of_the_whole_tensors_whatever_the_ranks(seen: Seen) -> None:
+def test_histograms_and_norms_equal_those_of_whole_tensors(seen: Seen) -> None:
     for ranks in seen:
         told, expected = seen[ranks]["histograms"]["told"], seen[ranks]["histograms"]["expected"]
         assert told.keys() == expected.keys()

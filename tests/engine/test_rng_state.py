@@ -12,7 +12,7 @@ def _draw() -> tuple[object, ...]:
     return (normal, random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item(), torch.randn(1).item())
 
 
-def test_a_restored_state_gives_the_same_numbers_and_loads_without_code() -> None:
+def test_a_restored_random_state_gives_the_same_numbers() -> None:
     seed_everything(3)
     _draw()
     file = io.BytesIO()

@@ -14,7 +14,7 @@ def test_it_counts_steps_tokens_and_skipped_updates() -> None:
     assert (state.step, state.tokens, state.skipped_steps) == (2, 200, 1)
 
 
-def test_the_ledger_tells_apart_what_was_seen_and_in_which_order() -> None:
+def test_the_ledger_depends_on_the_windows_and_their_order() -> None:
     ledgers = set()
     for windows in ("ab", "ba", "aab", "a", ""):
         state = TrainState()
@@ -26,20 +26,20 @@ def test_the_ledger_tells_apart_what_was_seen_and_in_which_order() -> None:
 
 def test_a_validation_belongs_to_its_step() -> None:
     state = TrainState(step=5)
-    state.validated(2.0)
+    state.record_validation(2.0)
     state.advance(1, applied=True, windows=b"")
-    state.validated(2.5)
+    state.record_validation(2.5)
     assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (2.5, 6, 2.0, 5)
 
 
 def test_the_best_validation_loss_is_the_lowest() -> None:
     state = TrainState()
     for loss in (3.0, 2.0, 2.5):
-        state.validated(loss)
+        state.record_validation(loss)
     assert (state.val_loss, state.best_val_loss) == (2.5, 2.0)
 
 
-def test_it_survives_the_way_through_a_checkpoint() -> None:
+def test_the_state_survives_a_checkpoint() -> None:
     state = TrainState(step=7, tokens=700, skipped_steps=1, val_loss=3.5, best_val_loss=3.25, ledger="ab")
     assert TrainState.from_dict(state.to_dict()) == state
     assert TrainState.from_dict({**state.to_dict(), "of_a_later_version": 1}) == state
@@ -50,10 +50,10 @@ def test_a_step_is_recorded_once_it_is_evaluated() -> None:
     assert TrainState(step=7, unevaluated={}).recorded_step == 6
 
 
-def test_batches_that_are_left_out_are_never_the_next() -> None:
+def test_excluded_batches_are_never_next() -> None:
     state = TrainState()
-    state.leave_out([3, 2, 5])
-    state.leave_out([5])
+    state.exclude([3, 2, 5])
+    state.exclude([5])
     seen = []
     for _ in range(5):
         seen.append(state.next_batch)
@@ -63,7 +63,7 @@ def test_batches_that_are_left_out_are_never_the_next() -> None:
     assert (state.step, state.left_out) == (5, [2, 3, 5])
 
 
-def test_a_checkpoint_of_before_batches_could_be_left_out_goes_on_with_the_next_one() -> None:
+def test_a_checkpoint_of_an_earlier_version_continues_with_the_next_batch() -> None:
     old = {"step": 7, "tokens": 700}
     assert TrainState.from_dict(old).next_batch == 8
 
@@ -76,13 +76,13 @@ def test_updates_skipped_in_a_row_are_counted() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(bad: float) -> None:
+def test_a_non_finite_validation_loss_is_never_the_best(bad: float) -> None:
     state = TrainState(step=5)
-    state.validated(bad)
+    state.record_validation(bad)
     assert (state.val_loss, state.best_val_loss, state.best_step) == (None, None, None)
-    state.validated(2.0)
+    state.record_validation(2.0)
     state.step = 6
-    state.validated(bad)
+    state.record_validation(bad)
     assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (2.0, 5, 2.0, 5)
 
 
@@ -91,19 +91,19 @@ def test_a_run_whose_best_is_nan_recovers_at_the_next_finite_loss() -> None:
     saved = {"step": 5, "val_loss": math.nan, "val_step": 5, "best_val_loss": math.nan, "best_step": 5}
     state = TrainState.from_dict(saved)
     assert (state.val_loss, state.val_step, state.best_val_loss, state.best_step) == (None, None, None, None)
-    state.validated(7.0)
+    state.record_validation(7.0)
     assert (state.best_val_loss, state.best_step) == (7.0, 5)
 
 
-def test_many_batches_may_be_left_out() -> None:
+def test_many_batches_can_be_excluded() -> None:
     state = TrainState()
-    state.leave_out(range(9, 1_000_000))
+    state.exclude(range(9, 1_000_000))
     for _ in range(20):
         state.advance(1, True, b"")
     assert state.batch == 1_000_011
 
 
 @given(st.sets(st.integers(1, 30)), st.integers(0, 30))
-def test_the_next_batch_is_the_first_that_is_not_left_out(left_out: set[int], batch: int) -> None:
+def test_the_next_batch_is_the_first_that_is_not_excluded(left_out: set[int], batch: int) -> None:
     state = TrainState(batch=batch, left_out=sorted(left_out))
     assert state.next_batch == next(one for one in range(batch + 1, 100) if one not in left_out)

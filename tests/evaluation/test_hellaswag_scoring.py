@@ -249,7 +249,7 @@ def test_without_items_there_is_no_hook_and_one_line(
     settings.path.write_text(content)
     assert open_hellaswag(settings, tmp_path / "cache") is None
     (line,) = caplog.messages
-    assert line.startswith(f"training goes on without HellaSwag: {settings.path}")
+    assert line.startswith(f"training continues without HellaSwag: {settings.path}")
 
 
 def test_a_file_that_is_not_there_is_fetched_and_its_absence_ends_nothing(
@@ -262,7 +262,7 @@ def test_a_file_that_is_not_there_is_fetched_and_its_absence_ends_nothing(
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", f"http://127.0.0.1:{free_port()}/items.jsonl")
     assert open_hellaswag(settings, tmp_path / "cache") is None
     (line,) = [message for message in caplog.messages if not message.startswith("fetching")]
-    assert line.startswith("training goes on without HellaSwag: http://127.0.0.1:")
+    assert line.startswith("training continues without HellaSwag: http://127.0.0.1:")
     assert "`./launch.sh prepare hellaswag --from FILE`" in line
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", elsewhere.as_uri())
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.SHA256", hashlib.sha256(content).hexdigest())

@@ -85,7 +85,7 @@ class _Gone:
         raise BrokenPipeError
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_log(tmp_path / "train.log")
     lines = StepLines(0, 10)
     with monkeypatch.context() as context:
@@ -99,7 +99,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path, monkeypa
     assert logged.count("step ") == 2
 
 
-def test_a_message_is_one_line_whatever_is_named_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_one_line_with_any_name_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_log(tmp_path / "train.log")
     logging.getLogger("ds_gpt2.data").warning("shard %s cannot be read", "a\x1b[2J\nb\r.bin")
     assert capsys.readouterr().out == "shard a\\x1b[2J\\nb\\r.bin cannot be read\n"

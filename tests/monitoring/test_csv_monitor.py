@@ -27,21 +27,21 @@ from ds_gpt2.tools.doctor import checks
         ([], "csv_monitor: Input should be a valid dictionary"),
     ],
 )
-def test_a_mistake_is_one_line(block: Any, message: str) -> None:
+def test_an_error_is_one_line(block: Any, message: str) -> None:
     block = {"enabled": True, **block} if isinstance(block, dict) else block
     with pytest.raises(UserError, match=message) as error:
         csv_monitor.check({"csv_monitor": block})
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_that_can_be_made_passes_and_is_not_made(tmp_path: Path) -> None:
+def test_a_creatable_directory_passes_and_is_not_created(tmp_path: Path) -> None:
     csv_monitor.check({"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "mine"}})
     csv_monitor.check({"csv_monitor": {"enabled": False, "output_path": "/dev/null"}})
     csv_monitor.check({})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_finds_it(tmp_path: Path) -> None:
+def test_doctor_reports_it(tmp_path: Path) -> None:
     content = json.loads((PROJECT_DIR / "ds_configs" / "zero2_bf16.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps({**content, "csv_monitor": {"enabled": True, "output_path": "/proc"}}))
     deepspeed = {"deepspeed": str(tmp_path / "ds.json")}

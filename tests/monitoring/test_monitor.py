@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.monitoring.monitor import Histogram, Monitor, StepMetrics, from_plain, to_plain
 
 
@@ -24,8 +25,7 @@ class Service:
 def _monitor(file: Path, start_step: int = 0) -> tuple[Monitor, Service]:
     service = Service()
     master = SimpleNamespace(tb_monitor=None, wandb_monitor=service)
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
-    return Monitor(engine, file, start_step), service
+    return Monitor(Monitors(master), file, start_step), service
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def test_scalars_go_out_in_one_batch_and_to_the_file(tmp_path: Path) -> None:
+def test_scalars_are_sent_in_one_batch_and_written_to_the_file(tmp_path: Path) -> None:
     monitor, service = _monitor(tmp_path / "metrics.jsonl")
     for step in (1, 2):
         monitor.write(step, {"train/loss": 2.5 / step, "samples/0": "text\nin two lines"})
@@ -49,21 +49,21 @@ def test_scalars_go_out_in_one_batch_and_to_the_file(tmp_path: Path) -> None:
     ]
 
 
-def test_infinity_and_nan_stay_readable_json(tmp_path: Path) -> None:
+def test_infinity_and_nan_are_valid_json(tmp_path: Path) -> None:
     monitor, _ = _monitor(tmp_path / "metrics.jsonl")
     monitor.write(1, {"train/grad_norm": float("inf"), "train/loss": float("nan")})
     monitor.close()
     assert _records(tmp_path / "metrics.jsonl") == [{"step": 1, "train/grad_norm": None, "train/loss": None}]
 
 
-def test_what_was_seen_survives_the_way_through_a_checkpoint() -> None:
+def test_metrics_survive_a_checkpoint() -> None:
     seen: StepMetrics = {"x": 1.5, "n": 3, "text": "a", "h": Histogram([1.0, 2.0], [3.0, 4.0], 0.5, 2.0, 10.0, 20.0)}
     assert from_plain(json.loads(json.dumps(to_plain(seen), allow_nan=False))) == seen
     plain = to_plain({"x": math.inf, "y": math.nan})
     assert plain == {"x": None, "y": None} and from_plain(plain) == {"x": math.inf, "y": math.inf}
 
 
-def test_what_a_resume_replays_is_forgotten_first(tmp_path: Path) -> None:
+def test_records_that_a_resume_repeats_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     monitor, _ = _monitor(file)
     for step in range(1, 6):
@@ -86,7 +86,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     assert service.batches == []
 
 
-def test_a_service_that_is_away_misses_what_came_meanwhile_and_ends_nothing(tmp_path: Path, heard: list[str]) -> None:
+def test_an_unavailable_service_misses_values_and_ends_nothing(tmp_path: Path, heard: list[str]) -> None:
     monitor, service = _monitor(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
         service.away = step in (2, 3)
@@ -95,8 +95,8 @@ def test_a_service_that_is_away_misses_what_came_meanwhile_and_ends_nothing(tmp_
     monitor.close()
     assert service.batches == [[("x", float(step), step)] for step in (1, 4, 5)]
     assert heard == [
-        "cannot write to wandb_monitor: no route to host; training goes on, and it is tried again",
-        "could write to wandb_monitor again",
+        "cannot write to wandb_monitor: no route to host; training continues and will try again",
+        "recovered: can write to wandb_monitor again",
     ]
     assert [record["step"] for record in _records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
@@ -113,7 +113,7 @@ class FakeTracker:
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         self.events += events
 
-    def begin_to_finish(self, failed: bool) -> None:
+    def start_finishing(self, failed: bool) -> None:
         self.ended.append(failed)
 
     def wait_finished(self, seconds: float) -> str | None:
@@ -121,11 +121,10 @@ class FakeTracker:
         return "did not finish in time"
 
 
-def test_the_end_finishes_trackers_once_and_says_what_is_missing(tmp_path: Path, heard: list[str]) -> None:
+def test_close_finishes_trackers_once_and_reports_failures(tmp_path: Path, heard: list[str]) -> None:
     tracker: Any = FakeTracker()
     master = SimpleNamespace(tb_monitor=None, wandb_monitor=None)
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
-    monitor = Monitor(engine, tmp_path / "metrics.jsonl", 0, {"wandb_monitor": tracker})
+    monitor = Monitor(Monitors(master), tmp_path / "metrics.jsonl", 0, {"wandb_monitor": tracker})
     monitor.write(1, {"x": 1.0})
     monitor.close(failed=True)
     monitor.close()
@@ -139,6 +138,5 @@ def test_csv_files_that_a_resume_continues_get_no_second_header(tmp_path: Path) 
     (tmp_path / "val_loss.csv").write_text("")
     csv = SimpleNamespace(log_dir=str(tmp_path), filenames=[], write_events=lambda events: None)
     master = SimpleNamespace(tb_monitor=None, csv_monitor=csv)
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
-    Monitor(engine, tmp_path / "metrics.jsonl", 1)
+    Monitor(Monitors(master), tmp_path / "metrics.jsonl", 1)
     assert csv.filenames == ["train_loss"]

@@ -28,7 +28,7 @@ def steady(steps: range, seconds: float = 1.0, **more: float) -> list[dict[str, 
     return [{"step": step, "perf/step_ms": 1000 * seconds, **more} for step in steps]
 
 
-def test_a_recent_figure_is_the_median_of_the_last_fifty_finite_ones() -> None:
+def test_a_recent_figure_is_the_median_of_the_last_fifty_finite_values() -> None:
     values = [float(number) for number in range(200)]
     assert recent(values) == statistics.median(values[-RECENT:]) == 174.5
     assert recent([*values[:-1], math.nan, None, math.inf]) == statistics.median(values[-48:-1])
@@ -39,7 +39,7 @@ def test_a_recent_figure_is_the_median_of_the_last_fifty_finite_ones() -> None:
 # --- the pace
 
 
-def test_the_first_step_of_a_start_does_not_count() -> None:
+def test_the_first_step_of_a_start_is_ignored() -> None:
     """It compiles, and before it the run lay still."""
     records = [
         *steady(range(1, 2), 600.0),
@@ -57,7 +57,7 @@ def test_the_first_step_of_a_start_does_not_count() -> None:
     assert pace_of([], []).left(0, 10) is None
 
 
-def test_after_a_restart_with_other_ranks_the_new_steps_count_once_there_are_some() -> None:
+def test_after_a_restart_with_other_ranks_only_new_steps_count() -> None:
     before, after = steady(range(1, 1001), 4.0), steady(range(1001, 1051), 2.0)
     assert pace_of(before + after[:6], [0, 1000]).mean_left(1006, 1106) == pytest.approx(400, abs=2)
     assert pace_of(before + after[:11], [0, 1000]).mean_left(1011, 1111) == 200
@@ -77,7 +77,7 @@ def test_the_pace_has_a_range() -> None:
     assert (pace.low, pace.high) == (pytest.approx(1.0, abs=0.05), pytest.approx(3.0, abs=0.05))
 
 
-def test_without_step_times_the_time_between_records_counts_less_evaluation_and_saves() -> None:
+def test_without_step_times_the_time_between_records_is_used() -> None:
     records: list[dict[str, Any]] = [{"step": step, "time": 10.0 * step} for step in (1, 2, 3, 5)]
     records[2] |= {"perf/eval_ms": 3000.0, "perf/save_ms": 2000.0}
     assert list(timed_of(records)) == [(2, 10.0, 0.0, 0.0), (3, 5.0, 3.0, 2.0), (5, 10.0, 0.0, 0.0)]
@@ -87,7 +87,7 @@ def test_without_step_times_the_time_between_records_counts_less_evaluation_and_
 # --- time left
 
 
-def test_evaluations_and_saves_are_terms_of_their_own() -> None:
+def test_evaluations_and_saves_are_counted_separately() -> None:
     """The time left falls by one step with each step, whatever came between two of them."""
     cadence = Cadence({"validation": 10, "hellaswag": 20}, 25)
     costs = {(0, 1): 7.0, (1, 1): 50.0}
@@ -118,7 +118,7 @@ def test_one_slow_evaluation_does_not_change_the_usual_time() -> None:
     assert pace_of(records, [0], Cadence({"validation": 10}, 0)).mean_left(100, 200) == 100 + 10 * 5
 
 
-def test_what_comes_together_for_the_first_time_at_the_end_is_the_sum_of_its_parts() -> None:
+def test_a_new_combination_at_the_end_is_estimated_from_its_parts() -> None:
     cadence = Cadence({"validation": 10, "samples": 15}, 0)
     records = steady(range(1, 22))
     records[10] |= {"perf/eval_ms": 4000.0}  # after step 10
@@ -127,12 +127,12 @@ def test_what_comes_together_for_the_first_time_at_the_end_is_the_sum_of_its_par
     assert pace_of(records, [0], cadence).mean_left(21, 25) == 4 + 10
 
 
-def test_small_times_beside_every_step_are_part_of_it() -> None:
+def test_small_times_of_every_step_are_part_of_the_step() -> None:
     pace = pace_of(steady(range(1, 101), **{"perf/eval_ms": 500.0}), [0])
     assert pace.mean_left(100, 200) == 150
 
 
-def test_saves_that_no_cadence_makes_are_expected_as_often_as_of_late() -> None:
+def test_saves_off_the_interval_are_expected_at_their_recent_rate() -> None:
     """Best checkpoints and ends of epochs."""
     records = steady(range(1, 102))
     for step in (31, 61, 91):
@@ -146,7 +146,7 @@ def test_saves_that_no_cadence_makes_are_expected_as_often_as_of_late() -> None:
     step=st.integers(0, 60),
     more=st.integers(0, 40),
 )
-def test_what_is_left_is_what_training_will_do(every: dict[str, int], save: int, step: int, more: int) -> None:
+def test_the_remaining_events_equal_those_of_training(every: dict[str, int], save: int, step: int, more: int) -> None:
     steps, cadence = step + more, Cadence(every, save)
     together = [
         frozenset(name for name, each in every.items() if place in due(each, steps))
@@ -159,9 +159,7 @@ def test_what_is_left_is_what_training_will_do(every: dict[str, int], save: int,
 
 
 @given(every=st.integers(1, 9), other=st.integers(1, 9), save=st.integers(0, 30), newest=st.integers(1, 300))
-def test_the_records_that_tell_of_evaluations_and_saves_are_enough(
-    every: int, other: int, save: int, newest: int
-) -> None:
+def test_the_selected_records_are_sufficient_for_the_estimate(every: int, other: int, save: int, newest: int) -> None:
     """A pace from these records has the same usual times as one from all of them."""
     cadence = Cadence({"validation": every, "samples": other}, save)
     all_of_them, some = Pace(cadence, [0]), Pace(cadence, [0])

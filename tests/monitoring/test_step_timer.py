@@ -5,14 +5,14 @@ import pytest
 
 from ds_gpt2.monitoring import step_timer
 from ds_gpt2.monitoring.pace import Cadence, Pace, timed_of
-from ds_gpt2.monitoring.step_timer import Meter, Past
+from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 
 _PHASES = [f"perf/{name}_ms" for name in ("data", "forward_backward", "update", "eval", "save", "step")]
 NEVER = Cadence({}, 0)
 
 
-def past(trained_seconds: float = 0.0, begun: float = 0.0, cadence: Cadence = NEVER) -> Past:
-    return Past(trained_seconds, begun, Pace(cadence, [0]))
+def earlier(trained_seconds: float = 0.0, first_start: float = 0.0, cadence: Cadence = NEVER) -> EarlierTime:
+    return EarlierTime(trained_seconds, first_start, Pace(cadence, [0]))
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_speed_is_of_the_step_alone(clock: list[float]) -> None:
-    timed = Meter(tokens_per_step=1000, flops_per_token=2e9, peak_flops=4e12, past=past())
+def test_throughput_excludes_evaluation_and_saving(clock: list[float]) -> None:
+    timed = StepTimer(tokens_per_step=1000, flops_per_token=2e9, peak_flops=4e12, earlier=earlier())
     timed.begin()
     clock[0] += 0.5
     measured = timed.end(1)
@@ -32,13 +32,13 @@ def test_speed_is_of_the_step_alone(clock: list[float]) -> None:
     assert {tag: measured[tag] for tag in expected} == expected
 
 
-def test_the_time_of_a_step_is_told_by_phase(clock: list[float]) -> None:
+def test_the_time_of_a_step_is_reported_by_phase(clock: list[float]) -> None:
     def slow(items: list[int]) -> Iterator[int]:
         for item in items:
             clock[0] += 0.25
             yield item
 
-    timed = Meter(1000, 2e9, None, past(trained_seconds=30.0, begun=60.0))
+    timed = StepTimer(1000, 2e9, None, earlier(trained_seconds=30.0, first_start=60.0))
     timed.begin()
     for _ in timed.waiting_for(slow([1, 2])):
         clock[0] += 0.75
@@ -66,16 +66,16 @@ def test_the_time_of_a_step_is_told_by_phase(clock: list[float]) -> None:
     }  # fmt: skip
 
 
-def test_no_peak_no_mfu(clock: list[float]) -> None:
-    timed = Meter(1000, 2e9, None, past())
+def test_without_a_peak_there_is_no_mfu(clock: list[float]) -> None:
+    timed = StepTimer(1000, 2e9, None, earlier())
     timed.begin()
     clock[0] += 1
     assert "perf/mfu" not in timed.end(1)
 
 
-def test_the_eta_counts_steps_evaluations_and_saves_apart(clock: list[float]) -> None:
+def test_the_eta_counts_steps_evaluations_and_saves_separately(clock: list[float]) -> None:
     """Steps of 1 s; an evaluation of 30 s every 10 steps, a save of 4 s every 20: no jump after either."""
-    timed = Meter(1000, 2e9, None, past(cadence=Cadence({"validation": 10}, 20)))
+    timed = StepTimer(1000, 2e9, None, earlier(cadence=Cadence({"validation": 10}, 20)))
     assert timed.eta(0, 100) == 0
     told, records = [], []
     for step in range(1, 61):
@@ -114,11 +114,9 @@ class Event:
 
 
 @pytest.mark.parametrize(("reached", "expected"), [(True, 900.0), (False, 2000.0)])
-def test_on_a_gpu_phases_are_timed_by_its_own_clock_and_never_waited_for(
-    clock: list[float], reached: bool, expected: float
-) -> None:
+def test_gpu_phases_are_timed_by_events_without_waiting(clock: list[float], reached: bool, expected: float) -> None:
     events: Any = iter([Event(100), Event(1000, reached)])
-    timed = Meter(1000, 2e9, None, past(), moment=lambda: next(events))
+    timed = StepTimer(1000, 2e9, None, earlier(), record_event=lambda: next(events))
     timed.begin()
     clock[0] += 2
     timed.mark("forward_backward")

@@ -6,7 +6,6 @@ import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,6 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.monitoring.monitor import Histogram, Monitor
 from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
@@ -38,8 +38,7 @@ class TensorBoardMonitor:
 
 def _monitor(folder: Path, start_step: int = 0) -> Monitor:
     master = SimpleNamespace(tb_monitor=TensorBoardMonitor(folder / "events"))
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=master))
-    return Monitor(engine, folder / "metrics.jsonl", start_step)
+    return Monitor(Monitors(master), folder / "metrics.jsonl", start_step)
 
 
 def _read(folder: Path) -> EventAccumulator:
@@ -48,10 +47,10 @@ def _read(folder: Path) -> EventAccumulator:
     return events
 
 
-def test_layout_settings_hyper_parameters_and_marks_are_there(tmp_path: Path) -> None:
+def test_layout_settings_hyper_parameters_and_marks_are_written(tmp_path: Path) -> None:
     monitor = _monitor(tmp_path)
     open_dashboard(monitor, "run:\n  seed: 1337\n", HYPER_PARAMETERS, compare=False)
-    monitor.mark_start(7, "went on from rolling_step_000007")
+    monitor.mark_start(7, "resumed from rolling_step_000007")
     monitor.close()
     events = _read(tmp_path / "events")
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
@@ -59,7 +58,7 @@ def test_layout_settings_hyper_parameters_and_marks_are_there(tmp_path: Path) ->
     assert charts["loss"] == ["train/loss$", "val/loss$"]
     assert events.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b"    run:\n      seed: 1337\n"
     marks = [(event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("marks/start/text_summary")]
-    assert marks == [(7, b"    went on from rolling_step_000007\n")]
+    assert marks == [(7, b"    resumed from rolling_step_000007\n")]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     values = {name: value.number_value or value.string_value for name, value in start.hparams.items()}
@@ -67,7 +66,7 @@ def test_layout_settings_hyper_parameters_and_marks_are_there(tmp_path: Path) ->
     assert not (tmp_path / "events" / REFERENCE).exists()
 
 
-def test_the_reference_is_a_curve_beside_the_runs_and_written_once(tmp_path: Path) -> None:
+def test_the_reference_curve_is_written_once_beside_the_run(tmp_path: Path) -> None:
     for start_step in (0, 5):
         monitor = _monitor(tmp_path, start_step)
         open_dashboard(monitor, "", {}, compare=True)
@@ -90,7 +89,7 @@ def test_a_histogram_goes_to_tensorboard_and_not_to_the_records(tmp_path: Path) 
     assert "grad/" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_full_disk_delays_the_curves_and_nothing_comes_twice(
+def test_a_full_disk_delays_events_without_duplicates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
     monitor = _monitor(tmp_path)
@@ -112,9 +111,8 @@ def test_a_full_disk_delays_the_curves_and_nothing_comes_twice(
     monitor.write(4, {"train/loss": 2.6})
     monitor.close()
     assert heard == [
-        "cannot write TensorBoard's events: [Errno 28] No space left on device;"
-        " training goes on, and it is tried again",
-        "could write TensorBoard's events again",
+        "cannot write TensorBoard's events: [Errno 28] No space left on device; training continues and will try again",
+        "recovered: can write TensorBoard's events again",
     ]
     events = _read(tmp_path / "events")
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in ("train/loss", "val/loss")}
@@ -126,9 +124,8 @@ def test_a_full_disk_delays_the_curves_and_nothing_comes_twice(
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_without_tensorboard_there_is_nothing_to_do(tmp_path: Path) -> None:
-    engine: Any = SimpleNamespace(deepspeed=SimpleNamespace(monitor=SimpleNamespace(tb_monitor=None)))
-    monitor = Monitor(engine, tmp_path / "metrics.jsonl", 0)
+def test_without_tensorboard_nothing_is_written(tmp_path: Path) -> None:
+    monitor = Monitor(Monitors(SimpleNamespace(tb_monitor=None)), tmp_path / "metrics.jsonl", 0)
     open_dashboard(monitor, "", {}, compare=True)
     monitor.mark_start(1, "x")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

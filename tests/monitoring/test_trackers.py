@@ -22,7 +22,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.monitoring import trackers
+from ds_gpt2.monitoring import tracker_checks, trackers
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -109,7 +109,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {one["step"]: one["train/loss"] for one in read_metrics(folder / "runs" / "test" / "metrics.jsonl")}
 
 
-def test_every_step_reaches_every_tracker_over_a_stop_and_a_resume(
+def test_every_step_reaches_every_tracker_across_a_resume(
     tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deepspeed = offline(tmp_path, monkeypatch)
@@ -152,7 +152,7 @@ def test_every_step_reaches_every_tracker_over_a_stop_and_a_resume(
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
-from ds_gpt2.monitoring import trackers
+from ds_gpt2.monitoring import tracker_checks, trackers
 folder, first, last, start, ending = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
 content = json.loads((folder / "ds.json").read_text())
 opened = trackers.open_trackers(content, folder, "mine", start, 2)
@@ -181,9 +181,7 @@ def rank(folder: Path, first: int, last: int, start: int = 0, ending: str = "fin
     return result.stdout
 
 
-def test_a_kill_loses_no_row_and_steps_that_a_resume_repeats_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_loses_no_row_and_repeated_steps_are_retained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     rank(tmp_path, 1, 30, ending="killed")
     steps = list(range(1, 31))
@@ -221,7 +219,7 @@ def test_a_copied_run_is_another_run_at_the_tracker_and_a_moved_one_is_not(
     assert wandb_id(copied_again) != before
 
 
-def test_repeated_steps_in_one_wandb_run_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_accepts_repeated_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     process = subprocess.Popen(
         [sys.executable, str(PROJECT_DIR / "ds_gpt2" / "monitoring" / "tracker_process.py")],
@@ -245,7 +243,7 @@ def wandb_id(folder: Path) -> str:
     return str(json.loads((folder / trackers.IDS).read_text())["wandb"])
 
 
-def test_comet_gets_fewer_values_where_the_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comet_values_are_thinned_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = offline(tmp_path, monkeypatch)
     comet = {"enabled": True, "online": False, "samples_log_interval": 20}
     path.write_text(json.dumps({"comet": comet}))
@@ -254,7 +252,7 @@ def test_comet_gets_fewer_values_where_the_file_says_so(tmp_path: Path, monkeypa
     assert not (tmp_path / "wandb_dir" / "wandb").exists()
 
 
-def test_a_service_that_is_away_is_recorded_offline_and_ends_in_time(
+def test_an_unavailable_service_is_recorded_offline_and_ends_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline(tmp_path, monkeypatch)
@@ -285,7 +283,7 @@ SECRET = "s3cr3t" * 7
         ({"comet": []}, "comet: Input should be a valid dictionary"),
     ],
 )
-def test_a_mistake_is_found_before_anything_starts(
+def test_an_invalid_setup_is_found_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: dict[str, Any], message: str
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "COMET_API_KEY"):
@@ -293,7 +291,7 @@ def test_a_mistake_is_found_before_anything_starts(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match=message):
-        trackers.check(blocks)
+        tracker_checks.check(blocks)
 
 
 @pytest.mark.parametrize(
@@ -306,20 +304,18 @@ def test_a_mistake_is_found_before_anything_starts(
         ("comet", "COMET_START_ONLINE", "perhaps", "COMET_START_ONLINE, or online in ~/.comet.config, is not valid"),
     ],
 )
-def test_a_setting_in_the_environment_that_is_wrong_is_named(
+def test_an_invalid_environment_variable_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str, variable: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as error:
-        trackers.check({block: {"enabled": True}})
+        tracker_checks.check({block: {"enabled": True}})
     assert message in str(error.value) and "API key" not in str(error.value)
 
 
-def test_what_trackers_record_on_this_machine_is_in_the_runs_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_tracker_files_are_in_the_runs_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     for name in ("WANDB_DIR", "COMET_OFFLINE_DIRECTORY"):
         monkeypatch.delenv(name)
@@ -331,9 +327,7 @@ def test_what_trackers_record_on_this_machine_is_in_the_runs_directory(
 
 
 @pytest.mark.parametrize(("block", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
-def test_a_missing_package_is_found_although_there_is_a_directory_of_its_name(
-    tmp_path: Path, block: str, package: str
-) -> None:
+def test_a_directory_with_the_packages_name_is_not_the_package(tmp_path: Path, block: str, package: str) -> None:
     (tmp_path / package).mkdir()
     path, arguments = [str(tmp_path)], f"{block!r}, {package!r}"
     code = f"import sys, ds_gpt2.monitoring.trackers as t; sys.path = {path!r}; t._check_package({arguments})"
@@ -341,10 +335,10 @@ def test_a_missing_package_is_found_although_there_is_a_directory_of_its_name(
     assert f'enables "{block}", but {package} is not installed: {sys.executable} -m pip install' in result.stderr
 
 
-def test_what_is_switched_on_and_right_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_valid_setup_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
-    trackers.check(json.loads((tmp_path / "ds.json").read_text()))
-    trackers.check({"wandb": {"enabled": False}, "comet": {}})
+    tracker_checks.check(json.loads((tmp_path / "ds.json").read_text()))
+    tracker_checks.check({"wandb": {"enabled": False}, "comet": {}})
 
 
 def stop_after(step: int, folder: Path, config: Path) -> Launched:

@@ -215,7 +215,7 @@ def test_a_directory_that_cannot_be_written_is_named(
 ) -> None:
     from ds_gpt2 import train
 
-    as_rank_zero.setattr("ds_gpt2.training.setup.open_process_group", lambda _: None)
+    as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
     assert train.main(["--config", str(endless), f"{key}={endless}"]) == exit_report.MISTAKE  # a file, not a directory
     assert re.fullmatch(rf"error: cannot write to {endless}/\S+: .*\n", capsys.readouterr().err)
 
@@ -231,10 +231,10 @@ def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
     run_dir = endless.parent / "runs" / "test"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))
-    as_rank_zero.setattr("ds_gpt2.training.setup.open_process_group", lambda _: None)
+    as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
     assert train.main(["--config", str(endless)]) == exit_report.MISTAKE
     said = capsys.readouterr().err
-    assert f"it left some in {big}/test: move that directory" in said and f"or set checkpoint.dir={big}" in said
+    assert f"it has some in {big}/test: move that directory" in said and f"or set checkpoint.dir={big}" in said
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_epochs_shorter_than_the_warm_up_are_refused(
 ) -> None:
     from ds_gpt2 import train
 
-    as_rank_zero.setattr("ds_gpt2.training.setup.open_process_group", lambda _: None)
+    as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
     arguments = ["schedule.epochs=0.1", "schedule.warmup_steps=9999"]
     assert train.main(["--config", str(endless), *arguments]) == exit_report.MISTAKE
     assert "must be below the" in capsys.readouterr().err

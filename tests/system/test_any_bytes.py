@@ -19,7 +19,6 @@ from ds_gpt2 import cli
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.catalog import newest_tag, scan
 from ds_gpt2.checkpoint.commit import read_pointer, read_record
-from ds_gpt2.checkpoint.deepspeed_io import unpickle
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
@@ -29,6 +28,7 @@ from ds_gpt2.config.settings import read_tree
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.data.shards import count_tokens
+from ds_gpt2.engine.checkpoint_io import unpickle
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained.gpt2_config import read_config
 from ds_gpt2.run_dir.heartbeat import read_beat

@@ -15,7 +15,7 @@ from launched import PROJECT, Launched, launch
 from small_run import hellaswag_item
 
 from ds_gpt2.checkpoint.catalog import newest_tag
-from ds_gpt2.checkpoint.host_copy import HostMemory
+from ds_gpt2.engine.host_copy import HostMemory
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.loss import cross_entropy
 from ds_gpt2.model.shape import ModelShape

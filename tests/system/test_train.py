@@ -23,8 +23,8 @@ from ds_gpt2 import train
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.commit import read_pointer
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.checkpoint.naming import PARTIAL
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences, differences
 from ds_gpt2.training.lr_schedule import learning_rate
 

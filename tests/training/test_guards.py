@@ -30,10 +30,10 @@ class Run:
         self.applied: list[bool] = []
 
     def step(self, loss: float, gradient_finite: bool = True, windows: bytes | None = None) -> None:
-        applied = self.guard.judge_loss(self.state, loss) and gradient_finite
+        applied = self.guard.check_loss(self.state, loss) and gradient_finite
         windows = str(self.state.next_batch).encode() if windows is None else windows
         self.state.advance(10, applied, windows)
-        self.guard.judge_update(self.state, loss, applied, windows)
+        self.guard.check_update(self.state, loss, applied, windows)
         self.applied.append(applied)
 
     @property
@@ -41,7 +41,7 @@ class Run:
         return [incident.kind for incident in self.told]
 
 
-def test_a_run_as_it_should_be_raises_nothing() -> None:
+def test_a_normal_run_raises_no_anomaly() -> None:
     for seed in range(5):
         run = Run()
         for loss in _losses(3000, seed):
@@ -49,7 +49,7 @@ def test_a_run_as_it_should_be_raises_nothing() -> None:
         assert run.told == [] and all(run.applied)
 
 
-def test_one_high_loss_is_told_and_does_not_become_the_measure() -> None:
+def test_a_spike_is_reported_and_not_added_to_the_recent_losses() -> None:
     run = Run()
     for loss in [*_losses(1000), 6.0, *_losses(1000)[900:]]:
         run.step(loss)
@@ -59,7 +59,7 @@ def test_one_high_loss_is_told_and_does_not_become_the_measure() -> None:
     assert max(run.state.recent_losses) < 4
 
 
-def test_a_spike_that_is_to_be_skipped_is_not_applied_and_told_once() -> None:
+def test_a_skipped_spike_is_not_applied_and_reported_once() -> None:
     run = Run(spike="skip")
     for loss in [*_losses(500), 20.0, 3.5]:
         run.step(loss)
@@ -68,25 +68,25 @@ def test_a_spike_that_is_to_be_skipped_is_not_applied_and_told_once() -> None:
     assert run.state.skipped_steps == 1
 
 
-def test_a_loss_that_stays_high_is_gone_back_from_to_before_it_rose() -> None:
+def test_a_divergence_rolls_back_to_before_the_first_high_loss() -> None:
     run = Run(divergence_steps=5)
-    run.state.leave_out([503])
+    run.state.exclude([503])
     for loss in [*_losses(500), *[9.0] * 5]:
         run.step(loss)
     assert run.kinds == ["spike", "divergence"]
     assert run.guard.rollback is not None
-    assert (run.guard.rollback.begun, run.guard.rollback.batches) == (501, (501, 502, 504, 505, 506))
+    assert (run.guard.rollback.first_step, run.guard.rollback.batches) == (501, (501, 502, 504, 505, 506))
 
 
-def test_exactly_the_batches_that_were_high_or_not_finite_are_left_out() -> None:
+def test_a_rollback_excludes_exactly_the_high_and_non_finite_batches() -> None:
     run = Run(divergence_steps=3, skipped_run_steps=50)
     for loss in [*_losses(100), 20.0, *_losses(101)[100:], 20.0, math.nan, 20.0, math.nan, 20.0]:
         run.step(loss)
     assert run.guard.rollback is not None
-    assert (run.guard.rollback.begun, run.guard.rollback.batches) == (103, (103, 104, 105, 106, 107))
+    assert (run.guard.rollback.first_step, run.guard.rollback.batches) == (103, (103, 104, 105, 106, 107))
 
 
-def test_a_state_is_healthy_while_nothing_is_suspected() -> None:
+def test_a_state_without_anomalies_is_healthy() -> None:
     run = Run(divergence_steps=5)
     for loss in _losses(29):
         run.step(loss)
@@ -101,7 +101,7 @@ def test_a_state_is_healthy_while_nothing_is_suspected() -> None:
     assert not run.state.is_healthy
 
 
-def test_where_divergence_is_only_told_the_new_level_becomes_the_measure() -> None:
+def test_after_a_divergence_alert_later_losses_are_compared_with_the_new_level() -> None:
     run = Run(divergence="alert", divergence_steps=5)
     for loss in [*_losses(500), *[9.0 + 0.01 * number for number in range(200)]]:
         run.step(loss)
@@ -110,7 +110,7 @@ def test_where_divergence_is_only_told_the_new_level_becomes_the_measure() -> No
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(loss: float) -> None:
+def test_a_non_finite_loss_never_reaches_the_weights(loss: float) -> None:
     run = Run()
     for value in [*_losses(100), loss]:
         run.step(value)
@@ -119,51 +119,51 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(loss: float) -> Non
     assert all(map(math.isfinite, run.state.recent_losses))
 
 
-def test_many_skipped_updates_in_a_row_are_gone_back_from() -> None:
+def test_many_skipped_updates_in_a_row_cause_a_rollback() -> None:
     run = Run(skipped_run_steps=3)
     for finite in [True, False, False, True, False, False, False]:
         run.step(3.0, gradient_finite=finite)
     assert run.kinds == ["not_finite"] * 5 + ["skipped_run"]
     assert run.guard.rollback is not None
-    assert (run.guard.rollback.begun, run.guard.rollback.batches) == (5, (5, 6, 7))
+    assert (run.guard.rollback.first_step, run.guard.rollback.batches) == (5, (5, 6, 7))
 
 
-def test_data_that_does_not_advance_is_told() -> None:
+def test_repeated_windows_are_reported() -> None:
     run = Run()
     for windows in [b"1", b"2", b"2", b"3"]:
         run.step(3.0, windows=windows)
     assert [(incident.kind, incident.step) for incident in run.told] == [("stuck_data", 3)]
 
 
-def test_ranks_that_drift_apart_are_named_and_gone_back_from() -> None:
+def test_differing_weights_name_the_rank_and_cause_a_rollback() -> None:
     run = Run()
     run.step(3.0)
-    run.guard.judge_weights(run.state, ["a", "a", "b", "a"])
+    run.guard.check_weights(run.state, ["a", "a", "b", "a"])
     assert run.kinds == ["drift"] and "rank 2" in run.told[0].text
-    assert run.guard.rollback is not None and run.guard.rollback.begun == 1
+    assert run.guard.rollback is not None and run.guard.rollback.first_step == 1
 
 
-def test_weights_that_do_not_change_are_told_unless_no_update_was_made() -> None:
+def test_frozen_weights_are_reported_unless_no_update_was_applied() -> None:
     run = Run()
     run.step(3.0)
-    run.guard.judge_weights(run.state, ["a", "a"])
+    run.guard.check_weights(run.state, ["a", "a"])
     run.step(3.0, gradient_finite=False)
-    run.guard.judge_weights(run.state, ["a", "a"])
+    run.guard.check_weights(run.state, ["a", "a"])
     assert run.kinds == ["not_finite"]
     run.step(3.0)
-    run.guard.judge_weights(run.state, ["a", "a"])
+    run.guard.check_weights(run.state, ["a", "a"])
     assert run.kinds == ["not_finite", "frozen"] and "1 updates" in run.told[1].text
 
 
-def test_what_is_off_is_not_told() -> None:
+def test_a_disabled_guard_reports_nothing() -> None:
     run = Run(spike="off", divergence="off", skipped_run="off", drift="off", frozen="off", stuck_data="off")
     for loss in [*_losses(100), *[50.0] * 30]:
         run.step(loss, windows=b"")
-    run.guard.judge_weights(run.state, ["a", "b"])
+    run.guard.check_weights(run.state, ["a", "b"])
     assert run.told == []
 
 
-def test_a_resume_changes_no_judgement() -> None:
+def test_a_resume_does_not_change_what_is_reported() -> None:
     losses = [*_losses(300), 20.0, *_losses(300)[250:], *[9.0] * 25]
     whole = Run()
     for loss in losses:
@@ -181,7 +181,7 @@ def test_a_resume_changes_no_judgement() -> None:
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=30, max_size=100), st.floats(1e-3, 1e3))
-def test_no_loss_within_those_seen_is_far_above_them(losses: list[float], scale: float) -> None:
+def test_a_loss_within_the_recent_range_has_a_low_score(losses: list[float], scale: float) -> None:
     """Measured in deviations: the unit of the loss does not matter."""
     score = spike_score(losses, max(losses))
     scaled = spike_score([scale * loss for loss in losses], scale * max(losses))
@@ -192,6 +192,6 @@ def test_no_loss_within_those_seen_is_far_above_them(losses: list[float], scale:
     assert below is not None and below <= 0
 
 
-def test_few_losses_say_nothing() -> None:
+def test_few_losses_have_no_score() -> None:
     assert spike_score([3.0] * 29, 100.0) is None
     assert spike_score([3.0] * 30, 3.01) == pytest.approx(0.01 / 0.006)

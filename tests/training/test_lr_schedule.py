@@ -19,11 +19,11 @@ MISSION = {"steps": 95_365, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5}
         (200_000, 6e-5),
     ],
 )
-def test_the_curve_goes_through_the_recipes_points(step: int, expected: float) -> None:
+def test_the_learning_rate_matches_the_published_recipe(step: int, expected: float) -> None:
     assert learning_rate(step, **MISSION) == pytest.approx(expected, rel=1e-12)
 
 
-def test_it_rises_then_falls_without_a_jump() -> None:
+def test_the_learning_rate_rises_then_falls_without_a_jump() -> None:
     curve = [learning_rate(step, steps=300, warmup_steps=30, max_lr=1.0, min_lr=0.1) for step in range(1, 311)]
     peak = curve.index(max(curve))
     assert curve[: peak + 1] == sorted(curve[: peak + 1])
@@ -32,7 +32,7 @@ def test_it_rises_then_falls_without_a_jump() -> None:
     assert all(math.isfinite(value) and value > 0 for value in curve)
 
 
-def test_no_warm_up_begins_at_the_top() -> None:
+def test_without_warm_up_the_first_step_uses_the_maximum() -> None:
     assert learning_rate(1, steps=10, warmup_steps=0, max_lr=1.0, min_lr=0.0) == 1.0
 
 

@@ -20,7 +20,8 @@ from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import supervisor
-from ds_gpt2.training.preflight import CheckpointsGoneError, check_start, what_to_resume
+from ds_gpt2.training.preflight import check_start
+from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -53,7 +54,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         (["--from", "999"], "no checkpoint '999'"),
         (["--from", "epoch_00077"], "no checkpoint 'epoch_00077'"),
         (["--from", "/nowhere"], "no checkpoint '/nowhere'"),
-        (["schedule.steps=10"], "is at step 12, beyond the 10 steps of the run: set schedule.steps"),
+        (["schedule.steps=10"], "is at step 12, beyond the 10 steps of the run: increase schedule.steps"),
         (["model.layers=3"], "was made with model.layers 2 (this run has 3)"),
         (["run.seed=7"], "run.seed 1337 (this run has 7)"),
         (["data.dir=/nowhere"], "no data: /nowhere does not exist"),
@@ -61,12 +62,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
         (["alerts.urls_file=/nowhere"], "/nowhere cannot be read"),
         (["run.name=other"], "run.name of a run is where it is found"),
-        (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it left some in"),
+        (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it has some in"),
         (["schedule.warmup_steps=20", "schedule.epochs=0.0001"], "schedule.warmup_steps 20 must be below"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_in_resuming_changes_no_file_of_the_run(
+def test_an_invalid_resume_changes_no_file_of_the_run(
     four_ranks: tuple[Launched, Path], refused: Callable[..., str], words: list[str], message: str
 ) -> None:
     _, folder = four_ranks
@@ -94,7 +95,7 @@ def test_a_mistake_in_resuming_changes_no_file_of_the_run(
         ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another place"),
     ],
 )
-def test_a_mistake_in_starting_creates_no_run(
+def test_an_invalid_start_creates_no_run(
     write_config: Callable[..., Path],
     refused: Callable[..., str],
     tmp_path: Path,
@@ -117,7 +118,9 @@ def test_a_mistake_in_starting_creates_no_run(
     assert tree(tmp_path) == before
 
 
-def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Launched, Path], tmp_path: Path) -> None:
+def test_a_complete_first_save_without_its_final_name_is_resumed(
+    four_ranks: tuple[Launched, Path], tmp_path: Path
+) -> None:
     """A crash between the last two steps of a commit: the ranks finish it before they look for a checkpoint."""
     folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
     settings = load_run_settings(folder / "runs" / "test")
@@ -130,7 +133,7 @@ def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Laun
     for wanted in ("latest", "auto", "12", newest.name):
         check_start(settings, plan, wanted)
     (newest.with_name(f"{newest.name}.tmp") / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"run test has no checkpoints in .*, but it left some in "):
+    with pytest.raises(UserError, match=r"run test has no checkpoints in .*, but it has some in "):
         check_start(settings, plan, "latest")
 
 
@@ -141,7 +144,7 @@ def test_a_first_save_that_only_lacks_its_name_is_resumed(four_ranks: tuple[Laun
         (["resume", "RUN"], "mount or restore it"),
     ],
 )
-def test_a_run_whose_checkpoints_are_away_is_left_alone(
+def test_a_run_whose_checkpoints_are_missing_is_not_changed(
     four_ranks: tuple[Launched, Path], refused: Callable[..., str], tmp_path: Path, words: list[str], message: str
 ) -> None:
     folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
@@ -160,29 +163,29 @@ def test_a_run_whose_checkpoints_are_away_is_left_alone(
     assert tree(folder) == before
 
 
-def test_a_run_that_was_never_saved_may_be_begun_anew(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_run_that_was_never_saved_may_start_again(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     settings.run_dir.mkdir(parents=True)
     journal = Journal(settings.run_dir)
-    assert what_to_resume(settings, "auto") is None
+    assert choose_source(settings, "auto") is None
     journal.write("start", "started", 0)
     (settings.run_dir / "metrics.jsonl").write_text('{"step": 3}\n')
-    assert what_to_resume(settings, "auto") is None
+    assert choose_source(settings, "auto") is None
     journal.write("save", "saved", 6)
     with pytest.raises(CheckpointsGoneError, match="saved at step 6"):
-        what_to_resume(settings, "auto")
+        choose_source(settings, "auto")
     journal.write("start", "begun anew", 0)
-    assert what_to_resume(settings, "auto") is None
+    assert choose_source(settings, "auto") is None
     (settings.run_dir / "journal.jsonl").unlink()
     with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # by the metrics: the rest is lost
-        what_to_resume(settings, "auto")
+        choose_source(settings, "auto")
 
 
-def test_records_that_cannot_be_read_are_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_unreadable_records_are_reported_in_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     (settings.run_dir / "journal.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory"):
-        what_to_resume(settings, "auto")
+        choose_source(settings, "auto")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_records_that_cannot_be_read_are_one_line(tmp_path: Path, write_config: 
         ("checkpoints/test/rolling_step_000001/x", "checkpoint.dir"),
     ],
 )
-def test_a_new_run_is_not_begun_among_files_of_something_else(
+def test_a_new_run_does_not_start_among_foreign_files(
     write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, file: str, setting: str
 ) -> None:
     config = write_config(tmp_path)
@@ -205,7 +208,7 @@ def test_a_new_run_is_not_begun_among_files_of_something_else(
     (tmp_path / file).write_text("of another program")
     before = tree(tmp_path)
     name = Path(file).parts[2]
-    assert f"has {name} of something else: choose another {setting}" in refused("train", str(config))
+    assert f"has {name}, which is not of this run: choose another {setting}" in refused("train", str(config))
     assert tree(tmp_path) == before
 
 

@@ -44,7 +44,10 @@ def main() -> int:
     try:
         _write(record, {"phase": "importing"})
         place = device.choose("auto")
-        from ds_gpt2.engine.engine import close_process_group, open_process_group  # only now: it imports DeepSpeed
+        from ds_gpt2.engine.process_group import (
+            close_process_group,
+            open_process_group,
+        )  # only now: it imports DeepSpeed
 
         _write(record, {"phase": "joining"})
         open_process_group(place)

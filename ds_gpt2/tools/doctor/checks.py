@@ -18,7 +18,7 @@ from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.data.dataset import Dataset, open_dataset
-from ds_gpt2.monitoring import csv_monitor, trackers
+from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.monitoring.pace import recent
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout
@@ -162,7 +162,7 @@ def _deepspeed_file(settings: Settings) -> Finding:
     try:
         content = load_deepspeed_file(settings.deepspeed)
         csv_monitor.check(content)
-        trackers.check(content)
+        tracker_checks.check(content)
     except UserError as error:
         return Finding("DeepSpeed's file", "fail", str(error))
     return Finding("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")

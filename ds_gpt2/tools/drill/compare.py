@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, unpickle
 from ds_gpt2.checkpoint.manifest import read
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.engine.checkpoint_io import MODEL_FILE, unpickle
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 

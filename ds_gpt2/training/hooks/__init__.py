@@ -1,4 +1,4 @@
-"""Observers of training: they look and report, and never change what is trained."""
+"""Hooks: measurements during training, which never change its result."""
 
 from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag
 from ds_gpt2.training.hooks.histograms import Histograms

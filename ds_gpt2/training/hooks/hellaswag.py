@@ -1,4 +1,4 @@
-"""HellaSwag during training: how often the model finds the right one of four endings likeliest."""
+"""HellaSwag during training: the share of items whose correct ending, of four, the model finds most likely."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HellaSwag(Hook):
     def __init__(self, settings: HellaswagSettings, items: list[Item]) -> None:
         """
         Args:
-            items: all of the file, at least one; as many as the settings ask for are used.
+            items: of the file, at least one; the number in the settings is used.
         """
         self.every = Every(settings.every)
         chosen = items[: settings.items]
@@ -44,24 +44,24 @@ class HellaSwag(Hook):
         self._mine = share(chosen, collectives.rank(), collectives.world_size())
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
-        begun = time.monotonic()
+        start = time.monotonic()
         counts = on_all_ranks(lambda: self._count_correct(engine))
         *correct, failed = collectives.sum_over_ranks(counts).tolist()
         if failed:
             log.warning(f"step {state.step}: no HellaSwag: {failed:.0f} rank(s) could not compute it")
             return {}
-        seen: StepMetrics = {}
+        metrics: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):
             accuracy = count / self._items
-            seen[f"hellaswag/{measure}"] = accuracy
-            seen[f"hellaswag/{measure}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / self._items)
-        accuracies = ", ".join(f"{measure} {seen[f'hellaswag/{measure}']:.4f}" for measure in MEASURES)
-        seconds = time.monotonic() - begun
+            metrics[f"hellaswag/{measure}"] = accuracy
+            metrics[f"hellaswag/{measure}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / self._items)
+        accuracies = ", ".join(f"{measure} {metrics[f'hellaswag/{measure}']:.4f}" for measure in MEASURES)
+        seconds = time.monotonic() - start
         log.info(f"step {state.step}: HellaSwag {accuracies} ({self._items:,} items, {seconds:.1f} s)")
-        return seen
+        return metrics
 
     def _count_correct(self, engine: Engine) -> torch.Tensor:
-        """Right answers among this rank's items by each measure; last a 1 if it could not compute them."""
+        """Return the correct answers of this rank's items by each measure, and a 1 if it could not compute them."""
         counts = np.zeros(len(MEASURES) + 1)
         engine.model.eval()
         try:
@@ -76,29 +76,27 @@ class HellaSwag(Hook):
 
 
 def open_hellaswag(settings: HellaswagSettings, cache_dir: Path) -> HellaSwag | None:
-    """The hook; None, and one line of warning, where there are no items to ask. Every rank calls this.
+    """Return the hook; None, with a warning, if there are no items. Every rank calls this.
 
-    The file is downloaded if it is not there.
+    The file is downloaded if it does not exist.
     """
     try:
-        collectives.broadcast_slow_from_main(
-            lambda: _provide(settings, cache_dir)
-        )  # the others find the file and the cache
+        collectives.broadcast_slow_from_main(lambda: _provide(settings, cache_dir))  # writes the file and the cache
         items = collectives.call_on_all_ranks(lambda: load_items(settings.path, settings.text, cache_dir))
     except UserError as error:
-        log.warning(f"training goes on without HellaSwag: {error}")
+        log.warning(f"training continues without HellaSwag: {error}")
         return None
     return HellaSwag(settings, items)
 
 
 def _provide(settings: HellaswagSettings, cache_dir: Path) -> int:
     if not settings.path.exists():
-        log.info(f"fetching HellaSwag to {settings.path} ...")
+        log.info(f"downloading HellaSwag to {settings.path} ...")
         fetch(settings.path, URL, SHA256)
     return len(load_items(settings.path, settings.text, cache_dir))
 
 
 def share(items: list[Item], rank: int, world_size: int) -> list[Item]:
-    """A rank's items: of all, in the order of their rows' lengths, every ``world_size``-th."""
+    """Return a rank's items: every ``world_size``-th one, in the order of their rows' lengths."""
     order = np.argsort([row_length(item) for item in items], kind="stable")
     return [items[number] for number in order[rank::world_size]]

@@ -1,6 +1,6 @@
-"""How weights and gradients are spread, and how far an update moves each part of the model.
+"""Histograms of weights and gradients, and the relative size of an update for each part of the model.
 
-Every rank counts what lies in its own partition, and the counts are added up: no tensor is gathered anywhere.
+Every rank counts the elements of its own partition, and the counts are summed: no tensor is gathered.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ds_gpt2.monitoring.monitor import Histogram, StepMetrics
 from ds_gpt2.training.hooks.hook import Hook
 from ds_gpt2.training.lr_schedule import Every
 
-_CHUNK = 1 << 22  # elements looked at at a time
-_PER_DECADE, _SMALLEST, _LARGEST = 12, -9, 3  # buckets; powers of ten between which a magnitude has one of its own
+_CHUNK = 1 << 22  # elements counted at a time
+_PER_DECADE, _SMALLEST, _LARGEST = 12, -9, 3  # buckets per decade; range of magnitudes, as powers of ten
 
 _MAGNITUDES = [10 ** (_SMALLEST + n / _PER_DECADE) for n in range((_LARGEST - _SMALLEST) * _PER_DECADE + 1)]
 _EDGES = [-edge for edge in reversed(_MAGNITUDES)] + _MAGNITUDES  # the bucket in the middle holds zero
-_SUM, _SQUARES = 0, 1  # columns of what is added over ranks; the counts follow
+_SUM, _SQUARES = 0, 1  # columns that are summed over ranks; the counts follow
 _COUNTS = slice(2, 3 + len(_EDGES))
 
 
@@ -32,10 +32,10 @@ class Histograms(Hook):
     """Histograms ``param/<tensor>`` and ``grad/<tensor>`` of matrices, scalars ``update_ratio/<part>`` of all parts.
 
     A part is an embedding, the final norm or a whole layer. The ratio is |w after - w before| / |w before|, L2 norms
-    over the part: around 1e-3 is usual; 0 is dead, 1e-1 explodes.
+    over the part: around 1e-3 is usual; 0 means no learning, 1e-1 divergence.
     """
 
-    can_be_repeated = False  # gradients are gone
+    can_be_repeated = False  # the gradients are not saved
 
     def __init__(self, settings: HistogramsSettings, model: GPT2) -> None:
         self.every = Every(settings.every)
@@ -52,41 +52,41 @@ class Histograms(Hook):
         gradients = engine.gradients()
         self._gradients = _histograms("grad", self._shown, gradients, engine.device)
         self._gradient_norms = self._norms_of(_in_chunks(gradients), engine.device)
-        # In host memory: a copy on the device could be what it has no room for.
+        # In host memory: the device may not have enough free memory for a copy.
         self._before = {name: part.to("cpu", copy=True) for name, part in engine.masters().items()}
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         masters, before = engine.masters(), self._before
         moved = {name: (chunk - old for chunk, old in _pairs(part, before[name])) for name, part in masters.items()}
         moved_norms, norms = self._norms_of(moved, engine.device), self._norms_of(_in_chunks(before), engine.device)
-        seen = self._gradients | _histograms("param", self._shown, masters, engine.device)
-        seen |= {
+        metrics: StepMetrics = self._gradients | _histograms("param", self._shown, masters, engine.device)
+        metrics |= {
             f"update_ratio/{part}": moved_norm / norm if norm else 0.0
             for part, moved_norm, norm in zip(self._parts, moved_norms, norms, strict=True)
         }
         if self._norms:
-            seen |= {f"param_norm/{part}": norm for part, norm in zip(self._parts, norms, strict=True)}
-            seen |= {f"grad_norm/{part}": norm for part, norm in zip(self._parts, self._gradient_norms, strict=True)}
+            metrics |= {f"param_norm/{part}": norm for part, norm in zip(self._parts, norms, strict=True)}
+            metrics |= {f"grad_norm/{part}": norm for part, norm in zip(self._parts, self._gradient_norms, strict=True)}
         self._gradients, self._before = {}, {}
-        return seen
+        return metrics
 
     def _norms_of(self, chunks: Mapping[str, Iterable[torch.Tensor]], device: torch.device) -> list[float]:
-        """L2 norm of each part over all ranks."""
+        """Return the L2 norm of each part, over all ranks."""
         squares = torch.zeros(len(self._parts), dtype=torch.float64, device=device)
-        for name, some in chunks.items():
-            for chunk in some:
+        for name, pieces in chunks.items():
+            for chunk in pieces:
                 squares[self._parts.index(part_of(name))] += chunk.float().square().sum(dtype=torch.float64)
         return collectives.sum_over_ranks(squares).sqrt().tolist()
 
 
 def part_of(name: str) -> str:
-    """``h.3.mlp.c_fc.weight`` as ``h.3``, ``wte.weight`` as ``wte``."""
+    """Return the part of a parameter: ``h.3`` of ``h.3.mlp.c_fc.weight``, ``wte`` of ``wte.weight``."""
     words = name.split(".")
     return ".".join(words[:2]) if words[0] == "h" else words[0]
 
 
 def _histograms(kind: str, names: list[str], tensors: dict[str, torch.Tensor], device: torch.device) -> StepMetrics:
-    """``<kind>/<name>`` of each, its elements of all ranks together; what is not finite is left out."""
+    """Return ``<kind>/<name>`` of each tensor over all ranks, without elements that are not finite."""
     sums = torch.zeros(len(names), _COUNTS.stop, dtype=torch.float64, device=device)
     extremes = torch.full((len(names), 2), -math.inf, dtype=torch.float64, device=device)
     edges = torch.tensor(_EDGES, dtype=torch.float32, device=device)
@@ -114,11 +114,11 @@ def _count(values: torch.Tensor, edges: torch.Tensor, sums: torch.Tensor, extrem
 
 
 def _histogram(sums: torch.Tensor, smallest: float, largest: float) -> Histogram:
-    """From a row of sums; empty buckets at either end are left out."""
+    """Return the histogram of a row of sums, without empty buckets at either end."""
     counts = sums[_COUNTS].tolist()
     limits = [*_EDGES, max(largest, _EDGES[-1])]
-    filled = [place for place, count in enumerate(counts) if count]
-    kept = slice(max(0, filled[0] - 1), filled[-1] + 1)  # an empty one first: it says where the first one begins
+    filled = [bucket for bucket, count in enumerate(counts) if count]
+    kept = slice(max(0, filled[0] - 1), filled[-1] + 1)  # an empty bucket first: its edge is the lower limit
     return Histogram(
         limits[kept], counts[kept], smallest, largest, total=float(sums[_SUM]), squares=float(sums[_SQUARES])
     )
@@ -143,6 +143,6 @@ def _layer_of(name: str) -> int | None:
 
 
 def _spread(layers: int, most: int) -> set[int]:
-    """At most so many of the layers, the first and the last among them."""
+    """Return at most ``most`` evenly spaced layers, including the first and the last."""
     count = min(layers, most)
     return {round(n * (layers - 1) / max(1, count - 1)) for n in range(count)}

@@ -1,4 +1,4 @@
-"""What the loop asks of an observer."""
+"""The interface of a hook."""
 
 from __future__ import annotations
 
@@ -16,47 +16,50 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818  # a request, not an error
-    """A stop is requested, and an observation has ended early."""
+    """A stop is requested; the hook has ended early."""
 
 
 class Hook(ABC):
-    """Looks at training at the steps at which it is due, on every rank; it changes nothing, random state included.
+    """Measures something at the steps at which it is due, on every rank.
 
-    What it cannot do it says in one line; it never ends a run.
+    A hook returns what it measured and changes nothing: no weight, no random state, not ``TrainState``. It logs its own
+    failures in one line; they do not end the run.
     """
 
     every: Every
-    can_be_repeated = True  # after a resume; False if it needs what only the training process has
-    progress: Callable[[], None] = staticmethod(lambda: None)  # called during long observations; may raise Interrupted
+    can_be_repeated = True  # after a resume; False if it needs gradients or other state that is not saved
+    progress: Callable[[], None] = staticmethod(lambda: None)  # to be called often; may raise Interrupted
 
-    def before_update(self, engine: Engine) -> None:  # noqa: B027  # most hooks have nothing to do here
-        """After the step's last backward pass: under ZeRO-2 gradients exist only here."""
+    def before_update(self, engine: Engine) -> None:  # noqa: B027  # most hooks do not need gradients
+        """Read the gradients after the step's last backward pass: under ZeRO-2 they exist only then."""
 
     @abstractmethod
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
-        """What there is to see after the update; the values count on rank 0.
+        """Return the metrics of this step, measured after the update; the values of rank 0 are recorded.
+
+        A ``val/loss`` among them becomes the run's validation loss.
 
         Raises:
-            Interrupted: on every rank, because a stop is requested.
-            UserError: on every rank, because data cannot be read.
+            Interrupted: on every rank: a stop is requested.
+            UserError: on every rank: data cannot be read.
         """
 
 
 def on_all_ranks(part: Callable[[], T]) -> T:
-    """Call ``part``, this rank's share of an observation, and return what it returns. Every rank calls this.
+    """Call ``part``, this rank's share of the work, and return its result. Every rank calls this.
 
     Raises:
         Interrupted: on every rank, if ``part`` raised it on any.
         UserError: on every rank, if ``part`` raised it on any.
     """
 
-    def unless_interrupted() -> tuple[T] | None:
+    def result_unless_interrupted() -> tuple[T] | None:
         try:
             return (part(),)
         except Interrupted:
             return None
 
-    result = collectives.call_on_all_ranks(unless_interrupted)
+    result = collectives.call_on_all_ranks(result_unless_interrupted)
     if collectives.any_rank_on_cpu(result is None) or result is None:
         raise Interrupted
     return result[0]

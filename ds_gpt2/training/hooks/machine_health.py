@@ -1,4 +1,4 @@
-"""What the machine is doing: memory, and the GPUs' temperature, power and throttling where NVIDIA's library tells."""
+"""State of the machine: memory, and temperature, power and throttling of GPUs by NVIDIA's library."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ds_gpt2.training.lr_schedule import Every
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 30.0  # between two looks: this is not about steps
+_SECONDS = 30.0  # between two measurements, whatever the time of a step
 # nvml.h, nvmlClocksEventReason*: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown. Running at the
 # power cap is not among them: under full load that is where a GPU belongs.
 _SLOWED_DOWN = 0x08 | 0x20 | 0x40 | 0x80
 
 
 class Health(Hook):
-    """Looks at this machine from rank 0: its own peak memory, and all GPUs that the run may use."""
+    """Measures this machine on rank 0: the rank's peak memory, and all GPUs that the run may use."""
 
     def __init__(self, device: torch.device) -> None:
         self.every = Every(1)
@@ -39,12 +39,12 @@ class Health(Hook):
         if not collectives.is_main() or time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + _SECONDS
-        seen: StepMetrics = {"perf/host_memory_gb": psutil.Process().memory_info().rss / 1e9}
+        metrics: StepMetrics = {"perf/host_memory_gb": psutil.Process().memory_info().rss / 1e9}
         if self._device.type == "cuda":
-            seen["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
-        return seen | self._look_at_gpus()
+            metrics["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        return metrics | self._gpu_metrics()
 
-    def _look_at_gpus(self) -> StepMetrics:
+    def _gpu_metrics(self) -> StepMetrics:
         if not self._gpus:
             return {}
         import pynvml
@@ -54,7 +54,7 @@ class Health(Hook):
             milliwatts = [pynvml.nvmlDeviceGetPowerUsage(gpu) for gpu in self._gpus]
             reasons = [pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
-            log.warning(f"the GPUs' temperature and power cannot be read any more: {error}")
+            log.warning(f"temperature and power of the GPUs can no longer be read: {error}")
             self._gpus = []
             return {}
         return {
@@ -65,13 +65,13 @@ class Health(Hook):
 
 
 def _open_gpus() -> list[Any]:
-    """NVML's handles of the GPUs that torch sees; none where they cannot be had, which is said."""
+    """Return NVML's handles of the GPUs that torch sees; none, with a warning, if they are not available."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        uuids = [f"GPU-{torch.cuda.get_device_properties(place).uuid}" for place in range(torch.cuda.device_count())]
+        uuids = [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in range(torch.cuda.device_count())]
         return [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
     except Exception as error:  # no library, no driver, a container without rights: a run needs none of them
-        log.warning(f"the GPUs' temperature and power cannot be read: {error}")
+        log.warning(f"temperature and power of the GPUs cannot be read: {error}")
         return []

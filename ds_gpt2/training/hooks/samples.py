@@ -1,4 +1,4 @@
-"""Samples from the model: the same prompts and the same random numbers every time, so that days can be compared."""
+"""Samples from the model, with the same prompts and random numbers every time, so that steps can be compared."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _SHOWN = 100  # characters of a continuation in the log
 class Samples(Hook):
     """Continues each prompt on rank 0 (under ZeRO-2 every rank holds all weights).
 
-    ``<directory>/step_<step>.md`` keeps what was written at a step, ``latest.md`` is a copy of the newest. A step
-    that is trained again after a resume replaces its file.
+    The samples of a step are written to ``<directory>/step_<step>.md``, those of the newest step also to
+    ``latest.md``. A step that is trained again after a resume replaces its file.
     """
 
     def __init__(self, settings: SamplesSettings, seed: int, directory: Path, sequence_length: int) -> None:
         """
         Args:
-            seed: of the run; each prompt's random numbers come from it and the prompt's number alone.
-            sequence_length: the model's longest context, in tokens; of a longer prompt the last tokens count.
+            seed: of the run; it and the prompt's number determine the prompt's random numbers.
+            sequence_length: the model's longest context, in tokens; of a longer prompt, the last tokens are used.
         """
         self.every = Every(settings.every)
         self._settings = settings
@@ -83,13 +83,13 @@ class Samples(Hook):
         )
 
     def _text(self, number: int, continuations: list[str]) -> str:
-        """A prompt and its continuations, to be read as plain text."""
-        numbered = (f"[{place}] {text}" for place, text in enumerate(continuations, start=1))
+        """Return a prompt and its continuations as plain text."""
+        numbered = (f"[{index}] {text}" for index, text in enumerate(continuations, start=1))
         return "\n\n".join([self._prompts[number], *numbered])
 
     def _save(self, state: TrainState, written: list[list[str]]) -> None:
         content = self._markdown(state, written)
-        self._directory.mkdir(exist_ok=True)  # never the run's own: it may have been moved
+        self._directory.mkdir(exist_ok=True)  # without its parent: the run may have been moved
         replace_file(self._directory / f"step_{state.step:06d}.md", content)
         replace_file(self._directory / "latest.md", content)
 
@@ -102,14 +102,14 @@ class Samples(Hook):
         ]
         for number, continuations in enumerate(written):
             parts += [f"## Prompt {number}", _code_block(self._prompts[number])]
-            for place, text in enumerate(continuations, start=1):
-                parts += [f"Continuation {place}:", _code_block(text)]
+            for index, text in enumerate(continuations, start=1):
+                parts += [f"Continuation {index}:", _code_block(text)]
         return "\n\n".join(parts) + "\n"
 
 
 @contextlib.contextmanager
 def _evaluating(model: GPT2) -> Iterator[None]:
-    """No dropout meanwhile; then the mode that was."""
+    """Disable dropout, and restore the mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -119,7 +119,7 @@ def _evaluating(model: GPT2) -> Iterator[None]:
 
 
 def _as_read(prompt: str, sequence_length: int) -> str:
-    """The prompt as the model reads it: whole if it fits, and as what begins a document if it is empty."""
+    """Return the prompt as the model reads it: cut to the context; an empty one becomes the start of a document."""
     return gpt2().decode(encode_prompt(prompt)[-sequence_length:])
 
 
@@ -128,7 +128,7 @@ def _warn_if_cut(number: int, prompt: str, sequence_length: int) -> None:
     if tokens > sequence_length:
         log.warning(
             f"samples.prompts: prompt {number} has {tokens:,} tokens, the model's context {sequence_length:,}:"
-            " only the last ones count"
+            " only the last ones are used"
         )
 
 
@@ -140,7 +140,7 @@ def _progress(state: TrainState) -> str:
 
 
 def _code_block(text: str) -> str:
-    """Markdown that shows ``text`` as it is: the fence is longer than any row of backticks in it."""
+    """Return Markdown that shows ``text`` unchanged: the fence is longer than any row of backticks in it."""
     longest = max((len(row) for row in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -34,7 +34,7 @@ class Validation(Hook):
     def __init__(self, settings: ValidationSettings, windows: Windows, group: int) -> None:
         """
         Args:
-            windows: of the validation split; as many as the settings ask for are used, at least one.
+            windows: of the validation split; the number in the settings is used, at least one.
             group: windows per forward pass.
         """
         self.every = Every(settings.every)
@@ -45,32 +45,29 @@ class Validation(Hook):
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         loss = self.loss(engine)
-        state.validated(loss)
         if not math.isfinite(loss):
-            held = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
-            log.warning(
-                f"step {state.step}: the validation loss is {loss}, not a finite number; the best stays: {held}"
-            )
+            best = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
+            log.warning(f"step {state.step}: the validation loss is {loss}, not a finite number; best so far: {best}")
             return {"val/loss": loss, "val/perplexity": loss}
-        best = state.best_step == state.step
-        log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if best else ''}")
-        seen: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
-        return seen | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if best else {})
+        is_best = state.is_best(loss)
+        log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}")
+        metrics: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        return metrics | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if is_best else {})
 
     @torch.no_grad()
     def loss(self, engine: Engine) -> float:
-        """Mean cross entropy over all tokens of the set, in nats.
+        """Return the mean cross entropy over all tokens of the set, in nats.
 
         Raises:
             Interrupted: on every rank: a stop is requested.
-            UserError: on every rank: one cannot read its windows.
+            UserError: on every rank: a rank cannot read its windows.
         """
         losses = on_all_ranks(lambda: self._losses(engine))
         per_group = collectives.sum_over_ranks(losses).cpu()
         return float((per_group * self._sizes).sum() / self._sizes.sum())
 
     def _losses(self, engine: Engine) -> torch.Tensor:
-        """The loss of each of this rank's groups, (groups,) fp64; 0 for those of other ranks."""
+        """Return the loss of each group, (groups,) fp64; 0 for the groups of other ranks."""
         losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
         engine.model.eval()
         try:
@@ -83,7 +80,7 @@ class Validation(Hook):
         return losses
 
     def _read(self, group: int) -> npt.NDArray[np.int64]:
-        """The windows of a group.
+        """Return the windows of a group, (windows, sequence_length + 1) int64.
 
         Raises:
             Interrupted: a stop is requested while a shard cannot be read.

@@ -223,7 +223,7 @@ def test_the_expected_ledger_is_the_one_that_training_keeps(tmp_path: Path, writ
     windows = Windows(open_dataset(settings.data.dir), "train", 64)
     data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"))
     state = TrainState()
-    state.leave_out([2])
+    state.exclude([2])
     for _ in range(3):
         state.advance(plan.tokens_per_step, True, data.windows_of(state.next_batch).tobytes())
     assert expected_ledger(settings, 4, [1, 3, 4]) == state.ledger

@@ -39,7 +39,7 @@ def _look(hook: Health) -> dict[str, Any]:
     return hook.observe(nothing, TrainState())
 
 
-def test_it_looks_every_half_minute_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_measured_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(machine_health.time, "monotonic", lambda: now[0])
     hook = Health(torch.device("cpu"))
@@ -50,7 +50,9 @@ def test_it_looks_every_half_minute_and_not_at_every_step(monkeypatch: pytest.Mo
     assert list(_look(hook)) == ["perf/host_memory_gb"]
 
 
-def test_the_hottest_gpu_all_power_and_who_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_metrics_are_the_maximum_temperature_total_power_and_throttled_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     at_the_power_cap, too_hot = 0x4, 0x40
     monkeypatch.setitem(sys.modules, "pynvml", _library({"a": at_the_power_cap, "b": too_hot | at_the_power_cap}))
     hook = Health(torch.device("cpu"))
@@ -60,15 +62,15 @@ def test_the_hottest_gpu_all_power_and_who_is_slowed_down(monkeypatch: pytest.Mo
     assert seen == {"perf/gpu_temperature_c": 83.0, "perf/gpu_power_w": 550.5, "perf/gpu_throttled": 1.0}
 
 
-def test_a_gpu_that_no_longer_answers_is_said_once(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> None:
+def test_a_gpu_that_stops_answering_is_reported_once(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> None:
     monkeypatch.setattr(machine_health, "_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "pynvml", _library({}, broken=True))
     hook = Health(torch.device("cpu"))
     hook._gpus = ["a", "b"]
     assert [list(_look(hook)) for _ in range(3)] == [["perf/host_memory_gb"]] * 3
-    assert heard == ["the GPUs' temperature and power cannot be read any more: GPU is lost"]
+    assert heard == ["temperature and power of the GPUs can no longer be read: GPU is lost"]
 
 
-def test_no_gpu_to_ask_is_said_and_costs_nothing(heard: list[str]) -> None:
+def test_unavailable_gpu_metrics_are_reported_once(heard: list[str]) -> None:
     assert machine_health._open_gpus() == [] or torch.cuda.is_available()
-    assert torch.cuda.is_available() or heard[0].startswith("the GPUs' temperature and power cannot be read")
+    assert torch.cuda.is_available() or heard[0].startswith("temperature and power of the GPUs cannot be read")

@@ -47,7 +47,7 @@ def _blocks(text: str) -> list[str]:
     return [html.unescape(block) for block in re.findall(r"<pre><code[^>]*>(.*?)\n</code></pre>", page, re.DOTALL)]
 
 
-def test_each_prompt_is_one_readable_text(engine: Any, tmp_path: Path) -> None:
+def test_each_prompt_is_one_text_with_its_continuations(engine: Any, tmp_path: Path) -> None:
     seen = _samples(tmp_path).observe(engine, STATE)
     assert list(seen) == ["samples/0", "samples/1"]
     for prompt, text in zip(SETTINGS.prompts, seen.values(), strict=True):
@@ -56,7 +56,7 @@ def test_each_prompt_is_one_readable_text(engine: Any, tmp_path: Path) -> None:
         assert parts[1] != parts[2]
 
 
-def test_prompts_have_dice_of_their_own(engine: Any, tmp_path: Path) -> None:
+def test_each_prompt_has_its_own_random_generator(engine: Any, tmp_path: Path) -> None:
     two = _samples(tmp_path).observe(engine, STATE)
     assert _samples(tmp_path).observe(engine, STATE) == two
     three = _samples(tmp_path, _with(prompts=(*SETTINGS.prompts, "Hello"))).observe(engine, STATE)
@@ -65,7 +65,7 @@ def test_prompts_have_dice_of_their_own(engine: Any, tmp_path: Path) -> None:
     assert _samples(tmp_path, seed=1).observe(engine, STATE)["samples/0"] != two["samples/0"]
 
 
-def test_the_file_says_what_was_written_and_when(engine: Any, tmp_path: Path) -> None:
+def test_the_file_contains_settings_step_and_samples(engine: Any, tmp_path: Path) -> None:
     directory = tmp_path / "samples"
     seen = _samples(directory).observe(engine, STATE)
     text = (directory / "step_000250.md").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def test_the_file_says_what_was_written_and_when(engine: Any, tmp_path: Path) ->
     assert {path.name for path in directory.iterdir()} == {"step_000250.md", "latest.md"}
 
 
-def test_latest_follows_and_a_replayed_step_is_replaced(engine: Any, tmp_path: Path) -> None:
+def test_latest_is_updated_and_a_repeated_step_is_replaced(engine: Any, tmp_path: Path) -> None:
     hook = _samples(tmp_path)
     hook.observe(engine, TrainState(step=10))
     hook.observe(engine, TrainState(step=20))
@@ -94,20 +94,20 @@ def test_latest_follows_and_a_replayed_step_is_replaced(engine: Any, tmp_path: P
     "content",
     ["", "plain", "```", "a\n```\n# b\n", "~~~\n````text\nx\n````", "`" * 9, "<b>&amp;</b>\n    indented\n* no list"],
 )
-def test_no_content_gets_out_of_its_block(content: str) -> None:
+def test_no_text_escapes_its_code_block(content: str) -> None:
     page = f"before\n\n{_code_block(content)}\n\nafter\n"
     assert _blocks(page) == [content]
     assert markdown.markdown(page, extensions=["fenced_code"]).endswith("<p>after</p>")
 
 
-def test_a_prompt_of_backticks_stays_in_its_block(engine: Any, tmp_path: Path) -> None:
+def test_a_prompt_of_backticks_stays_in_its_code_block(engine: Any, tmp_path: Path) -> None:
     _samples(tmp_path, _with(prompts=("```python\nx = 1\n```\n# no title",))).observe(engine, STATE)
     blocks = _blocks((tmp_path / "latest.md").read_text(encoding="utf-8"))
     assert blocks[0] == "```python\nx = 1\n```\n# no title"
     assert len(blocks) == 3
 
 
-def test_the_log_has_the_beginning_of_each_first_continuation(
+def test_the_log_shows_the_start_of_each_first_continuation(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ds_gpt2")
@@ -117,7 +117,7 @@ def test_the_log_has_the_beginning_of_each_first_continuation(
     assert caplog.messages == [f"step 250: sample {number}: {text[:99] + '…'!r}" for number, text in enumerate(first)]
 
 
-def test_random_state_and_mode_are_as_before(engine: Any, tmp_path: Path) -> None:
+def test_sampling_restores_random_state_and_mode(engine: Any, tmp_path: Path) -> None:
     seed_everything(1)
     before = get_rng_state()
     for training in (True, False):
@@ -132,18 +132,18 @@ def test_random_state_and_mode_are_as_before(engine: Any, tmp_path: Path) -> Non
     assert after["numpy"][2:] == before["numpy"][2:]
 
 
-def test_other_ranks_do_nothing(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_do_not_sample(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert _samples(tmp_path).observe(engine, STATE) == {}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_prompts_there_is_nothing_to_write(engine: Any, tmp_path: Path) -> None:
+def test_no_prompts_write_no_file(engine: Any, tmp_path: Path) -> None:
     assert _samples(tmp_path, _with(prompts=())).observe(engine, STATE) == {}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_made_is_one_line(
+def test_an_uncreatable_directory_is_reported_in_one_line(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -152,7 +152,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(
     assert caplog.messages == [f"step 250: samples are not written to {directory}: Not a directory"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_files_that_were(
+def test_a_full_disk_is_reported_in_one_line_and_keeps_existing_files(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The limit on a file's size stands for the disk."""
@@ -169,14 +169,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_files_that_were(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_prompt_longer_than_the_context_is_said_once(
+def test_a_prompt_longer_than_the_context_is_reported_once(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompt = " ".join(str(number) for number in range(40))
     length = len(gpt2().encode_ordinary(prompt))
     assert length > 32
     hook = _samples(tmp_path, _with(prompts=("short", prompt)))
-    warning = f"prompt 1 has {length} tokens, the model's context 32: only the last ones count"
+    warning = f"prompt 1 has {length} tokens, the model's context 32: only the last ones are used"
     assert caplog.messages == [f"samples.prompts: {warning}"]
     text = str(hook.observe(engine, STATE)["samples/1"])
     assert len(caplog.messages) == 1
@@ -184,12 +184,12 @@ def test_a_prompt_longer_than_the_context_is_said_once(
     assert " 37 38 39\n\n[1]" in text
 
 
-def test_an_empty_prompt_is_shown_as_what_begins_a_document(engine: Any, tmp_path: Path) -> None:
+def test_an_empty_prompt_is_shown_as_the_start_of_a_document(engine: Any, tmp_path: Path) -> None:
     seen = _samples(tmp_path, _with(prompts=("",))).observe(engine, STATE)
     assert str(seen["samples/0"]).startswith("<|endoftext|>\n\n[1] ")
 
 
-def test_a_model_that_ends_the_text_at_once(engine: Any, tmp_path: Path) -> None:
+def test_a_model_may_end_the_text_immediately(engine: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         engine.model.wte.weight.zero_()
         engine.model.wte.weight[END_OF_TEXT] = 50.0
@@ -205,7 +205,7 @@ def test_a_broken_model_does_not_end_the_run(engine: Any, tmp_path: Path, caplog
     assert engine.model.training
 
 
-def test_want_of_memory_does_not_end_the_run(
+def test_out_of_memory_does_not_end_the_run(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> torch.Tensor:

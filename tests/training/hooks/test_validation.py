@@ -13,6 +13,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
+from ds_gpt2.monitoring.monitor import StepMetrics
+from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.hooks import Interrupted, Validation
 
 
@@ -35,39 +37,44 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return measured
 
 
-def test_a_loss_that_is_not_finite_is_reported_and_is_not_the_best(validation: Any, heard: list[str]) -> None:
+def test_a_non_finite_loss_is_reported_and_not_the_best(validation: Any, heard: list[str]) -> None:
     state = TrainState()
     validation.values = [3.0, math.nan, math.inf, 2.5]
-    seen = []
+    engine: Any = None
+    metrics: list[StepMetrics] = []
     for state.step in (5, 10, 15, 20):
-        seen.append(validation.hook.observe(None, state))
-    assert ["marks/best" in one for one in seen] == [True, False, False, True]
-    assert math.isnan(seen[1]["val/loss"]) and math.isnan(seen[1]["val/perplexity"])
+        metrics.append({})
+        Evaluator([validation.hook]).evaluate([validation.hook], engine, state, metrics[-1])
+    assert ["marks/best" in each for each in metrics] == [True, False, False, True]
+    assert metrics[1] == {
+        "val/loss": pytest.approx(math.nan, nan_ok=True),
+        "val/perplexity": pytest.approx(math.nan, nan_ok=True),
+    }
     assert (state.best_val_loss, state.best_step) == (2.5, 20)
     assert heard == [
         "step 5: validation loss 3.0000  (best so far)",
-        "step 10: the validation loss is nan, not a finite number; the best stays: 3.0000 at step 5",
-        "step 15: the validation loss is inf, not a finite number; the best stays: 3.0000 at step 5",
+        "step 10: the validation loss is nan, not a finite number; best so far: 3.0000 at step 5",
+        "step 15: the validation loss is inf, not a finite number; best so far: 3.0000 at step 5",
         "step 20: validation loss 2.5000  (best so far)",
     ]
 
 
-def test_the_perplexity_of_no_number_is_none() -> None:
+def test_the_perplexity_of_nan_is_nan() -> None:
     assert math.isnan(perplexity(math.nan))
     assert perplexity(math.inf) == perplexity(800.0) == math.inf
     assert perplexity(0.0) == 1.0
 
 
-def test_a_first_loss_that_is_not_finite_leaves_the_run_without_a_best(validation: Any, heard: list[str]) -> None:
+def test_a_first_non_finite_loss_sets_no_best(validation: Any, heard: list[str]) -> None:
     validation.values = [math.nan]
     state = TrainState(step=5)
     validation.hook.observe(None, state)
     assert state.best_step is None
-    assert heard == ["step 5: the validation loss is nan, not a finite number; the best stays: none yet"]
+    assert heard == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
 
 
 @pytest.mark.parametrize("stop_requested", [False, True])
-def test_a_stop_while_a_shard_cannot_be_read_is_a_stop(stop_requested: bool) -> None:
+def test_a_stop_while_a_shard_is_unreadable_interrupts_validation(stop_requested: bool) -> None:
     class Unreadable(Windows):
         is_asked = False
 

@@ -1,4 +1,4 @@
-"""The order of things in the loop, with parts that only take notes."""
+"""The order of events in the training loop, with parts that record their calls."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import GuardSettings
 from ds_gpt2.engine.engine import Update
 from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.monitoring.monitor import StepMetrics
+from ds_gpt2.monitoring.step_reporter import StepReporter
+from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
-from ds_gpt2.training.hooks import Interrupted
-from ds_gpt2.training.loop import Course, Ending, train
+from ds_gpt2.training.hooks import Hook, Interrupted
 from ds_gpt2.training.lr_schedule import Every
+from ds_gpt2.training.trainer import Ending, Trainer, TrainingSchedule
 
 OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="off", drift="off", stuck_data="off")
 
@@ -38,7 +41,7 @@ class Parts:
         self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
         self._best_at, self._epoch_steps, self._saved = best_at, epoch_steps, (-1, True)
         self.disk_is_full = False
-        self.for_good: bool | None = None
+        self.complete: bool | None = None
         self.step, self.requested = 0, False
         self.problem: str | None = None  # of the data
         self.failing_saves = 0
@@ -65,12 +68,16 @@ class Parts:
         self.requested = self.step in (self._stop_at, self._stop_within)
         return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
 
-    def apply(self, lr: float, skip: bool = False) -> Update:
+    def apply(self, lr: float) -> Update:
         self.notes.append(f"apply {lr}")
-        return Update(applied=self.step != self._skip_at and not skip, grad_norm=1.0, clipped=False)
+        return Update(applied=self.step != self._skip_at, grad_norm=1.0, clipped=False)
 
-    def drop(self) -> None:
-        self.notes.append("drop")
+    def skip_update(self, lr: float) -> Update:
+        self.notes.append("skip update")
+        return Update(applied=False, grad_norm=math.inf, clipped=False)
+
+    def discard_step(self) -> None:
+        self.notes.append("discard step")
 
     def has_finite_weights(self) -> bool:
         return True
@@ -84,11 +91,7 @@ class Parts:
         self.notes.append(f"observe {state.step}")
         if state.step == self.unseen_at:
             raise UserError("held out data cannot be read")
-        if state.step == self._best_at:
-            state.validated(3.0)
-        if state.step == self.interrupted_at:  # as in the samples, after the validation
-            raise Interrupted
-        return {"val/loss": 3.0}
+        return {"val/loss": 3.0} if state.step == self._best_at else {"hellaswag/acc": 0.25}
 
     def write(self, step: int, seen: dict[str, Any]) -> None:
         self.notes.append(f"write {step}")
@@ -105,8 +108,8 @@ class Parts:
     def has_saved(self, state: TrainState) -> bool:
         return self._saved == (state.step, state.unevaluated is None)
 
-    def finish(self, state: TrainState, for_good: bool) -> bool:
-        self.for_good = for_good
+    def finish(self, state: TrainState, complete: bool) -> bool:
+        self.complete = complete
         return not self.disk_is_full
 
     def before_update(self, engine: Any) -> None:
@@ -129,13 +132,29 @@ class Parts:
     def show(self, step: int, seen: dict[str, Any], eta: float) -> None: ...
 
 
+class _LastHook(Hook):
+    """A stop may interrupt it, after the other hook has validated."""
+
+    every = Every(2)
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def observe(self, engine: Any, state: TrainState) -> StepMetrics:
+        if state.step == self._parts.interrupted_at:
+            raise Interrupted
+        return {}
+
+
 def _train(parts: Parts, state: TrainState, steps: int, save: int, guard: Guard | None = None) -> Ending:
     same: Any = parts
-    course = Course(steps, lambda step: step / 10, Every(save), stop_seconds=90)
-    return train(course, state, same, same, [same], same, same, same, same, same, guard or Guard(OFF, print), same)
+    schedule = TrainingSchedule(steps, lambda step: step / 10, Every(save), stop_seconds=90)
+    evaluator = Evaluator([same, _LastHook(parts)])
+    reporter = StepReporter(same, same, same, same, steps)
+    return Trainer(schedule, same, same, guard or Guard(OFF, print), evaluator, same, reporter, same).train(state)
 
 
-def test_a_step_is_told_in_order() -> None:
+def test_the_events_of_a_step_are_in_order() -> None:
     parts = Parts()
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.DONE
     assert parts.notes == [
@@ -146,39 +165,39 @@ def test_a_step_is_told_in_order() -> None:
     assert parts.records[2] == {
         "train/loss": 2.0, "train/perplexity": math.exp(2), "train/lr": 0.2, "train/grad_norm": 1.0,
         "train/clipped_share": 0, "train/skipped_steps": 0, "train/tokens": 200, "train/epoch": 0.2,
-        "perf/step_ms": 1.0, "val/loss": 3.0,
+        "perf/step_ms": 1.0, "hellaswag/acc": 0.25,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])
-def test_a_stop_saves_the_step_just_done(stop_at: int) -> None:
+def test_a_stop_saves_the_step_that_just_ended(stop_at: int) -> None:
     parts, state = Parts(stop_at), TrainState()
     assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
-    assert (state.step, parts.for_good) == (stop_at, False)
+    assert (state.step, parts.complete) == (stop_at, False)
     assert parts.notes[-2:] == [f"write {stop_at}", f"save {stop_at}"]
 
 
-def test_a_stop_in_the_last_step_is_an_end() -> None:
+def test_a_stop_in_the_last_step_ends_the_run_as_done() -> None:
     parts = Parts(stop_at=3)
     assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
-    assert parts.for_good is True
+    assert parts.complete is True
 
 
-def test_a_stop_within_a_step_drops_it_and_saves_the_one_before() -> None:
+def test_a_stop_within_a_step_discards_it_and_saves_the_previous_one() -> None:
     parts, state = Parts(stop_within=4), TrainState()
     assert _train(parts, state, steps=100, save=50) is Ending.STOPPED
     assert parts.notes[-2:] == ["accumulate data of 4", "save 3"]
     assert (state.step, state.tokens) == (3, 300)
 
 
-def test_the_best_and_the_end_of_an_epoch_are_saved_as_such_whatever_the_cadence() -> None:
+def test_the_best_step_and_epoch_ends_are_saved_independently_of_the_interval() -> None:
     parts = Parts(best_at=4, epoch_steps=5)
     assert _train(parts, TrainState(), steps=12, save=0) is Ending.DONE
     saves = [note for note in parts.notes if note.startswith("save")]
     assert saves == ["save 4 best_model", "save 5 epoch_00001", "save 10 epoch_00002", "save 12"]
 
 
-def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
+def test_an_unsaved_last_state_is_reported() -> None:
     parts = Parts()
     parts.disk_is_full = True
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.UNSAVED
@@ -188,12 +207,12 @@ def test_an_end_that_could_not_be_saved_is_no_good_end() -> None:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What was waited, in seconds, by a clock that only waiting moves."""
     waited: list[float] = []
-    monkeypatch.setattr("ds_gpt2.training.loop.time.sleep", waited.append)
-    monkeypatch.setattr("ds_gpt2.training.loop.time.monotonic", lambda: sum(waited))
+    monkeypatch.setattr("ds_gpt2.training.trainer.time.sleep", waited.append)
+    monkeypatch.setattr("ds_gpt2.training.trainer.time.monotonic", lambda: sum(waited))
     return waited
 
 
-def test_a_last_state_that_cannot_be_saved_is_tried_again(pauses: list[float]) -> None:
+def test_saving_the_last_state_is_retried(pauses: list[float]) -> None:
     parts = Parts()
     parts.failing_saves = 4
     assert _train(parts, TrainState(), steps=3, save=0) is Ending.DONE
@@ -202,30 +221,30 @@ def test_a_last_state_that_cannot_be_saved_is_tried_again(pauses: list[float]) -
 
 
 @pytest.mark.parametrize(("stop_at", "limit"), [(0, 1800), (3, 90)])
-def test_it_is_given_up_in_the_end(pauses: list[float], stop_at: int, limit: int) -> None:
+def test_retries_of_the_last_save_end_after_the_limit(pauses: list[float], stop_at: int, limit: int) -> None:
     parts = Parts(stop_at=stop_at)
     parts.failing_saves, parts.disk_is_full = 1000, True
     assert _train(parts, TrainState(), steps=9, save=0) is Ending.UNSAVED
     assert limit - 30 < sum(pauses) <= limit and max(pauses) <= 30
 
 
-def test_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+def test_unreadable_data_loses_no_completed_step() -> None:
     parts, state = Parts(), TrainState()
     parts.unreadable_at = 5
     with pytest.raises(UserError, match="shard cannot be read"):
         _train(parts, state, steps=9, save=0)
     assert (state.step, state.batch) == (4, 4)
-    assert parts.notes[-3:] == ["accumulate data of 5", "drop", "save 4"]
+    assert parts.notes[-3:] == ["accumulate data of 5", "discard step", "save 4"]
 
 
-def test_a_stop_while_data_cannot_be_read_is_a_stop() -> None:
+def test_a_stop_while_data_is_unreadable_is_reported_as_a_stop() -> None:
     parts, state = Parts(stop_at=4), TrainState()
     parts.unreadable_at = 4
     assert _train(parts, state, steps=9, save=0) is Ending.STOPPED
-    assert parts.notes[-2:] == ["drop", "save 3"]
+    assert parts.notes[-2:] == ["discard step", "save 3"]
 
 
-def test_held_out_data_that_cannot_be_read_costs_no_step_that_is_done() -> None:
+def test_unreadable_held_out_data_loses_no_completed_step() -> None:
     parts, state = Parts(), TrainState()
     parts.unseen_at = 4
     with pytest.raises(UserError, match="held out data cannot be read"):
@@ -249,7 +268,7 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(
     parts, state = Parts(best_at=4, epoch_steps=4), TrainState()
     parts.interrupted_at = interrupted_at
     assert _train(parts, state, steps=6, save=save) is Ending.STOPPED
-    assert (state.step, parts.for_good) == (interrupted_at, False)
+    assert (state.step, parts.complete) == (interrupted_at, False)
     assert parts.notes[-2:] == [f"observe {interrupted_at}", f"save {interrupted_at}"]
     assert interrupted_at not in parts.records and (state.best_step, state.val_loss) == before
 
@@ -261,21 +280,21 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(
     assert [note for note in undisturbed.notes if note not in parts.notes] == []
 
 
-def test_an_observation_that_cannot_be_repeated_is_not() -> None:
+def test_a_hook_that_cannot_be_repeated_is_not_repeated() -> None:
     parts = Parts()
     parts.can_be_repeated = False
     assert _train(parts, TrainState(step=4, batch=4, unevaluated={"train/loss": None}), steps=4, save=0) is Ending.DONE
     assert parts.notes == ["write 4", "save 4"] and parts.records[4]["train/loss"] == math.inf
 
 
-def test_a_resumed_run_begins_with_the_next_step() -> None:
+def test_a_resumed_run_starts_with_the_next_step() -> None:
     parts = Parts()
     assert _train(parts, TrainState(step=5, batch=5, tokens=500), steps=6, save=0)
     assert parts.notes[0] == "accumulate data of 6"
     assert parts.records[6]["train/tokens"] == 600
 
 
-def test_a_finished_run_has_nothing_to_do() -> None:
+def test_a_finished_run_trains_no_step() -> None:
     parts = Parts()
     assert _train(parts, TrainState(step=6), steps=6, save=1)
     assert parts.notes == ["save 6"]  # which the store knows to be there already
@@ -295,34 +314,34 @@ def _losses_of(parts: Parts, values: dict[int, float]) -> None:
     parts.accumulate = accumulate  # type: ignore[method-assign]  # other losses
 
 
-def test_a_run_that_is_not_to_be_trusted_ends_without_saving() -> None:
+def test_a_rollback_ends_without_saving() -> None:
     parts, state = Parts(epoch_steps=1000), TrainState()
     _losses_of(parts, dict.fromkeys(range(41, 60), 9.0))
     guard = Guard(GuardSettings(divergence_steps=5), lambda _: None)
     assert _train(parts, state, steps=100, save=45, guard=guard) is Ending.ROLLBACK
     assert [note for note in parts.notes if note.startswith("save")] == []
-    assert (state.step, parts.for_good) == (45, False)
+    assert (state.step, parts.complete) == (45, False)
 
 
-def test_weights_that_differ_are_not_saved() -> None:
+def test_differing_weights_are_not_saved() -> None:
     parts = Parts()
     guard = Guard(GuardSettings(), lambda _: None)
-    guard.judge_weights = lambda state, _: Guard.judge_weights(guard, state, ["a", "b"])  # type: ignore[method-assign]
+    guard.check_weights = lambda state, _: Guard.check_weights(guard, state, ["a", "b"])  # type: ignore[method-assign]
     assert _train(parts, TrainState(), steps=10, save=5, guard=guard) is Ending.ROLLBACK
     assert [note for note in parts.notes if note.startswith("save")] == []
-    assert guard.rollback is not None and guard.rollback.begun == 5
+    assert guard.rollback is not None and guard.rollback.first_step == 5
 
 
-def test_a_loss_that_is_not_finite_makes_no_update() -> None:
+def test_a_non_finite_loss_skips_the_update() -> None:
     parts, state = Parts(), TrainState()
     _losses_of(parts, {2: math.nan})
     _train(parts, state, steps=3, save=0)
     assert [parts.records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
 
 
-def test_batches_that_are_left_out_are_not_trained_on_and_the_end_of_an_epoch_is_kept_all_the_same() -> None:
+def test_excluded_batches_are_not_trained_on_and_the_epoch_end_is_still_saved() -> None:
     parts, state = Parts(epoch_steps=5), TrainState()
-    state.leave_out([5])
+    state.exclude([5])
     _train(parts, state, steps=5, save=0)
     assert [note for note in parts.notes if note.startswith("accumulate")][-2:] == [
         "accumulate data of 4",

@@ -1,22 +1,23 @@
-"""The seam to DeepSpeed: what becomes of the states it hands over to be saved, and where those it asks for come from.
+"""DeepSpeed's checkpoint files: their names, how they are read safely, and who writes and reads them.
 
-``engine.save_checkpoint`` and ``load_checkpoint`` stay the calls; DeepSpeed hands every file to this object.
+``save_checkpoint`` and ``load_checkpoint`` of DeepSpeed's engine hand every file to a ``Serializer``: saving collects
+the contents in memory, loading takes contents that were read and verified before.
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import zero_to_fp32
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ds_gpt2.checkpoint.filesystem import HashingFile
-from ds_gpt2.checkpoint.host_copy import freeze
+from ds_gpt2.engine.host_copy import freeze
 
 # All that DeepSpeed's optimizer files hold besides tensors and plain containers.
 _ALLOWED = [ZeroStageEnum, fragment_address, LossScaler]
@@ -24,19 +25,28 @@ _ALLOWED = [ZeroStageEnum, fragment_address, LossScaler]
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
+class _Writable(Protocol):
+    def write(self, data: Any, /) -> int: ...
+
+
 def partition_file(rank: int) -> str:
-    """The name DeepSpeed gives to the optimizer file of ``rank`` in bf16."""
+    """Return the name that DeepSpeed gives to the bf16 optimizer file of ``rank``."""
     return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
+def recovery_script() -> bytes:
+    """Return DeepSpeed's script ``zero_to_fp32.py``, which it puts beside checkpoints."""
+    return Path(zero_to_fp32.__file__).read_bytes()
+
+
 def unpickle(path: Path, mapped: bool = False) -> Any:
-    """The content of a checkpoint file, on the CPU: tensors, containers and DeepSpeed's three classes.
+    """Read a checkpoint file to the CPU: tensors, containers and DeepSpeed's three classes.
 
     Args:
-        mapped: tensors stay in the file until they are looked at; it must not change as long as they live.
+        mapped: memory-map tensors instead of reading them; the file must not change while they exist.
 
     Raises:
-        pickle.UnpicklingError: there is something else in it; nothing of it was run.
+        pickle.UnpicklingError: the file holds something else, or is damaged; none of it was executed.
     """
     try:
         with torch.serialization.safe_globals(_ALLOWED):
@@ -45,13 +55,13 @@ def unpickle(path: Path, mapped: bool = False) -> Any:
         raise pickle.UnpicklingError(f"{path.name} is damaged, or holds more than tensors and plain values") from None
 
 
-def pickle_into(content: Any, file: HashingFile) -> None:
-    """The inverse of ``unpickle``."""
+def pickle_into(content: Any, file: _Writable) -> None:
+    """Write ``content`` to ``file`` so that ``unpickle`` reads it."""
     torch.save(content, cast("IO[bytes]", file))
 
 
 class Serializer(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
-    """Keeps what DeepSpeed saves until somebody writes it, and gives it what was read and verified before."""
+    """A checkpoint engine of DeepSpeed's that collects saved states and serves states that were read before."""
 
     def __init__(self) -> None:
         super().__init__(config_params=None)
@@ -59,18 +69,19 @@ class Serializer(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed is u
         self._loadable: dict[str, Any] = {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Directories are made by who writes the files."""
+        """Do nothing: the code that writes the files makes the directories."""
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Collect ``state_dict``, copied except for its tensors: they are valid until the next update."""
         self._saved[Path(path).name] = freeze(state_dict)
 
     def take_saved(self) -> dict[str, Any]:
-        """Every state that DeepSpeed has saved since the last call, by file name. Its tensors are the engine's own."""
+        """Return the states that were saved since the last call, by file name. Their tensors are the engine's own."""
         saved, self._saved = self._saved, {}
         return saved
 
     def offer(self, contents: dict[str, Any]) -> None:
-        """The files that the next ``load_checkpoint`` will find, by name."""
+        """Set the files that the next ``load_checkpoint`` finds, by name."""
         self._loadable = contents
 
     def load(self, path: str, map_location: Any = None) -> Any:

@@ -1,0 +1,61 @@
+"""The names of DeepSpeed that this project uses although they are not public, checked before a run begins.
+
+DeepSpeed may change them in any release. The ones of the optimizer are replaced or read in ``zero2_gradients``, those
+of the engine in ``engine`` and ``checkpoint_io``, those of the parameters in ``Engine.masters`` and ``gradients``.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+from ds_gpt2.common.errors import UserError
+
+TESTED = "0.19.8"
+
+_OF_ENGINE = (
+    "_copy_recovery_script",
+    "checkpoint_engine",
+    "coalesce_grad_reduction",
+    "get_global_grad_norm",
+    "monitor",
+    "set_gradient_accumulation_boundary",
+    "was_step_applied",
+)
+_OF_OPTIMIZER = (
+    "_gradient_reduction_buffer_dtype",
+    "averaged_gradients",
+    "clip_grad",
+    "has_overflow",
+    "scaled_global_norm",
+    "single_partition_of_fp32_groups",
+)
+_OF_PARAMETER = ("_hp_mapping", "_index_in_param_group")
+_OF_MAPPING = ("get_hp_fragment", "get_lp_grad_fragment", "lp_fragment_address")
+
+
+def check(engine: Any, model: nn.Module) -> None:
+    """Check that DeepSpeed has every internal name that is used.
+
+    Args:
+        engine: what ``deepspeed.initialize`` has returned for ``model``.
+
+    Raises:
+        UserError: one or more are missing.
+    """
+    parameter = next(model.parameters())
+    mapping = getattr(parameter, "_hp_mapping", None)
+    missing = [f"DeepSpeedEngine.{name}" for name in _OF_ENGINE if not hasattr(engine, name)]
+    missing += [
+        f"{type(engine.optimizer).__name__}.{name}" for name in _OF_OPTIMIZER if not hasattr(engine.optimizer, name)
+    ]
+    missing += [f"parameter.{name}" for name in _OF_PARAMETER if not hasattr(parameter, name)]
+    if mapping is not None:  # None on ranks whose partition has no element of this parameter
+        missing += [f"parameter._hp_mapping.{name}" for name in _OF_MAPPING if not hasattr(mapping, name)]
+    if missing:
+        raise UserError(
+            f"DeepSpeed {metadata.version('deepspeed')} has no {', '.join(missing)}: install the version that was"
+            f" tested (pip install deepspeed=={TESTED})"
+        )

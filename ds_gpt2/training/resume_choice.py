@@ -1,0 +1,108 @@
+"""Decide what a start resumes from, or whether it begins a new run. Never begin a saved run again."""
+
+from __future__ import annotations
+
+from ds_gpt2.checkpoint import commit
+from ds_gpt2.checkpoint.backup.backup import Backup
+from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.run_location import CONFIG
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
+from ds_gpt2.run_dir.metrics import METRICS, STARTS, read_metrics, read_starts, started_from
+
+
+class CheckpointsGoneError(UserError):
+    """A run was saved before, and its checkpoints are not there: a disk may not be mounted."""
+
+
+def choose_source(settings: Settings, resume: str | None) -> str | None:
+    """Return what to look for among the checkpoints (see ``catalog.candidates``); None to start a new run.
+
+    Args:
+        resume: the requested source; None for a new run.
+
+    Raises:
+        UserError: a new run is requested, and the run has checkpoints.
+        CheckpointsGoneError: a new run would start, and the run was saved before.
+    """
+    directory = settings.checkpoint_dir
+    newest = newest_tag(directory)
+    if resume is None and newest is not None:
+        known = (settings.run_dir / CONFIG).is_file()
+        command = f"resume {directory.name}" if known else f"train CONFIG run.name={directory.name} --auto"
+        raise UserError(
+            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}: resume it"
+            f" (`./launch.sh {command}`, or --resume latest), or choose another run.name"
+        )
+    automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
+    if resume is None or (automatic and newest is None and not has_backups(settings)):
+        check_never_saved(settings)
+        return None
+    return resume
+
+
+def starts_new_run(settings: Settings, resume: str | None) -> bool:
+    """Return whether a new run starts: nothing to resume from, and no interrupted save that can be completed.
+
+    Raises:
+        UserError: as ``choose_source``.
+    """
+    return choose_source(settings, resume) is None and not commit.awaits_sweep(settings.checkpoint_dir)
+
+
+def check_never_saved(settings: Settings) -> None:
+    """
+    Raises:
+        CheckpointsGoneError: the run was saved, and has no checkpoint.
+    """
+    if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
+        raise CheckpointsGoneError(
+            f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
+            f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
+            " choose another run.name"
+        )
+
+
+def saved_step(settings: Settings) -> int | None:
+    """Return the newest step at which the run was saved, by its own records; None if they show no save.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    try:
+        return _saved_step(settings)
+    except NotADirectoryError:  # there is no run; whether its directory can be created is checked later
+        return None
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions and disk") from None
+
+
+def _saved_step(settings: Settings) -> int | None:
+    if (step := last_saved_step(settings.run_dir)) is not None:
+        return step
+    if (steps := started_from(read_starts(settings.run_dir / STARTS))) and steps[-1] > 0:
+        return steps[-1]
+    if (settings.run_dir / JOURNAL).exists():
+        return None  # it was never saved
+    return max((record["step"] for record in read_metrics(settings.run_dir / METRICS)), default=None)
+
+
+def has_backups(settings: Settings) -> bool:
+    """Return whether there are backups of the run's checkpoints.
+
+    Raises:
+        UserError: the storage cannot be reached.
+    """
+    backup = backup_of(settings)
+    try:
+        return backup is not None and bool(backup.held())
+    except OSError as error:
+        raise UserError(f"cannot determine whether {settings.run.name} has backups: {reason_of(error)}") from None
+
+
+def backup_of(settings: Settings) -> Backup | None:
+    """Return the run's backups; None if it has none."""
+    to = settings.checkpoint.backup.to
+    return Backup(to, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir) if to else None

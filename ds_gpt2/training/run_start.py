@@ -1,0 +1,106 @@
+"""Record a start: in the run's directory, in TensorBoard, and in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from typing import Any
+
+from ds_gpt2.checkpoint.manager import library_versions
+from ds_gpt2.checkpoint.resume import Restored
+from ds_gpt2.common.files import append_lines
+from ds_gpt2.config.batch_plan import BatchPlan, format_batches
+from ds_gpt2.config.run_location import HIDDEN, public_tree, write_owner, write_settings
+from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, Settings, flat, to_yaml
+from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.monitoring.monitor import Monitor
+from ds_gpt2.monitoring.reference_curves import REFERENCE_TOKENS_PER_STEP
+from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
+from ds_gpt2.run_dir.metrics import STARTS, TIME
+
+_COMMAND = "alerts.command"  # may contain a password
+
+_HYPER_PARAMETERS: Any = {
+    "run": {"seed"},
+    "model": True,
+    "batch": True,
+    "schedule": True,
+    "optimizer": {"eps", "weight_decay", "grad_clip"},
+}
+
+log = logging.getLogger(__name__)
+
+
+def start_text(plan: BatchPlan, restored: Restored | None, excluded: tuple[int, ...]) -> str:
+    """Return one line for the journal and TensorBoard.
+
+    Args:
+        restored: the checkpoint that the run resumes from, if any.
+        excluded: batches of the data that this start excludes from training.
+    """
+    text = f"resumed from {restored.generation.tag}" if restored else "started"
+    if excluded:
+        text += f" without batches {format_batches(excluded)} of the data"
+    return f"{text}, {plan}"
+
+
+def record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
+    """Write the settings in force to the run's directory, and append a line to ``starts.jsonl``. For rank 0."""
+    write_settings(settings)
+    for directory in settings.shared_output_dirs:
+        write_owner(directory, settings.run_dir)
+    start = {
+        "time": time.strftime(TIME),
+        "from_step": state.step,
+        "run_dir": str(settings.run_dir),
+        "steps": steps,
+        "world_size": plan.world_size,
+        "command": [f"{_COMMAND}={HIDDEN}" if word.startswith(f"{_COMMAND}=") else word for word in sys.argv],
+        "versions": library_versions(),
+        "git_commit": _git_commit(),
+    }
+    append_lines(settings.run_dir / STARTS, json.dumps(start).encode() + b"\n")
+
+
+def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan: BatchPlan) -> None:
+    """Write the parts of TensorBoard's pages that do not change during a run. For rank 0.
+
+    Args:
+        parameters: of the model.
+    """
+    hyper_parameters = {
+        "parameters": parameters,
+        "world_size": plan.world_size,
+        "data": settings.data.dir.name,
+        **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
+    }
+    compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
+    open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, compare)
+
+
+def log_resume(restored: Restored, settings: Settings, steps: int) -> None:
+    """Log the checkpoint that a run of ``steps`` steps resumes from, and the settings that have changed since."""
+    log.info(f"resumed from {restored.generation.path}, step {restored.manifest.step} of {steps}")
+    for change in changed_settings(restored.manifest.settings, settings):
+        log.info(f"changed since then: {change}")
+
+
+def changed_settings(before: dict[str, Any], settings: Settings) -> list[str]:
+    """Return the settings that differ from those a checkpoint was saved with, as ``name old -> new``."""
+    old, new = flat(before), flat(public_tree(settings))
+    absolute = "run.dir" in old  # an earlier version stored absolute paths, which cannot be compared
+    ignored = {_COMMAND, *(PATH_KEYS if absolute else ())}  # an earlier version stored the command as it is
+    names = [name for name in new if name not in ignored]
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(PROJECT_DIR), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or not a checkout
+    return answer.stdout.strip()
