@@ -21,13 +21,13 @@ class CsvBlock(BaseModel):
 
 
 def check(content: dict[str, Any]) -> None:
-    """Check that the CSV files can be written, if they are switched on; nothing is left on the disk.
+    """Check that the CSV files can be written, if they are enabled; nothing remains on the disk.
 
     Args:
         content: of the DeepSpeed file.
 
     Raises:
-        UserError: the block is wrong, or its directory cannot be made or written to.
+        UserError: the block is invalid, or its directory cannot be created or written to.
     """
     block = _read(content)
     if not block.enabled:
@@ -35,7 +35,7 @@ def check(content: dict[str, Any]) -> None:
     try:
         check_may_write(Path.cwd() / os.path.join(block.output_path, block.job_name))
     except UserError as error:
-        hint = "set csv_monitor.output_path and csv_monitor.job_name to a directory that can be written to"
+        hint = "set csv_monitor.output_path and csv_monitor.job_name to a writable directory"
         raise UserError(f"DeepSpeed file: csv_monitor: {error}, or {hint}") from None
 
 

@@ -1,4 +1,4 @@
-"""Published results of GPT-2 124M, to hold a run against."""
+"""Published results of GPT-2 124M, to compare a run with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: their layout, hyper-parameters and settings, a reference."""
+"""TensorBoard pages besides the curves: layout, hyper-parameters, settings, and a reference curve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ds_gpt2.monitoring.monitor import Monitor, as_code_block
 from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
 
-# The CUSTOM SCALARS page: is it healthy?
+# The CUSTOM SCALARS page.
 _LAYOUT = {
     "is it healthy?": {
         "loss": ["Multiline", [r"train/loss$", r"val/loss$"]],
@@ -34,25 +34,25 @@ _LAYOUT = {
     },
 }
 
-# Of the hyper-parameters, those that the HPARAMS page shows until a person chooses: it has room for five.
+# The hyper-parameters that the HPARAMS page shows by default; five fit.
 _SHOWN_FIRST = ("parameters", "batch.tokens_per_step", "schedule.max_lr", "schedule.steps", "optimizer.weight_decay")
 _RESULTS = ("val/loss", "train/loss", "hellaswag/acc_norm", "perf/tokens_per_s")  # columns of the HPARAMS page
 
 
 def open_dashboard(monitor: Monitor, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
-    """Write what does not change during a run.
+    """Write the content that does not change during a run.
 
     Args:
-        hyper_parameters: name to number, text or truth value, for the HPARAMS page; its results are the newest values
-            of the run's own curves.
-        compare: show the reference's curve beside the run's.
+        hyper_parameters: name to number, text or bool, for the HPARAMS page, whose results are the newest values of
+            the run's curves.
+        compare: show the reference curve beside the run's.
     """
     if monitor.tensorboard is not None:
-        lay_out = functools.partial(_lay_out, monitor.tensorboard, settings_text, hyper_parameters, compare)
-        monitor.attempt("lay out TensorBoard's pages", lay_out)
+        write = functools.partial(_write_pages, monitor.tensorboard, settings_text, hyper_parameters, compare)
+        monitor.attempt("write TensorBoard's pages", write)
 
 
-def _lay_out(writer: Any, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
+def _write_pages(writer: Any, settings_text: str, hyper_parameters: dict[str, Any], compare: bool) -> None:
     writer.add_custom_scalars(_LAYOUT)
     writer.add_text("config", as_code_block(settings_text))
     _write_hyper_parameters(writer, hyper_parameters)
@@ -64,17 +64,17 @@ def _write_hyper_parameters(writer: Any, hyper_parameters: dict[str, Any]) -> No
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    columns, start, _ = hparams(hyper_parameters, dict.fromkeys(_RESULTS, 0.0))  # the third says that it has ended
+    columns, start, _ = hparams(hyper_parameters, dict.fromkeys(_RESULTS, 0.0))  # the third marks the run as ended
     data = HParamsPluginData.FromString(columns.value[0].metadata.plugin_data.content)
     for column in data.experiment.hparam_infos:
-        column.differs = column.name in _SHOWN_FIRST  # TensorBoard lists those that differ from run to run first
+        column.differs = column.name in _SHOWN_FIRST  # TensorBoard lists these first
     columns.value[0].metadata.plugin_data.content = data.SerializeToString()
     for summary in (columns, start):
         writer.file_writer.add_summary(summary)
 
 
 def _write_reference(writer_type: Any, directory: Path) -> None:
-    """As a run of its own beside the run: TensorBoard draws it into the same chart in another colour."""
+    """Write the reference as a run of its own, which TensorBoard draws into the same chart in another colour."""
     if directory.exists():
         return
     writer = writer_type(log_dir=str(directory))

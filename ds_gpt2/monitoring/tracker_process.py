@@ -1,7 +1,7 @@
-"""The process that hands a run's metrics to W&B or Comet, so that these finish whatever ends the rank.
+"""The process that sends a run's metrics to W&B or Comet, and finishes the run there however the rank ends.
 
-A rank ends by ``os._exit``, by an error, or by SIGKILL; the libraries would lose their last rows, and W&B's own service
-process dies with the rank that started it. This process has left the rank's session and process tree, reads lines of
+A rank ends by ``os._exit``, by an error, or by SIGKILL: the libraries would lose their last rows, and W&B's own service
+process dies with the rank that started it. This process leaves the rank's session and process tree, reads lines of
 JSON from stdin, and finishes the run when stdin ends. It imports nothing of the project and not torch.
 
 Lines in: the request, then ``{"rows": {step: {tag: value}}}``, at last ``{"failed": bool}``.
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 _COMET_DIRECTORY = ".cometml-runs"  # Comet's default, in the working directory
-_INIT_SECONDS = 60.0  # W&B's server has so long to answer
+_INIT_SECONDS = 60.0  # time limit for W&B's server to answer
 
 
 class TrackerRun(Protocol):
@@ -30,14 +30,14 @@ class TrackerRun(Protocol):
     def finish(self, failed: bool) -> None: ...
 
     def location(self) -> str:
-        """Where the data is kept on this machine, and how to upload it."""
+        """Return where the data is on this machine, and how to upload it."""
 
 
 class WandbRun:
     """A W&B run. x is the metric ``step``; W&B's own ``_step`` is the same until a resume repeats steps.
 
-    W&B ignores rows whose ``_step`` is not above the newest one: after a resume ``_step`` goes up by one a row until
-    the steps have caught up.
+    W&B ignores rows whose ``_step`` is not above the newest one: after a resume ``_step`` increases by one per row
+    until the steps have caught up.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class CometRun:
             arguments |= {"experiment_key": request["id"], "mode": "get_or_create"}
         try:
             self._experiment = comet_ml.start(**arguments)
-            problem = "" if self._experiment.alive else "no connection, or the API key is refused"
+            problem = "" if self._experiment.alive else "no connection, or the API key is rejected"
         except ValueError:  # no API key
             raise
         except Exception as error:
@@ -119,17 +119,17 @@ def main() -> None:
     """Serve one tracker until stdin ends."""
     global _answers
     _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the libraries print must not come between the answers
+    os.dup2(2, 1)  # output of the libraries must not mix with the answers
     request = json.loads(sys.stdin.readline())
     _secrets.extend(filter(None, [request["arguments"].get("api_key")]))
     try:
         run: TrackerRun = _KINDS[request["tracker"]](request)
-    except Exception as error:  # whatever the library raises
+    except Exception as error:  # the libraries raise many kinds
         mistake = isinstance(error, ImportError | ValueError) or type(error).__name__ == "UsageError"
         answer(error=one_line(error), mistake=mistake)
         return
     answer(opened=run.location())
-    failed = _pass_on(run)
+    failed = _log_rows(run)
     signal.alarm(request["finish_seconds"])  # the default action ends this process
     try:
         run.finish(failed)
@@ -138,11 +138,11 @@ def main() -> None:
         answer(error=one_line(error), mistake=False)
 
 
-def _pass_on(run: TrackerRun) -> bool:
-    """Log every row until the end; return whether the run failed, as one has that did not report its end."""
-    complained = False
+def _log_rows(run: TrackerRun) -> bool:
+    """Log every row until stdin ends; return whether the run failed, as it has if it did not report its end."""
+    has_warned = False
     for line in sys.stdin:
-        with contextlib.suppress(ValueError):  # a line that is cut: the rank was killed
+        with contextlib.suppress(ValueError):  # an incomplete line: the rank was killed
             message = json.loads(line)
             if "failed" in message:
                 return bool(message["failed"])
@@ -150,9 +150,9 @@ def _pass_on(run: TrackerRun) -> bool:
                 for step, row in message["rows"].items():
                     run.log(int(step), row)
             except Exception as error:
-                if not complained:
-                    answer(warning=f"did not take a row: {one_line(error)}; further failures are not logged")
-                complained = True
+                if not has_warned:
+                    answer(warning=f"rejects a row: {one_line(error)}; further failures are not logged")
+                has_warned = True
     return True
 
 
@@ -163,7 +163,7 @@ def answer(**message: object) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line without API keys, fit for a log."""
+    """Return an exception as one line for the log, without API keys."""
     text = " ".join(str(error).split()) or type(error).__name__
     for secret in _secrets:
         text = text.replace(secret, "***")

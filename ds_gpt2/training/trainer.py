@@ -53,7 +53,7 @@ class TrainingSchedule:
 
 @dataclass
 class Trainer:
-    """The parts of one run on this rank, as ``setup.build_trainer`` connects them."""
+    """The parts of one run on this rank, as ``setup.build_run`` connects them."""
 
     schedule: TrainingSchedule
     engine: Engine
