@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from launched import PROJECT
 from ds_gpt2.commands import report
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.heartbeat import Heartbeat
 
 CONFIG = """
 run: {name: NAME, dir: RUNS}
@@ -37,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
         now = time.time()
         records = [{"step": step, "time": now - 60 * (40 - step), "train/loss": 3.0} for step in range(1, 41)]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        Heartbeat(directory, 0).begin_step(41, 41)
     return tmp_path
 
 
@@ -57,7 +60,7 @@ def test_the_report_lies_beside_the_run(folder: Path, capsys: pytest.CaptureFixt
     for _ in range(2):  # another takes its place
         assert run(folder) == exit_report.DONE
         size = f"{file.stat().st_size / 1e6:.1f} MB"
-        assert capsys.readouterr().out == f"{file}: {size}, opens in any browser, without a network\n"
+        assert capsys.readouterr().out == f"{file}: {size}, opens in any browser without a network\n"
     assert file.read_text().startswith("<!DOCTYPE html>")
     assert [path.name for path in file.parent.iterdir() if "report" in path.name] == ["report.html"]
 
@@ -85,14 +88,14 @@ def test_spans() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--since", "24"], "--since 24: give minutes, hours or days"),
+        (["--since", "24"], "--since 24: must be minutes, hours or days"),
         (["--since", "0h"], "such as 90m, 24h or 7d"),
-        (["--watts", "-1"], "--watts -1: give a number above 0"),
-        (["--price-per-hour", "nan"], "--price-per-hour nan: give"),
-        (["--price-per-kwh", "0.3"], "run one has recorded no power, give --watts too"),
-        (["--out", "FOLDER/gone/report.html"], "cannot write .*: No such file or directory; give another place"),
+        (["--watts", "-1"], "--watts -1: must be a number above 0"),
+        (["--price-per-hour", "nan"], "--price-per-hour nan: must be"),
+        (["--price-per-kwh", "0.3"], "run one has no recorded power; set --watts as well"),
+        (["--out", "FOLDER/gone/report.html"], "cannot write .*: No such file or directory; set another --out"),
         (["--out", "FOLDER/runs"], "cannot write .*: Is a directory"),
-        (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl is not a report: give another place"),
+        (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl exists and is not a report: set another --out"),
     ],
 )
 def test_a_mistake_is_said(folder: Path, words: list[str], message: str) -> None:
@@ -115,7 +118,8 @@ def test_a_run_that_cannot_be_read_is_said(folder: Path) -> None:
 
 def test_a_run_of_which_nothing_is_left_but_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
-    assert figures(folder, capsys, "--since", "1h")[0]["state"] == "no data yet"
+    shutil.rmtree(folder / "runs" / "one" / "heartbeat")
+    assert figures(folder, capsys, "--since", "1h")[0]["state"] == "dead"
     assert run(folder) == exit_report.DONE
     assert "No data yet: nothing is recorded." in (folder / "runs" / "one" / "report.html").read_text()
 

@@ -78,7 +78,7 @@ def test_the_newest_run_is_shown_and_the_exit_code_says_whether_it_is_well(
     assert status() == exit_report.CRASHED == 1
     said = capsys.readouterr().out
     assert said.startswith("new: dead ")
-    assert "! no process of it is left" in said
+    assert "! the run has no process" in said
 
 
 @pytest.mark.parametrize("words", [["old"], ["{folder}/runs/old"], ["{folder}/checkpoints/old"]])
@@ -129,14 +129,14 @@ def test_a_program_gets_every_figure(folder: Path, capsys: pytest.CaptureFixture
     assert [each["run"] for each in json.loads(capsys.readouterr().out)] == ["old", "new"]
     assert status("old", "--json") == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert problem == {"kind": "crash", "text": "no process of it is left; go on with ./launch.sh resume old"}
+    assert problem == {"kind": "crash", "text": "the run has no process; resume with ./launch.sh resume old"}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["gone"], "no run gone: known in .*runs are old, new"),
-        (["old", "--all"], "--all shows every run: leave out old, or --all"),
+        (["old", "--all"], "--all includes every run: remove old or --all"),
     ],
 )
 def test_no_such_run_is_another_exit_code(
@@ -163,7 +163,7 @@ def test_no_runs_at_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("words", [["--watch", "old"], ["--watch", "0"], ["--watch", "inf"]])
 def test_seconds_are_a_number(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert status(*words) == exit_report.MISTAKE
-    assert "is no number of seconds up to 86,400; a RUN stands before --watch" in capsys.readouterr().err
+    assert "is not a number of seconds up to 86,400; put RUN before --watch" in capsys.readouterr().err
 
 
 def test_watching_draws_again_until_ctrl_c(folder: Path) -> None:
@@ -236,13 +236,13 @@ def test_one_message_when_it_gets_ill_and_one_when_it_is_well_again(
     for _ in range(3):
         assert status("--alert") == 1
     (message,) = sent
-    title = "new: dead: no process of it is left; go on with ./launch.sh resume new"
+    title = "new: dead: the run has no process; resume with ./launch.sh resume new"
     assert message[:2] == ("crash", title)
     assert message[2] in capsys.readouterr().out
     live(folder)
     for _ in range(3):
         assert status("--alert") == 0
-    assert [each[:2] for each in sent[1:]] == [("launch", "new: running, all is well again")]
+    assert [each[:2] for each in sent[1:]] == [("launch", "new: running, healthy again")]
     die(folder)
     status("--alert")
     assert len(sent) == 3

@@ -1,4 +1,4 @@
-"""Prices of energy and of machine time, as a user gives them."""
+"""Prices of energy and of machine time, set by the user."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prices:
-    """What a person says that the machine draws and costs; None where that is not said."""
+    """Power and costs of the machine; None where the user sets nothing. Money is in the user's currency."""
 
-    watts: float | None = None
+    watts: float | None = None  # power of the machine
     per_kwh: float | None = None
     per_hour: float | None = None
