@@ -63,6 +63,6 @@ def test_several_runs_share_the_charts(write_run: WriteRun) -> None:
     assert (loss["first: validation"]["y"][0], loss["second: validation"]["y"][0]) == (3.0, 2.0)
     assert loss["first"]["line"]["color"] == loss["first: validation"]["line"]["color"]
     assert loss["first"]["line"]["color"] != loss["second"]["line"]["color"]
-    assert "firstsecond" in found.text  # the head of the table
+    assert "firstsecond" in found.text  # header of the table
     assert "best validation loss3.0000 at step 12.0000 at step 1" in found.text
     assert "ms per step, by phase: second" in found.text

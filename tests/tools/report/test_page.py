@@ -25,15 +25,15 @@ def test_sentence_starts_with_losses_that_are_not_finite(write_run: WriteRun) ->
 
 
 def test_text_from_files_is_escaped(write_run: WriteRun) -> None:
-    evil = "</pre></script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
+    hostile = "</pre></script><script>alert(1)</script><img src=http://hostile.example/x onerror=alert(2)>"
     directory = write_run(
-        [record(1, **{"samples/0": evil, "samples/7": evil})], [{**start(NOW, 0), "git_commit": "<i>"}]
+        [record(1, **{"samples/0": hostile, "samples/7": hostile})], [{**start(NOW, 0), "git_commit": "<i>"}]
     )
-    (directory / "NOTES.md").write_text(evil)
-    line = {"time": NOW, "step": 1, "kind": evil, "text": evil}
+    (directory / "NOTES.md").write_text(hostile)
+    line = {"time": NOW, "step": 1, "kind": hostile, "text": hostile}
     (directory / "journal.jsonl").write_text(json.dumps(line) + "\n")
     found = rendered(directory)
-    assert found.text.count(evil) == 5
+    assert found.text.count(hostile) == 5
     assert "Say <b>" in found.text
     assert len(found.scripts) == 3
     assert {tag for tag, _ in found.tags} & {"img", "i", "b"} == set()
@@ -61,7 +61,7 @@ def test_page_loads_nothing_and_forbids_network_access(write_run: WriteRun) -> N
 
 
 def test_sections_that_are_not_configured_are_left_out(write_run: WriteRun) -> None:
-    """No "no data yet" for what the run will never have."""
+    """A section without "no data yet" if the run never has such data."""
     directory = write_run([record(step) for step in range(1, 41)])
     config = directory / "config.yaml"
     assert "HellaSwag" not in rendered(directory).text.replace("hellaswag", "")
@@ -74,7 +74,7 @@ def test_sections_that_are_not_configured_are_left_out(write_run: WriteRun) -> N
     assert "HellaSwagno data yet" in "".join(rendered(directory).text.split("\n"))
     config.write_text(text)
     other = write_run([record(step, **{"hellaswag/acc_norm": 0.3}) for step in range(1, 41)], name="other")
-    assert "HellaSwag" in rendered(directory, other).text  # one of them has it
+    assert "HellaSwag" in rendered(directory, other).text  # one of the runs has it
 
 
 def test_page_of_a_run_without_records(write_run: WriteRun) -> None:

@@ -11,4 +11,4 @@ def test_steps_follow_from_epochs(write_run: WriteRun) -> None:
     directory = write_run([record(7, **{"train/epoch": 7 / 33.3})])
     config = directory / "config.yaml"
     config.write_text(config.read_text().replace("steps: 100,", "epochs: 3,"))
-    assert load_run(directory).steps == 100  # 99.9, the last one filled up
+    assert load_run(directory).steps == 100  # 99.9, rounded up

@@ -40,23 +40,23 @@ def test_lost_time_without_a_journal_follows_from_the_records(write_run: WriteRu
     records = [record(step) for step in range(1, 41)]
     for each in records[20:]:
         each["time"] += HOUR
-    gone = start(NOW - 60, 25)  # went on from step 25, all of which the next one did anew
-    run = load_run(write_run(records, [start(NOW - 90, 0), gone, start(NOW - 50, 20)]))
+    repeated = start(NOW - 60, 25)  # the next start repeats all its steps
+    run = load_run(write_run(records, [start(NOW - 90, 0), repeated, start(NOW - 50, 20)]))
     assert [each.lost_seconds for each in run.starts] == [None, None, HOUR]
     summary = summarize(run, NOW + HOUR)
-    assert (summary.restarts, summary.resumes, summary.lost_seconds) == (0, 2, HOUR)  # nothing tells who made them
-    assert summary.seconds_per_step == Range(2.0, 2.0, 2.0)  # the hour is no step's
+    assert (summary.restarts, summary.resumes, summary.lost_seconds) == (0, 2, HOUR)  # not known who made them
+    assert summary.seconds_per_step == Range(2.0, 2.0, 2.0)  # without the hour of the interruption
 
 
 def test_range_follows_from_the_newest_windows(write_run: WriteRun) -> None:
-    """Eight stretches of a thousand steps."""
+    """The window of 1,000 steps has eight sections."""
     records = [record(step, **{"perf/step_ms": 1000.0 * (1 + (step - 2) // 125)}) for step in range(1, 1002)]
     pace = summarize(load_run(write_run(records, [start(NOW - 9e4, 0)])), NOW).seconds_per_step
-    assert pace == Range(4.5, pytest.approx(1.7), pytest.approx(7.3))  # numpy's linear percentiles of 1 to 8
+    assert pace == Range(4.5, pytest.approx(1.7), pytest.approx(7.3))  # linear percentiles of 1 to 8
 
 
 def test_costs_follow_from_power_and_prices(write_run: WriteRun) -> None:
-    records = [record(step, **{"perf/step_ms": 3.6e6}) for step in range(1, 41)]  # an hour a step, 60 left
+    records = [record(step, **{"perf/step_ms": 3.6e6}) for step in range(1, 41)]  # an hour per step, 60 steps left
     directory = write_run(records)
     assert summarize(load_run(directory), NOW).cost is None
     cost = summarize(load_run(directory), NOW, Prices(watts=2000, per_kwh=0.25, per_hour=8)).cost
@@ -116,7 +116,7 @@ def test_restarts_and_lost_time_follow_from_the_journal(write_run: WriteRun) -> 
     found = "".join(rendered(directory).text.split("\n"))
     assert "restarts by the supervisor1" in found and "resumes by hand1" in found and "time lost2m 30s" in found
     assert "crash at 12" in found
-    assert "save at 20" not in found and "launch at 20" not in found  # nothing that has gone wrong
+    assert "save at 20" not in found and "launch at 20" not in found  # routine events
 
 
 STOPPED = {"kind": "stop", "text": "stopped on request"}
