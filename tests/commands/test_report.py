@@ -1,4 +1,4 @@
-"""``report``: what a person gets, and what is said where it cannot be had."""
+"""``report``: output files, JSON and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ checkpoint: {dir: CHECKPOINTS}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two runs of forty steps, the newest of them just now."""
+    """Two runs of forty steps; the newest step ends now."""
     for name in ("one", "two"):
         directory = tmp_path / "runs" / name
         directory.mkdir(parents=True)
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *words: str, runs: tuple[str, ...] = ("one",)) -> int:
-    """The verb, as the command line starts it."""
+    """Run the command with parsed arguments."""
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     return report.run(parser.parse_args([*(str(folder / "runs" / name) for name in runs), *words]))
@@ -55,9 +55,9 @@ def figures(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **mor
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_report_lies_beside_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_written_to_the_run_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "runs" / "one" / "report.html"
-    for _ in range(2):  # another takes its place
+    for _ in range(2):  # the second one replaces the first
         assert run(folder) == exit_report.DONE
         size = f"{file.stat().st_size / 1e6:.1f} MB"
         assert capsys.readouterr().out == f"{file}: {size}, opens in any browser without a network\n"
@@ -65,14 +65,14 @@ def test_the_report_lies_beside_the_run(folder: Path, capsys: pytest.CaptureFixt
     assert [path.name for path in file.parent.iterdir() if "report" in path.name] == ["report.html"]
 
 
-def test_several_runs_go_into_one_file(folder: Path) -> None:
+def test_several_runs_share_one_file(folder: Path) -> None:
     assert run(folder, "--out", str(folder / "both.html"), runs=("one", "two", "one")) == exit_report.DONE
     page = (folder / "both.html").read_text()
     assert "<h1>Runs one, two</h1>" in page
     assert not (folder / "runs" / "one" / "report.html").exists()
 
 
-def test_the_figures_are_printed_instead(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_printed_instead_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = figures(folder, capsys, "--since", "10.5m", "--price-per-hour", "6", runs=("one", "two"))
     assert (one["run"], two["run"]) == ("one", "two")
     assert (one["state"], one["step"], one["loss"], one["since"]["steps"]) == ("running", 40, 3.0, 11)
@@ -81,7 +81,7 @@ def test_the_figures_are_printed_instead(folder: Path, capsys: pytest.CaptureFix
     assert not list(folder.rglob("report.html"))
 
 
-def test_spans() -> None:
+def test_parse_span_returns_seconds() -> None:
     assert [report.parse_span(text) for text in ("90m", "24h", "7d", "1.5h")] == [5400, 86_400, 604_800, 5400]
 
 
@@ -98,25 +98,25 @@ def test_spans() -> None:
         (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl exists and is not a report: set another --out"),
     ],
 )
-def test_a_mistake_is_said(folder: Path, words: list[str], message: str) -> None:
+def test_wrong_option_is_an_error(folder: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(folder, *(word.replace("FOLDER", str(folder)) for word in words))
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_no_such_run_is_said(folder: Path) -> None:
+def test_unknown_run_is_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no run .*three"):
         run(folder, runs=("three",))
 
 
-def test_a_run_that_cannot_be_read_is_said(folder: Path) -> None:
+def test_unreadable_file_is_an_error(folder: Path) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
     (folder / "runs" / "one" / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory"):
         run(folder)
 
 
-def test_a_run_of_which_nothing_is_left_but_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_run_with_settings_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "runs" / "one" / "heartbeat")
     assert figures(folder, capsys, "--since", "1h")[0]["state"] == "dead"
@@ -124,7 +124,7 @@ def test_a_run_of_which_nothing_is_left_but_its_settings(folder: Path, capsys: p
     assert "No data yet: nothing is recorded." in (folder / "runs" / "one" / "report.html").read_text()
 
 
-def test_the_verb_does_not_wait_for_torch() -> None:
+def test_report_does_not_import_torch() -> None:
     code = "import sys, ds_gpt2.commands.report; print({'torch', 'deepspeed'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ds_gpt2.checkpoint.catalog import Generation
@@ -69,7 +68,7 @@ def render(parts: Sequence[RunSection], charts: Sequence[Chart], now: float) -> 
         figures=_figures(summaries),
         charts=charts,
         runs=[_run(part) for part in parts],
-        plotly=Markup(get_plotlyjs()),
+        plotly=get_plotlyjs(),
         drawn=drawn,
     )
 
