@@ -116,10 +116,10 @@ def _loss_range(views: list[View]) -> tuple[list[float], bool]:
 
 def _reference(views: list[View]) -> list[Trace]:
     """Return the reference's loss in the range of the runs, at the steps where the first run reaches equal tokens."""
-    stretch = REFERENCE_TOKENS_PER_STEP / views[0].settings.batch.tokens_per_step
+    scale = REFERENCE_TOKENS_PER_STEP / views[0].settings.batch.tokens_per_step
     begin = min(int(view.records.steps[0]) for view in views)
     end = 1.1 * max(view.records.newest for view in views)
-    shown = {step * stretch: loss for step, loss in REFERENCE_CURVE.items() if begin <= step * stretch <= end}
+    shown = {step * scale: loss for step, loss in REFERENCE_CURVE.items() if begin <= step * scale <= end}
     trace = {
         "type": "scatter",
         "mode": "lines+markers",

@@ -20,8 +20,9 @@ from ds_gpt2.monitoring.pace import RECENT_LABEL, Range
 from ds_gpt2.run_dir.journal import ROUTINE, Event
 from ds_gpt2.tools.report.charts import Chart
 from ds_gpt2.tools.report.run import Run, Start
-from ds_gpt2.tools.report.summary import Cost, Since, Summary
+from ds_gpt2.tools.report.summary import Since, Summary
 from ds_gpt2.tools.resources.losses import not_finite_warnings
+from ds_gpt2.tools.resources.prices import Cost
 from ds_gpt2.tools.resources.run_state import ACTIVE, State
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -116,7 +117,7 @@ _STATES: dict[State, str] = {
     "hung?": "Hung",
     "mistake": "Stopped by a configuration error",
     "gave up": "Stopped after too many restarts",
-    "dead": "Not running (no process on this machine)",
+    "dead": "Not running (no process found)",
 }
 
 

@@ -12,21 +12,10 @@ from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, timed_of
 from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
-from ds_gpt2.tools.resources.prices import Prices
+from ds_gpt2.tools.resources.prices import Cost, Prices, cost_of
 from ds_gpt2.tools.resources.run_state import ACTIVE, RunState, State, finished_by_checkpoint, read_run_state
 
 _TIMES = ("perf/step_ms", "perf/eval_ms", "perf/save_ms")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Costs of the remaining steps. Money is in the currency of the prices."""
-
-    watts: float | None
-    watts_recorded: bool  # by the GPUs, without the rest of the machine
-    energy_kwh: Range | None
-    energy_money: Range | None
-    hours_money: Range | None
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         damaged_lines=records.damaged,
         estimated_times=records.estimated,
         since=None if since_seconds is None else since(run, now, since_seconds),
-        cost=_cost(left, _power(records), prices or Prices()),
+        cost=None if left is None else cost_of(left, _power(records), prices or Prices()),
     )
 
 
@@ -214,18 +203,3 @@ def _power(records: Curves) -> float | None:
     first = records.newest - WINDOW + 1
     watts = records.curve("perf/gpu_power_w").since(first).finite().values
     return float(watts.mean()) if len(watts) else None
-
-
-def _cost(seconds_left: Range | None, recorded_watts: float | None, prices: Prices) -> Cost | None:
-    watts = prices.watts if prices.watts is not None else recorded_watts
-    if seconds_left is None or (watts is None and prices.per_hour is None):
-        return None
-    hours = seconds_left.times(1 / 3600)
-    energy = None if watts is None else hours.times(watts / 1000)
-    return Cost(
-        watts=watts,
-        watts_recorded=prices.watts is None and watts is not None,
-        energy_kwh=energy,
-        energy_money=None if energy is None or prices.per_kwh is None else energy.times(prices.per_kwh),
-        hours_money=None if prices.per_hour is None else hours.times(prices.per_hour),
-    )

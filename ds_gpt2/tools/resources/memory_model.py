@@ -151,12 +151,12 @@ def _reduction(model: Model, zero: Zero, ranks: int) -> int:
     bucket, part = 4 * min(zero.bucket, model.parameters), 4 * _partition(model, ranks)
     large = zero.bucket < model.head
     if zero.buffers == 0:
-        beside = bucket + part
+        additional = bucket + part
     elif zero.in_place:  # the partition exists only after a bucket is full and its sums are freed
-        beside = bucket * zero.buffers + (part if large else max(0, part - bucket))
+        additional = bucket * zero.buffers + (part if large else max(0, part - bucket))
     else:  # sums, copy and buffer together are as large as the sums and the buffer
-        beside = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
-    return beside + (bucket // 2 if zero.link_bytes == 2 else 0)
+        additional = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
+    return additional + (bucket // 2 if zero.link_bytes == 2 else 0)
 
 
 def largest_block(model: Model, plan: BatchPlan, accelerator: str) -> int:
