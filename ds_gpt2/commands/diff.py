@@ -13,7 +13,7 @@ from ds_gpt2.commands.runs import find_run
 from ds_gpt2.common.formatting import table, tokens
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.tools.report.diff import Pair, ends, losses_at_equal_tokens, settings_that_differ
+from ds_gpt2.tools.report.diff import Pair, final_metrics, losses_at_equal_tokens, settings_that_differ
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
 _WIDEST = 40  # characters of a setting's value
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     a, b = (load(find_run(name)) for name in (options.a, options.b))
     settings = settings_that_differ(a.settings, b.settings)
-    losses, reached = losses_at_equal_tokens(a, b), ends(a, b)
+    losses, reached = losses_at_equal_tokens(a, b), final_metrics(a, b)
     if options.json:
         content = {
             "runs": [a.name, b.name],

@@ -213,7 +213,7 @@ def _subject(
         zero,
         run_schedule_of(settings, shared.windows_per_step, windows),
         disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
-        memory_free=hardware.memory if hardware is not None else machine.memory_for_a_rank(place),
+        memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(place),
         elsewhere=hardware,
         disk_given=disk_free is not None,
         no_data=no_data,

@@ -1,4 +1,4 @@
-"""``report``: how a run, or several, went so far, as one HTML file that needs no network."""
+"""``report``: write the report of one or several runs as one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86_400}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories of runs (default: the newest run)")
-    parser.add_argument("--since", metavar="TIME", help="look at the last 90m, 24h or 7d only")
+    parser.add_argument("--since", metavar="TIME", help="report the last 90m, 24h or 7d only")
     parser.add_argument(
-        "--out", type=path("--out"), metavar="FILE", help="default: runs/RUN/report.html; of several: runs/report.html"
+        "--out",
+        type=path("--out"),
+        metavar="FILE",
+        help="default: runs/RUN/report.html; for several runs: runs/report.html",
     )
-    parser.add_argument("--reference", action="store_true", help="show llm.c's loss, whatever the run is")
+    parser.add_argument("--reference", action="store_true", help="show the loss of llm.c for any run")
     parser.add_argument(
-        "--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs, if recorded)"
+        "--watts", type=float, metavar="W", help="power of the machine (default: recorded power of its GPUs)"
     )
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, write no file")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of energy")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of writing a file")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,12 +61,13 @@ def run(options: argparse.Namespace) -> int:
     parts = [RunSection(each, summary) for each, summary in zip(runs, summaries, strict=True)]
     out = options.out or _default_out(directories)
     _write(out, render(parts, charts_of(views, options.reference), now))
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser, without a network")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
     return exit_report.DONE
 
 
 def load(directory: Path) -> Run:
-    """
+    """Read the run in ``directory``.
+
     Raises:
         UserError: a file of the run cannot be read.
     """
@@ -74,14 +78,14 @@ def load(directory: Path) -> Run:
 
 
 def parse_span(text: str) -> float:
-    """``90m``, ``24h`` or ``7d`` in seconds.
+    """Return ``90m``, ``24h`` or ``7d`` in seconds.
 
     Raises:
-        UserError: it is none of these.
+        UserError: ``text`` has another form.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", text, re.ASCII)
     if not found or float(found[1]) == 0:
-        raise UserError(f"--since {text}: give minutes, hours or days, such as 90m, 24h or 7d")
+        raise UserError(f"--since {text}: must be minutes, hours or days, such as 90m, 24h or 7d")
     return float(found[1]) * _SECONDS[found[2]]
 
 
@@ -89,14 +93,14 @@ def _prices(options: argparse.Namespace) -> Prices:
     for name in ("watts", "price_per_kwh", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
     return Prices(options.watts, options.price_per_kwh, options.price_per_hour)
 
 
 def _check_power_known(summaries: list[Summary]) -> None:
     for summary in summaries:
         if summary.seconds_left is not None and (summary.cost is None or summary.cost.watts is None):
-            raise UserError(f"--price-per-kwh: run {summary.run} has recorded no power, give --watts too")
+            raise UserError(f"--price-per-kwh: run {summary.run} has no recorded power; set --watts as well")
 
 
 def _default_out(directories: list[Path]) -> Path:
@@ -106,14 +110,14 @@ def _default_out(directories: list[Path]) -> Path:
 def _write(file: Path, page: str) -> None:
     """
     Raises:
-        UserError: it cannot be written, or another file is there.
+        UserError: ``file`` cannot be written, or exists and is not a report.
     """
     try:
         if file.exists() and not _is_report(file):
-            raise UserError(f"{file} is not a report: give another place with --out FILE, or delete it")
+            raise UserError(f"{file} exists and is not a report: set another --out FILE, or delete it")
         replace_file(file, page)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; give another place with --out FILE") from None
+        raise UserError(f"cannot write {file}: {error.strerror}; set another --out FILE") from None
 
 
 def _is_report(file: Path) -> bool:

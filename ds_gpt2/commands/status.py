@@ -1,4 +1,4 @@
-"""``status``: how a run is now, on one small screen; and whether all is well, for cron."""
+"""``status``: print the status of runs; the exit code tells cron whether they are healthy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ds_gpt2.commands.runs import find_run, started_runs
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.tools.status import screen, status
-from ds_gpt2.tools.status.status import Status
+from ds_gpt2.tools.status import screen
+from ds_gpt2.tools.status.status import Status, read_status
 
 _WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, 86_400.0
 _CLEAR = "\033[H\033[2J"
@@ -27,21 +27,23 @@ _CLEAR = "\033[H\033[2J"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names or directories of runs (default: the newest run)")
-    parser.add_argument("--all", action="store_true", help="every run, a line each")
-    parser.add_argument("--json", action="store_true", help="print JSON: an object; of several runs a list")
+    parser.add_argument("--all", action="store_true", help="print one line for each run")
+    parser.add_argument("--json", action="store_true", help="print a JSON object; for several runs, a list")
     parser.add_argument(
         "--watch",
         nargs="?",
         type=_seconds,
         const=_WATCH_SECONDS,
         metavar="SECONDS",
-        help=f"look again every {_WATCH_SECONDS:g} seconds, until Ctrl+C",
+        help=f"refresh every {_WATCH_SECONDS:g} seconds, until Ctrl+C",
     )
-    parser.add_argument("--alert", action="store_true", help="send a message when it gets well or ill, for cron")
+    parser.add_argument(
+        "--alert", action="store_true", help="send a message when a run becomes unhealthy or healthy again, for cron"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0 if all is well with all runs, 1 if not."""
+    """Return exit code 0 if all runs are healthy, else 1."""
     directories = _directories(options)
     if options.watch is None:
         return _show(directories, options)
@@ -56,58 +58,59 @@ def _directories(options: argparse.Namespace) -> list[Path]:
     if not options.all:
         return [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
     if options.runs:
-        raise UserError(f"--all shows every run: leave out {' '.join(options.runs)}, or --all")
-    return started_runs() or [find_run(None)]  # which says that there are none
+        raise UserError(f"--all includes every run: remove {' '.join(options.runs)} or --all")
+    return started_runs() or [find_run(None)]  # raises the error that there are no runs
 
 
 def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: bool = False) -> int:
     now = time.time()
     several = options.all or len(directories) > 1
-    looks = [_look_or_problem(directory, now) if several else _look(directory, now) for directory in directories]
-    text = _as_json(looks, several) if options.json else _as_text(looks, several)
+    read = _status_or_error if several else _status
+    statuses = [read(directory, now) for directory in directories]
+    text = _as_json(statuses, several) if options.json else _as_text(statuses, several)
     print(_CLEAR + text if redrawn else text, flush=True)
     if options.alert:
-        for directory, look in zip(directories, looks, strict=True):
-            if isinstance(look, Status):
-                status_news.tell(directory, look)
-    is_healthy = all(isinstance(look, Status) and look.healthy for look in looks)
+        for directory, status in zip(directories, statuses, strict=True):
+            if isinstance(status, Status):
+                status_news.send_news(directory, status)
+    is_healthy = all(isinstance(status, Status) and status.healthy for status in statuses)
     return exit_report.DONE if is_healthy else exit_report.CRASHED
 
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A run that cannot be read; the others are shown as usual."""
+    """A run that cannot be read; the other runs are shown as usual."""
 
     run: str
     error: str
 
 
-def _look(directory: Path, now: float) -> Status:
+def _status(directory: Path, now: float) -> Status:
     try:
-        return status.look(directory, now)
+        return read_status(directory, now)
     except OSError as error:
         raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 
 
-def _look_or_problem(directory: Path, now: float) -> Status | _Unreadable:
+def _status_or_error(directory: Path, now: float) -> Status | _Unreadable:
     try:
-        return _look(directory, now)
+        return _status(directory, now)
     except UserError as error:
         return _Unreadable(directory.name, str(error))
 
 
-def _as_json(looks: Sequence[Status | _Unreadable], several: bool) -> str:
-    found = [dataclasses.asdict(look) for look in looks]
+def _as_json(statuses: Sequence[Status | _Unreadable], several: bool) -> str:
+    found = [dataclasses.asdict(status) for status in statuses]
     return json.dumps(found if several else found[0])
 
 
-def _as_text(looks: Sequence[Status | _Unreadable], several: bool) -> str:
+def _as_text(statuses: Sequence[Status | _Unreadable], several: bool) -> str:
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    if not several and isinstance(looks[0], Status):
-        return screen.screen(looks[0], coloured)
+    if not several and isinstance(statuses[0], Status):
+        return screen.screen(statuses[0], coloured)
     return "\n".join(
-        screen.line(look, coloured) if isinstance(look, Status) else terminal.one_line(f"{look.run}: {look.error}")
-        for look in looks
+        screen.line(each, coloured) if isinstance(each, Status) else terminal.one_line(f"{each.run}: {each.error}")
+        for each in statuses
     )
 
 
@@ -115,4 +118,4 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) <= _LONGEST_WATCH_SECONDS:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to 86,400; a RUN stands before --watch")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 86,400; put RUN before --watch")

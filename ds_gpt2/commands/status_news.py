@@ -1,4 +1,4 @@
-"""What ``status --alert`` sends: one message when a run gets ill, and one when it is well again."""
+"""Messages of ``status --alert``: one when a run becomes unhealthy, one when it is healthy again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ds_gpt2.run_dir.journal import Kind
 from ds_gpt2.tools.status.screen import screen
 from ds_gpt2.tools.status.status import Status
 
-MEMORY = "status_alert.json"  # in the run's directory: the problems that have been told
+MEMORY = "status_alert.json"  # in the run's directory: the kinds of problems that have been reported
 
-_WELL: dict[str, Kind] = {"finished": "done", "stopped": "stop"}  # the kind of good news; else that of a start
+_HEALTHY_KINDS: dict[str, Kind] = {"finished": "done", "stopped": "stop"}  # by state; for other states "launch"
 
 
 @dataclass(frozen=True)
@@ -26,37 +26,40 @@ class News:
     text: str
 
 
-def tell(run_dir: Path, status: Status) -> None:
-    """Send what is new since the last call that could; the same problem is told once, whatever its figures."""
-    told = _told(run_dir)
-    now: set[str] = {problem.kind for problem in status.problems}
-    news = news_of(status, told)
+def send_news(run_dir: Path, status: Status) -> None:
+    """Send a message if the problems changed since the last message; each kind of problem is reported once."""
+    reported = _reported(run_dir)
+    current: set[str] = {problem.kind for problem in status.problems}
+    news = news_of(status, reported)
     if news is not None and not _send(run_dir, news):
-        return  # and try again next time
-    if now != told:
-        _remember(run_dir, now)
+        return  # the next call tries again
+    if current != reported:
+        _remember(run_dir, current)
 
 
-def news_of(status: Status, told: set[str]) -> News | None:
-    """What to say to somebody who knows of problems of the kinds ``told``; None if that is all there is."""
-    fresh = [problem for problem in status.problems if problem.kind not in told]
-    if fresh:
-        return News(fresh[0].kind, f"{status.run}: {status.state}: {fresh[0].text}", screen(status))
-    if told and not status.problems:
-        return News(
-            _WELL.get(status.state, "launch"), f"{status.run}: {status.state}, all is well again", screen(status)
-        )
+def news_of(status: Status, reported: set[str]) -> News | None:
+    """Return the message to send; None if nothing changed.
+
+    Args:
+        reported: the kinds of problems that have been reported.
+    """
+    new = [problem for problem in status.problems if problem.kind not in reported]
+    if new:
+        return News(new[0].kind, f"{status.run}: {status.state}: {new[0].text}", screen(status))
+    if reported and not status.problems:
+        kind = _HEALTHY_KINDS.get(status.state, "launch")
+        return News(kind, f"{status.run}: {status.state}, healthy again", screen(status))
     return None
 
 
 def _send(run_dir: Path, news: News) -> bool:
-    from ds_gpt2.supervision.alerts.alerts import Alerts  # only here: most looks send nothing, and are to be quick
+    from ds_gpt2.supervision.alerts.alerts import Alerts  # imported here: most calls send nothing and must be fast
 
     alerts = Alerts(load_run_settings(run_dir).alerts, run_dir)
     return alerts.send(news.kind, news.title, news.text)
 
 
-def _told(run_dir: Path) -> set[str]:
+def _reported(run_dir: Path) -> set[str]:
     try:
         return set(safe_json.read(run_dir / MEMORY)["problems"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -64,5 +67,5 @@ def _told(run_dir: Path) -> set[str]:
 
 
 def _remember(run_dir: Path, kinds: set[str]) -> None:
-    with contextlib.suppress(OSError):  # a full disk: then it is told more than once
+    with contextlib.suppress(OSError):  # on a full disk, a problem is reported more than once
         replace_file(run_dir / MEMORY, json.dumps({"problems": sorted(kinds)}))

@@ -1,9 +1,10 @@
-"""``report``: what a person gets, and what is said where it cannot be had."""
+"""``report``: output files, JSON and errors."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from launched import PROJECT
 from ds_gpt2.commands import report
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir.heartbeat import Heartbeat
 
 CONFIG = """
 run: {name: NAME, dir: RUNS}
@@ -28,7 +30,7 @@ checkpoint: {dir: CHECKPOINTS}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two runs of forty steps, the newest of them just now."""
+    """Two runs of forty steps; the newest step ends now."""
     for name in ("one", "two"):
         directory = tmp_path / "runs" / name
         directory.mkdir(parents=True)
@@ -37,11 +39,12 @@ def folder(tmp_path: Path) -> Path:
         now = time.time()
         records = [{"step": step, "time": now - 60 * (40 - step), "train/loss": 3.0} for step in range(1, 41)]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        Heartbeat(directory, 0).begin_step(41, 41)
     return tmp_path
 
 
 def run(folder: Path, *words: str, runs: tuple[str, ...] = ("one",)) -> int:
-    """The verb, as the command line starts it."""
+    """Run the command with parsed arguments."""
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     return report.run(parser.parse_args([*(str(folder / "runs" / name) for name in runs), *words]))
@@ -52,24 +55,24 @@ def figures(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **mor
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_report_lies_beside_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_written_to_the_run_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "runs" / "one" / "report.html"
-    for _ in range(2):  # another takes its place
+    for _ in range(2):  # the second one replaces the first
         assert run(folder) == exit_report.DONE
         size = f"{file.stat().st_size / 1e6:.1f} MB"
-        assert capsys.readouterr().out == f"{file}: {size}, opens in any browser, without a network\n"
+        assert capsys.readouterr().out == f"{file}: {size}, opens in any browser without a network\n"
     assert file.read_text().startswith("<!DOCTYPE html>")
     assert [path.name for path in file.parent.iterdir() if "report" in path.name] == ["report.html"]
 
 
-def test_several_runs_go_into_one_file(folder: Path) -> None:
+def test_several_runs_share_one_file(folder: Path) -> None:
     assert run(folder, "--out", str(folder / "both.html"), runs=("one", "two", "one")) == exit_report.DONE
     page = (folder / "both.html").read_text()
     assert "<h1>Runs one, two</h1>" in page
     assert not (folder / "runs" / "one" / "report.html").exists()
 
 
-def test_the_figures_are_printed_instead(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_printed_instead_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = figures(folder, capsys, "--since", "10.5m", "--price-per-hour", "6", runs=("one", "two"))
     assert (one["run"], two["run"]) == ("one", "two")
     assert (one["state"], one["step"], one["loss"], one["since"]["steps"]) == ("running", 40, 3.0, 11)
@@ -78,49 +81,50 @@ def test_the_figures_are_printed_instead(folder: Path, capsys: pytest.CaptureFix
     assert not list(folder.rglob("report.html"))
 
 
-def test_spans() -> None:
+def test_parse_span_returns_seconds() -> None:
     assert [report.parse_span(text) for text in ("90m", "24h", "7d", "1.5h")] == [5400, 86_400, 604_800, 5400]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--since", "24"], "--since 24: give minutes, hours or days"),
+        (["--since", "24"], "--since 24: must be minutes, hours or days"),
         (["--since", "0h"], "such as 90m, 24h or 7d"),
-        (["--watts", "-1"], "--watts -1: give a number above 0"),
-        (["--price-per-hour", "nan"], "--price-per-hour nan: give"),
-        (["--price-per-kwh", "0.3"], "run one has recorded no power, give --watts too"),
-        (["--out", "FOLDER/gone/report.html"], "cannot write .*: No such file or directory; give another place"),
+        (["--watts", "-1"], "--watts -1: must be a number above 0"),
+        (["--price-per-hour", "nan"], "--price-per-hour nan: must be"),
+        (["--price-per-kwh", "0.3"], "run one has no recorded power; set --watts as well"),
+        (["--out", "FOLDER/gone/report.html"], "cannot write .*: No such file or directory; set another --out"),
         (["--out", "FOLDER/runs"], "cannot write .*: Is a directory"),
-        (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl is not a report: give another place"),
+        (["--out", "FOLDER/runs/one/metrics.jsonl"], "metrics.jsonl exists and is not a report: set another --out"),
     ],
 )
-def test_a_mistake_is_said(folder: Path, words: list[str], message: str) -> None:
+def test_wrong_option_is_an_error(folder: Path, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(folder, *(word.replace("FOLDER", str(folder)) for word in words))
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_no_such_run_is_said(folder: Path) -> None:
+def test_unknown_run_is_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no run .*three"):
         run(folder, runs=("three",))
 
 
-def test_a_run_that_cannot_be_read_is_said(folder: Path) -> None:
+def test_unreadable_file_is_an_error(folder: Path) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
     (folder / "runs" / "one" / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory"):
         run(folder)
 
 
-def test_a_run_of_which_nothing_is_left_but_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_run_with_settings_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
-    assert figures(folder, capsys, "--since", "1h")[0]["state"] == "no data yet"
+    shutil.rmtree(folder / "runs" / "one" / "heartbeat")
+    assert figures(folder, capsys, "--since", "1h")[0]["state"] == "dead"
     assert run(folder) == exit_report.DONE
     assert "No data yet: nothing is recorded." in (folder / "runs" / "one" / "report.html").read_text()
 
 
-def test_the_verb_does_not_wait_for_torch() -> None:
+def test_report_does_not_import_torch() -> None:
     code = "import sys, ds_gpt2.commands.report; print({'torch', 'deepspeed'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""``status``: what a person, a phone, cron and a program get."""
+"""``status``: text output, JSON, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "status"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs, of which the newer is trained by this process, and the older has died."""
+    """Two runs: this process is a rank of the newer one; the older one is dead."""
     for module in (run_location, runs):
         monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
     for name, age in (("old", 100), ("new", 0)):
@@ -55,11 +55,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def die(folder: Path) -> None:
+def remove_heartbeat(folder: Path) -> None:
     (folder / "runs" / "new" / "heartbeat" / "rank_00000").unlink()
 
 
-def live(folder: Path) -> None:
+def add_heartbeat(folder: Path) -> None:
     Heartbeat(folder / "runs" / "new", 0).begin_step(41, 41)
 
 
@@ -67,27 +67,29 @@ def status(*words: str) -> int:
     return cli.main(["status", *words])
 
 
-def test_the_newest_run_is_shown_and_the_exit_code_says_whether_it_is_well(
+def test_newest_run_is_shown_and_the_exit_code_tells_whether_it_is_healthy(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status() == exit_report.DONE
-    said = capsys.readouterr().out
-    assert said.startswith("new: running ")
-    assert "\033" not in said
-    die(folder)
+    output = capsys.readouterr().out
+    assert output.startswith("new: running ")
+    assert "\033" not in output
+    remove_heartbeat(folder)
     assert status() == exit_report.CRASHED == 1
-    said = capsys.readouterr().out
-    assert said.startswith("new: dead ")
-    assert "! no process of it is left" in said
+    output = capsys.readouterr().out
+    assert output.startswith("new: dead ")
+    assert "! the run has no process" in output
 
 
 @pytest.mark.parametrize("words", [["old"], ["{folder}/runs/old"], ["{folder}/checkpoints/old"]])
-def test_a_run_can_be_named(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_selected_by_name_or_directory(
+    folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status(*(word.format(folder=folder) for word in words)) == 1
     assert capsys.readouterr().out.startswith("old: dead ")
 
 
-def test_several_runs_have_a_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_have_one_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["old", "new", "old"], ["--all"]):
         assert status(*words) == 1
         assert capsys.readouterr().out == (
@@ -97,13 +99,13 @@ def test_several_runs_have_a_line_each(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("new: running ")
 
 
-def test_all_of_one_run_is_a_line_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_prints_a_line_for_a_single_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(folder / "runs" / "old")
     assert status("--all") == 0
     assert capsys.readouterr().out.startswith("  new          running ")
 
 
-def test_a_run_that_cannot_be_read_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_run_does_not_hide_other_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "old" / "config.yaml").write_text("run: {name: [")
     for words in (["--all"], ["old", "new"]):
         assert status(*words) == 1
@@ -119,7 +121,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(folder: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_program_gets_every_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_all_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["state"], found["healthy"], found["problems"]) == ("new", "running", True, [])
@@ -129,31 +131,31 @@ def test_a_program_gets_every_figure(folder: Path, capsys: pytest.CaptureFixture
     assert [each["run"] for each in json.loads(capsys.readouterr().out)] == ["old", "new"]
     assert status("old", "--json") == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert problem == {"kind": "crash", "text": "no process of it is left; go on with ./launch.sh resume old"}
+    assert problem == {"kind": "crash", "text": "the run has no process; resume with ./launch.sh resume old"}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["gone"], "no run gone: known in .*runs are old, new"),
-        (["old", "--all"], "--all shows every run: leave out old, or --all"),
+        (["old", "--all"], "--all includes every run: remove old or --all"),
     ],
 )
-def test_no_such_run_is_another_exit_code(
+def test_unknown_run_is_an_error(
     folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(*words) == exit_report.MISTAKE == 2
     assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
-def test_a_run_that_cannot_be_read_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_file_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "old" / "metrics.jsonl").unlink()
     (folder / "runs" / "old" / "metrics.jsonl").mkdir()
     assert status("old") == exit_report.MISTAKE
     assert "old/metrics.jsonl cannot be read: Is a directory" in capsys.readouterr().err
 
 
-def test_no_runs_at_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_runs_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs").rename(folder / "elsewhere")
     for words in ([], ["--all"]):
         assert status(*words) == exit_report.MISTAKE
@@ -161,12 +163,12 @@ def test_no_runs_at_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("words", [["--watch", "old"], ["--watch", "0"], ["--watch", "inf"]])
-def test_seconds_are_a_number(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_requires_a_number_of_seconds(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert status(*words) == exit_report.MISTAKE
-    assert "is no number of seconds up to 86,400; a RUN stands before --watch" in capsys.readouterr().err
+    assert "is not a number of seconds up to 86,400; put RUN before --watch" in capsys.readouterr().err
 
 
-def test_watching_draws_again_until_ctrl_c(folder: Path) -> None:
+def test_watch_refreshes_until_ctrl_c(folder: Path) -> None:
     command = [*PROGRAM, str(folder / "runs" / "new"), "--watch", "0.1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -180,7 +182,7 @@ def test_watching_draws_again_until_ctrl_c(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_on_a_terminal_it_is_redrawn_and_coloured(folder: Path, no_color: str, coloured: bool) -> None:
+def test_terminal_output_is_redrawn_and_coloured(folder: Path, no_color: str, coloured: bool) -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
     command = [*PROGRAM, str(folder / "runs" / "new"), "--watch", "0.1"]
@@ -203,7 +205,7 @@ def test_on_a_terminal_it_is_redrawn_and_coloured(folder: Path, no_color: str, c
 def _drain(terminal: int) -> None:
     try:
         os.read(terminal, 4096)
-    except OSError:  # the other side is closed
+    except OSError:  # the other end is closed
         time.sleep(0.01)
 
 
@@ -212,7 +214,7 @@ def _drain(terminal: int) -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-    """What was handed over to be sent."""
+    """Messages passed to ``Alerts.send``."""
     messages: list[tuple[str, str, str]] = []
 
     def send(self: Any, kind: str, title: str, text: str) -> bool:
@@ -223,32 +225,32 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     return messages
 
 
-def test_a_run_that_is_well_sends_nothing(folder: Path, sent: list[tuple[str, str, str]]) -> None:
+def test_healthy_run_sends_nothing(folder: Path, sent: list[tuple[str, str, str]]) -> None:
     assert status("--alert") == 0
     assert sent == []
     assert not (folder / "runs" / "new" / status_news.MEMORY).exists()
 
 
-def test_one_message_when_it_gets_ill_and_one_when_it_is_well_again(
+def test_one_message_when_unhealthy_and_one_when_healthy_again(
     folder: Path, sent: list[tuple[str, str, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    die(folder)
+    remove_heartbeat(folder)
     for _ in range(3):
         assert status("--alert") == 1
     (message,) = sent
-    title = "new: dead: no process of it is left; go on with ./launch.sh resume new"
+    title = "new: dead: the run has no process; resume with ./launch.sh resume new"
     assert message[:2] == ("crash", title)
     assert message[2] in capsys.readouterr().out
-    live(folder)
+    add_heartbeat(folder)
     for _ in range(3):
         assert status("--alert") == 0
-    assert [each[:2] for each in sent[1:]] == [("launch", "new: running, all is well again")]
-    die(folder)
+    assert [each[:2] for each in sent[1:]] == [("launch", "new: running, healthy again")]
+    remove_heartbeat(folder)
     status("--alert")
     assert len(sent) == 3
 
 
-def test_another_problem_is_another_message(folder: Path, sent: list[tuple[str, str, str]]) -> None:
+def test_each_kind_of_problem_has_its_own_message(folder: Path, sent: list[tuple[str, str, str]]) -> None:
     journal = Journal(folder / "runs" / "new")
     journal.write("save_failed", "no", 40)
     status("--alert")
@@ -256,7 +258,7 @@ def test_another_problem_is_another_message(folder: Path, sent: list[tuple[str, 
     for _ in range(2):
         status("--alert")
     assert [kind for kind, _, _ in sent] == ["save_failed", "drift"]
-    journal.write("save", "saved", 41)  # both are over
+    journal.write("save", "saved", 41)  # both problems are over
     journal.write("save_failed", "no", 41)
     status("--alert")
     journal.write("save", "saved", 42)
@@ -264,39 +266,39 @@ def test_another_problem_is_another_message(folder: Path, sent: list[tuple[str, 
     assert [kind for kind, _, _ in sent] == ["save_failed", "drift", "launch"]
 
 
-@pytest.mark.parametrize(("kind", "told"), [("done", "done"), ("stop", "stop")])
-def test_good_news_are_of_the_kind_that_they_are(
-    folder: Path, sent: list[tuple[str, str, str]], kind: Any, told: str
+@pytest.mark.parametrize(("kind", "expected"), [("done", "done"), ("stop", "stop")])
+def test_message_of_a_finished_or_stopped_run_has_its_kind(
+    folder: Path, sent: list[tuple[str, str, str]], kind: Any, expected: str
 ) -> None:
-    die(folder)
+    remove_heartbeat(folder)
     status("--alert")
     Journal(folder / "runs" / "new").write(kind, "as it was", 40)
     status("--alert")
-    assert [each[0] for each in sent] == ["crash", told]
+    assert [each[0] for each in sent] == ["crash", expected]
 
 
-def test_what_could_not_be_sent_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_message_is_retried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setattr(alerts.Alerts, "send", lambda self, *message: bool(tried.append(message)))
-    die(folder)
+    remove_heartbeat(folder)
     for _ in range(2):
         status("--alert")
     assert len(tried) == 2
 
 
 @pytest.mark.parametrize("memory", ["", "{}", "[]", '{"problems": 3}', "\x00"])
-def test_a_damaged_memory_is_none(folder: Path, sent: list[tuple[str, str, str]], memory: str) -> None:
+def test_damaged_memory_file_is_ignored(folder: Path, sent: list[tuple[str, str, str]], memory: str) -> None:
     (folder / "runs" / "new" / status_news.MEMORY).write_text(memory)
     assert status("--alert") == 0
-    die(folder)
+    remove_heartbeat(folder)
     assert status("--alert") == 1
     assert len(sent) == 1
 
 
-# --- quickly
+# --- start time
 
 
-def test_the_verb_loads_no_more_than_it_needs(folder: Path) -> None:
+def test_status_does_not_import_large_packages(folder: Path) -> None:
     code = (
         "import sys; from ds_gpt2 import cli; code = cli.main(sys.argv[1:]);"
         "print(code, {'torch', 'deepspeed', 'numpy', 'plotly', 'tensorboard', 'fsspec', 'tqdm'} & set(sys.modules))"
@@ -306,7 +308,7 @@ def test_the_verb_loads_no_more_than_it_needs(folder: Path) -> None:
     assert result.stdout.splitlines()[-1] == "0 set()"
 
 
-def test_launch_sh_shows_it_from_anywhere(folder: Path) -> None:
+def test_launch_sh_runs_status_from_any_directory(folder: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "DS_GPT2_PYTHON": sys.executable}  # cron's
     command = f"{shlex.quote(str(PROJECT / 'launch.sh'))} status {shlex.quote(str(folder / 'runs' / 'old'))}"
     result = subprocess.run(["sh", "-c", command], cwd="/", env=environment, capture_output=True, text=True)

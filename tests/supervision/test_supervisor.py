@@ -26,7 +26,7 @@ from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.drill import fault_injection
 from ds_gpt2.tools.drill.compare import curve_differences
 from ds_gpt2.tools.drill.fault_injection import Fault
-from ds_gpt2.tools.status.status import look
+from ds_gpt2.tools.status.status import read_status
 
 STEPS = 24
 SAVES = ("checkpoint.every=4", "checkpoint.async=false")  # what is saved when a fault strikes does not depend on time
@@ -149,7 +149,7 @@ def test_a_run_that_gets_nowhere_is_given_up(configure: Configure) -> None:
     assert supervise(_run(settings, Fault("crash", step=1)), settings) == exit_report.CRASHED
     assert _told(settings) == ["launch", "start", "crash", "restart", "launch", "start", "crash", "gave_up"]
     assert [event.facts["restart"] for event in _events(settings) if event.kind == "launch"] == [False, True]
-    history = look(settings.run_dir, time.time()).history
+    history = read_status(settings.run_dir, time.time()).history
     assert (history.starts, history.restarts, history.resumes) == (2, 1, 0)
 
 
@@ -157,7 +157,7 @@ def test_a_mistake_is_not_tried_again(configure: Configure, capfd: pytest.Captur
     settings = configure("mistake")
     assert supervise(_run(settings, resume="epoch_00009"), settings) == exit_report.MISTAKE
     assert _told(settings) == ["launch", "mistake"]
-    assert look(settings.run_dir, time.time()).state == "mistake"  # though no rank came so far as to train
+    assert read_status(settings.run_dir, time.time()).state == "mistake"  # though no rank came so far as to train
     assert "epoch_00009" in capfd.readouterr().err
 
 
@@ -275,8 +275,8 @@ def test_checkpoints_that_are_away_are_waited_for(configure: Configure) -> None:
         settings.checkpoint.dir.mkdir()
         process = _supervisor(settings)
         _until(lambda: "no_checkpoints" in _told(settings))
-        _until(lambda: look(settings.run_dir, time.time()).state == "waiting")
-        assert "no_checkpoints" in [problem.kind for problem in look(settings.run_dir, time.time()).problems]
+        _until(lambda: read_status(settings.run_dir, time.time()).state == "waiting")
+        assert "no_checkpoints" in [problem.kind for problem in read_status(settings.run_dir, time.time()).problems]
         settings.checkpoint.dir.rmdir()
         away.rename(settings.checkpoint.dir)
         _until(lambda: _told(settings).count("start") == 2)

@@ -23,7 +23,7 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
-from ds_gpt2.tools.status.status import look
+from ds_gpt2.tools.status.status import read_status
 
 EVERY = 5
 
@@ -129,7 +129,7 @@ class Started:
         return bool(self.events(kind))
 
     def problems(self) -> list[str]:
-        return [problem.text for problem in look(self.settings.run_dir, time.time()).problems]
+        return [problem.text for problem in read_status(self.settings.run_dir, time.time()).problems]
 
     def kill_rank(self, rank: int) -> None:
         beat = read_beat(self.settings.run_dir, rank)
@@ -200,7 +200,7 @@ def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_com
     assert "Traceback" not in output and "Logging error" not in output
     reserve, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
     assert steps_in(reserve) != [] and steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
-    assert look(run.settings.run_dir, time.time()).state == "finished"
+    assert read_status(run.settings.run_dir, time.time()).state == "finished"
     disk.free() if how == "full" else disk.repair()
     run = Started(config(42), "--auto")
     output = run.end()

@@ -1,4 +1,4 @@
-"""The same figure is the same wherever it is shown: ``status``, ``report``, ``diff``, ``list`` and the records."""
+"""Each figure has the same value in ``status``, ``report``, ``diff``, ``list`` and the records."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ STEPS = 5200
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """What a verb says with ``--json``."""
+def json_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Return a function that runs a command with ``--json`` and returns its output."""
 
-    def ask(*words: object) -> Any:
+    def run(*words: object) -> Any:
         code = main([*map(str, words), "--json"])
         assert code in (exit_report.DONE, exit_report.CRASHED)  # status: not healthy
         return json.loads(capsys.readouterr().out)
 
-    return ask
+    return run
 
 
-def test_a_real_run_has_one_figure_for_each_thing(four_ranks: Run, told: Callable[..., Any]) -> None:
+def test_all_commands_agree_on_a_real_run(four_ranks: Run, json_of: Callable[..., Any]) -> None:
     run_dir = four_ranks[1] / "runs" / "test"
     records = list(read_metrics(run_dir / "metrics.jsonl"))
-    status, (report,) = told("status", run_dir), told("report", run_dir)
-    diff, rows = told("diff", run_dir, run_dir), told("list", four_ranks[1] / "checkpoints" / "test")
+    status, (report,) = json_of("status", run_dir), json_of("report", run_dir)
+    diff, rows = json_of("diff", run_dir, run_dir), json_of("list", four_ranks[1] / "checkpoints" / "test")
     ends, last = {name: pair["a"] for name, pair in diff["ends"].items()}, records[-1]
     progress, loss, history = status["progress"], status["loss"], status["history"]
 
@@ -103,12 +103,12 @@ def test_a_real_run_has_one_figure_for_each_thing(four_ranks: Run, told: Callabl
     assert status["checkpoint"]["tag"] == next(row["tag"] for row in rows if "latest" in row["pointers"])
 
 
-def test_what_a_person_reads_are_the_same_figures(
-    four_ranks: Run, told: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+def test_text_output_shows_the_same_figures(
+    four_ranks: Run, json_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each says what it is: a median, or the newest."""
+    """Each figure is named: a median or the newest value."""
     run_dir = four_ranks[1] / "runs" / "test"
-    loss = f"{told('status', run_dir)['loss']['train']:.4f}"
+    loss = f"{json_of('status', run_dir)['loss']['train']:.4f}"
     main(["status", str(run_dir)])
     main(["diff", str(run_dir), str(run_dir)])
     text = " ".join(capsys.readouterr().out.split())
@@ -135,7 +135,7 @@ samples: {every: 0}
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A run of 2 s a step, restarted once and resumed once; HellaSwag and a save came before the newest 2,000 steps."""
+    """A run with steps of 2 s, one restart and one resume; HellaSwag and a save precede the newest 2,000 steps."""
     run_dir = tmp_path / "runs" / "test"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(CONFIG.replace("FOLDER", str(tmp_path)))
@@ -149,15 +149,15 @@ def written(tmp_path: Path) -> Path:
             events += [{"time": now, "kind": "start", "step": before, "text": "start"}]
             at = time.strftime(TIME, time.localtime(now))
             starts.append({"time": at, "from_step": before, "world_size": 2, "steps": 8000})
-            aside = {}
+            extra = {}
         else:
-            aside = {"perf/eval_ms": 90_000.0 if before % 2600 == 0 else 5000.0} if before % 100 == 0 else {}
-            aside |= {"perf/save_ms": 4000.0} if before % 2600 == 0 else {}
-        now += 2 + sum(aside.values()) / 1000
+            extra = {"perf/eval_ms": 90_000.0 if before % 2600 == 0 else 5000.0} if before % 100 == 0 else {}
+            extra |= {"perf/save_ms": 4000.0} if before % 2600 == 0 else {}
+        now += 2 + sum(extra.values()) / 1000
         numbers = {"train/loss": 9.0 - step / STEPS, "train/epoch": step / 2000.5, "train/tokens": 1024 * step}
         validation = {"val/loss": None if step == STEPS else 9.0 - step / STEPS} if step % 100 == 0 else {}
         speed = {"perf/step_ms": 2000.0, "perf/tokens_per_s": 512.0, "perf/goodput": 0.75}
-        records.append({"step": step, "time": now, **numbers, **validation, **speed, **aside})
+        records.append({"step": step, "time": now, **numbers, **validation, **speed, **extra})
         if step in (3000, 4000):
             events.append({"time": now, "kind": "save", "step": step, "text": "saved", "facts": {"taken": now}})
     for name, lines in (("journal", events), ("starts", starts), ("metrics", records)):
@@ -165,9 +165,9 @@ def written(tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_a_long_run_has_one_time_left_and_one_history(written: Path, told: Callable[..., Any]) -> None:
-    """Although ``status`` reads the ends of the files and ``report`` all of them."""
-    status, (report,) = told("status", written), told("report", written)
+def test_status_and_report_agree_on_a_long_run(written: Path, json_of: Callable[..., Any]) -> None:
+    """``status`` reads the ends of the files, ``report`` reads all of them."""
+    status, (report,) = json_of("status", written), json_of("report", written)
     progress, history = status["progress"], status["history"]
     # Steps 5201 to 8000; 26 validations alone; HellaSwag and a save as well after 7800 and at the end.
     left = 2800 * 2 + 26 * 5 + 90 + 90 + 2 * 4
@@ -177,8 +177,10 @@ def test_a_long_run_has_one_time_left_and_one_history(written: Path, told: Calla
     assert progress["seconds_per_step"] == pytest.approx(report["seconds_per_step"]["mean"])
     figures = ("restarts", "resumes", "goodput", "lost_seconds")
     assert [history[name] for name in figures[:3]] == [report[name] for name in figures[:3]] == [1, 1, 0.75]
-    assert history["lost_seconds"] == pytest.approx(report["lost_seconds"], abs=60)  # until each was asked
+    assert history["lost_seconds"] == pytest.approx(
+        report["lost_seconds"], abs=60
+    )  # the commands run one after the other
     assert report["lost_seconds"] >= 600
     loss = status["loss"]
-    assert (loss["val"], loss["val_step"]) == (report["val_loss"], STEPS - 100)  # the newest one was NaN
+    assert (loss["val"], loss["val_step"]) == (report["val_loss"], STEPS - 100)  # the newest loss is NaN
     assert (loss["best_val"], loss["best_val_step"]) == (report["best_val_loss"], report["best_val_step"])

@@ -1,1 +1,1 @@
-"""A run, or several, told in one HTML file: what was recorded is read, summed up and drawn. Nothing trains here."""
+"""Report of one or several runs as one HTML file: read the records, summarize and draw them."""

@@ -1,4 +1,4 @@
-"""The curves of one run or of several as Plotly's figures: plain dictionaries, drawn by the page itself."""
+"""Charts of one or several runs as Plotly figures: plain dictionaries, which the page draws."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ds_gpt2.monitoring.reference_curves import (
     REFERENCE_TOKENS_PER_STEP,
 )
 from ds_gpt2.tools.report.curves import Curve, Curves, mean_per_step, smoothed, thinned
+from ds_gpt2.tools.resources.losses import is_comparable_to_reference
 
 Trace = dict[str, Any]
 
-_COLOURS = ("#3987e5", "#e07b39", "#2f9e6e", "#b06bd6", "#c9a227", "#d9486e")  # seen on white and on black
+_COLOURS = ("#3987e5", "#e07b39", "#2f9e6e", "#b06bd6", "#c9a227", "#d9486e")  # visible on white and on black
 _GREY = "#8a8f98"
-_FEW = 60  # points that are drawn as points, too
-_DESCENT = 0.05  # the first share of a run, in which the loss falls from far above everything later
+_FEW = 60  # curves of at most this many points are drawn with markers
+_DESCENT = 0.05  # first share of a run, in which the loss is far above all later values
 
 
 @dataclass(frozen=True)
 class View:
-    """A run as it is drawn: its name, and the window of its records."""
+    """A run as it is drawn: its name, and its records in the time window."""
 
     name: str
     settings: Settings
@@ -39,7 +40,7 @@ class View:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture; nothing to draw where ``traces`` is empty."""
+    """One chart; without data, ``traces`` is empty."""
 
     title: str
     traces: list[Trace]
@@ -48,25 +49,25 @@ class Chart:
 
 
 def views_of(runs: list[tuple[str, Settings, Curves]]) -> list[View]:
-    """Each run in a colour of its own."""
+    """Return one view per run, each in its own colour."""
     return [View(*run, colour=_COLOURS[number % len(_COLOURS)]) for number, run in enumerate(runs)]
 
 
 def charts_of(views: list[View], reference: bool = False) -> list[Chart]:
-    """All pictures of the report, several runs over each other.
+    """Return all charts of the report; each shows all runs, apart from the times by phase.
 
     Args:
-        reference: draw the reference's loss, whatever the runs are.
+        reference: draw the loss of the reference run even if no run is comparable to it.
     """
     charts = [
         _loss(views, reference),
         _gradients(views),
         _simple("learning rate", views, "train/lr", {"yaxis": {"exponentformat": "e"}}),
         *([_hellaswag(views)] if _has_hellaswag(views) else []),
-        _simple("tokens a second", views, "perf/tokens_per_s", mean=True),
+        _simple("tokens per second", views, "perf/tokens_per_s", mean=True),
         *[_phases(view, len(views) > 1) for view in views],
         _simple(
-            "goodput: share of the time since the first start that went into steps",
+            "goodput: share of the time since the first start spent in steps",
             views,
             "perf/goodput",
             {"yaxis": {"tickformat": ".0%"}},
@@ -79,11 +80,6 @@ def charts_of(views: list[View], reference: bool = False) -> list[Chart]:
     return charts + [chart for chart in hardware if chart.traces]
 
 
-def is_like_the_reference(settings: Settings) -> bool:
-    """Whether a run's curve should look like the reference's."""
-    return settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
-
-
 def _loss(views: list[View], reference: bool) -> Chart:
     alone = len(views) == 1
     traces = []
@@ -93,37 +89,37 @@ def _loss(views: list[View], reference: bool) -> Chart:
             traces += _line(view, train, "train", line={"color": view.colour, "width": 1}, opacity=0.45)
         traces += _first(views, view, smoothed(train), f"train, mean of {train.smoothing} steps")
         traces += _second(views, view, validation, "validation", "solid" if alone else "dash")
-    if traces and (reference or any(is_like_the_reference(view.settings) for view in views)):
+    if traces and (reference or any(is_comparable_to_reference(view.settings) for view in views)):
         traces += _reference([view for view in views if len(view.records.steps)])
-    heights, cut_off = _heights(views)
+    loss_range, is_cut = _loss_range(views)
     notes = [] if alone else ["Solid: training, smoothed; dashed: validation."]
-    if cut_off:
-        notes.append("The steep first steps lie above the picture: a double tap shows all.")
-    return Chart("loss", traces, {"yaxis": {"range": heights}} if heights else {}, " ".join(notes))
+    if is_cut:
+        notes.append("The first steps are above the visible range: double-tap to show all.")
+    return Chart("loss", traces, {"yaxis": {"range": loss_range}} if loss_range else {}, " ".join(notes))
 
 
-def _heights(views: list[View]) -> tuple[list[float], bool]:
-    """The range of losses once the first descent is over, every spike included; and whether more lies above it."""
-    tops, lows, everything = [], [], []
+def _loss_range(views: list[View]) -> tuple[list[float], bool]:
+    """Return the range of losses after the initial descent, including every spike; and whether losses lie above it."""
+    tops, lows, all_tops = [], [], []
     for view in views:
         for curve in (view.curve("train/loss").finite(), view.curve("val/loss").finite()):
             later = curve.since(int(_DESCENT * view.records.newest)).values
             if len(later):
                 lows.append(later.min())
                 tops.append(later.max())
-                everything.append(curve.values.max())
+                all_tops.append(curve.values.max())
     if not lows:
         return [], False
     margin = 0.05 * (max(tops) - min(lows)) or 0.1
-    return [float(min(lows) - margin), float(max(tops) + margin)], bool(max(everything) > max(tops) + margin)
+    return [float(min(lows) - margin), float(max(tops) + margin)], bool(max(all_tops) > max(tops) + margin)
 
 
 def _reference(views: list[View]) -> list[Trace]:
-    """As far as the runs go, at the steps at which the first of them has seen as many tokens."""
-    stretch = REFERENCE_TOKENS_PER_STEP / views[0].settings.batch.tokens_per_step
+    """Return the reference's loss in the range of the runs, at the steps where the first run reaches equal tokens."""
+    scale = REFERENCE_TOKENS_PER_STEP / views[0].settings.batch.tokens_per_step
     begin = min(int(view.records.steps[0]) for view in views)
     end = 1.1 * max(view.records.newest for view in views)
-    shown = {step * stretch: loss for step, loss in REFERENCE_CURVE.items() if begin <= step * stretch <= end}
+    shown = {step * scale: loss for step, loss in REFERENCE_CURVE.items() if begin <= step * scale <= end}
     trace = {
         "type": "scatter",
         "mode": "lines+markers",
@@ -148,7 +144,7 @@ def _gradients(views: list[View]) -> Chart:
 
 
 def _has_hellaswag(views: list[View]) -> bool:
-    """Whether a run is set to measure it, or has measured it."""
+    """Return whether HellaSwag is enabled or recorded in any run."""
     return any(view.settings.hellaswag.every or len(view.curve("hellaswag/acc_norm")) for view in views)
 
 
@@ -166,11 +162,11 @@ def _hellaswag(views: list[View]) -> Chart:
         for (name, accuracy), side in zip(REFERENCE_HELLASWAG.items(), ("top", "bottom"), strict=True):
             layout["shapes"].append(_level(accuracy))
             layout["annotations"].append(_level_text(name, accuracy, side))
-    return Chart("HellaSwag", traces, layout, "The band is one standard error wide on either side." if traces else "")
+    return Chart("HellaSwag", traces, layout, "Band: plus and minus one standard error." if traces else "")
 
 
 def _band(view: View, curve: Curve, error: Curve) -> list[Trace]:
-    """One standard error below to one above, where both were recorded."""
+    """Return the band of plus and minus one standard error, at the steps that recorded both."""
     steps, here, there = np.intersect1d(curve.steps, error.steps, return_indices=True)
     if not len(steps):
         return []
@@ -189,13 +185,16 @@ def _level(height: float) -> dict[str, Any]:
 
 
 def _level_text(name: str, height: float, side: str) -> dict[str, Any]:
-    """``side``: where the level is in the text's box; the texts of close levels go apart."""
-    place = {"xref": "paper", "x": 0, "xanchor": "left", "y": height, "yanchor": "top" if side == "top" else "bottom"}
-    return {"text": f"{name} {height:.2%}", "showarrow": False, "font": {"size": 11, "color": _GREY}, **place}
+    """
+    Args:
+        side: vertical anchor of the text, "top" or "bottom", so that the texts of close levels do not overlap.
+    """
+    position = {"xref": "paper", "x": 0, "xanchor": "left", "y": height, "yanchor": side}
+    return {"text": f"{name} {height:.2%}", "showarrow": False, "font": {"size": 11, "color": _GREY}, **position}
 
 
 def _phases(view: View, named: bool) -> Chart:
-    """What a step costs on average, phase above phase: evaluation and saving are shared out over all steps."""
+    """Return the mean time per step, phases stacked; evaluations and saves are distributed over all steps."""
     steps = view.records.steps
     names = ("forward and backward", "update", "evaluation", "saving")
     tags = ("perf/forward_backward_ms", "perf/update_ms", "perf/eval_ms", "perf/save_ms")
@@ -204,13 +203,17 @@ def _phases(view: View, named: bool) -> Chart:
         area = {"stackgroup": "step", "line": {"color": colour, "width": 0.5}}
         traces += _line(view, mean_per_step(view.curve(tag), steps), name, **area)
     waiting = mean_per_step(view.curve("perf/data_ms"), steps)
-    traces += _line(view, waiting, "of it waiting for data", line={"color": _GREY, "dash": "dot"})
-    title = "ms a step, by phase" + (f": {view.name}" if named else "")
+    traces += _line(view, waiting, "of which waiting for data", line={"color": _GREY, "dash": "dot"})
+    title = "ms per step, by phase" + (f": {view.name}" if named else "")
     return Chart(title, traces, {"yaxis": {"rangemode": "tozero"}})
 
 
 def _simple(title: str, views: list[View], tag: str, layout: dict[str, Any] | None = None, mean: bool = False) -> Chart:
-    """One tag; ``mean``: its running mean, and of a single run the values themselves, faint."""
+    """Return the chart of one tag.
+
+    Args:
+        mean: draw the running mean; for a single run also the values themselves, faint.
+    """
     traces = []
     for view in views:
         curve = view.curve(tag)
@@ -222,13 +225,13 @@ def _simple(title: str, views: list[View], tag: str, layout: dict[str, Any] | No
 
 
 def _first(views: list[View], view: View, curve: Curve, name: str, width: float = 2) -> list[Trace]:
-    """The main curve of a chart: in the run's colour, and among several runs under the run's name."""
+    """Return the main curve of a chart, in the run's colour; with several runs, it has the run's name."""
     name = name if len(views) == 1 else view.name
     return _line(view, curve, name, line={"color": view.colour, "width": width}, legendgroup=view.name)
 
 
 def _second(views: list[View], view: View, curve: Curve, name: str, dash: str, **style: Any) -> list[Trace]:
-    """A curve beside the main one: in a colour of its own, or in the run's where there are several."""
+    """Return the second curve of a chart, in another colour; with several runs, in the run's colour."""
     if len(views) == 1:
         return _line(view, curve, name, line={"color": _COLOURS[1], "dash": dash}, **style)
     style |= {"legendgroup": view.name, "showlegend": False}
@@ -236,7 +239,7 @@ def _second(views: list[View], view: View, curve: Curve, name: str, dash: str, *
 
 
 def _line(view: View, curve: Curve, name: str, **style: Any) -> list[Trace]:
-    """A trace of ``curve``, thinned; none if it is empty."""
+    """Return one trace of ``curve``, thinned; no trace if the curve is empty."""
     if not len(curve):
         return []
     shown = thinned(curve)
@@ -257,5 +260,5 @@ def _line(view: View, curve: Curve, name: str, **style: Any) -> list[Trace]:
 
 
 def _plain(values: Any) -> list[float | None]:
-    """JSON has no NaN; Plotly leaves a gap where there is none."""
+    """Replace values that JSON cannot hold by None, which Plotly draws as a gap."""
     return [value if np.isfinite(value) else None for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The curves in ``metrics.jsonl``: read into arrays, cut to a window, smoothed, thinned without hiding a spike."""
+"""Curves of ``metrics.jsonl``: read them into arrays, cut, smooth and thin them without hiding spikes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_gpt2.common.files import regular_only
 from ds_gpt2.monitoring.pace import RECENT, recent
 from ds_gpt2.run_dir.metrics import read_metrics
 
-_SMOOTHING = 100  # values that a mean is taken over, at most
+_SMOOTHING = 100  # largest number of values in a running mean
 
 TAGS = frozenset(
     "train/loss train/lr train/grad_norm train/clipped_share train/skipped_steps train/tokens train/epoch"
@@ -27,52 +27,52 @@ TAGS = frozenset(
 
 @dataclass(frozen=True)
 class Curve:
-    """What one tag was at the steps that recorded it."""
+    """Values of one tag at the steps that recorded it."""
 
     steps: npt.NDArray[np.int64]  # (n,), ascending
-    values: npt.NDArray[np.float64]  # (n,), NaN where it was infinite or none
+    values: npt.NDArray[np.float64]  # (n,), NaN where the value was not finite
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def finite(self) -> Curve:
-        good = np.isfinite(self.values)
-        return Curve(self.steps[good], self.values[good])
+        is_finite = np.isfinite(self.values)
+        return Curve(self.steps[is_finite], self.values[is_finite])
 
     def since(self, step: int) -> Curve:
-        """From ``step`` on."""
+        """Return the part from ``step`` on."""
         first = int(np.searchsorted(self.steps, step))
         return Curve(self.steps[first:], self.values[first:])
 
     def until(self, step: int) -> Curve:
-        """Up to ``step``, itself included."""
+        """Return the part up to and including ``step``."""
         end = int(np.searchsorted(self.steps, step, side="right"))
         return Curve(self.steps[:end], self.values[:end])
 
     def last(self) -> float | None:
-        """The newest finite value."""
+        """Return the newest finite value; None if there is none."""
         values = self.finite().values
         return float(values[-1]) if len(values) else None
 
     def not_finite_at_end(self) -> int | None:
-        """The step of the newest value if that is NaN or infinite."""
+        """Return the step of the newest value if that is NaN or infinite; else None."""
         return int(self.steps[-1]) if len(self.values) and not np.isfinite(self.values[-1]) else None
 
     @property
     def smoothing(self) -> int:
-        """How many values a mean is to be taken over: a twentieth of the curve, a hundred at most."""
+        """Number of values in a running mean: a twentieth of the curve, at most a hundred."""
         return min(_SMOOTHING, max(1, len(self) // 20))
 
     def recent(self) -> float | None:
-        """``pace.recent`` of the newest values."""
+        """Return ``pace.recent`` of the newest values."""
         return recent(self.values[-RECENT:].tolist())
 
     def lowest(self) -> tuple[int, float] | None:
-        """(step, value) of the least finite value, the first of equal ones."""
+        """Return (step, value) of the smallest finite value, the first of equal ones."""
         return _extreme(self.finite(), np.argmin)
 
     def highest(self) -> tuple[int, float] | None:
-        """(step, value) of the greatest finite value, the first of equal ones."""
+        """Return (step, value) of the largest finite value, the first of equal ones."""
         return _extreme(self.finite(), np.argmax)
 
 
@@ -81,21 +81,21 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 @dataclass(frozen=True)
 class Curves:
-    """All that ``metrics.jsonl`` tells about a run, or about a part of it."""
+    """Content of ``metrics.jsonl`` for a run or a part of it."""
 
     steps: npt.NDArray[np.int64]  # (n,), ascending
     times: npt.NDArray[np.float64]  # (n,), when each step was recorded, seconds since 1970
-    estimated: int  # how many of the times are not recorded but counted back from later ones
+    estimated: int  # number of times that are computed from later ones, because they are not recorded
     curves: dict[str, Curve]  # by tag; tags that were never recorded are missing
     samples: dict[str, dict[int, str]]  # tag to step to text
-    damaged: int  # lines that are no record
+    damaged: int  # number of lines that are not records
 
     def curve(self, tag: str) -> Curve:
-        """Empty where ``tag`` was never recorded."""
+        """Return the curve of ``tag``; an empty one if it was never recorded."""
         return self.curves.get(tag, EMPTY)
 
     def since(self, time: float) -> Curves:
-        """What was recorded at ``time`` and later."""
+        """Return the records of ``time`` (seconds since 1970) and later."""
         kept = self.times >= time
         first = int(self.steps[kept][0]) if kept.any() else self.newest + 1
         kept = self.steps >= first
@@ -115,7 +115,10 @@ class Curves:
 
 
 def read_records(file: Path) -> Curves:
-    """The records in ``file``, none if there is no file. It may grow meanwhile: a last line cut short is not damage."""
+    """Read the records in ``file``; a missing file has none.
+
+    The run may append to it at the same time: an incomplete last line does not count as damaged.
+    """
     lines = _count_lines(file)
     read = 0
     steps, times = array("q"), array("d")
@@ -124,18 +127,18 @@ def read_records(file: Path) -> Curves:
     for record in read_metrics(file):
         step = record.pop("step")
         if steps and step <= steps[-1]:
-            continue  # out of order, as no run writes them: counted as damaged
+            continue  # out of order, which no run writes: counted as damaged
         read += 1
         steps.append(step)
         times.append(_number(record.pop("time", None)))
         for tag, value in record.items():
             if tag in TAGS:
-                at, values = columns[tag]
-                at.append(step)
+                tag_steps, values = columns[tag]
+                tag_steps.append(step)
                 values.append(_number(value))
             elif tag.startswith("samples/") and isinstance(value, str):
                 samples[tag][step] = value
-    curves = {tag: Curve(np.array(at), np.array(values)) for tag, (at, values) in columns.items()}
+    curves = {tag: Curve(np.array(tag_steps), np.array(values)) for tag, (tag_steps, values) in columns.items()}
     known = np.array(times, np.float64)
     newest = file.stat().st_mtime if file.exists() else 0.0
     all_steps = np.array(steps, np.int64)
@@ -145,14 +148,14 @@ def read_records(file: Path) -> Curves:
 
 
 def smoothed(curve: Curve, width: int | None = None) -> Curve:
-    """The mean of each value and the ``width - 1`` before it; those that are not finite are left out.
+    """Return the mean of each value and the ``width - 1`` values before it; values that are not finite are skipped.
 
     Args:
         width: default: ``curve.smoothing``.
     """
-    good = np.isfinite(curve.values)
-    totals = np.concatenate([[0.0], np.cumsum(np.where(good, curve.values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(good)])
+    is_finite = np.isfinite(curve.values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(is_finite, curve.values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_finite)])
     end = np.arange(1, len(curve) + 1)
     begin = np.maximum(0, end - (width or curve.smoothing))
     count = counts[end] - counts[begin]
@@ -161,47 +164,51 @@ def smoothed(curve: Curve, width: int | None = None) -> Curve:
 
 
 def thinned(curve: Curve, points: int = 2000) -> Curve:
-    """At most ``points`` and one of the curve's own points.
+    """Return at most ``points + 1`` of the curve's points.
 
-    Of each stretch the least, the greatest and the first that is not finite are kept, so that no spike and no gap
-    disappears; and the newest point.
+    Each section keeps its smallest, its largest and its first non-finite value, so that no spike and no gap
+    disappears. The newest point is also kept.
     """
     if len(curve) <= points:
         return curve
     kept = {len(curve) - 1}
-    for stretch in np.array_split(np.arange(len(curve)), points // 3):
-        values = curve.values[stretch]
-        good = np.isfinite(values)
-        if good.any():
-            kept.add(int(stretch[np.argmin(np.where(good, values, np.inf))]))
-            kept.add(int(stretch[np.argmax(np.where(good, values, -np.inf))]))
-        if not good.all():
-            kept.add(int(stretch[np.argmin(good)]))
+    for section in np.array_split(np.arange(len(curve)), points // 3):
+        values = curve.values[section]
+        is_finite = np.isfinite(values)
+        if is_finite.any():
+            kept.add(int(section[np.argmin(np.where(is_finite, values, np.inf))]))
+            kept.add(int(section[np.argmax(np.where(is_finite, values, -np.inf))]))
+        if not is_finite.all():
+            kept.add(int(section[np.argmin(is_finite)]))
     chosen = np.array(sorted(kept))
     return Curve(curve.steps[chosen], curve.values[chosen])
 
 
-def mean_per_step(curve: Curve, steps: npt.NDArray[np.int64], stretches: int = 100) -> Curve:
-    """What each step of a stretch cost on average, also where a few steps bear it all, as with evaluation.
+def mean_per_step(curve: Curve, steps: npt.NDArray[np.int64], sections: int = 100) -> Curve:
+    """Return the mean cost per step of each section, including steps without a value, which cost 0.
 
     Args:
-        steps: (n,), all steps of the run, among them those that did not record the tag.
-        stretches: about so many points result, each at the last step of its stretch.
+        steps: (n,), all steps of the run, including those that did not record the tag.
+        sections: approximate number of points of the result, each at the last step of its section.
     """
     if not len(steps) or not len(curve):
         return EMPTY
-    parts = [part for part in np.array_split(steps, stretches) if len(part)]
+    parts = [part for part in np.array_split(steps, sections) if len(part)]
     ends = np.array([part[-1] for part in parts])
     cost = curve.finite()
     totals = np.bincount(np.searchsorted(ends, cost.steps), cost.values, minlength=len(ends))
     return Curve(ends, totals / np.array([len(part) for part in parts]))
 
 
-def _extreme(curve: Curve, where: Any) -> tuple[int, float] | None:
+def _extreme(curve: Curve, argument: Any) -> tuple[int, float] | None:
+    """
+    Args:
+        argument: ``np.argmin`` or ``np.argmax``.
+    """
     if not len(curve):
         return None
-    place = int(where(curve.values))
-    return int(curve.steps[place]), float(curve.values[place])
+    index = int(argument(curve.values))
+    return int(curve.steps[index]), float(curve.values[index])
 
 
 def _number(value: object) -> float:
@@ -209,7 +216,7 @@ def _number(value: object) -> float:
 
 
 def _count_lines(file: Path) -> int:
-    """Whole lines in ``file``, empty ones too."""
+    """Return the number of complete lines in ``file``, including empty ones."""
     if not file.exists():
         return 0
     with open(file, "rb", opener=regular_only) as stream:
@@ -217,7 +224,7 @@ def _count_lines(file: Path) -> int:
 
 
 def _seconds_spent(steps: npt.NDArray[np.int64], curves: dict[str, Curve]) -> npt.NDArray[np.float64]:
-    """What each step and what went on beside it took, by its own record."""
+    """Return the seconds of each step, with the evaluation and the save in its record, (steps,)."""
     spent = np.zeros(len(steps))
     for tag in ("perf/step_ms", "perf/eval_ms", "perf/save_ms"):
         cost = curves.get(tag, EMPTY).finite()
@@ -226,10 +233,10 @@ def _seconds_spent(steps: npt.NDArray[np.int64], curves: dict[str, Curve]) -> np
 
 
 def _fill(times: npt.NDArray[np.float64], spent: npt.NDArray[np.float64], newest: float) -> npt.NDArray[np.float64]:
-    """Where a time is not known: the time of the next step that has one, less what the steps between took.
+    """Fill in missing times: the time of the next step that has one, minus the duration of the steps between.
 
     Args:
-        newest: seconds since 1970 that stand for the last record's time if it has none.
+        newest: time of the last record if it has none, in seconds since 1970.
     """
     if not np.isnan(times).any():
         return times

@@ -1,4 +1,4 @@
-"""Two runs side by side: what was set otherwise, and their losses where both had seen as many tokens."""
+"""Comparison of two runs: settings that differ, losses at equal numbers of tokens, final metrics."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ds_gpt2.tools.report.curves import Curve
 from ds_gpt2.tools.report.run import Run
 
 POINTS = 8
-_LEFT_OUT = ("run.name", "run.dir", "checkpoint.dir", "monitor.dir")  # they differ, and mean nothing
+_IGNORED = ("run.name", "run.dir", "checkpoint.dir", "monitor.dir")  # names and directories of the runs themselves
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One number of two runs; None where a run has none."""
+    """One value of two runs; None if a run does not have it."""
 
     a: float | None
     b: float | None
@@ -29,24 +29,25 @@ class Pair:
 
 @dataclass(frozen=True)
 class Losses:
-    """Of both runs, when each had trained on ``tokens``."""
+    """Losses of both runs after each has trained on ``tokens``."""
 
     tokens: float
     training: Pair  # the median of the last 50 steps
-    validation: Pair  # as measured at that very point, or None
+    validation: Pair  # as measured at exactly that point; else None
 
 
 def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
-    """Dotted name to both values; names and places of the runs themselves are left out."""
-    one, other = (flat(without_secrets(settings.model_dump(mode="json"))) for settings in (a, b))
-    names = [name for name in one | other if name not in _LEFT_OUT]
-    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+    """Return the values in both runs by dotted name; names and directories of the runs are ignored."""
+    first, second = (flat(without_secrets(settings.model_dump(mode="json"))) for settings in (a, b))
+    names = [name for name in first | second if name not in _IGNORED]
+    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
 
 def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]:
-    """At so many points at most, evenly spread up to where the shorter of the runs has come.
+    """Return the losses at no more than ``points`` points, evenly spread over the tokens of the shorter run.
 
-    These are points at which both runs were validated, if there are any, and the furthest one. Nothing is interpolated.
+    If both runs have validations at equal tokens, these are the points, in addition to the last one. Nothing is
+    interpolated.
     """
     return [
         Losses(
@@ -59,25 +60,25 @@ def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]
 
 
 def _points(a: Run, b: Run, points: int) -> list[int]:
-    """Tokens, ascending."""
-    furthest = min(_tokens(run, run.records.newest) for run in (a, b))
-    if not furthest:
+    """Return the points in tokens, ascending."""
+    last = min(_tokens(run, run.records.newest) for run in (a, b))
+    if not last:
         return []
-    both = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= furthest)
-    if not both:
-        return sorted({furthest * number // points for number in range(1, points + 1)} - {0})
-    count = points if both[-1] == furthest else points - 1
-    chosen = {both[place * (len(both) - 1) // max(1, count - 1)] for place in range(count)}
-    return sorted({*chosen, furthest})
+    shared = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= last)
+    if not shared:
+        return sorted({last * number // points for number in range(1, points + 1)} - {0})
+    count = points if shared[-1] == last else points - 1
+    chosen = {shared[index * (len(shared) - 1) // max(1, count - 1)] for index in range(count)}
+    return sorted({*chosen, last})
 
 
 def _tokens(run: Run, step: int) -> int:
-    """Tokens that ``run`` has trained on after ``step``."""
+    """Return the tokens that ``run`` has trained on until the end of ``step``."""
     return step * run.settings.batch.tokens_per_step
 
 
-def ends(a: Run, b: Run) -> dict[str, Pair]:
-    """What each run has come to, by name."""
+def final_metrics(a: Run, b: Run) -> dict[str, Pair]:
+    """Return the last value of each metric of both runs, by name."""
     found = {
         "steps": Pair(float(a.records.newest), float(b.records.newest)),
         "tokens": Pair(*(float(_tokens(run, run.records.newest)) for run in (a, b))),
@@ -87,9 +88,9 @@ def ends(a: Run, b: Run) -> dict[str, Pair]:
     }
     for tag in ("hellaswag/acc", "hellaswag/acc_norm"):
         found[tag] = Pair(*(run.records.curve(tag).last() for run in (a, b)))
-    spoilt = [float(_not_finite(run.records.curve("train/loss"))) for run in (a, b)]
-    if any(spoilt):
-        found["training losses that are not finite"] = Pair(*spoilt)
+    not_finite = [float(_count_not_finite(run.records.curve("train/loss"))) for run in (a, b)]
+    if any(not_finite):
+        found["training losses that are not finite"] = Pair(*not_finite)
     found["perf/tokens_per_s"] = Pair(*(run.records.curve("perf/tokens_per_s").recent() for run in (a, b)))
     return {name: pair for name, pair in found.items() if (pair.a, pair.b) != (None, None)}
 
@@ -99,13 +100,13 @@ def _training(run: Run, tokens: int) -> float | None:
 
 
 def _validations(run: Run) -> dict[int, float]:
-    """Every finite validation loss, by the tokens trained on until then."""
+    """Return every finite validation loss, by the tokens trained on until then."""
     curve = run.records.curve("val/loss").finite()
     return {_tokens(run, step): loss for step, loss in zip(curve.steps.tolist(), curve.values.tolist(), strict=True)}
 
 
-def _not_finite(curve: Curve) -> int:
-    """How many values are NaN or infinite."""
+def _count_not_finite(curve: Curve) -> int:
+    """Return the number of values that are NaN or infinite."""
     return len(curve) - len(curve.finite())
 
 

@@ -1,72 +1,107 @@
-"""The report as one HTML file: everything is in it, and the browser is forbidden to fetch anything."""
+"""The report as one self-contained HTML file. Its content security policy forbids every network access.
+
+The template escapes all values except the script of Plotly and the charts as JSON, in which Jinja's ``tojson`` replaces
+``<``, ``>``, ``&`` and ``'`` by their Unicode escapes.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.common.formatting import MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
 from ds_gpt2.monitoring.pace import RECENT_LABEL, Range
-from ds_gpt2.run_dir.journal import ROUTINE
+from ds_gpt2.run_dir.journal import ROUTINE, Event
 from ds_gpt2.tools.report.charts import Chart
-from ds_gpt2.tools.report.run import Run
-from ds_gpt2.tools.report.style import SCRIPT, STYLE
+from ds_gpt2.tools.report.run import Run, Start
 from ds_gpt2.tools.report.summary import Since, Summary
+from ds_gpt2.tools.resources.losses import not_finite_warnings
+from ds_gpt2.tools.resources.prices import Cost
+from ds_gpt2.tools.resources.run_state import ACTIVE, State
 
-_SAMPLES = 5  # of each prompt that are shown
-_INCIDENTS = 50  # newest that are shown
+ASSETS = Path(__file__).parents[2] / "assets"
+
+_SAMPLES = 5  # shown of each prompt
+_INCIDENTS = 50  # newest incidents that are shown
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """What the page shows of one run; ``run`` is cut to the window that is looked at."""
+    """Content of the page for one run; ``run`` is reduced to the requested time window."""
 
     run: Run
     summary: Summary
 
 
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text; the first cell of each row is its label."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def render(parts: Sequence[RunSection], charts: Sequence[Chart], now: float) -> str:
-    """The whole page.
+    """Return the HTML of the page.
 
     Args:
-        charts: of all runs together.
+        charts: charts that show all runs together.
         now: seconds since 1970.
     """
-    names = ", ".join(part.run.name for part in parts)
-    body = [
-        f"<h1>{'Run' if len(parts) == 1 else 'Runs'} {escape(names)}</h1>",
-        f'<p class="faint">as of {clock(now)}, {zone(now)}</p>',
-    ]
-    for part in parts:
-        body.append(_verdict(part.summary, named=len(parts) > 1))
     summaries = [part.summary for part in parts]
-    body += [_since(summaries), _figures(summaries), "<h2>Curves</h2>", *map(_chart, range(len(charts)), charts)]
-    for part in parts:
-        told = _told(part)
-        body.append(told if len(parts) == 1 else _details(f"<h2>{escape(part.run.name)}</h2>", told))
-    return _document(names, "\n".join(body), charts)
+    drawn = [
+        {"id": f"chart-{number}", "traces": chart.traces, "layout": chart.layout}
+        for number, chart in enumerate(charts)
+        if chart.traces
+    ]
+    return _template().render(
+        policy=_POLICY,
+        names=", ".join(part.run.name for part in parts),
+        as_of=f"{clock(now)}, {zone(now)}",
+        window=_window(summaries),
+        figures=_figures(summaries),
+        charts=charts,
+        runs=[_run(part) for part in parts],
+        plotly=get_plotlyjs(),
+        drawn=drawn,
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.get_template("report.html.jinja")
 
 
 def sentence(summary: Summary) -> str:
-    """The run in one line, for a person in a hurry."""
-    if summary.state == "no data yet":
+    """Return the most important figures of a run in one line."""
+    if summary.last_record_age_seconds is None:
         return "No data yet: nothing is recorded."
     share = f" of {summary.steps:,} ({done_share(summary.step, summary.steps)})" if summary.steps else ""
-    ago = f"last record {duration(summary.last_record_age_seconds or 0)} ago"
-    words = [f"{_STATES[summary.state]}: step {summary.step:,}{share}, {ago}"]
+    age = f"last record {duration(summary.last_record_age_seconds)} ago"
+    words = [f"{_STATES.get(summary.state, summary.state.capitalize())}: step {summary.step:,}{share}, {age}"]
     if summary.ending and summary.state != "finished":
         words[0] += f" ({summary.ending})"
     losses = [f"loss {_loss(summary.loss)} ({RECENT_LABEL})"]
     if summary.best_val_loss is not None:
         best = f"best {_loss(summary.best_val_loss)} at step {summary.best_val_step:,}"
         losses.append(f"validation {_loss(summary.val_loss)} ({best})")
-    losses = [*_not_finite(summary), *losses]
+    losses = [*not_finite_warnings(summary.loss_not_finite_step, summary.val_loss_not_finite_step), *losses]
     words.append(losses[0][0].upper() + ", ".join(losses)[1:])
     if summary.tokens_per_s is not None:
         words.append(f"{summary.tokens_per_s:,.0f} tokens/s, goodput {percent(summary.goodput)}")
@@ -77,39 +112,41 @@ def sentence(summary: Summary) -> str:
     return ". ".join(words) + "."
 
 
-def _not_finite(summary: Summary) -> list[str]:
-    """A warning if the newest losses are not finite: the figures after it are older."""
-    found = (("training", summary.loss_not_finite_step), ("validation", summary.val_loss_not_finite_step))
-    return [f"the newest {which} loss is NaN or infinite (step {step:,})" for which, step in found if step is not None]
-
-
-_STATES = {
-    "running": "Running",
-    "finished": "Finished",
-    "stopped": "Stopped",
-    "silent": "Silent, so it hangs, has died, or its files were copied",
+_STATES: dict[State, str] = {
+    "waiting": "Waiting for a restart",
+    "hung?": "Hung",
+    "mistake": "Stopped by a configuration error",
+    "gave up": "Stopped after too many restarts",
+    "dead": "Not running (no process found)",
 }
 
 
-def _verdict(summary: Summary, named: bool) -> str:
-    name = f"<b>{escape(summary.run)}</b> " if named else ""
-    return f'<p class="verdict {summary.state.split()[0]}">{name}{escape(sentence(summary))}</p>'
+def _condition(state: State) -> str:
+    """Return the style class of a state."""
+    if state in ACTIVE or state == "finished":
+        return "good"
+    return "paused" if state in ("stopped", "waiting") else "bad"
 
 
-def _since(summaries: Sequence[Summary]) -> str:
-    """What happened in the window, one column a run; nothing where no window was asked for."""
+@dataclass(frozen=True)
+class _Window:
+    length: str
+    table: Table
+
+
+def _window(summaries: Sequence[Summary]) -> _Window | None:
+    """Return the figures of the requested time window, one column per run; None without a window."""
     windows = [summary.since for summary in summaries if summary.since is not None]
     if not windows:
-        return ""
+        return None
     rows = [
-        ("steps done", [f"{window.steps:,}" for window in windows]),
+        ("steps", [f"{window.steps:,}" for window in windows]),
         (f"loss ({RECENT_LABEL})", [_change(window) for window in windows]),
         ("starts", [str(window.starts) for window in windows]),
         ("best validation loss", [_at(window.best_val_loss, window.best_val_step) for window in windows]),
-        ("worst gradient norm", [_at(window.worst_grad_norm, window.worst_grad_norm_step) for window in windows]),
+        ("highest gradient norm", [_at(window.worst_grad_norm, window.worst_grad_norm_step) for window in windows]),
     ]
-    title = f"<h2>The last {duration(windows[0].seconds)}</h2>"
-    return title + _by_run(summaries, rows) + '<p class="faint">Curves and tables below show these hours only.</p>'
+    return _Window(duration(windows[0].seconds), _by_run(summaries, rows))
 
 
 def _change(window: Since) -> str:
@@ -121,15 +158,15 @@ def _change(window: Since) -> str:
     return f"{_loss(window.loss_before)} → {_loss(window.loss_now)} ({change:+.4f})"
 
 
-def _figures(summaries: Sequence[Summary]) -> str:
-    """One column a run."""
+def _figures(summaries: Sequence[Summary]) -> Table:
+    """Return the figures, one column per run; figures that no run has are left out."""
     columns = [_figures_of(summary) for summary in summaries]
     rows = [(label, [column[label] for column in columns]) for label in columns[0]]
-    return "<h2>Figures</h2>" + _by_run(summaries, [row for row in rows if set(row[1]) != {MISSING}])
+    return _by_run(summaries, [row for row in rows if set(row[1]) != {MISSING}])
 
 
 def _figures_of(summary: Summary) -> dict[str, str]:
-    """Label to text, the same labels for every run."""
+    """Return text by label, with the same labels for every run."""
     return {
         "step": f"{summary.step:,}" + (f" of {summary.steps:,}" if summary.steps else ""),
         "tokens": MISSING if summary.tokens is None else tokens(summary.tokens),
@@ -141,16 +178,16 @@ def _figures_of(summary: Summary) -> dict[str, str]:
         f"gradient norm ({RECENT_LABEL})": fixed(summary.grad_norm),
         "updates clipped": percent(summary.clipped_share),
         "updates skipped": _if_any(summary.skipped_steps),
-        "losses that were no number": _if_any(summary.not_finite_losses),
+        "losses that are NaN or infinite": _if_any(summary.not_finite_losses),
         f"tokens/s ({RECENT_LABEL})": fixed(summary.tokens_per_s, 0),
-        f"seconds a step ({RECENT_LABEL})": fixed(summary.step_seconds),
+        f"seconds per step ({RECENT_LABEL})": fixed(summary.step_seconds),
         f"MFU ({RECENT_LABEL})": percent(summary.mfu),
-        "goodput (share of the time that went into steps)": percent(summary.goodput),
+        "goodput (share of the time spent in steps)": percent(summary.goodput),
         "restarts by the supervisor": str(summary.restarts),
         "resumes by hand": str(summary.resumes),
         "time lost": MISSING if summary.lost_seconds is None else duration(summary.lost_seconds),
-        "damaged lines left out": _if_any(summary.damaged_lines),
-        "times that are estimated": _if_any(summary.estimated_times),
+        "damaged lines (skipped)": _if_any(summary.damaged_lines),
+        "records with an estimated time": _if_any(summary.estimated_times),
     }
 
 
@@ -163,97 +200,114 @@ def _at(value: float | None, step: int | None) -> str:
 
 
 def _loss(value: float | None) -> str:
-    """As ``status`` shows it."""
+    """Format a loss as ``status`` does."""
     return fixed(value, 4)
 
 
-def _by_run(summaries: Sequence[Summary], rows: Sequence[tuple[str, list[str]]]) -> str:
+def _by_run(summaries: Sequence[Summary], rows: Sequence[tuple[str, list[str]]]) -> Table:
     names = ["", *(summary.run for summary in summaries)] if len(summaries) > 1 else []
-    return f'<div class="figures">{_table(names, [[label, *texts] for label, texts in rows])}</div>'
+    return Table(names, [[label, *texts] for label, texts in rows])
 
 
-def _chart(number: int, chart: Chart) -> str:
-    title = f"<h3>{escape(chart.title)}</h3>"
-    if not chart.traces:
-        return title + '<p class="faint">no data yet</p>'
-    note = f'<p class="faint">{escape(chart.note)}</p>' if chart.note else ""
-    return f'{title}<div class="chart" id="chart-{number}"></div>{note}'
+@dataclass(frozen=True)
+class _Sample:
+    step: str
+    text: str
 
 
-def _told(part: RunSection) -> str:
-    """What is told of one run alone."""
-    run = part.run
-    notes = f"<pre>{escape(run.notes)}</pre>" if run.notes else ""
-    sections = [
-        ("What it writes", _samples(run) if run.settings.samples.every or run.records.samples else ""),
-        ("Starts", _starts(run)),
-        ("Incidents", _incidents(run)),
-        ("Checkpoints kept", _checkpoints(run.checkpoints)),
-        ("Notes", notes),
-        ("What is left to do", _left(part.summary)),
-        ("Settings", _details("all of them", f"<pre>{escape(run.settings_text)}</pre>")),
+@dataclass(frozen=True)
+class _Prompt:
+    title: str
+    samples: Sequence[_Sample]  # newest first
+
+
+@dataclass(frozen=True)
+class _RunView:
+    """Content of the page for one run, as the template shows it."""
+
+    name: str
+    condition: str
+    sentence: str
+    samples: Sequence[_Prompt] | None  # None: the run generates no samples
+    starts: Table
+    incidents: Table
+    older_incidents: str | None
+    checkpoints: Table
+    notes: str | None
+    is_finished: bool
+    left: Table
+    settings_text: str
+
+
+def _run(part: RunSection) -> _RunView:
+    run, summary = part.run, part.summary
+    incidents = [event for event in run.events if event.kind not in ROUTINE]
+    older = max(0, len(incidents) - _INCIDENTS)
+    return _RunView(
+        name=run.name,
+        condition=_condition(summary.state),
+        sentence=sentence(summary),
+        samples=_samples(run) if run.settings.samples.every or run.records.samples else None,
+        starts=_starts(run.starts),
+        incidents=_incidents(incidents[: -_INCIDENTS - 1 : -1]),
+        older_incidents=f"{older:,}" if older else None,
+        checkpoints=_checkpoints(run.checkpoints),
+        notes=run.notes,
+        is_finished=summary.state == "finished",
+        left=_left(summary),
+        settings_text=run.settings_text,
+    )
+
+
+def _samples(run: Run) -> list[_Prompt]:
+    """Return for each prompt the newest sample and some older samples, evenly spread over the steps."""
+    return [
+        _Prompt(
+            _prompt(run, tag),
+            [_Sample(f"{step:,}", texts[step]) for step in _spread(sorted(texts, reverse=True), _SAMPLES)],
+        )
+        for tag, texts in sorted(run.records.samples.items())
     ]
-    return "\n".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
-
-
-_NOTHING = '<p class="faint">no data yet</p>'
-
-
-def _samples(run: Run) -> str:
-    """Of each prompt the newest text, open, and some older ones, closed, evenly spread over the steps."""
-    told = []
-    for tag, texts in sorted(run.records.samples.items()):
-        told.append(f"<h3>{escape(_prompt(run, tag))}</h3>")
-        for number, step in enumerate(_spread(sorted(texts, reverse=True), _SAMPLES)):
-            told.append(_details(f"step {step:,}", f"<pre>{escape(texts[step])}</pre>", is_open=number == 0))
-    return "".join(told) or _NOTHING
 
 
 def _prompt(run: Run, tag: str) -> str:
-    """The prompt of ``samples/<n>`` as the settings have it now; the tag itself where they have no such."""
+    """Return the prompt of ``samples/<n>`` from the current settings; the tag itself if they have no such prompt."""
     number = tag.removeprefix("samples/")
     prompts = run.settings.samples.prompts
     return prompts[int(number)] if number.isdecimal() and int(number) < len(prompts) else tag
 
 
 def _spread(steps: list[int], count: int) -> list[int]:
-    """At most ``count`` of ``steps``: the first, the last, and some between."""
+    """Return at most ``count`` of ``steps``: the first, the last, and evenly spaced steps between them."""
     if len(steps) <= count:
         return steps
-    return [steps[round(place * (len(steps) - 1) / (count - 1))] for place in range(count)]
+    return [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
 
 
-def _starts(run: Run) -> str:
-    rows = []
-    for start in reversed(run.starts):
-        lost = start.lost_seconds
-        rows.append(
-            [
-                MISSING if start.time is None else clock(start.time),
-                f"{start.from_step:,}",
-                MISSING if start.world_size is None else str(start.world_size),
-                "the supervisor" if start.restart else "hand",
-                MISSING if lost is None else duration(lost),
-                (start.commit or MISSING)[:9],
-            ]
-        )
-    return _table(["when", "from step", "ranks", "started by", "time lost", "commit"], rows) if rows else _NOTHING
+def _starts(starts: Sequence[Start]) -> Table:
+    rows = [
+        [
+            MISSING if start.time is None else clock(start.time),
+            f"{start.from_step:,}",
+            MISSING if start.world_size is None else str(start.world_size),
+            "the supervisor" if start.restart else "hand",
+            MISSING if start.lost_seconds is None else duration(start.lost_seconds),
+            (start.commit or MISSING)[:9],
+        ]
+        for start in reversed(starts)
+    ]
+    return Table(["time", "from step", "ranks", "started by", "time lost", "commit"], rows)
 
 
-def _incidents(run: Run) -> str:
-    """Nothing at all where there is none: a quiet run has no such section."""
-    incidents = [event for event in run.events if event.kind not in ROUTINE]
-    newest = incidents[: -_INCIDENTS - 1 : -1]
+def _incidents(events: Sequence[Event]) -> Table:
     rows = [
         [clock(event.time), MISSING if event.step is None else f"{event.step:,}", event.kind, event.text]
-        for event in newest
+        for event in events
     ]
-    older = len(incidents) - len(newest)
-    more = f'<p class="faint">and {older:,} older ones</p>' if older else ""
-    return _table(["when", "step", "what", ""], rows) + more if rows else ""
+    return Table(["time", "step", "kind", ""], rows)
 
 
-def _checkpoints(found: Iterable[Generation]) -> str:
+def _checkpoints(found: Sequence[Generation]) -> Table:
     rows = []
     for generation in found:
         known = generation.manifest
@@ -267,37 +321,30 @@ def _checkpoints(found: Iterable[Generation]) -> str:
                 "damaged" if known is None else known.kind,
             ]
         )
-    return _table(["tag", "step", "val loss", "size", "made", "kind"], rows) if rows else _NOTHING
+    return Table(["tag", "step", "val loss", "size", "made", "kind"], rows)
 
 
-def _left(summary: Summary) -> str:
-    """How long it will go on, and what that costs where power or prices are known."""
-    if summary.state == "finished":
-        return "<p>Nothing: it is finished.</p>"
+def _left(summary: Summary) -> Table:
+    """Return the time left, and its costs if power or prices are known; no rows if the time is not known."""
     left, pace = summary.seconds_left, summary.seconds_per_step
     if left is None or pace is None or summary.steps is None:
-        return _NOTHING
+        return Table([], [])
     rows = [
         ["steps", f"{summary.steps - summary.step:,}"],
-        ["seconds a step, evaluation and saves included", _range(pace, 3)],
+        ["seconds per step, evaluation and saves included", _range(pace, 3)],
         ["hours", _range(left.times(1 / 3600), 1)],
     ]
     if summary.finish is not None:
         early, late = (summary.finish + seconds - left.mean for seconds in (left.low, left.high))
         rows.append(["done", f"{clock(summary.finish)} ({clock(early)} to {clock(late)})"])
-    rows += _costs(summary)
-    note = "In brackets: by the 10th and the 90th percentile of the newest windows of steps. Interruptions come on top."
-    return _table([], rows) + f'<p class="faint">{note}</p>'
+    return Table([], [*rows, *(_costs(summary.cost) if summary.cost is not None else [])])
 
 
-def _costs(summary: Summary) -> list[list[str]]:
-    cost = summary.cost
-    if cost is None:
-        return []
+def _costs(cost: Cost) -> list[list[str]]:
     rows = []
     if cost.watts is not None and cost.energy_kwh is not None:
-        source = " (recorded by the GPUs, without the rest of the machine)" if cost.watts_recorded else " (as given)"
-        rows += [["power", f"{cost.watts:,.0f} W{source}"], ["energy", _range(cost.energy_kwh, 1) + " kWh"]]
+        source = "recorded by the GPUs, without the rest of the machine" if cost.watts_recorded else "set by --watts"
+        rows += [["power", f"{cost.watts:,.0f} W ({source})"], ["energy", _range(cost.energy_kwh, 1) + " kWh"]]
     if cost.energy_money is not None:
         rows.append(["price of the energy", _range(cost.energy_money, 2)])
     if cost.hours_money is not None:
@@ -307,43 +354,3 @@ def _costs(summary: Summary) -> list[list[str]]:
 
 def _range(value: Range, digits: int) -> str:
     return f"{value.mean:,.{digits}f} ({value.low:,.{digits}f} to {value.high:,.{digits}f})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are texts, not HTML; the first of each row is its label where there is no head."""
-    top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
-    lines = [f"<th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
-    return f'<div class="wide"><table>{top}{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def _details(summary: str, content: str, is_open: bool = False) -> str:
-    """Both are HTML."""
-    return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{content}</details>"
-
-
-def _document(title: str, body: str, charts: Sequence[Chart]) -> str:
-    drawn = [
-        {"id": f"chart-{number}", "traces": chart.traces, "layout": chart.layout}
-        for number, chart in enumerate(charts)
-        if chart.traces
-    ]
-    figures = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{get_plotlyjs()}</script>
-<script type="application/json" id="charts">{figures}</script>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""

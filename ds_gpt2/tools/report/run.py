@@ -1,9 +1,8 @@
-"""What the files of a run tell: its records, its starts, what befell it, its checkpoints."""
+"""Files of a run: records, starts, journal, checkpoints, notes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,9 +22,7 @@ from ds_gpt2.tools.resources.run_steps import total_steps
 
 CONFIG = "config.yaml"
 
-_SAME_START_SECONDS = 60.0  # between the two records of a start
-_ENDS = frozenset({"done", "stop", "mistake", "gave_up"})
-_BEGINS = frozenset({"launch", "start", "restart"})
+_SAME_START_SECONDS = 60.0  # largest difference between the two records of a start
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Start:
     from_step: int
     world_size: int | None
     commit: str | None
-    lost_seconds: float | None = None  # by the journal; where there is none see `_lost`
+    lost_seconds: float | None = None  # seconds lost before it; see `history.lost_by_start`
     restart: bool = False  # made by the supervisor
 
 
@@ -44,25 +41,25 @@ class Start:
 class Run:
     """A run as its files are now."""
 
+    directory: Path
     name: str
     settings: Settings
     settings_text: str
     records: Curves
     starts: list[Start]  # in the order of the file
     events: list[Event]  # of the journal, the oldest first
-    planned: int | None  # steps that it is to have, as its newest start said
+    planned: int | None  # planned steps, as recorded by the newest start
     checkpoints: list[Generation]  # newest first
     notes: str | None
-    ending: str | None  # how it ended; None if it still trains, or if nothing is known
 
     @property
     def steps(self) -> int | None:
-        """How many it is to have; None where that follows from the data and nothing is recorded yet."""
+        """Planned steps; None if they follow from the data and nothing is recorded yet."""
         epoch, step = self.records.curve("train/epoch").last(), self.records.newest
         return total_steps(self.settings.schedule, self.planned, epoch / step if epoch else None)
 
     def since(self, time: float) -> Run:
-        """What belongs to ``time``, in seconds since 1970, and later; settings and notes stay."""
+        """Return the run reduced to ``time`` (seconds since 1970) and later; settings and notes are unchanged."""
         return replace(
             self,
             records=self.records.since(time),
@@ -73,7 +70,7 @@ class Run:
 
 
 def load_run(directory: Path) -> Run:
-    """The run in ``directory``; files that are missing leave their part empty.
+    """Read the run in ``directory``; missing files leave their part empty.
 
     Raises:
         UserError: its settings cannot be read.
@@ -83,6 +80,7 @@ def load_run(directory: Path) -> Run:
     lines = read_starts(directory / STARTS)
     events = newest_events(directory)
     return Run(
+        directory=directory,
         name=settings.run.name,
         settings=settings,
         settings_text=to_yaml(public_tree(settings)),
@@ -92,49 +90,58 @@ def load_run(directory: Path) -> Run:
         planned=planned_steps(lines),
         checkpoints=catalog.scan(settings.checkpoint_dir),
         notes=_text_of(directory / NOTES),
-        ending=_ending(events),
     )
 
 
 def _starts(starts: list[Start], records: Curves, events: list[Event]) -> list[Start]:
-    """With what the journal tells about each: what it cost, and who made it."""
-    noted = [event for event in events if event.kind == "start"]
-    if not noted:
-        return [
-            replace(start, lost_seconds=_lost(start, starts[place + 1 :], records))
-            for place, start in enumerate(starts)
-        ]
+    """Add the lost time and the origin of each start, from the journal."""
+    recorded = [event for event in events if event.kind == "start"]
+    if not recorded:
+        return _starts_without_journal(starts, records)
     lost, restarts = lost_by_start(events), restarts_of(events)
-    places = [_place_of(start, noted) for start in starts]
+    indices = [_index_of(start, recorded) for start in starts]
     return [
-        start if place is None else replace(start, lost_seconds=lost.get(noted[place].time), restart=restarts[place])
-        for start, place in zip(starts, places, strict=True)
+        start if index is None else replace(start, lost_seconds=lost.get(recorded[index].time), restart=restarts[index])
+        for start, index in zip(starts, indices, strict=True)
     ]
 
 
-def _place_of(start: Start, noted: list[Event]) -> int | None:
-    """Which of the journal's starts is this one."""
+def _index_of(start: Start, recorded: list[Event]) -> int | None:
+    """Return the index of ``start`` among the starts of the journal; None if it is not there."""
     if start.time is None:
         return None
-    apart = [
-        (abs(event.time - start.time), place) for place, event in enumerate(noted) if event.step == start.from_step
+    differences = [
+        (abs(event.time - start.time), index) for index, event in enumerate(recorded) if event.step == start.from_step
     ]
-    seconds, place = min(apart, default=(math.inf, 0))
-    return place if seconds <= _SAME_START_SECONDS else None
+    seconds, index = min(differences, default=(math.inf, 0))
+    return index if seconds <= _SAME_START_SECONDS else None
 
 
-def _lost(start: Start, later: list[Start], records: Curves) -> float | None:
-    """Seconds from the last step that counts before ``start`` to the first one after it, that one's own time left out.
+def _starts_without_journal(starts: list[Start], records: Curves) -> list[Start]:
+    """Add the lost time of runs without a journal, from the events that their records imply.
 
-    That is the time the run lay still, and the work that was not saved and had to be done again. None where a later
-    start went back as far or further: then that one tells; and where nothing is recorded on either side.
+    Records continue from the last step before a start to the first step after it. A start followed by another start
+    from the same step or an earlier one has left no records.
     """
-    before = int(records.steps.searchsorted(start.from_step, side="right")) - 1
-    if any(other.from_step <= start.from_step for other in later) or not 0 <= before < len(records.steps) - 1:
-        return None
-    step = int(records.steps[before + 1])
-    took = records.curve("perf/step_ms").since(step).until(step).last() or 0.0
-    return max(0.0, float(records.times[before + 1] - records.times[before]) - took / 1000)
+    events: list[Event] = []
+    times: list[float | None] = []
+    for number, start in enumerate(starts):
+        before = int(records.steps.searchsorted(start.from_step, side="right")) - 1
+        is_repeated = any(other.from_step <= start.from_step for other in starts[number + 1 :])
+        if is_repeated or not 0 <= before < len(records.steps) - 1:
+            times.append(None)
+            continue
+        step = int(records.steps[before + 1])
+        step_ms = records.curve("perf/step_ms").since(step).until(step).last() or 0.0
+        resumed = float(records.times[before + 1]) - step_ms / 1000
+        events.append(Event(float(records.times[before]), "save", "", start.from_step))
+        events.append(Event(resumed, "start", "", start.from_step))
+        times.append(resumed)
+    lost = lost_by_start(events)
+    return [
+        replace(start, lost_seconds=None if time is None else lost.get(time, 0.0))
+        for start, time in zip(starts, times, strict=True)
+    ]
 
 
 def _start(line: dict[str, Any]) -> Start:
@@ -148,7 +155,7 @@ def _start(line: dict[str, Any]) -> Start:
 
 
 def _time(value: object) -> float | None:
-    """Seconds since 1970, from a number of them or from a text as in ``starts.jsonl``."""
+    """Return seconds since 1970, from a number or from a timestamp as in ``starts.jsonl``."""
     if isinstance(value, float | int):
         return float(value)
     try:
@@ -166,13 +173,3 @@ def _text_of(file: Path) -> str | None:
         return read_small(file).decode(errors="replace")
     except FileNotFoundError:
         return None
-
-
-def _ending(events: Sequence[Event]) -> str | None:
-    """How the last process ended, by the journal; None if it still trains, or could not write why it ended."""
-    for event in reversed(events):
-        if event.kind in _ENDS or event.facts.get("ended"):
-            return event.text
-        if event.kind in _BEGINS:
-            return None
-    return None

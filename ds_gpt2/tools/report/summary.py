@@ -1,10 +1,10 @@
-"""A run in figures: where it is, how fast it goes, what it has left to do, and what that costs."""
+"""Figures of a run: progress, speed, time left, costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -12,30 +12,15 @@ from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, timed_of
 from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
-from ds_gpt2.tools.resources.prices import Prices
-from ds_gpt2.tools.resources.run_state import State as LifeState
-
-_SILENT = 600.0  # seconds without a record, or ten steps if they take longer, after which a run no longer looks alive
+from ds_gpt2.tools.resources.prices import Cost, Prices, cost_of
+from ds_gpt2.tools.resources.run_state import ACTIVE, RunState, State, finished_by_checkpoint, read_run_state
 
 _TIMES = ("perf/step_ms", "perf/eval_ms", "perf/save_ms")
-
-State = Literal["no data yet", "running", "stopped", "silent", "finished"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the steps that are left will take. Money is in whatever the prices are in."""
-
-    watts: float | None
-    watts_recorded: bool  # by the GPUs themselves, without the rest of the machine
-    energy_kwh: Range | None
-    energy_money: Range | None
-    hours_money: Range | None
 
 
 @dataclass(frozen=True)
 class Since:
-    """What happened in a window that ends now."""
+    """Figures of a time window that ends now."""
 
     seconds: float
     steps: int
@@ -50,11 +35,11 @@ class Since:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run, as ``report --json`` prints them; None where the files do not tell."""
+    """Figures of one run, as ``report --json`` prints them; None where the files do not contain a value."""
 
     run: str
-    state: State
-    ending: str | None
+    state: State  # as ``status`` shows it
+    ending: str | None  # reason of the state
     step: int
     steps: int | None
     last_record: float | None  # seconds since 1970
@@ -63,8 +48,8 @@ class Summary:
     epoch: float | None
     loss: float | None  # median of the last 50 steps
     not_finite_losses: int
-    loss_not_finite_step: int | None  # the newest step, if its loss is NaN or infinite
-    val_loss_not_finite_step: int | None  # of the newest validation, if its loss is NaN or infinite
+    loss_not_finite_step: int | None  # step of the newest training loss, if that is NaN or infinite
+    val_loss_not_finite_step: int | None  # step of the newest validation loss, if that is NaN or infinite
     val_loss: float | None
     best_val_loss: float | None
     best_val_step: int | None
@@ -78,11 +63,11 @@ class Summary:
     goodput: float | None  # perf/goodput as last recorded
     seconds_per_step: Range | None  # wall time, evaluation and saving included, mean of the last 2,000 steps
     seconds_left: Range | None  # see ds_gpt2.monitoring.pace
-    finish: float | None  # seconds since 1970; None where it does not run
+    finish: float | None  # seconds since 1970; None if it does not run
     restarts: int  # by the supervisor
-    resumes: int  # by hand
+    resumes: int  # by the user
     lost_seconds: float | None
-    kept_share: float | None  # of the time, what is not lost
+    kept_share: float | None  # share of the time that is not lost
     damaged_lines: int
     estimated_times: int
     since: Since | None
@@ -90,26 +75,25 @@ class Summary:
 
 
 def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds: float | None = None) -> Summary:
-    """The figures of ``run``.
+    """Return the figures of ``run``.
 
     Args:
         now: seconds since 1970.
-        since_seconds: the length of the window to look at more closely.
+        since_seconds: length of the time window of ``Summary.since``; None: no window.
     """
-    records = run.records
+    records, steps = run.records, run.steps
     curve = records.curve
     pace = pace_of(run)
-    state = _state(run, now, pace.wall_seconds)
-    steps = run.steps
-    left = pace.left(records.newest, steps) if steps and state != "finished" else None
+    state = _state(run, now, pace)
+    left = pace.left(records.newest, steps) if steps and state.state != "finished" else None
     newest = float(records.times[-1]) if len(records.times) else None
     best_step, best = curve("val/loss").lowest() or (None, None)
     step_ms = curve("perf/step_ms").recent()
-    past = _past(run, state, now)
+    starts = _starts(run, state.state, now)
     return Summary(
         run=run.name,
-        state=state,
-        ending=run.ending,
+        state=state.state,
+        ending=state.why,
         step=records.newest,
         steps=steps,
         last_record=newest,
@@ -133,20 +117,20 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         goodput=curve("perf/goodput").last(),
         seconds_per_step=pace.wall_seconds,
         seconds_left=left,
-        finish=now + left.mean if left and state == "running" else None,
-        restarts=past.restarts,
-        resumes=past.resumes,
-        lost_seconds=past.lost_seconds,
-        kept_share=past.kept_share,
+        finish=now + left.mean if left and state.state in ACTIVE else None,
+        restarts=starts.restarts,
+        resumes=starts.resumes,
+        lost_seconds=starts.lost_seconds,
+        kept_share=starts.kept_share,
         damaged_lines=records.damaged,
         estimated_times=records.estimated,
         since=None if since_seconds is None else since(run, now, since_seconds),
-        cost=_cost(left, _power(records), prices or Prices()),
+        cost=None if left is None else cost_of(left, _power(records), prices or Prices()),
     )
 
 
 def pace_of(run: Run) -> Pace:
-    """The pace of a run by all its records."""
+    """Return the pace of a run from all its records."""
     records = run.records
     pace = Pace(Cadence.of(run.settings), [start.from_step for start in run.starts])
     for timed in timed_of(_times_of(records)):
@@ -155,14 +139,14 @@ def pace_of(run: Run) -> Pace:
 
 
 def _times_of(records: Curves) -> Iterator[dict[str, Any]]:
-    """What ``timed_of`` reads, step by step."""
+    """Yield for each step a record as ``timed_of`` reads it."""
     columns = [_at_all_steps(records, tag) for tag in _TIMES]
     for step, when, *values in zip(records.steps.tolist(), records.times.tolist(), *columns, strict=True):
         yield {"step": step, "time": when, **dict(zip(_TIMES, values, strict=True))}
 
 
 def _at_all_steps(records: Curves, tag: str) -> list[float]:
-    """A curve as one value a step, NaN where it was not recorded."""
+    """Return one value per step, (steps,), NaN where the tag was not recorded."""
     values = np.full(len(records.steps), np.nan)
     curve = records.curve(tag)
     values[np.searchsorted(records.steps, curve.steps)] = curve.values
@@ -171,33 +155,24 @@ def _at_all_steps(records: Curves, tag: str) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Past:
+class _Starts:
     restarts: int
     resumes: int
     lost_seconds: float | None
     kept_share: float | None
 
 
-def _past(run: Run, state: State, now: float) -> _Past:
-    """As ``status`` has it; a run of before there was a journal by its starts and records."""
+def _starts(run: Run, state: State, now: float) -> _Starts:
+    """Return the figures of ``status``; for a run without a journal, those of its starts."""
     if any(event.kind == "start" for event in run.events):
-        history = history_of(run.events, _LIFE[state], now)
-        return _Past(history.restarts, history.resumes, history.lost_seconds, history.kept_share)
+        history = history_of(run.events, state, now)
+        return _Starts(history.restarts, history.resumes, history.lost_seconds, history.kept_share)
     lost = [start.lost_seconds for start in run.starts if start.lost_seconds is not None]
-    return _Past(0, max(0, len(run.starts) - 1), sum(lost) if lost else None, None)
-
-
-_LIFE: dict[State, LifeState] = {
-    "no data yet": "starting",
-    "running": "running",
-    "stopped": "stopped",
-    "silent": "dead",
-    "finished": "finished",
-}
+    return _Starts(0, max(0, len(run.starts) - 1), sum(lost) if lost else None, None)
 
 
 def since(run: Run, now: float, seconds: float) -> Since:
-    """What happened in the last ``seconds``."""
+    """Return the figures of the last ``seconds``."""
     window = run.records.since(now - seconds)
     loss = run.records.curve("train/loss")
     before = loss.until(int(window.steps[0]) - 1).recent() if len(window.steps) else None
@@ -216,34 +191,15 @@ def since(run: Run, now: float, seconds: float) -> Since:
     )
 
 
-def _state(run: Run, now: float, pace: Range | None) -> State:
-    if not len(run.records.steps):
-        return "no data yet"
-    if run.steps is not None and run.records.newest >= run.steps:
-        return "finished"
-    if run.ending is not None:
-        return "stopped"
-    patience = max(_SILENT, 10 * pace.mean if pace else 0.0)
-    return "running" if now - run.records.times[-1] <= patience else "silent"
+def _state(run: Run, now: float, pace: Pace) -> RunState:
+    """Return the state that ``status`` shows."""
+    state = read_run_state(run.directory, run.settings, run.events, pace.mean_step_seconds(), now)
+    newest = next((one for one in run.checkpoints if one.is_resumable), None)
+    return finished_by_checkpoint(state, newest, run.steps)
 
 
 def _power(records: Curves) -> float | None:
-    """Watts of the GPUs, the mean over the newest steps; None where none were recorded among them."""
+    """Return the mean power of all GPUs over the newest steps, in watts; None if none is recorded."""
     first = records.newest - WINDOW + 1
     watts = records.curve("perf/gpu_power_w").since(first).finite().values
     return float(watts.mean()) if len(watts) else None
-
-
-def _cost(seconds_left: Range | None, recorded_watts: float | None, prices: Prices) -> Cost | None:
-    watts = prices.watts if prices.watts is not None else recorded_watts
-    if seconds_left is None or (watts is None and prices.per_hour is None):
-        return None
-    hours = seconds_left.times(1 / 3600)
-    energy = None if watts is None else hours.times(watts / 1000)
-    return Cost(
-        watts=watts,
-        watts_recorded=prices.watts is None and watts is not None,
-        energy_kwh=energy,
-        energy_money=None if energy is None or prices.per_kwh is None else energy.times(prices.per_kwh),
-        hours_money=None if prices.per_hour is None else hours.times(prices.per_hour),
-    )

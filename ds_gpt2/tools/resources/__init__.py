@@ -1,1 +1,1 @@
-"""What a run needs and what the machine has; shared by the tools."""
+"""Requirements of a run, resources of the machine, state and history of a run: shared by the tools."""

@@ -1,7 +1,12 @@
-"""How much room a run takes on the disk: checkpoints by what retention keeps, logs by what a step writes."""
+"""Disk space of a whole run: checkpoints as retention keeps them, logs by the bytes that a step writes.
+
+``simulate`` replays every save of a run whose schedule is known. ``most_kept`` is a closed formula: an upper bound for
+callers that know counts only, or need an answer within milliseconds.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +24,7 @@ _MOST_SAVES = 1_000_000
 
 @dataclass(frozen=True)
 class Count:
-    """Checkpoints with bytes of their own: those that share a step are hard links to the same files."""
+    """Number of checkpoints that take disk space. Checkpoints of the same step are hard links to the same files."""
 
     full: int
     weights: int
@@ -27,7 +32,8 @@ class Count:
     def bytes(self, full: int, weights: int) -> int:
         """
         Args:
-            full, weights: bytes of one of each kind.
+            full: bytes of one full checkpoint.
+            weights: bytes of one weights-only checkpoint.
         """
         return self.full * full + self.weights * weights
 
@@ -37,33 +43,59 @@ class Count:
 
 @dataclass(frozen=True)
 class Store:
-    """What a run keeps."""
+    """Checkpoints of a whole run."""
 
-    saves: int  # how often it saves
-    most: Count  # at once, one being written included
+    saves: int  # number of saves in the run
+    most: Count  # peak on disk, the checkpoint being written included
     at_end: Count
 
 
 @dataclass(frozen=True)
 class Logs:
-    """Bytes written beside the checkpoints."""
+    """Bytes written besides the checkpoints."""
 
-    start: float  # once
-    step: float  # each step
-    occasion: Mapping[str, float]  # more, whenever something else than training happens, by name
+    start: float  # once per start
+    step: float  # per step
+    occasion: Mapping[str, float]  # per evaluation of each kind, in addition
 
     def total(self, steps: int, times: Mapping[str, int]) -> float:
-        """After so many steps and occasions."""
-        aside = sum(count * self.occasion.get(name, 0.0) for name, count in times.items())
-        return self.start + self.step * steps + aside
+        """
+        Args:
+            times: number of evaluations of each kind.
+        """
+        evaluations = sum(count * self.occasion.get(name, 0.0) for name, count in times.items())
+        return self.start + self.step * steps + evaluations
+
+
+def most_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends: int, has_best: bool) -> Count:
+    """Return an upper bound of the checkpoints that retention keeps, as if no two of them shared files.
+
+    A checkpoint that is being written comes on top.
+
+    Args:
+        step: the last completed step.
+        rolling: number of rolling checkpoints saved until then.
+        epoch_ends: number of epochs completed until then.
+        has_best: whether there is a best checkpoint.
+    """
+    newest = min(rolling, settings.keep_last)
+    permanent = 0
+    if settings.keep_every:
+        permanent = min(rolling - newest, step // math.lcm(settings.every or step or 1, settings.keep_every))
+    epochs = epoch_ends if settings.keep_epochs == "all" else min(epoch_ends, settings.keep_epochs)
+    best = int(has_best and settings.keep_best)
+    epoch_weights = epochs if settings.epochs_as == "weights" else 0
+    best_weights = best if settings.best_as == "weights" else 0
+    full = newest + permanent + (epochs - epoch_weights) + (best - best_weights)
+    return Count(full, epoch_weights + best_weights)
 
 
 def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> Store:
-    """Save and delete as the run would, by its own rules.
+    """Replay all saves and deletions of a run with its own retention rules.
 
     Args:
-        improving: whether each validation loss is the best so far, so that the best checkpoint shares its files with a
-            new one; else the first stays the best and has files of its own.
+        improving: True if each validation loss is the best so far: the best checkpoint then shares its files with the
+            newest one. False if the first one remains the best and has files of its own.
 
     Raises:
         UserError: there are too many checkpoints to simulate.
@@ -71,11 +103,11 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
     if schedule.save_every and schedule.steps // schedule.save_every > _MOST_SAVES:
         raise UserError(
             f"checkpoint.every={schedule.save_every} over {schedule.steps:,} steps is more than {_MOST_SAVES:,}"
-            " checkpoints: set checkpoint.every to more"
+            " checkpoints: increase checkpoint.every"
         )
     best = set(schedule.validations if improving else schedule.validations[:1])
     ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
-    saves, shelf = schedule.saves(best), _Shelf(settings)
+    saves, simulated = schedule.saves(best), _SimulatedDirectory(settings)
     most = Count(0, 0)
     for step in saves:
         new = [Kept(rolling_tag(step), "rolling", step, verified=True)]
@@ -83,55 +115,58 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
             new.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         if step in best and settings.keep_best:
             new.append(Kept(BEST_TAG, "best", step, settings.best_as == "full"))
-        shelf.add(new)
-        most = max(most, shelf.count(), key=_size)
-        shelf.tidy()
-    return Store(len(saves), most, shelf.count())
+        simulated.add(new)
+        most = max(most, simulated.count(), key=_size)
+        simulated.apply_retention()
+    return Store(len(saves), most, simulated.count())
 
 
-class _Shelf:
-    """The checkpoints there are. Those that no rule will ever touch are only counted: some runs keep thousands."""
+class _SimulatedDirectory:
+    """The checkpoints of a simulated run.
+
+    Checkpoints that no rule will delete any more are only counted: some runs keep thousands of them.
+    """
 
     def __init__(self, settings: CheckpointSettings) -> None:
         self._settings, self._rules = settings, policies(settings)
         self._reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
         self._kept: list[Kept] = []
-        self._settled: set[int] = set()  # steps of whole ones
-        self._settled_weights = 0
+        self._permanent: set[int] = set()  # steps of full checkpoints that are never deleted
+        self._permanent_weights = 0
 
     def add(self, new: Sequence[Kept]) -> None:
         self._kept += new
 
-    def tidy(self) -> None:
-        """Delete by the rules; an older best goes when the new one is there."""
-        newest_best = max((one.step for one in self._kept if one.role == "best"), default=0)
-        self._kept = [one for one in self._kept if one.role != "best" or one.step == newest_best]
-        gone = set(to_delete(self._kept, self._rules))
-        newest = sorted({one.step for one in self._kept})[-self._settings.keep_last - PROTECTED :]
-        left: list[Kept] = []
-        for one in self._kept:
-            if one in gone:
+    def apply_retention(self) -> None:
+        """Delete by the rules; a new best checkpoint replaces the older one."""
+        newest_best = max((kept.step for kept in self._kept if kept.role == "best"), default=0)
+        self._kept = [kept for kept in self._kept if kept.role != "best" or kept.step == newest_best]
+        deleted = set(to_delete(self._kept, self._rules))
+        newest = sorted({kept.step for kept in self._kept})[-self._settings.keep_last - PROTECTED :]
+        remaining: list[Kept] = []
+        for kept in self._kept:
+            if kept in deleted:
                 continue
-            if one.step < newest[0] and self._lasts(one):
-                self._settle(one)
+            if kept.step < newest[0] and self._is_permanent(kept):
+                self._count_as_permanent(kept)
             else:
-                left.append(one)
-        self._kept = left
+                remaining.append(kept)
+        self._kept = remaining
 
     def count(self) -> Count:
-        weights = [one for one in self._kept if self._reduced.get(one.role)]
-        full = {one.step for one in self._kept if not self._reduced.get(one.role)}
-        return Count(len(self._settled) + len(full - self._settled), self._settled_weights + len(weights))
+        weights = [kept for kept in self._kept if self._reduced.get(kept.role)]
+        full = {kept.step for kept in self._kept if not self._reduced.get(kept.role)}
+        return Count(len(self._permanent) + len(full - self._permanent), self._permanent_weights + len(weights))
 
-    def _lasts(self, one: Kept) -> bool:
-        """Whether what has outlived the newest ones stays to the end."""
-        return one.role == "rolling" or (one.role == "epoch" and self._settings.keep_epochs == "all")
+    def _is_permanent(self, kept: Kept) -> bool:
+        """Return whether no rule deletes a checkpoint that is no longer among the newest."""
+        return kept.role == "rolling" or (kept.role == "epoch" and self._settings.keep_epochs == "all")
 
-    def _settle(self, one: Kept) -> None:
-        if self._reduced.get(one.role):
-            self._settled_weights += 1
+    def _count_as_permanent(self, kept: Kept) -> None:
+        if self._reduced.get(kept.role):
+            self._permanent_weights += 1
         else:
-            self._settled.add(one.step)
+            self._permanent.add(kept.step)
 
 
 def _size(count: Count) -> int:

@@ -1,4 +1,4 @@
-"""Will the disks do to the run's end? By what a step writes, and by what retention lets the checkpoints come to."""
+"""Forecast of the free disk space until the end of a run: what a step writes, and what retention keeps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.space import bytes_for_next_save
 from ds_gpt2.config.settings import CheckpointSettings, Settings
+from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
+from ds_gpt2.tools.resources.checkpoint_space import most_kept
 
-_WEIGHTS_SHARE = 4 / 14  # bytes a parameter: fp32 weights alone, and a whole checkpoint
 _DAY = 86_400.0
 
-Growth = Callable[[int], float]  # bytes that are written, beyond what is there, until a step is done
+Growth = Callable[[int], float]  # bytes required until a step is completed, in addition to those on disk now
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,14 @@ class DiskSpace:
 
     directories: tuple[str, ...]
     free_bytes: int
-    needed_bytes: int | None  # to the run's end, and to be left free; None where not known
-    days_left: float | None  # until it is full; None where it is enough to the end, or that is not known
+    needed_bytes: int | None  # until the end of the run, the reserve of the last save included; None: not known
+    days_left: float | None  # until the disk is full; None: sufficient until the end of the run, or not known
     problem: str | None = None  # why nothing can be written to it now
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """Where a run is, and what it has to go."""
+    """Position of a run in its schedule, and its speed."""
 
     step: int  # above 0
     steps: int
@@ -40,45 +42,50 @@ class RunProgress:
     epochs_per_step: float
 
 
-def look(
+def forecast_disks(
     run_dir: Path, settings: Settings, found: Sequence[Generation], progress: RunProgress | None
 ) -> list[DiskSpace]:
-    """The disks of a run's directories, the first that will be full first.
+    """Return the disks of a run's directories, the disk that is full first in front.
 
     Args:
         found: the run's checkpoints.
-        progress: None where not known: then only the free space is known.
+        progress: None if not known; then only the free space is filled in.
     """
     events = settings.tensorboard_dir
     directories = [run_dir, settings.checkpoint_dir, *([] if events.is_relative_to(run_dir) else [events])]
     growths = None if progress is None else _growths(directories, settings, found, progress)
-    sharing: dict[int, list[Path]] = {}
+    by_device: dict[int, list[Path]] = {}
     for directory in directories:
-        with contextlib.suppress(OSError):  # not made yet
-            sharing.setdefault(directory.stat().st_dev, []).append(directory)
-    disks = [_space_of(directories, growths, progress) for directories in sharing.values()]
+        with contextlib.suppress(OSError):  # not created yet
+            by_device.setdefault(directory.stat().st_dev, []).append(directory)
+    disks = [_space_of(directories, growths, progress) for directories in by_device.values()]
     return sorted(disks, key=lambda disk: (math.inf if disk.days_left is None else disk.days_left, disk.free_bytes))
 
 
 def _space_of(
-    sharing: Sequence[Path], growths: Mapping[Path, Growth] | None, progress: RunProgress | None
+    directories: Sequence[Path], growths: Mapping[Path, Growth] | None, progress: RunProgress | None
 ) -> DiskSpace:
-    names, free = tuple(map(str, sharing)), shutil.disk_usage(sharing[0]).free
-    problem = _problem_of(sharing[0])
+    """
+    Args:
+        directories: those on one disk.
+    """
+    names, free = tuple(map(str, directories)), shutil.disk_usage(directories[0]).free
+    problem = _problem_of(directories[0])
     if growths is None or progress is None:
         return DiskSpace(names, free, None, None, problem)
 
     def needed(step: int) -> int:
-        return math.ceil(sum(growths[directory](step) for directory in sharing))
+        return math.ceil(sum(growths[directory](step) for directory in directories))
 
-    if needed(progress.steps) <= free:
-        return DiskSpace(names, free, needed(progress.steps), None, problem)
-    fits, too_much = progress.step, progress.steps
-    while too_much - fits > 1:
-        middle = (fits + too_much) // 2
-        fits, too_much = (middle, too_much) if needed(middle) <= free else (fits, middle)
-    days_left = (fits - progress.step) * progress.seconds_per_step / _DAY
-    return DiskSpace(names, free, needed(progress.steps), days_left, problem)
+    at_end = needed(progress.steps) if progress.step < progress.steps else 0
+    if at_end <= free:
+        return DiskSpace(names, free, at_end, None, problem)
+    sufficient, insufficient = progress.step, progress.steps
+    while insufficient - sufficient > 1:
+        middle = (sufficient + insufficient) // 2
+        sufficient, insufficient = (middle, insufficient) if needed(middle) <= free else (sufficient, middle)
+    days_left = (sufficient - progress.step) * progress.seconds_per_step / _DAY
+    return DiskSpace(names, free, at_end, days_left, problem)
 
 
 def _problem_of(directory: Path) -> str | None:
@@ -93,58 +100,60 @@ def _problem_of(directory: Path) -> str | None:
 def _growths(
     directories: Sequence[Path], settings: Settings, found: Sequence[Generation], progress: RunProgress
 ) -> dict[Path, Growth] | None:
-    """By directory; None before a first checkpoint shows how large they are."""
-    size = next((one.manifest.bytes for one in found if one.manifest is not None and not one.weights_only), None)
-    if size is None:
+    """Return the growth of each directory; None before the first checkpoint, whose size is not known yet."""
+    sizes = (one.manifest.bytes for one in found if one.manifest is not None and not one.weights_only)
+    checkpoint_bytes = next(sizes, None)
+    if checkpoint_bytes is None:
         return None
-    growths = {directory: _steady(_bytes_below(directory) / progress.step, progress.step) for directory in directories}
-    present = _bytes_below(settings.checkpoint_dir)
-    growths[settings.checkpoint_dir] = of_checkpoints(settings.checkpoint, found, size, present, progress)
+    growths = {directory: _linear(bytes_below(directory) / progress.step, progress.step) for directory in directories}
+    present = bytes_below(settings.checkpoint_dir)
+    growths[settings.checkpoint_dir] = growth_of_checkpoints(
+        settings.checkpoint, found, checkpoint_bytes, present, progress
+    )
     return growths
 
 
-def _steady(bytes_per_step: float, begun: int) -> Growth:
-    return lambda step: bytes_per_step * (step - begun)
+def _linear(bytes_per_step: float, from_step: int) -> Growth:
+    return lambda step: bytes_per_step * (step - from_step)
 
 
-def of_checkpoints(
-    settings: CheckpointSettings, found: Sequence[Generation], size: int, present: int, progress: RunProgress
+def growth_of_checkpoints(
+    settings: CheckpointSettings,
+    found: Sequence[Generation],
+    checkpoint_bytes: int,
+    present: int,
+    progress: RunProgress,
 ) -> Growth:
-    """At most: as if no two of those that are kept shared their files.
+    """Return an upper bound of the growth, see ``checkpoint_space.most_kept``.
 
     Args:
-        size: bytes of a whole checkpoint.
-        present: bytes of all that are there.
+        checkpoint_bytes: bytes of a full checkpoint.
+        present: bytes of all checkpoints on disk.
     """
     counts = {role: sum(one.role == role for one in found) for role in ("rolling", "superseded", "epoch")}
     every = settings.every or progress.steps
-    kept_every = math.lcm(every, settings.keep_every) if settings.keep_every else 0
-    most_epochs = math.inf if settings.keep_epochs == "all" else settings.keep_epochs
-    epoch_size = size * (_WEIGHTS_SHARE if settings.epochs_as == "weights" else 1)
-    best_size = size * (_WEIGHTS_SHARE if settings.best_as == "weights" else 1) * settings.keep_best
+    weights_bytes = checkpoint_bytes * WEIGHT_BYTES // CHECKPOINT_BYTES
+    next_save = bytes_for_next_save(checkpoint_bytes, settings)
 
     def growth(step: int) -> float:
-        saves = step // every - progress.step // every
-        rolling = min(settings.keep_last, counts["rolling"] + counts["superseded"] + saves)
-        for_good = step // kept_every if kept_every else 0
-        epochs = min(most_epochs, counts["epoch"] + _epochs(progress, step) - _epochs(progress, progress.step))
-        being_written = size + settings.min_free_gb * 1e9
-        return max(0.0, (rolling + for_good) * size + epochs * epoch_size + best_size - present) + being_written
+        rolling = counts["rolling"] + counts["superseded"] + step // every - progress.step // every
+        epochs = counts["epoch"] + _completed_epochs(progress, step) - _completed_epochs(progress, progress.step)
+        kept = most_kept(settings, step, rolling, epochs, has_best=True)
+        return max(0, kept.bytes(checkpoint_bytes, weights_bytes) - present) + next_save
 
     return growth
 
 
-def _epochs(progress: RunProgress, step: int) -> int:
-    """That are complete after ``step``."""
+def _completed_epochs(progress: RunProgress, step: int) -> int:
     return int(step * progress.epochs_per_step + 1e-6)
 
 
-def _bytes_below(directory: Path) -> int:
-    """Of all files, those with several names once."""
+def bytes_below(directory: Path) -> int:
+    """Return the bytes of all files below ``directory``; files with several hard links count once."""
     sizes = {}
     for folder, _, names in os.walk(directory):
         for name in names:
-            with contextlib.suppress(OSError):  # gone meanwhile
+            with contextlib.suppress(OSError):  # deleted in the meantime
                 status = os.lstat(os.path.join(folder, name))
                 sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())

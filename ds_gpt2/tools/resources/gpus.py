@@ -1,4 +1,4 @@
-"""The GPUs that a run would use."""
+"""GPUs that a run uses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def open_gpus(nvml: Any, visible: str, ranks: int) -> list[Any]:
-    """Handles of the GPUs that the ranks would use, in NVML's order, which is the slots'.
+    """Return the NVML handles of the GPUs that the ranks use, in the order of NVML, which is that of the slots.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES; empty: all.
+        visible: CUDA_VISIBLE_DEVICES; empty: all GPUs.
     """
     nvml.nvmlInit()
     if not visible:

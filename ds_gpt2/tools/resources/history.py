@@ -1,4 +1,4 @@
-"""What a run has gone through, by its journal: starts, lost time, incidents."""
+"""History of a run from its journal: starts, time lost, incidents."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, Lost, lost_times, read_journal
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of
-from ds_gpt2.tools.resources.run_state import TRAINED, State
+from ds_gpt2.tools.resources.run_state import TRAINING_OR_DONE, State
 
 DAY = 86_400.0
-_BYTES = 1 << 24  # of the journal, the newest: months of saves; read in a tenth of a second
+_BYTES = 1 << 24  # newest part of the journal: months of saves, read within a tenth of a second
 
-_TURNS = frozenset({"launch", "start", "restart", "stop", "done", "mistake", "gave_up", "orphans"})
-_WANTED = frozenset({"stop", "done"})  # a run that lies still because somebody wanted that has lost nothing
+_LAUNCH_EVENTS = frozenset({"launch", "start", "restart", "stop", "done", "mistake", "gave_up", "orphans"})
+_INTENDED = frozenset({"stop", "done"})  # a pause after these events is intended: no time is lost
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class Incident:
 
 @dataclass(frozen=True)
 class History:
-    """Of as much of the journal as was read."""
+    """History of a run, as far as the journal was read."""
 
     starts: int
-    restarts: int  # of them those that the supervisor made by itself
-    resumes: int  # and those that were asked for, the first start not counted
+    restarts: int  # starts made by the supervisor
+    resumes: int  # starts made by the user, the first one not counted
     last_start_time: float | None  # seconds since 1970, as all times here
-    read_back_step: int | None  # a checkpoint whose every byte a resume has read and found as it was written
+    read_back_step: int | None  # step of the checkpoint that the last resume read and verified completely
     read_back_time: float | None
-    lost_seconds: float  # work that is done again, and time in which nothing is done though it should be
+    lost_seconds: float  # repeated work, and time without progress, intended pauses not counted
     lost_seconds_24h: float
-    kept_share: float | None  # of the time, what is not lost; in which nothing was wanted does not count
+    kept_share: float | None  # share of the time that is not lost; intended pauses count in neither
     kept_share_24h: float | None
-    goodput: float | None  # share of the time since the first start that went into steps that count: perf/goodput
+    goodput: float | None  # share of the time since the first start spent in steps that count: perf/goodput
     goodput_24h: float | None
     incidents: int
     incidents_24h: dict[str, int]  # by kind
@@ -49,7 +49,7 @@ class History:
 
 
 def newest_events(run_dir: Path) -> list[Event]:
-    """Of the journal, the newest megabyte."""
+    """Return the events in the newest 16 MiB of the journal."""
     try:
         size = (run_dir / JOURNAL).stat().st_size
     except FileNotFoundError:
@@ -59,24 +59,24 @@ def newest_events(run_dir: Path) -> list[Event]:
 
 @dataclass(frozen=True)
 class Goodput:
-    """``perf/goodput`` as last recorded, and of the day before that."""
+    """``perf/goodput`` as last recorded, and for the 24 hours before that record."""
 
     whole: float
     day: float | None
 
     @classmethod
-    def of(cls, newest: Record, day_before: Record | None, begun: float | None) -> Goodput:
+    def of(cls, newest: Record, day_before: Record | None, first_start: float | None) -> Goodput:
         """
         Args:
-            newest: the newest record that has it.
-            day_before: the newest one of at least a day earlier that has it.
-            begun: the run's first start, seconds since 1970.
+            newest: the newest record with a goodput.
+            day_before: the newest record with a goodput that is at least a day older.
+            first_start: seconds since 1970.
         """
         whole, now = newest["perf/goodput"], time_of(newest)
         then = time_of(day_before) if day_before is not None else None
-        if now is None or then is None or begun is None or day_before is None or not begun < then < now:
+        if now is None or then is None or first_start is None or day_before is None or not first_start < then < now:
             return cls(whole, None)
-        trained = whole * (now - begun) - day_before["perf/goodput"] * (then - begun)
+        trained = whole * (now - first_start) - day_before["perf/goodput"] * (then - first_start)
         return cls(whole, min(1.0, max(0.0, trained / (now - then))))
 
 
@@ -111,52 +111,52 @@ def history_of(events: Sequence[Event], state: State, now: float, goodput: Goodp
 
 
 def restarts_of(events: Sequence[Event]) -> list[bool]:
-    """Whether the supervisor made each start by itself, in order; the first start, and one by hand, are False."""
+    """Return for each start, in order, whether the supervisor made it; False for the first start and for resumes."""
     made: list[bool] = []
-    launches: list[bool] = []  # since the start before, whether each was one of the supervisor's own
-    turn = ""
+    launches: list[bool] = []  # since the previous start: whether each launch was a restart by the supervisor
+    previous = ""
     for event in events:
         if event.kind == "launch":
-            launches.append(bool(event.facts.get("restart", turn == "restart")))  # older journals do not say
+            launches.append(bool(event.facts.get("restart", previous == "restart")))  # absent in older journals
         elif event.kind == "start":
             made.append(bool(made) and bool(launches) and all(launches))
             launches = []
-        if event.kind in _TURNS:
-            turn = event.kind
+        if event.kind in _LAUNCH_EVENTS:
+            previous = event.kind
     return made
 
 
 def lost_by_start(events: Sequence[Event]) -> dict[float, float]:
-    """Seconds that were lost before each start that cost some, by the time of the start; a wanted pause costs none."""
-    return {lost.ended: lost.seconds for lost in lost_times(list(events)) if lost.why not in _WANTED}
+    """Return the seconds lost before each start, by the time of the start; intended pauses are left out."""
+    return {lost.ended: lost.seconds for lost in lost_times(list(events)) if lost.why not in _INTENDED}
 
 
 class _Time:
-    """What became of the time since the first start."""
+    """Time since the first start, divided into lost time, intended pauses and the rest."""
 
     def __init__(self, events: Sequence[Event], state: State, now: float) -> None:
-        lost = lost_times([*events, *_as_if_it_started(events, state, now)])
-        self._lost = [one for one in lost if one.why not in _WANTED]
-        self._unwanted = [one for one in lost if one.why in _WANTED]
-        self._begun = next((event.time for event in events if event.kind == "start"), now)
-        self._ended = events[-1].time if state in ("finished", "stopped") and events else now
+        lost = lost_times([*events, *_as_if_resumed(events, state, now)])
+        self._lost = [span for span in lost if span.why not in _INTENDED]
+        self._pauses = [span for span in lost if span.why in _INTENDED]
+        self._start = next((event.time for event in events if event.kind == "start"), now)
+        self._end = events[-1].time if state in ("finished", "stopped") and events else now
 
     def lost_since(self, time: float) -> float:
-        return _seconds(self._lost, time, self._ended)
+        return _overlap(self._lost, time, self._end)
 
     def kept_since(self, time: float) -> float | None:
-        wanted = self._ended - max(self._begun, time) - _seconds(self._unwanted, time, self._ended)
-        return max(0.0, 1 - self.lost_since(time) / wanted) if wanted > 0 else None
+        intended = self._end - max(self._start, time) - _overlap(self._pauses, time, self._end)
+        return max(0.0, 1 - self.lost_since(time) / intended) if intended > 0 else None
 
 
-def _as_if_it_started(events: Sequence[Event], state: State, now: float) -> list[Event]:
-    """Where a run does not get on, what is lost so far is what would be if it went on now from what is saved."""
-    if state in TRAINED:
+def _as_if_resumed(events: Sequence[Event], state: State, now: float) -> list[Event]:
+    """Return a start from the last save at ``now`` for an interrupted run: its time since that save is lost."""
+    if state in TRAINING_OR_DONE:
         return []
     saved = next((event.step for event in reversed(events) if event.kind in ("save", "start")), None)
     return [] if saved is None else [Event(now, "start", "", saved)]
 
 
-def _seconds(spans: Iterable[Lost], begun: float, ended: float) -> float:
-    """That part of the spans which lies between."""
-    return sum(max(0.0, min(span.ended, ended) - max(span.begun, begun)) for span in spans)
+def _overlap(spans: Iterable[Lost], start: float, end: float) -> float:
+    """Return the seconds of the spans that lie between ``start`` and ``end``."""
+    return sum(max(0.0, min(span.ended, end) - max(span.begun, start)) for span in spans)

@@ -1,4 +1,4 @@
-"""What this machine has for a run: memory for each rank, room for its checkpoints."""
+"""Resources of this machine: memory for each rank, disk space for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,42 +15,46 @@ from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
 
 
-def memory_for_a_rank(place: RankLayout) -> int | None:
-    """Bytes: all of its GPU, of the smallest; on the CPU its share of what is free. None where that is not told."""
-    if place.accelerator == "cpu":
-        return host_memory() // place.ranks
+def memory_per_rank(layout: RankLayout) -> int | None:
+    """Return the bytes available to each rank; None if not known.
+
+    On GPUs this is the memory of the smallest GPU, on the CPU an equal share of the available host memory.
+    """
+    if layout.accelerator == "cpu":
+        return host_memory() // layout.ranks
     try:
         import pynvml
 
-        return least_gpu_memory(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES", ""), place.ranks)
-    except Exception:  # no library, no driver, a container without rights
+        return smallest_gpu_memory(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES", ""), layout.ranks)
+    except Exception:  # no library, no driver, a container without permissions
         return None
 
 
 def host_memory() -> int:
-    """Bytes that may be taken here, as far as the kernel and the control groups let one."""
+    """Return the host memory that can be allocated, in bytes: limited by the kernel and the control groups."""
     free, limit = psutil.virtual_memory().available, read_cgroup().memory
     return free if limit is None else min(free, limit)
 
 
-def least_gpu_memory(nvml: Any, visible: str, ranks: int) -> int:
-    """
+def smallest_gpu_memory(nvml: Any, visible: str, ranks: int) -> int:
+    """Return the total memory of the smallest GPU in bytes.
+
     Args:
-        nvml: NVIDIA's library, ``pynvml``.
-        visible: CUDA_VISIBLE_DEVICES; empty: all.
+        nvml: the module ``pynvml``.
+        visible: CUDA_VISIBLE_DEVICES; empty: all GPUs.
     """
     return min(int(nvml.nvmlDeviceGetMemoryInfo(gpu).total) for gpu in open_gpus(nvml, visible, ranks))
 
 
 def existing(path: Path) -> Path:
-    """``path``, or the nearest directory above it that is there."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place))
+    """Return ``path``, or the nearest parent directory that exists."""
+    return next(directory for directory in (path.absolute(), *path.absolute().parents) if os.path.isdir(directory))
 
 
 def disk_free(directory: Path, own: Iterable[int] = ()) -> int:
-    """Bytes that checkpoints in ``directory`` may take.
+    """Return the bytes available to checkpoints in ``directory``.
 
     Args:
-        own: bytes that the run's checkpoints there take already.
+        own: sizes in bytes of the run's existing checkpoints, which count as free.
     """
     return shutil.disk_usage(existing(directory)).free + sum(own)

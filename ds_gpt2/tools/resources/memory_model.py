@@ -1,8 +1,8 @@
-"""How much memory a rank needs: arithmetic on what DeepSpeed 0.19.8's ZeRO-2, the model and its loss keep at once.
+"""Memory of a rank: a model of the tensors that ZeRO-2 of DeepSpeed 0.19.8, the model and its loss hold at a time.
 
-Letters below: P parameters, N ranks, n tokens of a micro-batch, C width, L layers, H heads, V rows of the padded
-vocabulary, R elements of a reduce bucket, c tokens whose logits exist at once. Weights and activations are bf16.
-``benchmarks/plan_accuracy.py`` compares the sums with what PyTorch's allocator really hands out.
+Symbols below: P parameters, N ranks, n tokens of a micro-batch, C width, L layers, H heads, V rows of the padded
+vocabulary, R elements of a reduce bucket, c tokens of a chunk of logits. Weights and activations are bf16.
+``benchmarks/plan_accuracy.py`` compares the sums with the allocations of PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ds_gpt2.model.gpt2 import GPT2, flops_per_token, parameter_groups
 from ds_gpt2.model.loss import chunk_tokens, rows_at_once
 from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
 
-_ALIGNMENT = 2  # elements, times the ranks: what DeepSpeed fills a parameter group up to (nccl_start_alignment_factor)
+_ALIGNMENT = 2  # elements per rank: DeepSpeed pads a parameter group to a multiple (nccl_start_alignment_factor)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What of a GPT-2 counts here."""
+    """Properties of a GPT-2 model that determine its memory."""
 
     shape: ModelShape
     dropout: float
@@ -45,24 +45,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Zero:
-    """What of DeepSpeed's ``zero_optimization`` takes memory."""
+    """Settings of DeepSpeed's ``zero_optimization`` that determine memory."""
 
     bucket: int  # elements of a reduce bucket
-    buffers: int  # such buckets that are kept filled at once; 0: gradients are reduced from where they are
-    in_place: bool  # a bucket is reduced where it lies, not in a copy
-    link_bytes: int = 4  # of an element, on its way over the links
+    buffers: int  # number of bucket buffers; 0: gradients are reduced without a buffer
+    in_place: bool  # a bucket is reduced in place, not in a copy
+    link_bytes: int = 4  # bytes per element in a collective
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank's tensors take at one moment, by what they are."""
+    """Bytes of one rank's tensors at one moment of a step, by kind."""
 
     moment: str
     weights: int = 0
     optimizer: int = 0  # fp32 masters and two moments of this rank's partition
-    gradients: int = 0  # fp32 sums, what is on its way to them, and what is being reduced
-    activations: int = 0  # what the backward pass needs of the forward pass
-    logits: int = 0  # of the loss, and what is made of them
+    gradients: int = 0  # fp32 sums, gradients that are added to them, and gradients that are being reduced
+    activations: int = 0  # saved by the forward pass for the backward pass
+    logits: int = 0  # of the loss, and tensors computed from them
 
     @property
     def total(self) -> int:
@@ -70,17 +70,17 @@ class Memory:
 
     @property
     def lasting(self) -> int:
-        """What is there all the time."""
+        """Bytes allocated during the whole run."""
         return self.weights + self.optimizer
 
     @property
     def passing(self) -> int:
-        """What comes and goes in a step."""
+        """Bytes allocated and freed within a step."""
         return self.gradients + self.activations + self.logits
 
 
 def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool) -> Model:
-    """The model as it would be built; nothing is allocated."""
+    """Describe the model that the settings define; nothing is allocated."""
     shape = ModelShape(*settings.shape, sequence_length)
     with torch.device("meta"):
         model = GPT2(shape, settings.dropout)
@@ -89,7 +89,7 @@ def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool
 
 
 def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
-    """From a DeepSpeed file that ``load_deepspeed_file`` has checked."""
+    """Read the settings from a DeepSpeed file that ``load_deepspeed_file`` has checked."""
     block = deepspeed_settings["zero_optimization"]
     buffers = (2 if block.get("overlap_comm") else 1) if block.get("contiguous_gradients", True) else 0
     link_bytes = 4 if deepspeed_settings.get("communication_data_type", "fp32") == "fp32" else 2
@@ -97,14 +97,14 @@ def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
 
 
 def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
-    """The moment at which one rank's tensors take most."""
+    """Return the moment at which one rank's tensors take the most memory."""
     return max(moments(model, plan, zero, accelerator), key=lambda memory: memory.total)
 
 
 def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequence[Memory]:
-    """Each moment of a step at which memory may be at its highest.
+    """Return each moment of a step at which memory may reach its peak.
 
-    Left out are HellaSwag's masks, libraries' own workspaces, and what an allocator cannot use.
+    Not included: the masks of HellaSwag, workspaces of libraries, and fragmentation of the allocator.
     """
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
@@ -115,15 +115,15 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     chunk = _chunk(plan, accelerator)
     several = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
-    # Softmax makes an fp32 copy and the result, of some of a chunk's tokens; compiled, all in the logits' own memory.
+    # Softmax allocates an fp32 copy and the result for some tokens of a chunk; compiled, it reuses the logits' memory.
     softmax = 8 * rows_at_once(chunk, torch.device(accelerator)) * PADDED_VOCABULARY
     losing = logits + (0 if model.compiled else softmax) + (4 * head if several else 0)
-    # The head's gradient: a chunk's share in bf16, the sum of several in fp32; a CPU adds a copy of the share in fp32.
+    # Gradient of the head: a chunk's part in bf16, the sum of several in fp32; a CPU adds an fp32 copy of the part.
     sharing = logits + ((10 if accelerator == "cpu" else 6) * head if several else 2 * head)
-    held = sums if plan.accumulation > 1 else 0  # gradient sums of the micro-batches before
+    held = sums if plan.accumulation > 1 else 0  # gradient sums of previous micro-batches
     return (
         Memory("loss", weights, optimizer, held, kept + hidden, hidden + max(losing, sharing)),
-        # Its backward pass scales both gradients and rounds the head's.
+        # The backward pass of the loss scales both gradients and rounds the head's.
         Memory(
             "loss, backward",
             weights,
@@ -132,51 +132,51 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
             kept + hidden,
             2 * hidden + (10 * head if several else 4 * head),
         ),
-        # The last layer: the head's gradient, which waits for the embedding's, and those of the MLP's inside.
+        # The last layer: the head's gradient, which is kept until the embedding's, and those inside the MLP.
         Memory("backward", weights, optimizer, held + 2 * head + 5 * hidden + 16 * width * width, kept + hidden),
-        # The embedding's gradient in bf16 and fp32, and on its way to that of the micro-batches before.
+        # The embedding's gradient in bf16 and fp32, while it is added to that of previous micro-batches.
         Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
         Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks)),
         Memory("validation", weights, optimizer, 0, 6 * hidden, logits + softmax),  # no gradients
-        # On a CPU the fp32 model, and the first bf16 matrix of it; then the flat copies.
+        # On a CPU the fp32 model and its first bf16 matrix; then the flat copies.
         Memory("start", (4 if accelerator == "cpu" else 2) * model.parameters + 2 * head),
     )
 
 
 def _reduction(model: Model, zero: Zero, ranks: int) -> int:
-    """Bytes beside the sums, which become fewer as buckets are filled: buckets, copies of them, this rank's part.
+    """Return the bytes of buckets, their copies, and this rank's partition, in addition to the gradient sums.
 
-    A tensor larger than the bucket has no buffer.
+    The sums shrink while buckets are filled. A tensor larger than the bucket has no buffer.
     """
     bucket, part = 4 * min(zero.bucket, model.parameters), 4 * _partition(model, ranks)
     large = zero.bucket < model.head
     if zero.buffers == 0:
-        beside = bucket + part
-    elif zero.in_place:  # there is a part only once a bucket is full, and its sums are gone
-        beside = bucket * zero.buffers + (part if large else max(0, part - bucket))
-    else:  # sums, copy and buffer together come to the sums and the buffer
-        beside = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
-    return beside + (bucket // 2 if zero.link_bytes == 2 else 0)
+        additional = bucket + part
+    elif zero.in_place:  # the partition exists only after a bucket is full and its sums are freed
+        additional = bucket * zero.buffers + (part if large else max(0, part - bucket))
+    else:  # sums, copy and buffer together are as large as the sums and the buffer
+        additional = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
+    return additional + (bucket // 2 if zero.link_bytes == 2 else 0)
 
 
 def largest_block(model: Model, plan: BatchPlan, accelerator: str) -> int:
-    """Bytes of the largest tensor that comes and goes: a chunk's logits, or the head's gradient in fp32."""
+    """Return the bytes of the largest temporary tensor: a chunk's logits, or the head's gradient in fp32."""
     return max(2 * _chunk(plan, accelerator) * PADDED_VOCABULARY, 4 * model.head)
 
 
 def activations(model: Model, micro_batch: int, accelerator: str) -> int:
-    """Bytes that autograd keeps of one micro-batch, up to the final norm.
+    """Return the bytes that autograd saves for one micro-batch, up to the final norm.
 
-    Of a layer, in units of nC bf16 values: the inputs and outputs of two norms (4), q, k and v (3), what attention
-    returns (1), the MLP's inside before and after GELU (8). Attention adds a log-sum-exp a head in fp32, norms add
-    mean and deviation. Dropout keeps its masks; on a CPU attention with dropout is not fused and keeps, in fp32, three
-    matrices of time x time a head and its inputs.
+    Per layer, in units of nC bf16 values: inputs and outputs of two norms (4), q, k and v (3), output of attention
+    (1), hidden values of the MLP before and after GELU (8). Attention adds one fp32 log-sum-exp per head and token,
+    norms add mean and standard deviation. Dropout saves its masks. On a CPU, attention with dropout is not fused: it
+    saves three fp32 matrices of time x time per head, and its inputs in fp32.
     """
     shape, on_cpu = model.shape, accelerator == "cpu"
     tokens = micro_batch * shape.sequence_length
     values = tokens * shape.width
     layer = 32 * values + 4 * tokens * shape.heads
-    outside = 8 * (tokens + micro_batch) + 8 * shape.sequence_length  # token and position numbers, int64
+    outside = 8 * (tokens + micro_batch) + 8 * shape.sequence_length  # token and position indices, int64
     statistics = (2 * shape.layers + 1) * 2 * tokens * (2 if on_cpu else 4)
     if model.dropout > 0:
         mask = 2 if on_cpu else 1
@@ -188,22 +188,22 @@ def activations(model: Model, micro_batch: int, accelerator: str) -> int:
 
 
 def snapshot(model: Model, ranks: int, rank: int) -> int:
-    """Bytes of the copy in host memory that a save in the background writes from; kept from the first save on."""
+    """Return the bytes of the copy in host memory that a background save writes from; retained after the first save."""
     return 12 * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
 
 
 def _chunk(plan: BatchPlan, accelerator: str) -> int:
-    """Tokens whose logits exist at once."""
+    """Return the number of tokens whose logits exist at the same time."""
     tokens = plan.micro_batch * plan.sequence_length
     return min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
 
 
 def _partition(model: Model, ranks: int) -> int:
-    """Parameters of which a rank keeps the optimizer's state, with what fills them up."""
+    """Return the number of parameters in a rank's partition of the optimizer state, padding included."""
     return sum(_aligned(group, ranks) // ranks for group in model.groups)
 
 
 def _aligned(group: int, ranks: int) -> int:
-    """Elements of a parameter group with the zeros that fill it up."""
+    """Return the elements of a parameter group, padding included."""
     unit = _ALIGNMENT * ranks
     return -(-group // unit) * unit

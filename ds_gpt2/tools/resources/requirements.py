@@ -1,85 +1,78 @@
-"""What a run needs of a machine at least: arithmetic on its settings, without building anything."""
+"""Minimum requirements of a run: arithmetic on its settings, nothing is built."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ds_gpt2.checkpoint.retention import PROTECTED
-from ds_gpt2.config.settings import CheckpointSettings, Settings
+from ds_gpt2.checkpoint.space import reserved_bytes
+from ds_gpt2.config.settings import Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelShape
+from ds_gpt2.tools.resources.checkpoint_space import most_kept
 
-MANY_EPOCHS = 20  # from which on a model memorizes its data
+MANY_EPOCHS = 20  # a model memorizes its data from about this number on
 
-_REPLICATED_BYTES = 6  # a parameter on every rank: bf16 weights, fp32 gradients
-_SHARED_BYTES = 16  # a parameter, shared out among the ranks: fp32 masters, two moments, reduced gradients
-_LIBRARIES = 250_000_000  # bytes that torch and DeepSpeed take in a rank: benchmarks/results/README.md
+_REPLICATED_BYTES = 6  # per parameter on every rank: bf16 weights, fp32 gradients
+_SHARDED_BYTES = 16  # per parameter, divided among the ranks: fp32 masters, two moments, reduced gradients
+_LIBRARIES = 250_000_000  # bytes of torch and DeepSpeed in each rank: benchmarks/results/README.md
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of the disk that holds the checkpoints."""
+    """Bytes required on the disk of the checkpoints, and the number of rolling checkpoints."""
 
-    checkpoint: int  # one that can be resumed from
-    last: int  # how many rolling ones are kept for being new
-    most: int  # all that the settings keep, one being written, and what must stay free
-    least: int  # what retention cannot do without
+    checkpoint: int  # bytes of one full checkpoint
+    last: int  # number of rolling checkpoints that ``checkpoint.keep_last`` keeps
+    most: int  # bytes of all that the settings keep, of the checkpoint being written, and of the reserve
+    least: int  # bytes that retention requires at least
 
 
 def parameters(settings: Settings) -> int:
-    """Of the model, the padding rows of the vocabulary included."""
+    """Return the number of parameters of the model, the padding rows of the vocabulary included."""
     return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
 
 
 def storage(settings: Settings, steps: int | None, epochs: float | None) -> Storage:
     """
     Args:
-        steps: of the whole run; None where they follow from data that cannot be read.
-        epochs: that those steps come to; None likewise.
+        steps: steps of the whole run; None if they follow from data that cannot be read.
+        epochs: the same in epochs; None likewise.
     """
     checkpoint = settings.checkpoint
-    full = checkpoint_bytes(settings)
-    weights = WEIGHT_BYTES * parameters(settings)
-    ends = int(epochs or 0)
-    if checkpoint.keep_epochs != "all":
-        ends = min(ends, checkpoint.keep_epochs)
-    best = int(checkpoint.keep_best and settings.validation.every > 0)
-    last, for_good = _rolling(checkpoint, steps)
-    total = (last + for_good + 1) * full
-    total += ends * (weights if checkpoint.epochs_as == "weights" else full)
-    total += best * (weights if checkpoint.best_as == "weights" else full)
-    free = int(checkpoint.min_free_gb * 1e9)
-    return Storage(full, last, total + free, min(total, (PROTECTED + best + 1) * full) + free)
+    full, weights = checkpoint_bytes(settings), WEIGHT_BYTES * parameters(settings)
+    has_best = checkpoint.keep_best and settings.validation.every > 0
+    rolling = checkpoint.keep_last
+    if steps is not None:
+        rolling = -(-steps // checkpoint.every) if checkpoint.every else 1
+    kept = most_kept(checkpoint, steps or 0, rolling, int(epochs or 0), has_best)
+    total, reserve = kept.bytes(full, weights) + full, reserved_bytes(checkpoint)
+    least = min(total, (PROTECTED + has_best + 1) * full)
+    return Storage(full, min(rolling, checkpoint.keep_last), total + reserve, least + reserve)
 
 
 def checkpoint_bytes(settings: Settings) -> int:
-    """Of one checkpoint that can be resumed from."""
+    """Return the bytes of one full checkpoint."""
     return CHECKPOINT_BYTES * parameters(settings)
 
 
 def largest_file(settings: Settings, ranks: int) -> int:
-    """Bytes of the largest file of a checkpoint: a rank's partition, or all bf16 weights."""
+    """Return the bytes of the largest file of a checkpoint: the partition of a rank, or all bf16 weights."""
     return parameters(settings) * max(2, -(-12 // ranks))
 
 
 def gpu_memory(settings: Settings, ranks: int) -> int:
-    """Bytes on each GPU before the first activation; the real need is larger."""
-    return parameters(settings) * (_REPLICATED_BYTES + -(-_SHARED_BYTES // ranks))
+    """Return the bytes on each GPU without activations; a run requires more."""
+    return parameters(settings) * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
 
 
 def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
-    """Bytes of all ranks together, activations left out: libraries, the copy being saved, on the CPU the state too."""
-    need = ranks * _LIBRARIES
+    """Return the host memory of all ranks in bytes, without activations.
+
+    It holds the libraries, the copy of the state while it is saved, and on the CPU also the state itself.
+    """
+    needed = ranks * _LIBRARIES
     if settings.checkpoint.in_background:
-        need += checkpoint_bytes(settings)
+        needed += checkpoint_bytes(settings)
     if accelerator == "cpu":
-        need += parameters(settings) * (ranks * _REPLICATED_BYTES + _SHARED_BYTES)
-    return need
-
-
-def _rolling(checkpoint: CheckpointSettings, steps: int | None) -> tuple[int, int]:
-    """How many rolling checkpoints there are at most: for being new, and for good."""
-    if steps is None:
-        return checkpoint.keep_last, 0
-    saves = -(-steps // checkpoint.every) if checkpoint.every else 1
-    last = min(saves, checkpoint.keep_last)
-    return last, min(saves - last, steps // checkpoint.keep_every if checkpoint.keep_every else 0)
+        needed += parameters(settings) * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
+    return needed

@@ -1,4 +1,4 @@
-"""What happens in a run, and how often: the steps at which it evaluates, saves and ends an epoch."""
+"""Schedule of a run: the steps at which it evaluates, saves and completes an epoch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ds_gpt2.monitoring.pace import EVALUATIONS
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """A whole run, from its first step."""
+    """Schedule of a whole run, from its first step."""
 
     steps: int
     windows_per_step: int
-    windows_per_epoch: int | None  # None: the data is not there yet
+    windows_per_epoch: int | None  # None: the data does not exist yet
     validation_every: int  # steps; 0: never
     save_every: int  # steps
 
@@ -26,7 +26,7 @@ class RunSchedule:
 
     @property
     def epoch_ends(self) -> list[int]:
-        """The step that completes each epoch; none where the data is not there yet."""
+        """The step that completes each epoch; empty if the data does not exist yet."""
         if self.windows_per_epoch is None:
             return []
         whole = self.steps * self.windows_per_step // self.windows_per_epoch
@@ -34,23 +34,23 @@ class RunSchedule:
 
     @property
     def validations(self) -> list[int]:
-        """The steps that are followed by one."""
+        """The steps that are followed by a validation."""
         return due(self.validation_every, self.steps)
 
     def saves(self, best: Collection[int]) -> list[int]:
-        """The steps that are followed by a checkpoint.
+        """Return the steps that are followed by a save.
 
         Args:
-            best: those at which the validation loss is the best so far.
+            best: the steps whose validation loss is the best so far.
         """
         return sorted({*due(self.save_every, self.steps), *self.epoch_ends, *best})
 
 
 def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> RunSchedule | None:
-    """The run as ``settings`` have it.
+    """Return the schedule that ``settings`` define; None if the steps follow from epochs of data that is missing.
 
     Args:
-        windows_per_epoch: None where the data is not there yet; then None is returned if the steps follow from epochs.
+        windows_per_epoch: None if the data does not exist yet.
     """
     schedule = settings.schedule
     if schedule.steps is None and windows_per_epoch is None:
@@ -61,10 +61,10 @@ def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch
 
 
 def occasions(settings: Settings, steps: int) -> dict[str, int]:
-    """How often each of ``EVALUATIONS`` is due."""
+    """Return the number of evaluations of each kind in ``EVALUATIONS``."""
     return {name: len(due(getattr(settings, name).every, steps)) for name in EVALUATIONS}
 
 
 def due(every: int, steps: int) -> list[int]:
-    """As ``lr_schedule.Every``: the multiples of a cadence up to the last step, and that one; none for 0."""
+    """Return the multiples of ``every`` up to ``steps``, and ``steps``; none for 0. As ``lr_schedule.Every``."""
     return sorted({*range(every, steps + 1, every), steps}) if every else []

@@ -1,17 +1,18 @@
-"""Is anybody at work on a run, and at what? By the processes that there are, and by the last word of those gone."""
+"""State of a run: from its processes, or from the last journal event if no process exists."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
@@ -29,17 +30,17 @@ State = Literal[
     "evaluating",
     "saving",
     "finishing",
-    "waiting",  # for the supervisor to start it again
-    "hung?",  # no sign of life for longer than it should take
+    "waiting",  # until the supervisor restarts the ranks
+    "hung?",  # no heartbeat for longer than the watchdog allows
     "finished",
     "stopped",  # on request
-    "mistake",  # of the user's
+    "mistake",  # error in the user's configuration
     "gave up",
-    "dead",  # nobody is left, and nobody said why
+    "dead",  # no process exists, and no event explains why
 ]
 
-AT_WORK: frozenset[State] = frozenset({"starting", "running", "evaluating", "saving", "finishing"})
-TRAINED: frozenset[State] = frozenset({"running", "evaluating", "saving", "finishing", "finished", "stopped"})
+ACTIVE: frozenset[State] = frozenset({"starting", "running", "evaluating", "saving", "finishing"})
+TRAINING_OR_DONE: frozenset[State] = frozenset({"running", "evaluating", "saving", "finishing", "finished", "stopped"})
 
 _BY_PHASE: dict[str, State] = {
     "starting": "starting",
@@ -48,141 +49,165 @@ _BY_PHASE: dict[str, State] = {
     "saving": "saving",
     "finishing": "finishing",
 }
-_LAST_WORDS: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
+_FINAL: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
 _BY_CODE: dict[int, State] = {
     exit_report.DONE: "finished",
     exit_report.STOPPED: "stopped",
     exit_report.MISTAKE: "mistake",
 }
-_ENDS = frozenset({"crash", "hang", "restart", *_LAST_WORDS})  # of the ranks: none of that start is left
-_TURNS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_LAST_WORDS})
+_RANKS_ENDED = frozenset({"crash", "hang", "restart", *_FINAL})  # no rank of that start exists any more
+_STATE_EVENTS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_FINAL})
 
-_SAME_TIME_SECONDS = 2.0  # a process begins before it says so, but for the rounding of clocks
-_OVERDUE_SECONDS = 60.0  # a start may come so much later than announced
+_SAME_TIME_SECONDS = 2.0  # a process starts before it writes its first record, apart from clock rounding
+_OVERDUE_SECONDS = 60.0  # a restart may be this much later than announced
 
 
 @dataclass(frozen=True)
-class Life:
-    """What a run is at."""
+class RunState:
+    """State of a run, and the evidence for it."""
 
     state: State
-    why: str | None = None  # where the state needs a word more
-    beat: Beat | None = None  # the newest sign of life of a rank that is there
-    next_start: float | None = None  # seconds since 1970, while it waits
-    overdue: bool = False  # that start should have come
-    is_here: bool = True  # on this machine, as far as is known
+    why: str | None = None  # the reason, for states that require one
+    beat: Beat | None = None  # newest heartbeat of a rank that exists
+    next_start: float | None = None  # seconds since 1970, while the supervisor waits
+    overdue: bool = False  # that restart did not happen in time
+    is_here: bool = True  # on this machine, or on an unknown one
 
 
-def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_seconds: float | None, now: float) -> Life:
-    """
+def read_run_state(
+    run_dir: Path, settings: Settings, events: Sequence[Event], step_seconds: float | None, now: float
+) -> RunState:
+    """Return the state of the run in ``run_dir``.
+
     Args:
-        events: of the journal, the newest ones at least.
-        step_seconds: what a step usually takes; None where not known.
+        events: journal events, at least the newest ones.
+        step_seconds: usual seconds per step; None if not known.
         now: seconds since 1970.
     """
     supervisor = read_supervised(run_dir)
-    here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
-    return replace(_life(run_dir, settings, events, step_seconds, now, supervisor, here), is_here=here)
+    is_here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
+    relevant = [event for event in events if event.kind in _STATE_EVENTS]
+    observed = _Observed(run_dir, settings.supervisor, supervisor, relevant, step_seconds, now)
+    return replace(_state_of(observed, is_here), is_here=is_here)
 
 
-def _life(
-    run_dir: Path,
-    settings: Settings,
-    events: Sequence[Event],
-    step_seconds: float | None,
-    now: float,
-    supervisor: Supervised | None,
-    here: bool,
-) -> Life:
-    turns = [event for event in events if event.kind in _TURNS]
-    beats = _beats(run_dir)
-    if not here:
-        beats = {rank: _by_any_clock(run_dir, rank, beat) for rank, beat in beats.items()}
-    patience = _Patience(settings.supervisor, step_seconds, _first_step(turns))
-    if here:
-        living = {rank: beat for rank, beat in beats.items() if _is_there(beat)}
-    else:
-        living = _still_beating(beats, turns, patience, now)
-    if living:
-        return _of_ranks(living, patience, now)
-    if supervisor is not None and supervisor.alive:
-        return _of_supervisor(supervisor, turns, list(beats.values()), settings.supervisor, now)
-    return _of_the_past(run_dir, supervisor, turns)
+def finished_by_checkpoint(state: RunState, newest: Generation | None, steps: int | None) -> RunState:
+    """Return "finished" in place of "dead" if the final checkpoint is saved and evaluated.
 
+    A run on a full disk may finish without its last journal event.
 
-def _still_beating(beats: dict[int, Beat], turns: Sequence[Event], patience: _Patience, now: float) -> dict[int, Beat]:
-    """Ranks on another machine, whose processes cannot be seen: by their signs of life.
-
-    Once the journal says that they have ended, no sign of life counts: it was given before. The order of the journal
-    tells, not the clocks of two machines.
+    Args:
+        newest: the newest checkpoint.
+        steps: steps of the whole run.
     """
-    ended = bool(turns) and turns[-1].kind in _ENDS
-    begun_again = ended and turns[-1].kind in ("done", "stop")  # by hand: it is in the journal once it trains
-    return {
-        rank: beat
-        for rank, beat in beats.items()
-        if patience.left(beat, now) > 0 and (not ended or (begun_again and beat.phase == "starting"))
-    }
+    if state.state != "dead" or state.why is not None or newest is None or steps is None or newest.step < steps:
+        return state
+    if newest.manifest is not None and not newest.manifest.is_evaluated:
+        return state
+    return RunState("finished", is_here=state.is_here)
 
 
 @dataclass(frozen=True)
-class _Patience:
-    """How long a rank may go without a sign of life, by the watchdog's measure."""
+class _Observed:
+    """Evidence for the state of a run."""
 
+    run_dir: Path
     settings: SupervisorSettings
+    supervisor: Supervised | None
+    events: Sequence[Event]  # those of ``_STATE_EVENTS``, the newest last
     step_seconds: float | None
-    first_step: int
+    now: float
 
-    def left(self, beat: Beat, now: float) -> float:
-        """Seconds."""
+    @property
+    def last_event(self) -> Event | None:
+        return self.events[-1] if self.events else None
+
+    @property
+    def first_step(self) -> int:
+        """First step of the newest start."""
+        return next((event.step or 0 for event in reversed(self.events) if event.kind == "start"), 0) + 1
+
+    def seconds_until_hung(self, beat: Beat) -> float:
+        """Return the seconds until the watchdog treats a rank as hung; negative if it does already."""
         in_step = beat.phase == "training" and beat.step > self.first_step
-        return longest_silence(self.settings, in_step, self.step_seconds) - (now - beat.time)
+        return longest_silence(self.settings, in_step, self.step_seconds) - (self.now - beat.time)
 
 
-def _of_ranks(living: dict[int, Beat], patience: _Patience, now: float) -> Life:
-    main = living.get(0) or next(iter(living.values()))
-    late = {rank: beat for rank, beat in living.items() if patience.left(beat, now) < 0}
+def _state_of(observed: _Observed, is_here: bool) -> RunState:
+    beats = _read_beats(observed.run_dir)
+    if is_here:
+        active = {rank: beat for rank, beat in beats.items() if _process_exists(beat)}
+    else:
+        beats = {rank: _with_file_time(observed.run_dir, rank, beat) for rank, beat in beats.items()}
+        active = _still_beating(observed, beats)
+    if active:
+        return _of_ranks(observed, active)
+    if observed.supervisor is not None and observed.supervisor.alive:
+        return _of_supervisor(observed, observed.supervisor, list(beats.values()))
+    return _of_ended_run(observed)
+
+
+def _still_beating(observed: _Observed, beats: Mapping[int, Beat]) -> dict[int, Beat]:
+    """Return the ranks on another machine that run, according to their heartbeats: their processes are not visible.
+
+    After the journal records the end of the ranks, heartbeats no longer count: they were written before. The order of
+    the journal decides, because the clocks of two machines may differ.
+    """
+    last = observed.last_event
+    ended = last is not None and last.kind in _RANKS_ENDED
+    may_restart = last is not None and last.kind in ("done", "stop")  # by hand: journaled once it trains
+    return {
+        rank: beat
+        for rank, beat in beats.items()
+        if observed.seconds_until_hung(beat) > 0 and (not ended or (may_restart and beat.phase == "starting"))
+    }
+
+
+def _of_ranks(observed: _Observed, active: Mapping[int, Beat]) -> RunState:
+    main = active.get(0) or next(iter(active.values()))
+    late = {rank: beat for rank, beat in active.items() if observed.seconds_until_hung(beat) < 0}
     if not late:
-        return Life(_BY_PHASE.get(main.phase, "running"), beat=main)
+        return RunState(_BY_PHASE.get(main.phase, "running"), beat=main)
     rank, beat = min(late.items(), key=lambda item: item[1].time)
-    silent = duration(now - beat.time)
-    return Life("hung?", f"rank {rank} has not moved for {silent} in step {beat.step:,} ({beat.phase})", main)
+    silent = duration(observed.now - beat.time)
+    return RunState("hung?", f"rank {rank}: no heartbeat for {silent}, in step {beat.step:,} ({beat.phase})", main)
 
 
-def _of_supervisor(
-    supervisor: Supervised, turns: Sequence[Event], beats: Sequence[Beat], settings: SupervisorSettings, now: float
-) -> Life:
-    """There is a supervisor, and no rank yet or any more."""
+def _of_supervisor(observed: _Observed, supervisor: Supervised, beats: Sequence[Beat]) -> RunState:
+    """Return the state of a run that has a supervisor but no rank."""
+    now, last = observed.now, observed.last_event
     if supervisor.state == "waiting":
         start = supervisor.next_start
-        return Life("waiting", next_start=start, overdue=start is not None and now > start + _OVERDUE_SECONDS)
-    last = turns[-1] if turns else None
-    if last is not None and last.kind in _LAST_WORDS:  # it is about to end, too
-        return Life(_LAST_WORDS[last.kind])
+        return RunState("waiting", next_start=start, overdue=start is not None and now > start + _OVERDUE_SECONDS)
+    if last is not None and last.kind in _FINAL:  # the supervisor is about to exit, too
+        return RunState(_FINAL[last.kind])
     if last is None or last.kind == "launch":
         since = supervisor.started if last is None else last.time
-        silent = now - since > 60 * settings.patience_minutes
-        return Life("hung?", f"no rank has begun for {duration(now - since)}") if silent else Life("starting")
+        is_hung = now - since > 60 * observed.settings.patience_minutes
+        return (
+            RunState("hung?", f"no rank has started for {duration(now - since)}") if is_hung else RunState("starting")
+        )
     newest = max([last.time, *(beat.time for beat in beats)])
-    silent = now - newest > settings.stop_seconds + _OVERDUE_SECONDS
-    return Life("hung?", f"no rank is left for {duration(now - newest)}") if silent else Life("waiting")
+    is_hung = now - newest > observed.settings.stop_seconds + _OVERDUE_SECONDS
+    return RunState("hung?", f"no rank has run for {duration(now - newest)}") if is_hung else RunState("waiting")
 
 
-def _of_the_past(run_dir: Path, supervisor: Supervised | None, turns: Sequence[Event]) -> Life:
-    """Nobody is there: what was the last word?"""
-    last = turns[-1] if turns else None
-    its_own = supervisor is not None and (last is None or _is_older(last, run_dir / RECORD))
-    if last is not None and last.kind in _LAST_WORDS:
-        if last.kind == "stop" and _was_launched(turns) and supervisor is not None and supervisor.state != "ended":
-            return Life("dead", "the supervisor was killed; the ranks have saved and ended")
-        return Life(_LAST_WORDS[last.kind], last.text if last.kind in ("mistake", "gave_up") else None)
-    if supervisor is not None and its_own and supervisor.state == "ended":
+def _of_ended_run(observed: _Observed) -> RunState:
+    """Return the state of a run without any process, from its last event and from the supervisor's record."""
+    supervisor, last = observed.supervisor, observed.last_event
+    if last is not None and last.kind in _FINAL:
+        was_killed = supervisor is not None and supervisor.state != "ended"
+        if last.kind == "stop" and was_killed and _was_supervised(observed.events):
+            return RunState("dead", "the supervisor was killed; the ranks have saved and exited")
+        return RunState(_FINAL[last.kind], last.text if last.kind in ("mistake", "gave_up") else None)
+    is_newer = last is None or _is_older(last, observed.run_dir / RECORD)
+    if supervisor is not None and is_newer and supervisor.state == "ended":
         if supervisor.code is not None and supervisor.code in _BY_CODE:
-            return Life(_BY_CODE[supervisor.code])
-        if last is None or last.kind == "launch":  # a request that came before there was anything to save
-            return Life("stopped")
-        return Life("dead", "it ended without having saved its last state")
-    return Life("dead", last.text if last is not None and last.kind in ("crash", "hang") else None)
+            return RunState(_BY_CODE[supervisor.code])
+        if last is None or last.kind == "launch":  # stopped before there was anything to save
+            return RunState("stopped")
+        return RunState("dead", "it exited without saving its last state")
+    return RunState("dead", last.text if last is not None and last.kind in ("crash", "hang") else None)
 
 
 def _is_older(event: Event, file: Path) -> bool:
@@ -191,43 +216,38 @@ def _is_older(event: Event, file: Path) -> bool:
     return False
 
 
-def _was_launched(turns: Sequence[Event]) -> bool:
-    """Whether a supervisor had started the ranks that had the last word."""
-    starts = itertools.takewhile(lambda event: event.kind in ("launch", "start"), reversed(turns[:-1]))
+def _was_supervised(events: Sequence[Event]) -> bool:
+    """Return whether a supervisor started the ranks that wrote the last event."""
+    starts = itertools.takewhile(lambda event: event.kind in ("launch", "start"), reversed(events[:-1]))
     return any(event.kind == "launch" for event in starts)
 
 
-def _first_step(turns: Sequence[Event]) -> int:
-    """The first step of the newest start."""
-    return next((event.step or 0 for event in reversed(turns) if event.kind == "start"), 0) + 1
-
-
-def _beats(run_dir: Path) -> dict[int, Beat]:
-    """The newest signs of life by rank, also of processes that are gone."""
+def _read_beats(run_dir: Path) -> dict[int, Beat]:
+    """Return the newest heartbeat of each rank, including ranks whose process has ended."""
     found = itertools.takewhile(lambda beat: beat is not None, (read_beat(run_dir, rank) for rank in itertools.count()))
     return {rank: beat for rank, beat in enumerate(found) if beat is not None}
 
 
-def _by_any_clock(run_dir: Path, rank: int, beat: Beat) -> Beat:
-    """The clock of a rank's machine may be slow: then the time that the file system gave the file is newer."""
+def _with_file_time(run_dir: Path, rank: int, beat: Beat) -> Beat:
+    """Use the modification time of the file if it is newer: the clock of the rank's machine may be slow."""
     written = beat_written(run_dir, rank)
     return beat if written is None else replace(beat, time=max(beat.time, written))
 
 
-def _is_there(beat: Beat) -> bool:
-    """Whether the process that beat is on this machine still: one that begun later has only been given its number."""
+def _process_exists(beat: Beat) -> bool:
+    """Return whether the rank's process runs on this machine; a later process with the same PID does not count."""
     try:
         if beat.start:
             return lives(beat.pid, beat.start)
-        process = psutil.Process(beat.pid)  # an earlier version's
-        begun_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
-        return begun_before and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(beat.pid)  # written by an earlier version
+        started_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
+        return started_before and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
 def _host(supervisor: Supervised | None, lock: Path) -> str | None:
-    """The machine that the ranks are on, by the one who trains the run or who watches over it; None if not told."""
+    """Return the host of the ranks, from the lock of the checkpoints or the supervisor's record; None if not known."""
     with contextlib.suppress(OSError):
         _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")
         if host:

@@ -1,1 +1,1 @@
-"""How a run is at this moment, told in well under a second: its files are looked at from their ends."""
+"""Status of a run, computed within a second: files are read from their ends."""

@@ -1,4 +1,4 @@
-"""Does somebody have to look at a run? What is wrong with it, in words."""
+"""Problems of a run that require the user's attention."""
 
 from __future__ import annotations
 
@@ -15,86 +15,87 @@ from ds_gpt2.run_dir.journal import Event, Kind
 from ds_gpt2.run_dir.metrics import METRICS, Record
 from ds_gpt2.run_dir.metrics_tail import time_of
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace
-from ds_gpt2.tools.resources.run_state import AT_WORK, TRAINED, Life, State
+from ds_gpt2.tools.resources.losses import not_finite_warnings
+from ds_gpt2.tools.resources.run_state import ACTIVE, TRAINING_OR_DONE, RunState, State
 from ds_gpt2.tools.status.progress import Loss
 
 _DAY = 86_400.0
 _SAVES_LATE = 3  # intervals without a checkpoint
-_NOT_LOGGED_SECONDS, _NOT_LOGGED_STEPS = 300.0, 2  # records reach the file within seconds, or a step later
+_NOT_LOGGED_SECONDS, _NOT_LOGGED_STEPS = 300.0, 2  # records reach the file within seconds, or one step later
 
-# Of the guards' incidents those that may go on. A spike or an update that was skipped is over at once; where they come
-# in a row there is a divergence or a skipped_run.
+# Incidents of the guards that may persist. A spike or a skipped update is over immediately; several in a row are
+# reported as a divergence or a skipped_run.
 _LASTING: tuple[Kind, ...] = ("divergence", "skipped_run", "frozen", "drift", "stuck_data", "rollback")
 
 
 @dataclass(frozen=True)
 class Problem:
-    kind: Kind  # the journal's word that comes nearest
+    kind: Kind  # the closest kind of journal event
     text: str
 
 
-def problems_of(
-    life: Life,
-    settings: Settings,
-    events: Sequence[Event],
-    step: int,
-    loss: Loss,
-    newest: Generation | None,
-    disks: Sequence[DiskSpace],
-    recorded: Record | None,
-    now: float,
-) -> list[Problem]:
-    """What is wrong; nothing if the run is healthy.
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of a run when its problems are determined."""
 
-    Args:
-        step: the newest one done.
-        newest: the newest checkpoint.
-        recorded: the newest record of the metrics.
-        now: seconds since 1970.
-    """
-    problems = _of_life(life, settings.run.name, now)
-    if life.state in AT_WORK or life.state in ("waiting", "hung?", "finished"):
-        problems += [*_of_loss(loss), *_of_backups(settings, events), *_of_missing_checkpoints(events)]
-    if life.state in AT_WORK or life.state in ("waiting", "hung?"):
+    settings: Settings
+    state: RunState
+    events: Sequence[Event]
+    step: int  # the last completed step
+    loss: Loss
+    newest: Generation | None  # the newest checkpoint
+    disks: Sequence[DiskSpace]
+    recorded: Record | None  # the newest record of the metrics
+    now: float  # seconds since 1970
+
+
+def problems_of(run: Snapshot) -> list[Problem]:
+    """Return the problems of a run; an empty list if it is healthy."""
+    state = run.state.state
+    problems = _of_state(run)
+    if state in ACTIVE or state in ("waiting", "hung?", "finished"):
         problems += [
-            *_of_saves(events, newest),
-            *(_of_late_saves(settings, step, newest) if life.state in TRAINED else []),
-            *_of_training(events, now),
-            *(_of_unwritable_disks(disks) if life.is_here else []),
-            *_of_disks(disks, settings.alerts.disk_days),
-            *_of_records(life, recorded, now),
+            *_of_loss(run.loss),
+            *_of_backups(run.settings, run.events),
+            *_of_missing_checkpoints(run.events),
+        ]
+    if state in ACTIVE or state in ("waiting", "hung?"):
+        problems += [
+            *_of_saves(run.events, run.newest),
+            *(_of_late_saves(run) if state in TRAINING_OR_DONE else []),
+            *_of_training(run.events, run.now),
+            *(_of_unwritable_disks(run.disks) if run.state.is_here else []),
+            *_of_full_disks(run.disks, run.settings.alerts.disk_days),
+            *_of_records(run),
         ]
     else:
-        problems += _of_last_checkpoint(settings, events, newest)
-    return [*problems, *_of_messages(events)]
+        problems += _of_last_checkpoint(run)
+    return [*problems, *_of_messages(run.events)]
 
 
 _BY_STATE: dict[State, tuple[Kind, str]] = {
-    "hung?": ("hang", "no sign of life"),
-    "dead": ("crash", "no process of it is left"),
+    "hung?": ("hang", "no heartbeat"),
+    "dead": ("crash", "the run has no process"),
     "gave up": ("gave_up", "no more restarts"),
-    "mistake": ("mistake", "ended by a mistake in what it was told"),
+    "mistake": ("mistake", "stopped by a configuration error"),
 }
 
 
-def _of_life(life: Life, name: str, now: float) -> list[Problem]:
-    if life.state in _BY_STATE:
-        kind, text = _BY_STATE[life.state]
-        fix = "" if life.state == "hung?" else f"; go on with ./launch.sh resume {name}"
-        return [Problem(kind, (life.why or text) + fix)]
-    if life.overdue and life.next_start is not None:
-        return [Problem("hang", f"it should have been started again {duration(now - life.next_start)} ago")]
+def _of_state(run: Snapshot) -> list[Problem]:
+    state = run.state
+    if state.state in _BY_STATE:
+        kind, text = _BY_STATE[state.state]
+        fix = "" if state.state == "hung?" else f"; resume with ./launch.sh resume {run.settings.run.name}"
+        return [Problem(kind, (state.why or text) + fix)]
+    if state.overdue and state.next_start is not None:
+        return [Problem("hang", f"the supervisor's restart is overdue by {duration(run.now - state.next_start)}")]
     return []
 
 
 def _of_loss(loss: Loss) -> list[Problem]:
-    """The newest losses, whatever the guards found: a whole run of NaN has no finite loss to compare with."""
-    found = (("training", loss.train_not_finite_step), ("validation", loss.val_not_finite_step))
-    return [
-        Problem("not_finite", f"the newest {which} loss is NaN or infinite (step {step:,})")
-        for which, step in found
-        if step is not None
-    ]
+    """Check the newest losses independently of the guards, which have no finite loss to compare with in a NaN run."""
+    texts = not_finite_warnings(loss.train_not_finite_step, loss.val_not_finite_step)
+    return [Problem("not_finite", text) for text in texts]
 
 
 def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Problem]:
@@ -102,23 +103,29 @@ def _of_saves(events: Sequence[Event], newest: Generation | None) -> list[Proble
     last = next((event for event in reversed(events) if event.kind in ("save", "save_failed")), None)
     if last is not None and last.kind == "save_failed":
         problems.append(Problem("save_failed", f"step {last.step or 0:,} could not be saved"))
-    if newest is not None and (damage := damage_of(newest)) is not None:
-        problems.append(Problem("save_failed", f"{newest.tag} is damaged: {damage}"))
-    return problems
+    return [*problems, *_of_damage(newest)]
 
 
-def _of_last_checkpoint(settings: Settings, events: Sequence[Event], newest: Generation | None) -> list[Problem]:
-    """Of a run that has ended: whether the checkpoint that it saved last is there, and whole."""
-    last = next((event for event in reversed(events) if event.kind in ("save", "start")), None)
+def _of_damage(newest: Generation | None) -> list[Problem]:
+    damage = None if newest is None else damage_of(newest)
+    return [] if newest is None or damage is None else [Problem("save_failed", f"{newest.tag} is damaged: {damage}")]
+
+
+def _of_last_checkpoint(run: Snapshot) -> list[Problem]:
+    """Check that the last saved checkpoint of an ended run exists and is complete."""
+    newest, directory = run.newest, run.settings.checkpoint_dir
+    if newest is None:
+        if not any(event.kind == "save" for event in run.events):
+            return []
+        return [Problem("save_failed", f"no checkpoints in {directory}, although some were saved")]
+    if problems := _of_damage(newest):
+        return problems
+    last = next((event for event in reversed(run.events) if event.kind in ("save", "start")), None)
     saved = None if last is None or last.kind == "start" else last.step
-    if newest is None and any(event.kind == "save" for event in events):
-        return [Problem("save_failed", f"no checkpoints in {settings.checkpoint_dir}, though some were saved")]
-    if newest is not None and (damage := damage_of(newest)) is not None:
-        return [Problem("save_failed", f"{newest.tag} is damaged: {damage}")]
-    if newest is not None and saved is not None and newest.step < saved:
-        text = f"the last checkpoint, of step {saved:,}, is not in {settings.checkpoint_dir}"
-        return [Problem("save_failed", f"{text}: the newest there is of step {newest.step:,}")]
-    return []
+    if saved is None or newest.step >= saved:
+        return []
+    text = f"the last checkpoint, of step {saved:,}, is not in {directory}: the newest is of step {newest.step:,}"
+    return [Problem("save_failed", text)]
 
 
 def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
@@ -135,27 +142,28 @@ def _of_missing_checkpoints(events: Sequence[Event]) -> list[Problem]:
 
 
 def _of_messages(events: Sequence[Event]) -> list[Problem]:
-    """Alerts that were not delivered, also of a run that has ended: the newest attempt failed on some channel."""
+    """Report alerts that were not delivered, also of an ended run: the last attempt failed on some channel."""
     alerts = [event for event in reversed(events) if event.kind == "alert"]
-    at_the_end = list(itertools.takewhile(lambda event: "undelivered" in event.facts, alerts))
-    if at_the_end:  # one of each channel
-        return [Problem("alert", "; ".join(event.text for event in reversed(at_the_end)))]
+    undelivered = list(itertools.takewhile(lambda event: "undelivered" in event.facts, alerts))
+    if undelivered:  # at the end of the run, one event per channel
+        return [Problem("alert", "; ".join(event.text for event in reversed(undelivered)))]
     last = alerts[0] if alerts else None
     if last is None or "by" in last.facts:
         return []
-    return [Problem("alert", f"messages are not delivered since {clock(last.time)}: {last.text}")]
+    return [Problem("alert", f"messages have not been delivered since {clock(last.time)}: {last.text}")]
 
 
-def _of_late_saves(settings: Settings, step: int, newest: Generation | None) -> list[Problem]:
-    """By steps, not hours: a run that lay still is not blamed for it."""
-    every, since = settings.checkpoint.every, step - max(0, newest.step if newest is not None else 0)
+def _of_late_saves(run: Snapshot) -> list[Problem]:
+    """Compare steps, not hours: a pause is not a missing save."""
+    every = run.settings.checkpoint.every
+    since = run.step - max(0, run.newest.step if run.newest is not None else 0)
     if not every or since <= _SAVES_LATE * every:
         return []
-    return [Problem("save_failed", f"no checkpoint for {since:,} steps, one is due every {every:,}")]
+    return [Problem("save_failed", f"no checkpoint for {since:,} steps, although one is due every {every:,}")]
 
 
 def damage_of(generation: Generation) -> str | None:
-    """What the manifest and the sizes of the files tell; their bytes are not read."""
+    """Return what is damaged according to the manifest and the sizes of the files; their content is not read."""
     if generation.manifest is None:
         return generation.problem
     files = generation.manifest.files.items()
@@ -164,7 +172,7 @@ def damage_of(generation: Generation) -> str | None:
 
 
 def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
-    """What the guards found in the last day and no later checkpoint has left behind, the newest of a kind."""
+    """Return the newest incident of each kind in the last day, unless a later step has been saved since."""
     saves = [(event.time, event.step) for event in events if event.kind == "save" and event.step is not None]
     lasting: dict[Kind, Event] = {}
     for event in events:
@@ -178,29 +186,33 @@ def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
     ]
 
 
-def _of_records(life: Life, recorded: Record | None, now: float) -> list[Problem]:
-    """Ranks that train while nothing reaches the metrics."""
-    when = None if recorded is None else time_of(recorded)
-    if life.beat is None or life.state != "running" or recorded is None or when is None:  # an evaluation may take long
+def _of_records(run: Snapshot) -> list[Problem]:
+    """Report ranks that train while no record reaches the metrics."""
+    recorded, beat = run.recorded, run.state.beat
+    logged = None if recorded is None else time_of(recorded)
+    if beat is None or run.state.state != "running" or recorded is None or logged is None:  # evaluations may take long
         return []
-    if now - when < _NOT_LOGGED_SECONDS or life.beat.step - recorded["step"] <= _NOT_LOGGED_STEPS:
+    if run.now - logged < _NOT_LOGGED_SECONDS or beat.step - recorded["step"] <= _NOT_LOGGED_STEPS:
         return []
-    text = f"nothing has been logged for {duration(now - when)}: the ranks are at step {life.beat.step:,}"
+    text = f"nothing has been logged for {duration(run.now - logged)}: the ranks are at step {beat.step:,}"
     return [Problem("not_logged", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
 
 
 def _of_unwritable_disks(disks: Sequence[DiskSpace]) -> list[Problem]:
-    found = [room for room in disks if room.problem is not None]
-    return [Problem("disk_low", f"the disk of {room.directories[0]} {room.problem}") for room in found]
+    return [
+        Problem("disk_low", f"the disk of {disk.directories[0]} {disk.problem}")
+        for disk in disks
+        if disk.problem is not None
+    ]
 
 
-def _of_disks(disks: Sequence[DiskSpace], enough_days: float) -> list[Problem]:
+def _of_full_disks(disks: Sequence[DiskSpace], minimum_days: float) -> list[Problem]:
     return [
         Problem(
             "disk_low",
-            f"the disk of {room.directories[0]} lasts {room.days_left:.1f} days at what this run writes:"
-            f" {size(room.free_bytes)} free",
+            f"the disk of {disk.directories[0]} lasts {disk.days_left:.1f} days at the run's write rate:"
+            f" {size(disk.free_bytes)} free",
         )
-        for room in disks
-        if room.problem is None and room.days_left is not None and room.days_left < enough_days
+        for disk in disks
+        if disk.problem is None and disk.days_left is not None and disk.days_left < minimum_days
     ]

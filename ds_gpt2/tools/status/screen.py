@@ -1,4 +1,4 @@
-"""A run's status as lines for a phone: at most 46 columns."""
+"""Status of a run as text of at most 46 columns, for a phone."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ds_gpt2.tools.status.progress import Loss
 from ds_gpt2.tools.status.status import Status
 
 WIDTH = 46
-_LABEL = 12  # columns before what is told
+_LABEL = 12  # columns of a label
 
 _RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 
 def screen(status: Status, coloured: bool = False) -> str:
-    """The whole of it, some twenty lines."""
+    """Return the complete status, about twenty lines."""
     lines = [_header(status, coloured), *(_cut(line, WIDTH) for line in _lines(status))]
     problems = [line for problem in status.problems for line in _problem(problem)]
     return "\n".join([*lines, *(_painted(line, _RED, coloured) for line in problems)])
 
 
 def line(status: Status, coloured: bool = False) -> str:
-    """The same in one line, for several runs below each other."""
+    """Return the status in one line, for a list of runs."""
     progress = status.progress
     mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
     done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
@@ -39,7 +39,7 @@ def line(status: Status, coloured: bool = False) -> str:
 
 
 def _short(loss: Loss) -> str:
-    """The training loss in six columns."""
+    """Return the training loss in at most six columns."""
     if loss.train_not_finite_step is not None:
         return "NaN"
     return "" if loss.train is None else f"{loss.train:.3f}"
@@ -54,12 +54,12 @@ def _header(status: Status, coloured: bool) -> str:
 
 def _lines(status: Status) -> Iterator[str]:
     yield from _progress_of(status)
-    yield from _learnt(status)
+    yield from _losses(status)
     yield from _checkpoint(status)
-    yield from _past(status.history, status.time)
-    for room in status.disks:
-        where = Path(room.directories[0]).parent.name  # runs, checkpoints
-        yield _labelled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _room(room))
+    yield from _history(status.history, status.time)
+    for disk in status.disks:
+        where = Path(disk.directories[0]).parent.name  # runs, checkpoints
+        yield _labelled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _free_space(disk))
     if status.gpus is not None:
         throttled = f", {status.gpus.throttled} throttled" if status.gpus.throttled else ""
         yield _labelled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
@@ -85,7 +85,7 @@ def _progress_of(status: Status) -> Iterator[str]:
         yield _labelled("done by", clock(status.finish_time))
 
 
-def _learnt(status: Status) -> Iterator[str]:
+def _losses(status: Status) -> Iterator[str]:
     loss = status.loss
     if loss.train_not_finite_step is not None:
         yield _labelled("loss", f"not finite at step {loss.train_not_finite_step:,}")
@@ -103,7 +103,8 @@ def _learnt(status: Status) -> Iterator[str]:
         if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
             yield _labelled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
         if loss.reference is not None:
-            yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} there: {loss.val - loss.reference:+.4f}")
+            difference = f"{loss.val - loss.reference:+.4f}"
+            yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} at that step: {difference}")
 
 
 def _checkpoint(status: Status) -> Iterator[str]:
@@ -114,13 +115,13 @@ def _checkpoint(status: Status) -> Iterator[str]:
     age = "" if newest.age_seconds is None else f", {duration(newest.age_seconds)} ago"
     yield _labelled("checkpoint", f"{newest.tag}{age}")
     if newest.damage is None:
-        yield _labelled("", "hashed when written, sizes right")
+        yield _labelled("", "hashed when written, sizes match")
     if history.read_back_step is not None and history.read_back_time is not None:
         ago = duration(status.time - history.read_back_time)
-        yield _labelled("", f"step {history.read_back_step:,} read back {ago} ago")
+        yield _labelled("", f"step {history.read_back_step:,} verified {ago} ago")
 
 
-def _past(history: History, now: float) -> Iterator[str]:
+def _history(history: History, now: float) -> Iterator[str]:
     if history.last_start_time is not None:
         yield _labelled("restarts", f"{history.restarts} by the supervisor, {history.resumes} by hand")
         yield _labelled("last start", f"{duration(now - history.last_start_time)} ago")
@@ -131,9 +132,9 @@ def _past(history: History, now: float) -> Iterator[str]:
     if history.goodput is not None:
         day = "" if history.goodput_24h is None else f", in 24 h {100 * history.goodput_24h:.1f}%"
         yield _labelled("goodput", f"{100 * history.goodput:.1f}%{day}")
-    of_late = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
+    in_24h = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
     if history.last_incident is not None:
-        yield _labelled("incidents", f"{history.incidents}, in 24 h {of_late}")
+        yield _labelled("incidents", f"{history.incidents}, in 24 h {in_24h}")
         last = f"{duration(now - history.last_incident.time)} ago: {history.last_incident.text}"
         for part in textwrap.wrap(last, WIDTH - _LABEL, max_lines=2, placeholder="..."):
             yield _labelled("", part)
@@ -145,13 +146,13 @@ def _lost(seconds: float, kept_share: float) -> str:
     return f"{duration(seconds)}, {100 * (1 - kept_share):.1f}% of the time"
 
 
-def _room(room: DiskSpace) -> str:
-    free = f"{size(room.free_bytes)} free"
-    if room.needed_bytes is None:
+def _free_space(disk: DiskSpace) -> str:
+    free = f"{size(disk.free_bytes)} free"
+    if disk.needed_bytes is None:
         return free
-    if room.days_left is None:
+    if disk.days_left is None:
         return f"enough to the end, {free}"
-    return f"{room.days_left:.1f} days left, {free}"
+    return f"{disk.days_left:.1f} days left, {free}"
 
 
 def _labelled(label: str, text: str) -> str:

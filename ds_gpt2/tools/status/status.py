@@ -1,4 +1,4 @@
-"""Everything about a run at this moment, from the ends of its files."""
+"""Complete status of a run at one moment, from the ends of its files."""
 
 from __future__ import annotations
 
@@ -12,52 +12,43 @@ from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.metrics import STARTS, Record, first_start, planned_steps, read_starts
 from ds_gpt2.run_dir.metrics_tail import time_of, values
-from ds_gpt2.tools.resources import disk_forecast, run_state
-from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress
+from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress, forecast_disks
 from ds_gpt2.tools.resources.history import DAY, Goodput, History, history_of, newest_events
-from ds_gpt2.tools.resources.run_state import AT_WORK, Life, State
+from ds_gpt2.tools.resources.run_state import ACTIVE, RunState, State, finished_by_checkpoint, read_run_state
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
-from ds_gpt2.tools.status.problems import Problem, damage_of, problems_of
-from ds_gpt2.tools.status.progress import (
-    RECORDS,
-    SMOOTHED,
-    Loss,
-    Progress,
-    loss_of,
-    progress_of,
-    read_pace,
-)
+from ds_gpt2.tools.status.problems import Problem, Snapshot, damage_of, problems_of
+from ds_gpt2.tools.status.progress import RECORDS, SMOOTHED, Loss, Progress, loss_of, progress_of, read_pace
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The newest that a run could go on from."""
+    """The newest checkpoint that the run can resume from."""
 
     tag: str
     step: int
     age_seconds: float | None
-    damage: str | None  # what its manifest and the sizes of its files tell; their bytes are not read
+    damage: str | None  # according to its manifest and the sizes of its files; their content is not read
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """As last recorded."""
+    """State of the GPUs as last recorded."""
 
-    temperature_c: float  # of the hottest
-    throttled: int  # so many are slowed down by heat or supply
+    temperature_c: float  # of the hottest GPU
+    throttled: int  # number of GPUs that are slowed down by heat or power limits
 
 
 @dataclass(frozen=True)
 class Status:
-    """What ``status --json`` prints; None where the files do not tell. Times are seconds since 1970."""
+    """Content of ``status --json``; None where the files do not contain a value. Times are seconds since 1970."""
 
     run: str
-    time: float  # of this look
+    time: float  # of this status
     state: State
     state_text: str | None
     healthy: bool
     problems: list[Problem]
-    beat_age_seconds: float | None  # of a rank's newest sign of life
+    beat_age_seconds: float | None  # age of the newest heartbeat of a rank
     next_start_time: float | None
     finish_time: float | None
     progress: Progress
@@ -68,8 +59,8 @@ class Status:
     gpus: Gpus | None
 
 
-def look(run_dir: Path, now: float) -> Status:
-    """The run in ``run_dir``; files that are missing leave their part empty.
+def read_status(run_dir: Path, now: float) -> Status:
+    """Return the status of the run in ``run_dir``; missing files leave their part empty.
 
     Args:
         now: seconds since 1970.
@@ -79,72 +70,64 @@ def look(run_dir: Path, now: float) -> Status:
     """
     settings = load_run_settings(run_dir)
     records, events = metrics_tail.newest(run_dir, RECORDS), newest_events(run_dir)
-    found = catalog.scan(settings.checkpoint_dir)
-    newest = next((one for one in found if one.is_resumable), None)
+    checkpoints = catalog.scan(settings.checkpoint_dir)
+    newest = next((one for one in checkpoints if one.is_resumable), None)
     pace = read_pace(run_dir, settings, records, [event.step or 0 for event in events if event.kind == "start"])
-    alive = run_state.look(run_dir, settings, events, pace.mean_step_seconds(), now)
-    planned = planned_steps(read_starts(run_dir / STARTS))
-    steps = total_steps(settings.schedule, planned, epochs_per_step(records))
-    if (
-        alive.state == "dead"
-        and alive.why is None
-        and steps is not None
-        and newest is not None
-        and newest.step >= steps
-        and (newest.manifest is None or newest.manifest.is_evaluated)
-    ):
-        alive = Life("finished", is_here=alive.is_here)  # its journal could not be written at the end
-    progress = progress_of(settings, records, _step(records, alive, newest), steps, pace)
-    day_before = _day_before(run_dir, records)
-    disks = disk_forecast.look(run_dir, settings, found, _progress_of(progress, epochs_per_step(records)))
+    epoch_share = epochs_per_step(records)
+    steps = total_steps(settings.schedule, planned_steps(read_starts(run_dir / STARTS)), epoch_share)
+    state = read_run_state(run_dir, settings, events, pace.mean_step_seconds(), now)
+    state = finished_by_checkpoint(state, newest, steps)
+    step = _last_step(records, state, newest)
+    progress, day_before = progress_of(settings, records, step, steps, pace), _day_before(run_dir, records)
+    disks = forecast_disks(run_dir, settings, checkpoints, _run_progress(progress, epoch_share))
     loss = loss_of(records, day_before, newest, settings)
-    problems = problems_of(
-        alive, settings, events, progress.step, loss, newest, disks, records[-1] if records else None, now
-    )
-    at_work = alive.state in AT_WORK and progress.left_seconds is not None
+    recorded = records[-1] if records else None
+    problems = problems_of(Snapshot(settings, state, events, step, loss, newest, disks, recorded, now))
+    is_progressing = state.state in ACTIVE and progress.left_seconds is not None
     return Status(
         run=settings.run.name,
         time=now,
-        state=alive.state,
-        state_text=alive.why,
+        state=state.state,
+        state_text=state.why,
         healthy=not problems,
         problems=problems,
-        beat_age_seconds=max(0.0, now - alive.beat.time) if alive.beat else None,
-        next_start_time=alive.next_start,
-        finish_time=now + (progress.left_seconds or 0.0) if at_work else None,
+        beat_age_seconds=max(0.0, now - state.beat.time) if state.beat else None,
+        next_start_time=state.next_start,
+        finish_time=now + (progress.left_seconds or 0.0) if is_progressing else None,
         progress=progress,
         loss=loss,
         checkpoint=_checkpoint(newest, now) if newest else None,
-        history=history_of(events, alive.state, now, _goodput(run_dir, records, day_before)),
+        history=history_of(events, state.state, now, _goodput(run_dir, records, day_before)),
         disks=disks,
         gpus=_gpus(records),
     )
 
 
-def _step(records: Sequence[Record], alive: Life, newest: Generation | None) -> int:
-    """The newest one done: records come some seconds late, or not at all where the disk is full."""
+def _last_step(records: Sequence[Record], state: RunState, newest: Generation | None) -> int:
+    """Return the last completed step. Records arrive some seconds late, or not at all if the disk is full."""
     recorded = records[-1]["step"] if records else 0
-    return max(recorded, alive.beat.step - 1 if alive.beat else 0, newest.step if newest is not None else 0)
+    return max(recorded, state.beat.step - 1 if state.beat else 0, newest.step if newest is not None else 0)
 
 
-def _progress_of(progress: Progress, epochs_a_step: float | None) -> RunProgress | None:
+def _run_progress(progress: Progress, epoch_share: float | None) -> RunProgress | None:
     if progress.seconds_per_step is None or progress.steps is None or not progress.step:
         return None
     left = progress.steps - progress.step
-    a_step = progress.left_seconds / left if progress.left_seconds and left > 0 else progress.seconds_per_step
-    return RunProgress(progress.step, progress.steps, a_step, epochs_a_step or 0.0)
+    seconds_per_step = progress.seconds_per_step
+    if progress.left_seconds and left > 0:
+        seconds_per_step = progress.left_seconds / left
+    return RunProgress(progress.step, progress.steps, seconds_per_step, epoch_share or 0.0)
 
 
 def _goodput(run_dir: Path, records: Sequence[Record], day_before: Sequence[Record]) -> Goodput | None:
     newest, older = ([one for one in found if values([one], "perf/goodput")] for found in (records, day_before))
     if not newest:
         return None
-    begun = first_start(run_dir / STARTS)
-    return Goodput.of(newest[-1], older[-1] if older else None, begun)
+    return Goodput.of(newest[-1], older[-1] if older else None, first_start(run_dir / STARTS))
 
 
 def _day_before(run_dir: Path, records: Sequence[Record]) -> list[Record]:
-    """Up to a day before the newest record."""
+    """Return the last records that are at least a day older than the newest record."""
     newest = next((when for record in reversed(records) if (when := time_of(record)) is not None), None)
     return [] if newest is None else metrics_tail.before(run_dir, newest - DAY, SMOOTHED)
 

@@ -1,0 +1,15 @@
+"""Free disk space that a save requires."""
+
+from __future__ import annotations
+
+from ds_gpt2.config.settings import CheckpointSettings
+
+
+def reserved_bytes(settings: CheckpointSettings) -> int:
+    """Return the bytes that stay free on the disk of the checkpoints: ``checkpoint.min_free_gb``."""
+    return int(settings.min_free_gb * 1e9)
+
+
+def bytes_for_next_save(checkpoint_bytes: int, settings: CheckpointSettings) -> int:
+    """Return the free bytes that a save of ``checkpoint_bytes`` requires, the reserve included."""
+    return checkpoint_bytes + reserved_bytes(settings)

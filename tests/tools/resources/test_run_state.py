@@ -1,0 +1,281 @@
+"""State of a run from its processes, heartbeats and journal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from run_files import DAY, HOUR, NOW, RunFiles
+
+from ds_gpt2.checkpoint.naming import LOCK
+from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase, read_beat
+from ds_gpt2.tools.status.screen import screen
+
+
+@pytest.mark.parametrize(
+    ("phase", "state"),
+    [
+        ("starting", "starting"),
+        ("training", "running"),
+        ("evaluating", "evaluating"),
+        ("saving", "saving"),
+        ("finishing", "finishing"),
+    ],
+)
+def test_state_follows_the_phase_of_the_ranks(healthy_run: RunFiles, phase: Phase, state: str) -> None:
+    healthy_run.beat(phase)
+    status = healthy_run.status()
+    assert (status.state, status.healthy, status.problems) == (state, True, [])
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "phase", "timeout"),
+    [
+        (10.0, "training", 300.0),  # supervisor.hang_seconds
+        (60.0, "training", 1200.0),  # 20 times a step: supervisor.hang_factor
+        (10.0, "evaluating", 2700.0),  # supervisor.timeout_minutes
+    ],
+)
+def test_hung_after_the_timeout_of_the_watchdog(
+    healthy_run: RunFiles, step_seconds: float, phase: Phase, timeout: float
+) -> None:
+    healthy_run.train(1000, step_seconds)
+    healthy_run.beat(phase)
+    waited = time.time() - NOW
+    assert healthy_run.status(waited + timeout - 5).healthy
+    status = healthy_run.status(waited + timeout + 5)
+    assert (status.state, status.healthy) == ("hung?", False)
+    assert status.state_text is not None
+    assert f"in step 1,000 ({phase})" in status.state_text
+    assert [problem.kind for problem in status.problems] == ["hang"]
+
+
+def test_first_step_of_a_start_has_a_longer_timeout(healthy_run: RunFiles) -> None:
+    healthy_run.journal("start", 20, 999)
+    waited = time.time() - NOW
+    assert healthy_run.status(waited + 2600).state == "running"
+    assert healthy_run.status(waited + 2800).state == "hung?"
+
+
+def test_process_with_a_reused_pid_is_not_a_rank(healthy_run: RunFiles) -> None:
+    """This process exists, but started after the heartbeat was written."""
+    long_ago = psutil.Process().create_time() - 60
+    (healthy_run.run_dir / "heartbeat" / "rank_00000").write_text(f"9 {long_ago} {os.getpid()} 1000 1000 training")
+    assert healthy_run.status().state == "dead"
+
+
+def test_dead_after_the_rank_is_killed(files: RunFiles, other_process: subprocess.Popen[bytes]) -> None:
+    files.train(1000)
+    files.journal("start", 10_000, 0)
+    files.save(950)
+    (files.run_dir / "heartbeat").mkdir()
+    (files.run_dir / "heartbeat" / "rank_00000").write_text(f"9 {time.time()} {other_process.pid} 1000 1000 training")
+    assert files.status().state == "running"
+    os.kill(other_process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, other_process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which retains its PID
+    status = files.status()
+    assert (status.state, status.healthy) == ("dead", False)
+    assert [problem.text for problem in status.problems] == [
+        "the run has no process; resume with ./launch.sh resume test"
+    ]
+    files.journal("crash", 0, 1000, "rank 0: RuntimeError: out of memory")
+    assert files.problems() == ["rank 0: RuntimeError: out of memory; resume with ./launch.sh resume test"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "healthy"),
+    [
+        ("done", "finished", True),
+        ("stop", "stopped", True),
+        ("mistake", "mistake", False),
+        ("gave_up", "gave up", False),
+    ],
+)
+def test_final_event_determines_the_state(files: RunFiles, kind: str, state: str, healthy: bool) -> None:
+    files.train(1000)
+    files.journal("start", 10_000, 0)
+    files.journal(kind, 9 * DAY, 1000)
+    files.journal("save_failed", 9 * DAY, 900)  # no longer relevant
+    status = files.status()
+    assert (status.state, status.healthy) == (state, healthy)
+    assert status.finish_time is None
+    files.journal("start", 50, 1000)
+    assert files.status().state == "dead"  # resumed, without any later event
+
+
+def test_dead_if_only_the_settings_exist(files: RunFiles) -> None:
+    status = files.status()
+    assert (status.state, status.progress.step, status.checkpoint) == ("dead", 0, None)
+    assert "checkpoint  none yet" in screen(status)
+
+
+def test_waiting_supervisor_is_healthy_until_the_restart_is_overdue(files: RunFiles) -> None:
+    files.train(1000)
+    for kind, ago in (("launch", 100), ("start", 90), ("crash", 9)):
+        files.journal(kind, ago, 0)
+    files.supervise("waiting", next_start=NOW + 300)
+    status = files.status()
+    assert (status.state, status.healthy) == ("waiting", True)
+    assert "next start  in 5m" in screen(status)
+    assert files.status(later=350).healthy
+    assert files.problems(later=420) == ["the supervisor's restart is overdue by 2m"]
+
+
+def test_supervisor_without_ranks_is_starting_until_the_timeout(files: RunFiles) -> None:
+    files.supervise("running")
+    files.journal("launch", 0)
+    assert files.status(later=2600).state == "starting"
+    assert files.problems(later=2800) == ["no rank has started for 46m 40s"]
+
+
+def test_supervisor_has_time_to_detect_dead_ranks(files: RunFiles, other_process: subprocess.Popen[bytes]) -> None:
+    """The time is stop_seconds and one minute."""
+    files.supervise("running")
+    files.journal("launch", 5000)
+    files.journal("start", 4900, 0)
+    (files.run_dir / "heartbeat").mkdir()
+    (files.run_dir / "heartbeat" / "rank_00000").write_text(f"9 {NOW} {other_process.pid} 1000 1000 training")
+    other_process.kill()
+    other_process.wait()
+    assert files.status(later=170).state == "waiting"
+    assert files.status(later=190).state == "hung?"
+    files.journal("done", 0)
+    assert files.status(later=190).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "state"),
+    [
+        (0, "start", "finished"),
+        (3, "restart", "stopped"),  # stop requested while it waited
+        (2, "launch", "mistake"),
+        (1, "launch", "stopped"),  # stop requested before there was anything to save
+        (1, "start", "dead"),  # stop requested, but the save failed
+    ],
+)
+def test_exit_code_of_an_ended_supervisor_determines_the_state(
+    files: RunFiles, code: int, before: str, state: str
+) -> None:
+    files.journal(before, 60, 0)
+    files.supervise("ended", code=code)
+    assert files.status().state == state
+
+
+def test_record_of_an_earlier_supervisor_does_not_apply_to_a_later_start(files: RunFiles) -> None:
+    files.supervise("ended", code=3)
+    later = time.time() - NOW + 60  # the record is written now; NOW is the import time of the module
+    files.journal("start", -later, 0)
+    assert files.status(later + 60).state == "dead"
+
+
+def test_dead_if_the_supervisor_was_killed(files: RunFiles, other_process: subprocess.Popen[bytes]) -> None:
+    """The ranks of a killed supervisor save and exit as after a stop request."""
+    files.train(1000)
+    files.supervise("running", other_process.pid)
+    for kind, ago in (("launch", 100), ("start", 90), ("stop", 0)):
+        files.journal(kind, ago, 0)
+    assert files.status().state == "stopped"  # the supervisor is about to exit, too
+    other_process.kill()
+    other_process.wait()
+    status = files.status()
+    assert (status.state, status.healthy) == ("dead", False)
+    assert status.state_text == "the supervisor was killed; the ranks have saved and exited"
+    files.journal("start", 0, 0)  # again, without a supervisor
+    files.journal("stop", 0, 1000)
+    assert files.status().state == "stopped"
+
+
+def test_heartbeats_determine_the_state_on_another_host(
+    healthy_run: RunFiles, other_process: subprocess.Popen[bytes]
+) -> None:
+    other_process.kill()
+    other_process.wait()
+    (healthy_run.run_dir / "heartbeat" / "rank_00000").write_text(f"9 {NOW} {other_process.pid} 1000 1000 training")
+    assert healthy_run.status().state == "dead"
+    os.utime(healthy_run.run_dir / "heartbeat" / "rank_00000", (NOW, NOW))
+    (healthy_run.folder / "checkpoints" / "test" / LOCK).write_text(f"{other_process.pid} on elsewhere\n")
+    assert healthy_run.status(later=200).state == "running"
+    assert healthy_run.status(later=400).state == "dead"
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "healthy"),
+    [
+        ("stop", "stopped", True),
+        ("done", "finished", True),
+        ("crash", "dead", False),
+        ("hang", "dead", False),
+        ("mistake", "mistake", False),
+        ("gave_up", "gave up", False),
+    ],
+)
+def test_final_event_of_another_host_applies_immediately(
+    on_other_host: RunFiles, kind: str, state: str, healthy: bool
+) -> None:
+    """The event applies although the last heartbeat is recent."""
+    on_other_host.beat_on_other_host("finishing", 1000)
+    assert on_other_host.status().state == "finishing"
+    on_other_host.journal(kind, 0, 1000)
+    status = on_other_host.status(later=1)
+    assert (status.state, status.healthy) == (state, healthy)
+    assert (status.beat_age_seconds, status.finish_time) == (None, None)
+
+
+@pytest.mark.parametrize("clock", [-3 * HOUR, 3 * HOUR])
+def test_final_event_of_another_host_applies_despite_a_wrong_clock(on_other_host: RunFiles, clock: float) -> None:
+    on_other_host.beat_on_other_host("finishing", 1000, NOW + clock)
+    on_other_host.journal("stop", -clock, 1000)
+    assert on_other_host.status(later=1).state == "stopped"
+
+
+def test_stopped_with_a_supervisor_on_another_host(on_other_host: RunFiles) -> None:
+    on_other_host.supervise("running", host="elsewhere")
+    for kind, ago in (("launch", 90), ("start", 80), ("stop", 1)):
+        on_other_host.journal(kind, ago, 1000)
+    assert on_other_host.status().state == "stopped"
+    on_other_host.supervise("ended", host="elsewhere", code=3)
+    assert on_other_host.status().state == "stopped"
+
+
+def test_manual_start_on_another_host_is_starting_before_it_trains(on_other_host: RunFiles) -> None:
+    on_other_host.journal("stop", 60, 1000)
+    on_other_host.beat_on_other_host("starting", 0)
+    assert on_other_host.status().state == "starting"
+    on_other_host.journal("start", 0, 1000)
+    on_other_host.beat_on_other_host("training", 1001)
+    assert on_other_host.status().state == "running"
+
+
+def test_slow_clock_of_another_host_does_not_make_it_dead(on_other_host: RunFiles) -> None:
+    """The modification time of the heartbeat file comes from the file server."""
+    on_other_host.beat_on_other_host("training", 1000, NOW - 3 * HOUR)
+    status = on_other_host.status()
+    assert status.state == "running"
+    assert status.beat_age_seconds is not None and status.beat_age_seconds < 600
+    os.utime(on_other_host.run_dir / "heartbeat" / "rank_00000", (NOW - 3 * HOUR, NOW - 3 * HOUR))
+    assert on_other_host.status().state == "dead"
+
+
+def test_hung_names_the_rank(healthy_run: RunFiles) -> None:
+    """The other ranks are in a phase with a longer timeout, or have a newer heartbeat."""
+    healthy_run.beat("saving")
+    Heartbeat(healthy_run.run_dir, 1).begin_step(1000, 1000)
+    time.sleep(0.01)
+    Heartbeat(healthy_run.run_dir, 2).begin_step(1000, 1000)
+    beat = read_beat(healthy_run.run_dir, 1)
+    assert beat is not None
+    status = healthy_run.status(later=beat.time - NOW + 400.5)
+    assert (status.state, status.state_text) == ("hung?", "rank 1: no heartbeat for 6m 40s, in step 1,000 (training)")
+
+
+@pytest.mark.parametrize(("unevaluated", "state"), [(None, "finished"), ({"train/loss": 2.0}, "dead")])
+def test_finished_if_the_final_checkpoint_is_evaluated_but_not_journaled(
+    healthy_run: RunFiles, unevaluated: dict[str, float] | None, state: str
+) -> None:
+    healthy_run.save(2000, state={"unevaluated": unevaluated})
+    (healthy_run.run_dir / "heartbeat" / "rank_00000").unlink()
+    assert healthy_run.status().state == state
