@@ -1,0 +1,120 @@
+"""Compare the speed of two commits: starts of the same run, turn by turn, so that both see the same machine.
+
+    python benchmarks/commits.py --commit cc6cab6 --data data/sample --out benchmarks/results/commits_cpu.json
+
+Each round starts the code of the earlier commit and of this one, on four gloo ranks by default, for ``--steps`` steps
+without evaluation and saving. Throughput is the median of the steps after ``--warm_up``; the time to the first step
+is measured from the start of the launcher to the first line of a step in its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import describe
+from ds_gpt2.common.host import free_port
+from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+
+_POLL_SECONDS = 0.1
+_TOKENS = 8192  # of a step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="the earlier commit")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="7M")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warm_up", type=int, default=8)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="commits-") as folder:
+        earlier = Path(folder) / "earlier"
+        subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "add", "--detach", earlier, options.commit], check=True)
+        try:
+            rounds = [_round(earlier, Path(folder) / str(number), options) for number in range(options.rounds)]
+        finally:
+            subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "remove", "--force", earlier], check=True)
+    setting = f"{options.preset}, {options.ranks} ranks, {_TOKENS} tokens a step"
+    result = {"machine": describe(), "command": " ".join(sys.argv), "setting": setting, **_summary(rounds)}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run both commits once; the order changes from round to round."""
+    arms = {"earlier": earlier, "this": PROJECT_DIR}
+    order = sorted(arms, reverse=int(folder.name) % 2 == 1)
+    return {name: _run(arms[name], folder / name, options) for name in order}
+
+
+def _run(project: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    settings = {
+        "run.name": "run",
+        "run.dir": folder / "runs",
+        "checkpoint.dir": folder / "checkpoints",
+        "data.dir": options.data.absolute(),
+        "model.preset": options.preset,
+        "batch.micro_batch": 2,
+        "batch.sequence_length": 256,
+        "batch.tokens_per_step": _TOKENS,
+        "schedule.steps": options.steps,
+        "schedule.warmup_steps": 4,
+        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
+    }
+    folder.mkdir(parents=True)
+    config = folder / "empty.yaml"
+    config.write_text("{}\n", encoding="utf-8")
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(options.ranks))}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(project / "ds_gpt2" / "train.py")]
+    command += ["--config", str(config), *(f"{key}={value}" for key, value in settings.items())]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(project)}
+    metrics = folder / "runs" / "run" / METRICS
+    start, first_step = time.monotonic(), math.nan
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(command, env=environment, cwd=project, stdout=output, stderr=output)
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            if math.isnan(first_step) and re.search(r"^step +1/", (folder / "output").read_text(), re.MULTILINE):
+                first_step = time.monotonic() - start
+    if process.returncode:
+        raise SystemExit((folder / "output").read_text())
+    seconds = [record["perf/step_ms"] / 1000 for record in read_metrics(metrics)][options.warm_up :]
+    shutil.rmtree(folder)
+    return {"tokens_per_s": _TOKENS / statistics.median(seconds), "first_step_s": first_step}
+
+
+def _summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"rounds": rounds}
+    for figure in ("tokens_per_s", "first_step_s"):
+        ratios = [each["this"][figure] / each["earlier"][figure] for each in rounds]
+        result[figure] = {
+            "earlier_median": round(statistics.median(each["earlier"][figure] for each in rounds), 2),
+            "this_median": round(statistics.median(each["this"][figure] for each in rounds), 2),
+            "ratio_median": round(statistics.median(ratios), 4),
+            "ratios": [round(ratio, 4) for ratio in ratios],
+        }
+    return result
+
+
+if __name__ == "__main__":
+    main()
