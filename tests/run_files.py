@@ -18,7 +18,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase
-from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.tools.resources import disk_forecast
 from ds_gpt2.tools.status.status import Status, read_status
 
@@ -86,7 +86,7 @@ class RunFiles:
         """Write the record of a supervisor: this process, or the process ``pid``."""
         process = psutil.Process(pid)
         values = {"host": socket.gethostname(), "ranks": 1, **values}
-        Supervised(process.pid, process.create_time(), state=state, **values).write(self.run_dir)
+        SupervisorRecord(process.pid, process.create_time(), state=state, **values).write(self.run_dir)
 
     def beat(self, phase: Phase = "training", step: int = 1000) -> Heartbeat:
         """Write a heartbeat of this process as rank 0."""

@@ -93,7 +93,7 @@ class Save:
         except OSError as error:
             log.error(f"checkpoint {self.tag} was not saved ({error}); training goes on, the ones before it stay")
             with contextlib.suppress(OSError):
-                commit.give_up(self.disk, self.directory, self.tag)
+                commit.discard_failed_commit(self.disk, self.directory, self.tag)
             return
         self.committed = True
         self.afterwards(self.tag)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
         if copied == exit_report.DONE and options.to is None:
-            BackupNews(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
+            BackupReporter(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)

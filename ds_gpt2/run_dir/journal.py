@@ -186,7 +186,7 @@ def parse_event(line: bytes) -> Event | None:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostTime:
     """A time in which the run did not get further."""
 
     begun: float  # seconds since 1970: the state that it went on from later was reached
@@ -201,14 +201,14 @@ class Lost:
 _ENDS = frozenset({"crash", "hang", "stop", "rollback", "done"})
 
 
-def lost_times(events: list[Event]) -> list[Lost]:
+def lost_times(events: list[Event]) -> list[LostTime]:
     """What each interruption cost: from when the state was reached that a start went on from, to that start.
 
     So it counts the work that had to be done again, the time the run lay still, and the start itself. Where a later
     start went back further, that one's time holds the earlier ones.
     """
     reached: dict[int, float] = {}  # step -> when it was saved, or trained up to
-    lost: list[Lost] = []
+    lost: list[LostTime] = []
     ending: Event | None = None
     for event in events:
         if event.kind == "save" and event.step is not None:
@@ -221,7 +221,7 @@ def lost_times(events: list[Event]) -> list[Lost]:
                 begun = next(first.time for first in events if first.kind == "start")
             if begun is not None and begun < event.time:
                 lost = [one for one in lost if one.begun < begun]
-                lost.append(Lost(begun, event.time, ending.kind if ending else "crash"))
+                lost.append(LostTime(begun, event.time, ending.kind if ending else "crash"))
             reached = {step: when for step, when in reached.items() if step <= event.step}
             ending = None
     return lost

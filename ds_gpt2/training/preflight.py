@@ -38,7 +38,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     check_outputs(settings)
     check_backup(settings)
     source = choose_source(settings, resume)
-    if commit.awaits_sweep(settings.checkpoint_dir):
+    if commit.has_unfinished_commit(settings.checkpoint_dir):
         source = None  # the ranks complete or remove interrupted saves first
     dataset = dataset_of(settings, source)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
@@ -55,7 +55,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         if hub_name(settings.model.init_from or "") is None:
             check_initial_model(settings)
     for directory in settings.output_dirs:
-        files.check_may_write(directory, full_is_fine=directory == settings.checkpoint_dir)
+        files.check_can_write(directory, full_is_fine=directory == settings.checkpoint_dir)
 
 
 def check_initial_model(settings: Settings) -> None:
@@ -186,7 +186,7 @@ def _other_owner(directory: Path, settings: Settings) -> Path | None:
 
 def _checkpoints_elsewhere(settings: Settings) -> Path | None:
     """Return a directory with checkpoints of the run if its own has none; None if there is no such directory."""
-    if newest_tag(settings.checkpoint_dir) is not None or commit.awaits_sweep(settings.checkpoint_dir):
+    if newest_tag(settings.checkpoint_dir) is not None or commit.has_unfinished_commit(settings.checkpoint_dir):
         return None
     if not (settings.run_dir / CONFIG).is_file():
         return None

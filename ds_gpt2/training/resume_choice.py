@@ -49,7 +49,7 @@ def starts_new_run(settings: Settings, resume: str | None) -> bool:
     Raises:
         UserError: as ``choose_source``.
     """
-    return choose_source(settings, resume) is None and not commit.awaits_sweep(settings.checkpoint_dir)
+    return choose_source(settings, resume) is None and not commit.has_unfinished_commit(settings.checkpoint_dir)
 
 
 def check_never_saved(settings: Settings) -> None:
@@ -57,7 +57,7 @@ def check_never_saved(settings: Settings) -> None:
     Raises:
         CheckpointsGoneError: the run was saved, and has no checkpoint.
     """
-    if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
+    if (step := saved_step(settings)) is not None and not commit.has_unfinished_commit(settings.checkpoint_dir):
         raise CheckpointsGoneError(
             f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
             f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
@@ -97,7 +97,7 @@ def has_backups(settings: Settings) -> bool:
     """
     backup = backup_of(settings)
     try:
-        return backup is not None and bool(backup.held())
+        return backup is not None and bool(backup.copies())
     except OSError as error:
         raise UserError(f"cannot determine whether {settings.run.name} has backups: {reason_of(error)}") from None
 

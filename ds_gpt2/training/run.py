@@ -74,7 +74,7 @@ def _outcome(built: BuiltRun, ending: Ending) -> Outcome:
     if ending is Ending.NOT_FINITE:
         log.error("losses or weights are not finite: resume from an earlier checkpoint with a lower schedule.max_lr")
     code = {Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED)
-    return Outcome(code, alone=built.trainer.stop.is_alone)
+    return Outcome(code, alone=built.trainer.stop.supervisor_lost)
 
 
 def _record_end(built: BuiltRun, ending: Ending, outcome: Outcome) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import LOCK
@@ -44,7 +44,7 @@ from ds_gpt2.monitoring.step_reporter import StepReporter
 from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 from ds_gpt2.monitoring.trackers import Tracker, open_trackers
 from ds_gpt2.pretrained.load import weights_for
-from ds_gpt2.run_dir.heartbeat import Heartbeat, open_stacks
+from ds_gpt2.run_dir.heartbeat import Heartbeat, enable_stack_dumps
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.run_dir.metrics import (
     METRICS,
@@ -100,7 +100,7 @@ class _RunFiles:
 
     heartbeat: Heartbeat
     journal: Journal
-    checkpoints: Housekeeping
+    checkpoints: CheckpointDirectory
     lock: BinaryIO | None  # on rank 0
 
 
@@ -177,10 +177,10 @@ def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
         collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model of the hub
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
-    open_stacks(settings.run_dir, collectives.rank())
+    enable_stack_dumps(settings.run_dir, collectives.rank())
     console.open_log(settings.run_dir / "train.log")
     restore_directory = functools.partial(_restore_checkpoint_dir, settings, journal, cleanup)
-    checkpoints = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, restore_directory)
+    checkpoints = CheckpointDirectory(Disk(), settings.checkpoint_dir, settings.checkpoint, restore_directory)
     lock = collectives.call_on_all_ranks(lambda: _lock_checkpoints(settings, checkpoints))
     return _RunFiles(heartbeat, journal, checkpoints, lock)
 
@@ -192,7 +192,7 @@ def _check_directories(settings: Settings) -> None:
         write_first_settings(settings)
 
 
-def _lock_checkpoints(settings: Settings, checkpoints: Housekeeping) -> BinaryIO | None:
+def _lock_checkpoints(settings: Settings, checkpoints: CheckpointDirectory) -> BinaryIO | None:
     """On rank 0, lock the run's checkpoints, and complete or remove interrupted saves."""
     if not collectives.is_main():
         return None

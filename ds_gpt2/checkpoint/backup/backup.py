@@ -34,10 +34,10 @@ from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of
 from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
-from ds_gpt2.checkpoint.retention import Kept
+from ds_gpt2.checkpoint.retention import RetentionCandidate
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import open_own, read_small, regular_only, try_lock
+from ds_gpt2.common.files import open_for_writing, read_small, regular_only, try_lock
 from ds_gpt2.config.run_address import RunAddress, address_of, read_address
 from ds_gpt2.config.run_location import CONFIG, last_seen
 from ds_gpt2.config.settings import BackupSettings
@@ -207,7 +207,7 @@ class Backup:
             yield
             return
         try:
-            file = open_own(self._run_dir / _LOCK, "ab")
+            file = open_for_writing(self._run_dir / _LOCK, "ab")
         except OSError:  # a directory that cannot be written: a copy is worth more than the lock
             yield
             return
@@ -229,7 +229,7 @@ class Backup:
         its old name, and only a person knows which history is worth more.
         """
         steps = {copy.tag: copy.manifest.step for copy in self.held() if copy.role == "rolling"}
-        found = [Kept(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
+        found = [RetentionCandidate(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
         doomed = [kept.tag for kept in retention.to_delete(found, [retention.keep_last(self.settings.keep)])]
         oldest = min((at for tag, at in steps.items() if tag not in doomed), default=0)
         doomed += [tag for tag in self._place.tags() if tag not in steps and 0 <= _rolling_step(tag) < oldest]

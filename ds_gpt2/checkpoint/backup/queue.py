@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
 from ds_gpt2.checkpoint.filesystem import Disk
@@ -118,7 +118,7 @@ class BackupQueue:
         directory: Callable[[], Path],
         disk: Disk | None = None,
         now: Callable[[], float] = time.time,
-        news: BackupNews | None = None,
+        news: BackupReporter | None = None,
     ) -> None:
         """
         Args:

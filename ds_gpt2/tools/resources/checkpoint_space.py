@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ds_gpt2.checkpoint.directory import policies
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
-from ds_gpt2.checkpoint.retention import PROTECTED, Kept, to_delete
+from ds_gpt2.checkpoint.retention import PROTECTED, RetentionCandidate, to_delete
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import CheckpointSettings
@@ -110,11 +110,11 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
     saves, simulated = schedule.saves(best), _SimulatedDirectory(settings)
     most = Count(0, 0)
     for step in saves:
-        new = [Kept(rolling_tag(step), "rolling", step, verified=True)]
+        new = [RetentionCandidate(rolling_tag(step), "rolling", step, verified=True)]
         if step in ends:
-            new.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+            new.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         if step in best and settings.keep_best:
-            new.append(Kept(BEST_TAG, "best", step, settings.best_as == "full"))
+            new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
         simulated.add(new)
         most = max(most, simulated.count(), key=_size)
         simulated.apply_retention()
@@ -130,11 +130,11 @@ class _SimulatedDirectory:
     def __init__(self, settings: CheckpointSettings) -> None:
         self._settings, self._rules = settings, policies(settings)
         self._reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
-        self._kept: list[Kept] = []
+        self._kept: list[RetentionCandidate] = []
         self._permanent: set[int] = set()  # steps of full checkpoints that are never deleted
         self._permanent_weights = 0
 
-    def add(self, new: Sequence[Kept]) -> None:
+    def add(self, new: Sequence[RetentionCandidate]) -> None:
         self._kept += new
 
     def apply_retention(self) -> None:
@@ -143,7 +143,7 @@ class _SimulatedDirectory:
         self._kept = [kept for kept in self._kept if kept.role != "best" or kept.step == newest_best]
         deleted = set(to_delete(self._kept, self._rules))
         newest = sorted({kept.step for kept in self._kept})[-self._settings.keep_last - PROTECTED :]
-        remaining: list[Kept] = []
+        remaining: list[RetentionCandidate] = []
         for kept in self._kept:
             if kept in deleted:
                 continue
@@ -158,11 +158,11 @@ class _SimulatedDirectory:
         full = {kept.step for kept in self._kept if not self._reduced.get(kept.role)}
         return Count(len(self._permanent) + len(full - self._permanent), self._permanent_weights + len(weights))
 
-    def _is_permanent(self, kept: Kept) -> bool:
+    def _is_permanent(self, kept: RetentionCandidate) -> bool:
         """Return whether no rule deletes a checkpoint that is no longer among the newest."""
         return kept.role == "rolling" or (kept.role == "epoch" and self._settings.keep_epochs == "all")
 
-    def _count_as_permanent(self, kept: Kept) -> None:
+    def _count_as_permanent(self, kept: RetentionCandidate) -> None:
         if self._reduced.get(kept.role):
             self._permanent_weights += 1
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, Lost, lost_times, read_journal
+from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, LostTime, lost_times, read_journal
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of
 from ds_gpt2.tools.resources.run_state import TRAINING_OR_DONE, State
@@ -157,6 +157,6 @@ def _as_if_resumed(events: Sequence[Event], state: State, now: float) -> list[Ev
     return [] if saved is None else [Event(now, "start", "", saved)]
 
 
-def _overlap(spans: Iterable[Lost], start: float, end: float) -> float:
+def _overlap(spans: Iterable[LostTime], start: float, end: float) -> float:
     """Return the seconds of the spans that lie between ``start`` and ``end``."""
     return sum(max(0.0, min(span.ended, end) - max(span.begun, start)) for span in spans)

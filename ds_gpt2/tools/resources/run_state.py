@@ -16,12 +16,12 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
-from ds_gpt2.common.process_start import lives
+from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.run_dir.heartbeat import Beat, beat_written, read_beat
+from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
 from ds_gpt2.run_dir.journal import Event
-from ds_gpt2.run_dir.supervisor_record import RECORD, Supervised, read_supervised
+from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord, read_supervisor_record
 from ds_gpt2.supervision.watchdog import longest_silence
 
 State = Literal[
@@ -84,7 +84,7 @@ def read_run_state(
         step_seconds: usual seconds per step; None if not known.
         now: seconds since 1970.
     """
-    supervisor = read_supervised(run_dir)
+    supervisor = read_supervisor_record(run_dir)
     is_here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
     relevant = [event for event in events if event.kind in _STATE_EVENTS]
     observed = _Observed(run_dir, settings.supervisor, supervisor, relevant, step_seconds, now)
@@ -113,7 +113,7 @@ class _Observed:
 
     run_dir: Path
     settings: SupervisorSettings
-    supervisor: Supervised | None
+    supervisor: SupervisorRecord | None
     events: Sequence[Event]  # those of ``_STATE_EVENTS``, the newest last
     step_seconds: float | None
     now: float
@@ -173,7 +173,7 @@ def _of_ranks(observed: _Observed, active: Mapping[int, Beat]) -> RunState:
     return RunState("hung?", f"rank {rank}: no heartbeat for {silent}, in step {beat.step:,} ({beat.phase})", main)
 
 
-def _of_supervisor(observed: _Observed, supervisor: Supervised, beats: Sequence[Beat]) -> RunState:
+def _of_supervisor(observed: _Observed, supervisor: SupervisorRecord, beats: Sequence[Beat]) -> RunState:
     """Return the state of a run that has a supervisor but no rank."""
     now, last = observed.now, observed.last_event
     if supervisor.state == "waiting":
@@ -230,7 +230,7 @@ def _read_beats(run_dir: Path) -> dict[int, Beat]:
 
 def _with_file_time(run_dir: Path, rank: int, beat: Beat) -> Beat:
     """Use the modification time of the file if it is newer: the clock of the rank's machine may be slow."""
-    written = beat_written(run_dir, rank)
+    written = beat_mtime(run_dir, rank)
     return beat if written is None else replace(beat, time=max(beat.time, written))
 
 
@@ -238,7 +238,7 @@ def _process_exists(beat: Beat) -> bool:
     """Return whether the rank's process runs on this machine; a later process with the same PID does not count."""
     try:
         if beat.start:
-            return lives(beat.pid, beat.start)
+            return is_running(beat.pid, beat.start)
         process = psutil.Process(beat.pid)  # written by an earlier version
         started_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
         return started_before and process.status() != psutil.STATUS_ZOMBIE
@@ -246,7 +246,7 @@ def _process_exists(beat: Beat) -> bool:
         return False
 
 
-def _host(supervisor: Supervised | None, lock: Path) -> str | None:
+def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:
     """Return the host of the ranks, from the lock of the checkpoints or the supervisor's record; None if not known."""
     with contextlib.suppress(OSError):
         _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")
