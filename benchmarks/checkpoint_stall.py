@@ -72,13 +72,13 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
     import torch
 
     from ds_gpt2.checkpoint.deepspeed_io import Serializer
-    from ds_gpt2.checkpoint.directory import Housekeeping
+    from ds_gpt2.checkpoint.directory import CheckpointDirectory
     from ds_gpt2.checkpoint.filesystem import Disk
     from ds_gpt2.checkpoint.manager import Checkpoints
     from ds_gpt2.model.gpt2 import count_parameters
 
     engine, state = trainer.engine, trainer.state
-    house = Housekeeping(Disk(), folder, CheckpointSettings(keep_last=1))
+    house = CheckpointDirectory(Disk(), folder, CheckpointSettings(keep_last=1))
     checkpoints = Checkpoints(house, engine, {}, {"run": {"seed": 1}})
 
     def save(kind: str) -> float:

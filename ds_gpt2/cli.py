@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         if options.verb in _TRAINING:
-            terminal.ignore_failures()
+            terminal.ignore_write_errors()
         if options.verb == "test":
             raise UserError("the tests are started by ./launch.sh test, or by pytest")
         verb = _VERBS[options.verb]
@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_report.CRASHED
     except OSError as error:
-        if terminal.output_fails():
-            terminal.ignore_failures()
+        if terminal.is_stdout_broken():
+            terminal.ignore_write_errors()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
             return exit_report.CRASHED
         print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {terminal.one_line(error)}", file=sys.stderr)
         return exit_report.MISTAKE
     except UnicodeEncodeError as error:
-        print(f"error: {terminal.unspeakable(error)}", file=sys.stderr)
+        print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr)
         return exit_report.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -24,7 +24,7 @@ from ds_gpt2.distributed import collectives, device, launch_environment, torch_c
 from ds_gpt2.monitoring import csv_monitor, trackers
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.exit_report import Outcome
-from ds_gpt2.run_dir.stop_request import die_silently
+from ds_gpt2.run_dir.stop_request import restore_default_handlers
 from ds_gpt2.training import preflight
 
 _PATIENCE_SECONDS = 20.0
@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         prepare: called once DeepSpeed may be imported, before anything is built.
     """
     terminal.make_safe()
-    terminal.ignore_failures()
-    die_silently()
+    terminal.ignore_write_errors()
+    restore_default_handlers()
     try:
         launch_environment.adopt()
     except UserError as error:  # which rank this is cannot be known
@@ -58,18 +58,18 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         if not collectives.is_main():
             _let_the_main_rank_speak()
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
-        exit_report.leave_failure(collectives.rank(), error)
-        exit_report.leave(Outcome(exit_report.MISTAKE))
+        exit_report.report_failure(collectives.rank(), error)
+        exit_report.report_outcome(Outcome(exit_report.MISTAKE))
         return exit_report.MISTAKE
     except UnicodeEncodeError as error:
-        print(f"error: {terminal.unspeakable(error)}", file=sys.stderr, flush=True)
-        exit_report.leave(Outcome(exit_report.MISTAKE))
+        print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr, flush=True)
+        exit_report.report_outcome(Outcome(exit_report.MISTAKE))
         return exit_report.MISTAKE
     except Exception as error:
-        exit_report.leave_failure(collectives.rank(), error)
+        exit_report.report_failure(collectives.rank(), error)
         raise
     if collectives.is_main():
-        exit_report.leave(result)
+        exit_report.report_outcome(result)
     return exit_report.CRASHED if result.code == exit_report.ROLLBACK else result.code
 
 
@@ -78,7 +78,7 @@ def _let_the_main_rank_speak() -> None:
 
     Who is still there after a while found it alone, and says it.
     """
-    die_silently()
+    restore_default_handlers()
     time.sleep(_PATIENCE_SECONDS)
 
 

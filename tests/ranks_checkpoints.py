@@ -19,7 +19,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 from ds_gpt2.checkpoint import resume
 from ds_gpt2.checkpoint.catalog import problem_of, scan
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.config import deepspeed_config
@@ -82,7 +82,7 @@ class Bench:
     def checkpoints(self, engine: Engine | None = None, **settings: Any) -> Checkpoints:
         chosen = CheckpointSettings.model_validate({"min_free_gb": 0, **settings})
         run = self.settings.model_dump(mode="json")
-        house = Housekeeping(self.disk, self.folder, chosen)
+        house = CheckpointDirectory(self.disk, self.folder, chosen)
         collectives.call_on_all_ranks(lambda: house.start() if collectives.is_main() else None)
         return Checkpoints(house, engine or self.engine, IDENTITY, run)
 

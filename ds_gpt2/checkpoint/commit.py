@@ -21,7 +21,7 @@ from ds_gpt2.checkpoint.filesystem import Disk, HashingFile, write_file
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, encode, read, size_problem_of
 from ds_gpt2.checkpoint.naming import COPYING, LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of, superseded_tag
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.files import is_own_directory, read_small, regular_only
+from ds_gpt2.common.files import is_real_directory, read_small, regular_only
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def remove(disk: Disk, directory: Path, tag: str) -> None:
         discard(disk, path)
 
 
-def give_up(disk: Disk, directory: Path, tag: str) -> None:
+def discard_failed_commit(disk: Disk, directory: Path, tag: str) -> None:
     """After a failed ``commit``: remove what it left, unless that is whole and the only one: a start finishes it."""
     partial = directory / (tag + PARTIAL)
     if (directory / tag / MANIFEST).exists() or not _is_complete(partial):
@@ -164,11 +164,11 @@ def sweep(disk: Disk, directory: Path) -> None:
     sweep_copying(disk, directory)
 
 
-def awaits_sweep(directory: Path) -> bool:
+def has_unfinished_commit(directory: Path) -> bool:
     """Whether ``sweep`` would finish a checkpoint in ``directory``, which nothing else finds until then."""
     partial = directory.glob("*" + PARTIAL) if directory.is_dir() else ()
     return any(
-        role_of(path.name.removesuffix(PARTIAL)) is not None and is_own_directory(path) and _is_complete(path)
+        role_of(path.name.removesuffix(PARTIAL)) is not None and is_real_directory(path) and _is_complete(path)
         for path in partial
     )
 
@@ -195,7 +195,7 @@ def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
 def sweep_copying(disk: Disk, directory: Path) -> None:
     """Remove links that a killed process was copying from: they hold the blocks of deleted checkpoints."""
     copying = directory / COPYING
-    for path in list(copying.iterdir()) if is_own_directory(copying) else []:
+    for path in list(copying.iterdir()) if is_real_directory(copying) else []:
         discard(disk, path)
     discard(disk, copying)
 

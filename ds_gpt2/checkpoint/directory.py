@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
 from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.filesystem import Disk, write_file
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_of, rolling_tag
-from ds_gpt2.checkpoint.retention import Kept, Policy
+from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.run_location import OWNER
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 RECOVERY_SCRIPT = "zero_to_fp32.py"
 
 
-class Housekeeping:
+class CheckpointDirectory:
     """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Housekeeping:
         self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
 
-    def check_room(self, estimate: int) -> None:
+    def check_free_space(self, estimate: int) -> None:
         """
         Args:
             estimate: bytes of a checkpoint.
@@ -114,7 +114,7 @@ class Housekeeping:
         self._attempt("keep the best checkpoint", self._keep_best)
         self._attempt("delete old checkpoints", self._prune)
 
-    def make_ready(self, tag: str, estimate: int) -> bool:
+    def prepare_for(self, tag: str, estimate: int) -> bool:
         """Whether ``tag`` can be written: nothing of an earlier attempt is left, and it fits on the disk.
 
         Older ones give way if need be, so that the free space asked for stays. False is said, loudly.
@@ -141,7 +141,7 @@ class Housekeeping:
         needed = (sizes[0] if sizes else estimate) + int(self.settings.min_free_gb * 1e9)
         if self.disk.free_bytes(self.directory) >= needed:
             return True
-        for kept in retention.order_of_sacrifice(self._known()):
+        for kept in retention.deletion_order(self._known()):
             log.warning(f"the disk is nearly full: deleting {kept.tag} to make room for the next checkpoint")
             self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
             if self.disk.free_bytes(self.directory) >= needed:
@@ -195,7 +195,7 @@ class Housekeeping:
         for kept in retention.to_delete(self._known(), policies(self.settings)):
             self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
 
-    def _known(self) -> list[Kept]:
+    def _known(self) -> list[RetentionCandidate]:
         return known(self.directory, self._verified)
 
     def _provide_recovery_script(self) -> None:
@@ -225,10 +225,10 @@ def policies(settings: CheckpointSettings) -> list[Policy]:
     ]
 
 
-def known(directory: Path, verified: set[str]) -> list[Kept]:
+def known(directory: Path, verified: set[str]) -> list[RetentionCandidate]:
     """The checkpoints of ``directory`` as retention sees them."""
     return [
-        Kept(found.tag, found.role, found.step, found.tag in verified, _is_healthy(found))
+        RetentionCandidate(found.tag, found.role, found.step, found.tag in verified, _is_healthy(found))
         for found in scan(directory)
         if found.role
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ds_gpt2.common import files
-from ds_gpt2.common.files import open_own, write_all
+from ds_gpt2.common.files import open_for_writing, write_all
 
 
 class Disk:
@@ -21,7 +21,7 @@ class Disk:
 
     def create(self, path: Path) -> BinaryIO:
         """A new file for writing, unbuffered; a file of that name is emptied."""
-        return open_own(path, "wb", buffering=0)
+        return open_for_writing(path, "wb", buffering=0)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """All of ``data``, however many calls the system needs for it."""

@@ -17,12 +17,12 @@ import torch
 
 from ds_gpt2 import __version__
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
 from ds_gpt2.checkpoint.catalog import Generation, scan
 from ds_gpt2.checkpoint.contents import CLIENT_KEY
 from ds_gpt2.checkpoint.deepspeed_io import MODEL_FILE, Serializer, partition_file
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.host_copy import HostMemory
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, PARTIAL, rolling_tag
@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        housekeeping: Housekeeping,
+        housekeeping: CheckpointDirectory,
         engine: Engine,
         identity: dict[str, Any],
         run_settings: dict[str, Any],
@@ -99,7 +99,7 @@ class Checkpoints:
         engine.deepspeed.checkpoint_engine = self._serializer
         engine.deepspeed._copy_recovery_script = lambda _: None  # at every save, on rank 0 alone: housekeeping does it
         self._queue: BackupQueue | None = None
-        self._news: BackupNews | None = None
+        self._news: BackupReporter | None = None
         collectives.call_on_all_ranks(lambda: self._start(backup))
 
     @property
@@ -214,13 +214,13 @@ class Checkpoints:
 
     def _start(self, backup: Backup | None) -> None:
         if collectives.is_main():
-            self._housekeeping.check_room(self._estimate())
+            self._housekeeping.check_free_space(self._estimate())
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
             latest = time.time() + _CLOCK_AHEAD_SECONDS
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
-            self._news = BackupNews(self._journal) if self._journal is not None else None
+            self._news = BackupReporter(self._journal) if self._journal is not None else None
             disk = self._housekeeping.disk
-            self._queue = BackupQueue(backup, lambda: self.directory, disk, news=self._news) if backup else None
+            self._queue = BackupQueue(backup, lambda: self.directory, disk, reporter=self._news) if backup else None
 
     def _continue_from(self, generation: Generation) -> None:
         if not collectives.is_main():
@@ -251,7 +251,7 @@ class Checkpoints:
         save, self._save = self._save, None
         save.files_done.wait()
         if collectives.any_rank(not save.wrote, self._engine.device):
-            save.given_up.set()
+            save.aborted.set()
         if self._done is not None:
             self._done.result()
             self._done = None
@@ -275,7 +275,7 @@ class Checkpoints:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        ready = collectives.is_main() and self._housekeeping.make_ready(tag, self._estimate())
+        ready = collectives.is_main() and self._housekeeping.prepare_for(tag, self._estimate())
         return collectives.any_rank(ready, self._engine.device)
 
     def _estimate(self) -> int:

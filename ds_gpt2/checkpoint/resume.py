@@ -84,7 +84,7 @@ def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Gen
 
 def _copies(backup: Backup) -> list[str]:
     try:
-        return [copy.tag for copy in backup.held() if copy.manifest.kind == "full"]
+        return [copy.tag for copy in backup.copies() if copy.manifest.kind == "full"]
     except OSError as error:
         log.warning(f"backups in {backup.where()} cannot be looked at: {reason_of(error)}")
         return []

@@ -11,7 +11,7 @@ PROTECTED = 2  # so many of the newest verified checkpoints are never deleted
 
 
 @dataclass(frozen=True)
-class Kept:
+class RetentionCandidate:
     """What a policy knows of a checkpoint."""
 
     tag: str
@@ -21,7 +21,9 @@ class Kept:
     healthy: bool = False  # saved while the guards found nothing wrong, see ``TrainState.is_healthy``
 
 
-Policy = Callable[[Sequence[Kept]], Iterable[Kept]]  # of all checkpoints, newest first, those worth keeping
+Policy = Callable[
+    [Sequence[RetentionCandidate]], Iterable[RetentionCandidate]
+]  # of all checkpoints, newest first, those worth keeping
 
 
 def keep_last(count: int) -> Policy:
@@ -39,12 +41,12 @@ def keep_epochs(count: int | None) -> Policy:
     return lambda found: _of(found, "epoch")[:count]
 
 
-def keep_best(found: Sequence[Kept]) -> Iterable[Kept]:
+def keep_best(found: Sequence[RetentionCandidate]) -> Iterable[RetentionCandidate]:
     """The best by validation loss."""
     return _of(found, "best")
 
 
-def protect(found: Sequence[Kept]) -> list[Kept]:
+def protect(found: Sequence[RetentionCandidate]) -> list[RetentionCandidate]:
     """What no policy and no lack of space may take: the newest two that are verified, the best, and those that a
     rollback resumes from: the newest two healthy ones, and the newest two healthy ones that are verified.
 
@@ -57,14 +59,14 @@ def protect(found: Sequence[Kept]) -> list[Kept]:
     return [*(kept for kept in history if kept in protected), *_of(found, "best")]
 
 
-def to_delete(found: Iterable[Kept], policies: Iterable[Policy]) -> list[Kept]:
+def to_delete(found: Iterable[RetentionCandidate], policies: Iterable[Policy]) -> list[RetentionCandidate]:
     """What is neither protected nor kept by any policy, oldest first."""
     newest_first = _newest_first(found)
     kept = set(protect(newest_first)).union(*(policy(newest_first) for policy in policies))
     return [one for one in reversed(newest_first) if one not in kept]
 
 
-def order_of_sacrifice(found: Iterable[Kept]) -> list[Kept]:
+def deletion_order(found: Iterable[RetentionCandidate]) -> list[RetentionCandidate]:
     """When the disk is full: what to delete first. Superseded ones, rolling ones, ends of epochs, each oldest first."""
     newest_first = _newest_first(found)
     protected = set(protect(newest_first))
@@ -73,16 +75,16 @@ def order_of_sacrifice(found: Iterable[Kept]) -> list[Kept]:
     return [kept for kept in order if kept not in protected]
 
 
-def _newest_two(found: Iterable[Kept]) -> list[Kept]:
+def _newest_two(found: Iterable[RetentionCandidate]) -> list[RetentionCandidate]:
     """Those of the newest two steps; some steps have several names."""
     found = list(found)
     steps = sorted({kept.step for kept in found}, reverse=True)[:PROTECTED]
     return [kept for kept in found if kept.step in steps]
 
 
-def _newest_first(found: Iterable[Kept]) -> list[Kept]:
+def _newest_first(found: Iterable[RetentionCandidate]) -> list[RetentionCandidate]:
     return sorted(found, key=lambda kept: (kept.step, kept.tag), reverse=True)
 
 
-def _of(found: Iterable[Kept], role: Role) -> list[Kept]:
+def _of(found: Iterable[RetentionCandidate], role: Role) -> list[RetentionCandidate]:
     return [kept for kept in found if kept.role == role]

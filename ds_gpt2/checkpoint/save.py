@@ -46,7 +46,7 @@ class Save:
     wrote: bool = False
     copied: threading.Event = field(default_factory=threading.Event)  # from here on the engine may change its tensors
     files_done: threading.Event = field(default_factory=threading.Event)
-    given_up: threading.Event = field(default_factory=threading.Event)  # set where another rank is known to have failed
+    aborted: threading.Event = field(default_factory=threading.Event)  # set where another rank is known to have failed
 
     @property
     def _partial(self) -> Path:
@@ -93,7 +93,7 @@ class Save:
         except OSError as error:
             log.error(f"checkpoint {self.tag} was not saved ({error}); training goes on, the ones before it stay")
             with contextlib.suppress(OSError):
-                commit.give_up(self.disk, self.directory, self.tag)
+                commit.discard_failed_commit(self.disk, self.directory, self.tag)
             return
         self.committed = True
         self.afterwards(self.tag)
@@ -114,7 +114,7 @@ class Save:
     def _await(self, rank: int) -> dict[str, FileEntry]:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while (files := commit.read_record(self._partial, rank)) is None:
-            if self.given_up.is_set() or time.monotonic() > deadline or not self._partial.exists():
+            if self.aborted.is_set() or time.monotonic() > deadline or not self._partial.exists():
                 raise OSError(f"rank {rank} has not written its files")
             time.sleep(_POLL_SECONDS)
         return files

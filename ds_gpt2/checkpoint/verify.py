@@ -31,15 +31,15 @@ def examine(path: Path, checks: Iterable[Check]) -> Verdict | None:
 
     A run may replace it (``best_model``) or delete it between two reads: what was found wrong is then not.
     """
-    while (before := mark(path)) is not None:
+    while (before := identity(path)) is not None:
         generation = open_generation(path)
         problem = generation.problem or next((found for check in checks if (found := check(generation))), None)
-        if problem is None or mark(path) == before:
+        if problem is None or identity(path) == before:
             return Verdict(generation, None if problem is None else one_line(problem))
     return None
 
 
-def mark(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     """What changes when another checkpoint takes this place; None where there is none."""
     try:
         status = (path / MANIFEST).stat()

@@ -22,7 +22,7 @@ from ds_gpt2.checkpoint import directory as housekeeping
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, scan
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST, role_of
-from ds_gpt2.checkpoint.verify import Check, deep_problem, examine, hashing, mark
+from ds_gpt2.checkpoint.verify import Check, deep_problem, examine, hashing, identity
 from ds_gpt2.commands import inspect
 from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.commands.checkpoint_table import as_table, freed_by, rows_of, step_of, unfinished, unfinished_row
@@ -247,7 +247,7 @@ def _delete(paths: Iterable[Path]) -> _Pruned:
     deleted: list[str] = []
     failures: list[str] = []
     for path in paths:
-        if mark(path) is None:
+        if identity(path) is None:
             continue  # the run was faster
         size = freed_by([path])
         try:

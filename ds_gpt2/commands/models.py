@@ -12,7 +12,7 @@ import torch
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
-from ds_gpt2.checkpoint.verify import examine, hashing, mark
+from ds_gpt2.checkpoint.verify import examine, hashing, identity
 from ds_gpt2.commands.checkpoints import find_run_directories
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import size
@@ -56,14 +56,14 @@ def open_model(name: str | None, tag: str | None) -> Opened:
         return Opened(str(name), found.shape, found.weights, outside, None, load.padding_note(found))
     path = find_checkpoint(name, tag).path
     for _ in range(_TRIES):
-        before = mark(path)
+        before = identity(path)
         try:
             opened = _open_checkpoint(path)
         except UserError:
-            if mark(path) == before:
+            if identity(path) == before:
                 raise
             continue
-        if mark(path) == before:
+        if identity(path) == before:
             return opened
     raise UserError(f"{path} was replaced again and again while it was read: choose another with --tag")
 

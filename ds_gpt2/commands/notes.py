@@ -49,7 +49,7 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
 def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
     file = run_dir / notes.NOTES
     try:
-        with notes.one_writer(run_dir):
+        with notes.writer_lock(run_dir):
             notes.append(run_dir, note)
             shown = _show_in_tensorboard(run_dir)
     except OSError as error:

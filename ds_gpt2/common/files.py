@@ -79,7 +79,7 @@ def read_small(path: Path) -> bytes:
     return data
 
 
-def open_own(path: Path, mode: str, buffering: int = -1) -> BinaryIO:
+def open_for_writing(path: Path, mode: str, buffering: int = -1) -> BinaryIO:
     """Open a file for writing by its own name, see ``no_links``.
 
     Args:
@@ -145,7 +145,7 @@ def write_problem(directory: Path) -> str | None:
             probe.unlink()
 
 
-def is_own_directory(path: Path) -> bool:
+def is_real_directory(path: Path) -> bool:
     """Whether ``path`` is a directory, and no link to one."""
     return path.is_dir() and not path.is_symlink()
 
@@ -156,7 +156,7 @@ def remove_tree(path: Path) -> None:
     Raises:
         OSError: something cannot be deleted.
     """
-    if is_own_directory(path):
+    if is_real_directory(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -205,11 +205,11 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
-def check_may_write(directory: Path, full_is_fine: bool = True) -> None:
+def check_can_write(directory: Path, full_is_allowed: bool = True) -> None:
     """As ``check_writable``, without a trace: what is not there yet is judged by the nearest parent that is.
 
     Args:
-        full_is_fine: older files there give way to new ones.
+        full_is_allowed: older files there give way to new ones.
 
     Raises:
         UserError: ``directory`` cannot be written to or made.
@@ -218,7 +218,7 @@ def check_may_write(directory: Path, full_is_fine: bool = True) -> None:
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
         _probe(existing)
-        if not full_is_fine and (problem := write_problem(existing)) is not None:
+        if not full_is_allowed and (problem := write_problem(existing)) is not None:
             raise UserError(f"cannot write to {directory}: {problem}; make room on its disk")
     except OSError as error:
         raise UserError(
@@ -260,7 +260,7 @@ def lock(path: Path, whose: str) -> BinaryIO:
         UserError: another process holds it, or it cannot be made.
     """
     try:
-        file = open_own(path, "a+b")
+        file = open_for_writing(path, "a+b")
         if not try_lock(file):
             file.seek(0)
             holder = file.read(100).decode(errors="replace").strip() or "unknown"

@@ -22,7 +22,7 @@ def start_of(pid: int) -> str | None:
     return None if state in (b"Z", b"X") else f"{int(ticks)}.{_boot()}"
 
 
-def lives(pid: int, start: str) -> bool:
+def is_running(pid: int, start: str) -> bool:
     """Whether the process ``pid`` that began at ``start``, as ``start_of`` gave it, is there and no zombie."""
     return start_of(pid) == start
 

@@ -31,7 +31,7 @@ def make_safe() -> None:
         logging.lastResort.setFormatter(LineFormatter())
 
 
-def ignore_failures() -> None:
+def ignore_write_errors() -> None:
     """From here on output that cannot be written is lost: training is worth more than what it prints."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -39,7 +39,7 @@ def ignore_failures() -> None:
             setattr(sys, name, Unfailing(stream))
 
 
-def output_fails() -> bool:
+def is_stdout_broken() -> bool:
     """Whether standard output takes nothing more."""
     try:
         sys.stdout.write("\n")
@@ -49,7 +49,7 @@ def output_fails() -> bool:
     return False
 
 
-def unspeakable(error: UnicodeEncodeError) -> str:
+def encoding_error_message(error: UnicodeEncodeError) -> str:
     """One line for a path or name with characters that the locale's encoding lacks."""
     text = error.object[max(0, error.start - 40) : error.end + 20]
     return (

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from ds_gpt2.common.files import open_own, write_all
+from ds_gpt2.common.files import open_for_writing, write_all
 from ds_gpt2.common.formatting import counted, duration
 from ds_gpt2.common.terminal import LineFormatter
 from ds_gpt2.distributed import collectives
@@ -43,7 +43,7 @@ class _LogFile(logging.Handler):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self._file = open_own(file, "ab", buffering=0)
+        self._file = open_for_writing(file, "ab", buffering=0)
         self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import check_may_write
+from ds_gpt2.common.files import check_can_write
 
 
 class CsvBlock(BaseModel):
@@ -33,7 +33,7 @@ def check(content: dict[str, Any]) -> None:
     if not block.enabled:
         return
     try:
-        check_may_write(Path.cwd() / os.path.join(block.output_path, block.job_name))
+        check_can_write(Path.cwd() / os.path.join(block.output_path, block.job_name))
     except UserError as error:
         hint = "set csv_monitor.output_path and csv_monitor.job_name to a directory that can be written to"
         raise UserError(f"DeepSpeed file: csv_monitor: {error}, or {hint}") from None

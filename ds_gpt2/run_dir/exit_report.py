@@ -35,7 +35,7 @@ _LONGEST_FAILURE = 160  # characters
 _FILE, _PIPE = "DS_GPT2_OUTCOME", "DS_GPT2_OUTCOME_PIPE"  # environment: where ranks leave what they have to say
 
 
-class LastWords:
+class ExitReports:
     """What the ranks of one start say of their end.
 
     They write it into a pipe of this process, which no full disk or moved directory keeps from it. DeepSpeed's launcher
@@ -81,12 +81,12 @@ class LastWords:
         return [word for line in lines if (word := _parsed(line)) is not None]
 
 
-def leave(outcome: Outcome) -> None:
+def report_outcome(outcome: Outcome) -> None:
     """Leave ``outcome`` for whoever asked for it."""
     _leave({"outcome": asdict(outcome)})
 
 
-def leave_failure(rank: int, error: BaseException) -> None:
+def report_failure(rank: int, error: BaseException) -> None:
     """Leave what ended ``rank``."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = f"{kind}{' '.join(str(error).split())}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from ds_gpt2.common.files import no_links, open_own, read_small, write_problem
+from ds_gpt2.common.files import no_links, open_for_writing, read_small, write_problem
 from ds_gpt2.common.process_start import start_of
 from ds_gpt2.common.safe_json import LARGEST, is_time
 
@@ -71,10 +71,10 @@ class Heartbeat:
             os.pwrite(self._file, line.ljust(_SIZE - 1).encode() + b"\n", 0)
 
 
-def open_stacks(run_dir: Path, rank: int) -> None:
+def enable_stack_dumps(run_dir: Path, rank: int) -> None:
     """From here on SIGUSR2 makes this process write down what each of its threads is doing; so does a fault in C."""
     try:
-        file = open_own(stacks_file(run_dir, rank), "wb")
+        file = open_for_writing(stacks_file(run_dir, rank), "wb")
     except OSError:
         return
     faulthandler.enable(file)
@@ -97,7 +97,7 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
         return None
 
 
-def beat_written(run_dir: Path, rank: int) -> float | None:
+def beat_mtime(run_dir: Path, rank: int) -> float | None:
     """When the file system says that ``rank`` gave its newest beat, in seconds since 1970; None if there is none."""
     try:
         return _file(run_dir, rank).stat().st_mtime
@@ -110,7 +110,7 @@ def beat_problem(run_dir: Path) -> str | None:
     return write_problem(run_dir / _DIRECTORY)
 
 
-def forget_beats(run_dir: Path) -> None:
+def clear_heartbeats(run_dir: Path) -> None:
     """Nobody beats now: what is there is of processes that are gone."""
     with contextlib.suppress(OSError):
         for file in (run_dir / _DIRECTORY).iterdir():

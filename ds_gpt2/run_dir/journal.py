@@ -132,7 +132,7 @@ class Journal:
             return event
         return None
 
-    def write_missed(self) -> None:
+    def write_pending(self) -> None:
         """Write the events that could not be written before.
 
         Raises:
@@ -186,29 +186,29 @@ def parse_event(line: bytes) -> Event | None:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostTime:
     """A time in which the run did not get further."""
 
-    begun: float  # seconds since 1970: the state that it went on from later was reached
-    ended: float  # it trained on from there
-    why: str  # kind of the event that ended the run
+    start: float  # seconds since 1970: when the state was reached from which the run resumed later
+    end: float  # seconds since 1970: when training resumed from that state
+    cause: str  # kind of the event that ended the run
 
     @property
     def seconds(self) -> float:
-        return self.ended - self.begun
+        return self.end - self.start
 
 
 _ENDS = frozenset({"crash", "hang", "stop", "rollback", "done"})
 
 
-def lost_times(events: list[Event]) -> list[Lost]:
+def lost_times(events: list[Event]) -> list[LostTime]:
     """What each interruption cost: from when the state was reached that a start went on from, to that start.
 
     So it counts the work that had to be done again, the time the run lay still, and the start itself. Where a later
     start went back further, that one's time holds the earlier ones.
     """
     reached: dict[int, float] = {}  # step -> when it was saved, or trained up to
-    lost: list[Lost] = []
+    lost: list[LostTime] = []
     ending: Event | None = None
     for event in events:
         if event.kind == "save" and event.step is not None:
@@ -216,12 +216,12 @@ def lost_times(events: list[Event]) -> list[Lost]:
         elif event.kind in _ENDS:
             ending = event
         elif event.kind == "start" and event.step is not None:
-            begun = reached.get(event.step)
-            if begun is None and event.step == 0:
-                begun = next(first.time for first in events if first.kind == "start")
-            if begun is not None and begun < event.time:
-                lost = [one for one in lost if one.begun < begun]
-                lost.append(Lost(begun, event.time, ending.kind if ending else "crash"))
+            start = reached.get(event.step)
+            if start is None and event.step == 0:
+                start = next(first.time for first in events if first.kind == "start")
+            if start is not None and start < event.time:
+                lost = [interval for interval in lost if interval.start < start]
+                lost.append(LostTime(start, event.time, ending.kind if ending else "crash"))
             reached = {step: when for step, when in reached.items() if step <= event.step}
             ending = None
     return lost

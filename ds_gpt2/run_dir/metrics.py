@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.files import append_lines, open_own, read_small, regular_only, replace_file, write_all
+from ds_gpt2.common.files import append_lines, open_for_writing, read_small, regular_only, replace_file, write_all
 from ds_gpt2.common.open_directory import OpenDirectory
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
@@ -43,7 +43,7 @@ class MetricsFile:
         self._name = file.name
         self._directory = OpenDirectory(file.parent)
         self._reserve = reserve
-        self._open = open_own(file, "a+b", buffering=0)
+        self._open = open_for_writing(file, "a+b", buffering=0)
         self._waiting = bytearray()
         self._not_durable = bytearray()  # written since the last durable flush
         self._reserved: int | None = None  # bytes of what waits that the reserve has too; None: there is no such file
@@ -115,7 +115,7 @@ class MetricsFile:
         else:
             if os.path.samestat(found, os.fstat(self._open.fileno())):
                 return
-        written = open_own(file, "a+b", buffering=0)
+        written = open_for_writing(file, "a+b", buffering=0)
         log.warning(f"{file} was deleted or replaced while the run trains: its records are appended to the new file")
         self._open.close()
         self._open = written
@@ -172,7 +172,7 @@ def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
     if moved:
         _append_to_any([file.parent, *([reserve.parent] if reserve is not None else [])], REPLACED, moved)
     if found is not None and (found.rest or found.end < file.stat().st_size):
-        with open_own(file, "r+b") as opened:
+        with open_for_writing(file, "r+b") as opened:
             opened.truncate(found.end)
             opened.seek(found.end)
             opened.write(found.rest)

@@ -65,7 +65,7 @@ def read_notes(run_dir: Path) -> list[Note]:
 
 
 @contextlib.contextmanager
-def one_writer(run_dir: Path) -> Iterator[None]:
+def writer_lock(run_dir: Path) -> Iterator[None]:
     """Wait until no other process writes notes of this run; on a file system without locks, do not wait.
 
     Raises:

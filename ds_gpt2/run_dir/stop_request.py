@@ -7,9 +7,9 @@ import os
 import signal
 from types import FrameType
 
-from ds_gpt2.common.files import is_own_directory
+from ds_gpt2.common.files import is_real_directory
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.common.process_start import lives, start_of
+from ds_gpt2.common.process_start import is_running, start_of
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class StopRequest:
                 None on ranks that do not watch.
             checkpoints: the directory of the run's checkpoints, whose move is a request.
         """
-        self.is_alone = False  # the supervisor was found dead
+        self.supervisor_lost = False  # the supervisor was found dead
         self._asked = False
         self._run_dir, self._checkpoints = run_dir, checkpoints
         self._supervisor = _supervisor() if run_dir is not None else None
@@ -71,7 +71,7 @@ class StopRequest:
         if self._run_dir is not None:
             file = self._run_dir.path / STOP_FILE
             try:
-                file.rmdir() if is_own_directory(file) else file.unlink(missing_ok=True)
+                file.rmdir() if is_real_directory(file) else file.unlink(missing_ok=True)
             except OSError as error:
                 log.warning(
                     f"{file} cannot be removed ({error.strerror}): the next start stops again while it is there"
@@ -79,14 +79,14 @@ class StopRequest:
 
     def _look_for_supervisor(self) -> bool:
         """Without it the run would not be restarted and a hang not be noticed: better to end now, all saved."""
-        self.is_alone = self._supervisor is not None and not lives(*self._supervisor)
-        return self.is_alone
+        self.supervisor_lost = self._supervisor is not None and not is_running(*self._supervisor)
+        return self.supervisor_lost
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
 
-def watched_by_me() -> dict[str, str]:
+def supervisor_environment() -> dict[str, str]:
     """The environment that makes a run stop when this process is gone."""
     return {_SUPERVISOR: f"{os.getpid()} {start_of(os.getpid())}"}
 
@@ -96,7 +96,7 @@ def _supervisor() -> tuple[int, str] | None:
     return (int(pid), start) if start else None
 
 
-def die_silently() -> None:
+def restore_default_handlers() -> None:
     """Until there is something to save, the signals end the process at once, with no traceback."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

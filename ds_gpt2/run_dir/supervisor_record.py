@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
-from ds_gpt2.common.process_start import lives
+from ds_gpt2.common.process_start import is_running
 from ds_gpt2.run_dir.journal import Time
 
 RECORD = "supervisor.json"
@@ -24,7 +24,7 @@ _SAME_START_SECONDS = 2.0  # by the clock of an earlier version
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisorRecord:
     """What a supervisor says of itself."""
 
     pid: _Pid
@@ -45,21 +45,21 @@ class Supervised:
         replace_file(run_dir / RECORD, json.dumps(asdict(self)))
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether that supervisor still lives; one on another machine is taken at its word."""
         if self.state == "ended":
             return False
-        return self.host != socket.gethostname() or self.lives()
+        return self.host != socket.gethostname() or self.is_running()
 
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
         """Whether its process is on this machine."""
-        return lives(self.pid, self.start) if self.start else _lived_by_clock(self.pid, self.started)
+        return is_running(self.pid, self.start) if self.start else _lived_by_clock(self.pid, self.started)
 
 
-_SUPERVISED = TypeAdapter(Supervised)
+_SUPERVISED = TypeAdapter(SupervisorRecord)
 
 
-def read_supervised(run_dir: Path) -> Supervised | None:
+def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
     """What the run's newest supervisor said; None where there was none, or the file is damaged."""
     try:
         values = safe_json.read(run_dir / RECORD)

@@ -23,7 +23,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed.launch_environment import without_ranks
-from ds_gpt2.run_dir.exit_report import CRASHED, LastWords, Outcome
+from ds_gpt2.run_dir.exit_report import CRASHED, ExitReports, Outcome
 from ds_gpt2.run_dir.heartbeat import read_beat, stacks_file
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -100,7 +100,7 @@ class Ranks:
             environment: laid over this process's own.
         """
         command = start_command(place, script, arguments)
-        self._last_words = LastWords(outcome_file)
+        self._last_words = ExitReports(outcome_file)
         inherited = {**without_ranks(os.environ), **environment, **self._last_words.request()}
         inherited["DS_ACCELERATOR"] = place.accelerator
         self._process = subprocess.Popen(command, env=inherited, start_new_session=True)

@@ -28,9 +28,9 @@ from ds_gpt2.config.run_location import load_run_settings, write_first_settings
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.run_dir import exit_report, stop_request
 from ds_gpt2.run_dir.exit_report import Outcome
-from ds_gpt2.run_dir.heartbeat import forget_beats
+from ds_gpt2.run_dir.heartbeat import clear_heartbeats
 from ds_gpt2.run_dir.journal import Journal, Kind, read_journal
-from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, Supervised, read_supervised
+from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, SupervisorRecord, read_supervisor_record
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.disk_watch import DiskWatch, WriteWatch
@@ -127,7 +127,9 @@ class _Supervisor:
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         self._disk, self._writes = DiskWatch(settings), WriteWatch(self._opened)
         start = start_of(os.getpid()) or ""
-        self._me = Supervised(os.getpid(), time.time(), socket.gethostname(), "running", run.place.ranks, start=start)
+        self._me = SupervisorRecord(
+            os.getpid(), time.time(), socket.gethostname(), "running", run.place.ranks, start=start
+        )
 
     @property
     def _run_dir(self) -> Path:
@@ -163,7 +165,7 @@ class _Supervisor:
 
     def _start(self, run: SupervisedRun) -> Ended:
         """One start of the ranks, to its end."""
-        forget_beats(self._run_dir)
+        clear_heartbeats(self._run_dir)
         directory = self._run_dir / SUPERVISOR_DIR
         with contextlib.suppress(OSError):
             (directory / _OUTCOME).unlink()
@@ -172,7 +174,7 @@ class _Supervisor:
         text = f"starting {counted(run.place.ranks, 'rank')}, {_origin(run)}"
         self._note("launch", text, restart=self._launched)
         self._launched = True
-        environment = {**run.environment, **stop_request.watched_by_me()}
+        environment = {**run.environment, **stop_request.supervisor_environment()}
         try:
             ranks = Ranks(run.command(), run.place, directory / _OUTCOME, environment, run.script)
         except OSError as error:  # too many processes, say: that may pass
@@ -256,10 +258,10 @@ class _Supervisor:
 
     def _end_orphans(self) -> None:
         """What a supervisor that was killed has left of this run: it is asked to save, and ended."""
-        before = read_supervised(self._run_dir)
+        before = read_supervisor_record(self._run_dir)
         if before is None or before.group is None or before.host != self._me.host:
             return
-        if not launcher.ranks_of(before.group) or before.lives():
+        if not launcher.ranks_of(before.group) or before.is_running():
             return
         self._tell(
             "orphans", f"processes of an earlier start are left ({before.group}): they are asked to save and end"
@@ -399,12 +401,12 @@ class _Supervisor:
         if (warning := self._writes.look()) is not None:
             self._tell("not_logged", warning)
         with contextlib.suppress(OSError):
-            self._journal.write_missed()
+            self._journal.write_pending()
 
     def _saved_step(self) -> int:
         return newest_step(self._checkpoints.path)
 
-    def _record(self, state: Supervised) -> None:
+    def _record(self, state: SupervisorRecord) -> None:
         with contextlib.suppress(OSError):  # a full disk: the run goes on
             state.write(self._run_dir)
 

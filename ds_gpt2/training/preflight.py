@@ -39,7 +39,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     check_outputs(settings)
     check_backup(settings)
     wanted = what_to_resume(settings, resume)
-    if commit.awaits_sweep(settings.checkpoint_dir):
+    if commit.has_unfinished_commit(settings.checkpoint_dir):
         wanted = None  # which checkpoints there are shows when the run is taken over
     dataset = dataset_of(settings, wanted)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
@@ -56,7 +56,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         if hub_name(settings.model.init_from or "") is None:
             check_initial_model(settings)
     for directory in settings.output_dirs:
-        files.check_may_write(directory, full_is_fine=directory == settings.checkpoint_dir)
+        files.check_can_write(directory, full_is_allowed=directory == settings.checkpoint_dir)
 
 
 def check_initial_model(settings: Settings) -> None:
@@ -146,7 +146,7 @@ def _check_not_saved_before(settings: Settings) -> None:
     Raises:
         CheckpointsGoneError: the run was saved, and no checkpoint of it is there.
     """
-    if (step := saved_step(settings)) is not None and not commit.awaits_sweep(settings.checkpoint_dir):
+    if (step := saved_step(settings)) is not None and not commit.has_unfinished_commit(settings.checkpoint_dir):
         raise CheckpointsGoneError(
             f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
             f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
@@ -184,14 +184,14 @@ def begins_anew(settings: Settings, resume: str | None) -> bool:
     Raises:
         UserError: a run must not be trained over.
     """
-    return what_to_resume(settings, resume) is None and not commit.awaits_sweep(settings.checkpoint_dir)
+    return what_to_resume(settings, resume) is None and not commit.has_unfinished_commit(settings.checkpoint_dir)
 
 
 def has_copies(settings: Settings) -> bool:
     """Whether there are backups of the run's checkpoints."""
     backup = backup_of(settings)
     try:
-        return backup is not None and bool(backup.held())
+        return backup is not None and bool(backup.copies())
     except OSError as error:
         raise UserError(f"cannot tell whether {settings.run.name} has backups: {reason_of(error)}") from None
 
@@ -275,7 +275,7 @@ def _other_owner(directory: Path, settings: Settings) -> Path | None:
 
 def _checkpoints_left_behind(settings: Settings) -> Path | None:
     """Checkpoints of the run in another directory than its own, which has none; None if there are none."""
-    if newest_tag(settings.checkpoint_dir) is not None or commit.awaits_sweep(settings.checkpoint_dir):
+    if newest_tag(settings.checkpoint_dir) is not None or commit.has_unfinished_commit(settings.checkpoint_dir):
         return None
     if not (settings.run_dir / CONFIG).is_file():
         return None

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ds_gpt2.checkpoint.catalog import newest_tag
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints, library_versions
 from ds_gpt2.checkpoint.naming import LOCK
@@ -53,7 +53,7 @@ from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
 from ds_gpt2.monitoring.trackers import Tracker, open_trackers
 from ds_gpt2.pretrained.load import weights_for
 from ds_gpt2.run_dir.exit_report import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
-from ds_gpt2.run_dir.heartbeat import Heartbeat, open_stacks
+from ds_gpt2.run_dir.heartbeat import Heartbeat, enable_stack_dumps
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.run_dir.metrics import (
     METRICS,
@@ -146,10 +146,10 @@ def _train(
         collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads it if it is on the hub
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
-    open_stacks(settings.run_dir, collectives.rank())
+    enable_stack_dumps(settings.run_dir, collectives.rank())
     console.open_log(settings.run_dir / "train.log")
     made_again = functools.partial(_restore_checkpoint_dir, settings, journal, endings)
-    house = Housekeeping(Disk(), settings.checkpoint_dir, settings.checkpoint, made_again)
+    house = CheckpointDirectory(Disk(), settings.checkpoint_dir, settings.checkpoint, made_again)
     lock = collectives.call_on_all_ranks(lambda: _take_over(settings, house))
     wanted = collectives.broadcast_from_main(lambda: what_to_resume(settings, origin.resume))
     heartbeat.beat()
@@ -208,7 +208,7 @@ def _train(
         log.warning(f"{stop.reason}: stopping")
     log.info(f"{ending.value} at step {state.step} of {course.steps}; {saved}")
     engine.close()
-    result = _outcome(ending, guard, stop.is_alone)
+    result = _outcome(ending, guard, stop.supervisor_lost)
     if lock is not None:
         _note_end(journal, ending, result, state, course)
         lock.close()
@@ -283,7 +283,7 @@ def _restore_checkpoint_dir(settings: Settings, journal: Journal, endings: conte
     endings.enter_context(files.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
 
 
-def _take_over(settings: Settings, house: Housekeeping) -> BinaryIO | None:
+def _take_over(settings: Settings, house: CheckpointDirectory) -> BinaryIO | None:
     """On rank 0: lock the run against other processes, and bring its checkpoints in order."""
     if not collectives.is_main():
         return None

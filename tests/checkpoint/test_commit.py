@@ -33,7 +33,7 @@ from ds_gpt2.checkpoint import catalog, commit, manifest, weights
 from ds_gpt2.checkpoint import save as writer
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
 from ds_gpt2.checkpoint.commit import write_record, write_with
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import (
@@ -68,7 +68,7 @@ class Stage:
         self.disk = disk
         self.directory = root / "run"
         self.elsewhere = root / "other"
-        self.house = Housekeeping(disk, self.directory, settings)
+        self.house = CheckpointDirectory(disk, self.directory, settings)
         self.settled = 0  # operations before what is looked at
         self.promised: int | None = None  # operations after which the new checkpoint must be there
         self.failure: str | None = None  # why the act ended early
@@ -416,7 +416,7 @@ def _recover(tree: Tree, root: Path) -> Recovery:
     directory, disk = root / "run", RecordingDisk(root)
     listed = scan(directory)
     before, pointed, lost_by_reader = _labels(listed), _latest(directory), _dangling(directory)
-    Housekeeping(disk, directory, DEFAULTS).start()
+    CheckpointDirectory(disk, directory, DEFAULTS).start()
     if disk.operations:
         listed = scan(directory)
     after = _labels(listed)
@@ -552,7 +552,7 @@ def _examine(laboratory: Laboratory, scenario: Scenario) -> Examined:
 def _small_change() -> Iterator[None]:
     """The protocol does not look at what is in the files; the script for DeepSpeed's users is no part of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Housekeeping, "_provide_recovery_script", lambda house: None)
+        patch.setattr(CheckpointDirectory, "_provide_recovery_script", lambda house: None)
         patch.setattr(weights, "fp32_weights", lambda source: _first_word((source / "model_0.pt").read_bytes()))
         patch.setattr(
             weights, "pickle_into", lambda label, file: file.write(_payload(label, [WEIGHTS_FILE])[WEIGHTS_FILE])
@@ -628,7 +628,7 @@ def _restarted(laboratory: Laboratory, scenario: Scenario, at: int, skipped: Ste
     with contextlib.suppress(KilledError):
         scenario.act(stage)
     stage.disk.dies_at, stage.disk.skipped = None, skipped
-    Housekeeping(stage.disk, stage.directory, DEFAULTS).start()
+    CheckpointDirectory(stage.disk, stage.directory, DEFAULTS).start()
     return stage
 
 
@@ -874,7 +874,7 @@ def ranks() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _save(disk: Disk, house: Housekeeping, directory: Path, step: int, rank: int, roles: Sequence[str]) -> Save:
+def _save(disk: Disk, house: CheckpointDirectory, directory: Path, step: int, rank: int, roles: Sequence[str]) -> Save:
     return Save(
         disk,
         directory,
@@ -891,7 +891,12 @@ def _save(disk: Disk, house: Housekeeping, directory: Path, step: int, rank: int
 
 
 def _saved(
-    ranks: ThreadPoolExecutor, disk: Disk, house: Housekeeping, directory: Path, step: int, roles: Sequence[str] = ()
+    ranks: ThreadPoolExecutor,
+    disk: Disk,
+    house: CheckpointDirectory,
+    directory: Path,
+    step: int,
+    roles: Sequence[str] = (),
 ) -> bool:
     """Whether two ranks commit; they agree on failures as those of a run do."""
     saves = [_save(disk, house, directory, step, rank, roles) for rank in range(RANKS)]
@@ -900,7 +905,7 @@ def _saved(
         assert save.files_done.wait(30)
     if not all(save.wrote for save in saves):
         for save in saves:
-            save.given_up.set()
+            save.aborted.set()
     for one in running:
         one.result(30)
     return saves[0].committed
@@ -940,15 +945,15 @@ def _failing_while_saving(
     directory = _staged(scenario, root).directory
     (old,) = (found.tag for found in scan(directory) if found.role == "rolling")
     disk = FailingDisk(root, fault, at)
-    house = Housekeeping(disk, directory, DEFAULTS)
+    house = CheckpointDirectory(disk, directory, DEFAULTS)
     committed = _saved(ranks, disk, house, directory, 10, [EPOCH_TAG, BEST_TAG])
     assert not committed or rolling_tag(10) in _good_tags(directory)
-    replaced = scenario.replaces and commit.awaits_sweep(directory)
+    replaced = scenario.replaces and commit.has_unfinished_commit(directory)
     assert replaced or {old, superseded_tag(10)} & _good_tags(directory)
     disk.repaired = True
     assert _saved(ranks, disk, house, directory, 15)
     assert _latest(directory) == rolling_tag(15)
-    Housekeeping(disk, directory, DEFAULTS).start()
+    CheckpointDirectory(disk, directory, DEFAULTS).start()
     best = {BEST_TAG} if committed or scenario.best is not None else set()
     assert {old, rolling_tag(15), *best} <= _good_tags(directory)
     assert _good_tags(directory) == {found.tag for found in scan(directory)}
@@ -963,7 +968,7 @@ def test_a_file_that_takes_less_than_it_is_given_gets_the_rest(ranks: ThreadPool
         directory = tmp_path / str(at) / "run"
         directory.mkdir(parents=True)
         disk = ShortWritingDisk(directory.parent, at)
-        house = Housekeeping(disk, directory, DEFAULTS)
+        house = CheckpointDirectory(disk, directory, DEFAULTS)
         assert _saved(ranks, disk, house, directory, 10, [BEST_TAG])
         assert _good_tags(directory) == {rolling_tag(10), BEST_TAG}
         assert _latest(directory) == rolling_tag(10)
@@ -978,7 +983,7 @@ def test_rank_0_does_not_wait_for_ever(
 ) -> None:
     monkeypatch.setattr(writer, "_PATIENCE_SECONDS", 0.05)
     disk = RecordingDisk(tmp_path)
-    house = Housekeeping(disk, tmp_path, DEFAULTS)
+    house = CheckpointDirectory(disk, tmp_path, DEFAULTS)
     save = _save(disk, house, tmp_path, 10, 0, [])
     save.run()
     assert not save.committed
@@ -1021,7 +1026,7 @@ def test_what_cannot_be_read_back_ends_no_run(
         raise DamagedError(f"{MANIFEST} cannot be read: Input/output error")
 
     disk = RecordingDisk(tmp_path)
-    house = Housekeeping(disk, tmp_path, DEFAULTS)
+    house = CheckpointDirectory(disk, tmp_path, DEFAULTS)
     monkeypatch.setattr(commit, "read", unreadable)
     assert _saved(ranks, disk, house, tmp_path, 10, [BEST_TAG])
     assert "Input/output error" in caplog.text

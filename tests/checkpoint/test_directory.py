@@ -10,7 +10,7 @@ import pytest
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import problem_of, scan
-from ds_gpt2.checkpoint.directory import Housekeeping
+from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
@@ -66,28 +66,28 @@ def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_could_not_keep_one_checkpoint_does_not_start(tmp_path: Path) -> None:
-    house = Housekeeping(SmallDisk(999), tmp_path, SETTINGS)
+    house = CheckpointDirectory(SmallDisk(999), tmp_path, SETTINGS)
     with pytest.raises(UserError, match=r"has 0\.00 GB free; a checkpoint takes .* make room, or set checkpoint\.dir"):
-        house.check_room(1000)
-    Housekeeping(SmallDisk(1000), tmp_path, SETTINGS).check_room(1000)
+        house.check_free_space(1000)
+    CheckpointDirectory(SmallDisk(1000), tmp_path, SETTINGS).check_free_space(1000)
     _save(tmp_path, 5)
-    house.check_room(1000)  # one that has some goes on: they may give way
+    house.check_free_space(1000)  # one that has some goes on: they may give way
 
 
 def test_when_the_disk_is_full_old_ones_give_way_but_never_the_newest_two_or_the_best(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = SmallDisk(6 * len(CONTENT))
-    house = Housekeeping(disk, tmp_path, SETTINGS)
+    house = CheckpointDirectory(disk, tmp_path, SETTINGS)
     for step, loss in ((5, 2.0), (10, 3.0), (15, 3.0), (20, 3.0), (25, 3.0)):
         house.after_commit(_save(tmp_path, step, loss), [BEST_TAG])
-    assert house.make_ready(rolling_tag(30), 0)
+    assert house.prepare_for(rolling_tag(30), 0)
     assert len(_tags(tmp_path)) == 6
     disk.size = 4 * len(CONTENT)
-    assert house.make_ready(rolling_tag(30), 0)
+    assert house.prepare_for(rolling_tag(30), 0)
     assert _tags(tmp_path) == [rolling_tag(25), rolling_tag(20), BEST_TAG]
     disk.size = len(CONTENT)
-    assert not house.make_ready(rolling_tag(30), 0)
+    assert not house.prepare_for(rolling_tag(30), 0)
     assert _tags(tmp_path) == [rolling_tag(25), rolling_tag(20), BEST_TAG]
     assert "NO CHECKPOINT IS SAVED" in caplog.text
 
@@ -96,16 +96,16 @@ def test_what_an_earlier_attempt_left_is_not_built_upon(tmp_path: Path) -> None:
     partial = tmp_path / f"{rolling_tag(5)}.tmp"
     partial.mkdir()
     (partial / "rank_00001.json").write_text('{"files": {}}')
-    assert Housekeeping(Disk(), tmp_path, SETTINGS).make_ready(rolling_tag(5), 0)
+    assert CheckpointDirectory(Disk(), tmp_path, SETTINGS).prepare_for(rolling_tag(5), 0)
     assert not partial.exists()
 
 
 def test_a_start_makes_up_for_roles_that_a_crash_has_prevented(tmp_path: Path) -> None:
     _save(tmp_path, 5, loss=3.0)
-    Housekeeping(Disk(), tmp_path, SETTINGS).start()
+    CheckpointDirectory(Disk(), tmp_path, SETTINGS).start()
     assert (tmp_path / BEST_TAG / "manifest.json").samefile(tmp_path / rolling_tag(5) / "manifest.json")
     _save(tmp_path, 10, loss=2.0, roles=(epoch_tag(1), BEST_TAG))  # and killed
-    Housekeeping(Disk(), tmp_path, SETTINGS).start()
+    CheckpointDirectory(Disk(), tmp_path, SETTINGS).start()
     for role in (BEST_TAG, epoch_tag(1)):
         assert (tmp_path / role / "manifest.json").samefile(tmp_path / rolling_tag(10) / "manifest.json")
     assert commit.read_pointer(tmp_path, "latest") == rolling_tag(10)
@@ -116,7 +116,7 @@ def test_one_thing_that_cannot_be_cleaned_up_keeps_nothing_else_from_it(
 ) -> None:
     (tmp_path / f"{epoch_tag(1)}.tmp" / "a directory").mkdir(parents=True)
     (tmp_path / f"{rolling_tag(5)}.tmp").mkdir()
-    Housekeeping(Disk(), tmp_path, SETTINGS).start()
+    CheckpointDirectory(Disk(), tmp_path, SETTINGS).start()
     assert not (tmp_path / f"{rolling_tag(5)}.tmp").exists()
     assert f"could not clean up {tmp_path / epoch_tag(1)}.tmp" in caplog.text
 
@@ -125,7 +125,7 @@ def test_the_script_for_deepspeeds_users_is_there_and_whole(tmp_path: Path) -> N
     from deepspeed.utils import zero_to_fp32
 
     (tmp_path / "zero_to_fp32.py").write_text("cut by a cra")
-    Housekeeping(Disk(), tmp_path, SETTINGS).start()
+    CheckpointDirectory(Disk(), tmp_path, SETTINGS).start()
     assert (tmp_path / "zero_to_fp32.py").read_text() == Path(zero_to_fp32.__file__).read_text()
 
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_from_elsewhere_becomes_part_of_the_runs_history(tmp_path: 
     for step in (5, 15):
         _save(own, step)
     _save(other, 10)
-    house = Housekeeping(Disk(), own, SETTINGS)
+    house = CheckpointDirectory(Disk(), own, SETTINGS)
     house.resume_from(scan(other)[0])
     assert _tags(own) == ["superseded_step_000015", rolling_tag(10), rolling_tag(5)]
     assert [problem_of(one) for one in scan(own)] == [None] * 3

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import retention
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag, superseded_tag
-from ds_gpt2.checkpoint.retention import Kept, Policy
+from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 
 _steps = st.integers(0, 30)
 
 
 @st.composite
-def _found(draw: st.DrawFn) -> list[Kept]:
+def _found(draw: st.DrawFn) -> list[RetentionCandidate]:
     """Any checkpoints of a run, in any order; some steps have several names, each verified or not."""
     found = []
     for role, tag in (("rolling", rolling_tag), ("epoch", epoch_tag), ("superseded", superseded_tag)):
         for step in draw(st.sets(_steps, max_size=12)):
-            found.append(Kept(tag(step), role, step, draw(st.booleans())))
+            found.append(RetentionCandidate(tag(step), role, step, draw(st.booleans())))
     if draw(st.booleans()):
-        found.append(Kept(BEST_TAG, "best", draw(_steps), draw(st.booleans())))
+        found.append(RetentionCandidate(BEST_TAG, "best", draw(_steps), draw(st.booleans())))
     return draw(st.permutations(found))
 
 
@@ -39,7 +39,7 @@ _policies = st.lists(
 )
 
 
-def _untouchable(found: Iterable[Kept]) -> set[Kept]:
+def _untouchable(found: Iterable[RetentionCandidate]) -> set[RetentionCandidate]:
     """The newest two verified steps of the history under each name they verify under, and the best."""
     verified = [one for one in found if one.verified and one.role in ("rolling", "epoch")]
     newest = sorted({one.step for one in verified})[-2:]
@@ -47,20 +47,22 @@ def _untouchable(found: Iterable[Kept]) -> set[Kept]:
 
 
 @given(_found(), _policies)
-def test_the_newest_two_verified_and_the_best_are_never_deleted(found: list[Kept], policies: list[Policy]) -> None:
+def test_the_newest_two_verified_and_the_best_are_never_deleted(
+    found: list[RetentionCandidate], policies: list[Policy]
+) -> None:
     assert _untouchable(found).isdisjoint(retention.to_delete(found, policies))
-    assert _untouchable(found).isdisjoint(retention.order_of_sacrifice(found))
+    assert _untouchable(found).isdisjoint(retention.deletion_order(found))
 
 
 @given(_found())
-def test_what_nothing_keeps_is_deleted(found: list[Kept]) -> None:
+def test_what_nothing_keeps_is_deleted(found: list[RetentionCandidate]) -> None:
     """Else the properties above would hold of a function that deletes nothing."""
     assert set(retention.to_delete(found, [])) == set(found) - _untouchable(found)
-    assert set(retention.order_of_sacrifice(found)) == set(found) - _untouchable(found)
+    assert set(retention.deletion_order(found)) == set(found) - _untouchable(found)
 
 
 @given(_found(), _policies)
-def test_what_a_policy_keeps_is_kept(found: list[Kept], policies: list[Policy]) -> None:
+def test_what_a_policy_keeps_is_kept(found: list[RetentionCandidate], policies: list[Policy]) -> None:
     newest_first = sorted(found, key=lambda one: (one.step, one.tag), reverse=True)
     deleted = set(retention.to_delete(found, policies))
     for policy in policies:
@@ -68,7 +70,9 @@ def test_what_a_policy_keeps_is_kept(found: list[Kept], policies: list[Policy]) 
 
 
 @given(_found(), _policies, _policies)
-def test_policies_together_keep_what_each_keeps(found: list[Kept], some: list[Policy], others: list[Policy]) -> None:
+def test_policies_together_keep_what_each_keeps(
+    found: list[RetentionCandidate], some: list[Policy], others: list[Policy]
+) -> None:
     together = retention.to_delete(found, some + others)
     assert set(together) == set(retention.to_delete(found, some)) & set(retention.to_delete(found, others))
     assert together == retention.to_delete(found, others + some)
@@ -76,29 +80,31 @@ def test_policies_together_keep_what_each_keeps(found: list[Kept], some: list[Po
 
 @given(_found(), _policies, st.randoms())
 def test_the_answer_depends_on_nothing_but_the_checkpoints(
-    found: list[Kept], policies: list[Policy], order: Random
+    found: list[RetentionCandidate], policies: list[Policy], order: Random
 ) -> None:
     shuffled = order.sample(found, len(found))
     assert retention.to_delete(found, policies) == retention.to_delete(shuffled, policies)
-    assert retention.order_of_sacrifice(found) == retention.order_of_sacrifice(shuffled)
+    assert retention.deletion_order(found) == retention.deletion_order(shuffled)
 
 
 @given(_found(), _policies)
-def test_the_oldest_goes_first(found: list[Kept], policies: list[Policy]) -> None:
+def test_the_oldest_goes_first(found: list[RetentionCandidate], policies: list[Policy]) -> None:
     steps = [one.step for one in retention.to_delete(found, policies)]
     assert steps == sorted(steps)
 
 
 @given(_found())
-def test_a_full_disk_takes_superseded_then_rolling_then_epochs_each_oldest_first(found: list[Kept]) -> None:
-    order = [(one.role, one.step) for one in retention.order_of_sacrifice(found)]
+def test_a_full_disk_takes_superseded_then_rolling_then_epochs_each_oldest_first(
+    found: list[RetentionCandidate],
+) -> None:
+    order = [(one.role, one.step) for one in retention.deletion_order(found)]
     assert order == sorted(order, key=lambda one: (["superseded", "rolling", "epoch"].index(one[0]), one[1]))
 
 
-ROLLING = [Kept(rolling_tag(step), "rolling", step, False) for step in (600, 500, 400, 300, 200, 100)]
-EPOCHS = [Kept(epoch_tag(number), "epoch", 150 * number, False) for number in (3, 2, 1)]
-SUPERSEDED = [Kept(superseded_tag(step), "superseded", step, False) for step in (900, 800)]
-BEST = Kept(BEST_TAG, "best", 100, False)
+ROLLING = [RetentionCandidate(rolling_tag(step), "rolling", step, False) for step in (600, 500, 400, 300, 200, 100)]
+EPOCHS = [RetentionCandidate(epoch_tag(number), "epoch", 150 * number, False) for number in (3, 2, 1)]
+SUPERSEDED = [RetentionCandidate(superseded_tag(step), "superseded", step, False) for step in (900, 800)]
+BEST = RetentionCandidate(BEST_TAG, "best", 100, False)
 ALL = [*SUPERSEDED, *ROLLING, *EPOCHS, BEST]
 
 
@@ -114,31 +120,36 @@ def test_each_policy_by_example() -> None:
 
 def test_two_names_of_one_step_are_one_checkpoint() -> None:
     """The newest two are two steps: a third one is not protected by the end of an epoch, which has the same files."""
-    found = [Kept(epoch_tag(2), "epoch", 600, True), *(Kept(one.tag, "rolling", one.step, True) for one in ROLLING)]
+    found = [
+        RetentionCandidate(epoch_tag(2), "epoch", 600, True),
+        *(RetentionCandidate(one.tag, "rolling", one.step, True) for one in ROLLING),
+    ]
     assert [one.tag for one in retention.protect(found)] == [rolling_tag(600), epoch_tag(2), rolling_tag(500)]
 
 
 def test_the_newest_two_healthy_ones_outlast_a_divergence() -> None:
-    found = [Kept(one.tag, "rolling", one.step, True, healthy=one.step <= 300) for one in ROLLING]
+    found = [RetentionCandidate(one.tag, "rolling", one.step, True, healthy=one.step <= 300) for one in ROLLING]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400]
-    assert [one.step for one in retention.order_of_sacrifice(found)] == [100, 400]
+    assert [one.step for one in retention.deletion_order(found)] == [100, 400]
 
 
 def test_the_newest_two_healthy_ones_outlast_a_divergence_in_which_the_run_is_restarted() -> None:
     """The process that resumes has verified the checkpoint that it resumes from, and those that it saves."""
     found = [
-        Kept(one.tag, "rolling", one.step, verified=one.step >= 500, healthy=one.step in (100, 200, 300))
+        RetentionCandidate(one.tag, "rolling", one.step, verified=one.step >= 500, healthy=one.step in (100, 200, 300))
         for one in ROLLING
     ]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400]
-    assert [one.step for one in retention.order_of_sacrifice(found)] == [100, 400]
+    assert [one.step for one in retention.deletion_order(found)] == [100, 400]
 
 
 def test_healthy_ones_that_are_not_verified_do_not_push_out_those_that_are() -> None:
-    found = [Kept(one.tag, "rolling", one.step, verified=one.step <= 300, healthy=True) for one in ROLLING]
+    found = [
+        RetentionCandidate(one.tag, "rolling", one.step, verified=one.step <= 300, healthy=True) for one in ROLLING
+    ]
     assert [one.step for one in retention.to_delete(found, [])] == [100, 400]
 
 
 def test_what_is_not_verified_does_not_count_as_one_of_the_two() -> None:
-    found = [*ROLLING[:3], *(Kept(one.tag, "rolling", one.step, True) for one in ROLLING[3:])]
+    found = [*ROLLING[:3], *(RetentionCandidate(one.tag, "rolling", one.step, True) for one in ROLLING[3:])]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400, 500]

@@ -15,7 +15,7 @@ import pytest
 from launched import PROJECT
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.catalog import candidates, problem_of
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
@@ -104,7 +104,7 @@ def test_a_copy_made_by_hand_ends_a_failure(folder: Path) -> None:
     (run_dir / "config.yaml").write_text(
         config.replace("checkpoint: {", f"checkpoint: {{backup: {{to: {folder}/nas}}, ")
     )
-    BackupNews(Journal(run_dir)).failed("no such directory")
+    BackupReporter(Journal(run_dir)).failed("no such directory")
     assert run(folder) == exit_report.DONE  # elsewhere, which says nothing about the configured location
     assert [event.kind for event in read_journal(run_dir)] == ["backup_failed"]
     (folder / "nas").mkdir()

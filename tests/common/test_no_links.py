@@ -148,5 +148,5 @@ def test_lines_that_are_written_but_not_confirmed_are_told_apart(
         append_lines(tmp_path / "file", b"a\n", durable=True)
     journal = Journal(tmp_path)
     assert journal.write("done", "done") is None
-    journal.write_missed()
+    journal.write_pending()
     assert [event.kind for event in read_journal(tmp_path)] == ["done"]

@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.common.process_start import lives, start_of
+from ds_gpt2.common.process_start import is_running, start_of
 from ds_gpt2.run_dir import stop_request
 from ds_gpt2.run_dir.heartbeat import Heartbeat, read_beat
-from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 
 
 @pytest.fixture
@@ -27,19 +27,19 @@ def test_a_process_is_known_by_its_start() -> None:
     mine = start_of(os.getpid())
     assert mine is not None and mine == start_of(os.getpid())
     assert " " not in mine and "-" not in mine
-    assert lives(os.getpid(), mine) and not lives(os.getpid(), mine + "1") and not lives(1, mine)
+    assert is_running(os.getpid(), mine) and not is_running(os.getpid(), mine + "1") and not is_running(1, mine)
 
 
 def test_a_process_that_has_ended_does_not_live() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     start = start_of(process.pid)
-    assert start is not None and lives(process.pid, start)
+    assert start is not None and is_running(process.pid, start)
     assert process.stdin is not None
     process.stdin.close()
     psutil.wait_procs([psutil.Process(process.pid)], timeout=1)  # a zombie until it is waited for
     while process.poll() is None:
         assert start_of(process.pid) in (start, None)
-    assert start_of(process.pid) is None and not lives(process.pid, start)
+    assert start_of(process.pid) is None and not is_running(process.pid, start)
 
 
 @pytest.mark.usefixtures("_clock_set")
@@ -55,23 +55,23 @@ def test_a_zombie_does_not_live() -> None:
 def test_ranks_do_not_lose_their_supervisor_when_the_clock_is_set(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    for name, value in stop_request.watched_by_me().items():
+    for name, value in stop_request.supervisor_environment().items():
         monkeypatch.setenv(name, value)
     asked = stop_request.StopRequest(OpenDirectory(tmp_path_factory.mktemp("run")))
-    record = Supervised(os.getpid(), 0.0, "host", "running", 1, start=start_of(os.getpid()) or "")
+    record = SupervisorRecord(os.getpid(), 0.0, "host", "running", 1, start=start_of(os.getpid()) or "")
     request.getfixturevalue("_clock_set")
-    assert not asked.requested and not asked.is_alone
-    assert record.lives()
-    monkeypatch.setenv(next(iter(stop_request.watched_by_me())), f"{os.getpid()} 1.2")
+    assert not asked.requested and not asked.supervisor_lost
+    assert record.is_running()
+    monkeypatch.setenv(next(iter(stop_request.supervisor_environment())), f"{os.getpid()} 1.2")
     alone = stop_request.StopRequest(OpenDirectory(tmp_path_factory.mktemp("run")))
-    assert alone.requested and alone.is_alone
+    assert alone.requested and alone.supervisor_lost
 
 
 def test_a_beat_tells_which_process_it_is_of(tmp_path_factory: pytest.TempPathFactory) -> None:
     run_dir = tmp_path_factory.mktemp("run")
     Heartbeat(run_dir, 0).begin_step(10**9, 10**9)
     beat = read_beat(run_dir, 0)
-    assert beat is not None and beat.step == 10**9 and lives(beat.pid, beat.start)
+    assert beat is not None and beat.step == 10**9 and is_running(beat.pid, beat.start)
     file = next((run_dir / "heartbeat").iterdir())
     file.write_text("3 1.0 7 5 5 training".ljust(95) + "\n")  # an earlier version's
     beat = read_beat(run_dir, 0)

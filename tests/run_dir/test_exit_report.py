@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.run_dir.exit_report import LastWords, Outcome
+from ds_gpt2.run_dir.exit_report import ExitReports, Outcome
 
 ROLLBACK = Outcome(exit_report.ROLLBACK, before=7, leave_out=(3, 4))
 
 
 @pytest.fixture
-def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LastWords:
-    words = LastWords(tmp_path / "gone" / "outcome")  # a directory that is not there
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExitReports:
+    words = ExitReports(tmp_path / "gone" / "outcome")  # a directory that is not there
     for name, value in words.request().items():
         monkeypatch.setenv(name, value)
     return words
 
 
 def leave_all() -> None:
-    exit_report.leave_failure(1, ValueError("first\nwith a line end"))
-    exit_report.leave_failure(0, RuntimeError("x" * 500))
-    exit_report.leave(ROLLBACK)
+    exit_report.report_failure(1, ValueError("first\nwith a line end"))
+    exit_report.report_failure(0, RuntimeError("x" * 500))
+    exit_report.report_outcome(ROLLBACK)
 
 
-def test_they_arrive_without_a_disk(words: LastWords) -> None:
+def test_they_arrive_without_a_disk(words: ExitReports) -> None:
     assert words.outcome() is None and words.failures() == {}
     leave_all()
     assert words.outcome() == ROLLBACK
@@ -36,7 +36,9 @@ def test_they_arrive_without_a_disk(words: LastWords) -> None:
     assert words.outcome() == ROLLBACK  # as often as it is asked for
 
 
-def test_a_file_does_where_there_is_no_pipe(words: LastWords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_does_where_there_is_no_pipe(
+    words: ExitReports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.setenv("DS_GPT2_OUTCOME_PIPE", "/proc/self/fd/none 1 2")
     leave_all()
@@ -44,7 +46,7 @@ def test_a_file_does_where_there_is_no_pipe(words: LastWords, tmp_path: Path, mo
 
 
 def test_what_has_the_number_of_the_pipe_now_is_not_written_to(
-    words: LastWords, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: ExitReports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "another").open("wb") as file:
         _, device, inode = words.request()["DS_GPT2_OUTCOME_PIPE"].split()

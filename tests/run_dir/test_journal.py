@@ -69,7 +69,7 @@ def _events(*told: tuple[float, Kind, int | None]) -> list[Event]:
 
 def test_what_a_crash_cost_is_from_the_state_gone_on_from_to_the_next_start() -> None:
     events = _events((0, "start", 0), (100, "save", 10), (150, "crash", 15), (170, "start", 10), (300, "done", 30))
-    assert [(lost.begun, lost.ended, lost.why) for lost in lost_times(events)] == [(100, 170, "crash")]
+    assert [(lost.start, lost.end, lost.cause) for lost in lost_times(events)] == [(100, 170, "crash")]
 
 
 def test_a_save_counts_from_when_the_state_was_taken() -> None:
@@ -88,9 +88,9 @@ def test_going_back_further_counts_the_time_once() -> None:
         (0, "start", 0), (100, "save", 10), (200, "save", 20), (250, "crash", 25), (260, "start", 20),
         (290, "crash", 25), (300, "start", 10), (400, "save", 20),
     )  # fmt: skip
-    assert [(lost.begun, lost.ended) for lost in lost_times(events)] == [(100, 300)]
+    assert [(lost.start, lost.end) for lost in lost_times(events)] == [(100, 300)]
 
 
 def test_a_stop_and_a_start_later_is_lost_time_too() -> None:
     events = _events((0, "start", 0), (100, "save", 10), (101, "stop", 10), (500, "start", 10))
-    assert [(lost.seconds, lost.why) for lost in lost_times(events)] == [(400, "stop")]
+    assert [(lost.seconds, lost.cause) for lost in lost_times(events)] == [(400, "stop")]

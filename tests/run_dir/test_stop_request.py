@@ -17,7 +17,7 @@ from benchmarks.kill_soak import curve_problems
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.run_dir.exit_report import STOPPED
-from ds_gpt2.run_dir.heartbeat import Beat, forget_beats, read_beat
+from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats, read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, ask_to_stop, start_command
@@ -91,7 +91,7 @@ def _stop_at(
     step: int, run_dir: Path, arguments: list[str], ask: Callable[[subprocess.Popen[str]], object]
 ) -> tuple[int, list[str]]:
     """Start two ranks and stop them by ``ask`` in the evaluation of ``step``; how they ended, and what they left."""
-    forget_beats(run_dir)
+    clear_heartbeats(run_dir)
     process = start(start_command(RankLayout("cpu", 2), TRAIN, arguments))
     _wait_until(process, lambda: _is_evaluating(step, read_beat(run_dir, 0)))
     ask(process)

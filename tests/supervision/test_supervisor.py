@@ -20,7 +20,7 @@ from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE
-from ds_gpt2.run_dir.supervisor_record import read_supervised
+from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.drill import fault_injection
@@ -119,8 +119,8 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
     assert "in _strike" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
     assert "rank 0: RuntimeError: a fault of the drill" in crashed.text and crashed.step == 19
-    record = read_supervised(disturbed.run_dir)
-    assert record is not None and (record.state, record.code, record.alive) == ("ended", exit_report.DONE, False)
+    record = read_supervisor_record(disturbed.run_dir)
+    assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_report.DONE, False)
     assert _left(disturbed) == []
 
 
@@ -203,8 +203,8 @@ def test_launcher_and_supervisor_may_die(configure: Configure) -> None:
     process = _supervisor(settings)
     try:
         _until(lambda: "save" in _told(settings))
-        record = read_supervised(settings.run_dir)
-        assert record is not None and record.alive and record.group is not None
+        record = read_supervisor_record(settings.run_dir)
+        assert record is not None and record.is_alive and record.group is not None
         psutil.Process(record.group).kill()  # DeepSpeed's launcher: its ranks are asked to save, and started again
         _until(lambda: _told(settings).count("launch") == 2)
         assert "DeepSpeed's launcher has died" in [event.text for event in _events(settings)]

@@ -17,7 +17,7 @@ from launched import PROJECT
 
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir.heartbeat import Heartbeat, beat_problem, forget_beats, read_beat
+from ds_gpt2.run_dir.heartbeat import Heartbeat, beat_problem, clear_heartbeats, read_beat
 from ds_gpt2.supervision.watchdog import Watchdog
 
 SETTINGS = SupervisorSettings(hang_seconds=60, hang_factor=10, patience_minutes=30)
@@ -87,7 +87,7 @@ def test_other_phases_have_a_patience_of_their_own_and_progress_renews_it(tmp_pa
 
 def test_ranks_that_never_speak_are_noticed(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    forget_beats(tmp_path)
+    clear_heartbeats(tmp_path)
     text = watched.wait(31 * 60)
     assert text is not None and "no sign of life" in text
 
@@ -144,7 +144,7 @@ def test_a_beat_tells_where_a_rank_is(tmp_path: Path) -> None:
     beat = read_beat(tmp_path, 3)
     assert beat is not None
     assert (beat.step, beat.batch, beat.phase, beat.pid) == (12, 14, "saving", os.getpid())
-    forget_beats(tmp_path)
+    clear_heartbeats(tmp_path)
     assert read_beat(tmp_path, 3) is None
 
 

@@ -35,7 +35,7 @@ from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import last_saved_step, parse_event, read_journal
 from ds_gpt2.run_dir.metrics import first_start, parse_record, read_metrics, read_starts
 from ds_gpt2.run_dir.notes import read_notes
-from ds_gpt2.run_dir.supervisor_record import read_supervised
+from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "settings": ("config.yaml", lambda d: read_tree(d / "config.yaml")),
@@ -45,7 +45,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "starts": ("starts.jsonl", lambda d: (read_starts(d / "starts.jsonl"), first_start(d / "starts.jsonl"))),
     "start of a run": ("starts.jsonl", last_started),
     "owner": ("run.json", read_owner),
-    "supervisor": ("supervisor.json", read_supervised),
+    "supervisor": ("supervisor.json", read_supervisor_record),
     "notes": ("NOTES.md", read_notes),
     "heartbeat": ("heartbeat/rank_00000", lambda d: read_beat(d, 0)),
     "manifest": ("rolling_step_000001/manifest.json", lambda d: manifest.read(d / "rolling_step_000001")),

@@ -17,7 +17,7 @@ from launched import PROJECT, end_session, start
 from small_run import MODEL
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
-from ds_gpt2.common.process_start import lives
+from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import read_beat
@@ -123,7 +123,7 @@ class Started:
     def end_of_ranks(self) -> bool:
         """Whether no rank is left."""
         beats = [read_beat(self.settings.run_dir, rank) for rank in range(2)]
-        return not any(beat is not None and lives(beat.pid, beat.start) for beat in beats)
+        return not any(beat is not None and is_running(beat.pid, beat.start) for beat in beats)
 
     def has_told(self, kind: str) -> bool:
         return bool(self.events(kind))

@@ -34,10 +34,10 @@ from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of
 from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
-from ds_gpt2.checkpoint.retention import Kept
+from ds_gpt2.checkpoint.retention import RetentionCandidate
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import open_own, read_small, regular_only, try_lock
+from ds_gpt2.common.files import open_for_writing, read_small, regular_only, try_lock
 from ds_gpt2.config.run_address import RunAddress, address_of, read_address
 from ds_gpt2.config.run_location import CONFIG, last_seen
 from ds_gpt2.config.settings import BackupSettings
@@ -207,7 +207,7 @@ class Backup:
             yield
             return
         try:
-            file = open_own(self._run_dir / _LOCK, "ab")
+            file = open_for_writing(self._run_dir / _LOCK, "ab")
         except OSError:  # a directory that cannot be written: a copy is worth more than the lock
             yield
             return
@@ -217,7 +217,7 @@ class Backup:
                 time.sleep(_LOOK_SECONDS)
             yield
 
-    def held(self) -> list[Copy]:
+    def copies(self) -> list[Copy]:
         """The copies there, what was made last first: after a run has gone back, that is not the highest step."""
         found = [copy for tag in self._place.tags() if (copy := self._copy_of(tag)) is not None]
         return sorted(found, key=lambda copy: (copy.manifest.made_at, copy.manifest.step, copy.tag), reverse=True)
@@ -228,8 +228,8 @@ class Backup:
         Those of later steps than ``step`` are left alone and not counted: the run has gone back, or begun anew under
         its old name, and only a person knows which history is worth more.
         """
-        steps = {copy.tag: copy.manifest.step for copy in self.held() if copy.role == "rolling"}
-        found = [Kept(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
+        steps = {copy.tag: copy.manifest.step for copy in self.copies() if copy.role == "rolling"}
+        found = [RetentionCandidate(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
         doomed = [kept.tag for kept in retention.to_delete(found, [retention.keep_last(self.settings.keep)])]
         oldest = min((at for tag, at in steps.items() if tag not in doomed), default=0)
         doomed += [tag for tag in self._place.tags() if tag not in steps and 0 <= _rolling_step(tag) < oldest]
@@ -325,7 +325,7 @@ class Backup:
             return None
 
     def _tags_held(self) -> list[str]:
-        return [copy.tag for copy in self.held()]
+        return [copy.tag for copy in self.copies()]
 
     def _download(self, copy: Copy, partial: Path, progress: Progress) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from ds_gpt2.run_dir.journal import Event, Journal
 _REMIND_SECONDS = 86_400.0  # a failure that lasts is reported once a day
 
 
-class BackupNews:
+class BackupReporter:
     """What the journal says about backups. Only a change is reported, also over restarts of the run."""
 
     def __init__(self, journal: Journal) -> None:
@@ -22,24 +22,24 @@ class BackupNews:
     def failed(self, text: str, step: int | None = None) -> None:
         """A copy was not made. ``text`` says which one and why, in one line without secrets."""
         with self._lock:
-            since = since_of(self._last)
+            since = failing_since(self._last)
             if self._last is not None and since is not None and time.time() - self._last.time < _REMIND_SECONDS:
                 return
             since = time.time() if since is None else since
             self._journal.write("backup_failed", text, step, since=since)
             self._last = Event(time.time(), "backup_failed", text, step, {"since": since})
 
-    def works(self, text: str, step: int | None = None) -> None:
+    def recovered(self, text: str, step: int | None = None) -> None:
         """A copy was made. ``text`` says which one, and where it is."""
         with self._lock:
-            if (since := since_of(self._last)) is None:
+            if (since := failing_since(self._last)) is None:
                 return
             text = f"backups work again after {duration(max(0.0, time.time() - since))}: {text}"
             self._journal.write("backup_ok", text, step)
             self._last = Event(time.time(), "backup_ok", text, step)
 
 
-def since_of(event: Event | None) -> float | None:
+def failing_since(event: Event | None) -> float | None:
     """Since when backups fail, by their newest event, in seconds since 1970; None if they do not fail."""
     if event is None or event.kind != "backup_failed":
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
 from ds_gpt2.checkpoint.filesystem import Disk
@@ -118,16 +118,16 @@ class BackupQueue:
         directory: Callable[[], Path],
         disk: Disk | None = None,
         now: Callable[[], float] = time.time,
-        news: BackupNews | None = None,
+        reporter: BackupReporter | None = None,
     ) -> None:
         """
         Args:
             directory: returns ``checkpoints/<run>/``, which may be moved during a run; what an earlier process left in
                 ``COPYING`` there is removed.
-            news: gets failures and the end of them.
+            reporter: records failures and recoveries in the journal.
         """
         self._backup = backup
-        self._news = news
+        self._reporter = reporter
         self._moved = time.monotonic()  # when the copy under way last sent or read a block
         self._where = directory
         self._disk = disk or Disk()
@@ -226,8 +226,8 @@ class BackupQueue:
                 return
             step = self._step_of(tag)
             pruned = self._attempt("delete old copies", lambda: self._backup.prune(step))
-            if pruned and self._news is not None:
-                self._news.works(f"{tag} is in {self._backup.where(tag)}", step)
+            if pruned and self._reporter is not None:
+                self._reporter.recovered(f"{tag} is in {self._backup.where(tag)}", step)
         finally:
             with self._lock:
                 self._release(tag)
@@ -251,13 +251,13 @@ class BackupQueue:
 
     def _try_out(self) -> None:
         """In the thread, at the start: a location that cannot be written to is found before the first copy is due."""
-        if not self._attempt("see what is there", self._look) or self._news is None:
+        if not self._attempt("see what is there", self._look) or self._reporter is None:
             return
         if self._attempt("write a test file", self._backup.probe):
             self._attempt("copy there", self._backup.claim)
 
     def _start_from_what_is_there(self) -> None:
-        held, local = self._backup.held(), scan(self._directory)
+        held, local = self._backup.copies(), scan(self._directory)
         with self._lock:
             self._cadence.start_from(held, local)
         if self._backup.shares_disk_with(self._directory):
@@ -303,5 +303,5 @@ class BackupQueue:
         return True
 
     def _report(self, text: str) -> None:
-        if self._news is not None:
-            self._news.failed(text)
+        if self._reporter is not None:
+            self._reporter.failed(text)

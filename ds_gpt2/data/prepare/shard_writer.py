@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_gpt2.common.files import open_own
+from ds_gpt2.common.files import open_for_writing
 from ds_gpt2.data.dataset import Shard, Split
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header_of, sha256
 
@@ -69,7 +69,7 @@ class SplitWriter:
     def write(self, tokens: Tokens) -> None:
         while len(tokens):
             if self._file is None:
-                self._file = open_own(self._unfinished, "wb")
+                self._file = open_for_writing(self._unfinished, "wb")
                 self._file.write(bytes(HEADER_BYTES))
             room = self._shard_tokens - self.written.tokens
             self._file.write(tokens[:room].astype("<u2").tobytes())

@@ -14,7 +14,7 @@ import psutil
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import regular_only
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
-from ds_gpt2.run_dir.supervisor_record import read_supervised
+from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.tools.doctor.row import Finding
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
@@ -40,9 +40,9 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     """Two must not train one run; what a dead supervisor has left of it, the next start ends."""
     name = settings.run.name
     mine = [rank.pid for rank in ranks if rank.run == name]
-    supervised = read_supervised(settings.run_dir)
+    supervised = read_supervisor_record(settings.run_dir)
     holder = _holder(settings.checkpoint_dir / LOCK)
-    if supervised is not None and supervised.alive:
+    if supervised is not None and supervised.is_alive:
         found = f"{name} is kept going by process {supervised.pid} on {supervised.host}"
         here = supervised.host == socket.gethostname()
         return Finding("this run", "fail" if here else "warn", found, "wait for its end, or give another run.name")

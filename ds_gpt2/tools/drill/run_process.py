@@ -20,7 +20,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import Beat, read_beat
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
-from ds_gpt2.run_dir.supervisor_record import read_supervised
+from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import fault_injection, supervisor_child
@@ -125,7 +125,7 @@ class Actor:
     @property
     def group(self) -> int:
         """Process group of DeepSpeed's launcher and the ranks."""
-        record = read_supervised(self.run_dir)
+        record = read_supervisor_record(self.run_dir)
         if record is None or record.group is None:
             raise FailedError("the supervisor does not say which processes are the run's")
         return record.group

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.process_start import lives, start_of
+from ds_gpt2.common.process_start import is_running, start_of
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import Settings
@@ -136,7 +136,7 @@ def _train(
 
 def _start(arguments: list[str], place: RankLayout, folder: Path) -> Ranks:
     """The ranks, which end by themselves if this process dies."""
-    environment = {**trial_rank.request(folder), **stop_request.watched_by_me()}
+    environment = {**trial_rank.request(folder), **stop_request.supervisor_environment()}
     return Ranks(arguments, place, folder / "outcome", environment, trial_rank.SCRIPT)
 
 
@@ -227,7 +227,7 @@ def _is_abandoned(folder: Path) -> bool:
     """
     pid, start, host, _ = [*folder.name.removeprefix(_PREFIX).split("-", 3), "", "", ""][:4]
     if host == _host():
-        return not (pid.isdigit() and lives(int(pid), start))
+        return not (pid.isdigit() and is_running(int(pid), start))
     with contextlib.suppress(OSError):
         return time.time() - folder.stat().st_mtime > _FOREIGN_SECONDS
     return False

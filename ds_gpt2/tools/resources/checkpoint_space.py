@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ds_gpt2.checkpoint.directory import policies
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
-from ds_gpt2.checkpoint.retention import PROTECTED, Kept, to_delete
+from ds_gpt2.checkpoint.retention import PROTECTED, RetentionCandidate, to_delete
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import CheckpointSettings
@@ -78,11 +78,11 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
     saves, shelf = schedule.saves(best), _Shelf(settings)
     most = Count(0, 0)
     for step in saves:
-        new = [Kept(rolling_tag(step), "rolling", step, verified=True)]
+        new = [RetentionCandidate(rolling_tag(step), "rolling", step, verified=True)]
         if step in ends:
-            new.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+            new.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         if step in best and settings.keep_best:
-            new.append(Kept(BEST_TAG, "best", step, settings.best_as == "full"))
+            new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
         shelf.add(new)
         most = max(most, shelf.count(), key=_size)
         shelf.tidy()
@@ -95,11 +95,11 @@ class _Shelf:
     def __init__(self, settings: CheckpointSettings) -> None:
         self._settings, self._rules = settings, policies(settings)
         self._reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
-        self._kept: list[Kept] = []
+        self._kept: list[RetentionCandidate] = []
         self._settled: set[int] = set()  # steps of whole ones
         self._settled_weights = 0
 
-    def add(self, new: Sequence[Kept]) -> None:
+    def add(self, new: Sequence[RetentionCandidate]) -> None:
         self._kept += new
 
     def tidy(self) -> None:
@@ -108,7 +108,7 @@ class _Shelf:
         self._kept = [one for one in self._kept if one.role != "best" or one.step == newest_best]
         gone = set(to_delete(self._kept, self._rules))
         newest = sorted({one.step for one in self._kept})[-self._settings.keep_last - PROTECTED :]
-        left: list[Kept] = []
+        left: list[RetentionCandidate] = []
         for one in self._kept:
             if one in gone:
                 continue
@@ -123,11 +123,11 @@ class _Shelf:
         full = {one.step for one in self._kept if not self._reduced.get(one.role)}
         return Count(len(self._settled) + len(full - self._settled), self._settled_weights + len(weights))
 
-    def _lasts(self, one: Kept) -> bool:
+    def _lasts(self, one: RetentionCandidate) -> bool:
         """Whether what has outlived the newest ones stays to the end."""
         return one.role == "rolling" or (one.role == "epoch" and self._settings.keep_epochs == "all")
 
-    def _settle(self, one: Kept) -> None:
+    def _settle(self, one: RetentionCandidate) -> None:
         if self._reduced.get(one.role):
             self._settled_weights += 1
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, Lost, lost_times, read_journal
+from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, LostTime, lost_times, read_journal
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of
 from ds_gpt2.tools.resources.run_state import TRAINED, State
@@ -128,7 +128,7 @@ def restarts_of(events: Sequence[Event]) -> list[bool]:
 
 def lost_by_start(events: Sequence[Event]) -> dict[float, float]:
     """Seconds that were lost before each start that cost some, by the time of the start; a wanted pause costs none."""
-    return {lost.ended: lost.seconds for lost in lost_times(list(events)) if lost.why not in _WANTED}
+    return {lost.end: lost.seconds for lost in lost_times(list(events)) if lost.cause not in _WANTED}
 
 
 class _Time:
@@ -136,8 +136,8 @@ class _Time:
 
     def __init__(self, events: Sequence[Event], state: State, now: float) -> None:
         lost = lost_times([*events, *_as_if_it_started(events, state, now)])
-        self._lost = [one for one in lost if one.why not in _WANTED]
-        self._unwanted = [one for one in lost if one.why in _WANTED]
+        self._lost = [one for one in lost if one.cause not in _WANTED]
+        self._unwanted = [one for one in lost if one.cause in _WANTED]
         self._begun = next((event.time for event in events if event.kind == "start"), now)
         self._ended = events[-1].time if state in ("finished", "stopped") and events else now
 
@@ -157,6 +157,6 @@ def _as_if_it_started(events: Sequence[Event], state: State, now: float) -> list
     return [] if saved is None else [Event(now, "start", "", saved)]
 
 
-def _seconds(spans: Iterable[Lost], begun: float, ended: float) -> float:
+def _seconds(spans: Iterable[LostTime], begun: float, ended: float) -> float:
     """That part of the spans which lies between."""
-    return sum(max(0.0, min(span.ended, ended) - max(span.begun, begun)) for span in spans)
+    return sum(max(0.0, min(span.end, ended) - max(span.start, begun)) for span in spans)

@@ -15,12 +15,12 @@ import psutil
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
-from ds_gpt2.common.process_start import lives
+from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.run_dir.heartbeat import Beat, beat_written, read_beat
+from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
 from ds_gpt2.run_dir.journal import Event
-from ds_gpt2.run_dir.supervisor_record import RECORD, Supervised, read_supervised
+from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord, read_supervisor_record
 from ds_gpt2.supervision.watchdog import longest_silence
 
 State = Literal[
@@ -80,7 +80,7 @@ def look(run_dir: Path, settings: Settings, events: Sequence[Event], step_second
         step_seconds: what a step usually takes; None where not known.
         now: seconds since 1970.
     """
-    supervisor = read_supervised(run_dir)
+    supervisor = read_supervisor_record(run_dir)
     here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
     return replace(_life(run_dir, settings, events, step_seconds, now, supervisor, here), is_here=here)
 
@@ -91,7 +91,7 @@ def _life(
     events: Sequence[Event],
     step_seconds: float | None,
     now: float,
-    supervisor: Supervised | None,
+    supervisor: SupervisorRecord | None,
     here: bool,
 ) -> Life:
     turns = [event for event in events if event.kind in _TURNS]
@@ -105,7 +105,7 @@ def _life(
         living = _still_beating(beats, turns, patience, now)
     if living:
         return _of_ranks(living, patience, now)
-    if supervisor is not None and supervisor.alive:
+    if supervisor is not None and supervisor.is_alive:
         return _of_supervisor(supervisor, turns, list(beats.values()), settings.supervisor, now)
     return _of_the_past(run_dir, supervisor, turns)
 
@@ -150,7 +150,11 @@ def _of_ranks(living: dict[int, Beat], patience: _Patience, now: float) -> Life:
 
 
 def _of_supervisor(
-    supervisor: Supervised, turns: Sequence[Event], beats: Sequence[Beat], settings: SupervisorSettings, now: float
+    supervisor: SupervisorRecord,
+    turns: Sequence[Event],
+    beats: Sequence[Beat],
+    settings: SupervisorSettings,
+    now: float,
 ) -> Life:
     """There is a supervisor, and no rank yet or any more."""
     if supervisor.state == "waiting":
@@ -168,7 +172,7 @@ def _of_supervisor(
     return Life("hung?", f"no rank is left for {duration(now - newest)}") if silent else Life("waiting")
 
 
-def _of_the_past(run_dir: Path, supervisor: Supervised | None, turns: Sequence[Event]) -> Life:
+def _of_the_past(run_dir: Path, supervisor: SupervisorRecord | None, turns: Sequence[Event]) -> Life:
     """Nobody is there: what was the last word?"""
     last = turns[-1] if turns else None
     its_own = supervisor is not None and (last is None or _is_older(last, run_dir / RECORD))
@@ -210,7 +214,7 @@ def _beats(run_dir: Path) -> dict[int, Beat]:
 
 def _by_any_clock(run_dir: Path, rank: int, beat: Beat) -> Beat:
     """The clock of a rank's machine may be slow: then the time that the file system gave the file is newer."""
-    written = beat_written(run_dir, rank)
+    written = beat_mtime(run_dir, rank)
     return beat if written is None else replace(beat, time=max(beat.time, written))
 
 
@@ -218,7 +222,7 @@ def _is_there(beat: Beat) -> bool:
     """Whether the process that beat is on this machine still: one that begun later has only been given its number."""
     try:
         if beat.start:
-            return lives(beat.pid, beat.start)
+            return is_running(beat.pid, beat.start)
         process = psutil.Process(beat.pid)  # an earlier version's
         begun_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
         return begun_before and process.status() != psutil.STATUS_ZOMBIE
@@ -226,7 +230,7 @@ def _is_there(beat: Beat) -> bool:
         return False
 
 
-def _host(supervisor: Supervised | None, lock: Path) -> str | None:
+def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:
     """The machine that the ranks are on, by the one who trains the run or who watches over it; None if not told."""
     with contextlib.suppress(OSError):
         _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")

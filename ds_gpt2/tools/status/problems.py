@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.checkpoint import manifest
-from ds_gpt2.checkpoint.backup.failure_log import since_of
+from ds_gpt2.checkpoint.backup.failure_log import failing_since
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.common.formatting import clock, duration, size
 from ds_gpt2.config.settings import Settings
@@ -123,7 +123,7 @@ def _of_last_checkpoint(settings: Settings, events: Sequence[Event], newest: Gen
 
 def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:
     last = next((event for event in reversed(events) if event.kind in ("backup_failed", "backup_ok")), None)
-    since = since_of(last)
+    since = failing_since(last)
     if last is None or since is None or settings.checkpoint.backup.to is None:
         return []
     return [Problem("backup_failed", f"no backups since {clock(since)}: {last.text}")]

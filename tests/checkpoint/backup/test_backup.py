@@ -128,7 +128,7 @@ def read_in(path: Path) -> dict[str, bytes]:
 
 
 def tags(backup: Backup) -> list[str]:
-    return [copy.tag for copy in backup.held()]
+    return [copy.tag for copy in backup.copies()]
 
 
 class Interrupter:
@@ -146,10 +146,10 @@ class Interrupter:
 def test_a_copy_is_the_same_files(run_dir: Path, place: str) -> None:
     generation = save(run_dir, 250)
     backup = Backup(place, "run", SETTINGS)
-    assert backup.held() == []
+    assert backup.copies() == []
     assert backup.copy(generation) == 3 * SIZE
     assert read_at(place, generation.tag) == read_in(generation.path)
-    assert [(copy.tag, copy.manifest) for copy in backup.held()] == [(generation.tag, generation.manifest)]
+    assert [(copy.tag, copy.manifest) for copy in backup.copies()] == [(generation.tag, generation.manifest)]
     assert backup.copy(generation) == 0
 
 
@@ -171,7 +171,7 @@ def test_an_interrupted_copy_goes_on_with_what_is_left(run_dir: Path, place: str
     with pytest.raises(StoppedError):
         backup.copy(generation, Interrupter(1 + blocks))
     assert MANIFEST not in read_at(place, generation.tag)
-    assert backup.held() == []
+    assert backup.copies() == []
     assert backup.copy(generation) == sent_again * SIZE
     assert read_at(place, generation.tag) == read_in(generation.path)
 
@@ -194,7 +194,7 @@ def test_a_damaged_source_is_refused(run_dir: Path, place: str, name: str) -> No
     with pytest.raises(DamagedError, match=f"{name} is damaged: its sha256 is not the one written"):
         backup.copy(generation)
     assert MANIFEST not in read_at(place, generation.tag)
-    assert backup.held() == []
+    assert backup.copies() == []
 
 
 def test_a_damaged_source_does_not_harm_a_good_copy(run_dir: Path, place: str) -> None:
@@ -220,7 +220,7 @@ def test_a_missing_source_file_is_refused(run_dir: Path, place: str) -> None:
     backup = Backup(place, "run", SETTINGS)
     with pytest.raises(FileNotFoundError):
         backup.copy(generation)
-    assert backup.held() == []
+    assert backup.copies() == []
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda data: data[:-1], lambda data: data + b"x", lambda _: b""])
@@ -240,7 +240,7 @@ def test_while_a_copy_is_repaired_it_is_none(run_dir: Path, place: str) -> None:
     write_at(place, generation.tag, "b.pt", flipped(content("b.pt", 0)))
     with pytest.raises(StoppedError):
         backup.copy(generation, Interrupter(4))  # three are read, one is told of the good ones
-    assert backup.held() == []
+    assert backup.copies() == []
 
 
 def test_a_damaged_marker_is_no_copy_and_is_repaired(
@@ -250,7 +250,7 @@ def test_a_damaged_marker_is_no_copy_and_is_repaired(
     backup = Backup(place, "run", SETTINGS)
     backup.copy(generation)
     write_at(place, generation.tag, MANIFEST, flipped(read_at(place, generation.tag)[MANIFEST]))
-    assert backup.held() == []
+    assert backup.copies() == []
     assert "rolling_step_000250 does not count as a copy: manifest.json is damaged" in caplog.text
     assert backup.copy(generation) == 0
     assert tags(backup) == [generation.tag]
@@ -293,7 +293,7 @@ def test_a_place_that_changes_a_bit_silently_is_found_out(
     monkeypatch.setattr(Disk, "write", lambda self, file, data: write_local(self, file, changed(data)))
     with pytest.raises(OSError, match=f"{name} does not read back as it was written"):
         backup.copy(generation)
-    assert backup.held() == []
+    assert backup.copies() == []
 
 
 class FailingDisk(Disk):
@@ -779,7 +779,7 @@ def test_a_new_process_goes_on_where_the_one_before_was(run_dir: Path, place: st
     link(run_dir, rolling_tag(100), epoch_tag(1))
     hours = [1.0]
     cadence = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)  # the year 2026, when best_model was made
-    cadence.start_from(backup.held(), scan(run_dir))
+    cadence.start_from(backup.copies(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1)]  # 40 steps after 160 is too soon
     assert cadence.due(rolling_tag(200), [BEST_TAG], 200) == [epoch_tag(1)]
     assert cadence.due(rolling_tag(260), [], 260) == [epoch_tag(1), rolling_tag(260)]
@@ -787,7 +787,7 @@ def test_a_new_process_goes_on_where_the_one_before_was(run_dir: Path, place: st
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1)]
     link(run_dir, rolling_tag(160), BEST_TAG)
     cadence = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)
-    cadence.start_from(backup.held(), scan(run_dir))
+    cadence.start_from(backup.copies(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [epoch_tag(1), BEST_TAG]
 
 
@@ -798,7 +798,7 @@ def test_an_epoch_at_the_place_does_not_count_as_the_newest(run_dir: Path, place
     save(run_dir, 190)
     backup.copy(link(run_dir, rolling_tag(190), epoch_tag(1)))
     cadence = BackupSchedule(SETTINGS, lambda: 0.0)
-    cadence.start_from(backup.held(), scan(run_dir))
+    cadence.start_from(backup.copies(), scan(run_dir))
     assert cadence.due(rolling_tag(200), [], 200) == [rolling_tag(200)]
 
 
@@ -806,7 +806,7 @@ def test_a_copy_from_before_the_evaluation_of_its_step_does_not_count_as_the_new
     backup = Backup(place, "run", SETTINGS)
     backup.copy(save(run_dir, 190, evaluated=False))
     cadence = BackupSchedule(SETTINGS, lambda: 0.0)
-    cadence.start_from(backup.held(), scan(run_dir))
+    cadence.start_from(backup.copies(), scan(run_dir))
     assert cadence.take_last(rolling_tag(190), 190) == [rolling_tag(190)]
 
 
@@ -837,10 +837,10 @@ def test_the_last_checkpoint_of_a_run_is_copied_whatever_the_cadence(run_dir: Pa
         link(run_dir, rolling_tag(step), "best_model")
         queue.offer(rolling_tag(step), ["best_model"], step)
         settle(queue)
-    assert {copy.tag: copy.manifest.step for copy in backup.held()} == {rolling_tag(100): 100, "best_model": 100}
+    assert {copy.tag: copy.manifest.step for copy in backup.copies()} == {rolling_tag(100): 100, "best_model": 100}
     queue.offer_last(rolling_tag(200), 200)
     assert queue.finish(60) == []
-    held = {copy.tag: copy.manifest.step for copy in backup.held()}
+    held = {copy.tag: copy.manifest.step for copy in backup.copies()}
     assert held == {rolling_tag(100): 100, rolling_tag(200): 200, "best_model": 200}
 
 
@@ -905,11 +905,11 @@ def test_a_best_that_is_being_read_is_not_replaced_below_the_reader(run_dir: Pat
         assert gate.reached.wait(60)
     gate.open.set()
     settle(queue)
-    assert [copy.manifest.step for copy in backup.held()] == [100]
+    assert [copy.manifest.step for copy in backup.copies()] == [100]
     save(run_dir, 120)
     queue.offer(rolling_tag(120), [], 120)
     assert queue.finish(60) == []
-    assert [(copy.tag, copy.manifest.step) for copy in backup.held()] == [(BEST_TAG, 110)]
+    assert [(copy.tag, copy.manifest.step) for copy in backup.copies()] == [(BEST_TAG, 110)]
 
 
 def test_the_end_of_a_run_is_not_held_up(run_dir: Path, gate: Gate, heard: list[str]) -> None:

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import queue as backup_queue
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.failure_log import BackupNews
+from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
 from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.filesystem import Disk
@@ -52,7 +52,9 @@ def train(queue: BackupQueue, run_dir: Path, *steps: int) -> None:
 
 
 def open_queue(location: Path, run_dir: Path) -> BackupQueue:
-    return BackupQueue(Backup(str(location), "run", SETTINGS), lambda: run_dir, news=BackupNews(Journal(run_dir)))
+    return BackupQueue(
+        Backup(str(location), "run", SETTINGS), lambda: run_dir, reporter=BackupReporter(Journal(run_dir))
+    )
 
 
 def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: Path, tmp_path: Path) -> None:
@@ -109,12 +111,12 @@ def test_a_failure_that_lasts_is_reported_daily_over_restarts_with_its_beginning
     begun = time.time()
     for hours in (0, 1, 23, 25, 26, 50):
         monkeypatch.setattr(time, "time", lambda hours=hours: begun + 3600 * hours)
-        BackupNews(Journal(run_dir)).failed("no answer", 100)
+        BackupReporter(Journal(run_dir)).failed("no answer", 100)
     assert [(event.time - begun) / 3600 for event in events(run_dir)] == [0, 25, 50]
     assert [event.facts["since"] for event in events(run_dir)] == [begun] * 3
-    BackupNews(Journal(run_dir)).works("there it is", 200)
+    BackupReporter(Journal(run_dir)).recovered("there it is", 200)
     assert events(run_dir)[-1].text == "backups work again after 2d 2h: there it is"
-    BackupNews(Journal(run_dir)).works("there it is", 300)
+    BackupReporter(Journal(run_dir)).recovered("there it is", 300)
     assert len(events(run_dir)) == 4
 
 
@@ -230,7 +232,9 @@ def test_a_place_that_takes_no_file_is_reported_before_the_first_copy_is_due(
         raise PermissionError("403 Forbidden")
 
     monkeypatch.setattr(MemoryFile, "write", refuse)
-    queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir, news=BackupNews(Journal(run_dir)))
+    queue = BackupQueue(
+        Backup("memory://nas", "run", SETTINGS), lambda: run_dir, reporter=BackupReporter(Journal(run_dir))
+    )
     deadline = time.monotonic() + 20
     while not events(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -36,7 +36,7 @@ from ds_gpt2.data.shards import HEADER_BYTES
 from ds_gpt2.model.gpt2 import GPT2, count_parameters
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import clock, data, disk, gpus, limits, memory, network, processes, ranks, software
 from ds_gpt2.tools.doctor.checks import checks, quick
@@ -449,7 +449,7 @@ def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings
         assert (this.status, f"kill -TERM {mine}`" in this.fix) == ("fail", True)
         assert (others.status, f"processes {other} train other" in others.found) == ("warn", True)
         settings.run_dir.mkdir(parents=True)
-        Supervised(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
+        SupervisorRecord(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
         assert "outlived their supervisor" in processes.this_run(settings, found).found
         assert processes.this_run(settings, found).status == "warn"
     assert processes.find_ranks(script) == []
@@ -465,9 +465,9 @@ def test_a_run_that_is_locked_or_supervised_is_not_free(settings: Settings) -> N
         assert (row.status, f"process {os.getpid()} on" in row.found) == ("fail", True)
     assert processes.this_run(settings, []).status == "ok"
     me = psutil.Process()
-    Supervised(me.pid, me.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
+    SupervisorRecord(me.pid, me.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "fail"
-    Supervised(me.pid, me.create_time(), "another host", "running", 4).write(settings.run_dir)
+    SupervisorRecord(me.pid, me.create_time(), "another host", "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "warn"
 
 

@@ -27,7 +27,7 @@ from benchmarks.measured_rank import bytes_below
 from benchmarks.plan_accuracy import train_to_the_end
 from ds_gpt2.checkpoint.directory import policies
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
-from ds_gpt2.checkpoint.retention import Kept, to_delete
+from ds_gpt2.checkpoint.retention import RetentionCandidate, to_delete
 from ds_gpt2.cli import main
 from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
@@ -334,15 +334,15 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
     best = set(schedule.validations if improving else schedule.validations[:1])
     ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
     reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
-    kept: list[Kept] = []
+    kept: list[RetentionCandidate] = []
     most = Count(0, 0)
     for step in schedule.saves(best):
-        kept.append(Kept(rolling_tag(step), "rolling", step, True))
+        kept.append(RetentionCandidate(rolling_tag(step), "rolling", step, True))
         if step in ends:
-            kept.append(Kept(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+            kept.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         before = [one for one in kept if one.role == "best"]
         if step in best and settings.keep_best:
-            kept.append(Kept(BEST_TAG, "best", step, settings.best_as == "full"))
+            kept.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
         most = max(most, count(), key=lambda found: found.bytes(14, 4))
         if step in best and settings.keep_best:
             kept = [one for one in kept if one not in before]

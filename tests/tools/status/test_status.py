@@ -34,7 +34,7 @@ from ds_gpt2.monitoring.reference_curves import REFERENCE_CURVE
 from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase, read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
-from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.tools.resources import disk_forecast, history
 from ds_gpt2.tools.resources.disk_forecast import RunProgress
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
@@ -104,7 +104,7 @@ class Files:
         """By this process, or by another."""
         process = psutil.Process(pid)
         values = {"host": socket.gethostname(), "ranks": 1, **values}
-        Supervised(process.pid, process.create_time(), state=state, **values).write(self.run_dir)
+        SupervisorRecord(process.pid, process.create_time(), state=state, **values).write(self.run_dir)
 
     def beat(self, phase: Phase = "training", step: int = 1000) -> Heartbeat:
         """This process is a rank."""
