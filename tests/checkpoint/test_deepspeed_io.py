@@ -17,7 +17,7 @@ class _Code:
         return Path.touch, (self.target,)
 
 
-def test_it_keeps_what_deepspeed_saves_and_gives_it_out_once() -> None:
+def test_the_serializer_returns_the_saved_states_once() -> None:
     serializer = Serializer()
     weights = torch.arange(5.0)
     serializer.save({"weights": weights, "steps": [3]}, "/anywhere/state.pt")
@@ -27,7 +27,7 @@ def test_it_keeps_what_deepspeed_saves_and_gives_it_out_once() -> None:
     assert serializer.take_saved() == {}
 
 
-def test_it_loads_what_was_offered_and_nothing_from_the_disk(tmp_path: Path) -> None:
+def test_the_serializer_loads_the_offered_contents_and_nothing_from_disk(tmp_path: Path) -> None:
     torch.save({"step": 1}, tmp_path / "state.pt")
     serializer = Serializer()
     serializer.offer({"state.pt": {"step": 2}})
@@ -37,7 +37,7 @@ def test_it_loads_what_was_offered_and_nothing_from_the_disk(tmp_path: Path) -> 
         serializer.load(str(tmp_path / "state.pt"))
 
 
-def test_what_deepspeed_puts_into_its_files_can_be_read(tmp_path: Path) -> None:
+def test_files_of_deepspeed_can_be_unpickled(tmp_path: Path) -> None:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -46,7 +46,7 @@ def test_what_deepspeed_puts_into_its_files_can_be_read(tmp_path: Path) -> None:
     assert (loaded["scaler"].cur_scale, loaded["stage"], loaded["n"]) == (1.0, ZeroStageEnum.gradients, (1, None))
 
 
-def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+def test_a_file_with_code_is_refused_without_running_it(tmp_path: Path) -> None:
     owned = tmp_path / "owned"
     torch.save({"step": _Code(owned)}, tmp_path / "evil.pt")
     with pytest.raises(pickle.UnpicklingError):

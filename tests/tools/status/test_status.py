@@ -176,7 +176,7 @@ def test_the_newest_records_are_those_of_the_whole_file(
 
 def test_there_is_a_bound_to_what_is_read(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_tail, "_BLOCK", 1000)
-    monkeypatch.setattr(metrics_tail, "_MOST", 3000)
+    monkeypatch.setattr(metrics_tail, "_MAX_BYTES", 3000)
     files.train(1000)
     assert 10 < len(metrics_tail.newest(files.run_dir, 1000)) < 100
 
