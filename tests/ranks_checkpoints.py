@@ -185,12 +185,12 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     saved = checkpoints.finish(TrainState(step=bench.state.step - 1), for_good=False)
     bench.disk.full = False
     after_failure = sorted(path.name for path in bench.folder.iterdir())
-    told = [message for message in messages if "was not saved" in message]
+    logged = [message for message in messages if "was not saved" in message]
     checkpoints.save(bench.state, 0.1)
     return {
         "saved": saved,
         "left": after_failure,
-        "told": told,
+        "logged": logged,
         "next": _everywhere(checkpoints.finish(bench.state, for_good=False)),
         "good": problem_of(scan(bench.folder)[0]),
     }
@@ -205,8 +205,8 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
     threading.Timer(2.0, bench.disk.ready.set).start()
     checkpoints.save(bench.state, 0.1)
     checkpoints.finish(bench.state, for_good=False)
-    told = [message for message in messages if "slower than checkpoint.every" in message]
-    return {"seconds": checkpoints.waited_seconds, "told": told}
+    logged = [message for message in messages if "slower than checkpoint.every" in message]
+    return {"seconds": checkpoints.waited_seconds, "logged": logged}
 
 
 def _inline(bench: Bench) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     return {
         "finished": finished,
         "quick": time.monotonic() - begun < 30,
-        "told": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
+        "logged": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
         "left": [generation.tag for generation in scan(bench.folder)],
         "restored": restored.generation.tag,
     }

@@ -139,7 +139,7 @@ def test_with_a_damaged_manifest_the_step_is_read_from_the_tag(tmp_path: Path) -
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Steps 100 to 400; 300 ends epoch 2, 200 is the best, 150 was kept as epoch 1 only, 350 is superseded."""
+    """Steps 100 to 400; 300 ends epoch 2, 200 is the best, 150 exists only as epoch 1, 350 is superseded."""
     directory = tmp_path / "checkpoints" / "run"
     for step in (100, 200, 300, 400):
         write_checkpoint(directory, rolling_tag(step), step)
@@ -196,12 +196,12 @@ def test_in_a_directory_of_copies_the_last_created_comes_first(tmp_path: Path) -
         (path / "manifest.json").write_bytes(
             encode(found.model_copy(update={"created": f"2026-01-0{day}T00:00:00+00:00"}))
         )
-    wanted = candidates(tmp_path / "run", str(tmp_path))
-    assert tags_of(wanted) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
+    selector = candidates(tmp_path / "run", str(tmp_path))
+    assert tags_of(selector) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "tags"),
+    ("selector", "tags"),
     [
         ("latest", HISTORY),
         ("auto", HISTORY),
@@ -223,8 +223,8 @@ def test_in_a_directory_of_copies_the_last_created_comes_first(tmp_path: Path) -
         (superseded_tag(350), [superseded_tag(350)]),
     ],
 )
-def test_a_checkpoint_is_found_by_any_selector(run: Path, wanted: str, tags: list[str]) -> None:
-    assert tags_of(candidates(run, wanted)) == tags
+def test_a_checkpoint_is_found_by_any_selector(run: Path, selector: str, tags: list[str]) -> None:
+    assert tags_of(candidates(run, selector)) == tags
 
 
 def test_a_step_selects_the_history_before_superseded_checkpoints(run: Path) -> None:
@@ -234,8 +234,8 @@ def test_a_step_selects_the_history_before_superseded_checkpoints(run: Path) -> 
 
 def test_a_checkpoint_is_found_by_its_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = write_checkpoint(tmp_path / "elsewhere", "for the paper", 50)
-    for wanted in (str(copy), f"{copy}/"):
-        assert [found.path for found in candidates(run, wanted)] == [copy]
+    for selector in (str(copy), f"{copy}/"):
+        assert [found.path for found in candidates(run, selector)] == [copy]
     assert candidates(run, str(copy))[0].role is None
     write_checkpoint(tmp_path / "elsewhere", superseded_tag(60), 60)
     write_checkpoint(tmp_path / "elsewhere", rolling_tag(40), 40)
@@ -256,7 +256,7 @@ def test_without_checkpoints_there_are_no_candidates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "near"),
+    ("selector", "near"),
     [
         ("rolling_step_000401", rolling_tag(400)),
         ("401", rolling_tag(400)),
@@ -265,11 +265,11 @@ def test_without_checkpoints_there_are_no_candidates(tmp_path: Path) -> None:
         ("something else", rolling_tag(400)),
     ],
 )
-def test_an_unknown_name_suggests_similar_ones(run: Path, wanted: str, near: str) -> None:
-    with pytest.raises(UserError) as told:
-        candidates(run, wanted)
-    assert str(told.value).startswith(f"no checkpoint {wanted!r} in {run}: did you mean ")
-    assert near in str(told.value).partition("did you mean ")[2]
+def test_an_unknown_name_suggests_similar_ones(run: Path, selector: str, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        candidates(run, selector)
+    assert str(error.value).startswith(f"no checkpoint {selector!r} in {run}: did you mean ")
+    assert near in str(error.value).partition("did you mean ")[2]
 
 
 def test_a_tag_is_not_searched_in_the_working_directory(
@@ -312,26 +312,26 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("wanted", STRANGE)
+@pytest.mark.parametrize("selector", STRANGE)
 def test_an_invalid_name_is_a_user_error_and_opens_no_other_directory(
-    run: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch, wanted: str
+    run: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch, selector: str
 ) -> None:
     write_checkpoint(run.parent / "other", rolling_tag(9), 9)  # relative to the run, not to the working directory
     monkeypatch.chdir(run.parents[1])
     opened.clear()
     with pytest.raises(UserError):
-        candidates(run, wanted)
+        candidates(run, selector)
     assert [path for path in opened if run not in path.parents] == []
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "selector",
     ["²", "epoch ²", "9" * 5000, "epoch" + "9" * 5000, "a" * 300, "a/" * 3000, "~nobody-of-that-name/x"],
-    ids=lambda wanted: wanted[:10],
+    ids=lambda selector: selector[:10],
 )
-def test_a_name_that_is_not_a_valid_path_is_a_user_error(run: Path, wanted: str) -> None:
+def test_a_name_that_is_not_a_valid_path_is_a_user_error(run: Path, selector: str) -> None:
     with pytest.raises(UserError):
-        candidates(run, wanted)
+        candidates(run, selector)
 
 
 def test_a_checkpoint_of_another_program_is_recognized(run: Path, tmp_path: Path) -> None:
@@ -340,9 +340,9 @@ def test_a_checkpoint_of_another_program_is_recognized(run: Path, tmp_path: Path
     with pytest.raises(UserError, match=r"foreign is not a checkpoint of ds_gpt2, or a directory of checkpoints"):
         candidates(run, str(foreign))
     (foreign / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    for wanted in (foreign, foreign / "global_step10"):
+    for selector in (foreign, foreign / "global_step10"):
         with pytest.raises(UserError, match=r"has DeepSpeed files of another program: .* has a manifest\.json"):
-            candidates(run, str(wanted))
+            candidates(run, str(selector))
 
 
 def test_a_checkpoint_of_weights_is_a_candidate_only_by_its_name(run: Path) -> None:
@@ -367,7 +367,7 @@ def test_the_second_newest_is_found_without_latest_backup(run: Path, pointer: st
 
 
 def test_the_second_newest_has_another_step(run: Path) -> None:
-    """The newest is what the person did not want, under whatever name."""
+    """All tags of the newest step are excluded."""
     (run / "latest_backup").unlink()
     write_checkpoint(run, epoch_tag(3), 400)
     assert tags_of(candidates(run, "backup")) == HISTORY[1:]
@@ -377,8 +377,8 @@ def test_before_a_step_selects_the_newest_of_an_earlier_step_else_the_oldest(tmp
     for step in (5, 10, 15):
         write_checkpoint(tmp_path, rolling_tag(step), step, {"a.pt": b"x"})
 
-    def steps(wanted: str) -> list[int]:
-        return [found.step for found in candidates(tmp_path, wanted)]
+    def steps(selector: str) -> list[int]:
+        return [found.step for found in candidates(tmp_path, selector)]
 
     assert steps("before:15") == [10, 5]
     assert steps("before:16") == [15, 10, 5]

@@ -60,15 +60,15 @@ def test_a_rank_that_cannot_write_costs_only_one_checkpoint(seen: Seen) -> None:
     result = seen["one_rank_full"]
     assert result["saved"] is False
     assert result["left"] == ["best_model", "latest", "rolling_step_000002", "zero_to_fp32.py"]
-    assert len(result["told"]) == 1
-    assert "training continues" in result["told"][0]
+    assert len(result["logged"]) == 1
+    assert "training continues" in result["logged"][0]
     assert result["next"] is True
     assert result["good"] is None
 
 
 def test_a_disk_slower_than_the_save_interval_delays_training_and_is_reported(seen: Seen) -> None:
     assert seen["waited"]["seconds"] > 0.1
-    assert len(seen["waited"]["told"]) == 1
+    assert len(seen["waited"]["logged"]) == 1
 
 
 def test_a_synchronous_save_has_committed_when_it_returns(seen: Seen) -> None:
@@ -79,7 +79,7 @@ def test_without_free_space_old_checkpoints_are_deleted_and_the_save_is_skipped_
     result = seen["no_room"]
     assert result["finished"] is False
     assert result["quick"] is True
-    assert len(result["told"]) == 1
+    assert len(result["logged"]) == 1
     assert result["left"] == [result["restored"], "best_model"]
 
 

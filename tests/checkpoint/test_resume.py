@@ -32,7 +32,7 @@ class _Code:
 
 
 def _checkpoint(directory: Path, step: int, content: Any = None, **changes: Any) -> Path:
-    """Write a committed checkpoint with a valid manifest, whatever its files contain."""
+    """Write a committed checkpoint with a valid manifest; its files may contain anything."""
     path = directory / f"rolling_step_{step:06d}"
     path.mkdir(parents=True)
     files = {}
@@ -205,11 +205,11 @@ def test_a_run_without_checkpoints_is_reported(tmp_path: Path) -> None:
 def test_if_all_local_checkpoints_are_damaged_a_copy_is_fetched(
     tmp_path: Path, local: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "place").mkdir()
-    backup = Backup(str(tmp_path / "place"), "run", BackupSettings())
+    (tmp_path / "nas").mkdir()
+    backup = Backup(str(tmp_path / "nas"), "run", BackupSettings())
     for step in (5, 10):
         backup.copy(open_generation(_checkpoint(tmp_path / "run", step)))
-    (tmp_path / "place" / "run" / "rolling_step_000010" / MODEL_FILE).write_bytes(b"damaged there too")
+    (tmp_path / "nas" / "run" / "rolling_step_000010" / MODEL_FILE).write_bytes(b"damaged copy")
     for path in (tmp_path / "run").iterdir():
         shutil.rmtree(path) if local == "gone" else (path / MODEL_FILE).write_bytes(b"damaged")
     restored = resume.choose_checkpoint(tmp_path / "run", "auto", IDENTITY, backup)
@@ -219,11 +219,11 @@ def test_if_all_local_checkpoints_are_damaged_a_copy_is_fetched(
 
 
 def test_a_requested_checkpoint_is_not_replaced_by_a_copy(tmp_path: Path) -> None:
-    (tmp_path / "place").mkdir()
-    backup = Backup(str(tmp_path / "place"), "run", BackupSettings())
+    (tmp_path / "nas").mkdir()
+    backup = Backup(str(tmp_path / "nas"), "run", BackupSettings())
     backup.copy(open_generation(_checkpoint(tmp_path / "run", 5)))
     (tmp_path / "run" / "rolling_step_000005" / MODEL_FILE).unlink()
     with pytest.raises(UserError, match="none of rolling_step_000005"):
         resume.choose_checkpoint(tmp_path / "run", "5", IDENTITY, backup)
-    path = str(tmp_path / "place" / "run")
+    path = str(tmp_path / "nas" / "run")
     assert resume.choose_checkpoint(tmp_path / "run", path, IDENTITY, backup).generation.step == 5

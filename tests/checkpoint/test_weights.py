@@ -28,13 +28,13 @@ def test_a_checkpoint_of_weights_is_small_complete_and_not_resumable(
 ) -> None:
     source = four_ranks[1] / "checkpoints" / "test" / TAG
     save_weights(Disk(), source, tmp_path, "epoch_00001")
-    (kept,) = scan(tmp_path)
-    assert kept.weights_only
-    assert problem_of(kept) is None
+    (generation,) = scan(tmp_path)
+    assert generation.weights_only
+    assert problem_of(generation) is None
     assert candidates(tmp_path, "latest") == []
-    weights = torch.load(kept.path / WEIGHTS_FILE, weights_only=True)
+    weights = torch.load(generation.path / WEIGHTS_FILE, weights_only=True)
     parameters = sum(tensor.numel() for tensor in weights.values())
-    saved = manifest.read(kept.path)
+    saved = manifest.read(generation.path)
     assert saved.bytes < 1.01 * 4 * parameters
     assert saved.bytes < manifest.read(source).bytes / 3
     assert saved.step == 12

@@ -100,9 +100,9 @@ def test_undecodable_bytes_in_a_note_are_replaced(run_dir: Path) -> None:
 
 
 def test_a_name_with_undecodable_bytes_is_one_line() -> None:
-    told = subprocess.run([*map(os.fsencode, COMMAND), b"list", b"caf\xe9"], capture_output=True)
-    assert told.returncode == 2
-    assert told.stderr.startswith(b"error: no run caf") and told.stderr.count(b"\n") == 1
+    completed = subprocess.run([*map(os.fsencode, COMMAND), b"list", b"caf\xe9"], capture_output=True)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith(b"error: no run caf") and completed.stderr.count(b"\n") == 1
 
 
 def test_a_path_that_the_locale_does_not_support_is_one_line(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_a_path_that_the_locale_does_not_support_is_one_line(write_config: Calla
 def test_writes_to_a_failing_stream_are_ignored() -> None:
     closed = io.StringIO()
     stream = Unfailing(closed)
-    stream.write("kept")
-    assert closed.getvalue() == "kept"
+    stream.write("text")
+    assert closed.getvalue() == "text"
     closed.close()
     stream.write("lost")
     stream.flush()

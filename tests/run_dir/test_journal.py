@@ -63,8 +63,8 @@ def test_an_event_that_cannot_be_written_is_returned_and_written_later(tmp_path:
     assert [event.kind for event in events] == ["crash", "launch", "start"] and events[0] == missed
 
 
-def _events(*told: tuple[float, Kind, int | None]) -> list[Event]:
-    return [Event(time, kind, "", step) for time, kind, step in told]
+def _events(*events: tuple[float, Kind, int | None]) -> list[Event]:
+    return [Event(time, kind, "", step) for time, kind, step in events]
 
 
 def test_the_time_lost_by_a_crash_is_from_the_resumed_state_to_the_next_start() -> None:

@@ -97,8 +97,10 @@ for step in range(1, 4):
         print(step, error.strerror, pathlib.Path(sys.argv[1]).stat().st_size)
 """
     file = tmp_path / "metrics.jsonl"
-    told = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True).stdout
-    assert told == "2 File too large 22\n"
+    output = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
+    ).stdout
+    assert output == "2 File too large 22\n"
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
 
 

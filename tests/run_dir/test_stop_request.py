@@ -88,13 +88,13 @@ def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
 
 
 def _stop_at(
-    step: int, run_dir: Path, arguments: list[str], ask: Callable[[subprocess.Popen[str]], object]
+    step: int, run_dir: Path, arguments: list[str], stop: Callable[[subprocess.Popen[str]], object]
 ) -> tuple[int, list[str]]:
-    """Start two ranks, stop them by ``ask`` during the evaluation of ``step``, and return the results."""
+    """Start two ranks, stop them by ``stop`` during the evaluation of ``step``, and return the results."""
     clear_heartbeats(run_dir)
     process = start(start_command(RankLayout("cpu", 2), TRAIN, arguments))
     _wait_until(process, lambda: _is_evaluating(step, read_beat(run_dir, 0)))
-    ask(process)
+    stop(process)
     process.communicate(timeout=120)
     return process.returncode, end_session(process.pid)
 

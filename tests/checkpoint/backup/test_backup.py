@@ -132,7 +132,7 @@ def test_a_copy_is_not_valid_while_it_is_repaired(run_dir: Path, location: str) 
     backup.copy(generation)
     write_at(location, generation.tag, "b.pt", flipped(content("b.pt", 0)))
     with pytest.raises(StoppedError):
-        backup.copy(generation, Interrupter(4))  # three are read, one is told of the good ones
+        backup.copy(generation, Interrupter(4))  # three calls for the files that are read, one for the intact files
     assert backup.copies() == []
 
 
@@ -260,8 +260,8 @@ def test_prune_retains_the_newest_rolling_copies_all_epochs_and_the_best(run_dir
         backup.copy(link(run_dir, rolling_tag(step), epoch_tag(number)))
     backup.copy(link(run_dir, rolling_tag(100), BEST_TAG))
     assert backup.prune(400) == [rolling_tag(100), rolling_tag(200)]
-    kept = {rolling_tag(300), rolling_tag(400), epoch_tag(1), epoch_tag(2), epoch_tag(3), BEST_TAG}
-    assert set(tags(backup)) == kept
+    retained = {rolling_tag(300), rolling_tag(400), epoch_tag(1), epoch_tag(2), epoch_tag(3), BEST_TAG}
+    assert set(tags(backup)) == retained
     assert read_at(location, rolling_tag(100)) == {}
     assert backup.prune(400) == []
 
@@ -285,7 +285,7 @@ def test_prune_deletes_old_incomplete_copies(run_dir: Path, location: str) -> No
         backup.copy(save(run_dir, step))
     assert sorted(backup.prune(400)) == [rolling_tag(100), rolling_tag(200)]
     assert read_at(location, rolling_tag(100)) == {}
-    assert read_at(location, rolling_tag(350)) != {}  # somebody may be copying it by hand at this moment
+    assert read_at(location, rolling_tag(350)) != {}  # another process may be copying it
 
 
 def test_if_any_operation_of_prune_fails_all_copies_are_intact(run_dir: Path, tmp_path: Path) -> None:
