@@ -186,18 +186,20 @@ def test_superseded_checkpoints_are_not_part_of_the_history(tmp_path: Path) -> N
     assert catalog.newest_tag(tmp_path) is None
     write_checkpoint(tmp_path, epoch_tag(1), 3)
     assert catalog.newest_tag(tmp_path) == epoch_tag(1)
+    assert tags_of(catalog.history(tmp_path)) == [epoch_tag(1)]
+    assert [generation.is_primary for generation in scan(tmp_path)] == [False, True]
 
 
 def test_in_a_directory_of_copies_the_last_created_comes_first(tmp_path: Path) -> None:
-    for step, day in ((300, 1), (200, 2), (250, 3)):  # it went back from 300 to before 200
+    for step, day in ((300, 1), (200, 2), (250, 3)):  # rolled back from 300 to before 200
         path = write_checkpoint(tmp_path, rolling_tag(step), step)
         found = open_generation(path).manifest
         assert found is not None
         (path / "manifest.json").write_bytes(
             encode(found.model_copy(update={"created": f"2026-01-0{day}T00:00:00+00:00"}))
         )
-    selector = candidates(tmp_path / "run", str(tmp_path))
-    assert tags_of(selector) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
+    copies = candidates(tmp_path / "run", str(tmp_path))
+    assert tags_of(copies) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
 
 
 @pytest.mark.parametrize(

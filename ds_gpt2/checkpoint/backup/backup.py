@@ -104,7 +104,7 @@ class Backup:
         if (file := file_instead_of(root)) is not None:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
-            raise self._is_checkpoint_directory()
+            raise self._checkpoint_directory_error()
         if self._run_dir is not None and root.resolve().is_relative_to(self._run_dir.resolve()):
             raise UserError(f"{self.where()} is in the run's directory: give another location for copies")
         self._ownership.check_directory(root)
@@ -129,9 +129,9 @@ class Backup:
             UserError: they are: a checkpoint would be taken for a copy of itself.
         """
         if isinstance(self._storage, LocalStorage) and self._storage.root.resolve() == checkpoints.resolve():
-            raise self._is_checkpoint_directory()
+            raise self._checkpoint_directory_error()
 
-    def _is_checkpoint_directory(self) -> UserError:
+    def _checkpoint_directory_error(self) -> UserError:
         return UserError(f"{self.where()} is where the checkpoints themselves are: give another location for copies")
 
     def probe(self) -> None:
