@@ -339,7 +339,7 @@ def test_a_name_that_is_not_a_valid_path_is_a_user_error(run: Path, selector: st
 def test_a_checkpoint_of_another_program_is_recognized(run: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     (foreign / "global_step10").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"foreign is not a checkpoint of ds_gpt2, or a directory of checkpoints"):
+    with pytest.raises(UserError, match=r"foreign is not a checkpoint of ds_gpt2 or a directory of checkpoints"):
         candidates(run, str(foreign))
     (foreign / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     for selector in (foreign, foreign / "global_step10"):

@@ -205,7 +205,7 @@ def test_a_forged_manifest_is_refused_and_its_files_are_not_opened(
     problem = problem_of(generation)
     monkeypatch.undo()
     assert generation.manifest is None
-    assert problem is not None and problem.startswith(("manifest.json is not valid: ", "manifest.json has format "))
+    assert problem is not None and problem.startswith(("manifest.json is invalid: ", "manifest.json has format "))
     assert touched == [checkpoint / "manifest.json"]
 
 
