@@ -70,7 +70,7 @@ def test_every_truncation_is_found(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("filled", [False, True], ids=["cut", "zeros"])
 def test_a_larger_file_cut_at_any_page_is_found(tmp_path: Path, filled: bool) -> None:
-    """Cut, or with zeros where the last pages never reached the disk."""
+    """The file is cut, or has zeros because the last pages were not written to the disk."""
     content = random.Random(3).randbytes(1 << 20)
     checkpoint = write_checkpoint(tmp_path, rolling_tag(7), 7, {"a.pt": b"small", "large.pt": content})
     assert problem_in(checkpoint) is None
@@ -168,7 +168,7 @@ HISTORY = [
 def test_only_checkpoints_are_listed_newest_first(run: Path) -> None:
     write_checkpoint(run, rolling_tag(500) + ".tmp", 500)
     write_checkpoint(run, "my_copy", 600)
-    (run / rolling_tag(700)).mkdir()  # a deletion that was cut short
+    (run / rolling_tag(700)).mkdir()  # an interrupted deletion
     (run / rolling_tag(800)).write_text("a file")
     assert tags_of(scan(run)) == [rolling_tag(400), superseded_tag(350), *HISTORY[1:]]
     assert catalog.newest_tag(run) == rolling_tag(400)
@@ -303,7 +303,7 @@ STRANGE = [
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are opened from here on."""
+    """The files that are opened during the test."""
     found: list[Path] = []
 
     def recording(path: Path, *arguments: Any, **options: Any) -> object:

@@ -1,4 +1,4 @@
-"""What may be deleted. Whatever the checkpoints and the policies are, some things never are."""
+"""Retention: which checkpoints are deleted, and which never are, for any checkpoints and policies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _steps = st.integers(0, 30)
 
 @st.composite
 def _found(draw: st.DrawFn) -> list[RetentionCandidate]:
-    """Any checkpoints of a run, in any order; some steps have several names, each verified or not."""
+    """Generate checkpoints of a run in any order; some steps have several tags, each verified or not."""
     found = []
     for role, tag in (("rolling", rolling_tag), ("epoch", epoch_tag), ("superseded", superseded_tag)):
         for step in draw(st.sets(_steps, max_size=12)):
@@ -40,7 +40,7 @@ _policies = st.lists(
 
 
 def _untouchable(found: Iterable[RetentionCandidate]) -> set[RetentionCandidate]:
-    """The newest two verified steps of the history under each name they verify under, and the best."""
+    """Return the best, and the newest two verified steps of the history under all their verified tags."""
     verified = [one for one in found if one.verified and one.role in ("rolling", "epoch")]
     newest = sorted({one.step for one in verified})[-2:]
     return {one for one in verified if one.step in newest} | {one for one in found if one.role == "best"}
@@ -56,7 +56,7 @@ def test_the_newest_two_verified_and_the_best_are_never_deleted(
 
 @given(_found())
 def test_checkpoints_that_no_policy_retains_are_deleted(found: list[RetentionCandidate]) -> None:
-    """Else the properties above would hold of a function that deletes nothing."""
+    """Otherwise the properties above would hold for a function that deletes nothing."""
     assert set(retention.to_delete(found, [])) == set(found) - _untouchable(found)
     assert set(retention.deletion_order(found)) == set(found) - _untouchable(found)
 
@@ -121,7 +121,7 @@ def test_each_policy_by_example() -> None:
 
 
 def test_two_tags_of_one_step_count_as_one_checkpoint() -> None:
-    """The newest two are two steps: a third one is not protected by the end of an epoch, which has the same files."""
+    """The newest two are two steps; an epoch checkpoint of the same step and files does not count separately."""
     found = [
         RetentionCandidate(epoch_tag(2), "epoch", 600, True),
         *(RetentionCandidate(one.tag, "rolling", one.step, True) for one in ROLLING),
@@ -136,7 +136,7 @@ def test_the_newest_two_healthy_checkpoints_are_retained_during_a_divergence() -
 
 
 def test_the_newest_two_healthy_checkpoints_are_retained_if_the_run_restarts_during_a_divergence() -> None:
-    """The process that resumes has verified the checkpoint that it resumes from, and those that it saves."""
+    """The new process has verified only the checkpoint that it resumes from and those that it saves."""
     found = [
         RetentionCandidate(one.tag, "rolling", one.step, verified=one.step >= 500, healthy=one.step in (100, 200, 300))
         for one in ROLLING

@@ -54,7 +54,7 @@ def test_a_run_resumes_from_a_local_directory_of_copies(run_dir: Path, local_loc
     assert os.stat(found[0].path / "a.pt").st_ino != os.stat(run_dir / found[0].tag / "a.pt").st_ino
 
 
-# Each file is a block to send and a block to read back; before that comes one call for what was there already.
+# Each file is sent in one block and read back in one block; the first call is for the existing files.
 @pytest.mark.parametrize(("blocks", "sent_again"), [(0, 3), (1, 2), (2, 2), (3, 1), (4, 1), (5, 0)])
 def test_an_interrupted_copy_continues_with_the_remaining_files(
     run_dir: Path, location: str, blocks: int, sent_again: int
@@ -231,7 +231,7 @@ def test_a_new_copy_does_not_change_hard_links_to_the_old_one(
     backup.copy(save(run_dir, 250))
     commit.link(
         Disk(), local_location / "run" / rolling_tag(250), tmp_path, rolling_tag(250)
-    )  # as a resume from it does
+    )  # as by a resume from the copy
     commit.remove(Disk(), run_dir, rolling_tag(250))
     backup.copy(save(run_dir, 250, seed=1))
     assert problem_of(open_generation(tmp_path / rolling_tag(250))) is None
@@ -273,7 +273,7 @@ def test_prune_deletes_no_later_steps_after_a_rollback(run_dir: Path, location: 
     for minute, step in enumerate((10, 20, 30), start=1):
         backup.copy(save(run_dir, step, minute=minute))
         backup.prune(step)
-    assert tags(backup) == [rolling_tag(step) for step in (30, 20, 500, 400, 300)]  # what was made last comes first
+    assert tags(backup) == [rolling_tag(step) for step in (30, 20, 500, 400, 300)]  # the last created comes first
 
 
 def test_prune_deletes_old_incomplete_copies(run_dir: Path, location: str) -> None:

@@ -38,7 +38,7 @@ def test_a_copied_run_does_not_change_the_copies_of_the_original(tmp_path: Path,
         Backup(location, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
     assert tags(original) == [generation.tag] and read_at(location, generation.tag) == before
     assert original.copy(open_generation(generation.path)) == 0
-    if not location.startswith("memory://"):  # refused before training, too
+    if not location.startswith("memory://"):  # also refused before training starts
         with pytest.raises(UserError, match="has the copies of the run in"):
             Backup(location, "run", SETTINGS, run_dir=copied).check_named(run_dir)
         original.check_named(run_dir)
@@ -63,7 +63,7 @@ def test_two_runs_do_not_alternate_in_one_location(
     here.copy(generation)
     monkeypatch.setattr("socket.gethostname", lambda: "another")
     theirs = mine.rename(tmp_path / "theirs")  # another machine sees no run at the path of the first
-    Backup(location, "run", SETTINGS, run_dir=theirs).copy(generation)  # moved there, for all that can be seen
+    Backup(location, "run", SETTINGS, run_dir=theirs).copy(generation)  # it looks like a moved run
     assert "this run takes them over" in caplog.text
     monkeypatch.undo()
     theirs.rename(mine)
@@ -87,7 +87,7 @@ def test_a_run_is_recognized_from_two_machines_and_by_two_paths(
 def test_a_copied_run_does_not_use_copies_without_a_recorded_owner(
     tmp_path: Path, run_dir: Path, location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No owner is recorded there, but where the copy was started last."""
+    """No owner is recorded, but the run records where it was last started: at the path of the original."""
     mine, copied = start_run(tmp_path / "mine"), start_run(tmp_path / "copied")
     Backup(location, "run", SETTINGS).copy(save(run_dir, 250))
     monkeypatch.setattr("ds_gpt2.checkpoint.backup.ownership.last_seen", lambda _: mine)
@@ -120,7 +120,7 @@ def test_two_simultaneous_copies_of_a_run_wait_for_each_other(
 
     def wait(size: int) -> None:
         if not resumed.is_set():
-            assert size == 0  # nothing is sent meanwhile
+            assert size == 0  # nothing is sent while it waits
             waited.set()
 
     sent: list[int] = []

@@ -27,8 +27,11 @@ from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
     ("commits", "copied"),
     [
         ([("", 100), ("", 150), ("", 200)], [[rolling_tag(100)], [], [rolling_tag(200)]]),
-        ([("", 90), ("", 180), ("", 190)], [[rolling_tag(90)], [], [rolling_tag(190)]]),  # so many steps apart, not at
-        ([("", 500), ("", 400)], [[rolling_tag(500)], [rolling_tag(400)]]),  # the run has gone back
+        (
+            [("", 90), ("", 180), ("", 190)],
+            [[rolling_tag(90)], [], [rolling_tag(190)]],
+        ),  # the interval counts from the last copy
+        ([("", 500), ("", 400)], [[rolling_tag(500)], [rolling_tag(400)]]),  # the run was rolled back
         ([("epoch_00001", 100), ("epoch_00002", 150)], [["epoch_00001", rolling_tag(100)], ["epoch_00002"]]),
         ([("best_model", 100), ("best_model", 150)], [["best_model", rolling_tag(100)], []]),
         ([("epoch_00001 best_model", 100)], [["epoch_00001", "best_model", rolling_tag(100)]]),
@@ -79,7 +82,7 @@ def test_a_failed_copy_is_due_again() -> None:
 def test_copies_respect_the_minimum_intervals_and_no_epoch_is_missed(
     commits: list[tuple[int, float, bool, bool, bool]],
 ) -> None:
-    """Whatever the order of commits, ends of epochs, new bests, and failures."""
+    """For any order of commits, ends of epochs, new best checkpoints, and failures."""
     clock, step, epochs = 0.0, 0, 0
     schedule = BackupSchedule(SETTINGS, lambda: clock)
     done: list[tuple[str, int, float]] = []
@@ -110,11 +113,11 @@ def test_a_new_process_continues_the_schedule_of_the_earlier_one(run_dir: Path, 
     for step in (100, 160):
         backup.copy(save(run_dir, step))
     backup.copy(save(run_dir, 900))
-    commit.remove(Disk(), run_dir, rolling_tag(900))  # of a history that the run has left
+    commit.remove(Disk(), run_dir, rolling_tag(900))  # part of a history that the run has left
     backup.copy(link(run_dir, rolling_tag(100), BEST_TAG))
     link(run_dir, rolling_tag(100), epoch_tag(1))
     hours = [1.0]
-    schedule = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)  # the year 2026, when best_model was made
+    schedule = BackupSchedule(SETTINGS, lambda: 1767225600 + hours[0] * 3600)  # hours after the start of 2026
     schedule.start_from(backup.copies(), scan(run_dir))
     assert schedule.due(rolling_tag(200), [], 200) == [epoch_tag(1)]  # 40 steps after 160 is too soon
     assert schedule.due(rolling_tag(200), [BEST_TAG], 200) == [epoch_tag(1)]
@@ -128,7 +131,7 @@ def test_a_new_process_continues_the_schedule_of_the_earlier_one(run_dir: Path, 
 
 
 def test_a_copied_epoch_does_not_count_as_the_newest_rolling_checkpoint(run_dir: Path, location: str) -> None:
-    """It may be reduced to weights, from which nothing can be resumed."""
+    """It may be reduced to weights, from which training cannot resume."""
     backup = Backup(location, "run", SETTINGS)
     backup.copy(save(run_dir, 100))
     save(run_dir, 190)

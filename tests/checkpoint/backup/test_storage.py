@@ -122,7 +122,7 @@ def test_a_remote_copy_is_deleted_manifest_first(
     MemoryFileSystem.store.clear()
     backup = Backup("memory://nas", "run", changed_settings(keep=1))
     for step in (100, 200):
-        backup.copy(save(run_dir, step, names=("a.pt", "z.pt")))  # a name on either side of the marker's
+        backup.copy(save(run_dir, step, names=("a.pt", "z.pt")))  # one name sorts before the manifest, one after it
     removed: list[str] = []
     original = MemoryFileSystem._rm
     monkeypatch.setattr(MemoryFileSystem, "_rm", lambda self, path: (removed.append(path), original(self, path)))
