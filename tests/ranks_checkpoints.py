@@ -1,8 +1,7 @@
-"""Run by DeepSpeed's launcher on two ranks: what saving and loading does, as JSON for test_store.py to judge."""
+"""Run by DeepSpeed's launcher on two ranks: save and load, and write the results as JSON for test_manager.py."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -10,17 +9,18 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+from disks import PausableDisk
+
 from ds_gpt2.checkpoint import resume
 from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
-from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
@@ -39,26 +39,6 @@ from ds_gpt2.run_dir import exit_report
 IDENTITY = {"model.width": 32}
 
 
-class FaultyDisk(Disk):
-    """A disk on which, from a moment on, this rank can write no byte, or has to wait; what is free can be pretended."""
-
-    full = False
-    free: int | None = None
-
-    def __init__(self) -> None:
-        self.ready = threading.Event()
-        self.ready.set()
-
-    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
-        self.ready.wait()
-        if self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(file, data)
-
-    def free_bytes(self, path: Path) -> int:
-        return super().free_bytes(path) if self.free is None else self.free
-
-
 class Bench:
     """An engine, its data and a directory for its checkpoints."""
 
@@ -69,7 +49,7 @@ class Bench:
         self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, torch.device("cpu"))
         self.engine = self.fresh_engine(settings)
         self.state = TrainState()
-        self.disk = FaultyDisk()
+        self.disk = PausableDisk()
 
     def fresh_engine(self, settings: Settings) -> Engine:
         torch.manual_seed(5)
@@ -95,7 +75,7 @@ class Bench:
             self.state.advance(1024, True, b"")
 
     def fingerprint(self, engine: Engine | None = None) -> list[float]:
-        """Every number that a checkpoint must bring back on this rank, summed up without rounding."""
+        """Return exact sums of all values that a checkpoint must restore on this rank."""
         optimizer = (engine or self.engine).deepspeed.optimizer
         tensors = [*(engine or self.engine).model.parameters(), *optimizer.single_partition_of_fp32_groups]
         for state in optimizer.optimizer.state.values():
@@ -148,7 +128,7 @@ def _everywhere(value: bool) -> bool:
 
 
 def _save_while_training(bench: Bench) -> dict[str, Any]:
-    """Save in the background, train on meanwhile, load into another engine: it is the state at the save."""
+    """Save in the background while training continues, then load into another engine: the states are equal."""
     checkpoints = bench.checkpoints(write_mb_per_s=20)
     bench.steps(2)
     bench.state.record_validation(3.0)
@@ -175,7 +155,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
 
 
 def _load_with_other_settings(bench: Bench) -> dict[str, Any]:
-    """The settings in force are this run's, not those the checkpoint was saved under."""
+    """The settings of this run apply, not those of the checkpoint."""
     optimizer = bench.settings.optimizer.model_copy(
         update={"weight_decay": 0.25, "grad_clip": 0.5, "betas": (0.8, 0.9)}
     )
@@ -198,7 +178,7 @@ def _sizes(bench: Bench) -> dict[str, int]:
 
 
 def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
-    """The last rank's disk is full, its failure record included: training goes on, and the next save works."""
+    """The disk of the last rank is full, even for its failure record: training continues, the next save succeeds."""
     checkpoints = bench.checkpoints()
     bench.disk.full = collectives.rank() == collectives.world_size() - 1
     checkpoints.save(bench.state, 0.1)
@@ -206,12 +186,12 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     saved = checkpoints.finish(TrainState(step=bench.state.step - 1), complete=False)
     bench.disk.full = False
     after_failure = sorted(path.name for path in bench.folder.iterdir())
-    told = [message for message in messages if "was not saved" in message]
+    logged = [message for message in messages if "was not saved" in message]
     checkpoints.save(bench.state, 0.1)
     return {
         "saved": saved,
         "left": after_failure,
-        "told": told,
+        "logged": logged,
         "next": _everywhere(checkpoints.finish(bench.state, complete=False)),
         "good": problem_of(scan(bench.folder)[0]),
     }
@@ -226,8 +206,8 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
     threading.Timer(2.0, bench.disk.ready.set).start()
     checkpoints.save(bench.state, 0.1)
     checkpoints.finish(bench.state, complete=False)
-    told = [message for message in messages if "slower than checkpoint.every" in message]
-    return {"seconds": checkpoints.waited_seconds, "told": told}
+    logged = [message for message in messages if "slower than checkpoint.every" in message]
+    return {"seconds": checkpoints.waited_seconds, "logged": logged}
 
 
 def _inline(bench: Bench) -> dict[str, Any]:
@@ -240,7 +220,7 @@ def _inline(bench: Bench) -> dict[str, Any]:
 
 
 def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
-    """Nothing is free whatever is deleted: all that may give way does, the save is skipped, training goes on."""
+    """No deletion frees space: all deletable checkpoints are deleted, the save is skipped, training continues."""
     bench.disk.free = 0
     checkpoints = bench.checkpoints()
     restored = resume.choose_checkpoint(bench.folder, "latest", IDENTITY)
@@ -253,7 +233,7 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     return {
         "finished": finished,
         "quick": time.monotonic() - begun < 30,
-        "told": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
+        "logged": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
         "left": [generation.tag for generation in scan(bench.folder)],
         "restored": restored.generation.tag,
     }

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what a run needs to go on, and the pointer to the newest."""
+"""Checkpoints: save, resume, verify, retain; the commit protocol; backups."""

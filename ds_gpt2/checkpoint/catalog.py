@@ -1,4 +1,4 @@
-"""The committed checkpoints of a run: found, ordered by age, looked up by what a person calls them, verified."""
+"""The committed checkpoints of a run: list them by age, find one by a user's selector, verify their files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of chec
 
 @dataclass(frozen=True)
 class Generation:
-    """A committed checkpoint: a directory with a manifest. The manifest may turn out to be damaged."""
+    """A committed checkpoint: a directory with a manifest, which may be damaged."""
 
     path: Path
-    role: Role | None  # None: a directory that a person has renamed or copied elsewhere
-    manifest: Manifest | None
-    problem: str | None  # why the manifest cannot be trusted
+    role: Role | None  # None: the user has renamed or copied the directory
+    manifest: Manifest | None  # None: damaged
+    problem: str | None  # why the manifest is invalid; None if it is valid
 
     @property
     def tag(self) -> str:
+        """The name of the directory."""
         return self.path.name
 
     @property
     def step(self) -> int:
-        """From the manifest; from the name where that is damaged; -1 where neither tells."""
+        """The step in the manifest; if that is damaged, the step in the tag; -1 if unknown."""
         if self.manifest is not None:
             return self.manifest.step
         last = self.tag.rsplit("_", 1)[-1]
@@ -41,22 +42,27 @@ class Generation:
 
     @property
     def is_superseded(self) -> bool:
-        """Whether the run has continued from an earlier step since."""
+        """Whether the run has since resumed from an earlier step: it is not part of the run's history."""
         return self.role == "superseded"
 
     @property
     def is_resumable(self) -> bool:
-        """Whether a resume considers it, as far as its name and kind tell."""
+        """Whether a resume may use it: not superseded, and not reduced to weights. Its files are not verified."""
         return not (self.is_superseded or self.weights_only)
 
     @property
+    def is_primary(self) -> bool:
+        """Whether it is a full rolling or epoch checkpoint: not ``best_model``, superseded, or reduced to weights."""
+        return self.role in ("rolling", "epoch") and not self.weights_only
+
+    @property
     def weights_only(self) -> bool:
-        """Whether it was reduced to fp32 weights, from which nothing can be resumed."""
+        """Whether it was reduced to fp32 weights: training cannot resume from it."""
         return self.manifest is not None and self.manifest.kind == "weights"
 
 
 def open_generation(path: Path) -> Generation:
-    """The checkpoint in directory ``path``, whatever state it is in."""
+    """Return the checkpoint in directory ``path``. A missing or damaged manifest is reported in ``problem``."""
     role = naming.role_of(path.name)
     try:
         return Generation(path, role, manifest.read(path), None)
@@ -65,28 +71,33 @@ def open_generation(path: Path) -> Generation:
 
 
 def scan(directory: Path) -> list[Generation]:
-    """All committed checkpoints in ``checkpoints/<run>/``, newest first; reads their manifests only."""
+    """Return all committed checkpoints in ``checkpoints/<run>/``, newest first. Reads only the manifests."""
     if not directory.is_dir():
         return []
     found = [open_generation(path) for path in directory.iterdir() if _is_committed(path)]
     return sorted(found, key=_newest_first)
 
 
+def history(directory: Path) -> list[Generation]:
+    """Return the checkpoints of the run's history, newest first: ``scan`` without superseded ones."""
+    return [generation for generation in scan(directory) if not generation.is_superseded]
+
+
 def newest_tag(directory: Path) -> str | None:
-    """The newest checkpoint of the run's history, unverified; None if there is none."""
-    return next((found.tag for found in scan(directory) if not found.is_superseded), None)
+    """Return the tag of the newest checkpoint of the run's history, unverified; None if there is none."""
+    return next((generation.tag for generation in history(directory)), None)
 
 
 def newest_step(directory: Path) -> int:
-    """The step of the newest checkpoint of the run's history, unverified; -1 if there is none."""
-    return next((found.step for found in scan(directory) if not found.is_superseded), -1)
+    """Return the step of the newest checkpoint of the run's history, unverified; -1 if there is none."""
+    return next((generation.step for generation in history(directory)), -1)
 
 
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:
-    """Why ``generation`` must not be loaded, None if all is as it was written.
+    """Return why ``generation`` must not be loaded; None if all its files are intact.
 
     Args:
-        part: with ``parts``, look at this share of the files only; sizes are looked at in all.
+        part: with ``parts``, verify the hashes of only this share of the files; the sizes of all files are checked.
     """
     if generation.manifest is None:
         return generation.problem
@@ -99,9 +110,10 @@ def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | N
 
 
 def check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
-    """
+    """Check that the checkpoint belongs to a run with the settings ``identity``.
+
     Raises:
-        UserError: the checkpoint was made by another experiment.
+        UserError: a setting differs.
     """
     differing = [
         f"{name} {manifest.identity.get(name)} (this run has {value})"
@@ -110,110 +122,110 @@ def check_identity(generation: Generation, manifest: Manifest, identity: dict[st
     ]
     if differing:
         raise UserError(
-            f"checkpoint {generation.path} was made with {', '.join(differing)}: set it back, or start a new run with"
-            " run.name=NAME"
+            f"checkpoint {generation.path} was made with {', '.join(differing)}: restore these settings, or start a"
+            " new run with run.name=NAME"
         )
 
 
-def candidates(directory: Path, wanted: str) -> list[Generation]:
-    """The checkpoints to try for a resume from ``wanted``, the best first; none where there are none to choose from.
+def candidates(directory: Path, selector: str) -> list[Generation]:
+    """Return the checkpoints to try for a resume, in order of preference; empty if ``directory`` has none to try.
 
     Args:
-        wanted: ``latest`` or ``auto`` (the newest that is good), ``before:STEP`` (the newest good one of an earlier
-            step, or the oldest there is), ``latest_backup`` or ``backup``, ``best``, a step, an epoch
-            (``epoch_00003``, ``epoch 3``), a tag, or the path of a checkpoint or of a directory of them.
+        selector: ``latest`` or ``auto`` (the newest), ``before:STEP`` (the newest of an earlier step; if there is
+            none, the oldest), ``latest_backup`` or ``backup``, ``best``, a step, an epoch (``epoch_00003``,
+            ``epoch 3``), a tag, or the path of a checkpoint or of a directory of checkpoints.
 
     Raises:
-        UserError: there is no such checkpoint; the message lists near ones.
+        UserError: there is no such checkpoint; the message suggests similar ones.
     """
-    history = [found for found in scan(directory) if found.is_resumable]
-    if wanted in ("latest", "auto"):
-        return history
-    if (step := before(wanted)) is not None:
-        return [found for found in history if found.step < step] or history[-1:]
-    if wanted in (LATEST_BACKUP, "backup"):
-        return _from_backup(directory, history)
-    if (found := _by_name(directory, wanted)) is not None:
+    resumable = [generation for generation in scan(directory) if generation.is_resumable]
+    if selector in ("latest", "auto"):
+        return resumable
+    if (step := step_limit(selector)) is not None:
+        return [generation for generation in resumable if generation.step < step] or resumable[-1:]
+    if selector in (LATEST_BACKUP, "backup"):
+        return _from_backup_pointer(directory, resumable)
+    if (found := _by_name(directory, selector)) is not None:
         return [found]
-    if naming.role_of(wanted) is None and (path := _directory(wanted)) is not None:
+    if naming.role_of(selector) is None and (path := _directory(selector)) is not None:
         return _at_path(path)
-    raise UserError(f"no checkpoint {wanted!r} in {directory}: {_known(directory, wanted)}")
+    raise UserError(f"no checkpoint {selector!r} in {directory}: {_suggestions(directory, selector)}")
 
 
-def before(wanted: str) -> int | None:
-    """The step that ``before:STEP`` names; None if ``wanted`` is something else."""
-    step = wanted.removeprefix("before:")
-    return int(step) if step != wanted and _is_number(step) else None
+def step_limit(selector: str) -> int | None:
+    """Return STEP of the selector ``before:STEP``; None for another selector."""
+    step = selector.removeprefix("before:")
+    return int(step) if step != selector and _is_number(step) else None
 
 
-def _from_backup(directory: Path, history: list[Generation]) -> list[Generation]:
-    """From ``latest_backup`` on; the newest is what the person did not want."""
+def _from_backup_pointer(directory: Path, resumable: list[Generation]) -> list[Generation]:
+    """Return the checkpoints from ``latest_backup`` on, newest first, without the newest step."""
     tag = read_pointer(directory, LATEST_BACKUP)
-    tags = [generation.tag for generation in history]
-    older = next((place for place, found in enumerate(history) if found.step < history[0].step), len(history))
+    tags = [generation.tag for generation in resumable]
+    older = next((index for index, found in enumerate(resumable) if found.step < resumable[0].step), len(resumable))
     start = tags.index(tag) if tag in tags else older
-    if not history[start:]:
+    if not resumable[start:]:
         raise UserError(f"no second checkpoint in {directory}: use --resume latest")
-    return history[start:]
+    return resumable[start:]
 
 
-def _by_name(directory: Path, wanted: str) -> Generation | None:
-    tags = [wanted]
-    if wanted == "best":
+def _by_name(directory: Path, selector: str) -> Generation | None:
+    tags = [selector]
+    if selector == "best":
         tags = [BEST_TAG]
-    elif _is_number(wanted):
-        tags = [naming.rolling_tag(int(wanted)), naming.superseded_tag(int(wanted))]
-    elif _is_number(number := wanted.removeprefix("epoch").strip(" _=")) and wanted.startswith("epoch"):
+    elif _is_number(selector):
+        tags = [naming.rolling_tag(int(selector)), naming.superseded_tag(int(selector))]
+    elif _is_number(number := selector.removeprefix("epoch").strip(" _=")) and selector.startswith("epoch"):
         tags = [naming.epoch_tag(int(number))]
     for tag in tags:
         if naming.is_plain_name(tag) and _is_committed(directory / tag, any_name=True):
             return open_generation(directory / tag)
-    if _is_number(wanted):  # a step that is kept under another role only
-        return next((found for found in scan(directory) if found.step == int(wanted)), None)
+    if _is_number(selector):  # a step that exists only under another role
+        return next((found for found in scan(directory) if found.step == int(selector)), None)
     return None
 
 
 def _at_path(path: Path) -> list[Generation]:
     if (path / MANIFEST).exists():
         return [open_generation(path)]
-    if found := [generation for generation in scan(path) if not generation.is_superseded]:
+    if found := history(path):
         return sorted(found, key=_made_at, reverse=True)
     if any(path.glob("*_optim_states.pt")) or any(path.glob("*/*_optim_states.pt")):
         raise UserError(f"{path} has DeepSpeed files of another program: a checkpoint of ds_gpt2 has a {MANIFEST}")
-    raise UserError(f"{path} is not a checkpoint of ds_gpt2, nor a directory of some: it has no {MANIFEST}")
+    raise UserError(f"{path} is not a checkpoint of ds_gpt2 or a directory of checkpoints: it has no {MANIFEST}")
 
 
 def _made_at(generation: Generation) -> float:
-    """Where a run has gone back, its copies elsewhere still include steps of the history that it left."""
+    """Return the sort key of copies: after a rollback, the highest step among them is not always the newest."""
     return generation.manifest.made_at if generation.manifest is not None else math.inf
 
 
-def _known(directory: Path, wanted: str) -> str:
+def _suggestions(directory: Path, selector: str) -> str:
     tags = [generation.tag for generation in scan(directory)]
     if not tags:
-        return "there is none at all"
+        return "there are no checkpoints"
     steps = {str(generation.step): generation.tag for generation in scan(directory)}
-    near = difflib.get_close_matches(wanted, [*tags, *steps], n=3, cutoff=0.6) or tags[:3]
-    return "near are " + ", ".join(dict.fromkeys(steps.get(name, name) for name in near))
+    similar = difflib.get_close_matches(selector, [*tags, *steps], n=3, cutoff=0.6) or tags[:3]
+    return "did you mean " + " or ".join(dict.fromkeys(steps.get(name, name) for name in similar)) + "?"
 
 
 def _is_committed(path: Path, any_name: bool = False) -> bool:
     try:
         return (any_name or naming.role_of(path.name) is not None) and (path / MANIFEST).exists()
     except OSError:
-        return False  # a name too long, or a directory that may not be entered: nothing that could be resumed from
+        return False  # the name is too long, or the directory is not accessible: not usable for a resume
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"\d{1,12}", text, re.ASCII) is not None
 
 
-def _directory(wanted: str) -> Path | None:
-    """``wanted`` as the path of a directory, None if it is none."""
+def _directory(selector: str) -> Path | None:
+    """Return ``selector`` as the path of a directory; None if it is not one."""
     try:
-        path = Path(wanted).expanduser()
-        return path if wanted and path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long, ~somebody unknown, a zero byte
+        path = Path(selector).expanduser()
+        return path if selector and path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home directory of an unknown user, a null character
         return None
 
 

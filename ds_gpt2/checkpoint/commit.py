@@ -1,11 +1,11 @@
-"""The commit protocol: how the bytes of a checkpoint become one, and cease to be one, whatever moment the power fails.
+"""The commit protocol: checkpoints are created, replaced and deleted atomically, also if the power fails at any time.
 
-1. Each rank writes its files into ``<tag>.tmp/``, each synced, then its record: their sizes and hashes.
-2. When all records are there rank 0 writes the manifest, syncs it, then the names in the directory.
-3. The directory is renamed to ``<tag>`` and the parent synced: from here on the checkpoint exists.
-4. ``latest_backup`` and ``latest`` move by rename; the parent is synced.
+1. Each rank writes its files into ``<tag>.tmp/``, syncs each, and writes its record: the sizes and hashes of its files.
+2. When all records exist, rank 0 writes and syncs the manifest, then syncs the directory.
+3. Rank 0 renames the directory to ``<tag>`` and syncs its parent: from now on the checkpoint exists.
+4. Rank 0 replaces ``latest_backup`` and ``latest`` by rename and syncs the parent.
 
-A checkpoint is removed in the other direction: its manifest first.
+A checkpoint is deleted in the reverse order: its manifest first. Functions that write raise OSError.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from ds_gpt2.common.files import is_real_directory, read_small, regular_only
 log = logging.getLogger(__name__)
 
 _SAME_STATE = ("step", "batch", "tokens", "ledger", "weights")
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
 
 def record_name(rank: int) -> str:
+    """Return the name of the file that lists the files of ``rank`` before the commit."""
     return f"rank_{rank:05d}.json"
 
 
 def write_record(disk: Disk, partial: Path, rank: int, files: dict[str, FileEntry]) -> None:
-    """Say that all files of ``rank`` are written and synced, and what is in them."""
+    """Record that all files of ``rank`` are written and synced, with their sizes and hashes."""
     _write_record(disk, partial, rank, {"files": {name: entry.model_dump() for name, entry in files.items()}})
 
 
 def write_failure(disk: Disk, partial: Path, rank: int, reason: str) -> None:
-    """Say that ``rank`` could not write its files, so that nobody waits for them."""
+    """Record that ``rank`` could not write its files and why, so that rank 0 does not wait for them."""
     _write_record(disk, partial, rank, {"failed": reason})
 
 
 def read_record(partial: Path, rank: int) -> dict[str, FileEntry] | None:
-    """The files of ``rank``; None while it is still writing.
+    """Return the files of ``rank`` by name; None while it is still writing.
 
     Raises:
-        OSError: the rank could not write them; the message says why.
+        OSError: the rank could not write its files; the message contains the reason.
     """
     try:
         content = safe_json.read(partial / record_name(rank))
@@ -62,10 +63,10 @@ def read_record(partial: Path, rank: int) -> dict[str, FileEntry] | None:
 
 
 def commit(disk: Disk, directory: Path, tag: str, manifest: Manifest) -> None:
-    """Turn ``<tag>.tmp``, in which every rank has left its record, into the checkpoint ``tag``.
+    """Turn ``<tag>.tmp``, which contains a record of every rank, into the checkpoint ``tag``.
 
     Raises:
-        OSError: it is not known to be durable.
+        OSError: the checkpoint was not written, or may not be durable.
     """
     partial = directory / (tag + PARTIAL)
     for rank in range(manifest.world_size):
@@ -76,7 +77,7 @@ def commit(disk: Disk, directory: Path, tag: str, manifest: Manifest) -> None:
 
 
 def point_to(disk: Disk, directory: Path, tag: str) -> None:
-    """Move ``latest`` to ``tag``, and ``latest_backup`` to where ``latest`` was."""
+    """Make ``latest`` name ``tag``, and ``latest_backup`` the previous tag of ``latest``."""
     before = read_pointer(directory, LATEST)
     if before is not None and before != tag and (directory / before / MANIFEST).exists():
         _move_pointer(disk, directory, LATEST_BACKUP, before)
@@ -85,32 +86,37 @@ def point_to(disk: Disk, directory: Path, tag: str) -> None:
 
 
 def read_pointer(directory: Path, name: str) -> str | None:
-    """The tag that ``latest`` or ``latest_backup`` names; None if it names none."""
+    """Return the tag that the file ``latest`` or ``latest_backup`` names; None if it contains no tag."""
     try:
         tag = read_small(directory / name).decode().strip()
     except (OSError, UnicodeDecodeError):
-        return None  # a convenience for people and DeepSpeed: a resume looks at the checkpoints themselves
+        return None  # only users and DeepSpeed's tools rely on the pointers: a resume scans the checkpoints
     return tag if role_of(tag) else None
 
 
 def link(disk: Disk, source: Path, directory: Path, tag: str) -> None:
-    """Make the checkpoint in ``source`` known as ``tag`` too: the same files, linked where the file system can.
+    """Create the checkpoint ``tag`` with the files of the one in ``source``: hard links, or copies if unsupported.
 
-    An older checkpoint ``tag`` is replaced; a rolling one is superseded.
+    An existing checkpoint ``tag`` is replaced; if it is a rolling one, it is superseded.
+
+    Raises:
+        OSError: a file cannot be linked or copied.
+        DamagedError: the manifest in ``source`` cannot be read.
     """
     partial = directory / (tag + PARTIAL)
     discard(disk, partial)
     disk.make_directory(partial)
-    for name in [*read(source).files, MANIFEST]:  # the marker last
+    for name in [*read(source).files, MANIFEST]:  # the commit marker last
         _link_or_copy(disk, source / name, partial / name)
     disk.sync_directory(partial)
     publish(disk, directory, tag)
 
 
 def supersede(disk: Disk, directory: Path, tag: str) -> None:
-    """Rename a checkpoint that is no longer part of the run's history, but may be wanted back by a person.
+    """Rename a checkpoint that is no longer part of the run's history to ``superseded_step_<step>``.
 
-    What is only another name for the same step, or too damaged to tell its step, is removed.
+    It is retained because a user may want to resume from it. It is deleted instead if it is only another tag of a
+    checkpoint that exists, or if it is too damaged to determine its step.
     """
     rolling = role_of(tag) == "rolling"
     target: str | None
@@ -127,31 +133,34 @@ def supersede(disk: Disk, directory: Path, tag: str) -> None:
 
 
 def remove(disk: Disk, directory: Path, tag: str) -> None:
-    """Delete a checkpoint, its marker first: a half-deleted one is none. No such checkpoint: nothing happens."""
+    """Delete the checkpoint ``tag`` if it exists, its manifest first: a partly deleted checkpoint is not valid."""
     path = directory / tag
     if path.is_symlink():
         disk.unlink(path)
         return
     if not path.is_dir():
         return
-    with contextlib.suppress(FileNotFoundError):  # somebody else deletes it too
+    with contextlib.suppress(FileNotFoundError):  # another process deletes it as well
         disk.unlink(path / MANIFEST)
         disk.sync_directory(path)
         discard(disk, path)
 
 
 def discard_failed_commit(disk: Disk, directory: Path, tag: str) -> None:
-    """After a failed ``commit``: remove what it left, unless that is whole and the only one: a start finishes it."""
+    """Delete ``<tag>.tmp`` after a failed ``commit``.
+
+    It is retained if it is complete and ``tag`` does not exist: the next start finishes the commit.
+    """
     partial = directory / (tag + PARTIAL)
     if (directory / tag / MANIFEST).exists() or not _is_complete(partial):
         remove(disk, directory, partial.name)
 
 
 def sweep(disk: Disk, directory: Path) -> None:
-    """Before a run goes on: finish what was complete when a crash came, remove what was not; say so, one by one.
+    """Clean up after a crash, before a run resumes: finish complete commits, delete incomplete ones, and log each.
 
-    Only names of this project's own making are touched. What a killed process has left may not be on the medium yet:
-    it is made so before anything is built on it.
+    Only files and directories that this project has created are changed. Files of a killed process may not be durable
+    yet: they are synced before they are used.
     """
     if not directory.is_dir():
         return
@@ -159,13 +168,13 @@ def sweep(disk: Disk, directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         try:
             _sweep_one(disk, directory, path)
-        except OSError as error:  # the others are none the worse for it
+        except OSError as error:  # continue with the others
             log.warning(f"could not clean up {path}: {error}")
     sweep_copying(disk, directory)
 
 
 def has_unfinished_commit(directory: Path) -> bool:
-    """Whether ``sweep`` would finish a checkpoint in ``directory``, which nothing else finds until then."""
+    """Return whether ``directory`` has a complete checkpoint that is not committed yet. ``sweep`` would finish it."""
     partial = directory.glob("*" + PARTIAL) if directory.is_dir() else ()
     return any(
         role_of(path.name.removesuffix(PARTIAL)) is not None and is_real_directory(path) and _is_complete(path)
@@ -180,9 +189,9 @@ def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
     elif role_of(tag) is None or not (path.is_dir() or path.is_symlink()):
         return
     elif path.is_symlink():
-        if path.name != tag:  # nothing of ours is written through a link
+        if path.name != tag:  # this project never writes through a symbolic link
             disk.unlink(path)
-            log.info(f"removed the link {path.name}")
+            log.info(f"removed the symbolic link {path.name}")
     elif path.name != tag and _is_complete(path):
         _make_durable(disk, path)
         publish(disk, directory, tag)
@@ -193,16 +202,20 @@ def _sweep_one(disk: Disk, directory: Path, path: Path) -> None:
 
 
 def sweep_copying(disk: Disk, directory: Path) -> None:
-    """Remove links that a killed process was copying from: they hold the blocks of deleted checkpoints."""
+    """Delete the links for backups that a killed process has left: they occupy the space of deleted checkpoints."""
     copying = directory / COPYING
     for path in list(copying.iterdir()) if is_real_directory(copying) else []:
         discard(disk, path)
     discard(disk, copying)
 
 
-def write_with(disk: Disk, path: Path, pace: float, fill: Callable[[HashingFile], None]) -> FileEntry:
-    """A file that ``fill`` writes, durable, with the size and hash of what was written."""
-    file = HashingFile(disk, path, pace)
+def write_with(disk: Disk, path: Path, bytes_per_second: float, fill: Callable[[HashingFile], None]) -> FileEntry:
+    """Create a file, let ``fill`` write it, sync it, and return its size and hash.
+
+    Args:
+        bytes_per_second: write rate limit; 0 for no limit.
+    """
+    file = HashingFile(disk, path, bytes_per_second)
     try:
         fill(file)
     except BaseException:
@@ -215,13 +228,13 @@ def write_with(disk: Disk, path: Path, pace: float, fill: Callable[[HashingFile]
 def _write_record(disk: Disk, partial: Path, rank: int, content: dict[str, object]) -> None:
     unfinished = partial / (record_name(rank) + PARTIAL)
     write_file(disk, unfinished, json.dumps(content).encode())
-    disk.rename(unfinished, partial / record_name(rank))  # whoever sees it sees all of it
+    disk.rename(unfinished, partial / record_name(rank))  # atomic: rank 0 reads a complete record or none
 
 
 def publish(disk: Disk, directory: Path, tag: str) -> None:
-    """``<tag>.tmp`` is complete: it becomes ``<tag>``, in the place of an older one."""
+    """Rename the complete ``<tag>.tmp`` to ``<tag>``; an existing ``<tag>`` is superseded or deleted before."""
     if (directory / tag).exists():
-        disk.sync_directory(directory)  # the new one is there to be finished before the old one goes
+        disk.sync_directory(directory)  # the new checkpoint is durable before the old one is deleted
         if role_of(tag) == "rolling" and not _completes(directory / (tag + PARTIAL), directory / tag):
             supersede(disk, directory, tag)
         remove(disk, directory, tag)
@@ -235,7 +248,7 @@ def _move_pointer(disk: Disk, directory: Path, name: str, tag: str) -> None:
 
 
 def discard(disk: Disk, path: Path) -> None:
-    """Delete a directory that is no checkpoint, and the files in it; of a link, the link."""
+    """Delete a directory that is not a committed checkpoint, and the files in it; of a symbolic link, the link."""
     if path.is_symlink():
         disk.unlink(path)
         return
@@ -255,16 +268,16 @@ def _is_complete(partial: Path) -> bool:
 
 
 def _is_spare(checkpoint: Path, other: Path) -> bool:
-    """Whether ``other`` is the same, or whole where ``checkpoint`` has weights only."""
+    """Return whether ``other`` makes ``checkpoint`` redundant: equal, or full where ``checkpoint`` has only weights."""
     try:
-        mine, others = read(checkpoint), read(other)
+        own_manifest, other_manifest = read(checkpoint), read(other)
     except DamagedError:
         return False
-    return mine == others or (mine.kind == "weights" and others.kind == "full")
+    return own_manifest == other_manifest or (own_manifest.kind == "weights" and other_manifest.kind == "full")
 
 
 def _completes(new: Path, old: Path) -> bool:
-    """Whether ``new`` is the same state as ``old``, whose evaluation was interrupted."""
+    """Return whether ``new`` has the same training state as ``old``, and the evaluation of ``old`` was interrupted."""
     try:
         before, after = read(old), read(new)
     except DamagedError:
@@ -284,12 +297,12 @@ def _link_or_copy(disk: Disk, source: Path, target: Path) -> None:
     try:
         disk.link(source, target)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _NO_HARD_LINKS:
             raise
-        with open(source, "rb", opener=regular_only) as file:  # a file system without hard links
+        with open(source, "rb", opener=regular_only) as file:  # the file system has no hard links
             write_with(disk, target, 0.0, lambda out: _copy(file.read, out.write))
 
 
-def _copy(read_some: Callable[[int], bytes], write: Callable[[bytes], int]) -> None:
-    while block := read_some(1 << 22):
+def _copy(read_block: Callable[[int], bytes], write: Callable[[bytes], int]) -> None:
+    while block := read_block(1 << 22):
         write(block)

@@ -1,6 +1,6 @@
-"""What happens around commits, on rank 0: pointers, roles, old checkpoints, room on the disk.
+"""Maintain ``checkpoints/<run>/`` on rank 0: pointers, roles, deletion of old checkpoints, free space.
 
-A failure here is logged and tried again at the next commit; it never ends a run.
+Failures are logged and retried after the next commit; they never end a run.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
-from ds_gpt2.checkpoint.catalog import Generation, open_generation, scan
+from ds_gpt2.checkpoint.catalog import Generation, history, open_generation, scan
 from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.filesystem import Disk, write_file
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_of, rolling_tag
-from ds_gpt2.checkpoint.retention import RetentionCandidate, Policy
+from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.run_location import OWNER
@@ -28,177 +28,183 @@ RECOVERY_SCRIPT = "zero_to_fp32.py"
 
 
 class CheckpointDirectory:
-    """Keeps ``checkpoints/<run>/`` in order. Knows which checkpoints are good: those it saw committed or verified."""
+    """The directory ``checkpoints/<run>/``. Remembers which checkpoints this process has committed or verified."""
 
     def __init__(
         self,
         disk: Disk,
         directory: Path,
         settings: CheckpointSettings,
-        made_again: Callable[[str], object] = log.error,
+        on_recreated: Callable[[str], object] = log.error,
     ) -> None:
-        """
+        """Open the directory, if it exists.
+
         Args:
-            made_again: called with one line when the directory was deleted during the run and has been made again.
+            on_recreated: called with a message if the directory was deleted during the run and has been recreated.
         """
         self._open = OpenDirectory(directory)
-        self._made_again = made_again
+        self._on_recreated = on_recreated
         self.settings = settings
         self.disk = disk
         self._verified: set[str] = set()
 
     @property
     def directory(self) -> Path:
-        """Where the checkpoints are now: they may be moved during a run."""
+        """The current path: the directory may be moved during a run."""
         return self._open.path
 
     def start(self) -> None:
-        """Before anything is looked for here: what a crash has left half-done is finished or removed."""
+        """Complete or delete what a crash has left unfinished. Call it before the checkpoints are read."""
         self._attempt("clean up", commit.sweep, self.disk, self.directory)
         self._attempt("repair latest", self._repair_pointer)
-        self._attempt("keep the ends of epochs", self._keep_epochs)
-        self._attempt("keep the best checkpoint", self._keep_best)
+        self._attempt("create the epoch checkpoints", self._create_epochs)
+        self._attempt("update the best checkpoint", self._update_best)
         self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
 
-    def check_room(self, estimate: int) -> None:
-        """
+    def check_free_space(self, estimate: int) -> None:
+        """Check that a new run has enough free space for its first checkpoint.
+
         Args:
-            estimate: bytes of a checkpoint.
+            estimate: the size of a checkpoint in bytes.
 
         Raises:
-            UserError: a run that has no checkpoint yet could not even keep one.
+            UserError: there is no checkpoint yet, and not enough free space for one.
         """
         needed = estimate + int(self.settings.min_free_gb * 1e9)
         free = self.disk.free_bytes(self.directory)
         if free < needed and not scan(self.directory):
             raise UserError(
                 f"{self.directory} has {free / 1e9:.2f} GB free; a checkpoint takes {estimate / 1e9:.2f} GB and"
-                f" {self.settings.min_free_gb:g} GB are to stay free: make room, or set checkpoint.dir"
+                f" {self.settings.min_free_gb:g} GB must remain free (checkpoint.min_free_gb): free some space, or set"
+                " checkpoint.dir to another disk"
             )
 
     def resume_from(self, generation: Generation) -> None:
-        """``generation`` is what the run goes on from: whatever is newer is no longer part of its history.
+        """Make ``generation`` the newest checkpoint of the run's history: newer ones are superseded.
 
         Raises:
-            OSError: that could not be written down; going on would leave two histories.
+            OSError: this cannot be recorded on disk. Training must not continue: the run would have two histories.
         """
         directory = self.directory
-        tag = self._part_of_history(generation)
-        for newer in reversed(scan(directory)):  # a crash in between leaves the newest, not one in the middle
-            if not newer.is_superseded and newer.step > generation.step:
-                log.info(f"{newer.tag} is newer than what the run goes on from: superseded")
+        tag = self._import(generation)
+        for newer in reversed(history(directory)):  # oldest first: a crash in between leaves no gap in the history
+            if newer.step > generation.step:
+                log.info(f"{newer.tag} is newer than the checkpoint to resume from: superseded")
                 commit.supersede(self.disk, directory, newer.tag)
-        self._attempt("keep the best checkpoint", self._keep_best)
+        self._attempt("update the best checkpoint", self._update_best)
         self._verified.add(tag)
         if read_pointer(directory, LATEST) != tag:
             commit.point_to(self.disk, directory, tag)
 
-    def _part_of_history(self, generation: Generation) -> str:
-        """The tag under which ``generation`` is one of the run's own; taken in from wherever it is, if need be."""
+    def _import(self, generation: Generation) -> str:
+        """Return the tag of ``generation`` in the run's history. It is linked or copied here if it is not there yet."""
         directory, rolling = self.directory, rolling_tag(generation.step)
         if generation.role in ("rolling", "epoch") and generation.path.parent.resolve() == directory.resolve():
             return generation.tag
         if (directory / rolling).exists() and (directory / rolling / MANIFEST).samefile(generation.path / MANIFEST):
             return rolling
-        log.info(f"taking {generation.path} in as {rolling}")
+        log.info(f"importing {generation.path} as {rolling}")
         commit.link(self.disk, generation.path, directory, rolling)
         return rolling
 
     def after_commit(self, tag: str, roles: Sequence[str]) -> None:
-        """``tag`` has just been committed: point to it, give it its roles, delete what no policy keeps."""
+        """Update pointers and roles for ``tag``, which has just been committed, and delete old checkpoints."""
         self._verified.add(tag)
-        self._attempt("move latest", commit.point_to, self.disk, self.directory, tag)
+        self._attempt("update latest", commit.point_to, self.disk, self.directory, tag)
         for role in roles:
             if role != BEST_TAG:
-                self._attempt(f"keep {tag} as {role}", self._keep_as, tag, role)
-        self._attempt("keep the best checkpoint", self._keep_best)
+                self._attempt(f"save {tag} as {role}", self._save_as, tag, role)
+        self._attempt("update the best checkpoint", self._update_best)
         self._attempt("delete old checkpoints", self._prune)
 
-    def make_ready(self, tag: str, estimate: int) -> bool:
-        """Whether ``tag`` can be written: nothing of an earlier attempt is left, and it fits on the disk.
+    def prepare_for(self, tag: str, estimate: int) -> bool:
+        """Prepare the directory for the checkpoint ``tag`` and return whether it can be written.
 
-        Older ones give way if need be, so that the free space asked for stays. False is said, loudly.
+        The remains of an earlier attempt are deleted. If the free space is too small, older checkpoints are deleted.
+        If the checkpoint cannot be written, the reason is logged as an error.
 
         Args:
-            estimate: bytes, used where no checkpoint shows how large one is.
+            estimate: the size of a checkpoint in bytes, used if there is no earlier one.
         """
         try:
             if self._open.is_replaced(OWNER, LATEST):
                 reason = "another directory is there now: mount the disk again"
                 raise FileNotFoundError(errno.ENOENT, reason, str(self.directory))
             if self._open.is_deleted:
-                self._open.make_again()
+                self._open.recreate()
                 self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
-                self._made_again(f"{self.directory} was deleted while the run trained: it is made again for {tag}")
-            commit.remove(self.disk, self.directory, tag + PARTIAL)  # a record in it would be taken for a new one
-            return self._make_room(estimate)
+                self._on_recreated(f"{self.directory} was deleted while the run trained: it is recreated for {tag}")
+            commit.remove(self.disk, self.directory, tag + PARTIAL)  # its records would be taken for those of this save
+            return self._free_space(estimate)
         except OSError as error:
             log.error(f"NO CHECKPOINT IS SAVED: {error}")
             return False
 
-    def _make_room(self, estimate: int) -> bool:
+    def _free_space(self, estimate: int) -> bool:
+        """Delete old checkpoints until the next one fits; return whether it does."""
         sizes = [found.manifest.bytes for found in scan(self.directory) if found.manifest and not found.weights_only]
         needed = (sizes[0] if sizes else estimate) + int(self.settings.min_free_gb * 1e9)
         if self.disk.free_bytes(self.directory) >= needed:
             return True
-        for kept in retention.deletion_order(self._known()):
-            log.warning(f"the disk is nearly full: deleting {kept.tag} to make room for the next checkpoint")
-            self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
+        for candidate in retention.deletion_order(self._candidates()):
+            log.warning(f"the disk is nearly full: deleting {candidate.tag} to free space for the next checkpoint")
+            self._attempt(f"delete {candidate.tag}", commit.remove, self.disk, self.directory, candidate.tag)
             if self.disk.free_bytes(self.directory) >= needed:
                 return True
         free = self.disk.free_bytes(self.directory)
         log.error(
             f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free;"
-            " make room"
+            " free some space on its disk"
         )
         return False
 
-    def _keep_as(self, tag: str, role: str) -> None:
-        kept_as = self.settings.best_as if role == BEST_TAG else self.settings.epochs_as
-        if kept_as == "weights":
-            from ds_gpt2.checkpoint.weights import keep_weights  # only here: it needs torch
+    def _save_as(self, tag: str, role: str) -> None:
+        """Create the checkpoint ``role`` from ``tag``: the same files, or only its weights if the settings say so."""
+        kind = self.settings.best_as if role == BEST_TAG else self.settings.epochs_as
+        if kind == "weights":
+            from ds_gpt2.checkpoint.weights import save_weights  # imported here only: it needs torch
 
-            keep_weights(self.disk, self.directory / tag, self.directory, role)
+            save_weights(self.disk, self.directory / tag, self.directory, role)
         else:
             commit.link(self.disk, self.directory / tag, self.directory, role)
             self._verified.add(role)
 
     def _repair_pointer(self) -> None:
-        """A crash may come between a commit, or superseding what ``latest`` names, and moving the pointer."""
-        history = [found for found in scan(self.directory) if found.is_resumable]
-        if history and history[0].tag != read_pointer(self.directory, LATEST):
-            commit.point_to(self.disk, self.directory, history[0].tag)
+        """Make ``latest`` name the newest checkpoint: a crash may have occurred before the pointer was updated."""
+        resumable = [found for found in scan(self.directory) if found.is_resumable]
+        if resumable and resumable[0].tag != read_pointer(self.directory, LATEST):
+            commit.point_to(self.disk, self.directory, resumable[0].tag)
 
-    def _keep_best(self) -> None:
-        """Of all there are, the best by validation loss is ``best_model``; also after a crash before it could be."""
+    def _update_best(self) -> None:
+        """Make ``best_model`` the checkpoint with the lowest validation loss, also after a crash prevented this."""
         if not self.settings.keep_best:
             return
-        present = open_generation(self.directory / BEST_TAG).manifest
-        beaten = present.val_loss if present is not None else None
+        current = open_generation(self.directory / BEST_TAG).manifest
+        current_loss = current.val_loss if current is not None else None
         measured = [
             (found.manifest.val_loss, found.tag)
             for found in scan(self.directory)
-            if found.role in ("rolling", "epoch") and not found.weights_only
-            if found.manifest is not None and found.manifest.val_loss is not None
+            if found.is_primary and found.manifest is not None and found.manifest.val_loss is not None
         ]
-        if measured and (beaten is None or min(measured)[0] < beaten):
-            self._keep_as(min(measured)[1], BEST_TAG)
+        if measured and (current_loss is None or min(measured)[0] < current_loss):
+            self._save_as(min(measured)[1], BEST_TAG)
 
-    def _keep_epochs(self) -> None:
-        """What was committed as the end of an epoch is kept as such; also after a crash before it could be."""
+    def _create_epochs(self) -> None:
+        """Create the missing epoch checkpoints from rolling ones: a crash may have prevented this after the commit."""
         for found in scan(self.directory):
             for role in found.manifest.roles if found.manifest is not None and found.role == "rolling" else ():
                 if role_of(role) == "epoch" and not (self.directory / role / MANIFEST).exists():
-                    self._keep_as(found.tag, role)
+                    self._save_as(found.tag, role)
 
     def _prune(self) -> None:
-        for kept in retention.to_delete(self._known(), policies(self.settings)):
-            self._attempt(f"delete {kept.tag}", commit.remove, self.disk, self.directory, kept.tag)
+        for candidate in retention.to_delete(self._candidates(), policies(self.settings)):
+            self._attempt(f"delete {candidate.tag}", commit.remove, self.disk, self.directory, candidate.tag)
 
-    def _known(self) -> list[RetentionCandidate]:
-        return known(self.directory, self._verified)
+    def _candidates(self) -> list[RetentionCandidate]:
+        return retention_candidates(self.directory, self._verified)
 
     def _provide_recovery_script(self) -> None:
+        """Copy DeepSpeed's script that extracts fp32 weights beside the checkpoints, as DeepSpeed does."""
         from ds_gpt2.engine.checkpoint_io import recovery_script  # imports DeepSpeed
 
         content, target = recovery_script(), self.directory / RECOVERY_SCRIPT
@@ -210,12 +216,12 @@ class CheckpointDirectory:
     def _attempt(self, what: str, action: Callable[..., None], *arguments: object) -> None:
         try:
             action(*arguments)
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # no failure here may end the run
             log.warning(f"could not {what}: {error!r}; it is tried again after the next checkpoint")
 
 
 def policies(settings: CheckpointSettings) -> list[Policy]:
-    """What the settings say is to be kept."""
+    """Return the retention policies of ``settings``."""
     epochs = None if settings.keep_epochs == "all" else settings.keep_epochs
     return [
         retention.keep_last(settings.keep_last),
@@ -225,8 +231,12 @@ def policies(settings: CheckpointSettings) -> list[Policy]:
     ]
 
 
-def known(directory: Path, verified: set[str]) -> list[RetentionCandidate]:
-    """The checkpoints of ``directory`` as retention sees them."""
+def retention_candidates(directory: Path, verified: set[str]) -> list[RetentionCandidate]:
+    """Return the checkpoints in ``directory`` for the retention policies.
+
+    Args:
+        verified: the tags of verified checkpoints.
+    """
     return [
         RetentionCandidate(found.tag, found.role, found.step, found.tag in verified, _is_healthy(found))
         for found in scan(directory)
@@ -237,5 +247,5 @@ def known(directory: Path, verified: set[str]) -> list[RetentionCandidate]:
 def _is_healthy(generation: Generation) -> bool:
     try:
         return generation.manifest is not None and TrainState.from_dict(generation.manifest.state).is_healthy
-    except TypeError:  # not a state of ours
+    except TypeError:  # not a TrainState of this project
         return False

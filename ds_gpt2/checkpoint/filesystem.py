@@ -1,6 +1,7 @@
-"""The file operations that committing a checkpoint consists of.
+"""The file operations of the commit protocol.
 
-Each is one call, so that tests can record them, fail them one by one, and replay what a power cut would leave.
+Each operation is a method of ``Disk``, so that tests can record them, inject failures into any of them, and simulate
+power failures.
 """
 
 from __future__ import annotations
@@ -17,66 +18,77 @@ from ds_gpt2.common.files import open_for_writing, write_all
 
 
 class Disk:
-    """The real file system. Anything but ``sync`` and ``sync_directory`` may be undone by a power cut."""
+    """The real file system. All methods raise OSError.
+
+    A power failure may undo any operation until ``sync`` (content) or ``sync_directory`` (names) has returned.
+    """
 
     def create(self, path: Path) -> BinaryIO:
-        """A new file for writing, unbuffered; a file of that name is emptied."""
+        """Open a new unbuffered file for writing; an existing file is truncated."""
         return open_for_writing(path, "wb", buffering=0)
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
-        """All of ``data``, however many calls the system needs for it."""
+        """Write all of ``data``, in as many system calls as needed."""
         write_all(file.write, data)
 
     def sync(self, file: BinaryIO) -> None:
-        """The file's content is on the medium when this returns."""
+        """Make the content of the file durable."""
         os.fsync(file.fileno())
 
     def make_directory(self, path: Path) -> None:
+        """Create a directory; an existing one is left unchanged."""
         path.mkdir(exist_ok=True)
 
     def sync_directory(self, path: Path) -> None:
-        """The names in ``path`` are on the medium when this returns."""
+        """Make the names in directory ``path`` durable."""
         files.sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Atomic; a file ``target`` is replaced, a directory must not be there."""
+        """Rename atomically. An existing file ``target`` is replaced; a directory ``target`` must not exist."""
         os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for the same bytes."""
+        """Create a hard link ``target`` to the file ``source``."""
         os.link(source, target)
 
     def unlink(self, path: Path) -> None:
+        """Delete a file or a symbolic link, if it exists."""
         path.unlink(missing_ok=True)
 
     def remove_directory(self, path: Path) -> None:
+        """Delete an empty directory."""
         path.rmdir()
 
     def free_bytes(self, path: Path) -> int:
-        """What may still be written below ``path``."""
+        """Return the free bytes of the file system of ``path``."""
         return shutil.disk_usage(path).free
 
 
 class HashingFile:
-    """A file being written, for ``torch.save`` and the like: counts and hashes the bytes on their way to the disk.
+    """A file opened for writing that counts and hashes its bytes, for ``torch.save`` and similar functions.
 
-    A write that fails is remembered and told by ``close``: PyTorch's archive writer must not meet an exception midway.
+    A failed write raises in ``close``, not in ``write``: PyTorch's archive writer does not support exceptions there.
     """
 
     def __init__(self, disk: Disk, path: Path, bytes_per_second: float = 0.0) -> None:
-        """
+        """Create the file.
+
         Args:
-            bytes_per_second: the most that may be written a second; 0 for no limit.
+            bytes_per_second: write rate limit; 0 for no limit.
+
+        Raises:
+            OSError: the file cannot be created.
         """
         self.bytes = 0
         self._failure: OSError | None = None
         self._disk = disk
         self._file = disk.create(path)
         self._digest = hashlib.sha256()
-        self._pace = bytes_per_second
-        self._begun = time.monotonic()
+        self._rate_limit = bytes_per_second
+        self._start_time = time.monotonic()
 
     def write(self, data: bytes | memoryview) -> int:
+        """Write all of ``data`` and return its size in bytes. After a failure, further data is discarded."""
         size = memoryview(data).nbytes
         if self._failure is not None:
             return size
@@ -87,18 +99,18 @@ class HashingFile:
             return size
         self._digest.update(data)
         self.bytes += size
-        if self._pace:
-            time.sleep(max(0.0, self._begun + self.bytes / self._pace - time.monotonic()))
+        if self._rate_limit:
+            time.sleep(max(0.0, self._start_time + self.bytes / self._rate_limit - time.monotonic()))
         return size
 
     def flush(self) -> None:
-        """Nothing is buffered here."""
+        """Do nothing: the file is unbuffered."""
 
     def close(self) -> None:
-        """Make the content durable; the names in its directory are another matter.
+        """Make the content durable and close the file. The directory is not synced.
 
         Raises:
-            OSError: it is not, or a write before has failed.
+            OSError: the content is not durable, or an earlier write has failed.
         """
         try:
             if self._failure is not None:
@@ -108,16 +120,17 @@ class HashingFile:
             self._file.close()
 
     def abort(self) -> None:
-        """Close without making anything durable."""
+        """Close the file without syncing it."""
         self._file.close()
 
     @property
     def sha256(self) -> str:
+        """The SHA-256 of the bytes written so far, in hexadecimal."""
         return self._digest.hexdigest()
 
 
 def write_file(disk: Disk, path: Path, data: bytes) -> None:
-    """A whole small file, its content durable."""
+    """Write a small file with content ``data`` and sync it. Raises OSError."""
     file = disk.create(path)
     try:
         disk.write(file, data)

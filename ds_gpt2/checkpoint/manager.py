@@ -43,9 +43,7 @@ _NOTICEABLE_SECONDS = 0.1
 _STOP_COPY_SECONDS = 20.0  # how long a stop waits for running backups
 _LAST_COPY_SECONDS = 1800.0  # how long the end of a complete run waits
 
-_CLOCK_AHEAD_SECONDS = (
-    3600.0  # a checkpoint from later than this was saved while the clock was wrong: its time is ignored
-)
+_CLOCK_AHEAD_SECONDS = 3600.0  # times of checkpoints later than this are ignored: the clock was wrong
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +205,7 @@ class Checkpoints:
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
             self._news = BackupReporter(self._journal) if self._journal is not None else None
             disk = self._housekeeping.disk
-            self._queue = BackupQueue(backup, lambda: self.directory, disk, news=self._news) if backup else None
+            self._queue = BackupQueue(backup, lambda: self.directory, disk, reporter=self._news) if backup else None
 
     def _continue_from(self, generation: Generation) -> None:
         if not collectives.is_main():

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint is, and the size and sha256 of every file in it."""
+"""``manifest.json``: the metadata of a checkpoint, and the size and SHA-256 of each of its files."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from ds_gpt2.common.safe_json import LARGEST
 from ds_gpt2.common.terminal import one_line
 
 FORMAT = 2
-_LARGEST = 64 * 2**20  # bytes of a manifest; a real one has some ten thousand
+_MAX_BYTES = 64 * 2**20  # of a manifest; a typical manifest has some ten thousand
 
 
 class DamagedError(Exception):
-    """A checkpoint that must not be loaded; the message is the reason, one line."""
+    """The checkpoint is damaged and must not be loaded. The message is the reason, in one line."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(one_line(shortened(str(reason))))
 
 
-class _Plain(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class FileEntry(_Plain):
-    """One file of a checkpoint, as it was written."""
+class FileEntry(_StrictModel):
+    """The size in bytes and the SHA-256 of a file of a checkpoint, as written."""
 
     bytes: Annotated[int, Field(ge=0, le=LARGEST)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(_Plain):
-    """The commit marker. ``files`` does not list the manifest itself."""
+class Manifest(_StrictModel):
+    """The content of ``manifest.json``. ``files`` does not list the manifest itself."""
 
     format: int = FORMAT
-    kind: Literal["full", "weights"] = "full"  # "weights": fp32 weights alone, cannot be resumed from
+    kind: Literal["full", "weights"] = "full"  # "weights": only the fp32 weights; training cannot resume from it
     created: str  # ISO 8601, local time with offset
-    epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # epochs of training data seen
+    epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # epochs of training data consumed
     state: dict[str, Any]  # TrainState
-    roles: list[str] = []  # other tags under which it is to be known
+    roles: list[str] = []  # further tags of this checkpoint, such as epoch_00001
     world_size: Annotated[int, Field(gt=0, le=1_000_000)]
-    identity: dict[str, Any]  # what a resumed run must share
+    identity: dict[str, Any]  # settings that a resumed run must share
     settings: dict[str, Any]  # the run's settings
     versions: dict[str, str]
     files: dict[str, FileEntry]
@@ -68,25 +68,27 @@ class Manifest(_Plain):
     def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
             if not is_plain_name(name) or name == MANIFEST:
-                raise ValueError(f"names a file {name!r}")
+                raise ValueError(f"lists an invalid file name {name!r}")
         return files
 
     @property
     def step(self) -> int:
+        """The number of completed training steps."""
         return int(self.state["step"])
 
     @property
     def bytes(self) -> int:
+        """The total size of the files in bytes, without the manifest."""
         return sum(entry.bytes for entry in self.files.values())
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the evaluation of its step was complete: no stop broke it off."""
+        """Whether the evaluation at this step was completed, not interrupted by a stop."""
         return self.state.get("unevaluated") is None
 
     @property
     def made_at(self) -> float:
-        """When the checkpoint was made, in seconds since 1970; 0 if that cannot be read."""
+        """The creation time in seconds since 1970; 0 if ``created`` is invalid."""
         try:
             return datetime.fromisoformat(self.created).timestamp()
         except (ValueError, OverflowError, OSError):
@@ -94,61 +96,61 @@ class Manifest(_Plain):
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss of this very step, if it was measured."""
+        """The validation loss at this step; None if it was not measured at this step."""
         loss = self.state.get("val_loss")
         measured_here = isinstance(loss, float) and math.isfinite(loss) and self.state.get("val_step") == self.step
         return loss if measured_here else None
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of ``manifest.json``: one form per content, with a sha256 of its own."""
+    """Return the bytes of ``manifest.json``. The encoding is canonical and contains its own SHA-256."""
     content = manifest.model_dump(mode="json")
     return _dump({**content, "sha256": _digest(content)})
 
 
 def decode(data: bytes) -> Manifest:
-    """The inverse of ``encode``.
+    """Return the manifest that ``encode`` has encoded as ``data``.
 
     Raises:
-        DamagedError: not the bytes that ``encode`` wrote, or another version's.
+        DamagedError: ``data`` is not an encoded manifest, is damaged, or has another format version.
     """
     try:
         content = safe_json.parse(data)
         digest = content.pop("sha256")
-        whole = digest == _digest(content) and data == _dump({**content, "sha256": digest})
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # RecursionError: dumped again
-        raise DamagedError(f"{MANIFEST} is damaged: not what was written") from None
-    if not whole:
-        raise DamagedError(f"{MANIFEST} is damaged: its sha256 does not fit")
+        is_intact = digest == _digest(content) and data == _dump({**content, "sha256": digest})
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # RecursionError: from _dump
+        raise DamagedError(f"{MANIFEST} is damaged: it cannot be parsed") from None
+    if not is_intact:
+        raise DamagedError(f"{MANIFEST} is damaged: sha256 mismatch")
     if content.get("format") != FORMAT:
         raise DamagedError(f"{MANIFEST} has format {content.get('format')!r}; this version reads format {FORMAT}")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DamagedError(f"{MANIFEST} is not valid: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        raise DamagedError(f"{MANIFEST} is invalid: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
 
 
 def read(checkpoint: Path) -> Manifest:
-    """The manifest of the checkpoint in directory ``checkpoint``.
+    """Return the manifest of the checkpoint in directory ``checkpoint``.
 
     Raises:
-        DamagedError: missing, unreadable or damaged.
+        DamagedError: the manifest is missing, unreadable or damaged.
     """
     path = checkpoint / MANIFEST
     try:
         with open(path, "rb", opener=regular_only) as file:
-            data = file.read(_LARGEST)
+            data = file.read(_MAX_BYTES)
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
     return decode(data)
 
 
 def problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
-    """Why file ``name`` is not the one that was written; None if it is. Reads all of it."""
+    """Return why file ``name`` of ``checkpoint`` differs from ``entry``; None if it is intact. Reads the whole file."""
     path = checkpoint / name
-    if (wrong_size := size_problem_of(checkpoint, name, entry)) is not None:
-        return wrong_size
+    if (size_problem := size_problem_of(checkpoint, name, entry)) is not None:
+        return size_problem
     digest = hashlib.sha256()
     try:
         with open(path, "rb", opener=regular_only) as file:
@@ -156,11 +158,11 @@ def problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
                 digest.update(block)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == entry.sha256 else f"{name} is damaged: its sha256 is not the one written"
+    return None if digest.hexdigest() == entry.sha256 else f"{name} is damaged: sha256 mismatch"
 
 
 def size_problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
-    """The part of ``problem_of`` that reads nothing."""
+    """Return why file ``name`` is missing or does not have the size in ``entry``; None if it has. Reads no content."""
     try:
         status = (checkpoint / name).stat()
     except FileNotFoundError:
@@ -168,7 +170,7 @@ def size_problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     if not stat.S_ISREG(status.st_mode):
-        return f"{name} is no regular file"
+        return f"{name} is not a regular file"
     size = status.st_size
     return None if size == entry.bytes else f"{name} has {size} bytes, {entry.bytes} were written"
 

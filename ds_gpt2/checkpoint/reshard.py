@@ -1,8 +1,8 @@
-"""ZeRO partitions of an optimizer, cut anew for another number of ranks.
+"""Repartition ZeRO optimizer state for another number of ranks.
 
-Under ZeRO-1/2 the parameters of a group lie end to end in one flat vector, zeros at its end fill it up to a multiple of
-the ranks, and each rank owns one equal part (deepspeed/runtime/zero/stage_1_and_2.py). So the parts of N ranks joined,
-cut to their true length and filled up again are the parts of M ranks, to the last bit.
+Under ZeRO-1/2 the parameters of a group are concatenated to one flat vector, which is padded with zeros to a multiple
+of the number of ranks; each rank owns one equal part (deepspeed/runtime/zero/stage_1_and_2.py). The parts of N ranks,
+concatenated, truncated to the true length and padded again, are the parts of M ranks, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _PADDINGS, COUNT = "param_alignment_paddings", "partition_count"
 
 
 def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """What rank ``rank`` would have saved had there been as many ranks as there are now.
+    """Return the optimizer file of ``rank`` for the current number of ranks.
 
     Args:
-        saved: the content of every saved rank's file, in rank order.
-        sizes: elements of a rank's part of each parameter group, as the engine is partitioned now.
+        saved: the content of the optimizer file of every rank that saved, in rank order.
+        sizes: for each parameter group, the number of elements of one rank's part in the current engine.
 
     Raises:
-        ValueError: the files are not partitions of one optimizer, or are laid out in a way this does not know.
+        ValueError: the files are not partitions of one optimizer, or have an unsupported layout.
     """
     states = [content[STATE] for content in saved]
     first = states[0]
     if any(any(padding) for padding in first.get(_PADDINGS, ())):
-        raise ValueError("zero_optimization.parameter_alignment is on: resume on the number of ranks that saved")
+        raise ValueError("zero_optimization.parameter_alignment is set: resume with the number of ranks that saved")
     groups = range(len(first[MASTERS]))
     lengths = [sum(state[MASTERS][group].numel() for state in states) for group in groups]
     masters = [
@@ -48,7 +48,7 @@ def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]
 
 
 def _moments(saved: Sequence[dict[str, Any]], length: int, rank: int, size: int) -> dict[str, Any]:
-    """One group's optimizer state: flat vectors are cut anew, the step count is everyone's."""
+    """Return the optimizer state of one group: flat vectors are repartitioned, scalars are the same on all ranks."""
     first = saved[0]
     return {
         key: _part([part[key] for part in saved], length, rank, size)
@@ -59,10 +59,10 @@ def _moments(saved: Sequence[dict[str, Any]], length: int, rank: int, size: int)
 
 
 def _part(parts: Sequence[torch.Tensor], length: int, rank: int, size: int) -> torch.Tensor:
-    """Elements ``rank x size`` to ``(rank + 1) x size`` of the joined ``parts``, zeros beyond ``length``."""
+    """Return elements ``rank x size`` to ``(rank + 1) x size`` of the concatenated parts, zeros beyond ``length``."""
     whole = torch.cat(list(parts))
     if len(whole) < length:
-        raise ValueError(f"partitions have {len(whole)} elements, {length} were expected")
+        raise ValueError(f"partitions have {len(whole)} elements, expected {length}")
     result = whole.new_zeros(size)
     mine = whole[:length][rank * size : (rank + 1) * size]
     result[: len(mine)] = mine

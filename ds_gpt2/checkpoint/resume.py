@@ -1,4 +1,4 @@
-"""Choosing what a run goes on from: the newest checkpoint that verifies, agreed upon by all ranks."""
+"""Choose the checkpoint to resume from: the newest intact one, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ds_gpt2.checkpoint import contents as contents_of
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import reason_of
-from ds_gpt2.checkpoint.catalog import Generation, before, candidates, check_identity, problem_of
+from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, problem_of, step_limit
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed import collectives
@@ -23,37 +23,40 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint, and this rank's files of it."""
+    """A verified checkpoint and the content of the files that this rank needs."""
 
     generation: Generation
     manifest: Manifest
-    contents: dict[str, Any]  # by file name; of all ranks if another number of ranks saved them
+    contents: dict[str, Any]  # by file name; the files of all ranks if another number of ranks saved them
 
 
-def choose_checkpoint(directory: Path, wanted: str, identity: dict[str, Any], backup: Backup | None = None) -> Restored:
-    """The first of the candidates for ``wanted`` whose every byte is as it was written; every rank calls this.
+def choose_checkpoint(
+    directory: Path, selector: str, identity: dict[str, Any], backup: Backup | None = None
+) -> Restored:
+    """Return the first intact checkpoint among the candidates for ``selector``; every rank must call this.
 
-    Ranks share the reading: each verifies its part of the files and unpickles what it needs. A candidate that is bad on
-    any rank is named with the reason, and all go on to the next. Where no newest one is left, copies are fetched.
+    The ranks share the work: each verifies a part of the files and unpickles those it needs. If a candidate is damaged
+    on any rank, the reason is logged and all ranks try the next one. If none is left, copies are fetched from the
+    backup (for ``latest`` and ``auto``).
 
     Args:
-        wanted: see ``catalog.candidates``.
-        identity: what the checkpoint must share with the run.
-        backup: the run's copies, if it has any.
+        selector: see ``catalog.candidates``.
+        identity: the settings that the checkpoint must share with the run.
+        backup: the copies of the run's checkpoints, if it has any.
 
     Raises:
-        UserError: on every rank: nothing fits ``wanted``, all that does is bad, or it is of another run's making.
+        UserError: on every rank: there is no candidate, all are damaged, or one was saved with another ``identity``.
     """
     tried = []
-    for generation in _to_try(directory, wanted, backup):
+    for generation in _to_try(directory, selector, backup):
         tried.append(generation.tag)
         if generation.manifest is not None:
             check_identity(generation, generation.manifest, identity)
         reason, contents = _read(generation)
-        reasons = [one for one in collectives.gather_objects(reason) if one]
+        reasons = [reported for reported in collectives.gather_objects(reason) if reported]
         if not reasons:
             assert generation.manifest is not None
-            _warn_if_too_new(generation, wanted)
+            _warn_if_too_new(generation, selector)
             return Restored(generation, generation.manifest, contents)
         log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
     if not tried:
@@ -64,19 +67,19 @@ def choose_checkpoint(directory: Path, wanted: str, identity: dict[str, Any], ba
     )
 
 
-def _warn_if_too_new(generation: Generation, wanted: str) -> None:
-    step = before(wanted)
+def _warn_if_too_new(generation: Generation, selector: str) -> None:
+    step = step_limit(selector)
     if step is not None and generation.step >= step:
         log.warning(
-            f"no good checkpoint precedes step {step:,}, where the trouble began: going back to step"
-            f" {generation.step:,}, which may have it already"
+            f"no usable checkpoint precedes step {step:,}, where the incident began: rolling back to step"
+            f" {generation.step:,}, which may already be affected"
         )
 
 
-def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Generation]:
-    """Candidates, the same on every rank; a copy is fetched only when all before it were bad."""
-    yield from collectives.broadcast_from_main(lambda: candidates(directory, wanted))
-    if backup is None or wanted not in ("latest", "auto"):
+def _to_try(directory: Path, selector: str, backup: Backup | None) -> Iterator[Generation]:
+    """Yield the candidates, the same on every rank. Copies are fetched only if all others are damaged."""
+    yield from collectives.broadcast_from_main(lambda: candidates(directory, selector))
+    if backup is None or selector not in ("latest", "auto"):
         return
     for tag in collectives.broadcast_slow_from_main(partial(_copies, backup)):
         yield from collectives.broadcast_slow_from_main(partial(_fetched, backup, tag, directory))
@@ -84,9 +87,9 @@ def _to_try(directory: Path, wanted: str, backup: Backup | None) -> Iterator[Gen
 
 def _copies(backup: Backup) -> list[str]:
     try:
-        return [copy.tag for copy in backup.held() if copy.manifest.kind == "full"]
+        return [copy.tag for copy in backup.copies() if copy.manifest.kind == "full"]
     except OSError as error:
-        log.warning(f"backups in {backup.where()} cannot be looked at: {reason_of(error)}")
+        log.warning(f"backups in {backup.where()} cannot be listed: {reason_of(error)}")
         return []
 
 
@@ -100,17 +103,17 @@ def _fetched(backup: Backup, tag: str, directory: Path) -> list[Generation]:
 
 
 def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong, this rank's files), alike on all ranks but for the files: read, unpickled and compared.
+    """Return (the problem or None, the content of this rank's files). The problem is None on all ranks or on none.
 
-    Nothing is unpickled on any rank before all ranks' parts are verified.
+    No rank unpickles a file before all ranks have verified their parts.
     """
     problem, contents = _unpickled(generation)
-    problems = [one for one in collectives.gather_objects(problem) if one is not None]
+    problems = [reported for reported in collectives.gather_objects(problem) if reported is not None]
     if problems or generation.manifest is None:
         return problem or problems[0], {}
     partitions = [content for name, content in contents.items() if name != MODEL_FILE]
     found = sum(map(contents_of.elements, partitions))
-    if generation.manifest.world_size == collectives.world_size():  # each rank has its own
+    if generation.manifest.world_size == collectives.world_size():  # each rank has read only its own partition
         found = sum(collectives.gather_objects(found))
     return contents_of.problem_of_sum(found, contents[MODEL_FILE]), contents
 
@@ -118,7 +121,7 @@ def _read(generation: Generation) -> tuple[str | None, dict[str, Any]]:
 def _unpickled(generation: Generation) -> tuple[str | None, dict[str, Any]]:
     problem = problem_of(generation, collectives.rank(), collectives.world_size())
     if generation.weights_only:
-        problem = "it holds weights only: export it, or resume from another"
+        problem = "it contains only weights: export it, or resume from another"
     problems = collectives.gather_objects(problem)
     if any(problems) or generation.manifest is None:
         return problem, {}
@@ -129,7 +132,7 @@ def _unpickled(generation: Generation) -> tuple[str | None, dict[str, Any]]:
         return f"its manifest does not list {unlisted[0]}", {}
     try:
         contents = {name: unpickle(generation.path / name) for name in names}
-    except Exception as error:  # whatever a forged file may bring about: the other ranks wait for this one's word
+    except Exception as error:  # a forged file can raise anything; the other ranks wait in the next collective
         return f"its files cannot be loaded safely: {' '.join(str(error).split())[:300]}", {}
     for name, content in contents.items():
         compare = contents_of.problem_of_model if name == MODEL_FILE else contents_of.problem_of_partition

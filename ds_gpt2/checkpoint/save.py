@@ -1,4 +1,4 @@
-"""One save on one rank: its files, its record, and on rank 0 the commit and the housekeeping after it."""
+"""One save on one rank: write its files and its record; on rank 0 commit the checkpoint and run the follow-up work."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from ds_gpt2.engine.host_copy import HostMemory
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 1800.0  # how long rank 0 waits for another rank's files before it gives the save up
+_TIMEOUT_SECONDS = 1800.0  # how long rank 0 waits for the files of another rank before the save fails
 _POLL_SECONDS = 0.01
 
 
 @dataclass
 class Save:
-    """A snapshot on its way to the disk. ``run`` does all the work, in whatever thread; it never raises OSError."""
+    """A checkpoint being saved. ``run`` does all the work, in any thread, and never raises OSError."""
 
     disk: Disk
     directory: Path
     tag: str
     rank: int
     world_size: int
-    contents: dict[str, Any]  # by file name; their tensors are the engine's own
-    memory: HostMemory | None  # where they are copied first; None: written from where they are
-    ready: torch.cuda.Event | None  # on a GPU, when the tensors hold what is to be saved
-    bytes_per_second: float
+    contents: dict[str, Any]  # by file name; they share their tensors with the engine
+    memory: HostMemory | None  # the tensors are copied there before they are written; None: they are written directly
+    ready: torch.cuda.Event | None  # on a GPU, the event after which the tensors have the values to save
+    bytes_per_second: float  # write rate limit; 0 for no limit
     manifest: Callable[[dict[str, FileEntry]], Manifest]
-    afterwards: Callable[[str], None]  # on rank 0, once the checkpoint exists
+    afterwards: Callable[[str], None]  # called with the tag on rank 0, after the commit
     committed: bool = False
     wrote: bool = False
-    copied: threading.Event = field(default_factory=threading.Event)  # from here on the engine may change its tensors
+    copied: threading.Event = field(default_factory=threading.Event)  # from now on the engine may change its tensors
     files_done: threading.Event = field(default_factory=threading.Event)
-    given_up: threading.Event = field(default_factory=threading.Event)  # set where another rank is known to have failed
+    aborted: threading.Event = field(default_factory=threading.Event)  # set by the caller if another rank has failed
 
     @property
     def _partial(self) -> Path:
         return self.directory / (self.tag + PARTIAL)
 
     def run(self) -> None:
-        """Write, and on rank 0 commit. A failure costs this checkpoint, is logged, and leaves no partial one."""
+        """Write the files of this rank, and on rank 0 commit. A failure is logged; no partial checkpoint remains."""
         self._write()
         if self.rank == 0:
             self._commit()
@@ -69,7 +69,7 @@ class Save:
             self.wrote = True
         except OSError as error:
             log.error(f"rank {self.rank} cannot write its part of checkpoint {self.tag}: {error}")
-            self._make_room_and_tell(str(error))
+            self._record_failure(str(error))
         finally:
             self.contents = {}
             self.copied.set()
@@ -78,8 +78,11 @@ class Save:
     def _write_file(self, name: str, content: Any) -> FileEntry:
         return commit.write_with(self.disk, self._partial / name, self.bytes_per_second, partial(pickle_into, content))
 
-    def _make_room_and_tell(self, reason: str) -> None:
-        """Best effort: where not even this can be written, rank 0 learns of it when the ranks next agree."""
+    def _record_failure(self, reason: str) -> None:
+        """Delete this rank's files and record the failure, to free space for the record.
+
+        If the record cannot be written either, rank 0 learns of the failure in the next collective.
+        """
         for name in self.contents:
             with contextlib.suppress(OSError):
                 self.disk.unlink(self._partial / name)
@@ -91,7 +94,9 @@ class Save:
             files = self._await_all()
             commit.commit(self.disk, self.directory, self.tag, self.manifest(files))
         except OSError as error:
-            log.error(f"checkpoint {self.tag} was not saved ({error}); training goes on, the ones before it stay")
+            log.error(
+                f"checkpoint {self.tag} was not saved ({error}); training continues, earlier checkpoints are unchanged"
+            )
             with contextlib.suppress(OSError):
                 commit.discard_failed_commit(self.disk, self.directory, self.tag)
             return
@@ -99,7 +104,10 @@ class Save:
         self.afterwards(self.tag)
 
     def _await_all(self) -> dict[str, FileEntry]:
-        """Every rank's files. Even after a failure all are awaited: what they still write is discarded afterwards."""
+        """Return the files of all ranks.
+
+        After a failure it still waits for the other ranks: the files they are writing are deleted afterwards.
+        """
         files: dict[str, FileEntry] = {}
         failure: OSError | None = None
         for rank in range(self.world_size):
@@ -112,9 +120,9 @@ class Save:
         return files
 
     def _await(self, rank: int) -> dict[str, FileEntry]:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while (files := commit.read_record(self._partial, rank)) is None:
-            if self.given_up.is_set() or time.monotonic() > deadline or not self._partial.exists():
+            if self.aborted.is_set() or time.monotonic() > deadline or not self._partial.exists():
                 raise OSError(f"rank {rank} has not written its files")
             time.sleep(_POLL_SECONDS)
         return files

@@ -1,4 +1,4 @@
-"""A close look at checkpoints while a run may be replacing and deleting them: hashes, and what hashes cannot show."""
+"""Verify checkpoints, by hash and by content, while a run may be replacing and deleting them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import MANIFEST
 from ds_gpt2.common.terminal import one_line
 
-Check = Callable[[Generation], str | None]  # what is wrong with a checkpoint whose manifest is good; None if nothing
+Check = Callable[[Generation], str | None]  # returns the problem of a checkpoint with a valid manifest, or None
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """The result of the verification of a checkpoint."""
+
     generation: Generation
-    problem: str | None
+    problem: str | None  # one line; None: no problem was found
 
 
 def examine(path: Path, checks: Iterable[Check]) -> Verdict | None:
-    """The checkpoint in ``path`` and the first thing wrong with it; None if it is there no more.
+    """Return the checkpoint in ``path`` and the first problem that ``checks`` find; None if it does not exist.
 
-    A run may replace it (``best_model``) or delete it between two reads: what was found wrong is then not.
+    If a run replaces the checkpoint (``best_model``) or deletes it meanwhile, the checks are repeated.
     """
     while (before := identity(path)) is not None:
         generation = open_generation(path)
@@ -40,7 +42,10 @@ def examine(path: Path, checks: Iterable[Check]) -> Verdict | None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What changes when another checkpoint takes this place; None where there is none."""
+    """Return (inode, modification time in ns) of the manifest: it changes if the checkpoint is replaced.
+
+    None if there is no checkpoint in ``path``.
+    """
     try:
         status = (path / MANIFEST).stat()
     except OSError:
@@ -49,15 +54,15 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 class Hashes:
-    """Reads the files of checkpoints again, one with several names only once. Shows a bar on a terminal."""
+    """Verifies the hashes of checkpoint files, each hard-linked file only once. Shows a progress bar on a terminal."""
 
     def __init__(self, generations: Iterable[Generation]) -> None:
         total = sum(entry.bytes for generation in generations for entry in _entries(generation).values())
         self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=None, delay=1)
-        self._seen: dict[tuple[int, int, FileEntry], str | None] = {}
+        self._results: dict[tuple[int, int, FileEntry], str | None] = {}
 
     def problem_of(self, generation: Generation) -> str | None:
-        """Why a file is not the one that was written; None if all are. Sizes come first, they cost nothing."""
+        """Return the first problem of the files of ``generation``; None if all are intact. Sizes are checked first."""
         problem = wrong_size(generation)
         for name, entry in _entries(generation).items():
             problem = problem or self._problem_of_file(generation.path, name, entry)
@@ -70,13 +75,14 @@ class Hashes:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         key = (status.st_dev, status.st_ino, entry)
-        if key not in self._seen:
-            self._seen[key] = manifest.problem_of(checkpoint, name, entry)
-        return self._seen[key]
+        if key not in self._results:
+            self._results[key] = manifest.problem_of(checkpoint, name, entry)
+        return self._results[key]
 
 
 @contextlib.contextmanager
 def hashing(generations: Iterable[Generation]) -> Iterator[Hashes]:
+    """Provide ``Hashes`` for ``generations`` and close its progress bar at the end."""
     hashes = Hashes(generations)
     try:
         yield hashes
@@ -85,6 +91,7 @@ def hashing(generations: Iterable[Generation]) -> Iterator[Hashes]:
 
 
 def wrong_size(generation: Generation) -> str | None:
+    """Return the first file that is missing or has a wrong size, as a message; None if there is none."""
     problems = (manifest.size_problem_of(generation.path, name, entry) for name, entry in _entries(generation).items())
     return next((problem for problem in problems if problem is not None), None)
 
@@ -94,8 +101,11 @@ def _entries(generation: Generation) -> Mapping[str, FileEntry]:
 
 
 def deep_problem(generation: Generation) -> str | None:
-    """What hashes cannot show: files that do not load, numbers that are not finite, tensors of another model."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one when it is imported; a run may have them
+    """Return the first problem of the content of ``generation``, which must have a manifest; None if there is none.
+
+    Finds what hashes cannot: files that cannot be loaded, numbers that are not finite, tensors of another model.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's import must not use the GPUs of a running training
     from ds_gpt2.checkpoint import contents
     from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
     from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
@@ -111,7 +121,7 @@ def deep_problem(generation: Generation) -> str | None:
             continue
         try:
             content = unpickle(generation.path / name)
-        except Exception as error:  # there is no end to the ways in which unpickling fails
+        except Exception as error:  # unpickling a damaged file can raise any exception
             return f"{name} cannot be loaded safely: {' '.join(str(error).split())[:300]}"
         if (where := _not_finite(content, name)) is not None:
             return f"{where} has numbers that are not finite"
@@ -129,7 +139,7 @@ def deep_problem(generation: Generation) -> str | None:
 
 
 def _not_finite(content: Any, name: str) -> str | None:
-    """Where in ``content`` a tensor has a NaN or an infinity."""
+    """Return the location of the first tensor in ``content`` with a NaN or infinity; None if there is none."""
     import torch
 
     if isinstance(content, torch.Tensor):
@@ -144,7 +154,7 @@ def _not_finite(content: Any, name: str) -> str | None:
 
 
 def _wrong_shape(content: Any, known: Manifest) -> str | None:
-    """Where the weights are not those of the model that the manifest names."""
+    """Return the first difference between the weights and the model that the manifest describes; None if equal."""
     import torch
 
     from ds_gpt2.model.gpt2 import GPT2
@@ -169,5 +179,5 @@ def _wrong_shape(content: Any, known: Manifest) -> str | None:
         if name not in expected:
             return f"{name} is not a tensor of this model"
         if found[name] != expected[name]:
-            return f"{name} has the shape {found[name]}, {expected[name]} fits {MANIFEST}"
+            return f"{name} has shape {found[name]}, expected {expected[name]} according to {MANIFEST}"
     return None

@@ -1,4 +1,4 @@
-"""The fp32 weights of a checkpoint, put together from the ranks' partitions: 4 bytes a parameter instead of 14."""
+"""Extract the fp32 weights of a checkpoint from the partitions of its ranks: 4 bytes per parameter instead of 14."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WEIGHTS_FILE = "fp32_weights.pt"  # parameter name to fp32 tensor; torch.load(we
 
 
 def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter by name, fp32, on the CPU: of a whole checkpoint, by any number of ranks, or of weights alone.
+    """Return every parameter by name, in fp32, on the CPU, from a full checkpoint or one with weights only.
 
-    Takes 4 bytes a parameter; the files are looked at one after the other, and of each only what is needed.
+    Needs 4 bytes of memory per parameter: the files are memory-mapped and read one after the other.
 
     Raises:
-        DamagedError, OSError, pickle.UnpicklingError: it cannot be read.
+        DamagedError, OSError, pickle.UnpicklingError: the checkpoint cannot be read.
     """
     manifest = read(checkpoint)
     if manifest.kind == "weights":
@@ -38,12 +38,16 @@ def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             _fill([weights[name] for name in groups[group]], starts[group], part)
             starts[group] += part.numel()
     if short := [name for shapes, end in zip(groups, starts, strict=True) for name in _beyond(shapes, end)]:
-        raise DamagedError(f"its files have no values of {short[0]}")
+        raise DamagedError(f"its files have no values for {short[0]}")
     return weights
 
 
-def keep_weights(disk: Disk, source: Path, directory: Path, tag: str) -> None:
-    """Make ``tag`` hold the fp32 weights of checkpoint ``source``, and nothing that could be resumed from."""
+def save_weights(disk: Disk, source: Path, directory: Path, tag: str) -> None:
+    """Create the checkpoint ``tag`` with only the fp32 weights of ``source``; training cannot resume from it.
+
+    Raises:
+        DamagedError, OSError, pickle.UnpicklingError: ``source`` cannot be read, or ``tag`` not written.
+    """
     unfinished = directory / (tag + PARTIAL)
     commit.discard(disk, unfinished)
     disk.make_directory(unfinished)
@@ -56,13 +60,13 @@ def keep_weights(disk: Disk, source: Path, directory: Path, tag: str) -> None:
 
 
 def _beyond(shapes: dict[str, torch.Size], end: int) -> list[str]:
-    """The parameters that a flat vector of ``end`` elements does not hold whole."""
+    """Return the parameters that do not fit completely into a flat vector of ``end`` elements."""
     ends = itertools.accumulate(math.prod(shape) for shape in shapes.values())
     return [name for name, needed in zip(shapes, ends, strict=True) if needed > end]
 
 
 def _fill(tensors: list[torch.Tensor], start: int, part: torch.Tensor) -> None:
-    """Copy a rank's ``part`` of a flat vector, from its element ``start`` on, to where it belongs."""
+    """Copy ``part``, which begins at element ``start`` of the concatenated ``tensors``, into the tensors."""
     offset = -start
     for tensor in tensors:
         begin, end = max(0, offset), min(part.numel(), offset + tensor.numel())

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         backup.check_exists()
         if options.list:
-            return _show(backup.held(), backup, options.json)
+            return _show(backup.copies(), backup, options.json)
         backup.check_apart_from(settings.checkpoint_dir)
         if not options.fetch:
             backup.check_named(settings.checkpoint_dir)
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
         if copied == exit_report.DONE and options.to is None:
-            BackupReporter(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
+            BackupReporter(Journal(settings.run_dir)).recovered(f"a copy was made by hand in {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
@@ -87,7 +87,7 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
     files.check_writable(directory)
     with files.lock(directory / LOCK, f"run {settings.run.name}"):
-        size = next((copy.manifest.bytes for copy in backup.held() if copy.tag == tag), None)
+        size = next((copy.manifest.bytes for copy in backup.copies() if copy.tag == tag), None)
         try:
             with _bar(tag, size) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)

@@ -109,7 +109,7 @@ def prune(options: argparse.Namespace) -> int:
     if not place.found:
         raise UserError(f"no checkpoints in {place.directory}")
     policies = housekeeping.policies(_settings_of(place))
-    doomed = retention.to_delete(housekeeping.known(place.directory, _newest_good(place)), policies)
+    doomed = retention.to_delete(housekeeping.retention_candidates(place.directory, _newest_good(place)), policies)
     paths = [place.directory / kept.tag for kept in doomed]
     pruned = _Pruned([path.name for path in paths], freed_by(paths), []) if options.dry_run else _delete(paths)
     if options.json:

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of training: errors, files, formatting, the terminal."""
+"""Utilities that do not depend on training: errors, files, formatting, the terminal."""

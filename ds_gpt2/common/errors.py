@@ -1,8 +1,8 @@
-"""The one exception that means: the user can fix this."""
+"""Errors that the user can fix, and error messages."""
 
 import errno
 
-_LONGEST = 1500  # characters of a message
+_MAX_LENGTH = 1500  # characters of a message
 _WRONG_PATH = frozenset(
     {
         errno.EACCES,
@@ -17,24 +17,24 @@ _WRONG_PATH = frozenset(
 
 
 class UserError(Exception):
-    """A mistake of the user's: shown as one clear line (what, where, the fix), exit code 2, no traceback."""
+    """An error that the user can fix: shown as one line (what, where, the fix) without a traceback; exit code 2."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shortened(str(message)))
 
 
 def shortened(text: str) -> str:
-    """The beginning of a long text: a value from a file can be megabytes long."""
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    """Return at most the first 1500 characters of ``text``: a value from a file can be megabytes long."""
+    return text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + " ..."
 
 
 def is_wrong_path(error: OSError) -> bool:
-    """Whether it is an error of a path that was given, and not of the machine."""
+    """Return whether the error is caused by a wrong path, and not by a failure of the machine."""
     return error.errno in _WRONG_PATH
 
 
 def reason_of(error: Exception) -> str:
-    """Why something failed, in one line: the system's own words of an OSError, else the first line of the message."""
+    """Return the cause of an error in one line: the system's message of an OSError, else the first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Files that are written, appended to and deleted by their own names only, and regular files that are read.
+"""Read, write, replace and lock files safely, and check that directories are writable.
 
-A symbolic link at a name that is written may lead to any file of the user's: it is deleted, and what it leads to stays
-as it is. A pipe or a device in the place of a file is not read: that could wait for ever.
+Files are never written through a symbolic link, which may refer to any file of the user: the link is replaced and its
+target is unchanged. Only regular files are read: reading a pipe or a device could block forever.
 """
 
 from __future__ import annotations
@@ -28,33 +28,39 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 class NotDurableError(OSError):
-    """All is written, but the medium has not confirmed it."""
+    """All data is written, but it may not be durable: the sync failed."""
 
 
 def no_links(path: str, flags: int, mode: int = 0o666) -> int:
-    """An opener, see ``open``: a symbolic link at ``path`` is replaced by a file, and a pipe does not block.
+    """Open a file; an ``opener`` for ``open``. A symbolic link is replaced by a file; a pipe does not block.
 
     Args:
         mode: permissions of a new file, see ``os.open``.
 
+    Returns:
+        The file descriptor.
+
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         return os.open(path, flags, mode)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EMLINK):  # EMLINK: FreeBSD's
+        if error.errno not in (errno.ELOOP, errno.EMLINK):  # EMLINK on FreeBSD
             raise
     os.unlink(path)
     return os.open(path, flags, mode)
 
 
 def regular_only(path: str, flags: int) -> int:
-    """An opener, see ``open``, for reading: it follows links, and opens nothing but a regular file.
+    """Open a regular file for reading; an ``opener`` for ``open``. Symbolic links are followed.
+
+    Returns:
+        The file descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is something else.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(file).st_mode
@@ -67,10 +73,10 @@ def regular_only(path: str, flags: int) -> int:
 
 
 def read_small(path: Path) -> bytes:
-    """The content of a regular file of ``LARGEST`` bytes at most.
+    """Return the content of a regular file.
 
     Raises:
-        OSError: it cannot be read, is something else, or larger.
+        OSError: the file cannot be read, is not a regular file, or is larger than ``LARGEST`` bytes.
     """
     with open(path, "rb", opener=regular_only) as file:
         data = file.read(LARGEST + 1)
@@ -80,22 +86,22 @@ def read_small(path: Path) -> bytes:
 
 
 def open_for_writing(path: Path, mode: str, buffering: int = -1) -> BinaryIO:
-    """Open a file for writing by its own name, see ``no_links``.
+    """Open a file for writing without following a symbolic link, see ``no_links``.
 
     Args:
-        mode: of ``open``, binary.
+        mode: a binary mode of ``open``.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     return cast(BinaryIO, open(path, mode, buffering, opener=no_links))
 
 
 def write_all(write: Callable[[memoryview], int | None], data: bytes | bytearray | memoryview) -> None:
-    """Call ``write``, which may take less than it is given, until all of ``data`` is written.
+    """Call ``write``, which may write only a part, until all of ``data`` is written.
 
     Raises:
-        OSError: it is not.
+        OSError: not all of ``data`` could be written.
     """
     left = memoryview(data).cast("B")
     while left:
@@ -105,17 +111,17 @@ def write_all(write: Callable[[memoryview], int | None], data: bytes | bytearray
 
 
 def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
-    """Append whole lines, in one write if the disk allows it: several processes may append to a file.
+    """Append complete lines, in a single write if possible: several processes may append to the same file.
 
-    If an earlier process left half a line, ``content`` begins a new one.
+    If an earlier process left an incomplete last line, a line end is inserted first.
 
     Args:
-        content: ends with a line end.
-        durable: it is on the medium when this returns.
+        content: one or more lines, each with its line end.
+        durable: sync the file before returning.
 
     Raises:
-        NotDurableError: only the last part failed.
-        OSError: not all of it is written.
+        NotDurableError: the content is written, but the sync failed.
+        OSError: not all of the content is written.
     """
     file = no_links(str(path), os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
@@ -133,7 +139,7 @@ def append_lines(path: Path, content: bytes, durable: bool = False) -> None:
 
 
 def write_problem(directory: Path) -> str | None:
-    """Why files cannot be made in a directory, as on a full, read-only or missing disk; None if they can."""
+    """Return why no file can be created in ``directory`` (full or read-only disk, ...); None if one can."""
     probe = directory / _PROBE
     try:
         with open(probe, "wb", buffering=0, opener=no_links) as file:
@@ -146,15 +152,15 @@ def write_problem(directory: Path) -> str | None:
 
 
 def is_real_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory, and no link to one."""
+    """Return whether ``path`` is a directory and not a symbolic link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory with all in it, or a file; of a symbolic link, the link. Nothing there: nothing happens.
+    """Delete a directory and its content, a file, or a symbolic link (not its target), if it exists.
 
     Raises:
-        OSError: something cannot be deleted.
+        OSError: a file or directory cannot be deleted.
     """
     if is_real_directory(path):
         shutil.rmtree(path)
@@ -163,21 +169,21 @@ def remove_tree(path: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes | BinaryIO, *, durable: bool = False, mode: int = 0o666) -> None:
-    """Replace ``path``: a reader finds the old content or the new one.
+    """Replace the file ``path`` atomically: a reader sees either the old or the new content.
 
     Args:
-        content: text in UTF-8 (lone surrogates are escaped), bytes, or an open file to copy from where it stands.
-        durable: after a power cut, too; the content is on the medium before it has this name.
-        mode: the most permissions that the file may have.
+        content: text, written as UTF-8 with lone surrogates escaped; bytes; or an open file, copied from its position.
+        durable: sync the content before the rename, so that the replacement is atomic also at a power failure.
+        mode: permissions of the file, restricted by the umask.
 
     Raises:
-        OSError: it cannot be written; what was there is still there.
+        OSError: the new content cannot be written; the old content is unchanged.
     """
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.unlink(missing_ok=True)  # of a process that was killed: it may have other permissions
+        partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
         with open(partial, "wb", opener=functools.partial(no_links, mode=mode)) as file:
             if isinstance(content, bytes):
                 file.write(content)
@@ -194,9 +200,10 @@ def replace_file(path: Path, content: str | bytes | BinaryIO, *, durable: bool =
 
 
 def check_writable(directory: Path) -> None:
-    """
+    """Create ``directory`` and check that it is writable.
+
     Raises:
-        UserError: files cannot be made in ``directory`` (which is created).
+        UserError: it cannot be created, or is not writable.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -205,21 +212,21 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
-def check_can_write(directory: Path, full_is_fine: bool = True) -> None:
-    """As ``check_writable``, without a trace: what is not there yet is judged by the nearest parent that is.
+def check_can_write(directory: Path, full_is_allowed: bool = True) -> None:
+    """Check that ``directory`` is writable, without creating it. If it does not exist, its nearest parent is checked.
 
     Args:
-        full_is_fine: older files there give way to new ones.
+        full_is_allowed: a full disk passes, because old files will be deleted.
 
     Raises:
-        UserError: ``directory`` cannot be written to or made.
+        UserError: ``directory`` is not writable or cannot be created.
     """
     _check_path(directory)
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     try:
         _probe(existing)
-        if not full_is_fine and (problem := write_problem(existing)) is not None:
-            raise UserError(f"cannot write to {directory}: {problem}; make room on its disk")
+        if not full_is_allowed and (problem := write_problem(existing)) is not None:
+            raise UserError(f"cannot write to {directory}: {problem}; free some space on its disk")
     except OSError as error:
         raise UserError(
             f"cannot write to {directory}: {existing}: {error.strerror}; check its permissions and its disk"
@@ -227,10 +234,10 @@ def check_can_write(directory: Path, full_is_fine: bool = True) -> None:
 
 
 def _probe(directory: Path) -> None:
-    """Make and delete a directory in ``directory``. A full disk passes: a run makes room on it.
+    """Create and delete a subdirectory of ``directory``. A full disk passes: a run deletes old checkpoints.
 
     Raises:
-        OSError: that is not allowed, or does not work.
+        OSError: this is not permitted, or fails.
     """
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=directory))
@@ -240,7 +247,7 @@ def _probe(directory: Path) -> None:
 
 
 def _check_path(directory: Path) -> None:
-    """Check that ``directory`` is a path that a file system accepts, whether or not it exists."""
+    """Check that ``directory`` is a valid path, whether or not it exists. Raises UserError."""
     try:
         os.lstat(directory)
     except OSError as error:
@@ -250,21 +257,21 @@ def _check_path(directory: Path) -> None:
         raise UserError(f"cannot write to {str(directory)[:200]!r}: a path has no null character") from None
 
 
-def lock(path: Path, whose: str) -> BinaryIO:
-    """Make this process the only one that holds ``path``, until the file returned is closed or the process ends.
+def lock(path: Path, what: str) -> BinaryIO:
+    """Create and lock the file ``path``. The lock is held until the returned file is closed or the process ends.
 
     Args:
-        whose: what is locked, for the message.
+        what: the locked object, for the message.
 
     Raises:
-        UserError: another process holds it, or it cannot be made.
+        UserError: another process holds the lock, or the file cannot be created.
     """
     try:
         file = open_for_writing(path, "a+b")
         if not try_lock(file):
             file.seek(0)
             holder = file.read(100).decode(errors="replace").strip() or "unknown"
-            raise UserError(f"{whose} is in use by process {holder}: wait for its end, or end it first") from None
+            raise UserError(f"{what} is in use by process {holder}: wait for its end, or end it first") from None
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
@@ -274,12 +281,12 @@ def lock(path: Path, whose: str) -> BinaryIO:
 
 
 def try_lock(file: BinaryIO) -> bool:
-    """Lock an open file, until it is closed; False if another process has locked it.
+    """Lock an open file until it is closed. Return False if another process has locked it.
 
-    On a file system without locks there is none, and the answer is True.
+    On a file system without locks, return True without a lock.
 
     Raises:
-        OSError: any other reason.
+        OSError: another error.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -292,7 +299,11 @@ def try_lock(file: BinaryIO) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """The names in ``path`` are on the medium when this returns."""
+    """Make the names in directory ``path`` durable.
+
+    Raises:
+        OSError: the directory cannot be opened or synced.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

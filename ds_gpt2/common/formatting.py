@@ -1,4 +1,4 @@
-"""Numbers and times as a person reads them."""
+"""Format numbers, times and tables for users."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 
-MISSING = "–"  # noqa: RUF001  # an en dash, where nothing is known
+MISSING = "–"  # noqa: RUF001  # an en dash, for unknown values
 
 
 def duration(seconds: float) -> str:
-    """``29`` as ``29s``, ``95`` as ``1m 35s``, ``86400`` as ``1d``, ``200000`` as ``2d 7h``."""
+    """Format a duration: ``29s``, ``1m 35s``, ``1d``, ``2d 7h``. Fractions of a second are dropped."""
     whole = max(0, int(seconds))
     for long, in_long, short, in_short in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if whole >= in_long:
@@ -20,17 +20,17 @@ def duration(seconds: float) -> str:
 
 
 def clock(time: float) -> str:
-    """Seconds since 1970 in this machine's time zone, as ``Tue 25 Nov 18:20``."""
+    """Format seconds since 1970 in the local time zone, as ``Tue 25 Nov 18:20``."""
     return datetime.fromtimestamp(time).astimezone().strftime("%a %d %b %H:%M")
 
 
 def zone(time: float) -> str:
-    """This machine's time zone then, as ``UTC+0100``."""
+    """Return the local time zone at ``time``, in seconds since 1970, as ``UTC+0100``."""
     return datetime.fromtimestamp(time).astimezone().strftime("UTC%z")
 
 
 def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Columns under each other: the first to the left, numbers and the rest to the right."""
+    """Format a table: the first column is left-aligned, the others are right-aligned."""
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(
         indent + "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines
@@ -38,28 +38,29 @@ def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """``1`` as ``1 rank``, ``2000`` as ``2,000 ranks``.
+    """Format a count with its noun: ``1 rank``, ``2,000 ranks``.
 
     Args:
-        plural: where it is not the noun and an s.
+        plural: the plural of the noun, if it is not formed with an s.
     """
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def done_share(step: int, steps: int, digits: int = 1) -> str:
-    """How far a run is, in percent, rounded down: 100% only when every step is done."""
+    """Format the progress of a run in percent, rounded down: 100% only when all steps are done."""
     scale = 10**digits
     return f"{min(1.0, math.floor(100 * scale * step / steps) / (100 * scale)):.{digits}%}"
 
 
 def size(count: int) -> str:
+    """Format a number of bytes in decimal units: ``1.5 MB``, ``12.34 GB``, ``1.20 TB``."""
     if count >= 1e12:
         return f"{count / 1e12:.2f} TB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def tokens(count: float) -> str:
-    """``32_000_000_000`` as ``32.00 B``."""
+    """Format a number of tokens: ``32_000_000_000`` as ``32.00 B``."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= unit:
             return f"{count / unit:.2f} {letter}"
@@ -67,14 +68,16 @@ def tokens(count: float) -> str:
 
 
 def uncapitalized(text: str) -> str:
-    """``Input should be`` as ``input should be``; an acronym or a name such as ``GPT-2`` at its start stays."""
+    """Return ``text`` with a lower-case first letter, unless it starts with an acronym or a name such as ``GPT-2``."""
     first = text.split(maxsplit=1)[0] if text.strip() else ""
     return text[:1].lower() + text[1:] if first[1:].islower() and first.isalpha() else text
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
+    """Format a number with a fixed number of decimal places; ``MISSING`` for None."""
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """Format a share between 0 and 1 in percent; ``MISSING`` for None."""
     return MISSING if share is None else f"{100 * share:.{digits}f}%"

@@ -1,7 +1,7 @@
-"""A directory that is followed when it is moved while it is in use.
+"""A directory that can be moved while it is in use.
 
-An open descriptor refers to the same directory after a move, and Linux tells its path. Paths that were composed before
-the move do not exist any more, or belong to what was put there instead.
+An open file descriptor refers to the same directory after a move, and Linux provides its current path. Paths composed
+before the move no longer exist, or refer to another directory.
 """
 
 from __future__ import annotations
@@ -16,56 +16,60 @@ _DELETED = " (deleted)"  # appended by Linux, see proc(5), /proc/pid/exe
 
 
 class OpenDirectory:
-    """A directory counts as moved or deleted only if that is certain: a server may be away for a while."""
+    """A directory and its current path. It counts as moved or deleted only if that is certain: a server may be down."""
 
     def __init__(self, path: Path) -> None:
-        """
+        """Open the directory, if it exists.
+
         Args:
-            path: absolute; a directory that does not exist yet is opened when it does.
+            path: absolute; a directory that does not exist yet is opened later, when it exists.
         """
         self.opened_as = path
         self._file: int | None = None
         self.open()
 
     def open(self) -> None:
-        """Open the directory if it exists by now; it is followed from here on."""
+        """Open the directory if it exists; from now on moves are detected."""
         with contextlib.suppress(OSError):
             if self._file is None:
                 self._file = os.open(self.opened_as, os.O_RDONLY | os.O_DIRECTORY)
                 self._close = weakref.finalize(self, os.close, self._file)
-                self._was = self._now()
+                self._real_path = self._current_path()
 
     @property
     def path(self) -> Path:
-        """Where the directory is now; where it was if that is not known."""
+        """The current path of the directory; the original path if the current one is unknown."""
         return self._moved_to() or self.opened_as
 
     @property
     def is_moved(self) -> bool:
+        """Whether the directory now has another path."""
         return self._moved_to() is not None
 
     @property
     def is_deleted(self) -> bool:
-        """Whether it was deleted, as by a move to another file system, and nothing is at its path."""
+        """Whether it was deleted (also by a move to another file system) and nothing exists at its path."""
         return (
-            not self._leads_here(self.opened_as) and str(self._now()).endswith(_DELETED) and not self.opened_as.exists()
+            not self._is_at(self.opened_as)
+            and str(self._current_path()).endswith(_DELETED)
+            and not self.opened_as.exists()
         )
 
     def is_replaced(self, *markers: str) -> bool:
-        """Whether another directory is at its path: what a disk was mounted on shows when it is unmounted.
+        """Return whether another directory is at its path, such as the mount point of an unmounted disk.
 
         Args:
-            markers: names of files; a directory that has one is a copy, to be used in place of the original.
+            markers: names of files. A directory that has one of them is a copy, and is used instead of the original.
         """
-        if self._leads_here(self.opened_as) or self.is_moved or str(self._now()).endswith(_DELETED):
+        if self._is_at(self.opened_as) or self.is_moved or str(self._current_path()).endswith(_DELETED):
             return False
         return self.opened_as.is_dir() and not any((self.opened_as / marker).exists() for marker in markers)
 
-    def make_again(self) -> None:
-        """Make a deleted directory again, if its path is still on the same file system and not below an unused mount.
+    def recreate(self) -> None:
+        """Create a deleted directory again at its original path.
 
         Raises:
-            OSError: it is another file system, or the directory cannot be made.
+            OSError: the path is on another file system (as below an unmounted disk), or it cannot be created.
         """
         assert self._file is not None
         existing = next(parent for parent in self.opened_as.parents if parent.is_dir())
@@ -79,21 +83,21 @@ class OpenDirectory:
         self.open()
 
     def _moved_to(self) -> Path | None:
-        if self._leads_here(self.opened_as) or (now := self._now()) == self._was:  # as where a link was changed
+        if self._is_at(self.opened_as) or (current := self._current_path()) == self._real_path:  # a changed link
             return None
-        return now if self._leads_here(now) else None
+        return current if self._is_at(current) else None
 
-    def _leads_here(self, path: Path) -> bool:
+    def _is_at(self, path: Path) -> bool:
         self.open()
         if self._file is None:
-            return True  # nothing is known of it
+            return True  # unknown
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._file))
         except OSError:
             return False
 
-    def _now(self) -> Path:
+    def _current_path(self) -> Path:
         try:
             return Path(os.readlink(f"/proc/self/fd/{self._file}"))
-        except OSError:  # not Linux
+        except OSError:  # no /proc: not on Linux
             return self.opened_as

@@ -1,6 +1,6 @@
-"""Keep a program that is started by the path of its file from importing other people's files as modules.
+"""Restrict the module search path of a program that is started by the path of its file.
 
-``random.py`` in the working directory, or beside the project, must not take the place of Python's own module.
+A file such as ``random.py`` in the working directory, or beside the project, must not shadow Python's own module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def ignore_working_directory() -> None:
-    """Remove the working directory and this project from the module search path; the package itself is loaded."""
+    """Remove the working directory and this project from the module search path. Call it after importing ds_gpt2."""
     package = Path(__file__).resolve().parents[1]
     ours = {"", os.getcwd(), str(Path(sys.argv[0]).resolve().parent), str(package)}
     if (package.parent / "pyproject.toml").exists():  # a checkout, not a directory of installed packages

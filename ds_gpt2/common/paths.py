@@ -1,4 +1,4 @@
-"""Paths as people write them: with ``~`` for a home directory and ``$VARIABLE`` for a value of the environment."""
+"""Expand ``~`` and ``$VARIABLE`` in paths of the user."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ds_gpt2.common.errors import UserError
 
 
 def expanded(name: str, text: str) -> str:
-    """Return ``text`` with the home directory for ``~`` and the environment's values for ``$VARIABLE``.
+    """Return ``text`` with ``~`` replaced by the home directory and ``$VARIABLE`` by its value.
 
     Args:
-        name: of the setting or argument, for the error.
+        name: the setting or argument, for the error message.
 
     Raises:
-        UserError: a variable that is not set, or an unknown user.
+        UserError: a variable is not set, or a user is unknown.
     """
-    if (known := re.match(r"(/[^$]*\$[^/]*)", text)) is not None and os.path.lexists(known[1]):
-        return text  # a directory whose name has a dollar sign
+    if (literal := re.match(r"(/[^$]*\$[^/]*)", text)) is not None and os.path.lexists(literal[1]):
+        return text  # the name of the directory contains a dollar sign
     text = os.path.expandvars(text)
     if unset := re.search(r"\$(\w+|\{[^}]*\}?)", text):
         raise UserError(f"{name}={text}: the environment variable {unset[0]} is not set")

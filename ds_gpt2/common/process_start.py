@@ -1,7 +1,7 @@
-"""When a process began, as text that identifies it: numbers of processes come again, and the clock may be set.
+"""Identify processes by their start time: process ids are reused, and the clock may be changed.
 
-Seconds since 1970 would not do: the kernel counts in ticks since the machine booted, and when that was is computed from
-the clock of now. So a clock that is set, or a virtual machine that resumes, moves the start of every process.
+Seconds since 1970 are not reliable: the kernel counts ticks since boot, and the boot time is computed from the current
+clock. If the clock is set, or a virtual machine resumes, the start times of all processes change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import psutil
 
 
 def start_of(pid: int) -> str | None:
-    """When process ``pid`` began, without blanks and hyphens; None if there is no such process, or a zombie."""
+    """Return the start time of process ``pid`` as an opaque text without blanks and hyphens.
+
+    None if there is no such process, or if it is a zombie.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -23,21 +26,21 @@ def start_of(pid: int) -> str | None:
 
 
 def is_running(pid: int, start: str) -> bool:
-    """Whether the process ``pid`` that began at ``start``, as ``start_of`` gave it, is there and no zombie."""
+    """Return whether the process ``pid`` with start time ``start``, see ``start_of``, exists and is not a zombie."""
     return start_of(pid) == start
 
 
 @functools.cache
 def _boot() -> str:
-    """What tells this boot of the machine from others."""
+    """Return the identifier of the current boot of the machine; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
-    except OSError:  # not in every container
+    except OSError:  # some containers do not provide it
         return ""
 
 
 def _start_by_clock(pid: int) -> str | None:
-    """Elsewhere than on Linux the start is recorded when it happens."""
+    """Return the start time from psutil: other systems than Linux record it when the process starts."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())

@@ -1,4 +1,4 @@
-"""JSON from untrusted files: a value, or one kind of error."""
+"""Parse JSON from untrusted files, with a single kind of error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_gpt2.common.files import read_small
 
-LARGEST = 2**64  # of whole numbers: larger ones overflow in float arithmetic, or take minutes to print
-END_OF_TIME = 253_402_300_800  # the year 10000 in seconds since 1970, which datetime cannot represent
+LARGEST = 2**64  # the largest integer: larger ones overflow in float arithmetic, or take minutes to print
+END_OF_TIME = 253_402_300_800  # the year 10000 in seconds since 1970: datetime cannot represent later times
 
 
 class BadJsonError(ValueError):
@@ -18,13 +18,14 @@ class BadJsonError(ValueError):
 
 
 def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
-        text: bytes are UTF-8, UTF-16 or UTF-32.
+        text: text, or bytes in UTF-8, UTF-16 or UTF-32.
+        object_pairs_hook: see ``json.loads``.
 
     Raises:
-        BadJsonError: it has none, nests too deeply, or has a whole number beyond ``LARGEST``.
+        BadJsonError: the text is invalid, nested too deeply, or has an integer beyond ``LARGEST``.
     """
     try:
         if isinstance(text, bytes):
@@ -39,7 +40,7 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
 
 
 def is_time(value: object) -> bool:
-    """Whether a value is a time in seconds since 1970."""
+    """Return whether ``value`` is a time in seconds since 1970."""
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < END_OF_TIME
 
 
@@ -49,11 +50,11 @@ def _whole_number(digits: str) -> int:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_int=_whole_number)  # json.loads makes a new one at each call
+_DECODER = json.JSONDecoder(parse_int=_whole_number)  # json.loads would create a decoder at each call
 
 
 def read(path: Path) -> Any:
-    """The value of a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
         OSError: see ``read_small``.

@@ -1,4 +1,4 @@
-"""Standard input and output that end no program: another encoding, a closed descriptor, a full disk behind them."""
+"""Make standard input and output robust: other encodings, closed descriptors, full disks; escape control characters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TextIO
 
 
 def make_safe() -> None:
-    """Have any character be printed, escaped where the terminal's encoding lacks it, and any bytes be read.
+    """Accept any bytes as input, and escape characters in the output that the terminal's encoding does not support.
 
-    A descriptor that is closed (``>&-``) becomes /dev/null: otherwise the next file to be opened would take its
-    number, and get what is printed.
+    A closed descriptor (``>&-``) is replaced by /dev/null: otherwise the next file to be opened would get its number
+    and receive the output.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -23,16 +23,16 @@ def make_safe() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115  # it stays open
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115  # remains open
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if number == 0 else "backslashreplace")
-    if logging.lastResort is not None:  # shows warnings where no log is open
+    if logging.lastResort is not None:  # prints warnings if logging is not configured
         logging.lastResort.setFormatter(LineFormatter())
 
 
 def ignore_write_errors() -> None:
-    """From here on output that cannot be written is lost: training is worth more than what it prints."""
+    """Ignore failed writes to standard output and standard error from now on: they must not end the training."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Unfailing):
@@ -40,7 +40,7 @@ def ignore_write_errors() -> None:
 
 
 def is_stdout_broken() -> bool:
-    """Whether standard output takes nothing more."""
+    """Return whether writing to standard output fails."""
     try:
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -50,11 +50,10 @@ def is_stdout_broken() -> bool:
 
 
 def encoding_error_message(error: UnicodeEncodeError) -> str:
-    """One line for a path or name with characters that the locale's encoding lacks."""
+    """Return a message about a path or name with characters that the locale's encoding does not support."""
     text = error.object[max(0, error.start - 40) : error.end + 20]
-    return (
-        f"the locale's encoding, {error.encoding}, has no {error.object[error.start]!r} of {text!r}: set PYTHONUTF8=1"
-    )
+    character = error.object[error.start]
+    return f"the locale's encoding, {error.encoding}, does not support {character!r} in {text!r}: set PYTHONUTF8=1"
 
 
 class Unfailing(io.TextIOBase):
@@ -70,7 +69,7 @@ class Unfailing(io.TextIOBase):
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except (OSError, ValueError):  # ValueError: it is closed
+        except (OSError, ValueError):  # ValueError: the stream is closed
             return len(text)
 
     def flush(self) -> None:
@@ -89,16 +88,16 @@ class Unfailing(io.TextIOBase):
         return self._stream.fileno()
 
 
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def one_line(message: object) -> str:
-    """Return a message as one line: control characters, line ends among them, and what cannot be shown are escaped."""
+    """Return a message as one line: control characters, line ends and unprintable characters are escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
 
 
 def printable_lines(text: str) -> str:
-    """Text from a file for a terminal: control characters are escaped, except for line ends and tabs."""
+    """Return text from a file for printing: control characters are escaped, except line ends and tabs."""
     return "".join(
         each.encode("unicode_escape").decode() if each not in "\n\t" and _controls(each) else each
         for each in text.replace("\r\n", "\n")
@@ -106,19 +105,19 @@ def printable_lines(text: str) -> str:
 
 
 def _controls(character: str) -> bool:
-    """Whether a character controls a terminal, or the direction of the text around it."""
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+    """Return whether a character controls a terminal, or the direction of the text around it."""
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL
 
 
 class LineFormatter(logging.Formatter):
-    """Escapes control characters and line ends in messages: a file's name, for one, may have any. Not in tracebacks."""
+    """Escapes control characters and line ends in messages, which file names may contain; tracebacks are unchanged."""
 
     def format(self, record: logging.LogRecord) -> str:
-        escaped = copy.copy(record)  # other handlers get the record, too
+        escaped = copy.copy(record)  # other handlers use the original record
         escaped.msg, escaped.args = one_line(record.getMessage()), None
         return super().format(escaped)
 
 
 def printable(text: str) -> str:
-    """Text from the command line, whose bytes may not be of the locale's encoding, as text that UTF-8 can hold."""
+    """Return text from the command line, which may contain surrogates for undecodable bytes, as valid Unicode."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""A copy of training state in host memory, so that training goes on while the copy is written."""
+"""A copy of the training state in host memory, so that training continues while the copy is written to disk."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 
 
 def freeze(state: Any) -> Any:
-    """``state`` with everything copied but its tensors: quick, and good until the next update changes those."""
+    """Return a copy of ``state`` that shares its tensors. It is valid until the next update changes the tensors."""
     return _rebuilt(state, lambda tensor: tensor.detach())
 
 
 class HostMemory:
-    """Buffers that tensors are copied into, kept from save to save: fresh (pinned) memory is slow to get."""
+    """Buffers in (pinned) host memory, reused at every save: allocating pinned memory is slow."""
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
         self._stream: torch.cuda.Stream | None = None
 
     def copy(self, state: Any, after: torch.cuda.Event | None) -> Any:
-        """``state`` with every tensor in host memory; returns when all copies are complete.
+        """Return ``state`` with every tensor copied to host memory, when all copies are complete.
 
-        Overwrites what the call before it returned. To be called in a thread of its own while training computes
-        gradients, which the copies do not disturb: on a GPU they run on another stream.
+        Overwrites the result of the previous call. Call it in a separate thread: on a GPU the copies run on a stream
+        of their own and do not delay the computation of gradients.
 
         Args:
-            after: on a GPU, the moment from which the tensors hold what is to be copied.
+            after: on a GPU, the event after which the tensors have the values to copy.
         """
         used = 0
 
@@ -59,7 +59,7 @@ class HostMemory:
 
 
 def _rebuilt(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A deep copy of nested containers, each tensor changed once however often it occurs."""
+    """Return a deep copy of nested containers with each tensor replaced by ``change(tensor)``, called once a tensor."""
     changed: dict[int, torch.Tensor] = {}
 
     def visit(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""The files of ``runs/<run>``: each has a module that writes and reads it."""
+"""The files in ``runs/<run>``: one module per file, which writes and reads it."""

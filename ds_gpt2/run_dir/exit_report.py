@@ -1,4 +1,4 @@
-"""How a run ended, as an exit code and in words: DeepSpeed's launcher exits 1 even when every rank has saved."""
+"""Report how a run ended, as an exit code and a message: DeepSpeed's launcher exits with 1 even after a clean stop."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import append_lines
 
 DONE, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 3
-ROLLBACK = 4  # between the ranks and the supervisor only; without one it is a crash
+ROLLBACK = 4  # only from the ranks to the supervisor; without a supervisor it is a crash
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 says of the run's end."""
+    """The end of a run, as rank 0 reports it."""
 
     code: int
-    before: int | None = None  # of a rollback: go on from a checkpoint of an earlier step than this
-    leave_out: tuple[int, ...] = ()  # and without these batches of the data
-    alone: bool = False  # it stopped because its supervisor was gone
+    before: int | None = None  # of a rollback: resume from a checkpoint of an earlier step than this
+    leave_out: tuple[int, ...] = ()  # of a rollback: skip these batches
+    alone: bool = False  # the run stopped because its supervisor had died
 
 
-_LONGEST_FAILURE = 160  # characters
-_FILE, _PIPE = "DS_GPT2_OUTCOME", "DS_GPT2_OUTCOME_PIPE"  # environment: where ranks leave what they have to say
+_MAX_FAILURE = 160  # characters
+_FILE, _PIPE = "DS_GPT2_OUTCOME", "DS_GPT2_OUTCOME_PIPE"  # environment variables: where ranks write their reports
 
 
 class ExitReports:
-    """What the ranks of one start say of their end.
+    """The exit reports of the ranks of one launch, in the process that launches them.
 
-    They write it into a pipe of this process, which no full disk or moved directory keeps from it. DeepSpeed's launcher
-    passes no descriptors on, so they find the pipe below /proc; where there is none, they use files.
+    The ranks write to a pipe of this process, so a full disk or a moved directory does not matter. DeepSpeed's launcher
+    does not pass on descriptors, so the ranks open the pipe through /proc; without /proc they append to a file.
     """
 
     def __init__(self, file: Path) -> None:
-        """
+        """Create the pipe.
+
         Args:
-            file: used where there is no pipe, with others beside it.
+            file: used by the ranks if they cannot open the pipe.
         """
         self._file = file
         self._pipe = os.pipe()
@@ -54,50 +55,50 @@ class ExitReports:
         self._read = b""
 
     def request(self) -> dict[str, str]:
-        """The environment that makes a run leave its last words here."""
+        """Return the environment variables that make the ranks report here."""
         status = os.fstat(self._pipe[1])
         pipe = f"/proc/{os.getpid()}/fd/{self._pipe[1]} {status.st_dev} {status.st_ino}"
         return {_FILE: str(self._file), _PIPE: pipe}
 
     def outcome(self) -> Outcome | None:
-        """What rank 0 has said of the run's end; None if it has said nothing."""
-        for word in reversed(self._words()):
+        """Return the outcome that rank 0 has reported; None if it has not reported."""
+        for report in reversed(self._reports()):
             with contextlib.suppress(KeyError, TypeError):
-                values = word["outcome"]
+                values = report["outcome"]
                 return Outcome(values["code"], values["before"], tuple(values["leave_out"]), values["alone"])
         return None
 
     def failures(self) -> dict[int, str]:
-        """What ended the ranks that could say so, the first to fail first."""
-        return {word["rank"]: word["failure"] for word in self._words() if "failure" in word}
+        """Return the errors of failed ranks by rank, the first to fail first."""
+        return {report["rank"]: report["failure"] for report in self._reports() if "failure" in report}
 
-    def _words(self) -> list[dict[str, Any]]:
+    def _reports(self) -> list[dict[str, Any]]:
         with contextlib.suppress(BlockingIOError):
             while block := os.read(self._pipe[0], 65_536):
                 self._read += block
         lines = self._read.splitlines()
         with contextlib.suppress(OSError):
             lines += self._file.read_bytes().splitlines()
-        return [word for line in lines if (word := _parsed(line)) is not None]
+        return [report for line in lines if (report := _parsed(line)) is not None]
 
 
 def report_outcome(outcome: Outcome) -> None:
-    """Leave ``outcome`` for whoever asked for it."""
-    _leave({"outcome": asdict(outcome)})
+    """Report ``outcome`` to the process that has launched this rank, if it reads exit reports."""
+    _report({"outcome": asdict(outcome)})
 
 
 def report_failure(rank: int, error: BaseException) -> None:
-    """Leave what ended ``rank``."""
+    """Report the error that has ended ``rank``."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     text = f"{kind}{' '.join(str(error).split())}"
-    _leave({"rank": rank, "failure": text[:_LONGEST_FAILURE]})
+    _report({"rank": rank, "failure": text[:_MAX_FAILURE]})
 
 
-def _leave(word: dict[str, Any]) -> None:
-    """In one write, which is never mixed with another's."""
-    line = json.dumps(word).encode() + b"\n"
+def _report(report: dict[str, Any]) -> None:
+    """Write a report with a single system call, so that reports of several ranks are not mixed."""
+    line = json.dumps(report).encode() + b"\n"
     if not _write_to_pipe(line) and _FILE in os.environ:
-        with contextlib.suppress(OSError):  # the run's directory is gone or its disk full: read as a crash
+        with contextlib.suppress(OSError):  # the run's directory is missing or its disk full: taken for a crash
             append_lines(Path(os.environ[_FILE]), line)
 
 
@@ -106,8 +107,8 @@ def _write_to_pipe(line: bytes) -> bool:
     with contextlib.suppress(OSError):
         pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         status = os.fstat(pipe)
-        is_meant = identity == [str(status.st_dev), str(status.st_ino)]  # and not what has its number now
-        written = os.write(pipe, line) if is_meant else 0
+        is_same_pipe = identity == [str(status.st_dev), str(status.st_ino)]  # the descriptor may have been reused
+        written = os.write(pipe, line) if is_same_pipe else 0
         os.close(pipe)
         return written == len(line)
     return False
@@ -115,27 +116,27 @@ def _write_to_pipe(line: bytes) -> bool:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        word = safe_json.parse(line)
-        return word if isinstance(word, dict) else None
+        report = safe_json.parse(line)
+        return report if isinstance(report, dict) else None
     except ValueError:
         return None
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:
-    """Run a rank and end its process, after an error too: a library's exit handler could wait for a service."""
+    """Run a rank and end its process, also after an error: the exit handler of a library could block."""
     try:
         code = main()
-    except Exception:  # whatever ended the rank: its traceback is printed below
+    except Exception:  # print the traceback and end the process in the same way
         sys.excepthook(*sys.exc_info())
         code = CRASHED
     end_process(code)
 
 
 def end_process(code: int) -> NoReturn:
-    """End a rank that has finished everything, without Python's own tear-down.
+    """End a rank that has finished all its work, without Python's finalization.
 
-    In the tear-down a thread of a C++ library that still wants the interpreter aborts the process ("terminate called
-    without an active exception"): seen now and then as a failed rank after a run that was saved and done.
+    During finalization, a thread of a C++ library that still needs the interpreter can abort the process ("terminate
+    called without an active exception"): a rank would fail although the run is saved and complete.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

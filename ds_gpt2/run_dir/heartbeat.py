@@ -1,4 +1,4 @@
-"""A sign of life of every rank: what it is at, told by itself, so that a watchdog can see progress."""
+"""Heartbeats: every rank records its progress in a file, which the watchdog reads."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ from ds_gpt2.common.safe_json import LARGEST, is_time
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
-_DIRECTORY = "heartbeat"  # in the run's directory, one small file a rank
-_stacks: list[BinaryIO] = []  # faulthandler needs the file to stay open
-_SIZE = 160  # bytes of a beat: always the same place of the file, so that a full disk does not stop it
+_DIRECTORY = "heartbeat"  # in the run's directory, one small file per rank
+_stacks: list[BinaryIO] = []  # faulthandler needs open files
+_SIZE = 160  # bytes of a beat: the same bytes are overwritten, so that a full disk does not matter
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The newest sign of life of a rank."""
+    """The newest heartbeat of a rank."""
 
-    count: int  # beats of this process so far: it changes with every one
+    count: int  # heartbeats of this process so far
     time: float  # seconds since 1970
     pid: int
-    step: int  # the newest one begun
-    batch: int  # of the data, see TrainState.batch
+    step: int  # the step in progress
+    batch: int  # the batch of the data, see TrainState.batch
     phase: str
-    start: str = ""  # of the process, see ``process_start``; earlier versions did not say it
+    start: str = ""  # start time of the process, see ``process_start``; not recorded by earlier versions
 
 
 class Heartbeat:
-    """One rank's. A beat is one write of 160 bytes into a file that is open already: some microseconds."""
+    """Writes the heartbeats of one rank. A heartbeat is one write of 160 bytes to an open file: some microseconds."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
+        """Open the file of ``rank`` and write the first heartbeat. If the file cannot be opened, nothing is written."""
         self._count = 0
         self._step = self._batch = 0
         self._phase: Phase = "starting"
         self._file: int | None = None
         self._start = start_of(os.getpid())
-        with contextlib.suppress(OSError):  # a run is worth more than its watchdog, which will say what it misses
+        with contextlib.suppress(OSError):  # the run continues; the watchdog reports the missing heartbeats
             file = _file(run_dir, rank)
             file.parent.mkdir(parents=True, exist_ok=True)
             self._file = no_links(str(file), os.O_WRONLY | os.O_CREAT)
         self.beat()
 
     def enter(self, phase: Phase) -> None:
-        """``phase`` begins here."""
+        """Record that ``phase`` begins."""
         self._phase = phase
         self.beat()
 
     def begin_step(self, step: int, batch: int) -> None:
-        """Training of ``step`` with ``batch`` of the data begins here."""
+        """Record that the training step ``step`` begins, with batch number ``batch`` of the data."""
         self._step, self._batch = step, batch
         self.enter("training")
 
     def beat(self) -> None:
-        """There is progress within the phase."""
+        """Record progress within the phase."""
         self._count += 1
         if self._file is None:
             return
@@ -72,7 +73,7 @@ class Heartbeat:
 
 
 def enable_stack_dumps(run_dir: Path, rank: int) -> None:
-    """From here on SIGUSR2 makes this process write down what each of its threads is doing; so does a fault in C."""
+    """Write the stack traces of all threads to a file at SIGUSR2 and at fatal signals such as SIGSEGV."""
     try:
         file = open_for_writing(stacks_file(run_dir, rank), "wb")
     except OSError:
@@ -83,12 +84,12 @@ def enable_stack_dumps(run_dir: Path, rank: int) -> None:
 
 
 def stacks_file(run_dir: Path, rank: int) -> Path:
-    """Where ``rank`` writes down its stacks."""
+    """Return the file for the stack traces of ``rank``."""
     return _file(run_dir, rank).with_suffix(".stacks")
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
-    """The newest beat of ``rank``; None where there is none that can be read."""
+    """Return the newest heartbeat of ``rank``; None if there is none, or if it is unreadable."""
     try:
         count, when, pid, step, batch, phase, *start = read_small(_file(run_dir, rank)).decode("ascii").split()
         beat = Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
@@ -98,7 +99,7 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
 
 
 def beat_mtime(run_dir: Path, rank: int) -> float | None:
-    """When the file system says that ``rank`` gave its newest beat, in seconds since 1970; None if there is none."""
+    """Return when the file of ``rank`` was last modified, in seconds since 1970; None if it does not exist."""
     try:
         return _file(run_dir, rank).stat().st_mtime
     except OSError:
@@ -106,12 +107,12 @@ def beat_mtime(run_dir: Path, rank: int) -> float | None:
 
 
 def beat_problem(run_dir: Path) -> str | None:
-    """Why ranks cannot write heartbeats; None if they can."""
+    """Return why ranks cannot write heartbeats; None if they can."""
     return write_problem(run_dir / _DIRECTORY)
 
 
 def clear_heartbeats(run_dir: Path) -> None:
-    """Nobody beats now: what is there is of processes that are gone."""
+    """Delete the heartbeats of earlier processes."""
     with contextlib.suppress(OSError):
         for file in (run_dir / _DIRECTORY).iterdir():
             file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""``journal.jsonl`` in a run's directory: what befell the run, one JSON object an event.
+"""``journal.jsonl`` in a run's directory: the events of the run, one JSON object per line.
 
-Rank 0 and the supervisor both append to it, each event in one write, and nobody ever takes a line back: unlike the
-metrics it keeps what was lost.
+Rank 0 and the supervisor append to it, each event with a single write. Lines are never deleted: unlike the metrics, the
+journal retains what happened in steps that were trained again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Kind = Literal[
     "save_failed",
     "best",  # the validation loss of `step` is the best so far
     "done",
-    "stop",  # on request, saved
-    "mistake",  # of the user's: not tried again
+    "stop",  # stopped on request, with everything saved
+    "mistake",  # a UserError: not restarted
     "crash",
     "hang",
-    "restart",  # the supervisor will start again, and how
+    "restart",  # the supervisor will start the ranks again; the text says how
     "gave_up",  # no more restarts
-    "orphans",  # processes of a launcher or supervisor that died were ended
+    "orphans",  # processes of a launcher or supervisor that had died were ended
     "not_finite",  # a loss or gradient was Inf or NaN: the update was skipped
     "spike",
     "divergence",
@@ -47,21 +47,21 @@ Kind = Literal[
     "frozen",
     "drift",
     "stuck_data",
-    "data_error",  # a shard could not be read, and is tried again
+    "data_error",  # a shard could not be read; the read is retried
     "rollback",
     "disk_low",
-    "not_logged",  # the run's directory cannot be written
-    "no_checkpoints",  # those that were saved are not there: nothing is started until they are
-    "backup_failed",  # a copy was not made; once a day while that lasts
-    "backup_ok",  # a copy was made after that
-    "alert",  # a message was sent, or could not be
+    "not_logged",  # the run's directory was not writable
+    "no_checkpoints",  # the saved checkpoints are missing: the supervisor waits for them
+    "backup_failed",  # a copy failed; repeated once a day while copies fail
+    "backup_ok",  # a copy succeeded after a failure
+    "alert",  # a message was sent, or its delivery failed
 ]
-_MISSED = 1000  # events
+_MAX_PENDING = 1000  # events
 
 KINDS: tuple[str, ...] = get_args(Kind)
 
 ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"})
-INCIDENTS = frozenset(KINDS) - ROUTINE  # what a person would want to look at
+INCIDENTS = frozenset(KINDS) - ROUTINE  # events that the user should check
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +75,12 @@ class Event:
 
     time: Time  # seconds since 1970
     kind: str
-    text: str  # one line for a person
+    text: str  # one line for the user
     step: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)  # the same for a program
+    facts: dict[str, Any] = field(default_factory=dict)  # machine-readable details
 
     def time_in(self, fact: str) -> float:
-        """The time that a fact gives, in seconds since 1970; that of the event if there is none."""
+        """Return the time in ``facts[fact]``, in seconds since 1970; the time of the event if there is none."""
         time = self.facts.get(fact)
         return float(time) if time is not None and safe_json.is_time(time) else self.time
 
@@ -89,14 +89,15 @@ _EVENT = TypeAdapter(Event)
 
 
 class Journal:
-    """Appends to a run's journal, wherever the run is moved meanwhile.
+    """Appends to a run's journal, also after the run's directory is moved.
 
-    A failure to write is logged and ends no run: the event is written before the next one, if the disk takes it then.
+    A failed write is logged and never ends a run: the event is written together with the next one.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        """Open the run's directory; no file is created."""
         self._run_dir = OpenDirectory(run_dir)
-        self._missed: deque[bytes] = deque(maxlen=_MISSED)  # lines that could not be written
+        self._pending: deque[bytes] = deque(maxlen=_MAX_PENDING)  # lines that are not written yet
         self._lock = threading.Lock()
 
     @property
@@ -104,24 +105,25 @@ class Journal:
         return self._run_dir.path / JOURNAL
 
     def size(self) -> int:
-        """Bytes of the file so far."""
+        """Return the size of the file in bytes; 0 if it does not exist."""
         try:
             return self._file.stat().st_size
         except OSError:
             return 0
 
     def read(self) -> Iterator[Event]:
-        """The events so far."""
+        """Yield all events, oldest first."""
         return read_journal(self._file.parent)
 
     def write(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> Event | None:
-        """
+        """Append an event with the current time.
+
         Args:
-            text: one line.
-            facts: plain values, fit for JSON.
+            text: one line for the user.
+            facts: machine-readable details; the values must be serializable as JSON.
 
         Returns:
-            The event if it could not be written; None if it was.
+            None if the event was written; the event if the write failed.
         """
         event = Event(time.time(), kind, text, step, facts)
         line = {"time": event.time, "kind": kind, "step": step, "text": text, **({"facts": facts} if facts else {})}
@@ -132,27 +134,27 @@ class Journal:
             return event
         return None
 
-    def write_missed(self) -> None:
-        """Write the events that could not be written before.
+    def write_pending(self) -> None:
+        """Write the events whose earlier writes failed.
 
         Raises:
-            OSError: the oldest of them cannot be written now either.
+            OSError: the write fails again.
         """
-        if self._missed:
+        if self._pending:
             self._write()
 
     def _write(self, *lines: bytes) -> None:
-        """Write ``lines``, and before them those that could not be written."""
+        """Write the pending lines, then ``lines``."""
         with self._lock:
-            self._missed.extend(lines)
-            while self._missed:
-                with contextlib.suppress(NotDurableError):  # it is written; to write it again would double it
-                    append_lines(self._file, self._missed[0], durable=True)
-                self._missed.popleft()
+            self._pending.extend(lines)
+            while self._pending:
+                with contextlib.suppress(NotDurableError):  # the line is written; writing it again would duplicate it
+                    append_lines(self._file, self._pending[0], durable=True)
+                self._pending.popleft()
 
 
 def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
-    """The events from byte ``start`` of the file on; none if there is no file. Lines cut by a crash are left out."""
+    """Yield the events from byte ``start`` of the file on, without damaged lines; none if there is no file."""
     try:
         with open(run_dir / JOURNAL, "rb", opener=regular_only) as file:
             file.seek(start)
@@ -164,9 +166,9 @@ def read_journal(run_dir: Path, start: int = 0) -> Iterator[Event]:
 
 
 def last_saved_step(run_dir: Path) -> int | None:
-    """The step of the newest checkpoint that the journal knows of; None if it knows of none.
+    """Return the step of the newest checkpoint in the journal; None if there is none.
 
-    Those of before the run was begun anew under its name do not count.
+    Checkpoints from before a new start at step 0 under the same name do not count.
     """
     saved = None
     for event in read_journal(run_dir):
@@ -178,7 +180,7 @@ def last_saved_step(run_dir: Path) -> int | None:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """The event in a line of the journal; None if it is damaged."""
+    """Return the event in a line of the journal; None if the line is damaged."""
     try:
         return _EVENT.validate_python(safe_json.parse(line))
     except ValueError:
@@ -187,27 +189,27 @@ def parse_event(line: bytes) -> Event | None:
 
 @dataclass(frozen=True)
 class LostTime:
-    """A time in which the run did not get further."""
+    """An interval in which the run made no progress, or made progress that was lost."""
 
-    begun: float  # seconds since 1970: the state that it went on from later was reached
-    ended: float  # it trained on from there
-    why: str  # kind of the event that ended the run
+    start: float  # seconds since 1970: when the state was reached from which the run resumed later
+    end: float  # seconds since 1970: when training resumed from that state
+    cause: str  # kind of the event that ended the run
 
     @property
     def seconds(self) -> float:
-        return self.ended - self.begun
+        return self.end - self.start
 
 
 _ENDS = frozenset({"crash", "hang", "stop", "rollback", "done"})
 
 
 def lost_times(events: list[Event]) -> list[LostTime]:
-    """What each interruption cost: from when the state was reached that a start went on from, to that start.
+    """Return the time lost by each interruption: from when a state was reached to when training resumed from it.
 
-    So it counts the work that had to be done again, the time the run lay still, and the start itself. Where a later
-    start went back further, that one's time holds the earlier ones.
+    This includes the work that was repeated, the downtime, and the startup time. If a later start resumed from an
+    earlier state, its interval replaces the intervals that it contains.
     """
-    reached: dict[int, float] = {}  # step -> when it was saved, or trained up to
+    reached: dict[int, float] = {}  # step -> when its state was reached, in seconds since 1970
     lost: list[LostTime] = []
     ending: Event | None = None
     for event in events:
@@ -216,12 +218,12 @@ def lost_times(events: list[Event]) -> list[LostTime]:
         elif event.kind in _ENDS:
             ending = event
         elif event.kind == "start" and event.step is not None:
-            begun = reached.get(event.step)
-            if begun is None and event.step == 0:
-                begun = next(first.time for first in events if first.kind == "start")
-            if begun is not None and begun < event.time:
-                lost = [one for one in lost if one.begun < begun]
-                lost.append(LostTime(begun, event.time, ending.kind if ending else "crash"))
+            start = reached.get(event.step)
+            if start is None and event.step == 0:
+                start = next(first.time for first in events if first.kind == "start")
+            if start is not None and start < event.time:
+                lost = [interval for interval in lost if interval.start < start]
+                lost.append(LostTime(start, event.time, ending.kind if ending else "crash"))
             reached = {step: when for step, when in reached.items() if step <= event.step}
             ending = None
     return lost

@@ -1,7 +1,7 @@
-"""The records in a run's directory.
+"""The records of metrics and starts in a run's directory, one JSON object per line.
 
-``metrics.jsonl`` has one JSON object a step, from the first step to the last, whatever happened in between;
-``starts.jsonl`` has one for every start, ``metrics_replaced.jsonl`` those of steps that were trained again.
+``metrics.jsonl`` has one record per step, in the order of the steps, also after restarts and rollbacks;
+``starts.jsonl`` has one per start; ``metrics_replaced.jsonl`` has the old records of steps that were trained again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from ds_gpt2.common.open_directory import OpenDirectory
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
-UNWRITTEN = "metrics_unwritten.jsonl"  # with the checkpoints: records that wait for the full disk of METRICS
+UNWRITTEN = "metrics_unwritten.jsonl"  # beside the checkpoints: records while the disk of METRICS is full
 TIME = "%Y-%m-%dT%H:%M:%S%z"
-
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +30,21 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """Appends to ``metrics.jsonl``, wherever the run is moved. What could not be written waits for the next flush."""
+    """Appends to ``metrics.jsonl``, also after the run is moved. If a write fails, the records wait for the next flush.
+
+    If the disk is full, a durable flush writes them to a second file, the reserve, on another disk.
+    """
 
     def __init__(self, file: Path, reserve: Callable[[], Path] | None = None, step: int = 0) -> None:
-        """
+        """Open ``file`` for appending.
+
         Args:
-            reserve: returns where to write what waits at a durable flush while ``file`` cannot be written.
-            step: the one that training resumes from; of what an earlier process left in the reserve, the records up
-                to it are written first.
+            reserve: returns the path of the reserve; None for no reserve.
+            step: the step that training resumes from. Records up to it that an earlier process has left in the reserve
+                are written first.
+
+        Raises:
+            OSError: the file cannot be opened.
         """
         self._name = file.name
         self._directory = OpenDirectory(file.parent)
@@ -46,31 +52,33 @@ class MetricsFile:
         self._open = open_for_writing(file, "a+b", buffering=0)
         self._waiting = bytearray()
         self._not_durable = bytearray()  # written since the last durable flush
-        self._reserved: int | None = None  # bytes of what waits that the reserve has too; None: there is no such file
+        self._reserved: int | None = None  # bytes of ``_waiting`` that are in the reserve; None: there is no reserve
         if reserve is not None and reserve().exists():
             self._waiting += _unwritten(file, reserve(), step)
             self._reserved = len(self._waiting)
 
     @property
     def file(self) -> Path:
-        """Where the file is now."""
+        """The current path of the file."""
         return self._directory.path / self._name
 
     @property
     def unsaved(self) -> int:
-        """Records that are in memory alone."""
+        """The number of records that are only in memory."""
         return self._waiting[self._reserved or 0 :].count(b"\n")
 
     def append(self, record: Record) -> None:
+        """Add a record to those to be written by the next flush."""
         self._waiting += _line(record)
 
     def flush(self, durable: bool = False) -> None:
-        """
+        """Write the waiting records.
+
         Args:
-            durable: the records are on the medium when this returns; if they cannot be written, on the reserve's.
+            durable: sync the file; if it cannot be written, write the records to the reserve and sync that.
 
         Raises:
-            OSError: not all of it is written; the file ends with a whole line, and the rest waits.
+            OSError: not all records are written to the file. It ends with a complete line; the others wait.
         """
         try:
             self._write(durable)
@@ -83,6 +91,7 @@ class MetricsFile:
             self._reserved = None
 
     def close(self) -> None:
+        """Close the file without a flush."""
         self._open.close()
 
     def _write(self, durable: bool) -> None:
@@ -91,7 +100,7 @@ class MetricsFile:
         try:
             write_all(self._open.write, bytes(self._waiting))
             if durable:
-                os.fsync(self._open.fileno())  # where a server reports that its disk is full
+                os.fsync(self._open.fileno())  # network file systems report a full disk only here
         except OSError:
             with contextlib.suppress(OSError):
                 self._open.truncate(before)
@@ -103,12 +112,12 @@ class MetricsFile:
             self._not_durable.clear()
 
     def _restore_deleted(self) -> None:
-        """If the file was deleted or replaced while it is open: write it again, or append to what is there now."""
+        """Restore the file if it was deleted while it is open; if it was replaced, append to the new file."""
         file = self.file
         try:
             found = os.stat(file, follow_symlinks=False)
         except FileNotFoundError:
-            if not file.parent.is_dir():  # a run that was deleted: it is not made again
+            if not file.parent.is_dir():  # the run was deleted: it is not recreated
                 return
             self._open.seek(0)
             replace_file(file, self._open, durable=True)
@@ -121,15 +130,15 @@ class MetricsFile:
         self._open = written
 
     def _write_reserve(self, reserve: Path) -> None:
-        """What is not known to be on the medium, to another disk: a crash does not lose it."""
+        """Write the records that are not durable to the reserve on another disk, so that a crash does not lose them."""
         replace_file(reserve, bytes(self._not_durable + self._waiting), durable=True)
         if self._reserved is None:
-            log.warning(f"records are kept in {reserve} until {self.file} can be written")
+            log.warning(f"records are written to {reserve} until {self.file} is writable")
         self._reserved = len(self._waiting)
 
 
 def _unwritten(file: Path, reserve: Path, step: int) -> bytes:
-    """The lines in ``reserve`` that continue ``file``, up to ``step``."""
+    """Return the lines in ``reserve`` that follow the last step of ``file``, up to ``step``."""
     last = max((record["step"] for record in read_metrics(file)), default=0)
     return b"".join(_line(record) for record in read_metrics(reserve) if last < record["step"] <= step)
 
@@ -139,7 +148,7 @@ def _line(record: Record) -> bytes:
 
 
 def read_metrics(file: Path) -> Iterator[Record]:
-    """The records in ``file``, each with its ``step``; none if there is no file. Lines cut by a crash are left out."""
+    """Yield the records in ``file``, each with its ``step``, without damaged lines; none if there is no file."""
     if not file.exists():
         return
     with open(file, encoding="utf-8", errors="replace", opener=regular_only) as lines:
@@ -149,13 +158,14 @@ def read_metrics(file: Path) -> Iterator[Record]:
 
 
 def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
-    """Move what was recorded beyond ``step`` to ``REPLACED``: it is replayed, and curves must not overlap.
+    """Move the records after ``step`` to ``REPLACED``: these steps are trained again, and curves must not overlap.
 
-    A crash in between moves some of it twice. Damaged lines after the last record that stays are deleted.
+    A crash during the move may duplicate records in ``REPLACED``. Damaged lines after the last remaining record are
+    deleted.
 
     Args:
-        reserve: see ``MetricsFile``. What it has beyond ``step`` is moved too; its directory takes what does not fit
-            on the full disk of ``file``.
+        reserve: see ``MetricsFile``. Its records after ``step`` are moved too. If the disk of ``file`` is full, the
+            records are moved to the directory of ``reserve``.
 
     Raises:
         OSError: the records cannot be moved.
@@ -165,7 +175,7 @@ def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
         moved = b"".join(_line(record) for record in read_metrics(reserve) if record["step"] > step)
     if file.is_symlink() and file.exists():
         with open(file, "rb", opener=regular_only) as source:
-            replace_file(file, source, durable=True)  # only the run's own file is shortened
+            replace_file(file, source, durable=True)  # the target of the link is not truncated
     found = _split(file, step) if file.exists() else None
     if found is not None:
         moved = found.moved + moved
@@ -181,9 +191,11 @@ def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
 
 
 class _Split(NamedTuple):
-    end: int  # bytes up to which a file stays as it is
-    rest: bytes  # that follow there: a missing line end, and records up to the step that stood among later ones
-    moved: bytes  # records beyond the step
+    """The parts of a metrics file that is cut after a step."""
+
+    end: int  # the file is unchanged up to this byte
+    rest: bytes  # to write there: a missing line end, and records up to the step that followed later ones
+    moved: bytes  # records after the step
 
 
 def _split(file: Path, step: int) -> _Split:
@@ -193,7 +205,7 @@ def _split(file: Path, step: int) -> _Split:
             offset += len(line)
             if (record := parse_record(line)) is None:
                 continue
-            missing = b"" if line.endswith(b"\n") else b"\n"  # as an editor may leave it
+            missing = b"" if line.endswith(b"\n") else b"\n"  # an editor may have removed it
             if record["step"] > step:
                 moved += line + missing
             elif rest or moved:
@@ -204,10 +216,10 @@ def _split(file: Path, step: int) -> _Split:
 
 
 def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> None:
-    """Append to the file in the first directory that takes it.
+    """Append ``content`` to file ``name`` in the first directory where this succeeds.
 
     Raises:
-        OSError: none does.
+        OSError: it fails in all directories.
     """
     for directory in directories:
         try:
@@ -219,7 +231,7 @@ def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> No
 
 
 def first_start(file: Path) -> float | None:
-    """When the run of this ``starts.jsonl`` began, in seconds since 1970; None where that is not recorded."""
+    """Return the time of the first start in ``starts.jsonl``, in seconds since 1970; None if it is not recorded."""
     try:
         with open(file, encoding="utf-8", opener=regular_only) as lines:
             return datetime.strptime(safe_json.parse(lines.readline())["time"], TIME).timestamp()
@@ -228,7 +240,7 @@ def first_start(file: Path) -> float | None:
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:
-    """The lines of ``starts.jsonl``, the newest last; none if there is no file. Lines cut by a crash are left out."""
+    """Return the records of ``starts.jsonl``, oldest first, without damaged lines; empty if there is no file."""
     try:
         lines = read_small(file).decode(errors="replace").splitlines()
     except FileNotFoundError:
@@ -237,12 +249,12 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
 
 
 def started_from(starts: Iterable[dict[str, Any]]) -> list[int]:
-    """The step that each start went on from, the newest last."""
+    """Return the step that each start resumed from, oldest first; 0 for a new run."""
     return [step if isinstance(step := start.get("from_step"), int) else 0 for start in starts]
 
 
 def planned_steps(starts: Sequence[dict[str, Any]]) -> int | None:
-    """How many steps the run is to have, as its newest start said; None where an earlier version did not."""
+    """Return the planned number of steps of the newest start; None if an earlier version did not record it."""
     steps = starts[-1].get("steps") if starts else None
     return steps if isinstance(steps, int) else None
 
@@ -256,7 +268,7 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def parse_record(line: str | bytes) -> Record | None:
-    """A record with its ``step``, and with its ``time`` if that is one; None of a damaged line."""
+    """Return the record in a line; None if the line is damaged or has no step. An invalid ``time`` is removed."""
     try:
         record = safe_json.parse(line)
         if not isinstance(record["step"], int):

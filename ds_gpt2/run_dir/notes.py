@@ -1,7 +1,7 @@
-"""What a person writes down about a run: ``NOTES.md`` in the run's directory, and the same in TensorBoard.
+"""The user's notes about a run: ``NOTES.md`` in the run's directory, and a copy in TensorBoard.
 
-``NOTES.md`` is the record, and may be edited by hand. TensorBoard's copy is made from it, in an event file of its own,
-so that the training process and its event file are left alone.
+``NOTES.md`` is authoritative and may be edited by hand. The copy is written to a separate event file, so that the event
+file of the training process is unchanged.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ TAG = "notes"  # in TensorBoard
 
 _TIME = "%Y-%m-%d %H:%M:%S %z"
 _HEADING = re.compile(r"^## (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}), step (\d[\d,]*)$", re.MULTILINE)
-_TAIL_BYTES = 1 << 20  # of metrics.jsonl; one record has a kilobyte or two, with samples some more
+_TAIL_BYTES = 1 << 20  # of metrics.jsonl; a record has one or two kilobytes, with samples more
 
 
 @dataclass(frozen=True)
 class Note:
+    """A note about a run."""
+
     time: str  # local, as 2026-01-31 17:45:00 +0100
     step: int
     text: str  # Markdown
 
 
 def now(step: int, text: str) -> Note:
+    """Return a note with the current time."""
     return Note(datetime.now().astimezone().strftime(_TIME), step, text.strip())
 
 
 def newest_step(run_dir: Path) -> int:
-    """The last step in the run's metrics; 0 where there is none. Lines cut by a crash are skipped."""
+    """Return the last step in the run's metrics; 0 if there is none. Damaged lines are skipped."""
     with contextlib.suppress(OSError), open(run_dir / metrics.METRICS, "rb", opener=regular_only) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
@@ -52,7 +55,11 @@ def newest_step(run_dir: Path) -> int:
 
 
 def read_notes(run_dir: Path) -> list[Note]:
-    """In the order of the file; what stands before the first heading is not a note."""
+    """Return the notes in ``NOTES.md``, in the order of the file. Text before the first heading is ignored.
+
+    Raises:
+        OSError: the file exists, but cannot be read.
+    """
     try:
         text = read_small(run_dir / NOTES).decode(errors="replace")
     except FileNotFoundError:
@@ -66,10 +73,10 @@ def read_notes(run_dir: Path) -> list[Note]:
 
 @contextlib.contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
-    """Wait until no other process writes notes of this run; on a file system without locks, do not wait.
+    """Hold a lock on the notes of this run, after waiting for other processes. Without file locks, do not wait.
 
     Raises:
-        OSError: ``NOTES.md`` can be neither opened nor made.
+        OSError: ``NOTES.md`` cannot be opened or created.
     """
     with open(run_dir / NOTES, "ab", opener=no_links) as file:
         with contextlib.suppress(OSError):
@@ -78,12 +85,12 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
 
 
 def append(run_dir: Path, note: Note) -> None:
-    """Add ``note`` to ``NOTES.md``; it is on the disk when this returns.
+    """Append ``note`` to ``NOTES.md`` and sync the file.
 
-    One write at the file's end: notes of several processes never mix, lock or no lock.
+    It is a single write at the end of the file: notes of several processes are never mixed, with or without a lock.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the note cannot be written.
     """
     entry = f"\n## {note.time}, step {note.step:,}\n\n{note.text}\n".encode()
     append_lines(run_dir / NOTES, entry, durable=True)
@@ -91,10 +98,13 @@ def append(run_dir: Path, note: Note) -> None:
 
 
 def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
-    """Put all ``notes`` into one new event file in ``directory``; the files there before go.
+    """Write all ``notes`` to a new event file in ``directory`` and delete the earlier event files there.
 
-    TensorBoard's fast reader keeps one text a step, and forgets what lies beyond a step that comes again. So notes at
-    one step are one text, and all are written again in the order of their steps.
+    TensorBoard's fast data loader retains one text per step, and discards later steps if a step decreases. So the notes
+    of a step are joined to one text, and all notes are written again in the order of their steps.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     directory.mkdir(exist_ok=True)
     earlier = list(directory.glob("*tfevents*"))
@@ -106,7 +116,7 @@ def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
 
 
 def _events(notes: list[Note]) -> bytes:
-    """The content of an event file: a record a step."""
+    """Return the content of an event file with one record per step."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto

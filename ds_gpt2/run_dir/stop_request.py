@@ -1,4 +1,4 @@
-"""A request to stop: a signal, a file or a moved directory, and the loop ends with everything saved."""
+"""Requests to stop the training: a signal, a file ``STOP``, or a moved directory. The loop saves and ends."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ from ds_gpt2.common.process_start import is_running, start_of
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before its time limit
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 before the time limit
 STOP_FILE = "STOP"  # in the run's directory
 
-_SUPERVISOR = "DS_GPT2_SUPERVISOR"  # environment: its process id, and when that began
+_SUPERVISOR = "DS_GPT2_SUPERVISOR"  # environment variable: the supervisor's process id and start time
 
 
 class StopRequest:
-    """Remembers that somebody asked; asking twice changes nothing."""
+    """Whether the training should stop. Further requests after the first have no effect."""
 
     def __init__(self, run_dir: OpenDirectory | None = None, checkpoints: OpenDirectory | None = None) -> None:
-        """
+        """Check for requests in the given directories; signals count after ``listen``.
+
         Args:
-            run_dir: a file ``STOP`` in it is a request too, and so are its move or deletion and the supervisor's death;
-                None on ranks that do not watch.
-            checkpoints: the directory of the run's checkpoints, whose move is a request.
+            run_dir: the run's directory. A file ``STOP`` in it, its move or deletion, and the death of the supervisor
+                are requests. None on ranks that only check signals.
+            checkpoints: the directory of the run's checkpoints. Its move is a request.
         """
-        self.is_alone = False  # the supervisor was found dead
-        self._asked = False
+        self.supervisor_lost = False  # the supervisor has died
+        self._is_signalled = False
         self._run_dir, self._checkpoints = run_dir, checkpoints
         self._supervisor = _supervisor() if run_dir is not None else None
 
     @property
     def is_supervised(self) -> bool:
-        """Whether a supervisor has started this process."""
+        """Whether this process was started by a supervisor."""
         return self._supervisor is not None
 
     @property
     def signalled(self) -> bool:
-        """Whether this process was sent a signal to stop."""
-        return self._asked
+        """Whether this process has received a signal to stop."""
+        return self._is_signalled
 
     @property
     def requested(self) -> bool:
+        """Whether a stop was requested, in any form."""
         run_dir = self._run_dir
-        if self._asked or run_dir is None:
-            return self._asked
-        return os.path.lexists(run_dir.path / STOP_FILE) or self.reason is not None or self._look_for_supervisor()
+        if self._is_signalled or run_dir is None:
+            return self._is_signalled
+        return os.path.lexists(run_dir.path / STOP_FILE) or self.reason is not None or self._check_supervisor_lost()
 
     @property
     def reason(self) -> str | None:
-        """Why the run cannot continue in place; None if it can, and on ranks that do not watch."""
+        """Why the run cannot continue here: a directory was moved or deleted. None if it can continue or is unknown."""
         for directory in (self._run_dir, self._checkpoints):
             if directory is not None and directory.is_moved:
                 return f"{directory.opened_as} was moved to {directory.path} while the run trained"
@@ -62,12 +64,12 @@ class StopRequest:
         return None
 
     def listen(self) -> None:
-        """From now on the signals only set the flag."""
+        """Install signal handlers: from now on the signals are requests to stop."""
         for number in SIGNALS:
             signal.signal(number, self._request)
 
     def clear(self) -> None:
-        """Delete the file: the request has been met, or was made before this run was started."""
+        """Delete the file ``STOP``: the request is fulfilled, or was made before this start."""
         if self._run_dir is not None:
             file = self._run_dir.path / STOP_FILE
             try:
@@ -77,17 +79,20 @@ class StopRequest:
                     f"{file} cannot be removed ({error.strerror}): the next start stops again while it is there"
                 )
 
-    def _look_for_supervisor(self) -> bool:
-        """Without it the run would not be restarted and a hang not be noticed: better to end now, all saved."""
-        self.is_alone = self._supervisor is not None and not is_running(*self._supervisor)
-        return self.is_alone
+    def _check_supervisor_lost(self) -> bool:
+        """Return whether the supervisor has died.
+
+        Without it the run would not be restarted and a hang would not be detected, so the run saves and ends.
+        """
+        self.supervisor_lost = self._supervisor is not None and not is_running(*self._supervisor)
+        return self.supervisor_lost
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._is_signalled = True
 
 
 def supervisor_environment() -> dict[str, str]:
-    """The environment that makes a run stop when this process is gone."""
+    """Return the environment variables that make a run stop if this process ends."""
     return {_SUPERVISOR: f"{os.getpid()} {start_of(os.getpid())}"}
 
 
@@ -97,6 +102,6 @@ def _supervisor() -> tuple[int, str] | None:
 
 
 def restore_default_handlers() -> None:
-    """Until there is something to save, the signals end the process at once, with no traceback."""
+    """Restore the default signal handlers: until there is something to save, a signal ends the process immediately."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""``supervisor.json`` in a run's directory: who watches over the run, and the processes that it has started."""
+"""``supervisor.json`` in a run's directory: the run's supervisor and the processes that it has started."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ from ds_gpt2.common.process_start import is_running
 from ds_gpt2.run_dir.journal import Time
 
 RECORD = "supervisor.json"
-SUPERVISOR_DIR = "supervisor"  # beside it: the supervisor's lock
+SUPERVISOR_DIR = "supervisor"  # in the run's directory; contains the supervisor's lock
 
 _Pid = Annotated[int, Field(gt=0, lt=2**31)]
-_SAME_START_SECONDS = 2.0  # by the clock of an earlier version
+_START_TOLERANCE_SECONDS = 2.0  # of ``started``, for records of earlier versions without ``start``
 
 
 @dataclass(frozen=True)
 class SupervisorRecord:
-    """What a supervisor says of itself."""
+    """The content of ``supervisor.json``, as the supervisor has written it."""
 
     pid: _Pid
     started: Time  # of the process, seconds since 1970
     host: str
     state: Literal["running", "waiting", "ended"]
     ranks: int
-    group: _Pid | None = None  # process group of DeepSpeed's launcher and the ranks; None while there is none
-    next_start: Time | None = None  # seconds since 1970, while it waits
-    code: int | None = None  # how it ended
-    start: str = ""  # of the process, see ``process_start``; earlier versions did not record it
+    group: _Pid | None = None  # process group of DeepSpeed's launcher and the ranks; None if they are not running
+    next_start: Time | None = None  # seconds since 1970; None unless the supervisor waits before a restart
+    code: int | None = None  # exit code; None until it ends
+    start: str = ""  # start time of the process, see ``process_start``; not recorded by earlier versions
 
     def write(self, run_dir: Path) -> None:
-        """
+        """Replace ``supervisor.json`` in ``run_dir``.
+
         Raises:
             OSError: it cannot be written.
         """
         replace_file(run_dir / RECORD, json.dumps(asdict(self)))
 
     @property
-    def alive(self) -> bool:
-        """Whether that supervisor still lives; one on another machine is taken at its word."""
+    def is_alive(self) -> bool:
+        """Whether the supervisor is running. On another machine this cannot be checked: ``state`` decides."""
         if self.state == "ended":
             return False
         return self.host != socket.gethostname() or self.is_running()
 
     def is_running(self) -> bool:
-        """Whether its process is on this machine."""
-        return is_running(self.pid, self.start) if self.start else _lived_by_clock(self.pid, self.started)
+        """Return whether its process is running on this machine."""
+        return is_running(self.pid, self.start) if self.start else _is_running_by_clock(self.pid, self.started)
 
 
 _SUPERVISED = TypeAdapter(SupervisorRecord)
 
 
 def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
-    """What the run's newest supervisor said; None where there was none, or the file is damaged."""
+    """Return the record of the run's newest supervisor; None if there is none, or if the file is damaged."""
     try:
         values = safe_json.read(run_dir / RECORD)
         return _SUPERVISED.validate_python(values)
@@ -68,9 +69,10 @@ def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
         return None
 
 
-def _lived_by_clock(pid: int, started: float) -> bool:
+def _is_running_by_clock(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - started) < _SAME_START_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+        is_same = abs(process.create_time() - started) < _START_TOLERANCE_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

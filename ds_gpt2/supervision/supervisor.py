@@ -261,7 +261,7 @@ class _Supervisor:
         before = read_supervisor_record(self._run_dir)
         if before is None or before.group is None or before.host != self._me.host:
             return
-        if not launcher.ranks_of(before.group) or before.lives():
+        if not launcher.ranks_of(before.group) or before.is_running():
             return
         self._tell(
             "orphans", f"processes of an earlier start are left ({before.group}): they are asked to save and end"
@@ -401,7 +401,7 @@ class _Supervisor:
         if (warning := self._writes.look()) is not None:
             self._tell("not_logged", warning)
         with contextlib.suppress(OSError):
-            self._journal.write_missed()
+            self._journal.write_pending()
 
     def _saved_step(self) -> int:
         return newest_step(self._checkpoints.path)

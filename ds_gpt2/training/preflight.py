@@ -55,7 +55,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         if hub_name(settings.model.init_from or "") is None:
             check_initial_model(settings)
     for directory in settings.output_dirs:
-        files.check_can_write(directory, full_is_fine=directory == settings.checkpoint_dir)
+        files.check_can_write(directory, full_is_allowed=directory == settings.checkpoint_dir)
 
 
 def check_initial_model(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Damage of any kind is found, and what a person calls a checkpoint is the one that person means."""
+"""Damage of any kind is found, and selectors find the right checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import write_checkpoint
 
 from ds_gpt2.checkpoint import catalog, manifest
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.manifest import encode
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.common.errors import UserError
-from tests.commands.test_checkpoints import write_checkpoint
 
 FLIPS = 10_000
 
@@ -25,19 +25,19 @@ def problem_in(checkpoint: Path) -> str | None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Three files of random bytes, some 3 kB with the manifest."""
+    """A checkpoint with three files of random bytes, some 3 kB with the manifest."""
     noise = random.Random(1)
     contents = {name: noise.randbytes(length) for name, length in (("a.pt", 700), ("b.pt", 300), ("c.pt", 40))}
     return write_checkpoint(tmp_path, rolling_tag(7), 7, contents)
 
 
-def test_a_whole_checkpoint_has_no_problem(checkpoint: Path) -> None:
+def test_an_intact_checkpoint_has_no_problem(checkpoint: Path) -> None:
     assert problem_in(checkpoint) is None
     assert open_generation(checkpoint).step == 7
 
 
-def test_any_flipped_bit_is_found_and_its_file_named(checkpoint: Path) -> None:
-    """Bits drawn from all files of the checkpoint, the manifest among them, each as likely as any other."""
+def test_any_flipped_bit_is_found_and_its_file_is_named(checkpoint: Path) -> None:
+    """Random bits of all files of the checkpoint, including the manifest."""
     draw = random.Random(2)
     contents = {path: path.read_bytes() for path in sorted(checkpoint.iterdir())}
     paths, sizes = list(contents), [len(content) for content in contents.values()]
@@ -70,7 +70,7 @@ def test_every_truncation_is_found(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("filled", [False, True], ids=["cut", "zeros"])
 def test_a_larger_file_cut_at_any_page_is_found(tmp_path: Path, filled: bool) -> None:
-    """Cut, or with zeros where the last pages never reached the disk."""
+    """The file is cut, or has zeros because the last pages were not written to the disk."""
     content = random.Random(3).randbytes(1 << 20)
     checkpoint = write_checkpoint(tmp_path, rolling_tag(7), 7, {"a.pt": b"small", "large.pt": content})
     assert problem_in(checkpoint) is None
@@ -78,9 +78,7 @@ def test_a_larger_file_cut_at_any_page_is_found(tmp_path: Path, filled: bool) ->
         with (checkpoint / "large.pt").open("wb") as file:
             file.write(content[:length])
             file.truncate(len(content) if filled else length)
-        written = (
-            "is damaged: its sha256 is not the one written" if filled else f"has {length} bytes, {1 << 20} were written"
-        )
+        written = "is damaged: sha256 mismatch" if filled else f"has {length} bytes, {1 << 20} were written"
         assert problem_in(checkpoint) == f"large.pt {written}"
 
 
@@ -115,20 +113,20 @@ def test_a_file_that_cannot_be_read_is_named(checkpoint: Path, monkeypatch: pyte
     assert problem_in(checkpoint) == "b.pt cannot be read: Input/output error"
 
 
-def test_ranks_that_share_the_reading_find_it_all_together(checkpoint: Path) -> None:
+def test_ranks_that_share_the_verification_find_all_damage(checkpoint: Path) -> None:
     generation = open_generation(checkpoint)
     for name in ("a.pt", "b.pt", "c.pt"):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         for parts in (1, 2, 3, 4, 8):
             found = [problem_of(generation, part, parts) for part in range(parts)]
-            assert [one for one in found if one] == [f"{name} is damaged: its sha256 is not the one written"]
+            assert [one for one in found if one] == [f"{name} is damaged: sha256 mismatch"]
         (checkpoint / name).write_bytes(content[:-1])
         assert all(problem_of(generation, part, 8) for part in range(8)), "a wrong size is seen by every rank"
         (checkpoint / name).write_bytes(content)
 
 
-def test_where_the_manifest_is_damaged_the_name_tells_the_step(tmp_path: Path) -> None:
+def test_with_a_damaged_manifest_the_step_is_read_from_the_tag(tmp_path: Path) -> None:
     tags = {rolling_tag(7): 7, superseded_tag(8): 8, epoch_tag(1): -1, "best_model": -1, "my_copy_9": -1}
     for tag, step in tags.items():
         path = write_checkpoint(tmp_path, tag, 5)
@@ -136,12 +134,12 @@ def test_where_the_manifest_is_damaged_the_name_tells_the_step(tmp_path: Path) -
         (path / "manifest.json").write_text("{")
         damaged = open_generation(path)
         assert (damaged.step, damaged.weights_only, damaged.manifest) == (step, False, None)
-        assert damaged.problem == problem_of(damaged) == "manifest.json is damaged: not what was written"
+        assert damaged.problem == problem_of(damaged) == "manifest.json is damaged: it cannot be parsed"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Steps 100 to 400; 300 ends epoch 2, 200 is the best, 150 was kept as epoch 1 only, 350 is superseded."""
+    """Steps 100 to 400; 300 ends epoch 2, 200 is the best, 150 exists only as epoch 1, 350 is superseded."""
     directory = tmp_path / "checkpoints" / "run"
     for step in (100, 200, 300, 400):
         write_checkpoint(directory, rolling_tag(step), step)
@@ -167,10 +165,10 @@ HISTORY = [
 ]
 
 
-def test_checkpoints_are_listed_newest_first_and_nothing_else_is(run: Path) -> None:
+def test_only_checkpoints_are_listed_newest_first(run: Path) -> None:
     write_checkpoint(run, rolling_tag(500) + ".tmp", 500)
     write_checkpoint(run, "my_copy", 600)
-    (run / rolling_tag(700)).mkdir()  # a deletion that was cut short
+    (run / rolling_tag(700)).mkdir()  # an interrupted deletion
     (run / rolling_tag(800)).write_text("a file")
     assert tags_of(scan(run)) == [rolling_tag(400), superseded_tag(350), *HISTORY[1:]]
     assert catalog.newest_tag(run) == rolling_tag(400)
@@ -183,27 +181,29 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     assert tags_of(scan(tmp_path)) == [rolling_tag(step) for step in (1_000_000, 999_999, 20)]
 
 
-def test_what_is_superseded_is_no_history(tmp_path: Path) -> None:
+def test_superseded_checkpoints_are_not_part_of_the_history(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, superseded_tag(5), 5)
     assert catalog.newest_tag(tmp_path) is None
     write_checkpoint(tmp_path, epoch_tag(1), 3)
     assert catalog.newest_tag(tmp_path) == epoch_tag(1)
+    assert tags_of(catalog.history(tmp_path)) == [epoch_tag(1)]
+    assert [generation.is_primary for generation in scan(tmp_path)] == [False, True]
 
 
-def test_in_a_place_of_backups_what_was_made_last_comes_first(tmp_path: Path) -> None:
-    for step, day in ((300, 1), (200, 2), (250, 3)):  # it went back from 300 to before 200
+def test_in_a_directory_of_copies_the_last_created_comes_first(tmp_path: Path) -> None:
+    for step, day in ((300, 1), (200, 2), (250, 3)):  # rolled back from 300 to before 200
         path = write_checkpoint(tmp_path, rolling_tag(step), step)
         found = open_generation(path).manifest
         assert found is not None
         (path / "manifest.json").write_bytes(
             encode(found.model_copy(update={"created": f"2026-01-0{day}T00:00:00+00:00"}))
         )
-    wanted = candidates(tmp_path / "run", str(tmp_path))
-    assert tags_of(wanted) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
+    copies = candidates(tmp_path / "run", str(tmp_path))
+    assert tags_of(copies) == [rolling_tag(250), rolling_tag(200), rolling_tag(300)]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "tags"),
+    ("selector", "tags"),
     [
         ("latest", HISTORY),
         ("auto", HISTORY),
@@ -225,19 +225,19 @@ def test_in_a_place_of_backups_what_was_made_last_comes_first(tmp_path: Path) ->
         (superseded_tag(350), [superseded_tag(350)]),
     ],
 )
-def test_a_checkpoint_by_any_of_its_names(run: Path, wanted: str, tags: list[str]) -> None:
-    assert tags_of(candidates(run, wanted)) == tags
+def test_a_checkpoint_is_found_by_any_selector(run: Path, selector: str, tags: list[str]) -> None:
+    assert tags_of(candidates(run, selector)) == tags
 
 
-def test_a_step_goes_to_the_history_before_what_was_superseded(run: Path) -> None:
+def test_a_step_selects_the_history_before_superseded_checkpoints(run: Path) -> None:
     write_checkpoint(run, superseded_tag(300), 300)
     assert tags_of(candidates(run, "300")) == [rolling_tag(300)]
 
 
-def test_a_checkpoint_by_its_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_found_by_its_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = write_checkpoint(tmp_path / "elsewhere", "for the paper", 50)
-    for wanted in (str(copy), f"{copy}/"):
-        assert [found.path for found in candidates(run, wanted)] == [copy]
+    for selector in (str(copy), f"{copy}/"):
+        assert [found.path for found in candidates(run, selector)] == [copy]
     assert candidates(run, str(copy))[0].role is None
     write_checkpoint(tmp_path / "elsewhere", superseded_tag(60), 60)
     write_checkpoint(tmp_path / "elsewhere", rolling_tag(40), 40)
@@ -249,16 +249,16 @@ def test_a_checkpoint_by_its_path(run: Path, tmp_path: Path, monkeypatch: pytest
     assert tags_of(candidates(run, "~/elsewhere")) == [rolling_tag(45), rolling_tag(40)]
 
 
-def test_where_there_is_none_there_is_nothing_to_choose(tmp_path: Path) -> None:
+def test_without_checkpoints_there_are_no_candidates(tmp_path: Path) -> None:
     assert candidates(tmp_path / "nowhere", "latest") == candidates(tmp_path, "auto") == []
-    with pytest.raises(UserError, match=r"no checkpoint '100' in .*: there is none at all"):
+    with pytest.raises(UserError, match=r"no checkpoint '100' in .*: there are no checkpoints"):
         candidates(tmp_path, "100")
     with pytest.raises(UserError, match=r"no second checkpoint in .*: use --resume latest"):
         candidates(tmp_path, "backup")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "near"),
+    ("selector", "near"),
     [
         ("rolling_step_000401", rolling_tag(400)),
         ("401", rolling_tag(400)),
@@ -267,14 +267,14 @@ def test_where_there_is_none_there_is_nothing_to_choose(tmp_path: Path) -> None:
         ("something else", rolling_tag(400)),
     ],
 )
-def test_an_unknown_name_lists_near_ones(run: Path, wanted: str, near: str) -> None:
-    with pytest.raises(UserError) as told:
-        candidates(run, wanted)
-    assert str(told.value).startswith(f"no checkpoint {wanted!r} in {run}: near are ")
-    assert near in str(told.value).partition("near are ")[2]
+def test_an_unknown_name_suggests_similar_ones(run: Path, selector: str, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        candidates(run, selector)
+    assert str(error.value).startswith(f"no checkpoint {selector!r} in {run}: did you mean ")
+    assert near in str(error.value).partition("did you mean ")[2]
 
 
-def test_a_tag_in_the_working_directory_is_not_the_runs(
+def test_a_tag_is_not_searched_in_the_working_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, rolling_tag(999), 999)
@@ -303,7 +303,7 @@ STRANGE = [
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are opened from here on."""
+    """The files that are opened during the test."""
     found: list[Path] = []
 
     def recording(path: Path, *arguments: Any, **options: Any) -> object:
@@ -314,73 +314,73 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("wanted", STRANGE)
-def test_a_strange_name_is_a_mistake_and_nothing_outside_is_opened(
-    run: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch, wanted: str
+@pytest.mark.parametrize("selector", STRANGE)
+def test_an_invalid_name_is_a_user_error_and_opens_no_other_directory(
+    run: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch, selector: str
 ) -> None:
-    write_checkpoint(run.parent / "other", rolling_tag(9), 9)  # there, seen from the run; not from where we stand
+    write_checkpoint(run.parent / "other", rolling_tag(9), 9)  # relative to the run, not to the working directory
     monkeypatch.chdir(run.parents[1])
     opened.clear()
     with pytest.raises(UserError):
-        candidates(run, wanted)
+        candidates(run, selector)
     assert [path for path in opened if run not in path.parents] == []
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "selector",
     ["²", "epoch ²", "9" * 5000, "epoch" + "9" * 5000, "a" * 300, "a/" * 3000, "~nobody-of-that-name/x"],
-    ids=lambda wanted: wanted[:10],
+    ids=lambda selector: selector[:10],
 )
-def test_a_name_that_python_chokes_on_is_a_mistake_too(run: Path, wanted: str) -> None:
+def test_a_name_that_is_not_a_valid_path_is_a_user_error(run: Path, selector: str) -> None:
     with pytest.raises(UserError):
-        candidates(run, wanted)
+        candidates(run, selector)
 
 
-def test_another_programs_checkpoint_is_told_apart(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_program_is_recognized(run: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     (foreign / "global_step10").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"foreign is not a checkpoint of ds_gpt2, nor a directory of some"):
+    with pytest.raises(UserError, match=r"foreign is not a checkpoint of ds_gpt2 or a directory of checkpoints"):
         candidates(run, str(foreign))
     (foreign / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    for wanted in (foreign, foreign / "global_step10"):
+    for selector in (foreign, foreign / "global_step10"):
         with pytest.raises(UserError, match=r"has DeepSpeed files of another program: .* has a manifest\.json"):
-            candidates(run, str(wanted))
+            candidates(run, str(selector))
 
 
-def test_what_holds_weights_only_is_not_offered_unasked(run: Path) -> None:
+def test_a_checkpoint_of_weights_is_a_candidate_only_by_its_name(run: Path) -> None:
     write_checkpoint(run, rolling_tag(500), 500, kind="weights")
     assert open_generation(run / rolling_tag(500)).weights_only
     assert tags_of(candidates(run, "latest")) == HISTORY
-    assert tags_of(candidates(run, "500")) == [rolling_tag(500)]  # who asks for it is told why it does not do
+    assert tags_of(candidates(run, "500")) == [rolling_tag(500)]  # so that the reason is reported
 
 
-def test_a_damaged_one_is_offered_so_that_it_is_named(run: Path) -> None:
+def test_a_damaged_checkpoint_is_a_candidate_so_that_it_is_reported(run: Path) -> None:
     (run / rolling_tag(400) / "manifest.json").write_text("{")
     newest = candidates(run, "latest")[0]
-    assert (newest.tag, problem_of(newest)) == (rolling_tag(400), "manifest.json is damaged: not what was written")
+    assert (newest.tag, problem_of(newest)) == (rolling_tag(400), "manifest.json is damaged: it cannot be parsed")
 
 
 @pytest.mark.parametrize("pointer", [None, "", "rolling_step_999999", "../../etc", "\xff"])
-def test_the_one_before_is_found_without_its_pointer(run: Path, pointer: str | None) -> None:
+def test_the_second_newest_is_found_without_latest_backup(run: Path, pointer: str | None) -> None:
     (run / "latest_backup").unlink()
     if pointer is not None:
         (run / "latest_backup").write_text(pointer, encoding="latin-1")
     assert tags_of(candidates(run, "backup")) == HISTORY[1:]
 
 
-def test_the_one_before_is_of_another_step(run: Path) -> None:
-    """The newest is what the person did not want, under whatever name."""
+def test_the_second_newest_has_another_step(run: Path) -> None:
+    """All tags of the newest step are excluded."""
     (run / "latest_backup").unlink()
     write_checkpoint(run, epoch_tag(3), 400)
     assert tags_of(candidates(run, "backup")) == HISTORY[1:]
 
 
-def test_before_a_step_is_the_newest_of_an_earlier_one_and_where_there_is_none_the_oldest(tmp_path: Path) -> None:
+def test_before_a_step_selects_the_newest_of_an_earlier_step_else_the_oldest(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write_checkpoint(tmp_path, rolling_tag(step), step, {"a.pt": b"x"})
 
-    def steps(wanted: str) -> list[int]:
-        return [found.step for found in candidates(tmp_path, wanted)]
+    def steps(selector: str) -> list[int]:
+        return [found.step for found in candidates(tmp_path, selector)]
 
     assert steps("before:15") == [10, 5]
     assert steps("before:16") == [15, 10, 5]

@@ -1,4 +1,4 @@
-"""Saving and loading with a real engine on two ranks: what ranks_checkpoints.py saw."""
+"""Saving and loading with a real engine on two ranks: the results of ranks_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., P
     return json.loads((folder / "seen.json").read_text())
 
 
-def test_checkpoints_are_dated_in_the_order_in_which_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the clock is set back between two saves."""
+def test_creation_times_of_checkpoints_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds also if the clock is set back between two saves."""
     checkpoints = manager.Checkpoints.__new__(manager.Checkpoints)
     checkpoints._newest_time = 0.0
     clock = iter([1000.0, 1060.0, 400.0, 460.0, 2000.0])
@@ -36,7 +36,7 @@ def test_checkpoints_are_dated_in_the_order_in_which_they_are_made(monkeypatch: 
     assert [checkpoints._next_time() for _ in range(5)] == [1000.0, 1060.0, 1061.0, 1062.0, 2000.0]
 
 
-def test_training_goes_on_while_the_state_at_the_save_is_written(seen: Seen) -> None:
+def test_training_continues_while_the_checkpoint_is_written(seen: Seen) -> None:
     assert seen["async"] == {
         "under_way": True,
         "changed": True,
@@ -47,41 +47,41 @@ def test_training_goes_on_while_the_state_at_the_save_is_written(seen: Seen) -> 
     }
 
 
-def test_what_the_user_changed_takes_effect_after_a_load(seen: Seen) -> None:
+def test_changed_settings_take_effect_after_a_load(seen: Seen) -> None:
     assert seen["settings"] == {"weight_decay": [0.25, 0.0], "betas": [0.8, 0.9], "clip": 0.5, "moments": True}
 
 
-def test_a_checkpoint_takes_no_more_than_14_bytes_a_parameter(seen: Seen) -> None:
-    """bf16 weights, fp32 masters and two fp32 moments, and 1% for everything else."""
+def test_a_checkpoint_needs_at_most_14_bytes_per_parameter(seen: Seen) -> None:
+    """bf16 weights, fp32 master weights and two fp32 moments, and 1% for everything else."""
     assert 1.0 < seen["sizes"]["bytes"] / (14 * seen["sizes"]["parameters"]) < 1.01
 
 
-def test_a_rank_that_cannot_write_costs_one_checkpoint_and_nothing_else(seen: Seen) -> None:
+def test_a_rank_that_cannot_write_costs_only_one_checkpoint(seen: Seen) -> None:
     result = seen["one_rank_full"]
     assert result["saved"] is False
     assert result["left"] == ["best_model", "latest", "rolling_step_000002", "zero_to_fp32.py"]
-    assert len(result["told"]) == 1
-    assert "training goes on" in result["told"][0]
+    assert len(result["logged"]) == 1
+    assert "training continues" in result["logged"][0]
     assert result["next"] is True
     assert result["good"] is None
 
 
-def test_a_disk_slower_than_the_cadence_holds_training_back_and_is_named(seen: Seen) -> None:
+def test_a_disk_slower_than_the_save_interval_delays_training_and_is_reported(seen: Seen) -> None:
     assert seen["waited"]["seconds"] > 0.1
-    assert len(seen["waited"]["told"]) == 1
+    assert len(seen["waited"]["logged"]) == 1
 
 
-def test_inline_the_checkpoint_is_there_when_save_returns(seen: Seen) -> None:
+def test_a_synchronous_save_has_committed_when_it_returns(seen: Seen) -> None:
     assert seen["inline"] == {"there": True, "good": None}
 
 
-def test_without_room_older_ones_give_way_then_the_save_is_skipped_loudly(seen: Seen) -> None:
+def test_without_free_space_old_checkpoints_are_deleted_and_the_save_is_skipped_with_an_error(seen: Seen) -> None:
     result = seen["no_room"]
     assert result["finished"] is False
     assert result["quick"] is True
-    assert len(result["told"]) == 1
+    assert len(result["logged"]) == 1
     assert result["left"] == [result["restored"], "best_model"]
 
 
-def test_what_takes_rank_0_long_reaches_every_rank(seen: Seen) -> None:
+def test_a_slow_result_of_rank_0_reaches_every_rank(seen: Seen) -> None:
     assert set(seen["at_length"]) == {7}

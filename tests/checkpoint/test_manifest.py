@@ -1,4 +1,4 @@
-"""manifest.json: what is written is read, and nothing else is."""
+"""manifest.json is decoded exactly as it was encoded; everything else is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BYTES = encode(REAL)
 
 
 def sealed(content: dict[str, Any]) -> bytes:
-    """The bytes of any content, with the sha256 that belongs to it: what a forger would write."""
+    """Return the encoding of any content with a valid SHA-256, as a forger would write it."""
 
     def dump(content: dict[str, Any]) -> bytes:
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
@@ -46,7 +46,7 @@ def forged(**changes: object) -> bytes:
     return sealed({**json.loads(BYTES), **changes})
 
 
-def test_what_is_written_is_read() -> None:
+def test_an_encoded_manifest_is_decoded() -> None:
     assert decode(BYTES) == REAL
     assert encode(decode(BYTES)) == BYTES == forged()
     assert (REAL.step, REAL.bytes, REAL.val_loss) == (12, 7, 9.95)
@@ -83,12 +83,12 @@ def test_any_manifest_survives_the_round_trip(written: Manifest) -> None:
     assert decode(encode(written)) == written
 
 
-def test_the_validation_loss_is_that_of_the_very_step() -> None:
+def test_the_validation_loss_is_only_that_of_the_same_step() -> None:
     assert REAL.model_copy(update={"state": {"step": 13, "val_loss": 9.95, "val_step": 12}}).val_loss is None
     assert REAL.model_copy(update={"state": {"step": 0}}).val_loss is None
 
 
-def test_a_loss_that_is_no_number_leaves_a_readable_manifest() -> None:
+def test_a_loss_of_nan_leaves_a_readable_manifest() -> None:
     """A run that diverges must still be able to save."""
     diverged = REAL.model_copy(update={"state": {"step": 12, "val_loss": float("nan"), "val_step": 12}})
     json.loads(encode(diverged), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -96,7 +96,7 @@ def test_a_loss_that_is_no_number_leaves_a_readable_manifest() -> None:
 
 
 def test_every_change_of_one_byte_is_found() -> None:
-    """At every position: each bit flipped, and some bytes that mean something to JSON."""
+    """At every position: each bit is flipped, and some bytes with a meaning in JSON are written."""
     missed = []
     for position, byte in enumerate(BYTES):
         others = {byte ^ 1 << bit for bit in range(8)} | set(b'\x00\xff 0e-"}{,\n') - {byte}
@@ -122,7 +122,7 @@ def test_every_byte_lost_or_added_is_found() -> None:
 
 @pytest.mark.parametrize("cut", ["start", "end", "zeros"])
 def test_every_truncation_is_found(cut: str) -> None:
-    """The end missing, the beginning missing, or zeros in place of the end as some file systems leave them."""
+    """The end or the beginning is missing, or the end is zeros, as some file systems leave it."""
     for length in range(len(BYTES)):
         left = {
             "end": BYTES[:length],
@@ -192,10 +192,10 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("changes", FORGERIES.values(), ids=FORGERIES.keys())
-def test_a_forgery_is_refused_and_nothing_it_names_is_touched(
+def test_a_forged_manifest_is_refused_and_its_files_are_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
-    """Its sha256 is right: what is refused is what it says."""
+    """The SHA-256 is valid: the content is refused."""
     checkpoint = tmp_path / "rolling_step_000012"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_bytes(forged(**changes))
@@ -205,7 +205,7 @@ def test_a_forgery_is_refused_and_nothing_it_names_is_touched(
     problem = problem_of(generation)
     monkeypatch.undo()
     assert generation.manifest is None
-    assert problem is not None and problem.startswith(("manifest.json is not valid: ", "manifest.json has format "))
+    assert problem is not None and problem.startswith(("manifest.json is invalid: ", "manifest.json has format "))
     assert touched == [checkpoint / "manifest.json"]
 
 
@@ -226,7 +226,7 @@ def _record(monkeypatch: pytest.MonkeyPatch, touched: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["format", "files", "state", "epoch", "created", "sha256", "world_size"])
-def test_nothing_may_be_left_out(name: str) -> None:
+def test_every_field_is_required(name: str) -> None:
     content = json.loads(BYTES)
     del content[name]
     data = sealed(content) if name != "sha256" else json.dumps(content).encode()
@@ -238,7 +238,7 @@ def test_nothing_may_be_left_out(name: str) -> None:
             decode(data)
 
 
-def test_another_format_is_told_apart_from_damage() -> None:
+def test_another_format_is_not_reported_as_damage() -> None:
     with pytest.raises(DamagedError, match=r"manifest\.json has format 3; this version reads format 2"):
         decode(forged(format=3))
 
@@ -263,14 +263,14 @@ def test_another_format_is_told_apart_from_damage() -> None:
     ],
     ids=lambda data: repr(data[:20]),
 )
-def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+def test_other_content_is_refused(data: bytes) -> None:
     with pytest.raises(DamagedError, match=r"manifest\.json"):
         decode(data)
 
 
 @pytest.mark.parametrize(("opening", "closing"), [('{"a":', "}"), ("[", "]")])
-def test_a_bomb_of_brackets_is_refused(opening: str, closing: str) -> None:
-    """Far beyond what Python bears, and at every depth around: reading and writing give up at different ones."""
+def test_deeply_nested_json_is_refused(opening: str, closing: str) -> None:
+    """Nest far beyond the recursion limits, and to every depth near them: reading and writing have different limits."""
 
     def nested(depth: int) -> bytes:
         return f'{{"sha256": "", "format": 2, "state": {opening * depth}1{closing * depth}}}'.encode()
@@ -288,13 +288,13 @@ def test_a_bomb_of_brackets_is_refused(opening: str, closing: str) -> None:
             decode(nested(depth))
 
 
-def test_twice_the_same_name_is_refused() -> None:
+def test_a_duplicate_key_is_refused() -> None:
     first = BYTES.index(b'"epoch"')
     with pytest.raises(DamagedError):
         decode(BYTES[:first] + b'"epoch": 9.0,\n ' + BYTES[first:])
 
 
-def test_a_manifest_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+def test_the_error_of_an_unreadable_manifest_has_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"manifest\.json cannot be read: No such file"):
         manifest.read(tmp_path)
     (tmp_path / "manifest.json").mkdir()
@@ -305,6 +305,6 @@ def test_a_manifest_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 def test_a_huge_file_is_not_read_to_its_end(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.write(BYTES)
-        file.truncate(2**40)  # a hole: no disk is used
+        file.truncate(2**40)  # a sparse file: it occupies no disk space
     with pytest.raises(DamagedError):
         manifest.read(tmp_path)

@@ -15,11 +15,11 @@ from ds_gpt2.checkpoint import naming
         (naming.BEST_TAG, "best"),
     ],
 )
-def test_a_tag_tells_its_role(tag: str, role: str) -> None:
+def test_the_role_follows_from_the_tag(tag: str, role: str) -> None:
     assert naming.role_of(tag) == role
 
 
-def test_the_names_are_those_that_people_know() -> None:
+def test_the_names_of_files_and_tags_are_unchanged() -> None:
     assert (naming.rolling_tag(250), naming.epoch_tag(3)) == ("rolling_step_000250", "epoch_00003")
     assert (naming.LATEST, naming.LATEST_BACKUP, naming.BEST_TAG) == ("latest", "latest_backup", "best_model")
 
@@ -40,7 +40,7 @@ def test_the_names_are_those_that_people_know() -> None:
         "",
     ],
 )
-def test_other_names_have_none(name: str) -> None:
+def test_other_names_have_no_role(name: str) -> None:
     assert naming.role_of(name) is None
 
 
@@ -53,5 +53,5 @@ def test_plain_names(name: str) -> None:
     "name",
     ["", ".", "..", ".hidden", "../x", "a/b", "/etc/passwd", "a\\b", "a b", "a\n", "a\0", "~", "-rf", "ä", "$HOME"],
 )
-def test_names_that_could_lead_elsewhere_are_not_plain(name: str) -> None:
+def test_names_that_could_leave_the_directory_are_not_plain(name: str) -> None:
     assert not naming.is_plain_name(name)

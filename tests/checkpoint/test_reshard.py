@@ -1,4 +1,4 @@
-"""ZeRO partitions cut for another number of ranks, on the files of a real run of four."""
+"""ZeRO partitions of a real run on four ranks, repartitioned for other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def saved(four_ranks: tuple[object, Path]) -> list[Partition]:
 
 
 def _sizes(partitions: list[Partition], ranks: int) -> list[int]:
-    """Elements a rank owns of each group: the whole filled up to a multiple of twice the ranks, as DeepSpeed does."""
+    """Return the elements per rank of each group, padded to a multiple of twice the ranks, as DeepSpeed does."""
     groups = len(_masters(partitions[0]))
     totals = [sum(len(_masters(part)[group]) for part in partitions) for group in range(groups)]
     return [-(-total // (2 * ranks)) * 2 for total in totals]
@@ -43,7 +43,7 @@ def _cut(partitions: list[Partition], ranks: int) -> list[Partition]:
 
 
 @pytest.mark.parametrize("ways", [[2], [1], [2, 1], [3, 8], [5, 1, 7]])
-def test_cut_for_others_and_back_for_four_is_bit_for_bit_the_same(saved: list[Partition], ways: list[int]) -> None:
+def test_repartitioning_to_other_ranks_and_back_to_four_is_exact(saved: list[Partition], ways: list[int]) -> None:
     partitions = saved
     for ranks in ways:
         partitions = _cut(partitions, ranks)
@@ -58,7 +58,7 @@ def test_cut_for_others_and_back_for_four_is_bit_for_bit_the_same(saved: list[Pa
                 assert torch.equal(value, _moments(after)[group][key]), key
 
 
-def test_nothing_is_lost_on_the_way_to_one_rank(saved: list[Partition]) -> None:
+def test_repartitioning_to_one_rank_is_complete(saved: list[Partition]) -> None:
     (alone,) = _cut(saved, 1)
     for group, master in enumerate(_masters(alone)):
         assert torch.equal(master, torch.cat([_masters(part)[group] for part in saved]))
@@ -66,7 +66,7 @@ def test_nothing_is_lost_on_the_way_to_one_rank(saved: list[Partition]) -> None:
 
 
 @given(length=st.integers(1, 60), before=st.integers(1, 6), after=st.integers(1, 6))
-def test_any_length_on_any_number_of_ranks(length: int, before: int, after: int) -> None:
+def test_repartitioning_for_any_length_and_number_of_ranks(length: int, before: int, after: int) -> None:
     whole = torch.arange(1.0, length + 1)
     parts = [_synthetic(whole, rank, before) for rank in range(before)]
     cut = _cut(parts, after)
@@ -85,7 +85,7 @@ def _synthetic(whole: torch.Tensor, rank: int, ranks: int) -> Partition:
     return {"optimizer_state_dict": {"single_partition_of_fp32_groups": [mine], "base_optimizer_state": state}}
 
 
-def test_a_layout_it_does_not_know_is_refused(saved: list[Partition]) -> None:
+def test_an_unknown_layout_is_refused(saved: list[Partition]) -> None:
     state = {**saved[0]["optimizer_state_dict"], "param_alignment_paddings": [[0, 3], [0]]}
-    with pytest.raises(ValueError, match="parameter_alignment is on"):
+    with pytest.raises(ValueError, match="parameter_alignment is set"):
         repartition([{**saved[0], "optimizer_state_dict": state}], 0, _sizes(saved, 1))

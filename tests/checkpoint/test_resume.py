@@ -1,4 +1,4 @@
-"""Choosing what to go on from, on one rank, over small checkpoints made by hand: bad, foreign and malicious ones."""
+"""The choice of the checkpoint to resume from, on one rank, among damaged, foreign and malicious checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Code:
 
 
 def _checkpoint(directory: Path, step: int, content: Any = None, **changes: Any) -> Path:
-    """A committed checkpoint, its manifest in order whatever is in its files."""
+    """Write a committed checkpoint with a valid manifest; its files may contain anything."""
     path = directory / f"rolling_step_{step:06d}"
     path.mkdir(parents=True)
     files = {}
@@ -63,7 +63,7 @@ def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("ds_gpt2"), "propagate", True)
 
 
-def test_the_newest_that_is_good_is_read(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_read(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         _checkpoint(tmp_path, step)
     restored = resume.choose_checkpoint(tmp_path, "latest", IDENTITY)
@@ -72,7 +72,7 @@ def test_the_newest_that_is_good_is_read(tmp_path: Path) -> None:
     assert restored.contents[MODEL_FILE]["ds_gpt2"]["state"]["step"] == 15
 
 
-def test_each_bad_one_is_named_with_its_reason_and_the_next_older_tried(
+def test_each_damaged_checkpoint_is_logged_and_the_next_older_one_is_tried(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (5, 10, 15, 20):
@@ -88,13 +88,13 @@ def test_each_bad_one_is_named_with_its_reason_and_the_next_older_tried(
     assert f"rolling_step_000010 cannot be used: {MANIFEST} is damaged" in reasons[2]
 
 
-def test_where_all_are_bad_nothing_starts_afresh(tmp_path: Path) -> None:
+def test_if_all_checkpoints_are_damaged_no_new_run_starts(tmp_path: Path) -> None:
     (_checkpoint(tmp_path, 5) / MODEL_FILE).unlink()
     with pytest.raises(UserError, match=r"none of rolling_step_000005 in .* can be used"):
         resume.choose_checkpoint(tmp_path, "auto", IDENTITY)
 
 
-def test_the_one_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
+def test_a_requested_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 5)
     (_checkpoint(tmp_path, 10) / MODEL_FILE).unlink()
     with pytest.raises(UserError, match="none of rolling_step_000010 in"):
@@ -102,7 +102,7 @@ def test_the_one_that_was_asked_for_has_no_substitute(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["latest", "rolling_step_000010"])
-def test_code_in_a_checkpoint_never_runs_though_its_hashes_are_right(tmp_path: Path, wanted: str) -> None:
+def test_code_in_a_checkpoint_with_valid_hashes_never_runs(tmp_path: Path, wanted: str) -> None:
     owned = tmp_path / "owned"
     _checkpoint(tmp_path / "run", 5)
     _checkpoint(tmp_path / "run", 10, content={"state": _Code(owned)})
@@ -132,7 +132,7 @@ def _of_another_step(name: str, content: Any) -> Any:
 
 
 def _with_more_state(name: str, content: Any) -> Any:
-    """The manifest lacks it: data would be read from the first batch on."""
+    """The manifest lacks this state: the data would be read from the first batch."""
     state = {"step": 10, "batch": 12}
     return {**content, "ds_gpt2": {"state": state}} if name == MODEL_FILE else content
 
@@ -154,17 +154,17 @@ def _of_a_list(name: str, content: Any) -> Any:
     [
         (_cut, "its partitions have 4 weights, the model has 6"),
         (_cut_moments, "has 4 elements of exp_avg for 6 weights"),
-        (_of_another_step, f"{MODEL_FILE} is of step 7, {MANIFEST} says 10"),
-        (_with_more_state, f"{MODEL_FILE} is of batch 12, {MANIFEST} says None"),
+        (_of_another_step, f"{MODEL_FILE} has step 7, {MANIFEST} has 10"),
+        (_with_more_state, f"{MODEL_FILE} has batch 12, {MANIFEST} has None"),
         (_of_more_ranks, f"was saved by 4 ranks, {MANIFEST} says 1"),
         (_without_state, f"has no state to compare with {MANIFEST}"),
-        (_of_a_list, "is no partition of an optimizer"),
+        (_of_a_list, "is not an optimizer partition"),
     ],
 )
-def test_files_that_do_not_belong_together_are_not_resumed_from(
+def test_files_of_different_checkpoints_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, forge: Any, problem: str
 ) -> None:
-    """Their hashes are right."""
+    """Their hashes are valid."""
     _checkpoint(tmp_path, 5)
     _checkpoint(tmp_path, 10, content=forge)
     assert resume.choose_checkpoint(tmp_path, "latest", IDENTITY).generation.step == 5
@@ -172,14 +172,16 @@ def test_files_that_do_not_belong_together_are_not_resumed_from(
     assert verify.deep_problem(open_generation(tmp_path / "rolling_step_000010")) is not None
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_with_both_values(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 5, identity={**IDENTITY, "model.width": 64, "model.layers": 4})
-    expected = r"was made with model\.layers 4 \(this run has 2\), model\.width 64 \(this run has 32\): set it back"
+    expected = (
+        r"was made with model\.layers 4 \(this run has 2\), model\.width 64 \(this run has 32\): restore these settings"
+    )
     with pytest.raises(UserError, match=expected):
         resume.choose_checkpoint(tmp_path, "latest", IDENTITY)
 
 
-def test_weights_alone_cannot_be_resumed_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_weights_is_refused(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 5)
     _checkpoint(tmp_path, 10, kind="weights")
     assert resume.choose_checkpoint(tmp_path, "latest", IDENTITY).generation.step == 5
@@ -188,26 +190,26 @@ def test_weights_alone_cannot_be_resumed_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["../../etc", "/etc", "rolling_step_000005/../../..", "..", "~", "a\nb", ""])
-def test_a_tag_that_leads_elsewhere_is_refused(tmp_path: Path, wanted: str) -> None:
+def test_a_tag_that_leaves_the_directory_is_refused(tmp_path: Path, wanted: str) -> None:
     _checkpoint(tmp_path / "run", 5)
     with pytest.raises(UserError):
         resume.choose_checkpoint(tmp_path / "run", wanted, IDENTITY)
 
 
-def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to resume"):
         resume.choose_checkpoint(tmp_path / "nowhere", "latest", IDENTITY)
 
 
 @pytest.mark.parametrize("local", ["gone", "damaged"])
-def test_where_nothing_here_is_good_a_copy_is_fetched(
+def test_if_all_local_checkpoints_are_damaged_a_copy_is_fetched(
     tmp_path: Path, local: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "place").mkdir()
-    backup = Backup(str(tmp_path / "place"), "run", BackupSettings())
+    (tmp_path / "nas").mkdir()
+    backup = Backup(str(tmp_path / "nas"), "run", BackupSettings())
     for step in (5, 10):
         backup.copy(open_generation(_checkpoint(tmp_path / "run", step)))
-    (tmp_path / "place" / "run" / "rolling_step_000010" / MODEL_FILE).write_bytes(b"damaged there too")
+    (tmp_path / "nas" / "run" / "rolling_step_000010" / MODEL_FILE).write_bytes(b"damaged copy")
     for path in (tmp_path / "run").iterdir():
         shutil.rmtree(path) if local == "gone" else (path / MODEL_FILE).write_bytes(b"damaged")
     restored = resume.choose_checkpoint(tmp_path / "run", "auto", IDENTITY, backup)
@@ -216,12 +218,12 @@ def test_where_nothing_here_is_good_a_copy_is_fetched(
     assert "rolling_step_000010 cannot be fetched" in caplog.text
 
 
-def test_a_copy_is_no_substitute_for_what_was_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "place").mkdir()
-    backup = Backup(str(tmp_path / "place"), "run", BackupSettings())
+def test_a_requested_checkpoint_is_not_replaced_by_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "nas").mkdir()
+    backup = Backup(str(tmp_path / "nas"), "run", BackupSettings())
     backup.copy(open_generation(_checkpoint(tmp_path / "run", 5)))
     (tmp_path / "run" / "rolling_step_000005" / MODEL_FILE).unlink()
     with pytest.raises(UserError, match="none of rolling_step_000005"):
         resume.choose_checkpoint(tmp_path / "run", "5", IDENTITY, backup)
-    path = str(tmp_path / "place" / "run")
+    path = str(tmp_path / "nas" / "run")
     assert resume.choose_checkpoint(tmp_path / "run", path, IDENTITY, backup).generation.step == 5

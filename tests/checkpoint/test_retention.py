@@ -1,4 +1,4 @@
-"""What may be deleted. Whatever the checkpoints and the policies are, some things never are."""
+"""Retention: which checkpoints are deleted, and which never are, for any checkpoints and policies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import retention
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag, superseded_tag
-from ds_gpt2.checkpoint.retention import RetentionCandidate, Policy
+from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 
 _steps = st.integers(0, 30)
 
 
 @st.composite
 def _found(draw: st.DrawFn) -> list[RetentionCandidate]:
-    """Any checkpoints of a run, in any order; some steps have several names, each verified or not."""
+    """Generate checkpoints of a run in any order; some steps have several tags, each verified or not."""
     found = []
     for role, tag in (("rolling", rolling_tag), ("epoch", epoch_tag), ("superseded", superseded_tag)):
         for step in draw(st.sets(_steps, max_size=12)):
@@ -40,7 +40,7 @@ _policies = st.lists(
 
 
 def _untouchable(found: Iterable[RetentionCandidate]) -> set[RetentionCandidate]:
-    """The newest two verified steps of the history under each name they verify under, and the best."""
+    """Return the best, and the newest two verified steps of the history under all their verified tags."""
     verified = [one for one in found if one.verified and one.role in ("rolling", "epoch")]
     newest = sorted({one.step for one in verified})[-2:]
     return {one for one in verified if one.step in newest} | {one for one in found if one.role == "best"}
@@ -55,14 +55,16 @@ def test_the_newest_two_verified_and_the_best_are_never_deleted(
 
 
 @given(_found())
-def test_what_nothing_keeps_is_deleted(found: list[RetentionCandidate]) -> None:
-    """Else the properties above would hold of a function that deletes nothing."""
+def test_checkpoints_that_no_policy_retains_are_deleted(found: list[RetentionCandidate]) -> None:
+    """Otherwise the properties above would hold for a function that deletes nothing."""
     assert set(retention.to_delete(found, [])) == set(found) - _untouchable(found)
     assert set(retention.deletion_order(found)) == set(found) - _untouchable(found)
 
 
 @given(_found(), _policies)
-def test_what_a_policy_keeps_is_kept(found: list[RetentionCandidate], policies: list[Policy]) -> None:
+def test_checkpoints_that_a_policy_retains_are_not_deleted(
+    found: list[RetentionCandidate], policies: list[Policy]
+) -> None:
     newest_first = sorted(found, key=lambda one: (one.step, one.tag), reverse=True)
     deleted = set(retention.to_delete(found, policies))
     for policy in policies:
@@ -70,7 +72,7 @@ def test_what_a_policy_keeps_is_kept(found: list[RetentionCandidate], policies: 
 
 
 @given(_found(), _policies, _policies)
-def test_policies_together_keep_what_each_keeps(
+def test_several_policies_retain_the_union(
     found: list[RetentionCandidate], some: list[Policy], others: list[Policy]
 ) -> None:
     together = retention.to_delete(found, some + others)
@@ -79,7 +81,7 @@ def test_policies_together_keep_what_each_keeps(
 
 
 @given(_found(), _policies, st.randoms())
-def test_the_answer_depends_on_nothing_but_the_checkpoints(
+def test_the_result_does_not_depend_on_the_order_of_the_checkpoints(
     found: list[RetentionCandidate], policies: list[Policy], order: Random
 ) -> None:
     shuffled = order.sample(found, len(found))
@@ -88,13 +90,13 @@ def test_the_answer_depends_on_nothing_but_the_checkpoints(
 
 
 @given(_found(), _policies)
-def test_the_oldest_goes_first(found: list[RetentionCandidate], policies: list[Policy]) -> None:
+def test_the_oldest_checkpoint_is_deleted_first(found: list[RetentionCandidate], policies: list[Policy]) -> None:
     steps = [one.step for one in retention.to_delete(found, policies)]
     assert steps == sorted(steps)
 
 
 @given(_found())
-def test_a_full_disk_takes_superseded_then_rolling_then_epochs_each_oldest_first(
+def test_the_deletion_order_is_superseded_rolling_epochs_each_oldest_first(
     found: list[RetentionCandidate],
 ) -> None:
     order = [(one.role, one.step) for one in retention.deletion_order(found)]
@@ -118,8 +120,8 @@ def test_each_policy_by_example() -> None:
     assert list(retention.keep_best(ALL)) == [BEST]
 
 
-def test_two_names_of_one_step_are_one_checkpoint() -> None:
-    """The newest two are two steps: a third one is not protected by the end of an epoch, which has the same files."""
+def test_two_tags_of_one_step_count_as_one_checkpoint() -> None:
+    """The newest two are two steps; an epoch checkpoint of the same step and files does not count separately."""
     found = [
         RetentionCandidate(epoch_tag(2), "epoch", 600, True),
         *(RetentionCandidate(one.tag, "rolling", one.step, True) for one in ROLLING),
@@ -127,14 +129,14 @@ def test_two_names_of_one_step_are_one_checkpoint() -> None:
     assert [one.tag for one in retention.protect(found)] == [rolling_tag(600), epoch_tag(2), rolling_tag(500)]
 
 
-def test_the_newest_two_healthy_ones_outlast_a_divergence() -> None:
+def test_the_newest_two_healthy_checkpoints_are_retained_during_a_divergence() -> None:
     found = [RetentionCandidate(one.tag, "rolling", one.step, True, healthy=one.step <= 300) for one in ROLLING]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400]
     assert [one.step for one in retention.deletion_order(found)] == [100, 400]
 
 
-def test_the_newest_two_healthy_ones_outlast_a_divergence_in_which_the_run_is_restarted() -> None:
-    """The process that resumes has verified the checkpoint that it resumes from, and those that it saves."""
+def test_the_newest_two_healthy_checkpoints_are_retained_if_the_run_restarts_during_a_divergence() -> None:
+    """The new process has verified only the checkpoint that it resumes from and those that it saves."""
     found = [
         RetentionCandidate(one.tag, "rolling", one.step, verified=one.step >= 500, healthy=one.step in (100, 200, 300))
         for one in ROLLING
@@ -143,13 +145,13 @@ def test_the_newest_two_healthy_ones_outlast_a_divergence_in_which_the_run_is_re
     assert [one.step for one in retention.deletion_order(found)] == [100, 400]
 
 
-def test_healthy_ones_that_are_not_verified_do_not_push_out_those_that_are() -> None:
+def test_unverified_healthy_checkpoints_do_not_replace_verified_ones() -> None:
     found = [
         RetentionCandidate(one.tag, "rolling", one.step, verified=one.step <= 300, healthy=True) for one in ROLLING
     ]
     assert [one.step for one in retention.to_delete(found, [])] == [100, 400]
 
 
-def test_what_is_not_verified_does_not_count_as_one_of_the_two() -> None:
+def test_unverified_checkpoints_do_not_count_as_the_newest_two() -> None:
     found = [*ROLLING[:3], *(RetentionCandidate(one.tag, "rolling", one.step, True) for one in ROLLING[3:])]
     assert [one.step for one in retention.to_delete(found, [retention.keep_last(1)])] == [100, 400, 500]

@@ -180,7 +180,7 @@ def test_a_place_that_fails_is_one_line(
     ("words", "to", "message"),
     [
         ([], None, "give --to PLACE"),
-        ([], "gone", "make it, or mount what belongs there"),
+        ([], "gone", "create it, or mount its disk"),
         ([], "checkpoints", "is where the checkpoints themselves are"),
         (["--tag", "30"], "place", "no checkpoint '30'"),
         (["--fetch", "30"], "place", "no copy 30 in"),

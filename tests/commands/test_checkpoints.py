@@ -213,7 +213,7 @@ def test_list_says_what_is_wrong_or_missing_or_unfinished(history: Path, in_json
         assert not rows[tag]["resumable"]
     damaged = rows[rolling_tag(100)]
     assert (damaged["kind"], damaged["step"], damaged["epoch"]) == ("unknown", 100, None)
-    assert damaged["problem"] == "manifest.json is damaged: not what was written"
+    assert damaged["problem"] == "manifest.json is damaged: it cannot be parsed"
     partial = rows["rolling_step_000500.tmp"]
     assert (partial["kind"], partial["bytes"], partial["freed_bytes"], partial["resumable"]) == (
         "unfinished",
@@ -358,7 +358,7 @@ def test_an_unknown_tag_lists_near_ones(history: Path, command: Command) -> None
 def test_verify_says_what_is_wrong_and_exits_with_one(history: Path, command: Command, in_json: InJson) -> None:
     name = next(iter(FILES))
     (history / rolling_tag(100) / name).write_bytes(b"W" + FILES[name][1:])
-    wrong = f"{name} is damaged: its sha256 is not the one written"
+    wrong = f"{name} is damaged: sha256 mismatch"
     assert command("verify", "test", "100")[:2] == (exit_report.CRASHED, f"{rolling_tag(100)}: {wrong}\n")
     code, verdicts = in_json("verify", "test", "--all")
     assert code == exit_report.CRASHED
@@ -485,7 +485,7 @@ def _add_a_tensor(module: dict[str, Any], moments: dict[str, Any]) -> None:
             "optimizer_state_dict: base_optimizer_state: state: 0: exp_avg has numbers that are not finite",
         ),
         (_spoil_a_weight, "mp_rank_00_model_states.pt: module: ln_f.weight has numbers that are not finite"),
-        (_spoil_a_shape, "wte.weight has the shape (50257, 8), (50304, 8) fits manifest.json"),
+        (_spoil_a_shape, "wte.weight has shape (50257, 8), expected (50304, 8) according to manifest.json"),
         (_lose_a_tensor, "h.0.mlp.c_fc.bias is missing"),
         (_add_a_tensor, "h.1.mlp.c_fc.bias is not a tensor of this model"),
     ],

@@ -9,7 +9,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import check_writable, lock, replace_file
 
 
-def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
+def test_check_writable_creates_the_directory_or_raises_an_error(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -17,7 +17,7 @@ def test_a_directory_is_made_or_its_refusal_told(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "below")
 
 
-def test_one_process_holds_a_lock_until_it_ends_whatever_way(tmp_path: Path) -> None:
+def test_a_process_holds_a_lock_until_it_ends(tmp_path: Path) -> None:
     hold = (
         "import sys, pathlib, time; from ds_gpt2.common.files import lock; held = lock(pathlib.Path(sys.argv[1]), 'it')"
     )
@@ -34,13 +34,13 @@ def test_one_process_holds_a_lock_until_it_ends_whatever_way(tmp_path: Path) -> 
     lock(tmp_path / "lock", "run x").close()
 
 
-def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(UserError, match=r"cannot lock .*: Is a directory"):
         lock(tmp_path / "lock", "run x")
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("old")
     with file.open() as reader:

@@ -1,4 +1,4 @@
-"""Numbers and times as a person reads them."""
+"""Formats of numbers and times."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_sizes_and_counts_of_tokens() -> None:
     assert [tokens(999), tokens(524_288), tokens(2_500_000), tokens(50e9)] == ["999", "524,288", "2.50 M", "50.00 B"]
 
 
-def test_one_is_no_plural() -> None:
+def test_the_noun_of_one_is_singular() -> None:
     assert [counted(number, "rank") for number in (0, 1, 2, 1000)] == ["0 ranks", "1 rank", "2 ranks", "1,000 ranks"]
     assert counted(1, "micro-batch", "micro-batches") == "1 micro-batch"
     assert counted(3, "micro-batch", "micro-batches") == "3 micro-batches"
@@ -30,7 +30,7 @@ def test_one_is_no_plural() -> None:
 def test_a_share_is_rounded_down() -> None:
     assert [done_share(step, 2000) for step in (0, 1, 1999, 2000)] == ["0.0%", "0.0%", "99.9%", "100.0%"]
     assert done_share(1999, 2000, 0) == "99%"
-    assert done_share(3, 2) == "100.0%"  # more was trained than is set now
+    assert done_share(3, 2) == "100.0%"  # more steps are trained than planned now
     assert done_share(290, 1000) == "29.0%"
 
 
@@ -44,5 +44,5 @@ def test_a_share_is_rounded_down() -> None:
         ("", ""),
     ],
 )
-def test_names_and_acronyms_keep_their_capitals(text: str, words: str) -> None:
+def test_names_and_acronyms_are_not_uncapitalized(text: str, words: str) -> None:
     assert uncapitalized(text) == words

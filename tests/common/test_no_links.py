@@ -1,4 +1,4 @@
-"""Files are written, appended to and deleted by their own names only."""
+"""Files are written, appended to and deleted without following symbolic links."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ds_gpt2.run_dir.notes import NOTES, Note, append
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
-    """A file of the user's, elsewhere."""
+    """A file of the user in another directory."""
     path = tmp_path / "victim" / "thesis.txt"
     path.parent.mkdir()
     path.write_text("years of work\n")
@@ -64,14 +64,14 @@ def linked(path: Path) -> Path:
 
 
 def reserved(file: Path, reserve: Path) -> None:
-    """Write a record where the disk of ``file`` takes nothing."""
+    """Write a record while ``file`` is not writable."""
     records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
     records._write_reserve(reserve)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_no_writer_follows_a_link(run_dir: Path, victim: Path, writer: str) -> None:
+def test_no_writer_follows_a_symbolic_link(run_dir: Path, victim: Path, writer: str) -> None:
     name, write = WRITERS[writer]
     (run_dir / name).parent.mkdir(exist_ok=True)
     (run_dir / name).symlink_to(victim)
@@ -81,7 +81,7 @@ def test_no_writer_follows_a_link(run_dir: Path, victim: Path, writer: str) -> N
 
 
 @pytest.mark.parametrize("name", ["rolling_step_000001", "rolling_step_000001.tmp", "backup_in_progress.tmp"])
-def test_cleaning_deletes_links_and_nothing_behind_them(run_dir: Path, victim: Path, name: str) -> None:
+def test_cleaning_deletes_links_but_not_their_targets(run_dir: Path, victim: Path, name: str) -> None:
     link = run_dir / name
     link.symlink_to(victim.parent)
     commit.sweep(Disk(), run_dir)
@@ -90,7 +90,7 @@ def test_cleaning_deletes_links_and_nothing_behind_them(run_dir: Path, victim: P
     assert victim.exists() and not os.path.lexists(link)
 
 
-def test_a_link_inside_what_is_being_copied_is_only_a_link(run_dir: Path, victim: Path) -> None:
+def test_a_link_in_the_directory_of_pending_copies_is_deleted_without_its_target(run_dir: Path, victim: Path) -> None:
     copying = run_dir / "backup_in_progress.tmp"
     copying.mkdir()
     (copying / "rolling_step_000001").symlink_to(victim.parent)
@@ -98,7 +98,7 @@ def test_a_link_inside_what_is_being_copied_is_only_a_link(run_dir: Path, victim
     assert victim.exists() and not copying.exists()
 
 
-def test_remove_tree_deletes_the_link_only(tmp_path: Path, victim: Path) -> None:
+def test_remove_tree_deletes_only_the_link(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "link").symlink_to(victim.parent)
     remove_tree(tmp_path / "link")
     remove_tree(tmp_path / "nothing")
@@ -107,16 +107,16 @@ def test_remove_tree_deletes_the_link_only(tmp_path: Path, victim: Path) -> None
     assert not victim.parent.exists()
 
 
-def test_a_pipe_in_the_place_of_a_file_does_not_block(run_dir: Path) -> None:
+def test_a_pipe_instead_of_a_file_does_not_block(run_dir: Path) -> None:
     os.mkfifo(run_dir / "journal.jsonl")
     with pytest.raises(OSError, match="No such device or address"):
         no_links(str(run_dir / "journal.jsonl"), os.O_WRONLY)
 
 
-def test_a_line_that_a_full_disk_cut_costs_that_line_only(tmp_path: Path) -> None:
-    """The limit on a file's size stands for the disk: a write is cut where it is reached."""
+def test_a_line_cut_by_a_full_disk_does_not_affect_other_lines(tmp_path: Path) -> None:
+    """A limit on the file size simulates a full disk: a write is cut at the limit."""
     pid = os.fork()
-    if pid == 0:  # in a process of its own, which the limit ends with
+    if pid == 0:  # in a child process: the limit cannot be raised again
         journal = Journal(tmp_path)
         journal.write("save", "first", 1)
         size = (tmp_path / "journal.jsonl").stat().st_size
@@ -129,7 +129,7 @@ def test_a_line_that_a_full_disk_cut_costs_that_line_only(tmp_path: Path) -> Non
     assert [event.text for event in read_journal(tmp_path)] == ["first", "third"]
 
 
-def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data[:3])))
     append_lines(tmp_path / "lines", json.dumps({"step": 1}).encode() + b"\n")
@@ -137,7 +137,7 @@ def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "lines").read_text() == '{"step": 1}\nanother\n'
 
 
-def test_lines_that_are_written_but_not_confirmed_are_told_apart(
+def test_lines_that_are_written_but_not_durable_are_a_separate_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(descriptor: int) -> None:
@@ -148,5 +148,5 @@ def test_lines_that_are_written_but_not_confirmed_are_told_apart(
         append_lines(tmp_path / "file", b"a\n", durable=True)
     journal = Journal(tmp_path)
     assert journal.write("done", "done") is None
-    journal.write_missed()
+    journal.write_pending()
     assert [event.kind for event in read_journal(tmp_path)] == ["done"]

@@ -17,13 +17,13 @@ def run_dir(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_is_where_it_was(run_dir: Path) -> None:
+def test_an_unmoved_directory_has_its_original_path(run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
 @pytest.mark.parametrize("moved", ["project", "project/runs", "project/runs/a"])
-def test_a_move_of_it_or_of_a_parent_is_followed(tmp_path: Path, run_dir: Path, moved: str) -> None:
+def test_a_move_of_the_directory_or_of_a_parent_is_followed(tmp_path: Path, run_dir: Path, moved: str) -> None:
     directory = OpenDirectory(run_dir)
     (tmp_path / moved).rename(tmp_path / "elsewhere")
     inside = run_dir.relative_to(tmp_path / moved)
@@ -33,14 +33,14 @@ def test_a_move_of_it_or_of_a_parent_is_followed(tmp_path: Path, run_dir: Path, 
     assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
-def test_what_is_put_in_its_place_is_another(tmp_path: Path, run_dir: Path) -> None:
+def test_a_new_directory_at_the_old_path_is_another_one(tmp_path: Path, run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     run_dir.parents[1].rename(tmp_path / "before")
     shutil.copytree(tmp_path / "before", tmp_path / "project")
     assert directory.path == tmp_path / "before" / "runs" / "a" and directory.is_moved
 
 
-def test_through_a_link_it_is_named_as_it_was(tmp_path: Path, run_dir: Path) -> None:
+def test_a_directory_behind_a_link_has_the_path_of_the_link(tmp_path: Path, run_dir: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(run_dir)
     directory = OpenDirectory(link)
@@ -51,16 +51,16 @@ def test_through_a_link_it_is_named_as_it_was(tmp_path: Path, run_dir: Path) -> 
     assert directory.is_deleted and directory.path == link
 
 
-def test_a_deleted_one_is_made_again(run_dir: Path) -> None:
+def test_a_deleted_directory_is_recreated(run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     shutil.rmtree(run_dir.parents[1])
     assert directory.is_deleted and not directory.is_moved and directory.path == run_dir
-    directory.make_again()
+    directory.recreate()
     assert run_dir.is_dir() and not directory.is_moved and not directory.is_deleted
 
 
-def test_it_is_not_made_again_on_another_disk(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As below the mount point of a disk that is away."""
+def test_a_deleted_directory_is_not_recreated_on_another_disk(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example below the mount point of an unmounted disk."""
     directory = OpenDirectory(run_dir)
     shutil.rmtree(run_dir.parents[1])
     stat = run_dir.parents[2].stat()
@@ -68,12 +68,12 @@ def test_it_is_not_made_again_on_another_disk(run_dir: Path, monkeypatch: pytest
         Path, "stat", lambda path, **_: type("Stat", (), {"st_dev": stat.st_dev + 1, "st_mode": 0o40755})()
     )
     with pytest.raises(FileNotFoundError, match="its path is on another file system"):
-        directory.make_again()
+        directory.recreate()
     monkeypatch.undo()
     assert not run_dir.exists()
 
 
-def test_one_that_comes_later_is_opened_then(tmp_path: Path) -> None:
+def test_a_directory_created_later_is_opened(tmp_path: Path) -> None:
     directory = OpenDirectory(tmp_path / "later")
     assert not directory.is_moved and not directory.is_deleted
     (tmp_path / "later").mkdir()
@@ -82,7 +82,7 @@ def test_one_that_comes_later_is_opened_then(tmp_path: Path) -> None:
     assert directory.path == tmp_path / "moved"
 
 
-def test_a_link_that_is_changed_moves_nothing(tmp_path: Path, run_dir: Path) -> None:
+def test_a_changed_link_is_not_a_move(tmp_path: Path, run_dir: Path) -> None:
     (tmp_path / "other").mkdir()
     link = tmp_path / "link"
     link.symlink_to(run_dir)
@@ -92,15 +92,15 @@ def test_a_link_that_is_changed_moves_nothing(tmp_path: Path, run_dir: Path) -> 
     assert directory.path == link and not directory.is_moved and not directory.is_deleted
 
 
-def test_one_that_is_made_again_by_somebody_else_is_used(run_dir: Path) -> None:
+def test_a_directory_recreated_by_another_process_is_used(run_dir: Path) -> None:
     directory = OpenDirectory(run_dir)
     run_dir.rmdir()
     run_dir.mkdir()
     assert directory.path == run_dir and not directory.is_moved and not directory.is_deleted
 
 
-def test_another_directory_at_the_path_is_noticed_unless_it_is_a_copy(tmp_path: Path) -> None:
-    """As when a disk is unmounted; here by a link."""
+def test_another_directory_at_the_path_is_detected_unless_it_is_a_copy(tmp_path: Path) -> None:
+    """For example when a disk is unmounted; simulated with a link."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     link = tmp_path / "link"
@@ -116,7 +116,7 @@ def test_another_directory_at_the_path_is_noticed_unless_it_is_a_copy(tmp_path: 
     assert not opened.is_replaced("another", "marker")
 
 
-def test_a_directory_that_was_deleted_and_made_again_is_not_replaced(run_dir: Path) -> None:
+def test_a_deleted_and_recreated_directory_does_not_count_as_replaced(run_dir: Path) -> None:
     opened = OpenDirectory(run_dir)
     run_dir.rmdir()
     run_dir.mkdir()

@@ -1,4 +1,4 @@
-"""Terminals of other encodings, closed descriptors, full disks behind the output: nothing of that ends a program."""
+"""Other terminal encodings, closed descriptors and full disks do not end a program."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ENCODINGS = {
 def shell(
     redirected: str, *words: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """``COMMAND WORDS`` as a shell runs it, with redirections such as ``>&-``."""
+    """Run ``COMMAND WORDS`` in a shell, with redirections such as ``>&-``."""
     command = f"{shlex.join([*COMMAND, *words])} {redirected}"
     return subprocess.run(["bash", "-c", command], env={**os.environ, **(environment or {})}, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was trained by a supervisor whose terminal knows ASCII only, and resumed without any output."""
+    """A run whose supervisor has an ASCII terminal, resumed with closed standard output."""
     folder = tmp_path_factory.mktemp("terminals") / "naïve…"
     config = write_config(folder, samples={"every": 6, "prompts": ["naïve … 日本"], "tokens": 8})
     for words, redirected in (
@@ -51,7 +51,7 @@ def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return folder / "runs" / "test"
 
 
-def test_a_run_ends_well_whatever_becomes_of_its_output(run_dir: Path) -> None:
+def test_a_run_ends_successfully_if_its_output_fails(run_dir: Path) -> None:
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 17))
     shown = (run_dir.parents[1] / "out").read_bytes()
@@ -59,7 +59,7 @@ def test_a_run_ends_well_whatever_becomes_of_its_output(run_dir: Path) -> None:
     assert "naïve" in (run_dir / "train.log").read_text(encoding="utf-8")
 
 
-def test_no_file_of_the_run_took_a_closed_descriptor(run_dir: Path) -> None:
+def test_no_file_of_the_run_gets_a_closed_standard_descriptor(run_dir: Path) -> None:
     for name in ("metrics.jsonl", "journal.jsonl", "starts.jsonl"):
         for line in (run_dir / name).read_text(encoding="utf-8").splitlines():
             json.loads(line)
@@ -79,7 +79,7 @@ def test_commands_print_on_any_terminal(run_dir: Path, words: list[str], encodin
 
 
 @pytest.mark.parametrize("redirected", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-def test_a_closed_descriptor_is_no_error(run_dir: Path, redirected: str) -> None:
+def test_a_closed_descriptor_is_not_an_error(run_dir: Path, redirected: str) -> None:
     done = shell(redirected, "list", str(run_dir))
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -100,12 +100,12 @@ def test_undecodable_bytes_in_a_note_are_replaced(run_dir: Path) -> None:
 
 
 def test_a_name_with_undecodable_bytes_is_one_line() -> None:
-    told = subprocess.run([*map(os.fsencode, COMMAND), b"list", b"caf\xe9"], capture_output=True)
-    assert told.returncode == 2
-    assert told.stderr.startswith(b"error: no run caf") and told.stderr.count(b"\n") == 1
+    completed = subprocess.run([*map(os.fsencode, COMMAND), b"list", b"caf\xe9"], capture_output=True)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith(b"error: no run caf") and completed.stderr.count(b"\n") == 1
 
 
-def test_a_path_that_the_locale_cannot_express_is_one_line(write_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_path_that_the_locale_does_not_support_is_one_line(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, run={"dir": str(tmp_path / "naïve")})
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "DS_ACCELERATOR": "cpu"}
     done = shell("", "train", str(config), environment=ascii_only)
@@ -113,11 +113,11 @@ def test_a_path_that_the_locale_cannot_express_is_one_line(write_config: Callabl
     assert done.stderr.count(b"\n") == 1 and b"set PYTHONUTF8=1" in done.stderr
 
 
-def test_a_stream_that_fails_loses_what_is_written() -> None:
+def test_writes_to_a_failing_stream_are_ignored() -> None:
     closed = io.StringIO()
     stream = Unfailing(closed)
-    stream.write("kept")
-    assert closed.getvalue() == "kept"
+    stream.write("text")
+    assert closed.getvalue() == "text"
     closed.close()
     stream.write("lost")
     stream.flush()
@@ -128,7 +128,7 @@ def test_text_from_the_command_line_can_be_written_as_utf_8() -> None:
     assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\ufffd"
 
 
-def test_text_for_a_terminal_is_escaped_only_where_it_controls_it() -> None:
+def test_only_control_characters_are_escaped_for_a_terminal() -> None:
     shown = "10\u00a0km, \u65e5\u672c\u8a9e\u3000x, \U0001f469\u200d\U0001f680, soft\u00adhyphen\n\ttab"
     assert terminal.printable_lines(shown) == shown
     assert terminal.printable_lines("a\r\nb\x1b[2J\u202eevil\x9b") == "a\nb\\x1b[2J\\u202eevil\\x9b"

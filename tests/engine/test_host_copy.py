@@ -18,7 +18,7 @@ def _state() -> dict[str, Any]:
     }
 
 
-def test_a_frozen_state_copies_numbers_and_shares_tensors() -> None:
+def test_a_frozen_state_copies_values_but_shares_tensors() -> None:
     state = _state()
     frozen = freeze(state)
     state["again"][1] = "changed"
@@ -47,7 +47,7 @@ def test_a_tensor_that_occurs_twice_is_copied_once_and_a_view_without_its_storag
     assert copied["part"].untyped_storage().nbytes() == 3 * 4
 
 
-def test_host_memory_is_reused_for_other_shapes() -> None:
+def test_buffers_are_reused_also_for_other_shapes() -> None:
     memory = HostMemory()
     first = memory.copy({"a": torch.ones(1000)}, after=None)["a"].data_ptr()
     second = memory.copy({"a": torch.zeros(1000)}, after=None)["a"]

@@ -1,4 +1,4 @@
-"""The records of a run, whatever a crash has done to their file."""
+"""The metrics of a run, also after crashes and on full disks."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_damaged_lines_are_passed_over(file: Path, tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(file: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3, 4]
     assert list(read_metrics(tmp_path / "nothing")) == []
     assert sum(timed.train for timed in timed_of(read_metrics(file))) == pytest.approx(0.3)
 
 
-def test_what_comes_after_a_step_is_kept_elsewhere(file: Path, tmp_path: Path) -> None:
+def test_records_after_a_step_are_moved(file: Path, tmp_path: Path) -> None:
     def steps(name: str) -> list[int]:
         return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
 
@@ -58,12 +58,12 @@ def test_what_comes_after_a_step_is_kept_elsewhere(file: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics_replaced.jsonl"]
 
 
-def test_nothing_is_made_where_nothing_is_replaced(file: Path, tmp_path: Path) -> None:
+def test_no_file_is_created_if_no_record_is_moved(file: Path, tmp_path: Path) -> None:
     drop_after(file, 9)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_first_start_is_when_the_run_began(tmp_path: Path) -> None:
+def test_the_first_start_is_the_start_of_the_run(tmp_path: Path) -> None:
     starts = tmp_path / "starts.jsonl"
     assert first_start(starts) is None
     starts.write_text('{"time": "2026-01-01T01:00:00+0100"}\n{"time": "2026-02-01T00:00:00+0000"}\n')
@@ -72,17 +72,17 @@ def test_the_first_start_is_when_the_run_began(tmp_path: Path) -> None:
     assert first_start(starts) is None
 
 
-def test_the_starts_say_from_where_and_how_far(tmp_path: Path) -> None:
+def test_the_starts_have_their_first_step_and_the_planned_steps(tmp_path: Path) -> None:
     file = tmp_path / "starts.jsonl"
     assert (read_starts(file), planned_steps([])) == ([], None)
     file.write_text('{"from_step": 0}\n[1]\n{"from_step": 250, "steps": 1000}\n{"from_step": 2')
     assert started_from(read_starts(file)) == [0, 250]
     assert planned_steps(read_starts(file)) == 1000
-    assert planned_steps(read_starts(file)[:1]) is None  # of an earlier version
+    assert planned_steps(read_starts(file)[:1]) is None  # an earlier version
 
 
-def test_records_wait_for_room_on_the_disk_and_a_half_written_line_is_taken_back(tmp_path: Path) -> None:
-    """A limit on the size of files is a full disk that needs no disk: the kernel writes what fits, then refuses."""
+def test_records_wait_for_free_space_and_an_incomplete_line_is_removed(tmp_path: Path) -> None:
+    """A limit on the file size simulates a full disk: the kernel writes what fits, then refuses."""
     program = """
 import pathlib, resource, signal, sys
 from ds_gpt2.run_dir.metrics import MetricsFile
@@ -97,14 +97,16 @@ for step in range(1, 4):
         print(step, error.strerror, pathlib.Path(sys.argv[1]).stat().st_size)
 """
     file = tmp_path / "metrics.jsonl"
-    told = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True).stdout
-    assert told == "2 File too large 22\n"
+    output = subprocess.run(
+        [sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=True
+    ).stdout
+    assert output == "2 File too large 22\n"
     assert [record["step"] for record in read_metrics(file)] == [1, 2, 3]
 
 
 @contextlib.contextmanager
 def full_disk(limit: int = 0) -> Iterator[None]:
-    """Files larger than ``limit`` bytes cannot be written."""
+    """Prevent files larger than ``limit`` bytes."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
     try:
@@ -124,7 +126,7 @@ def unable_to_write(records: MetricsFile, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(records, "_write", fail)
 
 
-def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
+def test_records_that_cannot_be_written_are_saved_beside_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
@@ -138,7 +140,7 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
         records.append({"step": step})
     with pytest.raises(OSError, match="No space left"):
         records.flush()
-    assert records.unsaved == 2 and not reserve.exists()  # only a checkpoint or the end is worth a second file
+    assert records.unsaved == 2 and not reserve.exists()  # the reserve is written only at a checkpoint and at the end
     with pytest.raises(OSError, match="No space left"):
         records.flush(durable=True)
     assert records.unsaved == 0 and steps_in(reserve) == [2, 3]
@@ -153,10 +155,10 @@ def test_records_that_cannot_be_written_are_kept_with_the_checkpoints(
     assert steps_in(file) == [1, 2, 3] and not reserve.exists()
 
 
-def test_records_that_are_written_but_not_confirmed_are_kept_too(
+def test_records_that_are_not_durable_are_saved_beside_the_checkpoints_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server can report only at fsync that its disk is full."""
+    """Network file systems may report a full disk only at fsync."""
     file, reserve = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
     records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
@@ -173,7 +175,7 @@ def test_records_that_are_written_but_not_confirmed_are_kept_too(
             records.flush(durable=True)
     assert steps_in(reserve) == [1, 2] and steps_in(file) == [1] and records.unsaved == 0
     records.flush()
-    assert reserve.exists()  # until the medium has confirmed all of it
+    assert reserve.exists()  # until all records are durable
     records.append({"step": 3})
     assert records.unsaved == 1
     records.flush(durable=True)
@@ -195,7 +197,7 @@ def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_spac
     assert steps_in(file) == list(range(1, 1002))
 
 
-def test_a_last_line_without_its_end_is_a_record(tmp_path: Path) -> None:
+def test_a_last_line_without_a_line_end_is_a_record(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}')
     drop_after(file, 5)
@@ -205,26 +207,26 @@ def test_a_last_line_without_its_end_is_a_record(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n' and (tmp_path / "metrics_replaced.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_what_is_replayed_goes_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
+def test_replaced_records_are_moved_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
     reserve = tmp_path / "checkpoints" / "unwritten.jsonl"
     reserve.parent.mkdir()
     replaced = file.with_name("metrics_replaced.jsonl")
-    replaced.mkdir()  # stands for a disk that takes nothing
+    replaced.mkdir()  # simulates a disk that is not writable
     reserve.write_text('{"step": 2}\n{"step": 5}\n')
     drop_after(file, 2, reserve)
     assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4, 5]
     with pytest.raises(OSError, match="Is a directory"):
         drop_after(file, 1)
-    assert steps_in(file) == [1, 2]  # nothing is dropped that is not kept elsewhere
+    assert steps_in(file) == [1, 2]  # no record is deleted before it is moved
 
 
-def test_nothing_has_to_be_written_where_nothing_is_replaced(file: Path) -> None:
+def test_nothing_is_written_if_no_record_is_moved(file: Path) -> None:
     with full_disk():
         drop_after(file, 9)
     assert steps_in(file) == [1, 2, 3, 4] and b"y" not in file.read_bytes()
 
 
-def test_metrics_deleted_under_a_live_run_are_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_deleted_during_a_run_are_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "run" / "metrics.jsonl"
     file.parent.mkdir()
     records = MetricsFile(file)
@@ -238,7 +240,7 @@ def test_metrics_deleted_under_a_live_run_are_restored(tmp_path: Path, caplog: p
     record(2)
     assert steps_in(file) == [1, 2] and "deleted or replaced while the run trains" in caplog.text
     file.rename(file.with_name("rotated"))
-    file.write_text('{"step": 2}\n')  # someone's own file
+    file.write_text('{"step": 2}\n')  # a file of the user
     record(3)
     assert steps_in(file) == [2, 3]
     file.parent.rename(tmp_path / "moved")

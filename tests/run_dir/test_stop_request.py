@@ -24,7 +24,7 @@ from ds_gpt2.supervision.launcher import TRAIN, RankLayout, ask_to_stop, start_c
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
 
-def test_the_file_is_removed_when_the_request_is_met(tmp_path: Path) -> None:
+def test_the_file_is_deleted_when_the_request_is_fulfilled(tmp_path: Path) -> None:
     request = StopRequest(OpenDirectory(tmp_path))
     (tmp_path / STOP_FILE).touch()
     assert request.requested
@@ -33,7 +33,7 @@ def test_the_file_is_removed_when_the_request_is_met(tmp_path: Path) -> None:
     assert not request.requested
 
 
-def test_a_request_that_cannot_be_removed_is_reported_and_ends_nothing(
+def test_a_file_that_cannot_be_deleted_is_reported_without_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = StopRequest(OpenDirectory(tmp_path))
@@ -48,7 +48,7 @@ def test_a_request_that_cannot_be_removed_is_reported_and_ends_nothing(
 def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
-    """Once by the file, in the samples, and once by a signal at the last step; the run ends as one without stops."""
+    """Stop by the file during samples, then by a signal at the last step; the results equal a run without stops."""
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(8)), encoding="utf-8")
     sections = {
@@ -88,13 +88,13 @@ def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
 
 
 def _stop_at(
-    step: int, run_dir: Path, arguments: list[str], ask: Callable[[subprocess.Popen[str]], object]
+    step: int, run_dir: Path, arguments: list[str], stop: Callable[[subprocess.Popen[str]], object]
 ) -> tuple[int, list[str]]:
-    """Start two ranks and stop them by ``ask`` in the evaluation of ``step``; how they ended, and what they left."""
+    """Start two ranks, stop them by ``stop`` during the evaluation of ``step``, and return the results."""
     clear_heartbeats(run_dir)
     process = start(start_command(RankLayout("cpu", 2), TRAIN, arguments))
     _wait_until(process, lambda: _is_evaluating(step, read_beat(run_dir, 0)))
-    ask(process)
+    stop(process)
     process.communicate(timeout=120)
     return process.returncode, end_session(process.pid)
 

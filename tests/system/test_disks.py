@@ -1,18 +1,16 @@
-"""Real disks that become full, read-only, or vanish under a run: file systems of some MB, mounted from files."""
+"""Runs on real disks that become full, read-only, or are unmounted: small file systems mounted from files."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from disks import LoopDisk, loop_disks
 from launched import PROJECT, end_session, start
 from small_run import MODEL
 
@@ -28,62 +26,11 @@ from ds_gpt2.tools.status.status import read_status
 EVERY = 5
 
 
-@dataclass
-class Disk:
-    """A file system of its own."""
-
-    image: Path
-    directory: Path
-
-    def mount(self) -> None:
-        subprocess.run(["mount", "-o", "loop", self.image, self.directory], check=True, capture_output=True)
-
-    def unmount(self) -> None:
-        """Vanish, even while files are open."""
-        subprocess.run(["umount", "--lazy", self.directory], check=True)
-
-    def fail(self) -> None:
-        """Become read-only, as after an error of the medium."""
-        subprocess.run(["mount", "-o", "remount,abort", self.directory], check=True)
-
-    def repair(self) -> None:
-        self.unmount()
-        subprocess.run(["e2fsck", "-y", self.image], check=False, capture_output=True)
-        self.mount()
-
-    def fill(self) -> None:
-        """Leave no byte free."""
-        with contextlib.suppress(OSError), (self.directory / "filler").open("ab", buffering=0) as file:
-            for size in (2**20, 2**10, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(bytes(size))
-
-    def free(self) -> None:
-        (self.directory / "filler").unlink()
-
-
 @pytest.fixture
-def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
-    made: list[Disk] = []
-
-    def make(name: str, megabytes: int = 200) -> Disk:
-        disk = Disk(tmp_path / f"{name}.img", tmp_path / name)
-        disk.directory.mkdir(exist_ok=True)
-        with disk.image.open("wb") as file:
-            file.truncate(megabytes << 20)
-        try:
-            subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", disk.image], check=True, capture_output=True)
-            disk.mount()
-        except (OSError, subprocess.CalledProcessError) as error:  # no root, no loop devices, or another system
-            pytest.skip(f"needs the right to mount a file as a disk, and mkfs.ext4: {error}")
-        made.append(disk)
-        return disk
-
-    yield make
-    for disk in made:
-        while subprocess.run(["mountpoint", "-q", disk.directory]).returncode == 0:
-            disk.unmount()
+def make_disk(tmp_path: Path) -> Iterator[Callable[..., LoopDisk]]:
+    """Create and mount a disk with a given name."""
+    with loop_disks(tmp_path) as make:
+        yield make
 
 
 _started: list[Started] = []
@@ -97,7 +44,7 @@ def _end_runs() -> Iterator[None]:
 
 
 class Started:
-    """A run under its supervisor."""
+    """A supervised run on two ranks."""
 
     def __init__(self, config: Path, *words: str) -> None:
         self.settings = load_settings(config)
@@ -120,12 +67,12 @@ class Started:
     def all_events(self) -> list[Event]:
         return list(read_journal(self.settings.run_dir))
 
-    def end_of_ranks(self) -> bool:
-        """Whether no rank is left."""
+    def ranks_have_ended(self) -> bool:
+        """Return whether no rank is running."""
         beats = [read_beat(self.settings.run_dir, rank) for rank in range(2)]
         return not any(beat is not None and is_running(beat.pid, beat.start) for beat in beats)
 
-    def has_told(self, kind: str) -> bool:
+    def has_event(self, kind: str) -> bool:
         return bool(self.events(kind))
 
     def problems(self) -> list[str]:
@@ -148,12 +95,12 @@ class Started:
         return self.end()
 
     def end(self) -> str:
-        """The whole output."""
+        """Wait for the end of the run and return its output."""
         try:
             self.output, _ = self.process.communicate(timeout=240)
         finally:
-            left = end_session(self.process.pid)
-        assert left == []
+            remaining = end_session(self.process.pid)
+        assert remaining == []
         return self.output
 
 
@@ -173,7 +120,7 @@ def config(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., P
                 **checkpoint,
             },
             samples={"every": 0},
-            validation={"every": 0},  # a stop may interrupt it, and the record of that step is then written later
+            validation={"every": 0},  # a stop may interrupt it: then the record of its step is written later
             supervisor={"backoff_seconds": 0.2, "stop_seconds": 60},
             guards={"spike": "off", "divergence": "off"},
         )
@@ -186,14 +133,16 @@ def steps_in(file: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_complete_later(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path], how: str
+def test_a_run_finishes_while_its_disk_is_not_writable_and_completes_its_metrics_later(
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path], how: str
 ) -> None:
     disk = make_disk("runs")
-    run = Started(config(40, **{"async": False, "write_mb_per_s": 20.0}))  # it must not end before the disk is full
+    run = Started(
+        config(40, **{"async": False, "write_mb_per_s": 20.0})
+    )  # slow enough not to end before the disk is full
     run.wait_for(lambda: run.saved >= EVERY)
     disk.fill() if how == "full" else disk.fail()
-    if how == "full":  # statvfs does not say that ext4 takes nothing after an error
+    if how == "full":  # statvfs does not report that ext4 is read-only after an error
         assert f"the disk of {run.settings.run_dir} is full" in run.problems()
     output = run.end()
     assert run.process.returncode == exit_report.DONE, output
@@ -209,7 +158,7 @@ def test_a_run_finishes_while_its_own_disk_takes_nothing_and_its_metrics_are_com
 
 
 def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path]
 ) -> None:
     disk = make_disk("all")
     directories = {"runs": disk.directory / "runs", "dir": str(disk.directory / "checkpoints"), "keep_last": 5}
@@ -217,7 +166,7 @@ def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(
     run.wait_for(lambda: run.saved >= 5 * EVERY)
     disk.fill()
     saved = run.saved
-    run.wait_for(lambda: run.saved >= saved + 2 * EVERY)  # older checkpoints give way
+    run.wait_for(lambda: run.saved >= saved + 2 * EVERY)  # older checkpoints are deleted
     output = run.stop()
     assert run.process.returncode == exit_report.STOPPED and "Traceback" not in output, output
     last = run.saved
@@ -228,8 +177,8 @@ def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, last + 3))
 
 
-def test_checkpoints_whose_disk_vanishes_are_waited_for_and_nothing_is_written_where_it_was(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+def test_a_run_waits_for_checkpoints_on_an_unmounted_disk_and_writes_nothing_below_it(
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path]
 ) -> None:
     disk = make_disk("checkpoints")
     run = Started(config(100_000))
@@ -239,7 +188,7 @@ def test_checkpoints_whose_disk_vanishes_are_waited_for_and_nothing_is_written_w
     run.wait_for(lambda: run.step >= step + 3 * EVERY)
     assert list(disk.directory.iterdir()) == []
     run.kill_rank(1)
-    run.wait_for(lambda: run.has_told("no_checkpoints"))
+    run.wait_for(lambda: run.has_event("no_checkpoints"))
     assert list(disk.directory.iterdir()) == [] and any("mount" in text for text in run.problems())
     disk.mount()
     run.wait_for(lambda: len(run.events("start")) == 2)
@@ -250,13 +199,13 @@ def test_checkpoints_whose_disk_vanishes_are_waited_for_and_nothing_is_written_w
 
 
 def test_a_run_crashes_and_resumes_while_the_disk_of_its_checkpoints_is_full(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path]
 ) -> None:
     disk = make_disk("checkpoints")
     run = Started(config(100_000))
     run.wait_for(lambda: run.saved >= EVERY)
     disk.fill()
-    run.wait_for(lambda: run.has_told("save_failed"))
+    run.wait_for(lambda: run.has_event("save_failed"))
     run.kill_rank(0)
     run.wait_for(lambda: len(run.events("start")) == 2)
     resumed, failed = run.events("start")[1].step or 0, len(run.events("save_failed"))
@@ -270,8 +219,8 @@ def test_a_run_crashes_and_resumes_while_the_disk_of_its_checkpoints_is_full(
     assert sorted(path.name for path in run.settings.checkpoint_dir.iterdir() if ".probe" in path.name) == []
 
 
-def test_a_run_whose_own_disk_vanishes_continues_and_is_logged_when_it_returns(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+def test_a_run_on_an_unmounted_disk_continues_and_writes_its_records_when_the_disk_is_mounted_again(
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path]
 ) -> None:
     disk = make_disk("runs")
     run = Started(config(100_000))
@@ -281,8 +230,8 @@ def test_a_run_whose_own_disk_vanishes_continues_and_is_logged_when_it_returns(
     run.wait_for(lambda: run.saved >= saved + 2 * EVERY)
     assert list(disk.directory.iterdir()) == []
     disk.mount()
-    away = run.saved
-    run.wait_for(lambda: any((event.step or 0) > away for event in run.events("save")))
+    while_unmounted = run.saved
+    run.wait_for(lambda: any((event.step or 0) > while_unmounted for event in run.events("save")))
     output = run.stop()
     assert run.process.returncode == exit_report.STOPPED and "Traceback" not in output, output
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
@@ -290,8 +239,8 @@ def test_a_run_whose_own_disk_vanishes_continues_and_is_logged_when_it_returns(
     assert run.problems() == []
 
 
-def test_a_crash_while_the_disk_of_the_run_is_full_is_followed_by_a_restart_when_it_is_not(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path]
+def test_after_a_crash_the_run_restarts_when_its_full_disk_has_free_space_again(
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path]
 ) -> None:
     disk = make_disk("runs")
     run = Started(config(100_000))
@@ -300,8 +249,8 @@ def test_a_crash_while_the_disk_of_the_run_is_full_is_followed_by_a_restart_when
     saved = run.saved
     run.wait_for(lambda: run.saved > saved)
     run.kill_rank(1)
-    time.sleep(20)  # longer than the back-off: starts would fail meanwhile
-    assert run.process.poll() is None and run.end_of_ranks()
+    time.sleep(20)  # longer than the back-off: a start in this time would fail
+    assert run.process.poll() is None and run.ranks_have_ended()
     disk.free()
     run.wait_for(lambda: run.saved > saved + 2 * EVERY)
     output = run.stop()
@@ -314,17 +263,17 @@ def test_a_crash_while_the_disk_of_the_run_is_full_is_followed_by_a_restart_when
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
 
 
-def test_nothing_is_saved_on_the_mount_point_of_a_disk_that_vanished(
-    make_disk: Callable[[str], Disk], config: Callable[..., Path], tmp_path: Path
+def test_nothing_is_saved_on_the_mount_point_of_an_unmounted_disk(
+    make_disk: Callable[..., LoopDisk], config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The disk is mounted at the very directory of the run's checkpoints."""
+    """The disk is mounted at the directory of the run's checkpoints."""
     (tmp_path / "checkpoints" / "test").mkdir(parents=True)
     (tmp_path / "checkpoints" / "test" / "readme.txt").touch()
     disk = make_disk("checkpoints/test")
     run = Started(config(100_000))
     run.wait_for(lambda: run.saved >= EVERY)
     disk.unmount()
-    run.wait_for(lambda: run.has_told("save_failed"))
+    run.wait_for(lambda: run.has_event("save_failed"))
     assert [path.name for path in disk.directory.iterdir()] == ["readme.txt"]
     disk.mount()
     step = run.step

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from file_tree import tree
 from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
 from launched import Launched
 
@@ -22,14 +23,6 @@ from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import supervisor
 from ds_gpt2.training.preflight import check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
-
-
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file below ``folder``, and every directory."""
-    return {
-        str(path.relative_to(folder)): (0, 0) if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture
@@ -91,8 +84,8 @@ def test_an_invalid_resume_changes_no_file_of_the_run(
         ("checkpoint.backup.to=file:///dev/null", "cannot copy to file:///dev/null: /dev/null is not a directory"),
         ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot copy to foo://x: Protocol not known: foo"),
         ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot copy to nowhere://x: Install nowhere_fs"),
-        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another place"),
-        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another place"),
+        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another location"),
+        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another location"),
     ],
 )
 def test_an_invalid_start_creates_no_run(

@@ -1,9 +1,8 @@
-"""A second home for checkpoints: real copies in another place.
+"""Copies of checkpoints in another storage, safe from a failure of the disk of the originals.
 
-A hard link shares its blocks and dies with them; a copy does not. The copies of a run lie in ``<place>/<run>/<tag>/``,
-the same files as in ``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker
-there too: written last, removed first. One process at a time may write the copies of a run, and ``owner.json`` beside
-them names the run that does.
+The copies are real copies, not hard links. Those of a run are in ``<url>/<run>/<tag>/``, with the same files as
+``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker there too: it is written
+last and deleted first. Only one process at a time may write the copies of a run; see ``ownership``.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
+from ds_gpt2.checkpoint.backup.ownership import Ownership
 from ds_gpt2.checkpoint.backup.storage import (
     BLOCK,
     LocalStorage,
@@ -35,15 +33,9 @@ from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
 from ds_gpt2.checkpoint.retention import RetentionCandidate
-from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import open_for_writing, read_small, regular_only, try_lock
-from ds_gpt2.config.run_address import RunAddress, address_of, read_address
-from ds_gpt2.config.run_location import CONFIG, last_seen
+from ds_gpt2.common.files import regular_only
 from ds_gpt2.config.settings import BackupSettings
-
-OWNER = "owner.json"
-_LOCK, _LOOK_SECONDS = "backup.lock", 0.2  # in the run's directory
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +44,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Copy:
-    """A committed copy at the place; its files are not verified."""
+    """A committed copy in the storage; its files are not verified."""
 
     tag: str
     role: Role
@@ -60,49 +52,50 @@ class Copy:
 
 
 class Backup:
-    """The copies of one run in one place.
+    """The copies of the checkpoints of one run in one storage.
 
-    Unless said otherwise, methods raise OSError where the place or the disk does not do what it is asked.
+    Methods raise OSError if the storage or the local disk fails.
     """
 
     def __init__(
         self,
-        place: str,
+        url: str,
         run_name: str,
         settings: BackupSettings,
         disk: Disk | None = None,
         run_dir: Path | None = None,
     ) -> None:
-        """Connects to nothing yet.
+        """Check the URL; no connection is opened.
 
         Args:
-            run_dir: of the run, which no other may share the location with; None does not check.
+            url: a local directory, or a URL that fsspec supports.
+            run_dir: the directory of the run, which must own the copies; None: ownership is not checked.
 
         Raises:
-            UserError: nothing here can reach a place of that kind.
+            UserError: the protocol of the URL is not supported.
         """
-        check_protocol(place)
+        check_protocol(url)
         assert is_plain_name(run_name)
         self.settings = settings
-        self._url = place
+        self._url = url
         self._run_name = run_name
         self._disk = disk or Disk()
         self._run_dir = run_dir
-        self._before = _last_address(run_dir) if run_dir is not None else None
-        self._is_claimed = False
+        self._ownership = Ownership(run_dir, self.where())
 
     def where(self, tag: str = "") -> str:
-        """The address of a copy, or of all of them, as it may be shown."""
+        """Return the address of the copy ``tag``, or of the directory of all copies, without secrets."""
         return redact("/".join(part for part in (self._url.rstrip("/"), self._run_name, tag) if part))
 
     def check_named(self, checkpoints: Path) -> None:
-        """Check the location by its name, without connecting to anything; a directory that is missing passes.
+        """Check a local location by its path, without creating or connecting to anything; a missing directory passes.
 
         Args:
             checkpoints: the directory of the run's checkpoints.
 
         Raises:
-            UserError: a file is in the way, the location is within ``checkpoints``, or another run's copies are there.
+            UserError: a file is in the way, the location is within ``checkpoints`` or the run's directory, or it has
+                the copies of another run.
         """
         directory = local_directory(self._url)
         if directory is None:
@@ -111,221 +104,182 @@ class Backup:
         if (file := file_instead_of(root)) is not None:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
-            raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+            raise self._checkpoint_directory_error()
         if self._run_dir is not None and root.resolve().is_relative_to(self._run_dir.resolve()):
-            raise UserError(f"{self.where()} is in the run's directory: give another place for copies")
-        with contextlib.suppress(OSError):
-            names = os.listdir(root)
-            content = read_small(root / OWNER) if OWNER in names else None
-            self._check_owner(self._owner_by(content, any(map(role_of, names))))
+            raise UserError(f"{self.where()} is in the run's directory: give another location for copies")
+        self._ownership.check_directory(root)
 
     def check_exists(self) -> None:
-        """
+        """Check that a local directory exists.
+
         Raises:
-            UserError: the place is a directory that is not there, or a file is in the way.
+            UserError: it does not exist, or a file is in the way.
         """
-        if isinstance(self._place, LocalStorage) and (file := file_instead_of(self._place.root)) is not None:
+        if not isinstance(self._storage, LocalStorage):
+            return
+        if (file := file_instead_of(self._storage.root)) is not None:
             raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
-        if isinstance(self._place, LocalStorage) and not self._place.is_there():
-            raise UserError(f"no directory {redact(self._url)} to copy to: make it, or mount what belongs there")
+        if not self._storage.exists():
+            raise UserError(f"no directory {redact(self._url)} to copy to: create it, or mount its disk")
 
     def check_apart_from(self, checkpoints: Path) -> None:
-        """
+        """Check that the copies are not in the directory of the checkpoints.
+
         Raises:
-            UserError: the place is where the run's checkpoints are: one would be taken for a copy of itself.
+            UserError: they are: a checkpoint would be taken for a copy of itself.
         """
-        if isinstance(self._place, LocalStorage) and self._place.root.resolve() == checkpoints.resolve():
-            raise UserError(f"{self.where()} is where the checkpoints themselves are: give another place for copies")
+        if isinstance(self._storage, LocalStorage) and self._storage.root.resolve() == checkpoints.resolve():
+            raise self._checkpoint_directory_error()
+
+    def _checkpoint_directory_error(self) -> UserError:
+        return UserError(f"{self.where()} is where the checkpoints themselves are: give another location for copies")
 
     def probe(self) -> None:
-        """Write, read and delete a small file there; nothing is left behind.
+        """Write, read and delete a small file in the storage; nothing remains.
 
         Raises:
-            OSError: one of these does not work.
+            OSError: one of these operations fails.
         """
-        self._place.probe()
+        self._storage.probe()
 
     def claim(self) -> None:
-        """Record that this run writes here.
+        """Record that this run owns the copies.
 
         Raises:
-            UserError: another run does, or has taken over from this one.
+            UserError: another run owns them, or has taken them over from this run.
         """
-        if self._run_dir is None:
-            return
-        content = self._place.content("", OWNER)
-        owner = self._owner_by(content, bool(self._place.tags()) if content is None else True)
-        self._check_owner(owner)
-        if content is None or owner is None or not owner.is_of(self._run_dir):
-            if owner is not None and not owner.is_of(self._run_dir):
-                log.warning(f"{self.where()} has the copies of {owner}: this run takes them over")
-            self._place.make("")
-            self._place.write("", OWNER, [json.dumps(address_of(self._run_dir).to_dict()).encode()])
-        self._is_claimed = True
+        self._ownership.claim(self._storage)
 
     def shares_disk_with(self, checkpoints: Path) -> bool:
-        """Whether what destroys that disk destroys both."""
-        place = self._place
-        return isinstance(place, LocalStorage) and os.stat(place.root.parent).st_dev == os.stat(checkpoints).st_dev
+        """Return whether the copies are on the same disk as ``checkpoints``: a disk failure would destroy both."""
+        storage = self._storage
+        return isinstance(storage, LocalStorage) and os.stat(storage.root.parent).st_dev == os.stat(checkpoints).st_dev
 
     def copy(self, generation: Generation, progress: Progress = lambda _: None) -> int:
-        """Make the place hold ``generation``; files that are there and good are not sent again. Returns bytes sent.
+        """Copy ``generation`` to the storage and return the number of bytes sent. Intact files are not sent again.
 
         Args:
-            progress: told the size of each block that is sent or read back; what it raises ends the copy.
+            progress: called with the size of each block that is sent or read back, and with 0 while waiting for
+                another process; an exception ends the copy.
 
         Raises:
-            UserError: it is a directory that a person has named, or another run's copies are there.
-            DamagedError: it is not what was written, and does not count as copied.
-            OSError: it cannot be read, or the place cannot be written, or gives back something else.
+            UserError: the directory does not have the name of a checkpoint, or another run owns the copies.
+            DamagedError: the checkpoint is damaged; there is no committed copy of it.
+            OSError: the checkpoint cannot be read, or the storage not written, or it returns other data than written.
         """
         if generation.role is None:
-            raise UserError(f"{generation.path} has not the name of a checkpoint")
+            raise UserError(f"{generation.path} does not have the name of a checkpoint")
         if generation.manifest is None:
             raise DamagedError(generation.problem)
-        with self._alone(progress):
+        with self._ownership.exclusive(on_wait=lambda: progress(0)):
             return self._copy(generation, generation.manifest, progress)
 
-    def _copy(self, generation: Generation, known: Manifest, progress: Progress) -> int:
+    def _copy(self, generation: Generation, manifest: Manifest, progress: Progress) -> int:
         self.claim()
-        tag, files, marker = generation.tag, known.files, encode(known)
+        tag, files, marker = generation.tag, manifest.files, encode(manifest)
         missing = [name for name, entry in files.items() if not self._has(tag, name, entry, progress)]
         progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
-        if not missing and self._place.content(tag, MANIFEST) == marker:
+        if not missing and self._storage.content(tag, MANIFEST) == marker:
             return 0
-        self._place.make(tag)
+        self._storage.make(tag)
         self._clear(tag, files.keys() - set(missing))
         for name in missing:
             self._send(generation, name, files[name], progress)
         self._commit(tag, marker)
         return sum(files[name].bytes for name in missing)
 
-    @contextlib.contextmanager
-    def _alone(self, progress: Progress) -> Iterator[None]:
-        """Wait while another process copies this run: two copies at once would replace each other's files."""
-        if self._run_dir is None:
-            yield
-            return
-        try:
-            file = open_for_writing(self._run_dir / _LOCK, "ab")
-        except OSError:  # a directory that cannot be written: a copy is worth more than the lock
-            yield
-            return
-        with file:
-            while not try_lock(file):
-                progress(0)
-                time.sleep(_LOOK_SECONDS)
-            yield
-
-    def held(self) -> list[Copy]:
-        """The copies there, what was made last first: after a run has gone back, that is not the highest step."""
-        found = [copy for tag in self._place.tags() if (copy := self._copy_of(tag)) is not None]
+    def copies(self) -> list[Copy]:
+        """Return the committed copies, the last created first: after a rollback that is not the highest step."""
+        found = [copy for tag in self._storage.tags() if (copy := self._copy_of(tag)) is not None]
         return sorted(found, key=lambda copy: (copy.manifest.made_at, copy.manifest.step, copy.tag), reverse=True)
 
     def prune(self, step: int) -> list[str]:
-        """Delete the copies of rolling checkpoints but the newest ``keep``, and unfinished older ones. Returns tags.
+        """Delete the copies of rolling checkpoints except the newest ``keep``, and older incomplete ones.
 
-        Those of later steps than ``step`` are left alone and not counted: the run has gone back, or begun anew under
-        its old name, and only a person knows which history is worth more.
+        Copies of later steps than ``step`` are neither deleted nor counted: the run was rolled back, or restarted
+        under the same name, and only the user can decide which history to retain.
+
+        Returns:
+            The tags of the deleted copies.
         """
-        steps = {copy.tag: copy.manifest.step for copy in self.held() if copy.role == "rolling"}
+        steps = {copy.tag: copy.manifest.step for copy in self.copies() if copy.role == "rolling"}
         found = [RetentionCandidate(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
-        doomed = [kept.tag for kept in retention.to_delete(found, [retention.keep_last(self.settings.keep)])]
-        oldest = min((at for tag, at in steps.items() if tag not in doomed), default=0)
-        doomed += [tag for tag in self._place.tags() if tag not in steps and 0 <= _rolling_step(tag) < oldest]
-        for tag in doomed:
-            self._place.remove(tag)
-        return doomed
+        deleted = [copy.tag for copy in retention.to_delete(found, [retention.keep_last(self.settings.keep)])]
+        oldest = min((at for tag, at in steps.items() if tag not in deleted), default=0)
+        deleted += [tag for tag in self._storage.tags() if tag not in steps and 0 <= _rolling_step(tag) < oldest]
+        for tag in deleted:
+            self._storage.remove(tag)
+        return deleted
 
     def fetch(self, tag: str, directory: Path, progress: Progress = lambda _: None) -> Generation:
-        """Bring the copy ``tag`` back as a checkpoint in ``directory``, that is ``checkpoints/<run>/``.
+        """Restore the copy ``tag`` as a checkpoint in ``directory``, that is ``checkpoints/<run>/``.
 
-        One of that name is left alone if it is the same, replaced if it is damaged, and gives way as it does to any
-        commit if it is another.
+        A checkpoint of this tag is left unchanged if it equals the copy, and replaced if it is damaged. A different
+        checkpoint of this tag is superseded, as by any commit.
 
         Raises:
             UserError: there is no such copy.
-            DamagedError: the copy is not what was written; ``directory`` is as before.
+            DamagedError: the copy is damaged; ``directory`` is unchanged.
         """
         copy = self._copy_of(tag)
         if copy is None:
-            raise UserError(f"no copy {tag} in {self.where()}: there are {', '.join(self._tags_held()) or 'none'}")
-        here = open_generation(directory / tag)
-        if here.manifest == copy.manifest and problem_of(here) is None:
-            return here
+            available = ", ".join(copy.tag for copy in self.copies()) or "none"
+            raise UserError(f"no copy {tag} in {self.where()}: there are {available}")
+        local = open_generation(directory / tag)
+        if local.manifest == copy.manifest and problem_of(local) is None:
+            return local
         self._download(copy, directory / (tag + PARTIAL), progress)
-        if here.manifest in (None, copy.manifest):
+        if local.manifest in (None, copy.manifest):
             commit.remove(self._disk, directory, tag)
         commit.commit(self._disk, directory, tag, copy.manifest)
         return open_generation(directory / tag)
 
-    def _owner_by(self, content: bytes | None, has_copies: bool) -> RunAddress | None:
-        """Which run the copies are of: earlier versions recorded none, and a copied run tells where it was."""
-        if content is None:
-            return self._before if has_copies else None
-        try:
-            return read_address(safe_json.parse(content))
-        except ValueError:
-            return None
-
-    def _check_owner(self, owner: RunAddress | None) -> None:
-        """
-        Raises:
-            UserError: it is another run than this one, which still exists or has taken over.
-        """
-        if owner is None or self._run_dir is None or owner.is_of(self._run_dir):
-            return
-        if self._is_claimed or owner.is_in_use():
-            raise UserError(f"{self.where()} has the copies of {owner}: set checkpoint.backup.to to another location")
-
     @functools.cached_property
-    def _place(self) -> Storage:
+    def _storage(self) -> Storage:
         return open_storage(self._url, self._run_name, self._disk)
 
     def _has(self, tag: str, name: str, entry: FileEntry, progress: Progress) -> bool:
-        if self._place.size(tag, name) != entry.bytes:
+        """Return whether the storage has an intact copy of the file."""
+        if self._storage.size(tag, name) != entry.bytes:
             return False
         digest = hashlib.sha256()
-        self._place.read(tag, name, _each(digest.update, progress))
+        self._storage.read(tag, name, _each(digest.update, progress))
         return digest.hexdigest() == entry.sha256
 
-    def _clear(self, tag: str, good: set[str]) -> None:
-        """Whatever else is there under this name ceases to be a copy, then ceases to be."""
-        names = self._place.names(tag)
+    def _clear(self, tag: str, intact: set[str]) -> None:
+        """Delete all files of the copy except the intact ones, its manifest first."""
+        names = self._storage.names(tag)
         if MANIFEST in names:
-            self._place.remove_file(tag, MANIFEST)
-            self._place.sync(tag)
-        for name in set(names) - good - {MANIFEST}:
-            self._place.remove_file(tag, name)
+            self._storage.remove_file(tag, MANIFEST)
+            self._storage.sync(tag)
+        for name in set(names) - intact - {MANIFEST}:
+            self._storage.remove_file(tag, name)
 
     def _send(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
         digest = hashlib.sha256()
-        self._place.write(generation.tag, name, _blocks_of(generation.path / name, _each(digest.update, progress)))
+        self._storage.write(generation.tag, name, _blocks_of(generation.path / name, _each(digest.update, progress)))
         if digest.hexdigest() != entry.sha256:
-            raise DamagedError(f"{name} is damaged: its sha256 is not the one written")
+            raise DamagedError(f"{name} is damaged: sha256 mismatch")
         if not self._has(generation.tag, name, entry, progress):
             raise OSError(f"{self.where(generation.tag)}/{name} does not read back as it was written")
 
     def _commit(self, tag: str, marker: bytes) -> None:
-        self._place.sync(tag)
-        self._place.write(tag, MANIFEST, [marker])
-        self._place.sync(tag)
-        if self._place.content(tag, MANIFEST) != marker:
+        self._storage.sync(tag)
+        self._storage.write(tag, MANIFEST, [marker])
+        self._storage.sync(tag)
+        if self._storage.content(tag, MANIFEST) != marker:
             raise OSError(f"{self.where(tag)}/{MANIFEST} does not read back as it was written")
 
     def _copy_of(self, tag: str) -> Copy | None:
         role = role_of(tag)
-        marker = self._place.content(tag, MANIFEST) if role else None
+        marker = self._storage.content(tag, MANIFEST) if role else None
         if role is None or marker is None:
             return None
         try:
             return Copy(tag, role, decode(marker))
         except DamagedError as error:
-            log.warning(f"{self.where(tag)} does not count as a copy: {error}")
+            log.warning(f"{self.where(tag)} is not a valid copy: {error}")
             return None
-
-    def _tags_held(self) -> list[str]:
-        return [copy.tag for copy in self.held()]
 
     def _download(self, copy: Copy, partial: Path, progress: Progress) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -333,43 +287,35 @@ class Backup:
         self._disk.make_directory(partial)
         try:
             for name, entry in copy.manifest.files.items():
-                fill = functools.partial(self._pour, copy.tag, name, progress)
+                fill = functools.partial(self._receive, copy.tag, name, progress)
                 if commit.write_with(self._disk, partial / name, 0.0, fill) != entry:
-                    raise DamagedError(f"{self.where(copy.tag)}/{name} is not what was written")
+                    raise DamagedError(f"{self.where(copy.tag)}/{name} is damaged: size or sha256 mismatch")
         except BaseException:
             with contextlib.suppress(OSError):
                 commit.discard(self._disk, partial)
             raise
 
-    def _pour(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
-        self._place.read(tag, name, _each(file.write, progress))
-
-
-def _last_address(run_dir: Path) -> RunAddress | None:
-    """Where the run was when it was last started; None if it never was, or its settings cannot be read."""
-    try:
-        return address_of(last_seen(run_dir)) if (run_dir / CONFIG).is_file() else None
-    except (UserError, OSError):
-        return None
+    def _receive(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
+        self._storage.read(tag, name, _each(file.write, progress))
 
 
 def _rolling_step(tag: str) -> int:
-    """The step in the name of a rolling checkpoint; -1 of another."""
+    """Return the step in the tag of a rolling checkpoint; -1 for another tag."""
     return int(tag.rsplit("_", 1)[1]) if role_of(tag) == "rolling" else -1
 
 
-def _blocks_of(path: Path, take: Callable[[bytes], object]) -> Iterator[bytes]:
+def _blocks_of(path: Path, on_block: Callable[[bytes], object]) -> Iterator[bytes]:
     with open(path, "rb", opener=regular_only) as file:
         while block := file.read(BLOCK):
-            take(block)
+            on_block(block)
             yield block
 
 
-def _each(take: Callable[[bytes], object], progress: Progress) -> Callable[[bytes], None]:
-    """Give each block to ``take`` and its size to ``progress``."""
+def _each(on_block: Callable[[bytes], object], progress: Progress) -> Callable[[bytes], None]:
+    """Return a function that passes a block to ``on_block`` and its size to ``progress``."""
 
     def both(block: bytes) -> None:
-        take(block)
+        on_block(block)
         progress(len(block))
 
     return both

@@ -1,4 +1,4 @@
-"""Report to the run's journal that backups fail, and that they work again."""
+"""Record in the run's journal that backups fail, and when they work again."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import time
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.run_dir.journal import Event, Journal
 
-_REMIND_SECONDS = 86_400.0  # a failure that lasts is reported once a day
+_REMIND_SECONDS = 86_400.0  # a continuing failure is recorded once a day
 
 
 class BackupReporter:
-    """What the journal says about backups. Only a change is reported, also over restarts of the run."""
+    """Records failures of backups and recoveries. Only changes are recorded, also across restarts of the run."""
 
     def __init__(self, journal: Journal) -> None:
+        """Read the newest event about backups from the journal."""
         self._journal = journal
         self._lock = threading.Lock()
         self._last = _newest(journal)
 
     def failed(self, text: str, step: int | None = None) -> None:
-        """A copy was not made. ``text`` says which one and why, in one line without secrets."""
+        """Record that a copy failed.
+
+        Args:
+            text: which copy and why, in one line without secrets.
+        """
         with self._lock:
             since = failing_since(self._last)
             if self._last is not None and since is not None and time.time() - self._last.time < _REMIND_SECONDS:
@@ -29,8 +34,12 @@ class BackupReporter:
             self._journal.write("backup_failed", text, step, since=since)
             self._last = Event(time.time(), "backup_failed", text, step, {"since": since})
 
-    def works(self, text: str, step: int | None = None) -> None:
-        """A copy was made. ``text`` says which one, and where it is."""
+    def recovered(self, text: str, step: int | None = None) -> None:
+        """Record that a copy succeeded, if the one before failed.
+
+        Args:
+            text: which copy, and its address, in one line without secrets.
+        """
         with self._lock:
             if (since := failing_since(self._last)) is None:
                 return
@@ -40,7 +49,11 @@ class BackupReporter:
 
 
 def failing_since(event: Event | None) -> float | None:
-    """Since when backups fail, by their newest event, in seconds since 1970; None if they do not fail."""
+    """Return the time since which backups fail, in seconds since 1970; None if they do not fail.
+
+    Args:
+        event: the newest event of the kinds ``backup_failed`` and ``backup_ok``; None if there is none.
+    """
     if event is None or event.kind != "backup_failed":
         return None
     return event.time_in("since")

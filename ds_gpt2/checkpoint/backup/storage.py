@@ -1,4 +1,4 @@
-"""Where copies of checkpoints can lie: a directory of this machine's, or whatever else fsspec reaches."""
+"""The storage of copies: a local directory, or any file system that fsspec supports."""
 
 from __future__ import annotations
 
@@ -27,57 +27,58 @@ _SHORTEST_SECRET = 6  # characters; shorter values would hide ordinary words
 
 
 def redact(text: str) -> str:
-    """``text`` without what may be secret in the URLs in it: who logs in with what, and the values of parameters."""
+    """Return ``text`` with credentials and parameter values in its URLs replaced by ``***``."""
     text = re.sub(r"(?<=://)(?:[^\s@]*:\S*|[^\s/@]*)@", "***@", text)
     return re.sub(r"([?&;][^\s=&;?]+=)[^\s&;'\"]+", r"\1***", text)
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception as one line that may be shown."""
-    said = str(error)
+    """Return the message of an exception in one line, without secrets, at most 500 characters."""
+    message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        said = f"{error.filename}: {error.strerror}"  # without the number that Python puts before it
-    text = redact(" ".join(said.split()) or type(error).__name__)
+        message = f"{error.filename}: {error.strerror}"  # without the error number
+    text = redact(" ".join(message.split()) or type(error).__name__)
     for secret in _secrets():
         text = text.replace(secret, "***")
     return text[:500]
 
 
 def _secrets() -> list[str]:
-    """Keys and passwords that the file systems were given, by the environment or by fsspec's settings."""
-    given = {**os.environ, **flat({"fsspec": fsspec.config.conf})}
-    secrets = [value for name, value in given.items() if _SECRET_NAME.search(name) and isinstance(value, str)]
+    """Return the keys and passwords in the environment and in fsspec's configuration, longest first."""
+    values = {**os.environ, **flat({"fsspec": fsspec.config.conf})}
+    secrets = [value for name, value in values.items() if _SECRET_NAME.search(name) and isinstance(value, str)]
     return sorted((value for value in secrets if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 
-def check_protocol(place: str) -> None:
-    """
+def check_protocol(url: str) -> None:
+    """Check that fsspec supports the protocol of ``url``; a path without a protocol is local.
+
     Raises:
-        UserError: nothing here can reach a place of that kind.
+        UserError: the protocol is unknown, or a package for it is missing.
     """
     try:
-        fsspec.get_filesystem_class(fsspec.core.split_protocol(place)[0])
+        fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0])
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot copy to {redact(place)}: {reason_of(error)}") from None
+        raise UserError(f"cannot copy to {redact(url)}: {reason_of(error)}") from None
 
 
-def local_directory(place: str) -> Path | None:
-    """Return the directory that ``place`` names; None if it is no path of this machine's. Nothing is opened."""
-    protocol, path = fsspec.core.split_protocol(place)
+def local_directory(url: str) -> Path | None:
+    """Return the local directory that ``url`` names; None if it is remote. Nothing is opened."""
+    protocol, path = fsspec.core.split_protocol(url)
     return Path(LocalFileSystem._strip_protocol(path)) if protocol in (None, "file", "local") else None
 
 
 def file_instead_of(directory: Path) -> Path | None:
-    """Return what exists in the place of ``directory`` or of one of its parents and is not a directory."""
+    """Return the path at or above ``directory`` that exists and is not a directory; None if there is none."""
     existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), None)
     return existing if existing is not None and not existing.is_dir() else None
 
 
 def open_storage(url: str, run_name: str, disk: Disk) -> Storage:
-    """The directory of a run's copies at ``url``.
+    """Return the directory of the run's copies at ``url``.
 
     Raises:
-        OSError: it cannot be reached.
+        OSError: the storage is not accessible.
     """
     with only_os_errors():
         system, root = fsspec.core.url_to_fs(url)
@@ -88,7 +89,7 @@ def open_storage(url: str, run_name: str, disk: Disk) -> Storage:
 
 @contextlib.contextmanager
 def only_os_errors() -> Iterator[None]:
-    """The libraries behind fsspec raise what they like, with URLs in it; from here on it is an OSError."""
+    """Convert all exceptions of the libraries behind fsspec, which may contain secrets, to OSError."""
     try:
         yield
     except (OSError, DamagedError):
@@ -98,36 +99,40 @@ def only_os_errors() -> Iterator[None]:
 
 
 class Storage:
-    """The directory of a run's copies on any file system of fsspec. The tag "" means the directory itself."""
+    """The directory of a run's copies on a file system of fsspec. The tag "" stands for the directory itself.
+
+    Methods raise OSError.
+    """
 
     def __init__(self, system: Any, root: str) -> None:
         self._system = system
         self._root = root
 
     def tags(self) -> list[str]:
-        """Names of checkpoints, whether or not there is a marker."""
+        """Return the tags of all copies, complete or not."""
         return [name for name in self._names(self._root) if role_of(name)]
 
     def names(self, tag: str) -> list[str]:
+        """Return the names of the files of a copy."""
         return [name for name in self._names(self._path(tag)) if name != tag]  # some stores list the directory itself
 
     @only_os_errors()
     def size(self, tag: str, name: str) -> int | None:
-        """Bytes of a file; None if there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         try:
             return int(self._fresh().info(self._path(tag, name))["size"])
         except FileNotFoundError:
             return None
 
     @only_os_errors()
-    def read(self, tag: str, name: str, take: Callable[[bytes], object]) -> None:
-        """Give the content of a file to ``take``, block by block."""
+    def read(self, tag: str, name: str, on_block: Callable[[bytes], object]) -> None:
+        """Call ``on_block`` with each block of a file, in order."""
         with self._fresh().open(self._path(tag, name), "rb") as file:
             while block := file.read(BLOCK):
-                take(block)
+                on_block(block)
 
     def content(self, tag: str, name: str) -> bytes | None:
-        """The content of a small file; None if there is none."""
+        """Return the content of a small file; None if it does not exist."""
         blocks: list[bytes] = []
         try:
             self.read(tag, name, blocks.append)
@@ -137,25 +142,26 @@ class Storage:
 
     @only_os_errors()
     def make(self, tag: str) -> None:
-        """A directory for a copy; never the place itself: a mistyped bucket would be created."""
+        """Create the directory of a copy. The parent of the run's directory must exist: it may be a mistyped bucket."""
         for path in (self._root, self._path(tag)):
             with contextlib.suppress(FileExistsError):
                 self._system.mkdir(path, create_parents=False)
 
     @only_os_errors()
     def write(self, tag: str, name: str, blocks: Iterable[bytes]) -> None:
+        """Write a file; an existing one is replaced."""
         with self._system.open(self._path(tag, name), "wb") as file:
             for block in blocks:
                 file.write(block)
 
     def probe(self) -> None:
-        """Write a small file, read it back and delete it, with the directories that were made for it.
+        """Write a small file, read it back and delete it, together with the directories created for it.
 
         Raises:
-            OSError: one of these does not work.
+            OSError: one of these operations fails.
         """
         tag, data = f"probe-{uuid.uuid4().hex}", os.urandom(64)
-        was_there = self._is_directory(self._root)
+        existed = self._is_directory(self._root)
         try:
             self.make(tag)
             self.write(tag, "probe", [data])
@@ -163,15 +169,15 @@ class Storage:
                 raise OSError(f"{redact(self._root)}: a file does not read back as it was written")
             self.remove_file(tag, "probe")
             if self.size(tag, "probe") is not None:
-                raise OSError(f"{redact(self._root)}: a file is still there after it was deleted")
+                raise OSError(f"{redact(self._root)}: a deleted file still exists")
         finally:
-            self._unmake(tag, was_there)
+            self._remove_probe(tag, existed)
 
-    def _unmake(self, tag: str, was_there: bool) -> None:
-        """Remove what ``probe`` has left; the run's directory only if it is empty and new."""
+    def _remove_probe(self, tag: str, existed: bool) -> None:
+        """Delete the files of ``probe``; the run's directory too if it did not exist before and is empty."""
         with contextlib.suppress(Exception):
             self._system.rm_file(self._path(tag, "probe"))
-        for path in (self._path(tag), *([] if was_there else [self._root])):
+        for path in (self._path(tag), *([] if existed else [self._root])):
             with contextlib.suppress(Exception):
                 if self._is_directory(path) and not self._names(path):
                     self._system.rmdir(path)
@@ -181,18 +187,19 @@ class Storage:
         return bool(self._fresh().isdir(path))
 
     def sync(self, tag: str) -> None:
-        """The names of files are as durable as they become by themselves."""
+        """Make the names of a copy's files durable. Here it does nothing: remote file systems have no such call."""
 
     @only_os_errors()
     def remove_file(self, tag: str, name: str) -> None:
+        """Delete a file."""
         self._system.rm_file(self._path(tag, name))
 
     @only_os_errors()
     def remove(self, tag: str) -> None:
-        """All files, the marker first."""
+        """Delete all files of a copy, its manifest first."""
         if self.size(tag, MANIFEST) is not None:
             self.remove_file(tag, MANIFEST)
-        with contextlib.suppress(FileNotFoundError):  # a directory that was nothing but its marker
+        with contextlib.suppress(FileNotFoundError):  # in object stores, a directory without files does not exist
             self._system.rm(self._path(tag), recursive=True)
 
     @only_os_errors()
@@ -203,7 +210,7 @@ class Storage:
             return []
 
     def _fresh(self) -> Any:
-        """The file system, without what it remembers: another process may have been there."""
+        """Return the file system with an empty cache: another process may have changed the files."""
         self._system.invalidate_cache()
         return self._system
 
@@ -212,28 +219,29 @@ class Storage:
 
 
 class LocalStorage(Storage):
-    """A directory on a disk or a mounted one: durable when it says so."""
+    """A directory on a local or mounted disk. Writes are durable after ``sync``."""
 
     def __init__(self, system: Any, root: Path, disk: Disk) -> None:
         super().__init__(system, str(root))
         self.root = root
         self._disk = disk
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
+        """Return whether the directory that contains those of the runs exists."""
         return self.root.parent.is_dir()
 
     def tags(self) -> list[str]:
-        self._check_there()
+        self._check_exists()
         return super().tags()
 
     def make(self, tag: str) -> None:
-        self._check_there()
+        self._check_exists()
         for path in (self.root, self.root / tag):
             self._disk.make_directory(path)
             self._disk.sync_directory(path.parent)
 
     def write(self, tag: str, name: str, blocks: Iterable[bytes]) -> None:
-        """Under another name first: a file of this name may be hard-linked from somewhere."""
+        """Write a file under a temporary name and rename it: an existing file may be hard-linked elsewhere."""
         path = self.root / tag / name
         unfinished = path.with_name(name + PARTIAL)
         file = self._disk.create(unfinished)
@@ -241,17 +249,20 @@ class LocalStorage(Storage):
             for block in blocks:
                 self._disk.write(file, block)
             self._disk.sync(file)
-            _forget_cached(file)  # reading back shall read the medium
+            _drop_from_cache(file)  # so that reading it back reads the medium
         finally:
             file.close()
         self._disk.rename(unfinished, path)
 
-    def _check_there(self) -> None:
-        """What is not mounted must not look empty, nor be made: that would fill the disk below the mount point."""
+    def _check_exists(self) -> None:
+        """Raise OSError if the directory does not exist.
+
+        An unmounted disk must not be taken for an empty one, nor be created: that would fill the disk below it.
+        """
         if (file := file_instead_of(self.root)) is not None:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory (set checkpoint.backup.to to one)", str(file))
-        if not self.is_there():
-            hint = "no such directory (make it, or mount what belongs there)"
+        if not self.exists():
+            hint = "no such directory (create it, or mount its disk)"
             raise FileNotFoundError(errno.ENOENT, hint, str(self.root.parent))
 
     def sync(self, tag: str) -> None:
@@ -264,6 +275,6 @@ class LocalStorage(Storage):
         commit.remove(self._disk, self.root, tag)
 
 
-def _forget_cached(file: BinaryIO) -> None:
+def _drop_from_cache(file: BinaryIO) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -42,7 +42,7 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     mine = [rank.pid for rank in ranks if rank.run == name]
     supervised = read_supervisor_record(settings.run_dir)
     holder = _holder(settings.checkpoint_dir / LOCK)
-    if supervised is not None and supervised.alive:
+    if supervised is not None and supervised.is_alive:
         found = f"{name} is kept going by process {supervised.pid} on {supervised.host}"
         here = supervised.host == socket.gethostname()
         return Finding("this run", "fail" if here else "warn", found, "wait for its end, or give another run.name")

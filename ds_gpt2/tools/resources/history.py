@@ -128,7 +128,7 @@ def restarts_of(events: Sequence[Event]) -> list[bool]:
 
 def lost_by_start(events: Sequence[Event]) -> dict[float, float]:
     """Return the seconds lost before each start, by the time of the start; intended pauses are left out."""
-    return {lost.ended: lost.seconds for lost in lost_times(list(events)) if lost.why not in _INTENDED}
+    return {lost.end: lost.seconds for lost in lost_times(list(events)) if lost.cause not in _INTENDED}
 
 
 class _Time:
@@ -136,8 +136,8 @@ class _Time:
 
     def __init__(self, events: Sequence[Event], state: State, now: float) -> None:
         lost = lost_times([*events, *_as_if_resumed(events, state, now)])
-        self._lost = [span for span in lost if span.why not in _INTENDED]
-        self._pauses = [span for span in lost if span.why in _INTENDED]
+        self._lost = [span for span in lost if span.cause not in _INTENDED]
+        self._pauses = [span for span in lost if span.cause in _INTENDED]
         self._start = next((event.time for event in events if event.kind == "start"), now)
         self._end = events[-1].time if state in ("finished", "stopped") and events else now
 
@@ -159,4 +159,4 @@ def _as_if_resumed(events: Sequence[Event], state: State, now: float) -> list[Ev
 
 def _overlap(spans: Iterable[LostTime], start: float, end: float) -> float:
     """Return the seconds of the spans that lie between ``start`` and ``end``."""
-    return sum(max(0.0, min(span.ended, end) - max(span.begun, start)) for span in spans)
+    return sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in spans)

@@ -142,7 +142,7 @@ def _state_of(observed: _Observed, is_here: bool) -> RunState:
         active = _still_beating(observed, beats)
     if active:
         return _of_ranks(observed, active)
-    if observed.supervisor is not None and observed.supervisor.alive:
+    if observed.supervisor is not None and observed.supervisor.is_alive:
         return _of_supervisor(observed, observed.supervisor, list(beats.values()))
     return _of_ended_run(observed)
 

@@ -1,16 +1,16 @@
-"""Backups that fail are reported in the journal, once, and so is that they work again."""
+"""Failures of backups and recoveries are recorded in the journal, once."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from small_backup import FILES, SETTINGS, link, read_at, save, settle, tags
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup import queue as backup_queue
@@ -21,23 +21,6 @@ from ds_gpt2.checkpoint.backup.storage import reason_of
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
-from tests.checkpoint.backup.test_backup import FILES, SETTINGS, link, read_at, save, settle, tags
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """``checkpoints/<run>/``, and where the journal is."""
-    path = tmp_path / "checkpoints" / "run"
-    path.mkdir(parents=True)
-    return path
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield MemoryFileSystem()
-    MemoryFileSystem.store.clear()
 
 
 def events(run_dir: Path) -> list[Event]:
@@ -52,16 +35,18 @@ def train(queue: BackupQueue, run_dir: Path, *steps: int) -> None:
 
 
 def open_queue(location: Path, run_dir: Path) -> BackupQueue:
-    return BackupQueue(Backup(str(location), "run", SETTINGS), lambda: run_dir, news=BackupReporter(Journal(run_dir)))
+    return BackupQueue(
+        Backup(str(location), "run", SETTINGS), lambda: run_dir, reporter=BackupReporter(Journal(run_dir))
+    )
 
 
-def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: Path, tmp_path: Path) -> None:
+def test_a_continuing_failure_is_one_event_and_so_is_the_recovery(run_dir: Path, tmp_path: Path) -> None:
     nas = tmp_path / "nas"
     queue = open_queue(nas, run_dir)
     train(queue, run_dir, 100, 200, 300)
     (failed,) = events(run_dir)
     assert failed.kind == "backup_failed"
-    assert "no such directory (make it, or mount what belongs there)" in failed.text
+    assert "no such directory (create it, or mount its disk)" in failed.text
     assert f"(copies go to {nas}/run)" in failed.text
     nas.mkdir()
     train(queue, run_dir, 400)
@@ -70,7 +55,7 @@ def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: 
     assert recovered.text.startswith("backups work again after ")
     assert read_at(str(nas), rolling_tag(400)).keys() == {*FILES, "manifest.json"}
     train(queue, run_dir, 500)
-    assert len(events(run_dir)) == 2, "what works is not reported again"
+    assert len(events(run_dir)) == 2, "a success after a success is not recorded"
     shutil.rmtree(nas)
     train(queue, run_dir, 600)
     assert [event.kind for event in events(run_dir)] == ["backup_failed", "backup_ok", "backup_failed"]
@@ -78,23 +63,23 @@ def test_a_backup_that_never_works_is_one_event_and_so_is_its_recovery(run_dir: 
 
 
 @pytest.mark.parametrize(
-    ("in_the_way", "reason"),
+    ("is_file", "reason"),
     [
-        (False, "PLACE: no such directory (make it, or mount what belongs there)"),
-        (True, "PLACE: not a directory (set checkpoint.backup.to to one)"),
+        (False, "LOCATION: no such directory (create it, or mount its disk)"),
+        (True, "LOCATION: not a directory (set checkpoint.backup.to to one)"),
     ],
 )
-def test_a_save_that_cannot_be_copied_is_one_line_in_the_log(
-    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, in_the_way: bool, reason: str
+def test_a_failed_copy_is_one_line_in_the_log(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_file: bool, reason: str
 ) -> None:
     nas = tmp_path / "nas"
-    if in_the_way:
+    if is_file:
         nas.write_text("a file")
     queue = open_queue(nas, run_dir)
     settle(queue)
-    reason = reason.replace("PLACE", str(nas))
+    reason = reason.replace("LOCATION", str(nas))
     assert caplog.messages == [
-        f"backup: could not see what is there: {reason}; it is tried again after the next checkpoint"
+        f"backup: could not list the copies: {reason}; it is tried again after the next checkpoint"
     ]
     caplog.clear()
     train(queue, run_dir, 100)
@@ -103,22 +88,22 @@ def test_a_save_that_cannot_be_copied_is_one_line_in_the_log(
     queue.finish(10)
 
 
-def test_a_failure_that_lasts_is_reported_daily_over_restarts_with_its_beginning(
+def test_a_continuing_failure_is_recorded_daily_with_its_start_also_after_restarts(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = time.time()
+    start_time = time.time()
     for hours in (0, 1, 23, 25, 26, 50):
-        monkeypatch.setattr(time, "time", lambda hours=hours: begun + 3600 * hours)
+        monkeypatch.setattr(time, "time", lambda hours=hours: start_time + 3600 * hours)
         BackupReporter(Journal(run_dir)).failed("no answer", 100)
-    assert [(event.time - begun) / 3600 for event in events(run_dir)] == [0, 25, 50]
-    assert [event.facts["since"] for event in events(run_dir)] == [begun] * 3
-    BackupReporter(Journal(run_dir)).works("there it is", 200)
+    assert [(event.time - start_time) / 3600 for event in events(run_dir)] == [0, 25, 50]
+    assert [event.facts["since"] for event in events(run_dir)] == [start_time] * 3
+    BackupReporter(Journal(run_dir)).recovered("there it is", 200)
     assert events(run_dir)[-1].text == "backups work again after 2d 2h: there it is"
-    BackupReporter(Journal(run_dir)).works("there it is", 300)
+    BackupReporter(Journal(run_dir)).recovered("there it is", 300)
     assert len(events(run_dir)) == 4
 
 
-def test_a_place_that_cannot_delete_old_copies_does_not_count_as_working(
+def test_a_storage_that_cannot_delete_old_copies_counts_as_failing(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nas").mkdir()
@@ -136,7 +121,7 @@ def test_a_place_that_cannot_delete_old_copies_does_not_count_as_working(
     queue.finish(10)
 
 
-def test_a_copy_that_does_not_move_is_a_failure(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_without_progress_is_a_failure(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nas").mkdir()
     monkeypatch.setattr(backup_queue, "_STUCK_SECONDS", 0.2)
     answer = threading.Event()
@@ -153,14 +138,14 @@ def test_a_copy_that_does_not_move_is_a_failure(run_dir: Path, tmp_path: Path, m
     time.sleep(0.5)
     save(run_dir, 200)
     queue.offer(rolling_tag(200), [], 200)
-    assert [event.text for event in events(run_dir)] == [f"a copy to {tmp_path}/nas/run has not moved for 0s"]
+    assert [event.text for event in events(run_dir)] == [f"a copy to {tmp_path}/nas/run has made no progress for 0s"]
     answer.set()
     settle(queue)
     assert [event.kind for event in events(run_dir)] == ["backup_failed", "backup_ok"]
     queue.finish(10)
 
 
-def test_an_epoch_that_retention_has_deleted_is_not_owed_for_ever(run_dir: Path, tmp_path: Path) -> None:
+def test_an_epoch_that_retention_has_deleted_is_not_copied_later(run_dir: Path, tmp_path: Path) -> None:
     nas = tmp_path / "nas"
     queue = open_queue(nas, run_dir)
     save(run_dir, 100)
@@ -175,13 +160,11 @@ def test_an_epoch_that_retention_has_deleted_is_not_owed_for_ever(run_dir: Path,
     assert tags(Backup(str(nas), "run", SETTINGS)) == [rolling_tag(200)]
 
 
-# The probe that `doctor` makes
+# The probe of `doctor`
 
 
 @pytest.mark.parametrize("has_copies", [False, True])
-def test_a_probe_leaves_nothing_behind(
-    run_dir: Path, tmp_path: Path, memory: MemoryFileSystem, has_copies: bool
-) -> None:
+def test_a_probe_deletes_its_files(run_dir: Path, tmp_path: Path, memory: MemoryFileSystem, has_copies: bool) -> None:
     (tmp_path / "nas").mkdir()
     generation = save(run_dir, 100)
     for location in (str(tmp_path / "nas"), "memory://nas"):
@@ -193,16 +176,14 @@ def test_a_probe_leaves_nothing_behind(
         assert fsspec.url_to_fs(location)[0].find(fsspec.url_to_fs(location)[1], withdirs=True) == before
 
 
-def test_a_probe_finds_what_does_not_work(
-    tmp_path: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_probe_detects_failures(tmp_path: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="no such directory"):
         Backup(str(tmp_path / "nas"), "run", SETTINGS).probe()
     assert not (tmp_path / "nas").exists()
     backup = Backup("memory://nas", "run", SETTINGS)
     with monkeypatch.context() as patched:
         patched.setattr(MemoryFileSystem, "rm_file", lambda self, path: None)
-        with pytest.raises(OSError, match="still there after it was deleted"):
+        with pytest.raises(OSError, match="a deleted file still exists"):
             backup.probe()
     MemoryFileSystem.store.clear()
     with monkeypatch.context() as patched:
@@ -212,7 +193,7 @@ def test_a_probe_finds_what_does_not_work(
     assert MemoryFileSystem.store == {}
 
 
-def test_no_key_reaches_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"key": "me-and-my-key", "secret": "swordfish", "client": {"token": "tttttt"}}
@@ -223,14 +204,16 @@ def test_no_key_reaches_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_of(error) == "Signature of *** for *** with *** and *** at http://***@host/ is wrong"
 
 
-def test_a_place_that_takes_no_file_is_reported_before_the_first_copy_is_due(
+def test_a_read_only_storage_is_reported_before_the_first_copy_is_due(
     run_dir: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: MemoryFile, data: bytes) -> int:
         raise PermissionError("403 Forbidden")
 
     monkeypatch.setattr(MemoryFile, "write", refuse)
-    queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir, news=BackupReporter(Journal(run_dir)))
+    queue = BackupQueue(
+        Backup("memory://nas", "run", SETTINGS), lambda: run_dir, reporter=BackupReporter(Journal(run_dir))
+    )
     deadline = time.monotonic() + 20
     while not events(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -188,7 +188,7 @@ def test_an_event_that_the_journal_does_not_take_is_sent_all_the_same_and_once(r
         assert missed is not None
         sender.tell(missed)
     (run_dir / JOURNAL).rmdir()
-    journal.write_missed()
+    journal.write_pending()
     sender.tell_news()
     sender.close()
     (message,) = told(run_dir)
