@@ -87,7 +87,7 @@ def _predicted(settings: Any, place: Any) -> dict[str, Any]:
 
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
-    compiled = torch_compile.is_wanted(settings.run.compile, place.type)
+    compiled = torch_compile.is_enabled(settings.run.compile, place.type)
     model = describe_model(settings.model, batch.sequence_length, compiled)
     memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
     return {"predicted": memory.total, "moment": memory.moment, "parameters": model.parameters}
