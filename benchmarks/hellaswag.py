@@ -33,7 +33,7 @@ from ds_gpt2.config.settings import PRESETS
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import ENDINGS, Item, load_items
 from ds_gpt2.distributed import device
-from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_one, score_together
+from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_batched, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
 
@@ -155,7 +155,7 @@ def _measure(masters: GPT2, dtype: torch.dtype, items: list[Item], rounds: int) 
     return {
         "items": len(items),
         **{clock: _speeds([len(part) for part in parts], taken) for clock, taken in seconds.items()},
-        **_agreement(score_together(model, ordered), np.concatenate(sums["ds_gpt2"]), np.concatenate(sums["plain"])),
+        **_agreement(score_batched(model, ordered), np.concatenate(sums["ds_gpt2"]), np.concatenate(sums["plain"])),
     }
 
 

@@ -98,7 +98,5 @@ def test_a_compiled_run_resumes_bitwise_identically(tmp_path: Path, write_config
     assert again.code == 0, again.output
     one, other = tmp_path / "one", tmp_path / "other"
     assert curve_differences(one / "runs" / "test", other / "runs" / "test") == []
-    tags = [
-        folder / "checkpoints" / "test" / str(newest_tag(folder / "checkpoints" / "test")) for folder in (one, other)
-    ]
-    assert checkpoint_differences(*tags) == []
+    roots = [folder / "checkpoints" / "test" for folder in (one, other)]
+    assert checkpoint_differences(*(root / str(newest_tag(root)) for root in roots)) == []
