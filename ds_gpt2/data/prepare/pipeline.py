@@ -23,7 +23,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.common.formatting import tokens as words
 from ds_gpt2.data import tokenizer
-from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_of, open_dataset
+from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_content, open_dataset
 from ds_gpt2.data.dataset import UNFINISHED as UNFINISHED
 from ds_gpt2.data.prepare.chunking import Counts, Piece, Position, pieces_of, with_next
 from ds_gpt2.data.prepare.holdout import EveryPiece, Holdout
@@ -126,7 +126,7 @@ class _Preparation:
                 writer.abandon()
         if {shard.split for shard in shards} != {"train", "val"}:
             return None
-        return shards, index_of(shards, self._source.name, self._done.counts.to_dict())
+        return shards, index_content(shards, self._source.name, self._done.counts.to_dict())
 
     def why_too_little(self) -> str:
         """What is missing where ``run`` returned None."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.data.dataset import Dataset, Shard, index_of, open_dataset, split_of
+from ds_gpt2.data.dataset import Dataset, Shard, index_content, open_dataset
 from ds_gpt2.data.inspect import read_shard
 from ds_gpt2.data.prepare.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.output import check_room, publish, unfinished
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens, sha256
+from ds_gpt2.data.split_names import split_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def fetch_shards(repository: Repository, out: Path, tokens: int | None) -> Datas
         check_room(directory, sum(file.size for file in files) - there, f"{len(files)} shards")
         bar = tqdm(files, desc="fetching", unit="shard", disable=not sys.stderr.isatty())
         shards = [_checked(fetch(file, directory), directory, file) for file in bar]
-        publish(directory, out, shards, index_of(shards, source_name(repository, files), {}))
+        publish(directory, out, shards, index_content(shards, source_name(repository, files), {}))
     return open_dataset(out)
 
 
