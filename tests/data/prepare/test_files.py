@@ -124,3 +124,10 @@ def test_prepared_datasets_are_left_out(tmp_path: Path, heard: list[str]) -> Non
 def test_a_path_that_is_not_a_regular_file_is_an_error(tree: Path, path: str) -> None:
     with pytest.raises(UserError, match=r"is not a regular file|a link to /no/such/file, which cannot be read"):
         find_files([tree / path])
+
+
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such text file"):
+        find_files([tmp_path / "gone.txt"])
+    with pytest.raises(UserError, match="no text found"):
+        find_files([tmp_path])
