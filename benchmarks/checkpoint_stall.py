@@ -31,6 +31,7 @@ from ds_gpt2.run_dir import exit_report
 
 if TYPE_CHECKING:
     from benchmarks.trainer import Trainer
+    from ds_gpt2.engine.engine import Engine
 
 KINDS = ("none", "background", "torch.save")
 
@@ -69,9 +70,6 @@ def main() -> None:
 
 
 def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
-    import torch
-
-    from ds_gpt2.checkpoint.deepspeed_io import Serializer
     from ds_gpt2.checkpoint.directory import Housekeeping
     from ds_gpt2.checkpoint.filesystem import Disk
     from ds_gpt2.checkpoint.manager import Checkpoints
@@ -88,16 +86,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         if kind == "background":
             checkpoints.save(state, 0.0)
         elif kind == "torch.save":
-            live = Serializer()
-            engine.deepspeed.checkpoint_engine, ours = live, engine.deepspeed.checkpoint_engine
-            engine.deepspeed.save_checkpoint(str(folder), tag="stock", client_state={}, save_latest=False)
-            engine.deepspeed.checkpoint_engine = ours
-            (folder / "stock").mkdir(exist_ok=True)
-            for name, part in live.take_saved().items():
-                with (folder / "stock" / name).open("wb") as file:
-                    torch.save(part, file)
-                    os.fsync(file.fileno())
-            collectives.barrier()
+            _save_by_torch(engine, folder)
         return time.perf_counter() - start_time
 
     trainer.steps(4)
@@ -132,6 +121,24 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         "still_writing_ms": round(statistics.median(still_writing), 1),
         "waited_seconds": round(checkpoints.waited_seconds, 3),
     }
+
+
+def _save_by_torch(engine: Engine, folder: Path) -> None:
+    """Write the state by ``torch.save`` and fsync, on all ranks."""
+    import torch
+
+    from ds_gpt2.checkpoint.deepspeed_io import Serializer
+
+    serializer = Serializer()
+    engine.deepspeed.checkpoint_engine, original = serializer, engine.deepspeed.checkpoint_engine
+    engine.deepspeed.save_checkpoint(str(folder), tag="stock", client_state={}, save_latest=False)
+    engine.deepspeed.checkpoint_engine = original
+    (folder / "stock").mkdir(exist_ok=True)
+    for name, part in serializer.take_saved().items():
+        with (folder / "stock" / name).open("wb") as file:
+            torch.save(part, file)
+            os.fsync(file.fileno())
+    collectives.barrier()
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -283,9 +283,9 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
 def _differences(reference: Path, folder: Path) -> list[str]:
     """Return the differences of a run from the reference: the whole state, the metrics of every step, the curves."""
     directories = [parent / "checkpoints" / "soak" for parent in (reference, folder)]
-    kept = [{found.tag for found in scan(directory) if found.role in ("best", "epoch")} for directory in directories]
-    differences = [f"{tag} is kept in one run only" for tag in kept[0] ^ kept[1]]
-    for tag in (rolling_tag(STEPS), *sorted(kept[0] & kept[1])):
+    tags = [{found.tag for found in scan(directory) if found.role in ("best", "epoch")} for directory in directories]
+    differences = [f"{tag} exists in one run only" for tag in tags[0] ^ tags[1]]
+    for tag in (rolling_tag(STEPS), *sorted(tags[0] & tags[1])):
         found = checkpoint_differences(*(directory / tag for directory in directories))
         differences += [f"{tag}: {difference}" for difference in found]
     runs = [parent / "runs" / "soak" for parent in (reference, folder)]

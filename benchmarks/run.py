@@ -38,14 +38,14 @@ class Goal:
 
     name: str
     what: str
-    wanted: float
+    target: float
     unit: str
     read: Callable[[Found], float]
     at_most: bool = False  # lower is better
 
     def ratio(self, value: float) -> float:
         """Return measured / required, or the inverse if lower is better: the goal is reached from 1 on."""
-        return self.wanted / value if self.at_most else value / self.wanted
+        return self.target / value if self.at_most else value / self.target
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Program:
 BYTES = Goal("S9", "a checkpoint", 1.01 * 14, "bytes a parameter", lambda it: it["bytes_per_parameter"], at_most=True)
 WATCHING = (
     Goal("S5", "scalars of every step", 0.1, "%", lambda it: 100 * it["scalars_share_of_the_time"], at_most=True),
-    Goal("S5", "everything that looks", 1.0, "%", lambda it: _watching(it), at_most=True),
+    Goal("S5", "all monitoring", 1.0, "%", lambda it: _watching(it), at_most=True),
 )
 
 
@@ -273,10 +273,10 @@ def _rows(program: Program, found: Found | None, toy: bool) -> list[dict[str, An
     for goal in program.goals:
         value = None if found is None else goal.read(found)
         value = None if toy else value  # only checked to be readable
-        wanted = f"{'<=' if goal.at_most else '>='} {goal.wanted:,.6g} {goal.unit}"
+        target = f"{'<=' if goal.at_most else '>='} {goal.target:,.6g} {goal.unit}"
         measured = "not measured" if value is None else f"{value:,.6g} {goal.unit}"
         ratio = None if value is None else round(goal.ratio(value), 3)
-        rows.append({"goal": goal.name, "what": goal.what, "wanted": wanted, "measured": measured, "ratio": ratio})
+        rows.append({"goal": goal.name, "what": goal.what, "wanted": target, "measured": measured, "ratio": ratio})
     return rows
 
 

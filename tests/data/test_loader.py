@@ -58,8 +58,8 @@ def test_every_window_occurs_exactly_once_per_epoch(windows_count: int, plan: Ba
     steps = data.steps_for(epochs)
     stream = np.concatenate([data.windows_of(step) for step in range(1, steps + 1)])
     for epoch in range(epochs):
-        seen = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
-        assert seen == Counter(range(windows_count))
+        rows_read = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
+        assert rows_read == Counter(range(windows_count))
     assert data.epoch(steps) >= epochs
     assert data.epoch(steps - 1) < epochs
 
@@ -85,14 +85,14 @@ def test_every_window_is_read_once_per_epoch_for_any_shards_and_ranks(
         assume(expected)
         windows = Windows(open_dataset(Path(name)), "train", sequence)
         steps = TrainingData(windows, BatchPlan(4, sequence, accumulation, 1), 0, seed, CPU).steps_for(2)
-        seen = []
+        rows_read = []
         for world_size in (1, 2, 4):  # 4 windows per micro-step in total
             plan = BatchPlan(4 // world_size, sequence, accumulation, world_size)
             ranks = [TrainingData(windows, plan, rank, seed, CPU) for rank in range(world_size)]
-            seen.append([row for step in range(1, steps + 1) for data in ranks for row in _rows(data, step)])
-    assert seen[0] == seen[1] == seen[2]
+            rows_read.append([row for step in range(1, steps + 1) for data in ranks for row in _rows(data, step)])
+    assert rows_read[0] == rows_read[1] == rows_read[2]
     for epoch in range(2):
-        assert Counter(seen[0][epoch * len(expected) : (epoch + 1) * len(expected)]) == Counter(expected)
+        assert Counter(rows_read[0][epoch * len(expected) : (epoch + 1) * len(expected)]) == Counter(expected)
 
 
 def _rows(data: TrainingData, step: int) -> list[tuple[int, ...]]:

@@ -6,11 +6,11 @@ from ds_gpt2.data.prefetch import Prefetcher
 
 
 def test_the_next_value_is_computed_in_advance() -> None:
-    made: list[int] = []
+    computed: list[int] = []
     second = threading.Event()
 
     def make(number: int) -> str:
-        made.append(number)
+        computed.append(number)
         if number == 8:
             second.set()
         return f"value {number}"
@@ -19,7 +19,7 @@ def test_the_next_value_is_computed_in_advance() -> None:
     assert prefetcher.get(7) == "value 7"
     assert second.wait(10), "computed before it is requested"
     assert prefetcher.get(8) == "value 8"
-    assert made[:2] == [7, 8]
+    assert computed[:2] == [7, 8]
 
 
 def test_numbers_may_be_requested_in_any_order() -> None:

@@ -42,18 +42,18 @@ def test_an_npy_shard_of_build_nanogpt_is_read(tmp_path: Path) -> None:
     assert open_shard(path)[-1] == 99
 
 
-@pytest.mark.parametrize("kept", [0, 10, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + 2998])
-def test_a_truncated_bin_is_an_error(shard: Path, kept: int) -> None:
-    shard.write_bytes(shard.read_bytes()[:kept])
+@pytest.mark.parametrize("size", [0, 10, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + 2998])
+def test_a_truncated_bin_is_an_error(shard: Path, size: int) -> None:
+    shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(UserError, match=str(shard)):
         open_shard(shard)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 60, 128, 300])
-def test_a_truncated_npy_is_an_error(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [0, 5, 60, 128, 300])
+def test_a_truncated_npy_is_an_error(tmp_path: Path, size: int) -> None:
     path = tmp_path / "train.npy"
     np.save(path, np.arange(100, dtype=np.uint16))
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=str(path)):
         open_shard(path)
 

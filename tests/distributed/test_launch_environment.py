@@ -62,7 +62,7 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("given", "launcher", "expected"),
+    ("variables", "launcher", "expected"),
     [
         ({}, "none", ("0", "1", "0", "1", "127.0.0.1")),
         (SLURM, "slurm", ("5", "6", "1", "2", "gpu07")),
@@ -94,8 +94,8 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
         ),
     ],
 )
-def test_adopt_handles_every_launcher(given: dict[str, str], launcher: str, expected: tuple[str, ...]) -> None:
-    environment = dict(given)
+def test_adopt_handles_every_launcher(variables: dict[str, str], launcher: str, expected: tuple[str, ...]) -> None:
+    environment = dict(variables)
     assert adopt(environment) == launcher
     assert ranks(environment) == expected
     assert adopt(environment) == launcher  # its own variables are not mistaken for another launcher's
@@ -104,8 +104,8 @@ def test_adopt_handles_every_launcher(given: dict[str, str], launcher: str, expe
 
 def test_the_port_is_equal_on_all_ranks_of_a_job_and_differs_between_jobs() -> None:
     ports = []
-    for given in (SLURM, SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, SLURM | {"SLURM_JOB_ID": "72"}):
-        environment = dict(given)
+    for variables in (SLURM, SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, SLURM | {"SLURM_JOB_ID": "72"}):
+        environment = dict(variables)
         adopt(environment)
         ports.append(environment["MASTER_PORT"])
     assert ports[0] == ports[1] != ports[2]
@@ -113,7 +113,7 @@ def test_the_port_is_equal_on_all_ranks_of_a_job_and_differs_between_jobs() -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set but RANK is not"),
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
@@ -131,9 +131,9 @@ def test_the_port_is_equal_on_all_ranks_of_a_job_and_differs_between_jobs() -> N
         ({"PMI_RANK": "1"}, "PMI_SIZE is not set"),
     ],
 )
-def test_invalid_variables_raise_an_error_of_one_line(given: dict[str, str], message: str) -> None:
+def test_invalid_variables_raise_an_error_of_one_line(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        adopt(dict(given))
+        adopt(dict(variables))
     assert "\n" not in str(raised.value)
 
 

@@ -37,7 +37,7 @@ class _Search:
     """The result of the search so far."""
 
     files: list[FoundFile] = field(default_factory=list)
-    seen: set[_Identity] = field(default_factory=set)
+    identities: set[_Identity] = field(default_factory=set)
     hidden: int = 0
     special: int = 0  # pipes, sockets, devices
     datasets: list[Path] = field(default_factory=list)
@@ -88,10 +88,10 @@ def _add(search: _Search, path: Path) -> None:
 
 def _add_file(search: _Search, path: Path, status: os.stat_result, is_named: bool) -> None:
     identity = (status.st_dev, status.st_ino)
-    if identity in search.seen:
+    if identity in search.identities:
         search.duplicates.append(str(path))
         return
-    search.seen.add(identity)
+    search.identities.add(identity)
     search.files.append(FoundFile(path, is_named))
 
 

@@ -120,8 +120,8 @@ def test_a_preparation_killed_during_downloads_continues(hub: Hub, tmp_path: Pat
     hub.fault = lambda path, time: "drop" if time == 1 else None
     for _ in range(3):
         process = start(hub, tmp_path, "fineweb-edu", "--workers", "1")
-        before, deadline = sum(hub.asked.values()), time.monotonic() + 60
-        while sum(hub.asked.values()) < before + 2:
+        before, deadline = sum(hub.requests.values()), time.monotonic() + 60
+        while sum(hub.requests.values()) < before + 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         process.kill()
@@ -136,7 +136,7 @@ def test_no_more_files_are_downloaded_than_needed(hub: Hub, tmp_path: Path) -> N
     finish(start(hub, tmp_path, "fineweb-edu", "--tokens", "50000", "--workers", "1"))
     dataset = open_dataset(tmp_path / "out")
     assert dataset.tokens("val") == 1000 and dataset.tokens("train") == 49_000
-    assert sum(hub.asked.values()) <= 2
+    assert sum(hub.requests.values()) <= 2
 
 
 def test_token_shards_are_downloaded_and_verified(hub: Hub, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
     output = finish(start(hub, tmp_path, "hub", "some/splits", "--workers", "1"))
     assert "some/splits: 1 files of its test split left out" in output
     assert open_dataset(tmp_path / "out").counts["documents"] == 180
-    assert not any("test-00000" in path for path in hub.asked)
+    assert not any("test-00000" in path for path in hub.requests)
 
 
 def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> None:
