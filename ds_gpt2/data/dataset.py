@@ -146,7 +146,7 @@ def _windows_per_shard(dataset: Dataset, split: Split, sequence_length: int) -> 
 class Windows:
     """The windows of one split: ``sequence_length + 1`` consecutive tokens of a shard.
 
-    Neighbouring windows share one token. The end of a shard that is shorter than a window is not used.
+    Neighboring windows share one token. The end of a shard that is shorter than a window is not used.
     """
 
     def __init__(

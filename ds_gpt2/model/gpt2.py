@@ -126,7 +126,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
         self.ln_f = nn.LayerNorm(shape.width)
         self._compiled = False
-        self._initialise()
+        self._initialize()
 
     def compile_blocks(self) -> None:
         """Compile ``forward`` by regions: the block, whose code all blocks share, and a chunk of the loss.
@@ -191,7 +191,7 @@ class GPT2(nn.Module):
         return F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Initialize as GPT-2 does: weights N(0, 0.02), biases 0.
 
         The std of projections into the residual stream is scaled by 1 / sqrt(2 x layers) (Radford et al. 2019, 2.3).

@@ -13,10 +13,11 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.model_names import HubName
+from ds_gpt2.data import hub_client
+from ds_gpt2.data.hub_client import endpoint, first_line
 from ds_gpt2.data.shards import sha256
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
@@ -75,22 +76,22 @@ def fetch(name: HubName, report: Callable[[str], None]) -> Path:
         _download_if_present(name, file, commit)
     # Refuse a model of another tokenizer before its weights are downloaded.
     check_tokenizer(directory, gpt2_config.read_config(config).vocabulary)
-    report(f"downloading {name.repository} ({commit[:12]}) from {_endpoint()} to {directory}")
+    report(f"downloading {name.repository} ({commit[:12]}) from {endpoint()} to {directory}")
     if not _download_if_present(name, tensors.WEIGHTS, commit):
         if not _download_if_present(name, tensors.INDEX, commit):
             raise UserError(
-                f"{name.repository} on {_endpoint()} has no {tensors.WEIGHTS}; other formats can run code and are not"
+                f"{name.repository} on {endpoint()} has no {tensors.WEIGHTS}; other formats can run code and are not"
                 " read: select a revision with safetensors by NAME@REVISION, or convert the model with transformers'"
                 " save_pretrained"
             )
         for file in tensors.index_files(directory / tensors.INDEX):
             if not _download_if_present(name, file, commit):
-                raise UserError(f"{name.repository} on {_endpoint()} has no {file}, which its {tensors.INDEX} lists")
+                raise UserError(f"{name.repository} on {endpoint()} has no {file}, which its {tensors.INDEX} lists")
     return directory
 
 
 def _in_cache(name: HubName, file: str, revision: str) -> Path | None:
-    found = _library().try_to_load_from_cache(name.repository, file, revision=revision)
+    found = hub_client.library().try_to_load_from_cache(name.repository, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -100,7 +101,7 @@ def _contact(name: HubName) -> None:
     Raises:
         UserError: there is no such model, or the hub cannot be reached.
     """
-    library = _library()
+    library = hub_client.library()
     url = library.hf_hub_url(name.repository, gpt2_config.CONFIG, revision=name.revision)
     try:
         library.get_hf_file_metadata(url, timeout=_CONTACT_SECONDS)
@@ -114,7 +115,7 @@ def _download_if_present(name: HubName, file: str, revision: str) -> bool:
     Raises:
         UserError: it cannot be downloaded.
     """
-    errors = _library().errors
+    errors = hub_client.library().errors
     try:
         _download(name, file, revision)
     except errors.EntryNotFoundError:
@@ -129,7 +130,7 @@ def _download(name: HubName, file: str, revision: str) -> Path:
         UserError: it cannot be downloaded.
         EntryNotFoundError: the repository has no such file.
     """
-    library = _library()
+    library = hub_client.library()
     for attempt in range(_ATTEMPTS):
         try:
             path = Path(library.hf_hub_download(name.repository, file, revision=revision))
@@ -144,7 +145,7 @@ def _download(name: HubName, file: str, revision: str) -> Path:
         if attempt == _ATTEMPTS - 1 or not _is_temporary(problem):
             raise _user_error(name, file, problem) from None
         pause = min(_LONGEST_PAUSE, 2.0**attempt)
-        log.warning(f"{file} of {name.repository}: {_first_line(problem)}; retrying in {pause:.0f} s")
+        log.warning(f"{file} of {name.repository}: {first_line(problem)}; retrying in {pause:.0f} s")
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -164,7 +165,7 @@ def _verify(path: Path) -> None:
 
 def _user_error(name: HubName, file: str, error: Exception) -> UserError:
     """Return the error message for a failed download."""
-    errors, where = _library().errors, f"{name.repository} on {_endpoint()}"
+    errors, where = hub_client.library().errors, f"{name.repository} on {endpoint()}"
     if isinstance(error, errors.GatedRepoError):
         return UserError(f"{where} is gated: request access on its page, then set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -174,10 +175,10 @@ def _user_error(name: HubName, file: str, error: Exception) -> UserError:
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{where} has no {file}")
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        cache = _library().constants.HF_HUB_CACHE
+        cache = hub_client.library().constants.HF_HUB_CACHE
         return UserError(f"{file} of {where} cannot be stored in {cache}: {error.strerror}; HF_HOME moves the cache")
     return UserError(
-        f"cannot download {file} of {name.repository} from {_endpoint()} ({_first_line(error)}), and it is not in the"
+        f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"
         " cache: check the network, or give a local directory"
     )
 
@@ -190,18 +191,3 @@ def _is_temporary(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return False
     return isinstance(error, (OSError, RuntimeError)) or "http" in type(error).__module__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _endpoint() -> str:
-    return str(_library().constants.ENDPOINT)
-
-
-def _library() -> Any:
-    import huggingface_hub.constants  # imported late: it takes a fraction of a second
-    import huggingface_hub.errors
-
-    return huggingface_hub

@@ -38,7 +38,7 @@ def test_orders_of_epochs_and_seeds_are_uncorrelated() -> None:
             assert np.count_nonzero(orders[first] == orders[second]) < 12  # about one is expected
 
 
-def test_neighbouring_windows_are_separated() -> None:
+def test_neighboring_windows_are_separated() -> None:
     size = 20_000
     order = permute(np.arange(size), size, 1337, 0)
     assert np.count_nonzero(np.abs(np.diff(order)) == 1) < 12  # about two are expected

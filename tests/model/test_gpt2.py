@@ -72,7 +72,7 @@ def test_flops_per_token_equal_those_of_nanogpt() -> None:
     assert flops_per_token(model) / 1e6 == pytest.approx(855.4, abs=0.05)
 
 
-def test_initialisation_follows_gpt2() -> None:
+def test_initialization_follows_gpt2() -> None:
     torch.manual_seed(0)
     model = GPT2(ModelShape(layers=8, heads=4, width=128, sequence_length=64))
     residual = 0.02 / math.sqrt(16)

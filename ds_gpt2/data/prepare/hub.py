@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.data import hub_client
+from ds_gpt2.data.hub_client import endpoint, first_line
 from ds_gpt2.data.prepare.documents import COLUMN
 from ds_gpt2.data.prepare.formats import PARQUET
 from ds_gpt2.data.prepare.hub_datasets import Repository
@@ -54,7 +56,7 @@ def list_files(repository: Repository, suffixes: Sequence[str]) -> list[HubFile]
     Raises:
         UserError: there is no such dataset, or the hub cannot be reached.
     """
-    library = _library()
+    library = hub_client.library()
     api = library.HfApi()
 
     def request() -> list[HubFile]:
@@ -75,7 +77,7 @@ def list_files(repository: Repository, suffixes: Sequence[str]) -> list[HubFile]
             if getattr(each, "size", None) is not None and each.path.endswith(tuple(suffixes))
         ]
 
-    files = _with_retries(request, f"{repository.name} on {_endpoint()}", _LIST_ATTEMPTS)
+    files = _with_retries(request, f"{repository.name} on {endpoint()}", _LIST_ATTEMPTS)
     return sorted(files, key=lambda file: file.path)
 
 
@@ -85,7 +87,7 @@ def fetch(file: HubFile, directory: Path) -> Path:
     Raises:
         UserError: it cannot be downloaded, or its size or checksum does not match.
     """
-    library = _library()
+    library = hub_client.library()
 
     def download() -> Path:
         path = Path(
@@ -198,7 +200,7 @@ def _with_retries(request: Callable[[], Result], what: str, attempts: int) -> Re
     Raises:
         UserError: ``what`` does not exist or access is denied, or all attempts failed.
     """
-    errors = _library().errors
+    errors = hub_client.library().errors
     for attempt in range(attempts):
         try:
             return request()
@@ -209,9 +211,9 @@ def _with_retries(request: Callable[[], Result], what: str, attempts: int) -> Re
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if not _is_temporary(error, status) or attempt == attempts - 1:
-                raise UserError(f"{what} cannot be downloaded: {_first_line(error)}") from None
+                raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from None
             pause = min(_LONGEST_PAUSE, 2.0**attempt)
-            log.warning(f"{what}: {_first_line(error)}; retrying in {pause:.0f} s")
+            log.warning(f"{what}: {first_line(error)}; retrying in {pause:.0f} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -221,18 +223,3 @@ def _is_temporary(error: Exception, status: int | None) -> bool:
     if status is not None:
         return status in (408, 429) or status >= 500
     return isinstance(error, OSError) or "httpx" in type(error).__module__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _endpoint() -> str:
-    return str(_library().constants.ENDPOINT)
-
-
-def _library() -> Any:
-    import huggingface_hub.constants  # imported late: it takes a fraction of a second
-    import huggingface_hub.errors
-
-    return huggingface_hub

@@ -103,9 +103,8 @@ class LocalFile:
     separator: str | None = None
     encoding: str | None = None
     form: Form | None = None
-    watch: Separator | None = field(
-        default=None, compare=False
-    )  # shared by all files; records whether ``separator`` occurs
+    # Shared by all files of a source; records whether ``separator`` occurs.
+    watch: Separator | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -123,8 +122,8 @@ class LocalFile:
     def reading(self) -> tuple[str, ...]:
         options = {"column": self.column, "separator": self.separator, "encoding": self.encoding, "form": self.form}
         defaults = {"column": COLUMN}
-        given = [f"{name} {value}" for name, value in options.items() if value != defaults.get(name)]
-        return (*given, *([] if self._format.form == "parquet" else [_READER]))
+        changed = [f"{name} {value}" for name, value in options.items() if value != defaults.get(name)]
+        return (*changed, *([] if self._format.form == "parquet" else [_READER]))
 
     @property
     def tokens(self) -> float:
