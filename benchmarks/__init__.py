@@ -1,1 +1,1 @@
-"""Measurements a reader can repeat."""
+"""Reproducible measurements."""

@@ -1,8 +1,8 @@
-"""Does a NaN or Inf ever reach the weights? Many of them, on every rank, in every micro-batch, in all kinds of tensors.
+"""Check that NaN and Inf never reach the weights: inject them on random ranks, in micro-batches, gradients and losses.
 
     DS_ACCELERATOR=cpu deepspeed --num_gpus 4 benchmarks/bad_gradients.py --data data/sample --count 1000 --out FILE
 
-After each one the weights, the fp32 masters and both moments of Adam must be what they were, bit for bit, on all ranks.
+After each injection the weights, fp32 master weights and both moments of Adam must be bitwise unchanged on all ranks.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = device.choose("auto")
+    torch_device = device.choose("auto")
     from benchmarks import machine
     from benchmarks.settings import settings_of
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
-    open_process_group(place)
+    open_process_group(torch_device)
     shape = {"model.preset": "null", "model.layers": "2", "model.heads": "2", "model.width": "64"}
     batch = {"batch.sequence_length": "64", "batch.tokens_per_step": str(64 * 2 * 3 * collectives.world_size())}
     settings = settings_of(options.data, "7M", **shape, **batch)
-    trainer = Trainer(settings, place)
+    trainer = Trainer(settings, torch_device)
     trainer.steps(3)
     result = inject(trainer.engine, trainer.data, options.count, options.seed)
     if collectives.is_main():
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[str, Any]:
-    """``count`` bad values at random places, and what came of them; every rank draws the same places."""
+    """Inject ``count`` bad values at random positions, the same on all ranks; return the counts of their effects."""
     rng = random.Random(seed)
     weights = [name for name, _ in engine.model.named_parameters()]
     kinds: Counter[str] = Counter()
@@ -67,9 +67,9 @@ def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[st
     before = _state(engine)
     for number in range(count):
         kind, weight = rng.choice(KINDS), rng.choice(weights)
-        guilty, micro_batch = rng.randrange(collectives.world_size()), rng.randrange(data.plan.accumulation)
+        faulty_rank, micro_batch = rng.randrange(collectives.world_size()), rng.randrange(data.plan.accumulation)
         kinds[kind] += 1
-        handles = _poison(engine, kind, weight, micro_batch) if collectives.rank() == guilty else []
+        handles = _poison(engine, kind, weight, micro_batch) if collectives.rank() == faulty_rank else []
         engine.accumulate(data.micro_batches(number + 1))
         update = engine.skip_update(1e-3) if kind == "skip asked for" else engine.apply(1e-3)
         for handle in handles:
@@ -79,7 +79,7 @@ def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[st
         reached += any(collectives.gather_objects(after != before))
         before = after
     engine.accumulate(data.micro_batches(count + 1))
-    goes_on = engine.apply(1e-3).applied and any(collectives.gather_objects(_state(engine) != before))
+    continues = engine.apply(1e-3).applied and any(collectives.gather_objects(_state(engine) != before))
     return {
         "injections": count,
         "of": dict(kinds),
@@ -87,36 +87,36 @@ def inject(engine: Engine, data: TrainingData, count: int, seed: int) -> dict[st
         "micro_batches": data.plan.accumulation,
         "updates_made": applied,
         "states_changed": reached,
-        "next_update_made": goes_on,
+        "next_update_made": continues,
     }
 
 
 def _poison(engine: Engine, kind: str, weight: str, micro_batch: int) -> list[Any]:
-    """From here on micro-batch number ``micro_batch`` of this rank goes wrong once."""
+    """Register hooks that corrupt micro-batch ``micro_batch`` of this rank once; return their handles."""
     import torch
 
     value = float("nan") if kind.startswith("nan") else float("inf")
     calls = iter(range(1_000_000))
     if "gradient" in kind:
 
-        def spoil(gradient: torch.Tensor) -> torch.Tensor:
-            spoilt = gradient.clone()
+        def corrupt(gradient: torch.Tensor) -> torch.Tensor:
+            corrupted = gradient.clone()
             if next(calls) == micro_batch:
-                spoilt.view(-1)[-1] = value
-            return spoilt
+                corrupted.view(-1)[-1] = value
+            return corrupted
 
-        return [dict(engine.model.named_parameters())[weight].register_hook(spoil)]
+        return [dict(engine.model.named_parameters())[weight].register_hook(corrupt)]
     if "loss" in kind:
 
-        def spoil_loss(module: object, inputs: object, loss: torch.Tensor) -> torch.Tensor:
+        def corrupt_loss(module: object, inputs: object, loss: torch.Tensor) -> torch.Tensor:
             return loss * value if next(calls) == micro_batch else loss
 
-        return [engine.model.register_forward_hook(spoil_loss)]
+        return [engine.model.register_forward_hook(corrupt_loss)]
     return []
 
 
 def _state(engine: Engine) -> str:
-    """A hash over this rank's weights, masters and moments."""
+    """Return a hash of this rank's weights, master weights and moments."""
     optimizer = engine.deepspeed.optimizer
     tensors = [parameter.detach() for parameter in engine.model.parameters()]
     tensors += optimizer.single_partition_of_fp32_groups

@@ -1,4 +1,4 @@
-"""The engine's arithmetic in a loop of its own on one rank, without DeepSpeed: the difference is what that costs."""
+"""The engine's arithmetic in a plain loop on one rank without DeepSpeed, to measure the cost of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ds_gpt2.model.shape import ModelShape
 
 
 class Bare:
-    """bf16 weights; gradients summed in fp32; fp32 masters, clipped and updated by torch's fused AdamW."""
+    """bf16 weights, fp32 gradient accumulation, fp32 master weights, clipping, torch's fused AdamW."""
 
-    def __init__(self, settings: Settings, place: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         batch, optimizer = settings.batch, settings.optimizer
         self.settings = settings
         self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, 1)
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-        self.data = TrainingData(windows, self.plan, 0, settings.run.seed, place)
+        self.data = TrainingData(windows, self.plan, 0, settings.run.seed, device)
         seed_everything(settings.run.seed)
         self.model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
-        self.model.to(place, torch.bfloat16)
-        if torch_compile.decide(settings.run.compile, place):
+        self.model.to(device, torch.bfloat16)
+        if torch_compile.decide(settings.run.compile, device):
             self.model.compile_blocks()
         groups = parameter_groups(self.model, optimizer.weight_decay)
         self.weights = [weight for group in groups for weight in group["params"]]
@@ -39,7 +39,7 @@ class Bare:
         self.optimizer = torch.optim.AdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
     def step(self, step: int) -> float:
-        """Train step ``step`` (1-based); its loss."""
+        """Train step ``step`` (1-based) and return its loss."""
         losses = []
         torch._foreach_zero_(self.sums)
         for tokens, targets in self.data.micro_batches(step):

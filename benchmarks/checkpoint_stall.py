@@ -1,11 +1,11 @@
-"""How long does a save hold training, and how large is a checkpoint?
+"""Measure how long a save blocks training, and the size of a checkpoint.
 
     DS_ACCELERATOR=cpu deepspeed --num_gpus 4 benchmarks/checkpoint_stall.py --data data/sample --out FILE
     deepspeed --num_gpus 1 benchmarks/checkpoint_stall.py --preset 124M --data data/sample --out FILE
 
-Three kinds of blocks take turns: no save; a save in the background at the block's begin; the same state written by
-``torch.save`` and fsync, as DeepSpeed's own engine would, but durable. Held is the time until the training thread has
-its next step to do; excess is what a block's steps took longer than those of blocks without a save, in all.
+Three kinds of blocks alternate: no save; a background save at the start of the block; the same state written by
+``torch.save`` and fsync, as DeepSpeed's own engine does, but durably. "held" is the time until the training thread
+continues. "excess" is the additional time of all steps of a block compared with blocks without a save.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ds_gpt2.run_dir import exit_report
 
 if TYPE_CHECKING:
     from benchmarks.trainer import Trainer
+    from ds_gpt2.engine.engine import Engine
 
 KINDS = ("none", "background", "torch.save")
 
@@ -40,24 +41,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4, help="of a block; long enough for a save to end within it")
+    parser.add_argument("--steps", type=int, default=4, help="steps per block; enough for a save to end within it")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = device.choose("auto")
+    torch_device = device.choose("auto")
     settings = settings_of(options.data, options.preset, options.accumulation)
-    set_up_compiler(settings, place)
+    set_up_compiler(settings, torch_device)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
-    open_process_group(place)
+    open_process_group(torch_device)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
     folder = collectives.broadcast_from_main(
         lambda: tempfile.mkdtemp(prefix="checkpoint-stall-", dir=options.out.parent)
     )
-    trainer = Trainer(settings, place)
+    trainer = Trainer(settings, torch_device)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if collectives.is_main():
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
@@ -69,8 +70,6 @@ def main() -> None:
 
 
 def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
-    import torch
-
     from ds_gpt2.checkpoint.directory import CheckpointDirectory
     from ds_gpt2.checkpoint.filesystem import Disk
     from ds_gpt2.checkpoint.manager import Checkpoints
@@ -83,21 +82,15 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
     def save(kind: str) -> float:
         collectives.barrier()
         trainer.wait_for_device()
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         if kind == "background":
             checkpoints.save(state, 0.0)
         elif kind == "torch.save":
-            contents = engine.save_checkpoint(folder, "stock", {})
-            (folder / "stock").mkdir(exist_ok=True)
-            for name, part in contents.items():
-                with (folder / "stock" / name).open("wb") as file:
-                    torch.save(part, file)
-                    os.fsync(file.fileno())
-            collectives.barrier()
-        return time.perf_counter() - begun
+            _save_by_torch(engine, folder)
+        return time.perf_counter() - start_time
 
     trainer.steps(4)
-    for kind in KINDS:  # buffers, caches, the file system
+    for kind in KINDS:  # warm up buffers, caches and the file system
         save(kind)
         trainer.steps(steps)
         checkpoints.finish(state, complete=False)
@@ -108,14 +101,14 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         for kind in KINDS:
             held[kind].append(1000 * save(kind))
             blocks[kind].append(1000 * trainer.steps(steps))
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             checkpoints.finish(state, complete=False)
             if kind == "background":
-                still_writing.append(1000 * (time.perf_counter() - begun))
+                still_writing.append(1000 * (time.perf_counter() - start_time))
     engine.close()
     size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
     parameters = count_parameters(engine.model)
-    usual = statistics.median(blocks["none"])
+    baseline = statistics.median(blocks["none"])
     return {
         "setting": f"{trainer.settings.model.preset}, {collectives.world_size()} ranks on {engine.device.type}",
         "steps_a_block": steps,
@@ -124,10 +117,23 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
         "held_ms": {kind: _spread(held[kind]) for kind in ("background", "torch.save")},
         "held_ratio": round(statistics.median(held["background"]) / statistics.median(held["torch.save"]), 4),
         "block_ms": {kind: _spread(blocks[kind]) for kind in KINDS},
-        "excess_ms_of_a_background_save": round(statistics.median(blocks["background"]) - usual, 1),
+        "excess_ms_of_a_background_save": round(statistics.median(blocks["background"]) - baseline, 1),
         "still_writing_ms": round(statistics.median(still_writing), 1),
         "waited_seconds": round(checkpoints.waited_seconds, 3),
     }
+
+
+def _save_by_torch(engine: Engine, folder: Path) -> None:
+    """Write the state by ``torch.save`` and fsync, on all ranks."""
+    import torch
+
+    contents = engine.save_checkpoint(folder, "stock", {})
+    (folder / "stock").mkdir(exist_ok=True)
+    for name, part in contents.items():
+        with (folder / "stock" / name).open("wb") as file:
+            torch.save(part, file)
+            os.fsync(file.fileno())
+    collectives.barrier()
 
 
 def _spread(values: list[float]) -> dict[str, float]:

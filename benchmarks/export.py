@@ -1,10 +1,10 @@
-"""What does an export take?
+"""Measure the time and memory of an export.
 
     python benchmarks/export.py [--preset 124M] [--ranks 4] [--scratch DIR] [--out FILE]
 
-A checkpoint as so many ranks would save it is made of random numbers, 14 bytes a parameter. Then the command itself
-takes the model out in each format: seconds, verification included, and the most memory that its process held, beside
-that of a process that has only imported what it needs.
+A checkpoint of random numbers, 14 bytes per parameter, is written as the given number of ranks would save it. Then the
+command exports the model in each format. Reported are the seconds, including verification, and the peak memory of the
+process, compared with a process that only imports the same modules.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="124M")
-    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="that saved the checkpoint (default: 4)")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where it is made (default: the system's)")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="ranks of the checkpoint (default: 4)")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="temporary directory (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     return parser.parse_args()
 
 
 def make_checkpoint(directory: Path, preset: str, ranks: int) -> int:
-    """The files of a checkpoint, with all that an export looks at and what it must pass by; returns the parameters."""
+    """Write a checkpoint with everything that an export reads or must ignore; return the number of parameters."""
     from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, pickle_into
 
     layers, heads, width = PRESETS[preset]
@@ -108,20 +108,20 @@ def _partition(sizes: list[int]) -> dict[str, Any]:
 
 
 def _peak(command: list[str]) -> tuple[int, float]:
-    """(the most memory that the process held, MB; seconds)"""
-    begun = time.perf_counter()
+    """Run ``command``; return (its peak memory in MB, its seconds)."""
+    start_time = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
-    while process.poll() is None:  # not by getrusage: that starts from what this process held when it forked
+    while process.poll() is None:  # getrusage would include the memory of this process at the fork
         peak = max(peak, _high_water_mark(process.pid))
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return round(peak / 1e6), round(time.perf_counter() - begun, 1)
+    return round(peak / 1e6), round(time.perf_counter() - start_time, 1)
 
 
 def _high_water_mark(pid: int) -> int:
-    """Bytes that were resident at most; 0 once the process has ended."""
+    """Return the peak resident bytes of a process; 0 after it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 

@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py --minutes 10 --out benchmarks/results/fuzz_cpu.json
 
-A small run is trained on one rank, its model exported. Then hypothesis mutates one of its files at a time: values that
-are replaced, removed, renamed or nested, bytes that are changed, inserted or cut. The manifest's own checksum is
-computed again, as a forger would. A command must end within seconds and a limited memory, with a value or one line and
-exit code 2; an exception, more than one line, or a file that changes is a failure.
+A small run is trained on one rank and its model exported. Then hypothesis mutates one file at a time: values are
+replaced, removed, renamed or nested; bytes are changed, inserted or cut. The checksum inside a forged manifest is
+recomputed. A command must end within seconds and limited memory, with a result or with one line and exit code 2. An
+exception, several lines, or a changed file is a failure.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from ds_gpt2.run_dir.supervisor_record import RECORD
 
 PROJECT = Path(__file__).resolve().parents[1]
 TAG = "rolling_step_000004"
-SECONDS = 20  # in which a command must end
-MEMORY = 4 << 30  # bytes beyond what the process has
-BATCH = 20  # mutations of one file in a row
+SECONDS = 20  # time limit of a command
+MEMORY = 4 << 30  # bytes that a command may allocate
+BATCH = 20  # consecutive mutations of one file
 LONGEST_LINE = 2000  # characters
 
 SCALARS = st.one_of(
@@ -91,7 +91,7 @@ def _nested(depth: int) -> Any:
 
 @dataclass(frozen=True)
 class Target:
-    """A file, and what reads it."""
+    """A file, and the actions that read it."""
 
     file: Path
     form: str  # "json", "jsonl", "yaml", "manifest" or "bytes"
@@ -108,7 +108,7 @@ class Tally:
 
 
 class FailureError(Exception):
-    """Something that must not happen; the message names it."""
+    """A failure, described by the message."""
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def make_world(folder: Path, cache: Path) -> dict[str, Target]:
-    """A dataset, a run of four steps with its checkpoints, and exported models.
+    """Create a dataset, a run of four steps with its checkpoints, and exported models; return the files to mutate.
 
     Args:
         cache: a directory that commands may write to.
@@ -219,9 +219,9 @@ def _settings(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def _command(*words: str) -> Callable[[], object]:
-    """A verb of ``launch.sh`` in this process.
+    """Return an action that runs a command of ``launch.sh`` in this process.
 
-    The action raises UserError where the command exits with code 2.
+    It raises UserError if the command exits with code 2.
     """
 
     def run() -> None:
@@ -231,7 +231,7 @@ def _command(*words: str) -> Callable[[], object]:
         shown = [*output.getvalue().splitlines(), *errors.getvalue().splitlines()]
         if any("Traceback" in line for line in shown):
             raise FailureError("it prints a traceback")
-        # A model can generate any characters, which a terminal alone is not given as they are.
+        # Generated text may have any characters; they are escaped for a terminal only.
         ours = errors.getvalue().splitlines() if words[0] == "generate" else shown
         if any(ord(each) < 32 and each != "\t" for line in ours for each in line):
             raise FailureError("it prints control characters")
@@ -248,10 +248,10 @@ def _generate(run: Path) -> Callable[[], object]:
 def fuzz(
     targets: dict[str, Target], folder: Path, seconds: float, first_seed: int, smallest: dict[str, bytes]
 ) -> dict[str, Tally]:
-    """Mutate the targets in turn until the time is over.
+    """Mutate the targets in turn until ``seconds`` have passed.
 
     Args:
-        smallest: gets, by failure, the shortest content of a file that caused it.
+        smallest: receives the shortest content of a file for each failure.
     """
     tallies = {name: Tally() for name in targets}
     deadline = time.monotonic() + seconds
@@ -269,7 +269,7 @@ def fuzz(
 def mutate(
     name: str, target: Target, folder: Path, number: int, count: int, tally: Tally, smallest: dict[str, bytes]
 ) -> None:
-    """Mutate a file ``count`` times, each time from its original content, which it has again afterwards.
+    """Mutate a file ``count`` times, always from its original content, and restore it.
 
     Args:
         number: seed.
@@ -306,9 +306,9 @@ def mutate(
 
 
 def _play(action: Callable[[], object], tally: Tally) -> str | None:
-    """What is wrong with how ``action`` ends; None if nothing is."""
+    """Run ``action``; return a description of a failure, or None."""
     tally.runs += 1
-    begun = time.monotonic()
+    start_time = time.monotonic()
     try:
         with _limits():
             action()
@@ -319,7 +319,7 @@ def _play(action: Callable[[], object], tally: Tally) -> str | None:
         if "\n" in text or len(text) > LONGEST_LINE:
             return f"a refusal of {len(text.splitlines())} lines, {len(text) // 1000},000 characters"
     except _OverdueError:
-        return f"it has not ended after {SECONDS} s"
+        return f"it does not end within {SECONDS} s"
     except FailureError as failure:
         return str(failure)
     except Exception as error:
@@ -328,7 +328,7 @@ def _play(action: Callable[[], object], tally: Tally) -> str | None:
         where = ours[-1] if ours else last
         return f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}"
     finally:
-        tally.slowest = max(tally.slowest, time.monotonic() - begun)
+        tally.slowest = max(tally.slowest, time.monotonic() - start_time)
     return None
 
 
@@ -348,7 +348,7 @@ def _limits() -> Iterator[None]:
 
 
 class _OverdueError(BaseException):
-    """Not an Exception, which a command could catch."""
+    """Not a subclass of Exception, which a command could catch."""
 
 
 def _time_is_over(number: int, frame: FrameType | None) -> None:
@@ -356,7 +356,7 @@ def _time_is_over(number: int, frame: FrameType | None) -> None:
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file."""
+    """Return the size and modification time of every file."""
     found = {}
     for directory, _, names in os.walk(folder):
         for name in names:
@@ -366,7 +366,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def mutations(form: str, original: bytes) -> st.SearchStrategy[bytes]:
-    """Contents of a file that began as ``original``."""
+    """Return a strategy for mutations of ``original``."""
     if form == "bytes":
         return _changed_bytes(original)
     if form == "jsonl":
@@ -386,7 +386,7 @@ def mutations(form: str, original: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _sign(tree: Any) -> bytes:
-    """A manifest with the right checksum."""
+    """Return a manifest with a valid checksum."""
     content = tree if isinstance(tree, dict) else {"content": tree}
     try:
         return manifest._dump({**content, "sha256": manifest._digest(content)})
@@ -396,7 +396,7 @@ def _sign(tree: Any) -> bytes:
 
 def _dump_yaml(tree: Any) -> bytes:
     try:
-        return json.dumps(tree).encode(errors="surrogatepass")  # JSON is YAML, nearly
+        return json.dumps(tree).encode(errors="surrogatepass")  # JSON is nearly a subset of YAML
     except (RecursionError, ValueError):
         return b"a: [" * 3000
 
@@ -413,7 +413,7 @@ def _changed_json(tree: Any) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def _changed_tree(draw: st.DrawFn, tree: Any) -> Any:
-    """One to three nodes are replaced, removed, renamed, or wrapped."""
+    """Replace, remove, rename or wrap one to three nodes."""
     for _ in range(draw(st.integers(1, 3))):
         tree = draw(_changed_node(tree))
     return tree
@@ -438,7 +438,7 @@ def _changed_node(draw: st.DrawFn, tree: Any) -> Any:
 @st.composite
 def _changed_bytes(draw: st.DrawFn, original: bytes) -> bytes:
     data = bytearray(original)
-    reach = min(len(data), 4096) if draw(st.booleans()) else len(data)  # headers are where it matters
+    reach = min(len(data), 4096) if draw(st.booleans()) else len(data)  # mostly in headers
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, reach - 1)))
         what = draw(st.sampled_from(["flip", "insert", "cut", "delete", "number"]))

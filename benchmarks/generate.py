@@ -1,6 +1,6 @@
-"""Tokens per second of text from a model, with what is computed of earlier tokens kept and without.
+"""Measure generated tokens per second with and without the key-value cache.
 
-Both arms continue one prompt four times, turn by turn in one run, in bf16 as training does, from random weights.
+Both arms generate four continuations of one prompt, alternating in one process, in bf16 with random weights.
 
     python benchmarks/generate.py --out benchmarks/results/generate_cpu.json
 """
@@ -64,8 +64,8 @@ def _measure(preset: str, rounds: int) -> dict[str, Any]:
     }
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(1 + rounds):
-        for arm, begin in arms.items():
-            rates[arm].append(_rate(begin()))
+        for arm, generate in arms.items():
+            rates[arm].append(_rate(generate()))
     counted = {arm: found[1:] for arm, found in rates.items()}  # the first round warms up
     ratios = [one / other for one, other in zip(*counted.values(), strict=True)]
     return {
@@ -75,21 +75,21 @@ def _measure(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def _rate(tokens: Tokens) -> float:
-    """New tokens a second, the prompt's computation included."""
-    begun = time.perf_counter()
+    """Return new tokens per second, including the computation of the prompt."""
+    start_time = time.perf_counter()
     for _ in itertools.islice(tokens, TOKENS):
         pass
-    return CONTINUATIONS * TOKENS / (time.perf_counter() - begun)
+    return CONTINUATIONS * TOKENS / (time.perf_counter() - start_time)
 
 
 @torch.no_grad()
 def _without_cache(model: GPT2) -> Tokens:
-    """The whole text through the model for every token."""
+    """Compute the whole text again for every token."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     text = torch.tensor([PROMPT] * CONTINUATIONS, device=model.wte.weight.device)
     while True:
-        scores = F.linear(model.hidden(text)[:, -1], model.wte.weight[:VOCABULARY])
-        chosen = choose(scores.float().cpu(), SAMPLING, generators)
+        logits = F.linear(model.hidden(text)[:, -1], model.wte.weight[:VOCABULARY])
+        chosen = choose(logits.float().cpu(), SAMPLING, generators)
         yield chosen
         text = torch.cat([text, chosen[:, None].to(text.device)], dim=1)
 

@@ -1,7 +1,7 @@
-"""HellaSwag items a second: ds_gpt2's way beside two plain loops, on the same items and weights, turn by turn.
+"""Measure HellaSwag items per second: batched scoring compared with two plain loops, alternating in one process.
 
-``plain`` is ``score_one`` on every item: four padded rows an item, all their logits. ``autocast`` does the same as
-build-nanogpt has it: fp32 weights under bf16 autocast. The file given with --out keeps one entry for each setting.
+``plain`` calls ``score_one`` for every item: four padded rows per item, with all logits. ``autocast`` does the same as
+build-nanogpt: fp32 weights under bf16 autocast. The file of --out has one entry per setting.
 
     python benchmarks/hellaswag.py --file data/hellaswag/hellaswag_val.jsonl --preset 7M --items 200 --out FILE
     python benchmarks/hellaswag.py --file data/hellaswag/hellaswag_val.jsonl --train 200 --data data/sample --out FILE
@@ -33,13 +33,13 @@ from ds_gpt2.config.settings import PRESETS
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import ENDINGS, Item, load_items
 from ds_gpt2.distributed import device
-from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_one, score_together
+from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_batched, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
 
 CONTEXT = 1024
-WINDOW = 256  # tokens that a model is trained on at a time: no item is as long
-WINDOWS = 8  # of a step
+WINDOW = 256  # tokens of a training window; all items are shorter
+WINDOWS = 8  # per step
 
 
 def main() -> None:
@@ -50,17 +50,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--items", type=int, default=200, help="so many, taken evenly from the file")
+    parser.add_argument("--items", type=int, default=200, help="number of items, evenly spaced in the file")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--gain", type=float, default=1.0, help="random weights are multiplied by this")
+    parser.add_argument("--gain", type=float, default=1.0, help="factor of the random weights")
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="train first, on --data")
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
-    place = device.choose(options.device)
+    torch_device = device.choose(options.device)
     torch.set_num_threads(options.threads)
-    masters = _model(options).to(place).eval()
+    masters = _model(options).to(torch_device).eval()
     result = _measure(masters, getattr(torch, options.dtype), _items(options.file, options.items), options.rounds)
-    name = f"{options.preset}, {options.dtype}, {place.type}, " + _weights(options)
+    name = f"{options.preset}, {options.dtype}, {torch_device.type}, " + _weights(options)
     _keep(options.out, name, {"machine": machine.describe(), "threads": options.threads, **result})
     print(json.dumps({name: result}, indent=1))
 
@@ -95,7 +95,7 @@ def _model(options: argparse.Namespace) -> GPT2:
 
 
 def _train(model: GPT2, windows: Windows, steps: int) -> None:
-    """Quickly, so that the model has learnt which words are frequent and some of which follow which."""
+    """Train for a short time, so that the model knows the frequencies of words and of some pairs."""
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
@@ -113,16 +113,16 @@ def _train(model: GPT2, windows: Windows, steps: int) -> None:
 
 @torch.no_grad()
 def _autocast(model: GPT2, item: Item) -> Array:
-    """build-nanogpt's recipe: fp32 weights under bf16 autocast, logits of the padded vocabulary and all positions."""
-    place, start = model.wte.weight.device, len(item.context)
+    """Score an item as build-nanogpt does: fp32 weights under bf16 autocast, logits of all positions with padding."""
+    torch_device, start = model.wte.weight.device, len(item.context)
     tokens = torch.zeros(ENDINGS, start + max(map(len, item.endings)), dtype=torch.int64)
     scored = torch.zeros(tokens.shape, dtype=torch.float32)
     for row, ending in enumerate(item.endings):
         line = np.concatenate([item.context, ending]).astype(np.int64)
         tokens[row, : len(line)] = torch.from_numpy(line)
         scored[row, start : len(line)] = 1
-    tokens, scored = tokens.to(place), scored.to(place)
-    with torch.autocast(place.type, torch.bfloat16):
+    tokens, scored = tokens.to(torch_device), scored.to(torch_device)
+    with torch.autocast(torch_device.type, torch.bfloat16):
         logits = F.linear(model.hidden(tokens), model.wte.weight)
     logits = logits[:, :-1, :VOCABULARY].contiguous()
     losses = F.cross_entropy(logits.view(-1, VOCABULARY).float(), tokens[:, 1:].flatten(), reduction="none")
@@ -138,29 +138,29 @@ def _measure(masters: GPT2, dtype: torch.dtype, items: list[Item], rounds: int) 
     if dtype is torch.bfloat16:
         loops["autocast"] = lambda part: np.stack([_autocast(masters, item) for item in part])
     for loop in loops.values():
-        loop(items[:2])  # what is done once only
+        loop(items[:2])  # warm up
     clocks = {"wall": time.perf_counter, "processor": time.process_time}
     seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in loops} for clock in clocks}
     sums: dict[str, list[Array]] = {name: [] for name in loops}
     parts = [items[number::rounds] for number in range(rounds)]
     for number, part in enumerate(parts):
         for name in list(loops)[:: 1 if number % 2 else -1]:
-            begun = {clock: now() for clock, now in clocks.items()}
+            start_time = {clock: now() for clock, now in clocks.items()}
             sums[name].append(loops[name](part))
             for clock, now in clocks.items():
-                seconds[clock][name].append(now() - begun[clock])
+                seconds[clock][name].append(now() - start_time[clock])
         taken = ", ".join(f"{name} {seconds['wall'][name][-1]:.1f} s" for name in loops)
         print(f"round {number + 1}: {taken}", flush=True)
     ordered = [item for part in parts for item in part]
     return {
         "items": len(items),
         **{clock: _speeds([len(part) for part in parts], taken) for clock, taken in seconds.items()},
-        **_agreement(score_together(model, ordered), np.concatenate(sums["ds_gpt2"]), np.concatenate(sums["plain"])),
+        **_agreement(score_batched(model, ordered), np.concatenate(sums["ds_gpt2"]), np.concatenate(sums["plain"])),
     }
 
 
 def _speeds(items: list[int], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """By one clock; the processor's counts all threads, and tells less of what else the machine is doing."""
+    """Return speeds by one clock. Processor time counts all threads and depends less on other load."""
     rates = {name: [count / each for count, each in zip(items, taken, strict=True)] for name, taken in seconds.items()}
     ours = rates.pop("ds_gpt2")
     others = {
@@ -175,7 +175,7 @@ def _of_rounds(values: list[float]) -> dict[str, Any]:
 
 
 def _agreement(fast: Scores, ours: Array, plain: Array) -> dict[str, Any]:
-    """Whether answers are the plain loop's, and how far off the fast way's sums are before any is scored again."""
+    """Compare the answers with the plain loop, and the sums of batched scoring before items are scored again."""
     answers = {
         name: (values[None] / fast.lengths).argmax(axis=2)
         for name, values in (("ours", ours), ("fast", fast.sums), ("plain", plain))

@@ -1,8 +1,8 @@
-"""Are our answers to HellaSwag, on text that is ``cleaned``, those of lm-evaluation-harness? Item by item, offline.
+"""Compare our HellaSwag answers on ``cleaned`` text with those of lm-evaluation-harness, item by item, offline.
 
-One model with random weights answers twice: here, and exported, as a transformers GPT-2 under the harness's own task
-and scoring. The harness is no dependency of this project: install "lm_eval[hf]==0.4.13" into an environment, or with
-``pip install --target DIR`` into a directory for PYTHONPATH, of its own.
+One model with random weights is scored twice: by our code, and exported as a transformers GPT-2 by the harness's own
+task. The harness is not a dependency of this project: install "lm_eval[hf]==0.4.13" into a separate environment, or
+with ``pip install --target DIR`` into a directory of PYTHONPATH.
 
     python benchmarks/hellaswag_harness.py --file data/hellaswag/hellaswag_val.jsonl --out FILE
 """
@@ -36,18 +36,22 @@ from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 SHAPE = ModelShape(layers=2, heads=2, width=64, sequence_length=256)
-GAIN = 5.0  # on weights that are as at the start of training: the model shall have opinions
-THEIRS = {"acc": "acc", "acc_norm": "acc_norm_chars", "acc_bytes": "acc_norm_bytes"}  # their names for our measures
+GAIN = 5.0  # factor of the initial weights; makes the logits differ clearly
+THEIRS = {
+    "acc": "acc",
+    "acc_norm": "acc_norm_chars",
+    "acc_bytes": "acc_norm_bytes",
+}  # the harness's names of our measures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--items", type=int, default=300, help="so many, taken evenly")
+    parser.add_argument("--items", type=int, default=300, help="number of items, evenly spaced in the file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = _opinionated(GPT2(SHAPE)).eval()
+    model = _scaled(GPT2(SHAPE)).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = _sample(options.file, options.items, Path(folder))
         ours = score(model, load_items(file, "cleaned", Path(folder)))
@@ -58,7 +62,7 @@ def main() -> None:
 
 
 def _sample(file: Path, items: int, folder: Path) -> Path:
-    """``items`` lines of the file, from its beginning to its end."""
+    """Write a file of ``items`` lines, evenly spaced in ``file``."""
     lines = file.read_bytes().splitlines(keepends=True)
     sample = folder / "sample.jsonl"
     sample.write_bytes(b"".join(lines[number * len(lines) // items] for number in range(items)))
@@ -66,7 +70,7 @@ def _sample(file: Path, items: int, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def _opinionated(model: GPT2) -> GPT2:
+def _scaled(model: GPT2) -> GPT2:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.mul_(GAIN)
@@ -74,12 +78,12 @@ def _opinionated(model: GPT2) -> GPT2:
 
 
 def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
-    """What the harness keeps of each item: its log-likelihoods and whether each measure finds it right."""
+    """Return the harness's results per item: log-likelihoods, and correctness by each measure."""
     os.environ["HF_HOME"] = str(folder)
-    import lm_eval.tasks  # type: ignore[import-not-found]  # not among this project's packages
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]  # nor this
+    import lm_eval.tasks  # type: ignore[import-not-found]  # not a dependency of this project
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]  # as above
 
-    task = folder / "hellaswag_here.yaml"  # the harness's own task, but for where the file is
+    task = folder / "hellaswag_here.yaml"  # the harness's task with our file
     settings = {
         "include": str(Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"),
         "dataset_path": "json",
@@ -94,7 +98,7 @@ def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def _exported(model: GPT2, directory: Path) -> str:
-    """A directory as ``export`` writes it: model and tokenizer."""
+    """Write model and tokenizer as ``export`` does; return the directory."""
     directory.mkdir()
     config = huggingface.config_of(model.shape, 0.0, "float32")
     (directory / huggingface.CONFIG).write_text(json.dumps(config), encoding="utf-8")

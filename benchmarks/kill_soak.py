@@ -1,13 +1,13 @@
-"""Does a run survive? Kill it at random instants, again and again, and compare what it becomes with a run left alone.
+"""Kill runs at random times and compare the results with an undisturbed run.
 
     python benchmarks/kill_soak.py --kills 300 --out benchmarks/results/kill_soak.json
 
 A small GPT-2 with dropout trains on two ranks over several epochs. It saves often and slowly, and evaluates often, so
-that many kills fall into a save or an evaluation. SIGKILL goes to one rank, to all, or to DeepSpeed's launcher; now and
-then a SIGTERM asks for a stop instead. After each: every committed checkpoint must verify byte for byte, no more may be
-lost than what came after the last save that had begun or, if that was still being written, the one before it, and the
-next start must resume from the newest. At the end of a run its weights, moments, random states, metrics and ledger of
-windows must equal, bit for bit, those of the run left alone, and TensorBoard must show every step of every curve once.
+that many kills occur during a save or an evaluation. SIGKILL is sent to one rank, to all ranks, or to DeepSpeed's
+launcher; sometimes SIGTERM requests a stop instead. After each signal, every committed checkpoint must verify; at most
+the steps since the last started save (or the one before it, if it was still being written) may be lost; and the next
+start must resume from the newest checkpoint. At the end of a run, its weights, moments, random states, metrics and
+ledger of windows must be bitwise equal to those of the undisturbed run, and TensorBoard must show every step once.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_difference
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, SEQUENCE = 120, 5, 32
 STOP = "a stop"
-WAYS = ("one rank", "all ranks", "the launcher", STOP)
+VICTIMS = ("one rank", "all ranks", "the launcher", STOP)
 
 
 @dataclass
 class Tally:
-    """What happened over the whole soak."""
+    """Counts of the whole test."""
 
     kills: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)  # see _kill
@@ -69,7 +69,7 @@ class Tally:
 
     @property
     def sigkills(self) -> int:
-        return sum(count for way, count in self.kills.items() if way != STOP)
+        return sum(count for victim, count in self.kills.items() if victim != STOP)
 
     def fail(self, what: str) -> None:
         self.failures.append(what)
@@ -77,7 +77,7 @@ class Tally:
 
 
 class Ranks:
-    """A started run: its processes, and how far its output says that it has come."""
+    """A started run: its processes, and its progress by its output."""
 
     def __init__(self, config: Path, ranks: int) -> None:
         self.process = subprocess.Popen(
@@ -101,7 +101,7 @@ class Ranks:
 
     @property
     def step(self) -> int:
-        """The last step that was printed."""
+        """The last printed step."""
         return max(
             (int(found[1]) for line in list(self.lines) if (found := re.match(r"step +(\d+)/", line))), default=0
         )
@@ -112,7 +112,7 @@ class Ranks:
         return found[1] if found else None
 
     def wait_for_steps(self, count: int) -> None:
-        """Or for its end."""
+        """Wait until ``count`` steps are printed or the run ends."""
         deadline = time.monotonic() + 300
         while self.shown < count and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -126,7 +126,7 @@ class Ranks:
         return found
 
     def end(self, patience: float) -> None:
-        """Wait for the end; what is left after ``patience`` seconds is killed."""
+        """Wait for the end; kill the remaining processes after ``patience`` seconds."""
         deadline = time.monotonic() + patience
         while self.members() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -138,8 +138,8 @@ class Ranks:
 
 
 def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
-    """SIGKILL ``kills`` times, over as many runs as that takes; stops come on top."""
-    rng, tally, begun = random.Random(seed), Tally(), time.monotonic()
+    """Send SIGKILL ``kills`` times, over as many runs as necessary, and additional stop requests."""
+    rng, tally, start_time = random.Random(seed), Tally(), time.monotonic()
     data = folder / "data"
     source = Source("soak", [Listed("manual", lambda: itertools.islice(python_documents(), 6, 9))])
     prepare(source, data, Recipe(EveryPiece(8)), workers=1, progress=False)
@@ -154,14 +154,14 @@ def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
         for difference in _differences(references[accumulation], folder):
             tally.fail(f"run {tally.runs}, accumulation {accumulation}: {difference}")
         tally.runs += 1
-        done, minutes = tally.sigkills, (time.monotonic() - begun) / 60
+        done, minutes = tally.sigkills, (time.monotonic() - start_time) / 60
         left = minutes * max(0, kills - done) / max(1, done)
         print(f"{tally.runs} runs, {done}/{kills} kills, {minutes:.0f} min, eta {left:.0f} min", flush=True)
     raise AssertionError("the accumulations never end")
 
 
 def _one_run(config: Path, ranks: int, kills: int, rng: random.Random, tally: Tally) -> None:
-    """From nothing to the last step, killed on the way as long as there are kills left."""
+    """Train from scratch to the last step, with kills while any remain."""
     directory = config.parent / "checkpoints" / "soak"
     while True:
         expected = _newest(directory)
@@ -169,11 +169,11 @@ def _one_run(config: Path, ranks: int, kills: int, rng: random.Random, tally: Ta
         if not (tally.sigkills < kills and _kill(run, rng, tally, directory)):
             run.end(patience=600)
             if run.process.returncode != 0:
-                tally.fail("a start that was left alone failed: " + "".join(run.lines)[-2000:])
+                tally.fail("an undisturbed start failed: " + "".join(run.lines)[-2000:])
                 return
         tag = run.resumed_from
         if expected is not None and tag not in (None, expected.tag) and _step_in(tag) <= expected.step:
-            tally.fail(f"went on from {tag}, the newest was {expected.tag}")  # a newer one: a commit that was finished
+            tally.fail(f"resumed from {tag}, the newest was {expected.tag}")  # a newer one is an interrupted commit
         _inspect(directory, run.step, tally)
         newest = _newest(directory)
         if newest is not None and newest.step == STEPS and newest.manifest is not None and newest.manifest.is_evaluated:
@@ -181,35 +181,35 @@ def _one_run(config: Path, ranks: int, kills: int, rng: random.Random, tally: Ta
 
 
 def _kill(run: Ranks, rng: random.Random, tally: Tally, directory: Path) -> bool:
-    """At a random instant: one in eight while starting, else within ten steps of training. False if it was done."""
+    """Send a signal at a random time: 1 in 8 during the start, else within ten steps. Return False if it had ended."""
     if rng.random() < 1 / 8:
         time.sleep(rng.uniform(0.5, 8))
     else:
         run.wait_for_steps(rng.randint(1, 10))
         time.sleep(rng.uniform(0, 0.15))
-    way = rng.choice(WAYS)
+    victim = rng.choice(VICTIMS)
     members = run.members()
     if not members:
         return False
     ranks = [member for member in members if _is_rank(member)]
-    tally.kills[way] += 1
+    tally.kills[victim] += 1
     saving = any(directory.glob(f"*{PARTIAL}")) if directory.is_dir() else False
     beat = read_beat(directory.parents[1] / "runs" / "soak", 0)
     is_present = beat is not None and beat.pid in [rank.pid for rank in ranks]
     evaluating = is_present and beat is not None and beat.phase == "evaluating"
     moments = {"in a save": saving, "in an evaluation": evaluating, "in a step": run.shown > 0, "while starting": True}
     tally.moments[next(moment for moment, found in moments.items() if found)] += 1
-    number = signal.SIGTERM if way == STOP else signal.SIGKILL
+    number = signal.SIGTERM if victim == STOP else signal.SIGKILL
     targets = {
         "one rank": [rng.choice(ranks)] if ranks else members,
         "all ranks": ranks or members,
         "the launcher": [member for member in members if member not in ranks],
         STOP: ranks or members,
-    }[way]
+    }[victim]
     for target in targets:
         with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(number)
-    run.end(patience=60 if way == STOP else rng.choice([0, 0, 3]))
+    run.end(patience=60 if victim == STOP else rng.choice([0, 0, 3]))
     return True
 
 
@@ -223,7 +223,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _inspect(directory: Path, reached: int, tally: Tally) -> None:
-    """Everything that counts as a checkpoint must be whole, and young enough."""
+    """Check that every checkpoint is complete and the newest one is recent enough."""
     generations = scan(directory)
     for generation in generations:
         tally.verified += 1
@@ -232,9 +232,9 @@ def _inspect(directory: Path, reached: int, tally: Tally) -> None:
     newest = max((generation.step for generation in generations), default=0)
     if reached:
         tally.lost_steps.append(max(0, reached - newest))
-        begun = (reached - 1) // EVERY * EVERY  # the step is shown before its own save begins
-        if newest < begun - EVERY:
-            tally.fail(f"step {reached} was reached, the newest checkpoint is of step {newest}")
+        last_started = (reached - 1) // EVERY * EVERY  # a step is printed before its save starts
+        if newest < last_started - EVERY:
+            tally.fail(f"step {reached} was reached, but the newest checkpoint is of step {newest}")
 
 
 def _newest(directory: Path) -> Generation | None:
@@ -247,14 +247,14 @@ def _step_in(tag: str) -> int:
 
 
 def _reference(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
-    """The run that nobody disturbs, at the very paths of those that are."""
+    """Train an undisturbed run, at the same paths as the others, and return the directory it is moved to."""
     run = Ranks(_write_config(folder, data, ranks, accumulation), ranks)
     run.end(patience=600)
-    kept = folder / f"reference-{accumulation}"
-    kept.mkdir()
+    reference = folder / f"reference-{accumulation}"
+    reference.mkdir()
     for name in ("runs", "checkpoints"):
-        (folder / name).rename(kept / name)
-    return kept
+        (folder / name).rename(reference / name)
+    return reference
 
 
 def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
@@ -281,19 +281,19 @@ def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Pa
 
 
 def _differences(reference: Path, folder: Path) -> list[str]:
-    """Where the end of a run differs from the reference's: the whole state, every step's metrics, what is shown."""
-    directories = [place / "checkpoints" / "soak" for place in (reference, folder)]
-    kept = [{found.tag for found in scan(directory) if found.role in ("best", "epoch")} for directory in directories]
-    differences = [f"{tag} is kept in one run only" for tag in kept[0] ^ kept[1]]
-    for tag in (rolling_tag(STEPS), *sorted(kept[0] & kept[1])):
+    """Return the differences of a run from the reference: the whole state, the metrics of every step, the curves."""
+    directories = [parent / "checkpoints" / "soak" for parent in (reference, folder)]
+    tags = [{found.tag for found in scan(directory) if found.role in ("best", "epoch")} for directory in directories]
+    differences = [f"{tag} exists in one run only" for tag in tags[0] ^ tags[1]]
+    for tag in (rolling_tag(STEPS), *sorted(tags[0] & tags[1])):
         found = checkpoint_differences(*(directory / tag for directory in directories))
         differences += [f"{tag}: {difference}" for difference in found]
-    runs = [place / "runs" / "soak" for place in (reference, folder)]
+    runs = [parent / "runs" / "soak" for parent in (reference, folder)]
     return differences + curve_differences(*runs) + curve_problems(runs[1])
 
 
 def curve_problems(run_dir: Path) -> list[str]:
-    """Where TensorBoard's own reader does not find every record of metrics.jsonl once, and nothing else."""
+    """Return the curves in which TensorBoard's reader does not find exactly the records of metrics.jsonl."""
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-soak-") as folder:
         tally = soak(options.kills, options.ranks, options.seed, Path(folder))
     result = {
@@ -329,7 +329,7 @@ def main() -> None:
         "checkpoints_verified": tally.verified,
         "lost_steps": dict(sorted(Counter(tally.lost_steps).items())),
         "save_every": EVERY,
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round((time.monotonic() - start_time) / 60, 1),
         "failures": tally.failures,
     }
     print(json.dumps(result, indent=1))

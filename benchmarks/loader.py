@@ -1,16 +1,15 @@
-"""How long does training wait for its data?
+"""Measure how long training waits for data.
 
     python benchmarks/loader.py [--ranks 4] [--played 2] [--tokens_per_s 2000000] [--steps 100] [--out FILE]
 
-Shards of random tokens are written. Then processes take the micro-batches of their ranks, step after step, as training
-does, and between two of them do what training on a GPU leaves to the processor: call small operations of PyTorch
-without a pause, as one who launches kernels does (``launching``), or nothing (``idle``: what is done first afterwards
-is done by a processor that has forgotten it). They take as long over it as devices would that train so many tokens a
-second, all ranks together. The time until a micro-batch is there is the wait. ``read`` is how long it takes to read a
-step's windows, which is done meanwhile.
+Shards of random tokens are written. Then processes read the micro-batches of their ranks, step by step, as training
+does. Between two micro-batches they do what a GPU leaves to the processor: call small PyTorch operations without a
+pause, as for launching kernels (``launching``), or sleep (``idle``, after which the processor's caches are cold). They
+spend as much time on it as devices that train the given tokens per second on all ranks together. The wait is the time
+until a micro-batch is available. ``read`` is the time to read the windows of a step, which happens concurrently.
 
-``warm``: the shards are in memory, as they are once they have been read. ``cold``: before every step the system is told
-to forget all of them, so that every window is fetched from the disk.
+``warm``: the shards are in the page cache. ``cold``: the page cache is dropped before every step, so that every window
+is read from the disk.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SHARD_TOKENS = 100_000_000
 
 @dataclass(frozen=True)
 class Kind:
-    """How the steps are gone through."""
+    """How the steps are simulated."""
 
     steps: int
     step_seconds: float
@@ -80,13 +79,23 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="that share the data (default: 4)")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="ranks that share the data (default: 4)")
     cores = os.cpu_count() or 1
-    parser.add_argument("--played", type=int, default=min(4, cores), metavar="N", help="of them (default: one a core)")
-    parser.add_argument("--tokens_per_s", type=float, default=2_000_000, metavar="N", help="of all ranks together")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each kind (default: 100)")
-    parser.add_argument("--shards", type=int, default=10, metavar="N", help="of 100 M tokens, 200 MB (default: 10)")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where they are written (default: the system's)")
+    parser.add_argument(
+        "--played",
+        type=int,
+        default=min(4, cores),
+        metavar="N",
+        help="ranks that are simulated (default: one per core)",
+    )
+    parser.add_argument(
+        "--tokens_per_s", type=float, default=2_000_000, metavar="N", help="tokens per second of all ranks together"
+    )
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of each kind (default: 100)")
+    parser.add_argument(
+        "--shards", type=int, default=10, metavar="N", help="shards of 100 M tokens, 200 MB each (default: 10)"
+    )
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="directory of the shards (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     return parser.parse_args()
 
@@ -98,11 +107,11 @@ def _write_shards(folder: Path, count: int) -> None:
             file.write(header_of(SHARD_TOKENS))
             file.write(rng.integers(0, VOCABULARY, SHARD_TOKENS, np.uint16).tobytes())
             file.flush()
-            os.fsync(file.fileno())  # what is not on the disk cannot be forgotten
+            os.fsync(file.fileno())  # only written pages can be dropped from the cache
 
 
 def _measure(folder: Path, plan: BatchPlan, played: int, kind: Kind) -> dict[str, float]:
-    """Share of the time that was waited, over all ranks and steps, and single steps' waits in ms."""
+    """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms."""
     with multiprocessing.get_context("spawn").Pool(played) as pool:
         waits = pool.starmap(consume, [(folder, plan, rank, kind) for rank in range(played)], chunksize=1)
     each = [wait for rank in waits for wait in rank]
@@ -115,41 +124,41 @@ def _measure(folder: Path, plan: BatchPlan, played: int, kind: Kind) -> dict[str
 
 
 def _read_ms(folder: Path, plan: BatchPlan, cold: bool) -> float:
-    """Of one rank's windows of a step, in the median."""
+    """Return the median time in ms to read one rank's windows of a step."""
     windows, rng = Windows(open_dataset(folder), "train", plan.sequence_length), np.random.default_rng(1)
     times = []
     for _ in range(20):
         mine = rng.integers(0, len(windows), plan.windows_per_step // plan.world_size)
         if cold:
-            _forget(folder)
+            _drop_cache(folder)
         else:
             windows.read(mine)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         windows.read(mine)
-        times.append(1000 * (time.perf_counter() - begun))
+        times.append(1000 * (time.perf_counter() - start_time))
     return round(statistics.median(times), 2)
 
 
 def consume(folder: Path, plan: BatchPlan, rank: int, kind: Kind) -> list[float]:
-    """Seconds that one rank waited for its data, each step's."""
+    """Return the seconds that one rank waited for its data in each step."""
     torch.set_num_threads(1)
     windows = Windows(open_dataset(folder), "train", plan.sequence_length)
     data = TrainingData(windows, plan, rank, 1337, torch.device("cpu"))
     if not kind.cold:
         for path in folder.iterdir():
             path.read_bytes()
-    list(data.micro_batches(1))  # a run's first batch is waited for
+    list(data.micro_batches(1))  # the first batch of a run is not prefetched
     _compute(time.perf_counter() + kind.step_seconds, kind.launching)
     waits = []
     for batch in range(2, kind.steps + 2):
         if kind.cold:
-            _forget(folder)
+            _drop_cache(folder)
         waited, batches = 0.0, data.micro_batches(batch)
         for _ in range(plan.accumulation):
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             next(batches)
             ready = time.perf_counter()
-            waited += ready - begun
+            waited += ready - start_time
             _compute(ready + kind.step_seconds / plan.accumulation, kind.launching)
         waits.append(waited)
     return waits
@@ -162,7 +171,7 @@ def _compute(until: float, launching: bool) -> None:
     time.sleep(max(0.0, until - time.perf_counter()))
 
 
-def _forget(folder: Path) -> None:
+def _drop_cache(folder: Path) -> None:
     for path in folder.iterdir():
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Describe the machine and versions of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ds_gpt2
 
 
 def describe() -> dict[str, str]:
-    """Machine kind, versions and date, fit to stand beside a figure."""
+    """Return processor, GPU, versions and date, without names of the machine or the user."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": f"{_processor()}, {os.cpu_count()} cores",

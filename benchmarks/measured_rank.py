@@ -1,6 +1,6 @@
-"""One rank of a run that is measured: a trial's, that leaves beside its memory what checkpoints took at most.
+"""One rank of a measured run: like a rank of a trial, but it also records the peak disk usage of checkpoints.
 
-Files only become fewer when a name is taken away, so it is enough to look just before: no moment can be missed.
+Disk usage decreases only when a file is unlinked, so measuring before each unlink finds the exact peak.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.plan import trial_rank
 
 SCRIPT = Path(__file__)
-_VARIABLE = "DS_GPT2_MEASURED"  # environment: the directory of checkpoints, and of what is left
+_VARIABLE = "DS_GPT2_MEASURED"  # environment variable: the directory of checkpoints
 
 
 def request(checkpoints: Path, directory: Path) -> dict[str, str]:
-    """The environment that makes ``SCRIPT`` leave in ``directory`` what lay below ``checkpoints`` at most."""
+    """Return the environment with which ``SCRIPT`` records in ``directory`` the peak size of ``checkpoints``."""
     return {**trial_rank.request(directory), _VARIABLE: str(checkpoints)}
 
 
 def most_bytes(directory: Path, ranks: int) -> int:
-    """That any of the ranks has seen."""
+    """Return the largest size in bytes that any rank recorded."""
     return max(int(_file(directory, rank).read_text(encoding="ascii")) for rank in range(ranks))
 
 
 def bytes_below(directory: Path) -> int:
-    """Each file once, however many names it has; files may go while one looks."""
+    """Return the bytes of all files below ``directory``; hard links count once. Files may vanish meanwhile."""
     sizes: dict[int, int] = {}
-    for place, _, names in os.walk(directory):
+    for folder, _, names in os.walk(directory):
         for name in names:
             try:
-                status = os.stat(os.path.join(place, name))
+                status = os.stat(os.path.join(folder, name))
             except FileNotFoundError:
                 continue
             sizes[status.st_ino] = status.st_size
@@ -49,17 +49,17 @@ def _file(directory: Path, rank: int) -> Path:
 
 
 def main() -> int:
-    """As ``train.main``."""
+    """Run as ``train.main`` does."""
     checkpoints, directory = Path(os.environ[_VARIABLE]), trial_rank.directory_asked_for()
-    seen, unlink = [0], Disk.unlink
+    sizes, unlink = [0], Disk.unlink
 
-    def look_first(self: Disk, path: Path) -> None:
-        seen.append(bytes_below(checkpoints))
+    def measure_first(self: Disk, path: Path) -> None:
+        sizes.append(bytes_below(checkpoints))
         unlink(self, path)
 
-    Disk.unlink = look_first  # type: ignore[method-assign]  # train.py is to run as it is
+    Disk.unlink = measure_first  # type: ignore[method-assign]  # train.py runs unchanged
     code = trial_rank.main()
-    _file(directory, collectives.rank()).write_text(str(max(seen)), encoding="ascii")
+    _file(directory, collectives.rank()).write_text(str(max(sizes)), encoding="ascii")
     return code
 
 

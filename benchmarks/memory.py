@@ -1,10 +1,10 @@
-"""Does a model fit? Peak of a rank's tensors for one preset after another: as ``plan`` predicts it, and as it is.
+"""Compare the peak memory of a rank's tensors with the prediction of ``plan``, for several presets.
 
     python benchmarks/memory.py --cases 124M:32 350M:16 774M:8 1558M:4 --data data/sample --out FILE       on a GPU
     DS_ACCELERATOR=cpu python benchmarks/memory.py --cases 7M:2 --sequence_length 256 --data data/sample --out FILE
 
-One rank, two micro-batches a step; see tensor_peak.py for how it is measured. On four ranks the optimizer's share is a
-quarter, which is arithmetic.
+One rank, two micro-batches per step; tensor_peak.py measures the peak. With four ranks, the optimizer's part is a
+quarter.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""What does watching a run cost?
+"""Measure the overhead of monitoring.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/monitor_overhead.py --data DIR --out FILE
     deepspeed --num_gpus 1 benchmarks/monitor_overhead.py --preset 124M --accumulation 4 --one_of 4 --data DIR ...
 
-The training loop runs in blocks that take turns: nothing is recorded; every scalar of every step goes to
-metrics.jsonl and TensorBoard, and the machine is looked at. The difference is far below what blocks differ by anyway,
-so the calls themselves are timed too, by the clock and by the processor: the rest is waiting for a core. What
-validation, samples, histograms and HellaSwag cost is timed at single occasions, and divided by the steps between two
-of them in ds_configs/gpt2_124m.yaml. With ``--one_of 4`` a rank stands for four: what ranks share among them then
-counts a quarter.
+Blocks of the training loop alternate: without any monitoring, and with all scalars of every step written to
+metrics.jsonl and TensorBoard and the health of the machine observed. The difference is far below the noise between
+blocks, so the calls themselves are timed, too, in wall and processor time. Single calls of validation, samples,
+histograms and HellaSwag are timed and divided by the number of steps between them in ds_configs/gpt2_124m.yaml. With
+``--one_of 4`` a rank represents four: work that is shared among ranks then counts a quarter.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ T = TypeVar("T")
 
 
 class Silent:
-    """In the place of everything around the training itself; each part does nothing, as cheaply as can be."""
+    """Replaces all components around training by calls that do nothing."""
 
     requested = False
 
@@ -69,22 +68,22 @@ class Silent:
 
 
 class Timed:
-    """Hands on every call, and adds up what the calls take."""
+    """Forwards calls to a target and sums up their time."""
 
     can_be_repeated = True  # of a hook
 
     def __init__(self, target: Any, *names: str) -> None:
-        self.seconds = self.busy = 0.0  # busy: of the processor, what this thread did itself
+        self.seconds = self.busy = 0.0  # busy: processor time of this thread
         for name in names:
             setattr(self, name, self._timed(getattr(target, name)))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            begun, busy = time.perf_counter(), time.thread_time()
+            start_time, busy = time.perf_counter(), time.thread_time()
             try:
                 return call(*arguments, **named)
             finally:
-                self.seconds += time.perf_counter() - begun
+                self.seconds += time.perf_counter() - start_time
                 self.busy += time.thread_time() - busy
 
         return timed
@@ -95,27 +94,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20, help="of a block")
+    parser.add_argument("--steps", type=int, default=20, help="steps per block")
     parser.add_argument("--occasions", type=int, default=5)
-    parser.add_argument("--one_of", type=int, default=1, metavar="RANKS", help="what each rank here stands for")
-    parser.add_argument("--hellaswag", type=Path, help="its file; left out without one")
+    parser.add_argument("--one_of", type=int, default=1, metavar="RANKS", help="ranks that each rank represents")
+    parser.add_argument("--hellaswag", type=Path, help="the file of items; without it, HellaSwag is not measured")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = device.choose("auto")
-    set_up_compiler(settings_of(options.data, options.preset), place)
+    torch_device = device.choose("auto")
+    set_up_compiler(settings_of(options.data, options.preset), torch_device)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
-    open_process_group(place)
+    open_process_group(torch_device)
     logging.getLogger("ds_gpt2").setLevel(logging.ERROR)
     folder = Path(collectives.broadcast_from_main(lambda: tempfile.mkdtemp(prefix="monitor-overhead-")))
-    places = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
+    overrides = {"run.dir": str(folder / "runs"), "monitor.tensorboard": "true"}
     if options.hellaswag:
-        places["hellaswag.path"] = str(options.hellaswag.absolute())
-    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation, **places), place)
+        overrides["hellaswag.path"] = str(options.hellaswag.absolute())
+    trainer = Trainer(settings_of(options.data, options.preset, options.accumulation, **overrides), torch_device)
     trainer.steps(4)
     result = _scalars(trainer, options.rounds, options.steps)
     result["occasions"] = {
@@ -123,7 +122,7 @@ def main() -> None:
         for name, every, hook, shared in _hooks(trainer, bool(options.hellaswag))
     }
     if collectives.is_main():
-        setting = f"{options.preset}, {collectives.world_size()} ranks on {place.type}, {trainer.plan}"
+        setting = f"{options.preset}, {collectives.world_size()} ranks on {torch_device.type}, {trainer.plan}"
         shown = {"machine": machine.describe(), "command": " ".join(sys.argv), "setting": setting, **result}
         options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(shown, indent=1))
@@ -159,12 +158,12 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         Timed(Health(engine.device), "observe", "before_update"),
     )
     timed_meter, timed_monitor, health = watching
-    health.every = Every(1)  # type: ignore[attr-defined]  # it stands in for the hook
+    health.every = Every(1)  # type: ignore[attr-defined]  # it replaces the hook
 
     def block(hooks: list[Any], monitor: Any, meter: Any) -> float:
         collectives.barrier()
         trainer.wait_for_device()
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         schedule = TrainingSchedule(trainer.state.step + steps, lambda _: 1e-4, Every(0))
         silent: Any = nothing
         reporter = StepReporter(heartbeat, meter, silent, monitor, schedule.steps)
@@ -172,7 +171,7 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         training = TrainingLoop(schedule, engine, trainer.data, guard, evaluator, silent, reporter, silent)
         training.train(trainer.state)
         trainer.wait_for_device()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
     off, on = [], []
     for _ in range(rounds):
@@ -196,47 +195,47 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def _occasions(trainer: Trainer, hook: Hook, every: int, count: int, step_ms: float) -> dict[str, Any]:
-    """What one occasion costs, a first one not counted, and its share of the time."""
+    """Return the cost of single calls after a warm-up call, and their share of the training time."""
     _occasion(trainer, hook)
     costs = [1000 * _occasion(trainer, hook) for _ in range(count)]
     share = statistics.median(costs) / (every * step_ms)
-    return {"ms": [round(one, 1) for one in costs], "every": every, "share_of_the_time": round(share, 6)}
+    return {"ms": [round(cost, 1) for cost in costs], "every": every, "share_of_the_time": round(share, 6)}
 
 
 def _hooks(trainer: Trainer, with_hellaswag: bool) -> Iterator[tuple[str, int, Hook, bool]]:
-    """Name, steps between two occasions in the mission, the hook, and whether ranks share its work."""
+    """Yield name, interval in steps in gpt2_124m.yaml, hook, and whether ranks share its work."""
     from ds_gpt2.data.dataset import Windows, open_dataset
     from ds_gpt2.training.hooks import Histograms, Samples, Validation, open_hellaswag
 
-    mission = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
+    reference = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
     settings = trainer.settings
     context = settings.batch.sequence_length
     held_out = Windows(open_dataset(settings.data.dir), "val", context)
-    validation = Validation(mission.validation, held_out, settings.batch.micro_batch)
-    yield f"validation, {len(held_out)} windows", mission.validation.every, validation, True
-    samples = Samples(mission.samples, settings.run.seed, settings.run_dir / "samples", context)
-    yield "samples", mission.samples.every, samples, False
-    yield "histograms", mission.histograms.every, Histograms(mission.histograms, trainer.engine.model), True
+    validation = Validation(reference.validation, held_out, settings.batch.micro_batch)
+    yield f"validation, {len(held_out)} windows", reference.validation.every, validation, True
+    samples = Samples(reference.samples, settings.run.seed, settings.run_dir / "samples", context)
+    yield "samples", reference.samples.every, samples, False
+    yield "histograms", reference.histograms.every, Histograms(reference.histograms, trainer.engine.model), True
     if with_hellaswag and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
-        yield "hellaswag", mission.hellaswag.every, hellaswag, True
+        yield "hellaswag", reference.hellaswag.every, hellaswag, True
 
 
 def _occasion(trainer: Trainer, hook: Hook) -> float:
-    """Seconds that a step takes longer for ``hook``, the training of the step itself left out."""
+    """Return the seconds that ``hook`` adds to a step."""
     engine, state = trainer.engine, trainer.state
     assert engine.accumulate(trainer.data.micro_batches(state.step + 1)) is not None
     trainer.wait_for_device()
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     hook.before_update(engine)
     trainer.wait_for_device()
-    before = time.perf_counter() - begun
+    before = time.perf_counter() - start_time
     engine.apply(1e-4)
     state.advance(trainer.plan.tokens_per_step, True, b"")
     collectives.barrier()
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     hook.observe(engine, state)
     collectives.barrier()
-    return before + time.perf_counter() - begun
+    return before + time.perf_counter() - start_time
 
 
 if __name__ == "__main__":

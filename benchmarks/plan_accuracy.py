@@ -1,10 +1,10 @@
-"""Is what ``plan`` says what a run then takes? Plans a few runs, then trains each to its end and compares.
+"""Compare the predictions of ``plan`` with real runs, which are trained to the end.
 
     python benchmarks/plan_accuracy.py --data data/sample --out benchmarks/results/plan_accuracy_cpu.json
 
-Of a real run: the most memory that any rank was resident with (the kernel's VmHWM), the most bytes its checkpoints took
-at one time and at the end (hard links once), all that it wrote beside them, the mean of its steps, and the peak of its
-tensors (``tensor_peak.py``, four steps).
+Measured of a real run: the peak resident memory of any rank (VmHWM), the peak and final bytes of its checkpoints (hard
+links count once), the bytes of its other files, the mean step time, and the peak of its tensors (``tensor_peak.py``,
+four steps).
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def _plan(ranks: int, overrides: dict[str, str], *words: str) -> dict[str, float
 
 
 def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder: Path) -> dict[str, float]:
-    """The whole run, its ranks reporting their memory, to ``folder``, as a trial's do."""
+    """Train a whole run whose ranks record their memory in ``folder``, as those of a trial do; return its figures."""
     settings = load_settings(config, overrides)
     arguments = ["--config", str(config), *(f"{key}={value}" for key, value in overrides.items())]
-    begun, environment = time.time(), measured_rank.request(settings.checkpoint_dir, folder)
+    start_time, environment = time.time(), measured_rank.request(settings.checkpoint_dir, folder)
     started = Ranks(arguments, RankLayout("cpu", ranks), folder / "outcome", environment, script=measured_rank.SCRIPT)
     try:
         while not started.gone:
@@ -153,7 +153,7 @@ def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder
         "checkpoints_at_end": bytes_below(settings.checkpoint_dir),
         "logs": bytes_below(settings.run_dir),
         "step": round(statistics.fmean(record["perf/step_ms"] for record in records) / 1000, 4),
-        "seconds": round(records[-1]["time"] - begun, 1),
+        "seconds": round(records[-1]["time"] - start_time, 1),
     }
 
 

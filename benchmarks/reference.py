@@ -1,7 +1,7 @@
-"""What a user would run instead: a plain PyTorch loop, the yardstick for speed and for numbers.
+"""A plain PyTorch training loop, the reference for speed and losses.
 
-The same model in fp32 under bf16 autocast, torch's cross entropy over all logits at once, torch's AdamW, clipping,
-and DistributedDataParallel when there is more than one rank. No DeepSpeed, no chunks, no allocator settings.
+The same model in fp32 under bf16 autocast, with torch's cross entropy over all logits, torch's AdamW, clipping, and
+DistributedDataParallel if there are several ranks. No DeepSpeed, no chunks, no allocator settings.
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 benchmarks/reference.py CONFIG --steps 20 --out result.json
 """
@@ -38,9 +38,9 @@ from ds_gpt2.training.lr_schedule import learning_rate
 
 
 class PlainLoss(nn.Module):
-    """The model with the loss that a plain script computes: all logits, in fp32, at once.
+    """The model with the loss of a plain script: cross entropy over all logits in fp32.
 
-    Rows of padding count, as in nanoGPT: they add 0.0009 to a first loss, but 50,257 columns make slow products.
+    The padding rows are included, as in nanoGPT: they add 0.0009 to an initial loss, but 50,257 columns are slow.
     """
 
     def __init__(self, model: GPT2) -> None:
@@ -53,20 +53,20 @@ class PlainLoss(nn.Module):
 
 
 class Reference:
-    """The loop, a step at a time; ``compiled`` has torch.compile take the whole model, loss and all."""
+    """The loop, one step at a time. ``compiled`` compiles the whole model including the loss."""
 
-    def __init__(self, settings: Settings, place: torch.device, compiled: bool = False) -> None:
+    def __init__(self, settings: Settings, device: torch.device, compiled: bool = False) -> None:
         batch = settings.batch
         self.settings = settings
         self.plan = plan_batch(
             batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
         )
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, place)
-        self.place = place
+        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, device)
+        self.device = device
         seed_everything(settings.run.seed)
         shape = ModelShape(*settings.model.shape, batch.sequence_length)
-        self.model = GPT2(shape, settings.model.dropout).to(place)
+        self.model = GPT2(shape, settings.model.dropout).to(device)
         net: nn.Module = PlainLoss(self.model)
         if compiled:
             net.compile()
@@ -80,15 +80,15 @@ class Reference:
         )
 
     def step(self, step: int) -> float:
-        """Train step ``step`` (1-based); its loss, the mean over ranks."""
+        """Train step ``step`` (1-based); return its loss, the mean over ranks."""
         settings, accumulation = self.settings, self.plan.accumulation
-        total = torch.zeros((), device=self.place)
+        total = torch.zeros((), device=self.device)
         for number, (tokens, targets) in enumerate(self.data.micro_batches(step), start=1):
-            quiet: AbstractContextManager[None] = nullcontext()
+            sync: AbstractContextManager[None] = nullcontext()
             if self.parallel is not None and number < accumulation:
-                quiet = self.parallel.no_sync()
-            with quiet:
-                with torch.autocast(self.place.type, torch.bfloat16):
+                sync = self.parallel.no_sync()
+            with sync:
+                with torch.autocast(self.device.type, torch.bfloat16):
                     loss = (self.parallel or self.net)(tokens, targets)
                 (loss / accumulation).backward()
             total += loss.detach() / accumulation
@@ -101,7 +101,7 @@ class Reference:
 
 
 def rate(settings: Settings, step: int) -> float:
-    """The learning rate of ``step``."""
+    """Return the learning rate of ``step``."""
     schedule = settings.schedule
     assert schedule.steps is not None
     return learning_rate(
@@ -114,14 +114,14 @@ def rate(settings: Settings, step: int) -> float:
 
 
 def train_reference(config: Path, steps: int, seconds: list[float] | None = None) -> list[float]:
-    """Train on the CPU; the mean loss over ranks of every step. ``seconds`` collects how long each step took."""
+    """Train on the CPU; return the mean loss over ranks of every step. The step times are appended to ``seconds``."""
     reference = Reference(load_settings(config), torch.device("cpu"))
     losses = []
     for step in range(1, steps + 1):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         losses.append(reference.step(step))
         if seconds is not None:
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start_time)
     return losses
 
 

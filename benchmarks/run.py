@@ -1,10 +1,10 @@
-"""The figures of docs/performance.md, measured again: a suite of programs, and a table of goals at its end.
+"""Measure the figures of docs/performance.md: run a suite of benchmarks and print a table of goals.
 
     python benchmarks/run.py --suite cpu --data data/sample --text FILES --hellaswag FILE --out DIR
-    python benchmarks/run.py --suite gpu --data data/sample --hellaswag FILE --out DIR         made for ten minutes
+    python benchmarks/run.py --suite gpu --data data/sample --hellaswag FILE --out DIR         takes ten minutes
 
-What each program has found goes to DIR as JSON, the table too. With ``--toy`` the GPU's programs run at a size that
-shows that they work, wherever that is; what they find then is no figure, and the table does not show it.
+The results of each program and the table are written to DIR as JSON. With ``--toy`` the GPU programs run with tiny
+models on any machine, to check that they work; the table then has no figures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if not __package__:
 from benchmarks import machine
 from ds_gpt2.supervision.launcher import RankLayout, start_command
 
-Found = dict[str, Any]  # what a program has written
+Found = dict[str, Any]  # the results of a program
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Goal:
 
     name: str
     what: str
-    wanted: float
+    target: float
     unit: str
     read: Callable[[Found], float]
     at_most: bool = False  # lower is better
 
     def ratio(self, value: float) -> float:
-        """1 and more is reached."""
-        return self.wanted / value if self.at_most else value / self.wanted
+        """Return measured / required, or the inverse if lower is better: the goal is reached from 1 on."""
+        return self.target / value if self.at_most else value / self.target
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Program:
     file: str
     words: Sequence[object]
     goals: Sequence[Goal] = ()
-    ranks: int = 0  # started by DeepSpeed's launcher; 0: a plain process
+    ranks: int = 0  # to launch with DeepSpeed; 0: a plain process
     limit: float = 240.0  # seconds
-    toy: Sequence[object] = ()  # in place of ``words``
+    toy: Sequence[object] = ()  # replaces ``words`` with --toy
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Program:
 BYTES = Goal("S9", "a checkpoint", 1.01 * 14, "bytes a parameter", lambda it: it["bytes_per_parameter"], at_most=True)
 WATCHING = (
     Goal("S5", "scalars of every step", 0.1, "%", lambda it: 100 * it["scalars_share_of_the_time"], at_most=True),
-    Goal("S5", "everything that looks", 1.0, "%", lambda it: _watching(it), at_most=True),
+    Goal("S5", "all monitoring", 1.0, "%", lambda it: _watching(it), at_most=True),
 )
 
 
@@ -168,9 +168,9 @@ def cpu_suite(options: argparse.Namespace) -> list[Program]:
 
 
 def _saving(it: Found) -> float:
-    """Percent of the time of 250 steps that a save takes at most.
+    """Return the cost of a save as a percentage of the time of 250 steps.
 
-    What it holds, what slows the steps after it, and what was still being written when those were done.
+    It is the sum of the blocking time, the slowdown of the following steps, and the remaining time of writing.
     """
     step = it["block_ms"]["none"]["p50"] / it["steps_a_block"]
     slowed = max(0.0, it["excess_ms_of_a_background_save"])
@@ -178,7 +178,7 @@ def _saving(it: Found) -> float:
 
 
 def _watching(it: Found) -> float:
-    """Percent of the time, at the cadence of gpt2_124m.yaml; validation is not watching but work."""
+    """Return the share of monitoring in percent at the intervals of gpt2_124m.yaml, without validation."""
     shares = [each["share_of_the_time"] for name, each in it["occasions"].items() if not name.startswith("validation")]
     return 100 * (it["scalars_share_of_the_time"] + sum(shares))
 
@@ -201,24 +201,24 @@ def main() -> None:
     parser.add_argument("--suite", choices=["cpu", "gpu"], required=True)
     parser.add_argument("--data", type=lambda text: Path(text).absolute(), required=True)
     parser.add_argument("--hellaswag", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], metavar="FILE", help="English text, to tokenise")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], metavar="FILE", help="English text to tokenize")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="leave out the others")
-    parser.add_argument("--toy", action="store_true", help="as small as can be: do the GPU's programs run?")
+    parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="run only these programs")
+    parser.add_argument("--toy", action="store_true", help="check that the GPU programs run, with tiny models")
     options = parser.parse_args()
     if options.suite == "cpu" and options.toy:
-        parser.error("--toy is for the GPU's suite")
+        parser.error("--toy is for the GPU suite")
     if options.suite == "cpu" and not options.text:
-        parser.error("the CPU's suite needs --text")
+        parser.error("the CPU suite needs --text")
     options.out.mkdir(parents=True, exist_ok=True)
     programs = gpu_suite(options) if options.suite == "gpu" else cpu_suite(options)
     if options.toy:
         programs = [replace(program, words=program.toy) for program in programs]
     chosen = [program for program in programs if options.only is None or program.name in options.only]
-    able = options.toy or options.suite == "cpu" or machine.describe()["gpu"] != "none"
+    can_run = options.toy or options.suite == "cpu" or machine.describe()["gpu"] != "none"
     found: dict[str, Found | None] = {}
     rows = _keep_table(programs, found, options)
-    for program in chosen if able else []:
+    for program in chosen if can_run else []:
         found[program.name] = run(program, options)
         rows = _keep_table(programs, found, options)
     print(_as_text(rows))
@@ -229,7 +229,7 @@ def main() -> None:
 def _keep_table(
     programs: Sequence[Program], found: dict[str, Found | None], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Its rows; written again after each program, so that a suite that is cut short leaves what it has."""
+    """Write the table and return its rows. It is written after each program, so an interrupted suite has one."""
     rows = [row for program in programs for row in _rows(program, found.get(program.name), options.toy)]
     table = {"machine": machine.describe(), "suite": options.suite, "goals": rows}
     (options.out / f"goals_{options.suite}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -237,25 +237,25 @@ def _keep_table(
 
 
 def run(program: Program, options: argparse.Namespace) -> Found | None:
-    """Its results; None if it failed, which is said."""
+    """Run a program and return its results; print and return None if it failed."""
     out = options.out / f"{program.name}_{options.suite}.json"
     out.unlink(missing_ok=True)
     file, words = Path(__file__).with_name(program.file), [*map(str, program.words), "--out", str(out)]
-    place = RankLayout("cpu" if options.suite == "cpu" else "cuda", program.ranks)
-    command = start_command(place, file, words) if program.ranks else [sys.executable, str(file), *words]
+    layout = RankLayout("cpu" if options.suite == "cpu" else "cuda", program.ranks)
+    command = start_command(layout, file, words) if program.ranks else [sys.executable, str(file), *words]
     environment = dict(os.environ)
     if options.suite == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu"} | ({"OMP_NUM_THREADS": "1"} if program.ranks else {})
     print(f"{program.name} ...", end=" ", flush=True)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with (options.out / f"{program.name}_{options.suite}.log").open("w", encoding="utf-8") as log:
         done = _succeeds(command, environment, log, program.limit)
-    print(f"{'' if done else 'failed after '}{time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{'' if done else 'failed after '}{time.monotonic() - start_time:.0f} s", flush=True)
     return json.loads(out.read_text(encoding="utf-8")) if done else None
 
 
 def _succeeds(command: Sequence[str], environment: dict[str, str], log: TextIO, limit: float) -> bool:
-    """Whether ``command`` ends well and in time; where it does not, nothing of it is left to disturb the next."""
+    """Return whether ``command`` succeeds within ``limit`` seconds; otherwise kill all of its processes."""
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         return process.wait(limit) == 0
@@ -272,11 +272,11 @@ def _rows(program: Program, found: Found | None, toy: bool) -> list[dict[str, An
     rows = []
     for goal in program.goals:
         value = None if found is None else goal.read(found)
-        value = None if toy else value  # it can be read, and that is all
-        wanted = f"{'<=' if goal.at_most else '>='} {goal.wanted:,.6g} {goal.unit}"
+        value = None if toy else value  # only checked to be readable
+        target = f"{'<=' if goal.at_most else '>='} {goal.target:,.6g} {goal.unit}"
         measured = "not measured" if value is None else f"{value:,.6g} {goal.unit}"
         ratio = None if value is None else round(goal.ratio(value), 3)
-        rows.append({"goal": goal.name, "what": goal.what, "wanted": wanted, "measured": measured, "ratio": ratio})
+        rows.append({"goal": goal.name, "what": goal.what, "wanted": target, "measured": measured, "ratio": ratio})
     return rows
 
 

@@ -1,9 +1,9 @@
-"""What goes over the links in a step: counted in a real run, and as docs/scaling.md has it; then its tables.
+"""Measure the communication of a step in a real run, compare it with docs/scaling.md, and compute its tables.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/scaling.py --data data/sample --out FILE
 
-Every collective operation of PyTorch is counted with the bytes of its tensor. Each of N ranks in a ring sends
-2 (N-1)/N of an all-reduced tensor and (N-1)/N of a gathered one (Patarasuk and Yuan 2009).
+The bytes of the tensors of all collective operations are counted. In a ring of N ranks, each rank sends 2 (N-1)/N of an
+all-reduced tensor and (N-1)/N of a gathered one (Patarasuk and Yuan 2009).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ds_gpt2.run_dir import exit_report
 PRESETS = ("124M", "350M", "774M", "1558M")
 RANKS = (1, 4, 8, 64)
 TOKENS_PER_STEP = 524_288
-GRADIENT, WEIGHT, STATE = 4, 2, 12  # bytes a parameter: fp32 sums, bf16 weights, fp32 masters with two moments
+GRADIENT, WEIGHT, STATE = 4, 2, 12  # bytes per parameter: fp32 sums, bf16 weights, fp32 master weights and two moments
 
-# Name in torch.distributed -> which argument is the tensor that all ranks share in the end.
+# Name in torch.distributed -> index of the argument with the tensor of full size.
 _SHARED = {
     "all_reduce": 0,
     "all_gather_into_tensor": 0,
@@ -48,17 +48,17 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = device.choose("auto")
+    torch_device = device.choose("auto")
     settings = settings_of(options.data, options.preset, options.accumulation)
-    set_up_compiler(settings, place)
+    set_up_compiler(settings, torch_device)
     from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
     from ds_gpt2.model.gpt2 import count_parameters
 
     counted = _count_collectives()
-    open_process_group(place)
-    trainer = Trainer(settings, place)
+    open_process_group(torch_device)
+    trainer = Trainer(settings, torch_device)
     trainer.step(1)
     counted.clear()
     trainer.step(2)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _count_collectives() -> Counter[str]:
-    """From here on, the bytes of what each kind of collective operation is given. DeepSpeed keeps what it finds."""
+    """Count the bytes of each kind of collective operation from now on. Call it before DeepSpeed is imported."""
     import torch
     import torch.distributed as torch_dist
 
@@ -105,17 +105,17 @@ def _count_collectives() -> Counter[str]:
 
 
 def _ring(name: str, ranks: int) -> float:
-    """What a rank sends of a tensor's bytes."""
+    """Return the share of a tensor's bytes that a rank sends."""
     return (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks
 
 
 def zero_2(parameters: int, ranks: int) -> float:
-    """Bytes that a rank sends a step: gradients all-reduced once, in fp32; weights gathered in bf16."""
+    """Return the bytes that a rank sends per step: gradients all-reduced once in fp32, weights gathered in bf16."""
     return parameters * (2 * GRADIENT + WEIGHT) * (ranks - 1) / ranks
 
 
 def zero_3(parameters: int, ranks: int, accumulation: int) -> float:
-    """The same, as DeepSpeed's stage 3 would: weights gathered twice and gradients scattered a micro-batch, in bf16."""
+    """Return the same for ZeRO-3: per micro-batch, weights gathered twice and gradients scattered once, in bf16."""
     return parameters * 3 * WEIGHT * accumulation * (ranks - 1) / ranks
 
 
@@ -130,7 +130,7 @@ def _sent(preset: str, micro_batch: int = 16) -> dict[str, dict[str, float]]:
 
 
 def _memory(preset: str) -> dict[str, dict[str, float]]:
-    """Of the states alone, by stage; with ``peak`` what ``plan`` predicts for 4 windows under ZeRO-2, compiled."""
+    """Return the GB of the model states per stage, and the peak that ``plan`` predicts for 4 windows under ZeRO-2."""
     from ds_gpt2.config.batch_plan import BatchPlan
     from ds_gpt2.tools.resources.memory_model import Zero, peak
 

@@ -1,4 +1,4 @@
-"""Settings of what benchmarks train, and PyTorch set up for them; to be used before DeepSpeed is imported."""
+"""Settings of benchmarks, and setup of the compiler. Use them before DeepSpeed is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_gpt2.distributed import collectives, torch_compile
 
 
 def settings_of(data: Path, preset: str, accumulation: int = 1, /, **overrides: str) -> Settings:
-    """Short windows for the small presets, GPT-2's own for the others."""
+    """Return settings for a preset: short windows for small presets, GPT-2's sequence length for the others."""
     sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 32)
     return load_settings(
         PROJECT_DIR / "ds_configs" / "quickstart.yaml",
@@ -27,6 +27,6 @@ def settings_of(data: Path, preset: str, accumulation: int = 1, /, **overrides: 
     )
 
 
-def set_up_compiler(settings: Settings, place: torch.device) -> None:
-    """As ``train.py`` does."""
-    torch_compile.set_up(torch_compile.decide(settings.run.compile, place))
+def set_up_compiler(settings: Settings, device: torch.device) -> None:
+    """Set up torch.compile as ``train.py`` does."""
+    torch_compile.set_up(torch_compile.decide(settings.run.compile, device))

@@ -1,11 +1,11 @@
-"""How long a stopped run takes to train again: from the command to the first new step in its log.
+"""Measure how long a stopped run takes to train again: from the command to the first new step in its log.
 
     python benchmarks/startup.py --config quickstart --num_gpus 4 --out FILE
     python benchmarks/startup.py --config gpt2_124m --num_gpus 1 --out FILE data.dir=data/sample
 
-A run is started, stopped by SIGTERM once it has trained, and resumed again and again, each time as a person would:
-``launch.sh resume``. The first start's figure is that with cold caches if ``--cold`` is given: compiled kernels then go
-to an empty directory, and are found there by every start that follows.
+A run is started, stopped by SIGTERM after some steps, and resumed several times by the command of ``launch.sh resume``.
+With ``--cold`` the first start has cold caches: compiled kernels are written to an empty directory, which the following
+starts use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if not __package__:
 from benchmarks import machine
 from ds_gpt2.config.settings import PROJECT_DIR
 
-_LOOK_SECONDS = 0.1  # each look takes processor time from what is measured
+_POLL_SECONDS = 0.1  # polling uses processor time of the measured processes
 _LIMIT_SECONDS = 300.0
 
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--num_gpus", type=int, default=4)
-    parser.add_argument("--starts", type=int, default=5, help="resumed so often")
-    parser.add_argument("--cold", action="store_true", help="begin with no compiled kernels")
+    parser.add_argument("--starts", type=int, default=5, help="number of resumes")
+    parser.add_argument("--cold", action="store_true", help="start without compiled kernels")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
@@ -70,10 +70,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _start(command: list[str], run_dir: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds from the command to each mark of one start, which is ended once it has trained a little."""
+    """Return the seconds from the command to each event of one start, which is stopped afterwards."""
     log = run_dir / "train.log"
     before = log.stat().st_size if log.exists() else 0
-    begun = time.time()
+    start_time = time.time()
     process = subprocess.Popen(
         [sys.executable, str(PROJECT_DIR / "ds_gpt2" / "__main__.py"), *command],
         env=environment,
@@ -81,33 +81,33 @@ def _start(command: list[str], run_dir: Path, environment: dict[str, str]) -> di
         start_new_session=True,
     )
     try:
-        return _watched(process, log, before, begun, command)
+        return _watched(process, log, before, start_time, command)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
 def _watched(
-    process: subprocess.Popen[bytes], log: Path, before: int, begun: float, command: list[str]
+    process: subprocess.Popen[bytes], log: Path, before: int, start_time: float, command: list[str]
 ) -> dict[str, float]:
     marks: dict[str, float] = {}
-    looks = {
+    checks = {
         "ranks started": lambda: _first_rank(process.pid),
-        "model built": lambda: _said(log, before, " parameters; "),
-        "first step": lambda: _said(log, before, " tok/s "),
+        "model built": lambda: _logged(log, before, " parameters; "),
+        "first step": lambda: _logged(log, before, " tok/s "),
     }
-    while len(marks) < len(looks):
-        if process.poll() is not None or time.time() - begun > _LIMIT_SECONDS:
-            raise SystemExit(f"no new step after {time.time() - begun:.0f} s: {command}")
-        for name, look in looks.items():
-            if name not in marks and (when := look()) is not None:
-                marks[name] = round(when - begun, 2)
-        time.sleep(_LOOK_SECONDS)
+    while len(marks) < len(checks):
+        if process.poll() is not None or time.time() - start_time > _LIMIT_SECONDS:
+            raise SystemExit(f"no new step after {time.time() - start_time:.0f} s: {command}")
+        for name, check in checks.items():
+            if name not in marks and (when := check()) is not None:
+                marks[name] = round(when - start_time, 2)
+        time.sleep(_POLL_SECONDS)
     return marks
 
 
 def _first_rank(supervisor: int) -> float | None:
-    """When the first rank's process was made."""
+    """Return the start time of the first rank's process, or None."""
     found = []
     for child in psutil.Process(supervisor).children(recursive=True):
         try:
@@ -118,8 +118,8 @@ def _first_rank(supervisor: int) -> float | None:
     return min(found) if found else None
 
 
-def _said(log: Path, before: int, words: str) -> float | None:
-    """Now, if ``words`` are in what has come to the log; its lines are written one by one, at once."""
+def _logged(log: Path, before: int, words: str) -> float | None:
+    """Return the current time if ``words`` are in the log after position ``before``; the log is not buffered."""
     if not log.exists():
         return None
     with log.open(encoding="utf-8") as lines:

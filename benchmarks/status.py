@@ -1,10 +1,9 @@
-"""How long does ``status`` take?
+"""Measure the time of ``status``.
 
     python benchmarks/status.py [--busy N] [--out FILE]
 
-A month's run is made up: 95,365 records of 25 scalars, a thousand events, 15 checkpoints whose files are empty but for
-their size. Then the command itself is timed, Python's start and imports and all: alone, and beside N processes that
-compute without end.
+The files of a one-month run are generated: 95,365 records of 25 scalars, a thousand events, 15 checkpoints of sparse
+files. Then the command is timed, including the start of Python and imports: alone, and beside N busy processes.
 """
 
 from __future__ import annotations
@@ -64,22 +63,20 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=15, metavar="N", help="starts of each command")
-    parser.add_argument(
-        "--busy", type=int, default=4, metavar="N", help="processes that compute meanwhile (default: 4)"
-    )
+    parser.add_argument("--times", type=int, default=15, metavar="N", help="runs of each command")
+    parser.add_argument("--busy", type=int, default=4, metavar="N", help="busy processes (default: 4)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     return parser.parse_args()
 
 
 def make_month(folder: Path) -> Path:
-    """The files of a run that has just made its last step; returns its directory."""
+    """Write the files of a run that has just completed its last step; return its directory."""
     run_dir = folder / "runs" / "month"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(CONFIG.format(folder=folder, steps=STEPS, every=EVERY), encoding="utf-8")
-    begun = time.time() - STEPS * STEP_SECONDS
-    _write_metrics(run_dir / "metrics.jsonl", begun)
-    _write_journal(run_dir / "journal.jsonl", begun)
+    start_time = time.time() - STEPS * STEP_SECONDS
+    _write_metrics(run_dir / "metrics.jsonl", start_time)
+    _write_journal(run_dir / "journal.jsonl", start_time)
     for step in range((STEPS // EVERY - 9) * EVERY, STEPS, EVERY):
         _write_checkpoint(folder / "checkpoints" / "month" / rolling_tag(step), step)
     for epoch in range(1, 6):
@@ -87,21 +84,21 @@ def make_month(folder: Path) -> Path:
     return run_dir
 
 
-def _write_metrics(file: Path, begun: float) -> None:
+def _write_metrics(file: Path, start_time: float) -> None:
     rng = random.Random(0)
     names = ["train/loss", "train/epoch", "perf/tokens_per_s", "perf/gpu_temperature_c"]
     names += [f"perf/scalar_{number:02d}" for number in range(SCALARS - len(names))]
     with file.open("w", encoding="utf-8") as lines:
         for step in range(1, STEPS + 1):
-            record = {"step": step, "time": round(begun + step * STEP_SECONDS, 3)}
+            record = {"step": step, "time": round(start_time + step * STEP_SECONDS, 3)}
             record |= {name: round(rng.random(), 6) for name in names}
             record["train/epoch"] = round(step / EPOCH_STEPS, 9)
             record |= {"val/loss": 3.3 + rng.random() / 100} if step % EVERY == 0 else {}
             lines.write(json.dumps(record) + "\n")
 
 
-def _write_journal(file: Path, begun: float) -> None:
-    """A thousand events: saves, every tenth of them the best one, and a crash after every fortieth."""
+def _write_journal(file: Path, start_time: float) -> None:
+    """Write a thousand events: saves, every tenth the best, with a crash after every fortieth."""
     events = [(0, "start", 0)]
     for number, step in enumerate(range(EVERY, STEPS, STEPS // 850), start=1):
         events.append((step, "save", step))
@@ -112,7 +109,7 @@ def _write_journal(file: Path, begun: float) -> None:
     with file.open("w", encoding="utf-8") as lines:
         for moment, kind, step in events:
             event = {
-                "time": begun + moment * STEP_SECONDS,
+                "time": start_time + moment * STEP_SECONDS,
                 "kind": kind,
                 "step": step,
                 "text": f"{kind} of step {step}",
@@ -151,14 +148,14 @@ def _busy(count: int) -> Iterator[None]:
 
 
 def _timed(name: str, words: list[str], times: int) -> dict[str, float]:
-    """Seconds of wall time: the median and the slowest, Python's start and all imports included."""
+    """Return the median and longest wall time in seconds, including the start of Python and imports."""
     program = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]
     command = [*program, "status", *words] if words else [*program, "--version"]
     seconds = []
     for _ in range(times):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start_time)
     return {f"{name}_seconds": round(statistics.median(seconds), 3), f"{name}_slowest": round(max(seconds), 3)}
 
 

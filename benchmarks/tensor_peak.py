@@ -1,9 +1,9 @@
-"""How many bytes do a rank's tensors take at most, and what does ``plan`` predict? Arithmetic against the allocator.
+"""Measure the peak memory of a rank's tensors, and compare it with the prediction of ``plan``.
 
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 benchmarks/tensor_peak.py --data data/sample --out FILE
         --set model.preset=7M --set batch.micro_batch=4
 
-On a CPU every allocation is counted by PyTorch's profiler; on a GPU the caching allocator keeps count itself.
+On a CPU, PyTorch's profiler records every allocation; on a GPU, the caching allocator reports the peak.
 """
 
 from __future__ import annotations
@@ -29,67 +29,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="of the settings")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="a setting")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    place = device.choose("auto")
+    torch_device = device.choose("auto")
     settings = settings_of(options.data, "7M", **parse_overrides(options.set))
-    set_up_compiler(settings, place)
+    set_up_compiler(settings, torch_device)
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
-    open_process_group(place)
+    open_process_group(torch_device)
     if collectives.world_size() == 1:
         _reduce_nothing()
-    measured = max(collectives.gather_objects(_peak(settings, place)))
+    measured = max(collectives.gather_objects(_peak(settings, torch_device)))
     if collectives.is_main():
-        options.out.write_text(json.dumps({"measured": measured, **_predicted(settings, place)}), encoding="utf-8")
+        options.out.write_text(
+            json.dumps({"measured": measured, **_predicted(settings, torch_device)}), encoding="utf-8"
+        )
     close_process_group()
 
 
 def _reduce_nothing() -> None:
-    """With one rank there is nothing to reduce, and gloo would keep what it was given alive, for a moment."""
+    """Disable all_reduce on a single rank, where gloo would keep its input alive for a moment."""
     import torch.distributed as torch_dist
 
     torch_dist.all_reduce = lambda *tensors, **named: None
 
 
-def _peak(settings: Any, place: Any) -> int:
-    """Bytes of this rank's tensors at most, from building the model on."""
+def _peak(settings: Any, torch_device: Any) -> int:
+    """Return the peak bytes of this rank's tensors, including the construction of the model."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.trainer import Trainer
 
     def train() -> None:
-        trainer = Trainer(settings, place)
+        trainer = Trainer(settings, torch_device)
         trainer.steps(_STEPS)
         model = trainer.engine.model
         with torch.no_grad():
             model.eval()(*next(trainer.data.micro_batches(1)))
 
-    if place.type == "cuda":
+    if torch_device.type == "cuda":
         train()
         return int(torch.cuda.max_memory_allocated())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train()
-    taken = highest = 0
+    allocated = highest = 0
     events = profiler.profiler.kineto_results.events()
     for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
-        taken += event.nbytes()
-        highest = max(highest, taken)
+        allocated += event.nbytes()
+        highest = max(highest, allocated)
     return highest
 
 
-def _predicted(settings: Any, place: Any) -> dict[str, Any]:
+def _predicted(settings: Any, torch_device: Any) -> dict[str, Any]:
     from ds_gpt2.config.batch_plan import plan_batch
     from ds_gpt2.config.deepspeed_config import load_deepspeed_file
     from ds_gpt2.tools.resources.memory_model import describe_model, peak, read_zero
 
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
-    compiled = torch_compile.is_wanted(settings.run.compile, place.type)
+    compiled = torch_compile.is_enabled(settings.run.compile, torch_device.type)
     model = describe_model(settings.model, batch.sequence_length, compiled)
-    memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), place.type)
+    memory = peak(model, plan, read_zero(load_deepspeed_file(settings.deepspeed)), torch_device.type)
     return {"predicted": memory.total, "moment": memory.moment, "parameters": model.parameters}
 
 

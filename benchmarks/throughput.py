@@ -1,6 +1,6 @@
-"""Tokens per second, memory and loss curve of ds_gpt2 beside a plain PyTorch DDP loop, on four gloo ranks.
+"""Compare tokens per second, memory and losses of ds_gpt2 and a plain PyTorch DDP loop on four gloo ranks.
 
-Both arms train the same model on the same windows, turn by turn in one run. A block's first steps are not counted.
+Both arms train the same model on the same windows, alternating in one run. The first steps of each block do not count.
 
     python benchmarks/throughput.py --data data/sample --out benchmarks/results/throughput_cpu.json
 """
@@ -36,7 +36,7 @@ RANKS = 4
 
 @dataclass(frozen=True)
 class Block:
-    """One start of one arm."""
+    """The result of one start of one arm."""
 
     losses: list[float]
     seconds: list[float]  # per step
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25, help="of each block")
-    parser.add_argument("--curve", type=int, default=100, help="steps of the first round, whose losses are compared")
+    parser.add_argument("--steps", type=int, default=25, help="steps per block")
+    parser.add_argument("--curve", type=int, default=100, help="steps of the first round, for the comparison of losses")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(options.data, Path(folder), options.curve)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _settings(data: Path, folder: Path, steps: int) -> Settings:
-    """Goal S3's model: 7 M parameters, 8,192 tokens a step."""
+    """Return the settings of goal S3: 7 M parameters, 8,192 tokens per step."""
     return load_settings(
         PROJECT_DIR / "ds_configs" / "quickstart.yaml",
         {
@@ -79,7 +79,7 @@ def _settings(data: Path, folder: Path, steps: int) -> Settings:
             "batch.tokens_per_step": "8192",
             "schedule.steps": str(steps),
             "schedule.warmup_steps": "10",
-            "schedule.max_lr": "1e-3",  # well inside what is stable: the curves are compared
+            "schedule.max_lr": "1e-3",  # a stable rate, because losses are compared
             "schedule.min_lr": "1e-4",
             "checkpoint.every": "0",
             "validation.every": "0",
@@ -118,7 +118,7 @@ def _write(settings: Settings, name: str) -> Path:
 
 
 def _run(command: list[str], environment: dict[str, str], program: str) -> list[int]:
-    """Run to the end; the peak resident bytes of every process that runs ``program``, read from outside."""
+    """Run ``command``; return the peak resident bytes of every process that runs ``program``."""
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -132,7 +132,7 @@ def _run(command: list[str], environment: dict[str, str], program: str) -> list[
                     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
                     peaks[child.pid] = int(line.split()[1]) * 1024
             except (psutil.Error, OSError, StopIteration):
-                continue  # it ended while we looked
+                continue  # it has just ended
         time.sleep(1.0)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}")

@@ -1,18 +1,17 @@
-"""How fast does text become shards, and in how much memory?
+"""Measure the speed and memory of preparing text.
 
     python benchmarks/tokenising.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
 
-The same parquet file of documents becomes shards in two ways, in turns: by ``ds_gpt2.data.prepare.pipeline``, and by
+A parquet file of documents is converted to shards by two implementations that alternate: ``ds_gpt2.data.prepare``, and
 the recipe of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents
-at a time, which go to the parent and from there into shards). Both with one worker, as the recipe has half of the
-cores, and with one for each core. The tokens are compared, all of them. What ours does beside (hashes, fsync, notes of
-progress) is in its time, as is the start of its workers.
+per task, collected by the parent). Both run with one worker, with half of the cores (as in the recipe), and with all
+cores. All tokens are compared. Our time includes hashes, fsync, notes of progress and the start of the workers.
 
-The text given is repeated until there is enough; in repetitions every fiftieth word is one that nobody has seen before:
-a cache of words, which the faster one has, would otherwise have it too easy.
+The given text is repeated as needed. In repetitions, every fiftieth word is replaced by a new one, because a cache of
+words would otherwise be unrealistically effective.
 
-``--memory``: then the command itself is run over inputs of these sizes, as documents and as one text without an end,
-and the memory of all its processes together is watched.
+``--memory``: the command is run for inputs of these sizes, as documents and as one long text, and the memory of all its
+processes is recorded.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from ds_gpt2.data.prepare.sources import local_source
 from ds_gpt2.data.shards import open_shard
 
 PROJECT = Path(__file__).resolve().parents[1]
-DOCUMENT_CHARACTERS = 4_700  # FineWeb-Edu's mean, about
+DOCUMENT_CHARACTERS = 4_700  # approximate mean of FineWeb-Edu
 SHARD_TOKENS = 10_000_000
 
 
@@ -70,29 +69,33 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="English text")
-    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of text to tokenise (default: 200)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each (default: 3)")
-    parser.add_argument("--memory", type=int, nargs="*", default=[], metavar="MB", help="sizes of input to watch")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the files are made (default: the system's)")
+    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="size of the text (default: 200)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[], metavar="MB", help="sizes of inputs for measuring memory"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="directory of temporary files (default: the system's)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     return parser.parse_args()
 
 
 def measure_speed(folder: Path, texts: list[Path], megabytes: int, rounds: int) -> dict[str, Any]:
-    """Megabytes of text a second, whole preparations; the ratio of each round is of arms that followed each other."""
+    """Return MB of text per second of whole preparations, and the ratios of consecutive runs."""
     source = folder / "speed.parquet"
     size = write_documents(source, texts, megabytes * 1_000_000)
     cores = os.cpu_count() or 1
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in range(rounds):
         for workers in sorted({1, max(1, cores // 2), cores}):
-            made = {}
+            tokens = {}
             for name, arm in (("recipe", by_recipe), ("ours", by_prepare)):
                 out = folder / f"{name}_{workers}_{turn}"
-                begun = time.perf_counter()
-                made[name] = arm(source, out, workers)
-                seconds.setdefault((name, workers), []).append(time.perf_counter() - begun)
-            _check_equal(*(made[name] for name in ("recipe", "ours")))
+                start_time = time.perf_counter()
+                tokens[name] = arm(source, out, workers)
+                seconds.setdefault((name, workers), []).append(time.perf_counter() - start_time)
+            _check_equal(*(tokens[name] for name in ("recipe", "ours")))
     results: dict[str, Any] = {"megabytes": round(size / 1e6, 1), "cores": cores}
     for workers in sorted({workers for _, workers in seconds}):
         recipe, ours = (seconds[name, workers] for name in ("recipe", "ours"))
@@ -114,13 +117,13 @@ def by_prepare(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any
         for split in splits:
             for number, shard in enumerate(dataset.split(split)):
                 content = open_shard(dataset.dir / shard.file)
-                yield content[1:] if split == "train" and number == 0 else content  # it begins with <|endoftext|>
+                yield content[1:] if split == "train" and number == 0 else content  # without the leading <|endoftext|>
 
     return tokens()
 
 
 def by_recipe(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any, Any]]:
-    """As build-nanogpt does it, but for where the documents come from."""
+    """Write shards as build-nanogpt does, from the same parquet file."""
     out.mkdir()
     shard, filled = np.empty((SHARD_TOKENS,), np.uint16), 0
     files: list[Path] = []
@@ -154,11 +157,11 @@ def _recipe_of_one(text: str | None) -> np.ndarray[Any, Any]:
 
 def _check_equal(one: Iterator[np.ndarray[Any, Any]], other: Iterator[np.ndarray[Any, Any]]) -> None:
     if not np.array_equal(np.concatenate(list(one)), np.concatenate(list(other))):
-        raise SystemExit("the two have not made the same tokens")
+        raise SystemExit("the two implementations give different tokens")
 
 
 def measure_memory(folder: Path, texts: list[Path], sizes: list[int]) -> list[dict[str, Any]]:
-    """The most that the command and its workers held at once, in MB: resident, what they share counted once each."""
+    """Return the peak resident memory of the command and its workers together, in MB; shared pages count repeatedly."""
     writers: dict[str, Callable[[Path, list[Path], int], int]] = {
         "parquet": write_documents,
         "txt": lambda path, texts, size: _write_text(path, texts, size),
@@ -175,20 +178,20 @@ def measure_memory(folder: Path, texts: list[Path], sizes: list[int]) -> list[di
 
 def _watched(source: Path, out: Path) -> dict[str, float]:
     command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "prepare", "text", str(source), "--out"]
-    begun, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([*command, str(out)], stdout=said, stderr=said)
+    start_time, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen([*command, str(out)], stdout=output, stderr=output)
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
             time.sleep(0.02)
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(said.read().decode())
+            output.seek(0)
+            raise SystemExit(output.read().decode())
     tokens = sum(shard.tokens for shard in open_dataset(out).shards)
     for file in out.iterdir():
         file.unlink()
     out.rmdir()
-    return {"peak_mb": round(peak / 1e6), "seconds": round(time.perf_counter() - begun, 1), "tokens": tokens}
+    return {"peak_mb": round(peak / 1e6), "seconds": round(time.perf_counter() - start_time, 1), "tokens": tokens}
 
 
 def _resident(pid: int) -> int:
@@ -197,21 +200,21 @@ def _resident(pid: int) -> int:
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
             total += process.memory_info().rss
-    except psutil.Error:  # one has just ended
+    except psutil.Error:  # a process has just ended
         return total
     return total
 
 
 def write_documents(path: Path, texts: list[Path], size: int) -> int:
-    """A parquet file of so many bytes of text, 1,000 documents to a row group as the hub's have; returns its bytes."""
+    """Write a parquet file with ``size`` bytes of text, 1,000 documents per row group; return the bytes written."""
     written = 0
     schema = pyarrow.schema([("text", pyarrow.string())])
     with parquet.ParquetWriter(path, schema) as file:
         documents = _documents(_endless(texts))
         while written < size:
-            some = list(itertools.islice(documents, 1000))
-            file.write_table(pyarrow.table({"text": some}, schema=schema))
-            written += sum(len(each.encode()) for each in some)
+            group = list(itertools.islice(documents, 1000))
+            file.write_table(pyarrow.table({"text": group}, schema=schema))
+            written += sum(len(each.encode()) for each in group)
     return written
 
 
@@ -223,11 +226,11 @@ def _write_text(path: Path, texts: list[Path], size: int) -> int:
             file.write(stretch)
             if written >= size:
                 return written
-    raise AssertionError("it is endless")
+    raise AssertionError("the text is endless")
 
 
 def _documents(stretches: Iterable[str]) -> Iterator[str]:
-    """Of exponentially distributed length, as the web's are about."""
+    """Yield documents of exponentially distributed lengths, similar to web pages."""
     rng = random.Random(0)
     for stretch in stretches:
         start = 0
@@ -238,7 +241,7 @@ def _documents(stretches: Iterable[str]) -> Iterator[str]:
 
 
 def _endless(texts: list[Path]) -> Iterator[str]:
-    """The texts, a million characters at a time, first as they are and then with new words in them."""
+    """Yield the texts in blocks of a million characters, in repetitions with new words in them."""
     rng = random.Random(1)
 
     def new(word: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""An engine, its data and its progress, as benchmarks need them. Import it after ``device.choose``."""
+"""An engine with its data and state, for benchmarks. Import this module after ``device.choose``."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from ds_gpt2.model.shape import ModelShape
 
 
 class Trainer:
-    """Trains without looking, saving or speaking."""
+    """Trains without monitoring, checkpoints or logs."""
 
-    def __init__(self, settings: Settings, place: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         batch = settings.batch
         self.settings = settings
         self.plan = plan_batch(
             batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
         )
         windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
-        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, place)
+        self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, device)
         content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         seed_everything(settings.run.seed)
         model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
-        if torch_compile.decide(settings.run.compile, place):
+        if torch_compile.decide(settings.run.compile, device):
             model.compile_blocks()
         completed = deepspeed_config.complete(content, settings, self.plan, count_parameters(model))
         self.engine = Engine(model, completed, 0.1)
         self.state = TrainState()
 
     def steps(self, count: int) -> float:
-        """Train ``count`` steps; returns the seconds until the device has done them."""
-        begun = time.perf_counter()
+        """Train ``count`` steps; return the seconds until the device has completed them."""
+        start_time = time.perf_counter()
         for _ in range(count):
             assert self.engine.accumulate(self.data.micro_batches(self.state.step + 1)) is not None
             self.engine.apply(1e-4)
             self.state.advance(self.plan.tokens_per_step, True, b"")
         self.wait_for_device()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
     def step(self, step: int) -> float:
-        """Train step ``step`` (1-based) as the training loop does: its loss is read before the update."""
+        """Train step ``step`` (1-based) as the training loop does, which reads the loss before the update."""
         loss = self.engine.accumulate(self.data.micro_batches(step))
         assert loss is not None
         mean = float(collectives.sum_over_ranks(loss)) / collectives.world_size()
@@ -59,5 +59,6 @@ class Trainer:
         return mean
 
     def wait_for_device(self) -> None:
+        """Wait until a GPU has completed all operations."""
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-"""Tokens a second of a real run: train.py with loader, clipping, logging and TensorBoard, as anybody would start it.
+"""Measure tokens per second of a real run of train.py, with loader, clipping, logging and TensorBoard.
 
     python benchmarks/training_run.py --num_gpus 1 --steps 350 --data data/sample --out FILE
 
-Evaluation and saving are left out here (monitor_overhead.py and checkpoint_stall.py are about them). On one GPU a step
-has what one of four does of 524,288 tokens.
+Evaluation and checkpoints are disabled; monitor_overhead.py and checkpoint_stall.py measure them. With one GPU, a step
+has as many tokens as one of four GPUs processes of 524,288.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--micro_batch", type=int, default=32)
     parser.add_argument("--sequence_length", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=131_072, help="of a step and rank")
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens per step and rank")
     parser.add_argument("--warm_up", type=int, default=50, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")

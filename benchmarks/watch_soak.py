@@ -1,11 +1,11 @@
-"""Does the watchdog cry wolf? Is a rank that stands still noticed? Thousands of steps, then ranks that are stopped.
+"""Test the watchdog: thousands of steps without false alarms, then stopped ranks that must be detected.
 
     python benchmarks/watch_soak.py --data data/sample --steps 10000 --stops 5 --out FILE
 
-A tiny GPT-2 trains under the real supervisor, with every evaluation and a save now and then, and with far less patience
-than the default: a step may take ``--seconds``. In so many steps the journal must tell of nothing but the start, saves
-and the end. Then ranks are stopped (SIGSTOP) at random instants: each must be noticed in time, with the stacks of all
-ranks, and the run restarted.
+A tiny GPT-2 trains under the real supervisor, with all evaluations and regular saves, and with a much shorter timeout
+than the default: a step may take ``--seconds``. Meanwhile, the journal must record nothing but the start, saves and the
+end. Then ranks are stopped (SIGSTOP) at random times: each must be detected in time, with the stacks of all ranks, and
+the run must be restarted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ds_gpt2.tools.drill.run_process import Actor, end_all
 from ds_gpt2.tools.drill.scenarios import Stage, freeze_rank
 from ds_gpt2.tools.drill.shrink import EVERY
 
-_QUIET = ("launch", "start", "save", "best", "done")  # what a run that is well tells
+_QUIET = ("launch", "start", "save", "best", "done")  # events of a healthy run
 
 
 def main() -> None:
@@ -62,15 +62,15 @@ def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
     run.start(f"schedule.steps={options.steps}")
     run.wait_done()
     records = list(read_metrics(run.run_dir / METRICS))
-    told = Counter(event.kind for event in run.events(0, *KINDS))
+    events = Counter(event.kind for event in run.events(0, *KINDS))
     steps = [record["perf/step_ms"] for record in records]
     quiet = {
         "ranks": options.ranks,
         "steps": len(records),
         "patience_seconds": options.seconds,
         "step_ms": {"median": round(statistics.median(steps), 1), "longest": round(max(steps), 1)},
-        "told": dict(told),
-        "false_alarms": sum(count for kind, count in told.items() if kind not in _QUIET),
+        "told": dict(events),
+        "false_alarms": sum(count for kind, count in events.items() if kind not in _QUIET),
     }
     print(json.dumps(quiet), flush=True)
     stage = Stage(run, run, random.Random(options.seed), run.run_dir)
@@ -82,9 +82,10 @@ def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stop_one(stage: Stage) -> dict[str, Any]:
-    """
+    """Stop one rank and return what was detected.
+
     Raises:
-        FailedError: it was not noticed in time, or the run did not go on.
+        FailedError: it was not detected in time, or the run did not continue.
     """
     since = stage.run.now()
     done = freeze_rank(stage)
@@ -109,8 +110,8 @@ def _actor(folder: Path, options: argparse.Namespace) -> Actor:
     config = folder / "soak.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     settings = load_settings(config)
-    place = RankLayout("cpu", options.ranks)
-    return Actor(config, settings, place, folder / "output.txt", str(folder), patience=300)
+    layout = RankLayout("cpu", options.ranks)
+    return Actor(config, settings, layout, folder / "output.txt", str(folder), patience=300)
 
 
 if __name__ == "__main__":

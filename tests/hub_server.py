@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub asks the real one for, and faults when they are asked for."""
+"""A local hub server for huggingface_hub, with configurable faults."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# Given the path of a file's request and how often it was asked for, what goes wrong: a status, "drop" (the connection
-# ends in the middle) or "lie" (other bytes); None: nothing.
+# (path of the requested file, number of its requests so far) -> the fault: an HTTP status, "drop" (the connection ends
+# in the middle), "lie" (wrong bytes), or None.
 Fault = Callable[[str, int], int | str | None]
 
 
 class Hub:
-    """Datasets and models by name, each a dict from path to content; a context that serves them.
+    """Context manager that serves datasets and models by name, each a dict from path to content.
 
-    A model may be there at several revisions, each under ``NAME@REVISION``; without one it is ``main``.
+    A model may have several revisions, each under ``NAME@REVISION``; ``NAME`` alone is ``main``.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Hub:
         self.datasets = datasets
         self.models = models or {}
         self.fault: Fault = lambda path, time: None
-        self.asked: Counter[str] = Counter()
-        self.gated: set[str] = set()  # models that need access
-        self.heads: list[str] = []  # paths of files whose headers were asked for
-        self.ranges: list[str] = []  # that were asked for
+        self.requests: Counter[str] = Counter()  # number of GET requests by path
+        self.gated: set[str] = set()  # models that require access
+        self.heads: list[str] = []  # paths of HEAD requests
+        self.ranges: list[str] = []  # requested byte ranges
         hub = self
 
         class Handler(_Handler):
@@ -52,7 +52,7 @@ class Hub:
 
 
 def commit_of(model: str) -> str:
-    """The commit at which a model is served."""
+    """Return the commit at which a model is served."""
     return hashlib.sha1(model.encode()).hexdigest()
 
 
@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
     served: Hub
 
     def log_message(self, *words: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, with_body: bool) -> None:
         path = unquote(self.path.split("?")[0])
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            self._tell_about(found[1])
+            self._send_info(found[1])
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             self._list(found[1], found[2])
         elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(404, {"error": path})
 
-    def _tell_about(self, name: str) -> None:
+    def _send_info(self, name: str) -> None:
         if name not in self.served.datasets:
             self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return
@@ -107,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_of_model(self, name: str, revision: str, path: str, with_body: bool) -> None:
         keys = [key for key in self.served.models if key.split("@")[0] == name]
         if not keys and "/" not in name:  # as the real hub does with OpenAI's short names
-            where = {"Location": f"/openai-community/{name}/resolve/{revision}/{path}"}
-            self._json(307, {"error": "moved"}, where)
+            location = {"Location": f"/openai-community/{name}/resolve/{revision}/{path}"}
+            self._json(307, {"error": "moved"}, location)
             return
         if not keys:
             self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -116,8 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (refused := self.served.gated) and name in refused:
             self._json(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
             return
-        wanted = name if revision == "main" else f"{name}@{revision}"
-        key = next((key for key in keys if key == wanted or commit_of(key) == revision), None)
+        requested = name if revision == "main" else f"{name}@{revision}"
+        key = next((key for key in keys if key == requested or commit_of(key) == revision), None)
         if key is None:
             self._json(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
             return
@@ -133,15 +133,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not with_body:
             self.served.heads.append(path)
         if with_body:
-            self.served.asked[path] += 1
-            fault = self.served.fault(path, self.served.asked[path])
+            self.served.requests[path] += 1
+            fault = self.served.fault(path, self.served.requests[path])
         if isinstance(fault, int):
             self._json(fault, {"error": "busy"}, {"Retry-After": "0"})
             return
         start = 0
-        if wanted := self.headers.get("Range"):
-            self.served.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if requested := self.headers.get("Range"):
+            self.served.ranges.append(requested)
+            start = int(requested.removeprefix("bytes=").split("-")[0])
         body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')

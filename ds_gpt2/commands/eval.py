@@ -155,7 +155,7 @@ def _set_exam(options: argparse.Namespace, subjects: Sequence[_Subject]) -> _Exa
     windows, count, items, notes = None, 0, None, []
     if data is not None:
         shortest = min(subject.sequence_length for subject in subjects)
-        windows = Windows(open_dataset(data), "val", shortest, tell=_tell)
+        windows = Windows(open_dataset(data), "val", shortest, warn=_tell)
         count = count_windows(windows, options.tokens or _setting(settings, "validation", "tokens") or _TOKENS)
         notes.append(f"loss: {count:,} validation windows of {shortest:,} tokens, {data}{of_data}")
     if file is not None:

@@ -203,7 +203,7 @@ def _subject(
     batch = settings.batch
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     windows, no_data = _windows(settings)
-    compiled = torch_compile.is_wanted(settings.run.compile, place.accelerator)
+    compiled = torch_compile.is_enabled(settings.run.compile, place.accelerator)
     own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
         settings,

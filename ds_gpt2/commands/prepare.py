@@ -19,7 +19,7 @@ from ds_gpt2.data.prepare.formats import FORMS
 from ds_gpt2.data.prepare.holdout import FirstTokens
 from ds_gpt2.data.prepare.hub import hub_source
 from ds_gpt2.data.prepare.hub_datasets import Repository
-from ds_gpt2.data.prepare.output import workplace
+from ds_gpt2.data.prepare.output import unfinished_directory
 from ds_gpt2.data.prepare.pipeline import Recipe, is_prepared, prepare
 from ds_gpt2.data.prepare.pretokenized import fetch_shards
 from ds_gpt2.data.prepare.sources import Reading, local_source, python_source
@@ -135,7 +135,7 @@ def _prepare_from_hub(options: argparse.Namespace) -> Dataset:
     repository = _repository(options)
     out = _out(options, options.kind if options.kind != "hub" else repository.name)
     column = getattr(options, "column", COLUMN)
-    source = hub_source(repository, column, workplace(out) / "fetched")
+    source = hub_source(repository, column, unfinished_directory(out) / "fetched")
     expected = min(source.tokens, options.tokens or source.tokens)
     held_out = FirstTokens(min(_HELD_OUT, max(1, round(_HELD_OUT_SHARE * expected))))
     return prepare(source, out, Recipe(held_out, tokens=options.tokens), workers=options.workers)

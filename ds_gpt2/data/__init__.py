@@ -1,1 +1,1 @@
-"""Token shards on disk, and the order in which training sees them."""
+"""Token shards on disk, their verification, and the order in which training reads them."""

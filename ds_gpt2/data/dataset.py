@@ -1,4 +1,4 @@
-"""A directory of shards as one list of windows per split."""
+"""Open a directory of shards, with an index or without, and read windows of its splits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,17 @@ from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.data.shard_reader import ShardReader
 from ds_gpt2.data.shards import count_tokens, is_shard
+from ds_gpt2.data.split_names import Split as Split
+from ds_gpt2.data.split_names import split_of
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
-_NAMED = ("fineweb-edu", "fineweb", "openwebtext", "sample")  # data sets that `prepare` makes by their names
+_NAMED = ("fineweb-edu", "fineweb", "openwebtext", "sample")  # datasets that `prepare` creates by name
 
 INDEX = "dataset.json"
-UNFINISHED = ".unfinished"  # what ends the name of a directory that is being prepared
+UNFINISHED = ".unfinished"  # suffix of a directory in preparation
 FORMAT = 1
 
 
@@ -40,37 +41,39 @@ class Shard:
     split: Split
     tokens: int
     bytes: int
-    sha256: str | None  # None for a foreign directory, which has no index
+    sha256: str | None  # None without an index
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a dataset directory holds."""
+    """The content of a dataset directory."""
 
     dir: Path
     shards: tuple[Shard, ...]
     source: str
-    counts: dict[str, int] = field(default_factory=dict)  # of documents, where that is known
-    left_out: tuple[str, ...] = ()  # shards of a test split
+    counts: dict[str, int] = field(default_factory=dict)  # of documents, if known
+    left_out: tuple[str, ...] = ()  # names of the shards of a test split
 
     def split(self, split: Split) -> list[Shard]:
+        """Return the shards of ``split``, in order."""
         return [shard for shard in self.shards if shard.split == split]
 
     def tokens(self, split: Split) -> int:
+        """Return the number of tokens in ``split``."""
         return sum(shard.tokens for shard in self.split(split))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes whenever a shard is added, removed, reordered or resized, or its recorded hash changes."""
+        """16 hex digits that change if shards are added, removed, reordered or resized, or a recorded hash changes."""
         content = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """As ``read_dataset``, every shard's size checked.
+    """Return the dataset in ``directory`` after checking the size of every shard.
 
     Raises:
-        UserError: also where a shard is missing or cut.
+        UserError: as ``read_dataset``, or a shard is missing or truncated.
     """
     dataset = read_dataset(directory)
     try:
@@ -82,13 +85,13 @@ def open_dataset(directory: Path) -> Dataset:
 
 
 def read_dataset(directory: Path, bad_shards: bool = False) -> Dataset:
-    """Read ``dataset.json``, or index a foreign directory by its file names.
+    """Return the dataset in ``directory``, from ``dataset.json`` or, without one, from the file names.
 
     Args:
-        bad_shards: accept shards of a foreign directory that cannot be opened, with 0 tokens.
+        bad_shards: without an index, include shards that cannot be opened, with 0 tokens.
 
     Raises:
-        UserError: no directory, no shards, another tokenizer or format.
+        UserError: there is no directory or no shard, or the tokenizer or format is not supported.
     """
     index = directory / INDEX
     try:
@@ -97,36 +100,37 @@ def read_dataset(directory: Path, bad_shards: bool = False) -> Dataset:
         if index.exists():
             return _read_index(directory, index)
         if (directory / UNFINISHED).is_dir():
-            raise UserError(f"{directory} is not finished: run the `prepare` command that makes it again")
-        return _read_foreign(directory, bad_shards)
+            raise _unfinished(directory)
+        return _read_without_index(directory, bad_shards)
     except OSError as error:
         raise _unreadable(directory, error) from None
 
 
 def _how_to_prepare(directory: Path) -> str:
-    """The command that makes the data set that ``directory`` is named after."""
+    """Return how to create the dataset that ``directory`` is named after."""
     if directory.name in _NAMED:
-        return f"make it with `./launch.sh prepare {directory.name} --out {directory}`"
-    return f"make it from your text with `./launch.sh prepare text FILE... --out {directory}`"
+        return f"create it with `./launch.sh prepare {directory.name} --out {directory}`"
+    return f"create it from your text with `./launch.sh prepare text FILE... --out {directory}`"
 
 
-def index_of(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
-    """The content of ``dataset.json``.
+def index_content(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
+    """Return the content of ``dataset.json``.
 
     Args:
-        counts: of documents, for people.
+        source: where the text is from; displayed only.
+        counts: of documents; displayed only.
     """
     head = {"format": FORMAT, "tokenizer": "gpt2", "source": source, "counts": counts}
     return json.dumps({**head, "shards": [asdict(shard) for shard in shards]}, indent=1) + "\n"
 
 
 def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> int:
-    """The windows of a split.
+    """Return the number of windows of a split.
 
     Raises:
         UserError: no shard of this split is as long as one window.
     """
-    counts = _windows_of_shards(dataset, split, sequence_length)
+    counts = _windows_per_shard(dataset, split, sequence_length)
     if not sum(counts):
         raise UserError(
             f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
@@ -135,14 +139,14 @@ def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> in
     return sum(counts)
 
 
-def _windows_of_shards(dataset: Dataset, split: Split, sequence_length: int) -> list[int]:
+def _windows_per_shard(dataset: Dataset, split: Split, sequence_length: int) -> list[int]:
     return [max(0, shard.tokens - 1) // sequence_length for shard in dataset.split(split)]
 
 
 class Windows:
-    """The windows of one split: ``sequence_length + 1`` consecutive tokens of a shard, one token shared by neighbours.
+    """The windows of one split: ``sequence_length + 1`` consecutive tokens of a shard.
 
-    A shard's tail shorter than a window is not used.
+    Neighboring windows share one token. The end of a shard that is shorter than a window is not used.
     """
 
     def __init__(
@@ -150,27 +154,27 @@ class Windows:
         dataset: Dataset,
         split: Split,
         sequence_length: int,
-        tell: Callable[[str], None] = log.warning,
+        warn: Callable[[str], None] = log.warning,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
-            tell: is given what goes wrong when shards are read, one line each.
+            warn: called with one line for each failed read of a shard.
             stopped: see ``ShardReader``.
 
         Raises:
             UserError: no shard of this split is as long as one window.
         """
         self.sequence_length = sequence_length
-        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], tell, stopped)
+        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], warn, stopped)
         count_windows_of(dataset, split, sequence_length)
-        self._ends = np.cumsum(_windows_of_shards(dataset, split, sequence_length), dtype=np.int64)
+        self._ends = np.cumsum(_windows_per_shard(dataset, split, sequence_length), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The tokens (len(indices), sequence_length + 1) of the windows at ``indices``.
+        """Return the tokens of the windows at ``indices`` (n,), (n, sequence_length + 1) int64.
 
         Raises:
             UserError: see ``ShardReader.read``.
@@ -185,10 +189,14 @@ class Windows:
 
 def _missing(directory: Path) -> UserError:
     if directory.with_name(directory.name + UNFINISHED).is_dir():
-        return UserError(f"{directory} is not finished: run the `prepare` command that makes it again")
+        return _unfinished(directory)
     if directory.exists():
         return UserError(f"{directory} is a file: data.dir is the directory with {INDEX} or the shards")
     return UserError(f"no data: {directory} does not exist: {_how_to_prepare(directory)}, or set data.dir")
+
+
+def _unfinished(directory: Path) -> UserError:
+    return UserError(f"{directory} is not finished: run its `prepare` command again to continue")
 
 
 def _read_index(directory: Path, index: Path) -> Dataset:
@@ -211,14 +219,15 @@ def _read_index(directory: Path, index: Path) -> Dataset:
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
-    """
+    """Return an entry of an index as a shard.
+
     Raises:
-        ValueError, LookupError, TypeError: it is no entry of an index.
+        ValueError, LookupError, TypeError: the entry is not valid.
     """
     shard = Shard(**{key: entry[key] for key in Shard.__annotations__})
     numbers, hashed = (shard.tokens, shard.bytes), shard.sha256
     if not isinstance(shard.file, str) or "\0" in shard.file or Path(shard.file).name != shard.file:
-        raise ValueError(f"file {shard.file!r} is not a name")
+        raise ValueError(f"file {shard.file!r} is not a file name")
     if shard.split not in SPLITS or any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"entry of {shard.file}")
     if hashed is not None and not isinstance(hashed, str):
@@ -235,29 +244,33 @@ def _check_size(path: Path, shard: Shard) -> None:
         raise UserError(f"shard {path} is missing: restore it or prepare the data again")
     size = path.stat().st_size
     if size != shard.bytes or count_tokens(path) != shard.tokens:
-        raise UserError(f"shard {path} has {size} bytes but {INDEX} says {shard.bytes}: it is cut or was replaced")
+        raise UserError(
+            f"shard {path} has {size} bytes but {INDEX} records {shard.bytes}: it was truncated or replaced; restore it"
+            " or prepare the data again"
+        )
 
 
-def _read_foreign(directory: Path, bad_shards: bool) -> Dataset:
+def _read_without_index(directory: Path, bad_shards: bool) -> Dataset:
     paths = sorted(path for path in directory.iterdir() if is_shard(path.name))
     if not paths:
-        raise UserError(f"no data: {directory} holds neither {INDEX} nor .bin or .npy shards{_below(directory)}")
+        raise UserError(f"no data: {directory} has neither {INDEX} nor .bin or .npy shards{_hint(directory)}")
     splits = {path: split_of(path) for path in paths}
     left_out = tuple(path.name for path, split in splits.items() if split is None)
     shards = tuple(
-        Shard(path.name, split, _tokens_of(path, bad_shards), path.stat().st_size, sha256=None)
+        Shard(path.name, split, _count_tokens(path, bad_shards), path.stat().st_size, sha256=None)
         for path, split in splits.items()
         if split is not None
     )
     source = "shards without an index"
     if left_out:
         some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        source += f"; not used, by their names for testing: {some}"
-        log.info(f"{directory}: {len(left_out)} shards are for testing by their names and are not used: {some}")
+        source += f"; not used, a test split by their names: {some}"
+        log.info(f"{directory}: {len(left_out)} shards are a test split by their names and are not used: {some}")
     return Dataset(directory, shards, source, left_out=left_out)
 
 
-def _tokens_of(path: Path, may_be_bad: bool) -> int:
+def _count_tokens(path: Path, may_be_bad: bool) -> int:
+    """Return the number of tokens in a shard; 0 if it cannot be opened and ``may_be_bad``."""
     try:
         return count_tokens(path)
     except UserError:
@@ -267,10 +280,10 @@ def _tokens_of(path: Path, may_be_bad: bool) -> int:
 
 
 def as_first_read(dataset: Dataset, fingerprint: str) -> Dataset:
-    """Return ``dataset``, or what version 0.1.0 read of it if that is what ``fingerprint`` stands for.
+    """Return ``dataset``, or the dataset as version 0.1.0 split it if ``fingerprint`` is that of the old split.
 
-    That version took every shard of a directory without an index for training whose name did not have the word
-    ``val``. A run that began with such a split keeps it, shards for testing among its training data included.
+    In a directory without an index, version 0.1.0 used every shard for training whose name lacks the word ``val``. A
+    run that started with such a split keeps it, even if its training data include shards of a test split.
     """
     if fingerprint == dataset.fingerprint or (dataset.dir / INDEX).exists():
         return dataset
@@ -280,50 +293,18 @@ def as_first_read(dataset: Dataset, fingerprint: str) -> Dataset:
         Shard(path.name, split, count_tokens(path), path.stat().st_size, sha256=None)
         for path, split in zip(paths, splits, strict=True)
     )
-    before = Dataset(dataset.dir, shards, dataset.source)
-    if before.fingerprint != fingerprint:
+    original = Dataset(dataset.dir, shards, dataset.source)
+    if original.fingerprint != fingerprint:
         return dataset
-    log.warning(f"{dataset.dir}: the run keeps the split that it began with, although names of shards say otherwise")
-    return before
+    log.warning(f"{dataset.dir}: the run keeps the split it started with, which differs from the names of the shards")
+    return original
 
 
-def _below(directory: Path) -> str:
-    """Where shards lie instead."""
+def _hint(directory: Path) -> str:
+    """Return the end of an error message that names the subdirectories with shards."""
     found = [
         child.name
         for child in sorted(directory.iterdir())
         if child.is_dir() and any(is_shard(path.name) for path in child.iterdir())
     ]
-    return f"; its subdirectories {', '.join(found)} do: name one of them" if found else ""
-
-
-# Words of names, as of ..._val_000000 (llm.c, build-nanogpt), validation-00000-of-00001 or Test.bin.
-_TRAIN = {"train", "training", "trainset"}
-_VAL = {
-    "val",
-    "valid",
-    "validation",
-    "valset",
-    "dev",
-    "devel",
-    "development",
-    "devset",
-    "eval",
-    "evaluate",
-    "evaluation",
-}
-_VAL |= {"evalset", "heldout", "holdout"}
-_TEST = {"test", "tests", "testing", "testset"}
-
-
-def split_of(path: Path) -> Split | None:
-    """Return the split of a shard by its name: the last word that names one; None for testing, training without any."""
-    stem = re.sub(r"(held|hold)[^a-z]?out", r"\1out", path.name.lower().removesuffix(path.suffix.lower()))
-    for word in reversed(re.findall(r"[a-z]+", stem)):
-        if word in _TRAIN:
-            return "train"
-        if word in _VAL:
-            return "val"
-        if word in _TEST:
-            return None
-    return "train"
+    return f"; its subdirectories {', '.join(found)} have shards: give one of them" if found else ""

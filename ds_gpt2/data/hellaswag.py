@@ -1,9 +1,9 @@
-"""HellaSwag (Zellers et al. 2019): a context and four endings, one of them right. From the file to tokens.
+"""HellaSwag (Zellers et al. 2019): a context and four endings, one of them correct. Download, check and tokenize.
 
-There are two ways to make text of an item. ``original`` is that of build-nanogpt and llm.c: the context as it
-stands, a space before each ending, context and ending tokenised on their own. ``cleaned`` is that of
-lm-evaluation-harness 0.4.13 (its task ``hellaswag``): the activity in front, the second half of the context
-capitalised, WikiHow's marks in brackets taken out, context and ending tokenised in one piece.
+There are two text styles. ``original`` is that of build-nanogpt and llm.c: the context unchanged, a space before each
+ending, context and ending tokenized separately. ``cleaned`` is that of lm-evaluation-harness 0.4.13 (its task
+``hellaswag``): preceded by the activity, the second half of the context capitalized, WikiHow's markers in brackets
+removed, context and ending tokenized together.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ ENDINGS = 4
 
 TextStyle = Literal["original", "cleaned"]
 
-_FORMAT = 1  # of the cache: whoever changes the text or the arrays takes the next number
-_BLOCK = 1 << 18  # bytes read at a time
-_PATIENCE = 30.0  # seconds that a server may be silent
-_FIX = "try again, or get the file elsewhere: `./launch.sh prepare hellaswag --from FILE`"
+_FORMAT = 1  # of the cache; to be increased when the text or the arrays change
+_BLOCK_BYTES = 1 << 18
+_TIMEOUT_SECONDS = 30.0  # without data from the server
+_FIX = "try again, or use a copy of the file: `./launch.sh prepare hellaswag --from FILE`"
 
 
 @dataclass(frozen=True)
@@ -52,33 +52,33 @@ class Question:
     context_first: str
     context_second: str
     endings: list[str]
-    label: int  # which ending is right
+    label: int  # index of the correct ending
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question in tokens, and how long its endings are as text, without the space before them."""
+    """A tokenized question, with the lengths of its endings as text (without the space before them)."""
 
     context: Tokens
     endings: list[Tokens]
-    label: int
+    label: int  # index of the correct ending
     characters: npt.NDArray[np.int32]  # (4,)
-    bytes: npt.NDArray[np.int32]  # (4,), of UTF-8
+    bytes: npt.NDArray[np.int32]  # (4,), in UTF-8
 
 
 def fetch(path: Path, url: str, digest: str) -> None:
-    """Download a file to ``path``, which appears only when it is whole and its sha256 is ``digest``.
+    """Download a file to ``path``, which is replaced only if the sha256 of the whole file is ``digest``.
 
     Raises:
-        UserError: it cannot be downloaded or written, or is not the file expected.
+        UserError: the file cannot be downloaded or written, or its checksum differs.
     """
     try:
         with _replacing(path) as partial:
             found = _download(url, partial)
             if found != digest:
                 raise UserError(
-                    f"{url} gave another file than expected (sha256 {found[:12]}..., not {digest[:12]}...), perhaps"
-                    f" cut short: {_FIX}"
+                    f"checksum mismatch: {url} has sha256 {found[:12]}..., not {digest[:12]}..., perhaps because the"
+                    f" download was cut short: {_FIX}"
                 )
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
@@ -86,10 +86,10 @@ def fetch(path: Path, url: str, digest: str) -> None:
 
 
 def copy(source: Path, path: Path) -> None:
-    """Put a file that one has to ``path``, if it is HellaSwag's: whole, or not at all.
+    """Copy a local HellaSwag file to ``path``, atomically, after checking each line.
 
     Raises:
-        UserError: it cannot be read or written, or a line is no item.
+        UserError: the file cannot be read or written, or a line is not a valid item.
     """
     for _ in read_questions(source):
         pass  # each line is checked
@@ -101,18 +101,18 @@ def copy(source: Path, path: Path) -> None:
 
 
 def is_original(path: Path) -> bool:
-    """Whether ``path`` is, byte for byte, the file that the authors of HellaSwag published."""
+    """Return whether ``path`` is, byte for byte, the file published by the authors of HellaSwag."""
     return path.is_file() and sha256(path) == SHA256
 
 
 def load_items(path: Path, style: TextStyle, cache_dir: Path) -> list[Item]:
-    """All items of the file, in its order.
+    """Return all items of the file, in its order.
 
-    Tokens are kept in ``cache_dir`` under a name that tells the file's content and the style; a cache that is
-    damaged is made again, one that cannot be written is done without.
+    Tokens are cached in ``cache_dir`` under a name with the hash of the file and the style. A damaged cache is written
+    again; if it cannot be written, there is none.
 
     Raises:
-        UserError: no such file, or a line that is no item.
+        UserError: the file does not exist, or a line is not a valid item.
     """
     try:
         content = hashlib.sha256(read_small(path)).hexdigest()
@@ -127,10 +127,10 @@ def load_items(path: Path, style: TextStyle, cache_dir: Path) -> list[Item]:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The file's lines; empty ones do not count.
+    """Yield the questions of the file; empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read or is empty, or a line is no item.
+        UserError: the file cannot be read or has no question, or a line is not a valid item.
     """
     count = 0
     try:
@@ -146,17 +146,16 @@ def read_questions(path: Path) -> Iterator[Question]:
 
 
 def to_item(question: Question, style: TextStyle) -> Item:
-    """Tokenise a question; a context without any text becomes <|endoftext|>."""
+    """Tokenize a question; an empty context becomes <|endoftext|>."""
     encode = tokenizer.gpt2().encode_ordinary
     context, texts = prompt(question, style)
     if style == "original":
         start = encode(context)
         endings = [encode(f" {text}") for text in texts]
     else:
-        # As the harness pairs them: spaces at the context's end go over to the ending; what the whole has beyond the
-        # context's tokens is the ending.
-        bare = context.rstrip()
-        start = encode(bare)
+        # As in lm-evaluation-harness: trailing spaces of the context belong to the ending, and the ending's tokens are
+        # those of the whole text after the context's.
+        start = encode(context.rstrip())
         endings = [encode(f"{context} {text}")[len(start) :] for text in texts]
     return Item(
         context=np.array(start or [tokenizer.END_OF_TEXT], np.uint16),
@@ -168,7 +167,7 @@ def to_item(question: Question, style: TextStyle) -> Item:
 
 
 def prompt(question: Question, style: TextStyle) -> tuple[str, list[str]]:
-    """Context and endings as text; context and ending are joined by a space."""
+    """Return the text of the context and of the endings; a space joins context and ending."""
     if style == "original":
         return question.context, question.endings
     context = f"{question.activity}: {question.context_first} {question.context_second.capitalize()}"
@@ -176,27 +175,32 @@ def prompt(question: Question, style: TextStyle) -> tuple[str, list[str]]:
 
 
 def _clean(text: str) -> str:
-    """Without the marks of WikiHow's pages, step for step as the harness does it."""
+    """Remove WikiHow's markers, step by step as lm-evaluation-harness does."""
     text = text.strip().replace(" [title]", ". ")
-    last = text.rfind("]") + 1  # what comes after it closes no bracket, and a search there takes quadratic time
+    last = text.rfind("]") + 1  # a search for brackets in the rest, which closes none, would take quadratic time
     return (re.sub(r"\[.*?\]", "", text[:last]) + text[last:]).replace("  ", " ")
 
 
-def _question(line: bytes, place: str) -> Question:
+def _question(line: bytes, where: str) -> Question:
+    """Parse a line of the file.
+
+    Raises:
+        UserError: it is not a valid item; the message begins with ``where``.
+    """
     try:
         fields: Any = safe_json.parse(line)
     except ValueError:
-        raise UserError(f"{place}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
+        raise UserError(f"{where}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{place}: not an object with HellaSwag's fields")
+        raise UserError(f"{where}: not an object with HellaSwag's fields")
     for name in ("activity_label", "ctx", "ctx_a", "ctx_b"):
         if not isinstance(fields.get(name), str):
-            raise UserError(f'{place}: no text in "{name}"')
+            raise UserError(f'{where}: no text in "{name}"')
     endings, label = fields.get("endings"), fields.get("label")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(_has_text(ending) for ending in endings):
-        raise UserError(f'{place}: "endings" are not {ENDINGS} texts')
+        raise UserError(f'{where}: "endings" are not {ENDINGS} texts')
     if type(label) is not int or not 0 <= label < ENDINGS:
-        raise UserError(f'{place}: "label" is not a number from 0 to {ENDINGS - 1}')
+        raise UserError(f'{where}: "label" is not a number from 0 to {ENDINGS - 1}')
     return Question(fields["activity_label"], fields["ctx"], fields["ctx_a"], fields["ctx_b"], endings, label)
 
 
@@ -205,7 +209,7 @@ def _has_text(ending: object) -> bool:
 
 
 def _is_utf8(text: str) -> bool:
-    """Half of a surrogate pair is not."""
+    """Return whether ``text`` can be encoded; half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -214,21 +218,21 @@ def _is_utf8(text: str) -> bool:
 
 
 def _download(url: str, partial: Path) -> str:
-    """Returns the sha256 of what came."""
-    hashed = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=_PATIENCE) as response, partial.open("wb") as file:
+    """Download ``url`` to ``partial``; return the sha256 of its content."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, partial.open("wb") as file:
         size = int(response.headers.get("Content-Length") or 0) or None
         with tqdm(total=size, desc=partial.stem, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            while block := response.read(_BLOCK):
+            while block := response.read(_BLOCK_BYTES):
                 file.write(block)
-                hashed.update(block)
+                digest.update(block)
                 bar.update(len(block))
-    return hashed.hexdigest()
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, beside ``path``; what was written takes the place of ``path`` if nothing went wrong."""
+    """Yield a temporary path beside ``path``, and replace ``path`` by it unless an exception is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -256,7 +260,7 @@ def _read_cache(cache: Path) -> list[Item] | None:
         with np.load(cache, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         return _unpack(**arrays)
-    except Exception:  # zip archives fail in many ways, and all have one fix
+    except Exception:  # a damaged zip archive can raise many types; the fix is the same
         return None
 
 

@@ -1,4 +1,4 @@
-"""Which windows a rank computes of a batch: a pure function of (seed, number of the batch, rank, world size)."""
+"""The windows of each rank in each batch: a pure function of (seed, batch, rank, world size)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows
-from ds_gpt2.data.prefetch import Ahead
+from ds_gpt2.data.prefetch import Prefetcher
 from ds_gpt2.data.shuffle import permute
 from ds_gpt2.model.shape import VOCABULARY
 
@@ -20,7 +20,10 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]  # tokens and targets, (micro_bat
 
 
 class TrainingData:
-    """Training windows in their order: each exactly once an epoch; the last step of an epoch borrows from the next."""
+    """Training windows in shuffled order, each exactly once per epoch.
+
+    The last step of an epoch is completed with windows of the next epoch.
+    """
 
     def __init__(self, windows: Windows, plan: BatchPlan, rank: int, seed: int, device: torch.device) -> None:
         self.windows = windows
@@ -28,33 +31,36 @@ class TrainingData:
         self._rank = rank
         self._seed = seed
         self._device = device
-        self.problem: str | None = None  # why this rank has not read what it was asked for
-        self._ahead = Ahead(self._read)
-        self._order = functools.lru_cache(maxsize=4)(self._permuted)  # asked for before a step and after it
+        self.problem: str | None = None  # why this rank could not read its windows
+        self._prefetcher = Prefetcher(self._read)
+        self._order = functools.lru_cache(maxsize=4)(self._permuted)  # used before and after a step
 
     def micro_batches(self, batch: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of ``batch`` (1-based, one a step), on its device.
+        """Yield this rank's micro-batches of ``batch`` (1-based, one per step), on its device.
 
-        Where they cannot be read, ``problem`` says why, and others take their place: the other ranks compute already,
-        and this one has to take part until all can agree to drop the step.
+        If they cannot be read, ``problem`` is set and micro-batches of zeros are yielded: the other ranks already
+        compute, and this one must take part until all ranks agree to drop the step.
         """
         try:
-            made = self._ahead.take(batch)
+            micro_batches = self._prefetcher.get(batch)
         except UserError as error:
             self.problem = str(error)
             windows = self.plan.windows_per_step // self.plan.world_size
-            made = self._split(np.zeros((windows, self.plan.sequence_length + 1), np.int64))
-        yield from made
+            micro_batches = self._split(np.zeros((windows, self.plan.sequence_length + 1), np.int64))
+        yield from micro_batches
 
     def _read(self, batch: int) -> list[MicroBatch]:
         mine = np.split(self.windows_of(batch), self.plan.world_size)[self._rank]
         return self._split(self.windows.read(mine))
 
     def _split(self, rows: npt.NDArray[np.int64]) -> list[MicroBatch]:
-        return [with_targets(some) for some in on_device(rows, self._device).split(self.plan.micro_batch)]
+        return [with_targets(part) for part in on_device(rows, self._device).split(self.plan.micro_batch)]
 
     def windows_of(self, batch: int) -> npt.NDArray[np.int64]:
-        """The windows of ``batch`` over all ranks, in rank order: the same for every world size. Not to be changed."""
+        """Return the window indices of ``batch`` (1-based) over all ranks, (windows_per_step,) int64.
+
+        They are in rank order and the same for every world size. The array is cached and must not be modified.
+        """
         return self._order(batch)
 
     def _permuted(self, batch: int) -> npt.NDArray[np.int64]:
@@ -69,29 +75,29 @@ class TrainingData:
         )
 
     def epoch(self, batch: int) -> float:
-        """Epochs done with ``batch``."""
+        """Return the number of epochs completed after ``batch``."""
         return batch * self.plan.windows_per_step / len(self.windows)
 
     def steps_for(self, epochs: float) -> int:
-        """Steps until ``epochs`` epochs are done, the last one filled up from the next epoch."""
+        """Return the steps that complete ``epochs`` epochs; the next epoch completes the last step."""
         return self.plan.steps_for(epochs, len(self.windows))
 
 
 def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """Window rows (n, sequence_length + 1) on ``device``, which may compute meanwhile.
+    """Copy window rows (n, sequence_length + 1) int64 to ``device``; the copy to a GPU is asynchronous.
 
     Raises:
-        UserError: a token id that GPT-2's vocabulary does not have.
+        UserError: a token id is outside GPT-2's vocabulary.
     """
     if int(rows.max()) >= VOCABULARY:
         raise UserError(f"token id {int(rows.max())} is out of GPT-2's range (0 to {VOCABULARY - 1}): check the shards")
     tensor = torch.from_numpy(rows)
     if device.type != "cuda":
         return tensor
-    with torch.cuda.device(device):  # a thread begins with GPU 0
+    with torch.cuda.device(device):  # a new thread's current device is GPU 0
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def with_targets(rows: torch.Tensor) -> MicroBatch:
-    """Window rows as tokens, and the targets one place later."""
+    """Split window rows (n, sequence_length + 1) into tokens and targets, both views (n, sequence_length)."""
     return rows[:, :-1], rows[:, 1:]

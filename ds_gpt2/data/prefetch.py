@@ -1,4 +1,4 @@
-"""What comes next is made while what is there is in use."""
+"""Prefetch: compute the next value in a thread while the current one is in use."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
-_LATER_SECONDS = 0.001  # the one that has asked goes on first: it would wait for Python's lock
+_DELAY_SECONDS = 0.001  # lets the caller continue first, which would otherwise wait for the GIL
 
 
-class Ahead(Generic[Made]):
-    """The values of a function of whole numbers that are asked for one after the other, each made in a thread."""
+class Prefetcher(Generic[Value]):
+    """Computes ``make(number)`` in a thread, one number ahead of the last one requested."""
 
-    def __init__(self, make: Callable[[int], Made]) -> None:
+    def __init__(self, make: Callable[[int], Value]) -> None:
         self._make = make
-        self._thread = ThreadPoolExecutor(1, "ahead")
-        self._upcoming: tuple[int, Future[Made]] | None = None
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._upcoming: tuple[int, Future[Value]] | None = None
 
-    def take(self, number: int) -> Made:
-        """``make(number)``, and what that raises; ``make(number + 1)`` is begun."""
+    def get(self, number: int) -> Value:
+        """Return ``make(number)``, or raise what it raises, and start ``make(number + 1)``."""
         if self._upcoming is None or self._upcoming[0] != number:
-            self._begin(number)
+            self._start(number)
         assert self._upcoming is not None
-        made = self._upcoming[1].result()
-        self._begin(number + 1, _LATER_SECONDS)
-        return made
+        value = self._upcoming[1].result()
+        self._start(number + 1, _DELAY_SECONDS)
+        return value
 
-    def _begin(self, number: int, after_seconds: float = 0.0) -> None:
-        self._upcoming = number, self._thread.submit(self._make_after, number, after_seconds)
+    def _start(self, number: int, delay_seconds: float = 0.0) -> None:
+        self._upcoming = number, self._thread.submit(self._make_after, number, delay_seconds)
 
-    def _make_after(self, number: int, seconds: float) -> Made:
-        time.sleep(seconds)
+    def _make_after(self, number: int, delay_seconds: float) -> Value:
+        time.sleep(delay_seconds)
         return self._make(number)

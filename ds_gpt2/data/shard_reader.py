@@ -1,6 +1,6 @@
-"""Stretches of shards, as training reads them: what goes wrong is said, tried again, and never becomes other tokens.
+"""Read ranges of tokens for training; retry after errors of the disk, and never return wrong tokens.
 
-Not through a memory map: an error of the disk would be a signal, SIGBUS, which ends the process without a message.
+No memory map is used: an I/O error in one is a SIGBUS, which ends the process without an error message.
 """
 
 from __future__ import annotations
@@ -19,85 +19,85 @@ from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
 
 log = logging.getLogger(__name__)
 
-_PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 64)  # seconds, two minutes together: a rank that hangs is given longer
-_LOOK_SECONDS = 0.2  # between two looks for a stop
-_MOST_OPEN = 200  # files; a process may have 1,024 on many a machine
+_PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 64)  # seconds, two minutes in total, less than a silent rank is allowed
+_POLL_SECONDS = 0.2  # between two checks for a stop
+_MOST_OPEN = 200  # files; a common limit of a process is 1,024
 
 
 @dataclass(frozen=True)
-class _Opened:
-    file: int
-    start: int  # byte of the first token
-    stamp: tuple[int, int]
+class _OpenShard:
+    file: int  # descriptor
+    start: int  # byte offset of the first token
+    stamp: tuple[int, int]  # size in bytes, modification time in ns
 
 
 class ShardReader:
-    """Reads from any of some shards, which stay as they are."""
+    """Reads token ranges of several shards, which must not change meanwhile."""
 
     def __init__(
         self,
         paths: Sequence[Path],
-        tell: Callable[[str], None] = log.warning,
+        warn: Callable[[str], None] = log.warning,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
-            tell: is given what goes wrong, one line each.
-            stopped: asked while a read is waiting to be tried again; True ends the waiting.
+            warn: called with one line for each failed read.
+            stopped: called before a read is retried; True ends the retries.
         """
         self._paths = paths
-        self._directories = {path.parent: OpenDirectory(path.parent) for path in paths}  # moved along with a project
-        self._tell, self._stopped = tell, stopped
-        self._opened: dict[int, _Opened] = {}
+        self._directories = {path.parent: OpenDirectory(path.parent) for path in paths}  # valid even if moved
+        self._warn, self._stopped = warn, stopped
+        self._opened: dict[int, _OpenShard] = {}
 
     def read(self, number: int, first: int, into: Tokens) -> None:
-        """Fill ``into`` with the tokens of shard ``number`` from its token ``first`` on.
+        """Fill ``into`` (n,) uint16 with the tokens of shard ``number`` from its token ``first`` on.
 
         Raises:
-            UserError: the shard is not what it was, or could not be read for two minutes or until ``stopped``.
+            UserError: the shard was changed, or could not be read for two minutes or until ``stopped``.
         """
         for pause in (*_PAUSES, None):
             try:
                 return self._read(number, first, into)
             except OSError as error:
                 self._close(number)
-                said = f"shard {self._paths[number]} cannot be read: {error.strerror or error}"
+                problem = f"shard {self._paths[number]} cannot be read: {error.strerror or error}"
                 if pause is None:
-                    raise UserError(f"{said}; tried for {sum(_PAUSES):.0f} seconds") from None
-                self._tell(f"{said}; again in {pause:g} s")
+                    raise UserError(f"{problem}; retried for {sum(_PAUSES):.0f} s") from None
+                self._warn(f"{problem}; retrying in {pause:g} s")
                 if not self._wait(pause):
-                    raise UserError(f"{said}, and the run is to stop") from None
+                    raise UserError(f"{problem}; not retried because a stop was requested") from None
         raise AssertionError("the last pause raises")
 
     def _wait(self, seconds: float) -> bool:
-        """Whether no stop came meanwhile."""
+        """Wait; return False as soon as a stop is requested."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self._stopped():
                 return False
-            time.sleep(min(_LOOK_SECONDS, left))
+            time.sleep(min(_POLL_SECONDS, left))
         return True
 
     def _read(self, number: int, first: int, into: Tokens) -> None:
         opened = self._opened.get(number) or self._open(number)
         if _stamp(opened.file) != opened.stamp:
-            raise UserError(f"shard {self._paths[number]} was changed while it is trained on: restore it and go on")
+            raise UserError(f"shard {self._paths[number]} was changed during training: restore it and resume")
         left = into.data.cast("B")
-        place = opened.start + TOKEN_BYTES * first
+        position = opened.start + TOKEN_BYTES * first
         while left:
-            count = os.preadv(opened.file, [left], place)
+            count = os.preadv(opened.file, [left], position)
             if not count:
-                raise UserError(f"shard {self._paths[number]} ends at byte {place}, too early: restore it and go on")
-            left, place = left[count:], place + count
+                raise UserError(f"shard {self._paths[number]} is truncated at byte {position}: restore it and resume")
+            left, position = left[count:], position + count
 
-    def _open(self, number: int) -> _Opened:
+    def _open(self, number: int) -> _OpenShard:
         while len(self._opened) >= _MOST_OPEN:
             self._close(next(iter(self._opened)))
         path = self._paths[number]
         path = self._directories[path.parent].path / path.name
         start = start_of(path)
         file = regular_only(str(path), os.O_RDONLY)
-        self._opened[number] = opened = _Opened(file, start, _stamp(file))
+        self._opened[number] = opened = _OpenShard(file, start, _stamp(file))
         return opened
 
     def _close(self, number: int) -> None:

@@ -1,6 +1,7 @@
-"""One file of tokens: raw little-endian uint16 behind a 1 KiB header (ours and llm.c's), or build-nanogpt's .npy.
+"""Shards: files of uint16 tokens, little-endian.
 
-nanoGPT's train.bin and val.bin have no header. They are known by these names, and by content that is plausible.
+Three formats are read: .bin with a 1 KiB header (llm.c, and what ``prepare`` writes), .npy (build-nanogpt), and .bin
+without a header (nanoGPT), which is recognized by its name (train.bin, val.bin) and plausible content.
 """
 
 from __future__ import annotations
@@ -28,32 +29,32 @@ TOKEN_BYTES = 2
 
 SUFFIXES = (".bin", ".npy")
 
-_HEADERLESS = re.compile(r"(train|val|valid|validation|test)\.bin", re.IGNORECASE)  # nanoGPT's names, and no others
-_SAMPLE_TOKENS = 1 << 16  # looked at, at each end of a file without a header
-_MOST_ZEROS = 0.25  # of its tokens; a damaged header is mostly zeros, and so are tokens of 4 bytes
-_BYTE_TOKENS = 256  # ids below are single bytes, which text hardly has
-_ENOUGH_TOKENS = 1000  # to tell by them
+_HEADERLESS = re.compile(r"(train|val|valid|validation|test)\.bin", re.IGNORECASE)  # nanoGPT's names
+_SAMPLE_TOKENS = 1 << 16  # checked at each end of a file without a header
+_MOST_ZEROS = 0.25  # share of zero tokens; damaged headers and tokens of 4 bytes have more
+_BYTE_TOKENS = 256  # lower ids are single bytes, which are rare in text
+_ENOUGH_TOKENS = 1000  # sample size from which the absence of higher ids is significant
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a file is a shard by its name; hidden ones are other programs' notes (``._train.bin``)."""
+    """Return whether a file is a shard by its name. Hidden files such as macOS's ``._train.bin`` are not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def count_tokens(path: Path) -> int:
-    """Number of tokens in a shard, from its header, checked against the file's size.
+    """Return the number of tokens in a shard, from its header after comparing it with the file's size.
 
     Raises:
-        UserError: not a shard, cut short, or unreadable.
+        UserError: the file is missing, truncated, unreadable or not a shard.
     """
     return len(open_shard(path))
 
 
 def open_shard(path: Path) -> Tokens:
-    """Return the shard's tokens, memory-mapped and read-only.
+    """Return the tokens of a shard, (tokens,) uint16, memory-mapped and read-only.
 
     Raises:
-        UserError: not a shard, cut short, or unreadable.
+        UserError: the file is missing, truncated, unreadable or not a shard.
     """
     try:
         return _open(path)
@@ -64,24 +65,28 @@ def open_shard(path: Path) -> Tokens:
 
 
 def start_of(path: Path) -> int:
-    """The byte at which a shard's tokens begin.
+    """Return the byte offset of a shard's first token.
 
     Raises:
-        UserError: not a shard, or cut short.
-        OSError: it cannot be read.
+        UserError: the file is truncated or not a shard.
+        OSError: the file cannot be read.
     """
-    return int(getattr(_open(path), "offset", HEADER_BYTES))  # one without tokens is no memory map
+    return int(getattr(_open(path), "offset", HEADER_BYTES))  # a shard without tokens is not a memory map
 
 
 def header_of(tokens: int) -> bytes:
-    """What a .bin shard of so many tokens begins with."""
+    """Return the header of a .bin shard with this number of tokens."""
     header = np.zeros(256, "<i4")
     header[:3] = _MAGIC, _VERSION, tokens
     return header.tobytes()
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a whole file."""
+    """Return the hex digest of a whole file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb", opener=regular_only) as file:
         while block := file.read(1 << 20):
@@ -104,53 +109,54 @@ def _open_bin(path: Path) -> Tokens:
     tokens = int(header[2])
     expected = HEADER_BYTES + TOKEN_BYTES * tokens
     if size != expected:
-        raise UserError(f"shard {path} has {size} bytes but its header promises {expected}: copy or prepare it again")
+        raise UserError(f"shard {path} has {size} bytes but its header requires {expected}: copy or prepare it again")
     return _mapped(path, HEADER_BYTES, tokens)
 
 
 def _open_headerless(path: Path, size: int) -> Tokens:
-    """
+    """Open a file as written by nanoGPT's prepare.py with GPT-2's tokenizer.
+
     Raises:
-        UserError: it is not what nanoGPT's prepare.py writes with GPT-2's tokenizer.
+        UserError: its name or content is not that of such a file.
     """
     if not _HEADERLESS.fullmatch(path.name):
         raise UserError(
-            f"{path} is not a token shard: it lacks llm.c's header (magic {_MAGIC}, version 1); nanoGPT's shards, which"
-            " have none, are read under their names train.bin and val.bin"
+            f"{path} is not a token shard: it lacks llm.c's header (magic {_MAGIC}, version 1); shards without"
+            " a header, as nanoGPT writes them, must be named train.bin and val.bin"
         )
     if (problem := _problem_of_headerless(path, size)) is not None:
         raise UserError(
-            f"{path} is not a token shard: it lacks llm.c's header (magic {_MAGIC}, version 1), and as nanoGPT's"
-            f" without a header it {problem}: copy or prepare it again"
+            f"{path} is not a token shard: it lacks llm.c's header (magic {_MAGIC}, version 1), and as a shard of"
+            f" nanoGPT it {problem}: copy or prepare it again"
         )
     return _mapped(path, 0, size // TOKEN_BYTES)
 
 
 def _problem_of_headerless(path: Path, size: int) -> str | None:
     if path.with_name("meta.pkl").exists():
-        return "has characters for tokens (meta.pkl lies beside it), not GPT-2's"
+        return "has characters as tokens (there is a meta.pkl beside it), not GPT-2's tokens"
     if size == 0 or size % TOKEN_BYTES:
-        return "is empty" if size == 0 else f"is cut ({size} bytes, 2 a token)"
-    begin, end = _both_ends(path)
-    highest = max(int(begin.max()), int(end.max()))
+        return "is empty" if size == 0 else f"is truncated ({size} bytes, 2 per token)"
+    first, last = _both_ends(path)
+    highest = max(int(first.max()), int(last.max()))
     if highest > END_OF_TEXT:
-        return f"has token id {highest}, GPT-2's end at {END_OF_TEXT}"
-    head = begin[: HEADER_BYTES // TOKEN_BYTES]
-    if max(_share_of_zeros(head), _share_of_zeros(begin), _share_of_zeros(end)) > _MOST_ZEROS:
+        return f"has token id {highest}, GPT-2's highest is {END_OF_TEXT}"
+    header = first[: HEADER_BYTES // TOKEN_BYTES]
+    if max(_share_of_zeros(header), _share_of_zeros(first), _share_of_zeros(last)) > _MOST_ZEROS:
         return "has too many zeros: a damaged header, or tokens of 4 bytes"
-    if highest < _BYTE_TOKENS and len(begin) >= _ENOUGH_TOKENS:
+    if highest < _BYTE_TOKENS and len(first) >= _ENOUGH_TOKENS:
         return f"has no token id above {highest}: characters, not GPT-2's tokens"
     return None
 
 
 def _both_ends(path: Path) -> tuple[Tokens, Tokens]:
-    """The first tokens and the last ones, read and not mapped: an error of the disk is an error."""
+    """Return the first and the last tokens. They are read, not mapped, so that an I/O error is an OSError."""
     count = TOKEN_BYTES * _SAMPLE_TOKENS
     with open(path, "rb", opener=regular_only) as file:
-        begin = file.read(count)
+        first = file.read(count)
         file.seek(-min(count, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        end = file.read(count)
-    return np.frombuffer(begin, "<u2"), np.frombuffer(end, "<u2")
+        last = file.read(count)
+    return np.frombuffer(first, "<u2"), np.frombuffer(last, "<u2")
 
 
 def _share_of_zeros(tokens: Tokens) -> float:
@@ -169,9 +175,9 @@ def _open_npy(path: Path) -> Tokens:
         shape, dtype = list(tokens.shape), tokens.dtype
     except OSError:
         raise
-    except Exception as error:  # a damaged header fails in many ways (SyntaxError, MemoryError, KeyError ...)
+    except Exception as error:  # a damaged header can raise SyntaxError, MemoryError, KeyError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"shard {path} is cut short or not a .npy file: {reason}") from None
+        raise UserError(f"shard {path} is truncated or not a .npy file: {reason}") from None
     if len(shape) != 1 or dtype != np.uint16:
-        raise UserError(f"shard {path} holds {dtype}{shape}, not a row of uint16 tokens")
+        raise UserError(f"shard {path} is an array {dtype}{shape}, not a one-dimensional array of uint16 tokens")
     return tokens

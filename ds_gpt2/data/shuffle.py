@@ -1,9 +1,9 @@
 """The order of training windows: a keyed permutation computed one index at a time.
 
-A Feistel network over the smallest even number of bits that covers the windows, with cycle walking for the values
-that fall outside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It needs no memory, any position
-can be asked for directly, and unlike a library's shuffle its result is fixed by this file alone: a run resumed a
-month later under another numpy still sees every window exactly once.
+A Feistel network over the smallest even number of bits that covers the windows, with cycle walking for values out of
+range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It needs no memory and computes any position
+directly. Unlike a library's shuffle, it does not change with the version of a library, so a run that is resumed under
+another numpy still reads every window exactly once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment: 2**64 divided by the golden ratio, made odd
 
 
 def permute(indices: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Where each of ``indices`` (in [0, size)) goes in the order of ``epoch``: a bijection of [0, size)."""
+    """Return the window at each of the positions ``indices`` (n,) in the order of ``epoch``, (n,) int64.
+
+    For each seed and epoch it is a bijection of [0, size).
+
+    Args:
+        indices: in [0, size).
+        size: number of windows, at least 1.
+        seed: at least 0, below 2**64.
+        epoch: at least 0.
+    """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     keys = _round_keys(seed, epoch)
     values = _feistel(indices.astype(np.uint64), half, keys)
@@ -41,7 +50,7 @@ def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

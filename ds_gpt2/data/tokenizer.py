@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: tiktoken over the ranks that come with this package, so no process ever needs the network."""
+"""GPT-2's tokenizer: tiktoken with the ranks included in this package, so that no network is needed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|
 
 @functools.cache
 def gpt2() -> tiktoken.Encoding:
-    """The encoding, equal to ``tiktoken.get_encoding("gpt2")``.
+    """Return the encoding, equal to ``tiktoken.get_encoding("gpt2")``.
 
     Raises:
-        UserError: the vocabulary file of this installation is damaged.
+        UserError: the file of ranks in this installation is damaged.
     """
     content = RANKS.read_bytes()
     if hashlib.sha256(content).hexdigest() != _RANKS_SHA256:
-        raise UserError(f"{RANKS} is damaged (its sha256 is not GPT-2's): restore the file or install again")
+        raise UserError(f"{RANKS} is damaged (checksum mismatch): restore the file or install ds_gpt2 again")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
     return tiktoken.Encoding(
         NAME,

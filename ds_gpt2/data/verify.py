@@ -1,4 +1,4 @@
-"""Before training: is the data what it was, and every token one that GPT-2 has? Read once, shared out, remembered."""
+"""Verify the shards before training: checksums and token ids. Each shard is read once; results are recorded."""
 
 from __future__ import annotations
 
@@ -22,45 +22,49 @@ log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 25
 
-_Known = dict[str, dict[str, Any]]  # by name in the dataset: the size, time and hash that a shard had
+_Record = dict[str, dict[str, Any]]  # by shard: "stamp" (size, modification time in ns) and "sha256" when verified
 
 
 def check_shards(dataset: Dataset, memory: Path) -> None:
-    """Read all shards that this run has not read since they last changed; every rank takes its share.
+    """Read all shards that changed since this run last read them. The ranks share the work.
 
     Args:
-        memory: a JSON file of what was read before; rank 0 writes it.
+        memory: JSON file with the record of earlier calls; written by rank 0.
 
     Raises:
-        UserError: on every rank: a shard is not the one of the index or, where there is none, not the one that the
-            run has read before; a token id out of range, with its shard and place.
+        UserError: on every rank, if a shard does not have the checksum of the index or, without an index, of the
+            record; or if a token id is out of range.
     """
-    known: _Known = collectives.gather_objects(_remembered(memory))[0]  # rank 0's, so that all agree on what is left
-    left = [shard for shard in dataset.shards if not _is_known(dataset.dir, shard.file, known)]
-    if left:
-        log.info(f"checking {sum(shard.tokens for shard in left):,} tokens, once ...")
-    mine = left[collectives.rank() :: collectives.world_size()]
-    promised = {shard.file: shard.sha256 or known.get(shard.file, {}).get("sha256") for shard in mine}
-    for found in collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, promised))):
-        known |= found
-    if left and collectives.is_main():
-        replace_file(memory, json.dumps(known, indent=1) + "\n")
+    record: _Record = collectives.gather_objects(_read_record(memory))[0]  # rank 0's, the same on all ranks
+    changed = [shard for shard in dataset.shards if not _is_verified(dataset.dir, shard.file, record)]
+    if changed:
+        log.info(f"verifying {sum(shard.tokens for shard in changed):,} tokens ...")
+    mine = changed[collectives.rank() :: collectives.world_size()]
+    expected = {shard.file: shard.sha256 or record.get(shard.file, {}).get("sha256") for shard in mine}
+    for found in collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, expected))):
+        record |= found
+    if changed and collectives.is_main():
+        replace_file(memory, json.dumps(record, indent=1) + "\n")
 
 
-def _check(directory: Path, promised: dict[str, str | None]) -> _Known:
-    """What is to be remembered of the shards in ``directory`` whose hashes are ``promised``."""
-    found: _Known = {}
-    for name, sha256 in promised.items():
+def _check(directory: Path, expected: dict[str, str | None]) -> _Record:
+    """Return the record of the shards in ``directory`` whose hashes are ``expected``; None if no hash is known.
+
+    Raises:
+        UserError: see ``check_shards``, or a shard cannot be read.
+    """
+    found: _Record = {}
+    for name, sha256 in expected.items():
         path = directory / name
         stamp, digest = _stamp(path), _read(path)
         if sha256 not in (None, digest):
-            raise UserError(f"shard {path} is not what it was (its sha256 is another): restore it or prepare it again")
+            raise UserError(f"shard {path} was changed (checksum mismatch): restore it or prepare the data again")
         found[name] = {"stamp": stamp, "sha256": digest}
     return found
 
 
 def _read(path: Path) -> str:
-    """Read a shard from end to end; returns its sha256."""
+    """Read a whole shard and check its token ids; return its sha256."""
     try:
         position, start, digest = 0, start_of(path), hashlib.sha256()
         with open(path, "rb", opener=regular_only) as file:
@@ -75,16 +79,16 @@ def _read(path: Path) -> str:
 
 
 def _check_tokens(path: Path, tokens: Tokens, position: int) -> None:
-    place = int(tokens.argmax())
-    if tokens[place] >= VOCABULARY:
+    index = int(tokens.argmax())
+    if tokens[index] >= VOCABULARY:
         raise UserError(
-            f"shard {path} has token id {tokens[place]} at position {position + place}: GPT-2's ids go from 0 to"
-            f" {VOCABULARY - 1}; the file is damaged or was made with another tokenizer"
+            f"shard {path} has token id {tokens[index]} at position {position + index}: GPT-2's ids are 0 to"
+            f" {VOCABULARY - 1}; the file is damaged or was encoded by another tokenizer"
         )
 
 
-def _is_known(directory: Path, name: str, known: _Known) -> bool:
-    return name in known and known[name]["stamp"] == _stamp(directory / name)
+def _is_verified(directory: Path, name: str, record: _Record) -> bool:
+    return name in record and record[name]["stamp"] == _stamp(directory / name)
 
 
 def _stamp(path: Path) -> list[int]:
@@ -92,10 +96,10 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _remembered(memory: Path) -> _Known:
+def _read_record(memory: Path) -> _Record:
     try:
         content = safe_json.read(memory)
-        # Earlier versions remembered absolute paths.
+        # Earlier versions recorded absolute paths.
         return {Path(path).name: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}  # nothing remembered, or not readable: read again
+        return {}  # no record, or a damaged one: all shards are read again

@@ -1,1 +1,1 @@
-"""Ranks: how they are started, their device, and their collectives."""
+"""Launch environment, device and collectives of the ranks."""

@@ -1,4 +1,4 @@
-"""The few collective operations the project needs, over whatever process group DeepSpeed opened."""
+"""Collective operations over the process group that DeepSpeed has initialized; no-ops on a single rank."""
 
 from __future__ import annotations
 
@@ -15,79 +15,86 @@ from ds_gpt2.distributed import launch_environment
 
 T = TypeVar("T")
 
-_PULSE_SECONDS = 1.0
+_POLL_SECONDS = 1.0  # below the timeout of every backend
 
 _cpu_group: torch_dist.ProcessGroup | None = None
 
 
 def rank() -> int:
-    """This process's rank: the launcher's word for it, known before any process group exists."""
+    """Return the rank of this process, as set by the launcher. Needs no process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
+    """Return the rank of this process among those of its machine. Needs no process group."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of ranks. Needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """Ranks on this machine; see ``launch_environment.adopt``."""
+    """Return the number of ranks on this machine; see ``launch_environment.adopt``."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:
-    """True on the rank that speaks and writes for all."""
+    """Return whether this is rank 0, which logs and writes files for all ranks."""
     return launch_environment.is_main()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum ``values`` (any shape and dtype the backend reduces) over all ranks, in place; returns it."""
+    """Sum ``values`` (any shape and dtype the backend reduces) over all ranks, in place, and return it."""
     if torch_dist.is_initialized() and world_size() > 1:
         torch_dist.all_reduce(values)
     return values
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The largest of ``values`` (any shape and dtype the backend reduces) over all ranks, in place; returns it."""
+    """Take the element-wise maximum of ``values`` over all ranks, in place, and return it.
+
+    Args:
+        values: of any shape and dtype that the backend reduces.
+    """
     if torch_dist.is_initialized() and world_size() > 1:
         torch_dist.all_reduce(values, torch_dist.ReduceOp.MAX)
     return values
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's ``value``, in rank order, on every rank."""
+    """Return the ``value`` of every rank, in rank order, on every rank. ``value`` must be picklable."""
     if not torch_dist.is_initialized() or world_size() == 1:
         return [value]
     gathered: list[T | None] = [None] * world_size()
     torch_dist.all_gather_object(gathered, value)
-    return gathered  # type: ignore[return-value]  # all_gather_object has filled every place
+    return gathered  # type: ignore[return-value]  # all_gather_object has filled the list
 
 
 def raise_on_all_ranks(problem: str | None) -> None:
-    """
+    """Raise on every rank if any rank has a problem; None means no problem.
+
     Raises:
-        UserError: on every rank, with the first problem of any rank.
+        UserError: with the problem of the lowest rank that has one.
     """
-    if found := [one for one in gather_objects(problem) if one is not None]:
-        raise UserError(found[0])
+    if problems := [each for each in gather_objects(problem) if each is not None]:
+        raise UserError(problems[0])
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on any rank."""
+    """Return whether ``flag`` is set on any rank. Reduces on ``device`` and waits for it."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
 
 
 def open_cpu_group() -> None:
-    """Make the group of ``any_rank_on_cpu``; every rank calls this once, after the process group is open."""
+    """Create the gloo group of ``any_rank_on_cpu``. Every rank calls this once, after the process group exists."""
     global _cpu_group
     _cpu_group = torch_dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def any_rank_on_cpu(flag: bool) -> bool:
-    """As ``any_rank``, without waiting for the device."""
+    """Return whether ``flag`` is set on any rank, without waiting for the device."""
     flags = torch.tensor(float(flag))
     if _cpu_group is not None:
         torch_dist.all_reduce(flags, group=_cpu_group)
@@ -95,18 +102,25 @@ def any_rank_on_cpu(flag: bool) -> bool:
 
 
 def broadcast_from_main(action: Callable[[], T]) -> T:
-    """What ``action`` returns on rank 0, on every rank; so is a user's mistake that it finds there."""
+    """Call ``action`` on rank 0 and return its result on every rank.
+
+    Raises:
+        UserError: on every rank, if ``action`` raises it on rank 0.
+    """
     return gather_objects(call_on_all_ranks(lambda: action() if is_main() else None))[0]  # type: ignore[return-value]  # rank 0 has called action
 
 
 def broadcast_slow_from_main(action: Callable[[], T]) -> T:
-    """As ``from_main``, for what may take longer than a collective may be waited for, such as a download."""
+    """Do as ``broadcast_from_main`` for an action that may exceed the timeout of a collective, such as a download.
+
+    While rank 0 works, all ranks exchange a short message every second.
+    """
 
     def on_main() -> T:
         with ThreadPoolExecutor(1) as thread:
             job = thread.submit(action)
             while any_rank_on_cpu(not job.done()):
-                wait([job], timeout=_PULSE_SECONDS)
+                wait([job], timeout=_POLL_SECONDS)
         return job.result()
 
     if is_main():
@@ -117,20 +131,23 @@ def broadcast_slow_from_main(action: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if torch_dist.is_initialized() and world_size() > 1:
         torch_dist.barrier()
 
 
 def call_on_all_ranks(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it is a user's mistake on any of them, raise it on all of them.
+    """Call ``action`` on every rank and return its result.
 
-    Without this a rank that fails alone leaves the others waiting for it in their next collective.
+    A rank that failed alone would leave the others waiting in their next collective.
+
+    Raises:
+        UserError: on every rank, if ``action`` raises it on any rank.
     """
-    result, complaint = None, None
+    result, problem = None, None
     try:
         result = action()
     except UserError as error:
-        complaint = str(error)
-    raise_on_all_ranks(complaint)
-    return result  # type: ignore[return-value]  # no complaint anywhere: action returned a T
+        problem = str(error)
+    raise_on_all_ranks(problem)
+    return result  # type: ignore[return-value]  # no problem on any rank: action returned a T

@@ -1,4 +1,4 @@
-"""What a rank computes on: which device, how many threads, how its memory allocator behaves, how fast it could be."""
+"""The device of a rank: its selection, CPU threads, memory allocator, determinism, peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.distributed import collectives
 
-# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the
-# device's name as whole words counts, so longer names come first.
+# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first entry whose words occur in
+# the device's name applies, so more specific names precede general ones.
 _PEAK_FLOPS = (
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -35,14 +35,17 @@ _PEAK_FLOPS = (
 )
 
 
-def choose(wanted: str) -> torch.device:
-    """Resolve ``run.device`` (auto, cuda, cpu) and tell DeepSpeed, before it is imported.
+def choose(setting: str) -> torch.device:
+    """Return the device of this rank and set ``DS_ACCELERATOR``. Call it before DeepSpeed is imported.
+
+    Args:
+        setting: ``run.device``: cuda, cpu, or auto (``DS_ACCELERATOR`` if it is set, else cuda where available).
 
     Raises:
-        UserError: CUDA was asked for and is not there, or there are more ranks than GPUs.
+        UserError: CUDA is required but not available, or there are more ranks than GPUs.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-    name = os.environ.setdefault("DS_ACCELERATOR", name) if wanted == "auto" else name
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
+    name = os.environ.setdefault("DS_ACCELERATOR", name) if setting == "auto" else name
     if name == "cuda":
         _check_cuda()
         torch.cuda.set_device(collectives.local_rank())
@@ -55,31 +58,31 @@ def choose(wanted: str) -> torch.device:
 
 
 def be_deterministic() -> None:
-    """Have the same kernels add in the same order whenever the same is computed; to be called before anything is.
+    """Select deterministic kernels. Call it before the first computation.
 
-    On a CPU nothing else happens anyway. On a GPU attention's backward pass and cuBLAS choose speed otherwise.
+    On a GPU, the backward pass of attention and cuBLAS are not deterministic by default. CPU kernels always are.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's documentation, "Results reproducibility"
     torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs a pass over all memory.
+    # This debugging aid, on by default, writes all memory once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module's class
 
 
 def describe(device: torch.device) -> str:
-    """One line: what the ranks run on."""
+    """Return one line for the log: the number of ranks, the device and the backend."""
     ranks = f"{collectives.world_size()} rank" + ("s" if collectives.world_size() > 1 else "")
     if device.type == "cuda":
         return f"{ranks} on {torch.cuda.get_device_name(device)}, NCCL"
     unused = ""
     if torch.cuda.is_available():
-        unused = " (GPUs are present but run.device or DS_ACCELERATOR says cpu)"
+        unused = " (GPUs are present, but run.device or DS_ACCELERATOR is cpu)"
     elif Path("/dev/nvidia0").exists():
-        unused = f" (there is an NVIDIA device, but PyTorch {torch.__version__} cannot use it)"
+        unused = f" (an NVIDIA device is present, but PyTorch {torch.__version__} cannot use it)"
     return f"{ranks} on the CPU with {torch.get_num_threads()} thread(s) each, gloo{unused}"
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of one device, None where it is not known."""
+    """Return the peak dense bf16 FLOP/s of ``device``, or None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -104,11 +107,13 @@ def _prepare_cpu() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large freed blocks instead of returning them to the kernel.
+    """Make glibc reuse large freed blocks instead of returning them to the kernel.
 
-    By default every temporary above 32 MiB is a fresh mmap, and each of its pages faults again at every step; on 4
-    ranks of 2 cores that was half of the step time. Other C libraries have no mallopt and are left alone.
+    By default every temporary above 32 MiB is a new mmap whose pages all fault again in each step: half of the step
+    time with 4 ranks on 2 cores. Other C libraries have no mallopt; nothing is changed there.
     """
+    # glibc reads MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ only when a process starts, which is too late here for
+    # ranks that `deepspeed`, `torchrun` or `srun` have started directly.
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt

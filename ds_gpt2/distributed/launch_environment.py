@@ -1,7 +1,7 @@
-"""Which rank this process is: the variables of torchrun and DeepSpeed, or those that Slurm and MPI set instead.
+"""The environment variables of a rank, for every supported launcher.
 
-PyTorch reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; torchrun and DeepSpeed's launcher set them. ``srun`` and
-``mpirun`` start the ranks without them, under names of their own.
+PyTorch reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. ``torchrun`` and DeepSpeed's launcher set them. ``srun``
+and ``mpirun`` set variables of other names, which are translated here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ds_gpt2.common.errors import UserError
 
 Launcher = Literal["deepspeed", "torchrun", "slurm", "mpi", "environment", "none"]
 
-# Left over from another job, they would make a rank wait for ranks that are never started.
+# Left over from another job, these make a rank wait for ranks that are never started.
 PER_RANK = (
     "RANK",
     "LOCAL_RANK",
@@ -35,28 +35,28 @@ PER_RANK = (
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_ADOPTED = "DS_GPT2_STARTED_BY"  # the launcher that was found, and the process that found it
+_ADOPTED = "DS_GPT2_STARTED_BY"  # "LAUNCHER PID": set by ``adopt``, valid in that process only
 _LAST_PORT = 65_535
-_FIRST_PORT, _PORTS = 15_000, 15_000  # below the ports that Linux gives to outgoing connections (32768 and more)
+_FIRST_PORT, _PORTS = 15_000, 15_000  # below Linux's ephemeral ports (32768 and above)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One rank as a batch system or MPI describes it."""
+    """One rank, as described by a batch system or MPI."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    job: str  # the same text for all ranks of the job, and another one for other jobs
-    first_host: str | None = None  # that of rank 0; None where nothing tells
+    job: str  # equal on all ranks of a job, different for other jobs
+    first_host: str | None = None  # of rank 0; None if unknown
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
-    """What started this process as a rank; ``environment`` where RANK is set by something unknown."""
+    """Return what started this process as a rank; "environment" if RANK was set by an unknown program."""
     known, _, pid = environment.get(_ADOPTED, "").partition(" ")
     if pid == str(os.getpid()):
-        return known  # type: ignore[return-value]  # adopt has written it
+        return known  # type: ignore[return-value]  # written by adopt
     if "RANK" in environment:
         if any(name.startswith("TORCHELASTIC_") for name in environment):
             return "torchrun"
@@ -64,20 +64,22 @@ def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     if "OMPI_COMM_WORLD_RANK" in environment:
         return "mpi"
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
-        return "slurm"  # which may set PMI_RANK too, without telling which ranks share a machine
+        return "slurm"  # before PMI_RANK, which Slurm may set without the local ranks
     return "mpi" if "PMI_RANK" in environment else "none"
 
 
 def is_main(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is rank 0, or no rank at all."""
+    """Return whether this is rank 0, or a process that no launcher started."""
     return environment.get("RANK", "0") == "0"
 
 
 def adopt(environment: MutableMapping[str, str] = os.environ) -> Launcher:
-    """Complete the variables that PyTorch and DeepSpeed read, from whatever launcher set which; returns that launcher.
+    """Set the variables that PyTorch and DeepSpeed read, from those of the launcher, and return the launcher.
+
+    A second call in the same process changes nothing.
 
     Raises:
-        UserError: they contradict each other, or are left over from another job.
+        UserError: the variables contradict each other, or are left over from another job.
     """
     found = launcher(environment)
     if environment.get(_ADOPTED) == f"{found} {os.getpid()}":
@@ -86,7 +88,7 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Launcher:
         if environment.get(name) == "":
             del environment[name]
     if "MASTER_PORT" in environment and _number(environment, "MASTER_PORT", 1) > _LAST_PORT:
-        raise UserError(f"MASTER_PORT={environment['MASTER_PORT']}, but ports end at {_LAST_PORT}")
+        raise UserError(f"MASTER_PORT={environment['MASTER_PORT']}, but the highest port is {_LAST_PORT}")
     if found in ("slurm", "mpi"):
         _adopt_task(_slurm(environment) if found == "slurm" else _mpi(environment), environment)
     elif found == "none":
@@ -100,7 +102,7 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> Launcher:
 
 
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` for a launcher of ranks: without what another launcher told this process about its rank."""
+    """Return ``environment`` without the variables of a rank, for a process that will launch ranks."""
     return {
         name: value
         for name, value in environment.items()
@@ -109,28 +111,37 @@ def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_left_over(environment: Mapping[str, str]) -> None:
+    """Check an environment without RANK.
+
+    Raises:
+        UserError: WORLD_SIZE is set.
+    """
     if environment.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set but RANK is not, perhaps left over from a batch system:"
-            f" {_REMEDY}"
+            f" {_FIX}"
         )
 
 
-_REMEDY = "`unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT`, or start the ranks with deepspeed or torchrun"
+_FIX = "`unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT`, or start the ranks with deepspeed or torchrun"
 
 
 def _check_complete(environment: MutableMapping[str, str], found: Launcher) -> None:
-    """RANK is set: the rest has to fit."""
+    """Check an environment with RANK, and add what is missing.
+
+    Raises:
+        UserError: a required variable is missing or invalid.
+    """
     size = _number(environment, "WORLD_SIZE", 1)
     rank = _number(environment, "RANK", 0)
     if rank >= size:
-        raise UserError(f"RANK={rank} but WORLD_SIZE={size}, perhaps left over from a batch system: {_REMEDY}")
+        raise UserError(f"RANK={rank} but WORLD_SIZE={size}, perhaps left over from a batch system: {_FIX}")
     if size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not environment.get(name):
                 raise UserError(
                     f"RANK and WORLD_SIZE={size} are set but {name} is not, perhaps left over from a batch system:"
-                    f" {_REMEDY}"
+                    f" {_FIX}"
                 )
     environment.setdefault("MASTER_ADDR", LOOPBACK[0])
     local_size = environment.get("LOCAL_SIZE" if found == "deepspeed" else "LOCAL_WORLD_SIZE")
@@ -163,7 +174,7 @@ def _adopt_task(task: _Task, environment: MutableMapping[str, str]) -> None:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Task:
-    """https://slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES"."""
+    """Read Slurm's variables: https://slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES"."""
     size = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
     node = _number(environment, "SLURM_NODEID", 0, default=0)
     per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
@@ -180,7 +191,7 @@ def _slurm(environment: Mapping[str, str]) -> _Task:
 
 
 def _mpi(environment: Mapping[str, str]) -> _Task:
-    """Open MPI's variables, else those of MPICH's and Intel MPI's process manager."""
+    """Read Open MPI's variables, or else those of MPICH's and Intel MPI's process manager."""
     if "OMPI_COMM_WORLD_RANK" in environment:
         rank, size, local_rank, local_size = (
             f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -198,22 +209,23 @@ def _mpi(environment: Mapping[str, str]) -> _Task:
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, default: int | None = None) -> int:
-    """
+    """Return an environment variable as an integer.
+
     Raises:
-        UserError: it is not set, or not a whole number of at least ``least``.
+        UserError: it is not set and has no default, or is not a whole number of at least ``least``.
     """
     text = environment.get(name)
     if text is None and default is not None:
         return default
     if text is None:
-        raise UserError(f"{name} is not set, though this process was started as one of several ranks: {_REMEDY}")
+        raise UserError(f"{name} is not set, although this process was started as one of several ranks: {_FIX}")
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-        raise UserError(f"{name}={text[:50]} is not a whole number of at least {least}: {_REMEDY}")
+        raise UserError(f"{name}={text[:50]} is not a whole number of at least {least}: {_FIX}")
     return int(text)
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """``"4(x2),3"`` as ``[4, 4, 3]``."""
+    """Parse ``"4(x2),3"`` to ``[4, 4, 3]``."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text, re.ASCII):
         counts += [int(count)] * int(times or 1)
@@ -221,6 +233,6 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _first_host(hosts: str) -> str:
-    """``"gpu[03-05,9],login"`` as ``"gpu03"``."""
-    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)  # the first of each bracket
+    """Return the first host of a Slurm list: of ``"gpu[03-05,9],login"`` it is ``"gpu03"``."""
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts)  # each bracket replaced by its first entry
     return first.partition(",")[0]

@@ -1,4 +1,4 @@
-"""torch.compile: whether a run uses it, and where what it makes is kept from start to start."""
+"""torch.compile: whether a run uses it, what it requires, and its cache directory."""
 
 from __future__ import annotations
 
@@ -18,69 +18,75 @@ from ds_gpt2.distributed import collectives
 log = logging.getLogger(__name__)
 
 
-def is_wanted(setting: bool | Literal["auto"], accelerator: str) -> bool:
-    """What the setting run.compile means on ``accelerator``, cuda or cpu."""
+def is_enabled(setting: bool | Literal["auto"], accelerator: str) -> bool:
+    """Return whether ``run.compile`` enables compilation on ``accelerator`` (cuda or cpu); "auto" does on cuda."""
     return accelerator == "cuda" if setting == "auto" else setting
 
 
-def decide(wanted: bool | Literal["auto"], place: torch.device) -> bool:
-    """Whether to compile, by the setting run.compile: "auto" does on a GPU, and says so where it cannot.
+def decide(setting: bool | Literal["auto"], device: torch.device) -> bool:
+    """Return whether to compile the model; with "auto", log a warning if a requirement is missing.
+
+    Args:
+        setting: ``run.compile``.
 
     Raises:
-        UserError: it was asked for and cannot be done.
+        UserError: ``setting`` is true and a requirement is missing.
     """
-    if not is_wanted(wanted, place.type):
+    if not is_enabled(setting, device.type):
         return False
-    missing = obstacle(place)
-    if missing and wanted is True:
+    missing = missing_requirement(device)
+    if missing and setting is True:
         raise UserError(f"run.compile is true, but {': '.join(missing)}; or set run.compile=false")
-    if missing and collectives.local_rank() == 0:  # machines may differ
-        log.warning(f"the model is not compiled, which costs speed: {': '.join(missing)}")
+    if missing and collectives.local_rank() == 0:  # once per machine, because machines may differ
+        log.warning(f"the model is not compiled and trains more slowly: {': '.join(missing)}")
     return missing is None
 
 
 def set_up(compiled: bool) -> None:
-    """Tell PyTorch, before DeepSpeed imports its compiler."""
+    """Set PyTorch's environment variables. Call it before DeepSpeed is imported, which imports the compiler."""
     if not compiled:
-        # DeepSpeed imports its Muon, which asks for a compiler that takes seconds to load.
+        # DeepSpeed's Muon optimizer imports torch._dynamo, which takes seconds.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         return
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (kept := _cache_dir()) is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
-    # PyTorch would keep a process a core for each rank as long as it trains, to compile a dozen kernels once.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (directory := _cache_dir()) is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
+    # By default each rank starts a compile process per core and keeps it until training ends, for a dozen kernels.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def _cache_dir() -> Path | None:
-    """Where what is compiled outlives a restart of the machine, which may empty PyTorch's own place below /tmp.
+    """Return a cache directory below the user's, or None if it cannot be written.
 
-    None where there is no such place.
+    PyTorch's default is below /tmp, which many machines empty when they restart.
     """
     try:
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gpt2" / "compiled"
-        place.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or none that is ours
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gpt2" / "compiled"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         return None
-    return place if os.access(place, os.W_OK) else None
+    return directory if os.access(directory, os.W_OK) else None
 
 
-def obstacle(place: torch.device) -> tuple[str, str] | None:
-    """What is missing, and how to fix it. Triton builds its launchers in C, a CPU's kernels are C++."""
-    if place.type == "cpu":
+def missing_requirement(device: torch.device) -> tuple[str, str] | None:
+    """Return (what compilation on ``device`` lacks, how to fix it), or None.
+
+    Triton compiles its launchers from C; kernels for a CPU are compiled from C++.
+    """
+    if device.type == "cpu":
         missing = _no_compiler("CXX", "g++", "clang++")
         return (f"there is no C++ compiler ({missing})", "install one (Debian: apt install g++)") if missing else None
-    if torch.cuda.get_device_capability(place) < (7, 0):
-        return f"{torch.cuda.get_device_name(place)} is too old for Triton", "set run.compile=false"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is too old for Triton", "set run.compile=false"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed", "install PyTorch's CUDA build"
     if missing := _no_compiler("CC", "gcc", "clang"):
         return f"there is no C compiler ({missing})", "install one (Debian: apt install gcc)"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python's headers are not there", "install them (Debian: apt install python3-dev)"
+        return "Python's headers are not installed", "install them (Debian: apt install python3-dev)"
     return None
 
 
 def _no_compiler(variable: str, *names: str) -> str | None:
-    """What was looked for in vain; None if it is there."""
-    sought = (os.environ[variable],) if variable in os.environ else names
-    return None if any(map(shutil.which, sought)) else ", ".join(sought)
+    """Return the compilers that were searched for, or None if one is found. ``variable`` overrides ``names``."""
+    candidates = (os.environ[variable],) if variable in os.environ else names
+    return None if any(map(shutil.which, candidates)) else ", ".join(candidates)

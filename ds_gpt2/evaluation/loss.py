@@ -1,4 +1,4 @@
-"""How good a model is: its loss on held-out windows and its answers to HellaSwag, and how far chance moves them."""
+"""Evaluate a model on held-out windows and HellaSwag items, with standard errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.loss import cross_entropy
 from ds_gpt2.model.shape import VOCABULARY
 
-# Tokens that go through the model at once: enough for full matrix products, and on a GPU little beside the weights.
+# Tokens of a batch: enough for efficient matrix products; on a GPU their memory is small compared with the weights.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-_ITEMS_AT_ONCE = 500  # so that progress shows; enough to find rows of like length among them
+_ITEMS_PER_CALL = 500  # few enough to report progress, enough to form batches of rows of similar length
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[int], object]
@@ -31,32 +31,32 @@ class Estimate:
     """A mean over windows or items."""
 
     value: float
-    stderr: float | None  # its standard error; None where one window or item does not tell
+    stderr: float | None  # standard error of the mean; None for a single window or item
 
 
 def count_windows(windows: Windows, tokens: int) -> int:
-    """How many windows make ``tokens`` tokens: whole ones, at least one, at most all. As validation in training."""
+    """Return how many whole windows fit into ``tokens`` tokens: at least one, at most all. Also used by training."""
     return max(1, min(tokens // windows.sequence_length, len(windows)))
 
 
 @torch.no_grad()
 def window_losses(model: GPT2, windows: Windows, count: int, progress: Progress = lambda done: None) -> Array:
-    """Cross entropy in nats, (count,), of each of the first ``count`` windows, the mean over its tokens.
+    """Return the mean cross entropy in nats of each of the first ``count`` windows, (count,) fp64.
 
-    All windows are equally long: the mean of the result is the mean over tokens that training calls validation loss.
+    All windows have equal lengths, so the mean of the result is the mean over tokens: the validation loss of training.
 
     Args:
         model: in eval mode; its context is at least as long as a window.
-        progress: called with the number of windows done since the last call.
+        progress: called with the number of windows evaluated since the last call.
 
     Raises:
-        UserError: a shard cannot be read, or holds what is no token.
+        UserError: a shard cannot be read, or has a token id outside GPT-2's vocabulary.
     """
     head = model.wte.weight
-    at_once = max(1, _BATCH_TOKENS.get(head.device.type, _BATCH_TOKENS["cuda"]) // windows.sequence_length)
+    batch_size = max(1, _BATCH_TOKENS.get(head.device.type, _BATCH_TOKENS["cuda"]) // windows.sequence_length)
     losses = []
-    for start in range(0, count, at_once):
-        indices = np.arange(start, min(start + at_once, count))
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, min(start + batch_size, count))
         tokens, targets = with_targets(on_device(windows.read(indices), head.device))
         rows = zip(model.hidden(tokens), targets, strict=True)
         losses += [cross_entropy(hidden, head, target, VOCABULARY) for hidden, target in rows]
@@ -65,42 +65,42 @@ def window_losses(model: GPT2, windows: Windows, count: int, progress: Progress 
 
 
 def right_answers(model: GPT2, items: Sequence[Item], progress: Progress = lambda done: None) -> npt.NDArray[np.bool_]:
-    """Which items the model answers right by each of ``hellaswag_scoring.MEASURES``, (measures, items).
+    """Return which items the model answers correctly by each of ``hellaswag_scoring.MEASURES``, (measures, items).
 
     Args:
         model: in eval mode.
         items: at least one.
-        progress: called with the number of items done since the last call.
+        progress: called with the number of items scored since the last call.
     """
     parts = []
-    for start in range(0, len(items), _ITEMS_AT_ONCE):
-        some = items[start : start + _ITEMS_AT_ONCE]
-        scores = score(model, some)
+    for start in range(0, len(items), _ITEMS_PER_CALL):
+        chunk = items[start : start + _ITEMS_PER_CALL]
+        scores = score(model, chunk)
         parts.append(scores.answers() == scores.labels)
-        progress(len(some))
+        progress(len(chunk))
     return np.concatenate(parts, axis=1)
 
 
 def mean(values: Array) -> Estimate:
-    """The mean of ``values`` (n,), with s / sqrt(n), where s is their sample standard deviation."""
+    """Return the mean of ``values`` (n,) and its standard error s / sqrt(n); s is the sample standard deviation."""
     count = len(values)
     return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else None)
 
 
 def share(right: npt.NDArray[np.bool_]) -> Estimate:
-    """The share p of True in ``right`` (n,), with sqrt(p (1 - p) / n)."""
-    part = float(right.mean())
-    return Estimate(part, math.sqrt(part * (1 - part) / len(right)))
+    """Return the share p of True in ``right`` (n,) and its standard error sqrt(p (1 - p) / n)."""
+    p = float(right.mean())
+    return Estimate(p, math.sqrt(p * (1 - p) / len(right)))
 
 
 def difference(values: Array | npt.NDArray[np.bool_], base: Array | npt.NDArray[np.bool_]) -> Estimate:
-    """The mean of ``values - base``, both (n,) and of the same windows or items.
+    """Return the mean of ``values - base``, both (n,) over the same windows or items.
 
-    Its error is that of the differences: what makes a window hard for both models is in neither.
+    The standard error is that of the paired differences, which do not contain the difficulty common to both models.
     """
     return mean(values.astype(np.float64) - base.astype(np.float64))
 
 
 def perplexity(loss: float) -> float:
-    """The number of equally likely tokens that a loss in nats amounts to; inf where that is no float, NaN for NaN."""
+    """Return exp(loss) of a loss in nats; inf where that overflows, NaN for NaN."""
     return math.inf if loss >= 700 else math.exp(loss)

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, tanh GELU, output head tied to the embedding.
 
-Modules carry the names of OpenAI's checkpoints (wte, wpe, h, ln_1, attn.c_attn, ...), so exports need no table.
+Modules have the names of OpenAI's checkpoints (wte, wpe, h, ln_1, attn.c_attn, ...), so an export renames nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ _Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 
 class KeyValueCache:
-    """What attention has computed of the tokens so far, so that the next token costs one position, not all."""
+    """Keys and values of the tokens so far, so that the next token costs one position instead of all."""
 
     def __init__(self) -> None:
-        self.length = 0  # tokens held
+        self.length = 0  # tokens cached
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the keys and values (batch, heads, time, head width) of new tokens; returns all of the layer."""
+        """Append the keys and values of new tokens to a layer; return those of all its tokens.
+
+        Args:
+            k, v: (batch, heads, time, head width); the results have the same shape with a longer time.
+        """
         if layer == len(self._layers):
             self._layers.append((k, v))
         else:
@@ -40,7 +44,7 @@ class KeyValueCache:
         return self._layers[layer]
 
     def expand(self, rows: int) -> None:
-        """Let ``rows`` rows share what one row has filled in."""
+        """Repeat the cache of one row for ``rows`` rows, without a copy."""
         self._layers = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._layers]
 
 
@@ -48,6 +52,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` that multiplies bf16 in fp32 on CPUs without AVX-512; see ``matmul``."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., out_features) of ``x`` (..., in_features), in the dtype of ``x``."""
         return linear(x, self.weight, self.bias)
 
 
@@ -62,6 +67,12 @@ class Attention(nn.Module):
         self.c_proj = Linear(shape.width, shape.width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, past: _Extend | None = None) -> torch.Tensor:
+        """Return (batch, time, width) of ``x`` (batch, time, width).
+
+        Args:
+            mask: bool, broadcastable to (batch, heads, time, keys), True where a query attends; None is causal.
+            past: appends keys and values to a cache and returns all of them; see ``KeyValueCache.extend``.
+        """
         batch, time, width = x.shape
         q, k, v = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -73,7 +84,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer, four times as wide inside."""
+    """Position-wise feed-forward layer with a hidden width of four times the model's."""
 
     def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
@@ -82,6 +93,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * shape.width, shape.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (batch, time, width) of ``x`` (batch, time, width)."""
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return F.dropout(x, self.dropout, self.training)
 
@@ -97,12 +109,13 @@ class Block(nn.Module):
         self.mlp = MLP(shape, dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, past: _Extend | None = None) -> torch.Tensor:
+        """Return (batch, time, width) of ``x`` (batch, time, width); ``mask`` and ``past`` as in ``Attention``."""
         x = x + self.attn(self.ln_1(x), mask, past)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT2(nn.Module):
-    """The language model. ``forward`` returns the training loss, ``logits`` the scores of the next token."""
+    """The language model. ``forward`` returns the training loss, ``logits`` the logits of the next token."""
 
     def __init__(self, shape: ModelShape, dropout: float = 0.0) -> None:
         super().__init__()
@@ -113,21 +126,25 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
         self.ln_f = nn.LayerNorm(shape.width)
         self._compiled = False
-        self._initialise()
+        self._initialize()
 
     def compile_blocks(self) -> None:
-        """Have ``forward`` compiled, block by block and chunk by chunk: all blocks share what one of them needs.
+        """Compile ``forward`` by regions: the block, whose code all blocks share, and a chunk of the loss.
 
-        (PyTorch calls it regional compilation; it takes half as long as the whole model, see benchmarks/LOG.md.)
-
-        Only in training, where shapes stay the same from step to step: whatever evaluates runs as it is written.
+        Regional compilation takes half as long as compiling the whole model (benchmarks/LOG.md). It applies to training
+        only, where shapes are constant; evaluation and sampling run eagerly.
         """
         for block in self.h:
             block.compile(dynamic=False)
         self._compiled = True
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy in nats, fp32 scalar, of ``targets`` (batch, time) given ``tokens`` (batch, time)."""
+        """Return the mean cross entropy in nats, an fp32 scalar.
+
+        Args:
+            tokens: (batch, time) int64, at most ``sequence_length`` long.
+            targets: (batch, time) int64, the token that follows each of ``tokens``.
+        """
         compiled = self._compiled and torch.is_grad_enabled()
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.h:
@@ -142,35 +159,43 @@ class GPT2(nn.Module):
         mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """Final hidden states (batch, time, width) of ``tokens`` (batch, time), int64.
+        """Return the final hidden states (batch, time, width) of ``tokens`` (batch, time) int64.
 
         Args:
-            positions: (time,) or (batch, time), int64, below ``sequence_length``; None counts on from the cache, or
+            positions: (time,) or (batch, time) int64, below ``sequence_length``; None continues from the cache, or
                 from 0.
-            mask: bool, broadcastable to (batch, heads, time, keys): True where a token may look; None is causal.
-            cache: tokens before these, to which these are added.
+            mask: bool, broadcastable to (batch, heads, time, keys): True where a token attends; None is causal.
+            cache: of the tokens before these; these are appended to it.
         """
-        done, time = cache.length if cache is not None else 0, tokens.shape[1]
+        cached, time = cache.length if cache is not None else 0, tokens.shape[1]
         if positions is None:
-            positions = torch.arange(done, done + time, device=tokens.device)
-        if mask is None and done:
-            mask = torch.ones(time, done + time, dtype=torch.bool, device=tokens.device).tril(done)
+            positions = torch.arange(cached, cached + time, device=tokens.device)
+        if mask is None and cached:
+            mask = torch.ones(time, cached + time, dtype=torch.bool, device=tokens.device).tril(cached)
         x = self._embed(tokens, positions)
         for layer, block in enumerate(self.h):
             past = functools.partial(cache.extend, layer) if cache is not None else None
-            x = block.forward(x, mask, past)  # never compiled: each of many shapes would be, anew
+            x = block.forward(x, mask, past)  # eager: each of many shapes would be compiled separately
         return self.ln_f(x)
 
     def logits(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """Scores (batch, time, 50257) of the token after each position; ``cache`` as in ``hidden``."""
+        """Return the logits (batch, time, 50257) of the token after each position, in the dtype of the weights.
+
+        Args:
+            tokens: (batch, time) int64.
+            cache: as in ``hidden``.
+        """
         return linear(self.hidden(tokens, cache=cache), self.wte.weight[:VOCABULARY])
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """N(0, 0.02), zero biases; projections into the residual stream scaled by 1/sqrt(2 x layers), as GPT-2 does."""
+    def _initialize(self) -> None:
+        """Initialize as GPT-2 does: weights N(0, 0.02), biases 0.
+
+        The std of projections into the residual stream is scaled by 1 / sqrt(2 x layers) (Radford et al. 2019, 2.3).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()
@@ -181,21 +206,22 @@ class GPT2(nn.Module):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weight decay on matrices and embeddings, none on biases and norms."""
+    """Return two optimizer groups: weight decay for matrices and embeddings, none for biases and norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters, the padding rows of the vocabulary included."""
+    """Return the number of parameters, including the padding rows of the vocabulary."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops_per_token(model: GPT2) -> float:
-    """Training FLOPs per token, forward and backward: 6N + 12 L H Q T, N without position embeddings.
+    """Return the training FLOPs per token, forward and backward: 6N + 12 L H Q T.
 
-    The PaLM paper's appendix B as nanoGPT's ``estimate_mfu`` applies it.
+    N excludes the position embeddings. The formula is that of the PaLM paper (appendix B), used as in nanoGPT's
+    ``estimate_mfu``; L is layers, H heads, Q the head width and T the sequence length.
     """
     shape = model.shape
     weights = count_parameters(model) - model.wpe.weight.numel()

@@ -1,8 +1,8 @@
-"""Cross entropy of a tied output head without the whole micro-batch's logits in memory.
+"""Cross entropy of a tied output head that never holds the logits of a whole micro-batch.
 
-The logits of GPT-2 are the largest tensor of a step by far (50,304 columns). Here they exist for a few hundred
-tokens at a time: each chunk's logits are turned into its loss and, at once, into its share of the gradients, so the
-backward pass neither keeps nor recomputes them.
+The logits of GPT-2 (50,304 columns) are by far the largest tensor of a step. Here they exist for one chunk of tokens at
+a time: the forward pass turns each chunk into its loss and its part of the gradients, so that the backward pass neither
+stores nor recomputes logits.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ import torch.nn.functional as F
 
 from ds_gpt2.model.matmul import product
 
-# Bytes of fp32 logits that may exist at once. Small on a CPU, where a chunk should stay near the cache and where
-# fresh memory is slow; large on a GPU, where few big matrix products are fast.
+# Bytes of a chunk's logits in fp32. Small on a CPU, for its caches and because new memory is slow; large on a GPU,
+# where few large matrix products are fast.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
-_ROWS = 8  # of a chunk on a CPU: 1.6 MB of GPT-2's logits in fp32
+_ROWS = 8  # tokens per softmax on a CPU: 1.6 MB of GPT-2's logits in fp32
 
 
 def cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, vocabulary: int, compiled: bool = False
 ) -> torch.Tensor:
-    """Mean next-token cross entropy in nats.
+    """Return the mean next-token cross entropy in nats, an fp32 scalar.
 
     Args:
         hidden: (tokens, width), the final hidden states, bf16 or fp32.
         head: (padded vocabulary, width), the tied output weights, same dtype. Rows from ``vocabulary`` on are padding
-            and get no probability, so the loss is that of the unpadded model.
+            with probability 0, so the loss equals that of the unpadded model.
         targets: (tokens,) int64.
-        vocabulary: number of real tokens.
-        compiled: let ``torch.compile`` fuse a chunk's passes over its logits.
-
-    Returns:
-        fp32 scalar.
+        vocabulary: number of tokens without padding.
+        compiled: let ``torch.compile`` fuse the passes over a chunk's logits.
     """
     chunk = chunk_tokens(head.shape[0], hidden.device)
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
@@ -45,34 +42,39 @@ def cross_entropy(
 
 
 def chunk_tokens(columns: int, device: torch.device) -> int:
-    """How many tokens' logits (a power of two) fit into the chunk budget of this kind of device."""
+    """Return the tokens of a chunk: the largest power of two whose fp32 logits fit the budget of the device type.
+
+    Args:
+        columns: of the logits, that is, the padded vocabulary.
+    """
     fitting = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * columns)
     return max(1, 2 ** (fitting.bit_length() - 1)) if fitting else 1
 
 
 def rows_at_once(tokens: int, device: torch.device) -> int:
-    """How many of a chunk's tokens go through softmax together: on a CPU few, which its caches hold."""
+    """Return how many of a chunk's ``tokens`` one softmax takes: on a CPU few, so that they stay in its caches."""
     return min(tokens, _ROWS) if device.type == "cpu" else tokens
 
 
-# (logits, targets, vocabulary, differentiate) -> the sum of the losses, fp32; logits (chunk, padded vocabulary) become
-# d(sum of losses)/d(logits) = softmax - one-hot, in their own memory, if they are to be differentiated.
+# (logits, targets, vocabulary, differentiate) -> the sum of the losses, an fp32 scalar. If ``differentiate``, the
+# logits (chunk, padded vocabulary) are overwritten by d(sum of losses)/d(logits) = softmax - one-hot.
 _ChunkLoss = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
 def _loss_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
+    """Implement ``_ChunkLoss`` with eager operations."""
     size = rows_at_once(len(logits), logits.device)
     parts = zip(logits.split(size), target.split(size), strict=True)
     return torch.stack([_loss_of_rows(*part, vocabulary, differentiate) for part in parts]).sum()
 
 
 def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
-    """In as few passes of whole operations as can be: exp is what they cost on a CPU."""
+    """Use as few eager operations as possible; on a CPU most of the time is spent in exp."""
     logits[:, vocabulary:] = -torch.inf
     largest = logits.amax(dim=1, keepdim=True)
     target_logit = logits.gather(1, target)
     gradient = F.softmax(logits, dim=-1, dtype=torch.float32)
-    # log(sum(exp(logits))) from the largest probability, which cannot underflow: one pass of exp, not two.
+    # log(sum(exp(logits))) = max(logits) - log(max(softmax)), which cannot underflow, saves a second pass of exp.
     total = (largest.float() - gradient.amax(dim=1, keepdim=True).log() - target_logit.float()).sum()
     if differentiate:
         gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
@@ -81,7 +83,7 @@ def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, d
 
 
 def _fused_loss(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
-    """The same, written for a compiler to fuse: all element by element but for maximum and sum."""
+    """Implement ``_ChunkLoss`` for a compiler to fuse: element-wise operations, maxima and sums only."""
     column = torch.arange(logits.shape[1], device=logits.device)
     scores = torch.where(column < vocabulary, logits.float(), -torch.inf)
     largest = scores.amax(dim=1, keepdim=True)
@@ -118,16 +120,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += chunk_loss(logits, target, vocabulary, differentiate)
             if differentiate:
                 hidden_grads.append(product(logits, head))
-                # Summed in fp32 over chunks: in bf16 small later shares would be rounded away.
-                share = product(logits.t(), part)
+                # Accumulated over chunks in fp32: in bf16, small contributions would be rounded away.
+                chunk_grad = product(logits.t(), part)
                 if tokens <= chunk:
-                    head_grad = share
+                    head_grad = chunk_grad
                 elif head_grad is None:
-                    head_grad = share.float()
+                    head_grad = chunk_grad.float()
                 else:
-                    head_grad += share
-                del share
-            del logits  # or both would still be there when the next chunk's are made
+                    head_grad += chunk_grad
+                del chunk_grad
+            del logits  # free both before the next chunk's are allocated
         if head_grad is not None:
             ctx.save_for_backward(torch.cat(hidden_grads), head_grad)
             ctx.tokens, ctx.dtype = tokens, head.dtype

@@ -1,7 +1,7 @@
-"""Matrix products in bf16 on processors without instructions for it.
+"""Fast bf16 matrix products on CPUs without bf16 instructions (x86 without AVX-512).
 
-PyTorch's loop for them there (x86 without AVX-512) takes 10 to 59 times as long as multiplying in fp32, tile by tile,
-and rounding the result (benchmarks/LOG.md). The sums are in fp32 either way.
+There, PyTorch's own bf16 product takes 10 to 59 times as long as multiplying tiles in fp32 and rounding the result
+(benchmarks/LOG.md). Both accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_TILE = 1024  # of the largest dimension: a few megabytes in fp32
+_TILE = 1024  # length of a tile in the largest dimension: a few megabytes in fp32
 
 
 def _lacks_bf16() -> bool:
@@ -20,12 +20,15 @@ def _lacks_bf16() -> bool:
     return supported is not None and not supported()
 
 
-# Whether PyTorch's CPU kernels find no instructions for bf16 on this processor.
+# Whether oneDNN, which PyTorch uses on CPUs, has no bf16 instructions on this processor.
 BF16_IS_SLOW = _lacks_bf16()
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``a @ b + bias`` for matrices (m, k) and (k, n) and a vector (n,) of one dtype; not differentiable."""
+    """Return ``a @ b + bias``, (m, n), of ``a`` (m, k), ``b`` (k, n) and ``bias`` (n,), all of one dtype.
+
+    Not differentiable; see ``linear``.
+    """
     if not _is_slow(a):
         return a @ b if bias is None else torch.addmm(bias, a, b)
     (m, k), n = a.shape, b.shape[1]
@@ -49,7 +52,7 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear``: (..., in) to (..., out) by a weight (out, in)."""
+    """Return ``F.linear(x, weight, bias)``, differentiable: ``x`` (..., in), ``weight`` (out, in), ``bias`` (out,)."""
     return _tiled_linear(x, weight, bias) if _is_slow(x) else F.linear(x, weight, bias)
 
 
@@ -67,14 +70,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad_outputs[0].flatten(0, -2)
-        wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            product(grad, weight).view_as(x) if wanted_x else None,
-            product(grad.t(), x.flatten(0, -2)) if wanted_weight else None,
-            grad.sum(0, dtype=torch.float32).to(grad.dtype) if wanted_bias else None,
+            product(grad, weight).view_as(x) if needs_x else None,
+            product(grad.t(), x.flatten(0, -2)) if needs_weight else None,
+            grad.sum(0, dtype=torch.float32).to(grad.dtype) if needs_bias else None,
         )
 
 
-# Not for a compiler, which would call PyTorch's own product.
+# Excluded from compilation, which would replace it by PyTorch's own product.
 _tiled_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 _tiled_linear = torch.compiler.disable(_Linear.apply)

@@ -1,19 +1,19 @@
-"""What determines the size of a model. Imports no torch."""
+"""The sizes of a model, its vocabulary and bytes per parameter. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
-LARGEST_SIZE = 10**6  # of layers, heads, width or context: beyond any model
-PADDED_VOCABULARY = 50_304  # the next multiple of 128: matrix shapes that tensor cores like
-CHECKPOINT_BYTES = 14  # per parameter in a checkpoint to resume from: bf16 weights, fp32 masters and two moments
+LARGEST_SIZE = 10**6  # upper limit of layers, heads, width and context
+PADDED_VOCABULARY = 50_304  # the next multiple of 128, which tensor cores handle efficiently
+CHECKPOINT_BYTES = 14  # per parameter in a full checkpoint: bf16 weights, fp32 master weights, two fp32 moments
 WEIGHT_BYTES = 4  # per parameter in a checkpoint of fp32 weights alone
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What determines every tensor's shape."""
+    """The sizes that determine the shape of every parameter."""
 
     layers: int
     heads: int
@@ -21,9 +21,10 @@ class ModelShape:
     sequence_length: int  # longest context, in tokens
 
     def __post_init__(self) -> None:
-        """
+        """Check the sizes, which may come from a forged file.
+
         Raises:
-            ValueError: a size that no model has, such as a forged file may claim.
+            ValueError: a size is not in 1 to ``LARGEST_SIZE``, or ``width`` is not divisible by ``heads``.
         """
         for name, size in vars(self).items():
             if not 0 < size <= LARGEST_SIZE:
@@ -33,6 +34,6 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All parameters, the padding rows of the vocabulary included; see ``gpt2.GPT2``."""
+        """Number of parameters of ``gpt2.GPT2``, including the padding rows of the vocabulary."""
         embeddings = (PADDED_VOCABULARY + self.sequence_length) * self.width
         return embeddings + self.layers * (12 * self.width**2 + 13 * self.width) + 2 * self.width

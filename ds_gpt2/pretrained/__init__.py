@@ -1,1 +1,1 @@
-"""Models as they lie on disk outside of runs: Hugging Face directories, and one file for plain PyTorch."""
+"""Models outside of runs: Hugging Face directories, the hub, and single files for plain PyTorch."""

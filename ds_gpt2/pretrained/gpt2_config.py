@@ -1,8 +1,8 @@
-"""``config.json`` of a Hugging Face GPT-2: which of its models compute the same function as ours.
+"""Read ``config.json`` of a Hugging Face GPT-2 and check that the model computes the same function as ours.
 
-Every field that changes the function in transformers' modeling_gpt2.py is listed in ``_Config``, with transformers'
-own default where the file leaves it out. A value that our model does not compute is refused by name. Fields that only
-matter in training (dropout, initial values) or for other heads (``summary_*``, ``n_ctx``) are ignored.
+``_Config`` lists every field that changes the function in transformers' modeling_gpt2.py, with the default of
+transformers. A value that our model does not implement is an error that names the field. Fields that only affect
+training (dropout, initialization) or other heads (``summary_*``, ``n_ctx``) are ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ds_gpt2.model.shape import LARGEST_SIZE, VOCABULARY, ModelShape
 
 CONFIG = "config.json"
 
-# GPT-2 pads its vocabulary to a multiple of 128, 256, 512 or 1,024 at most; a larger one is another vocabulary.
+# Models of GPT-2's vocabulary pad it to a multiple of at most 1,024 rows; a larger one is another vocabulary.
 LARGEST_VOCABULARY = 51_200
 
-_LARGEST_BYTES = 10_000_000  # of config.json; real ones have a few kB
+_LARGEST_BYTES = 10_000_000  # of config.json, which usually has a few kB
 _ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -39,18 +39,18 @@ _TIED_HEADS = ("GPT2LMHeadModel", "GPT2Model")
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """What a directory's ``config.json`` says about its weights."""
+    """The content of ``config.json`` that determines the weights."""
 
     shape: ModelShape
-    vocabulary: int  # rows of the embedding: 50,257 and padding
+    vocabulary: int  # rows of the embedding: 50,257 plus padding
 
 
 def _one_of(*allowed: Any) -> BeforeValidator:
-    """Accept ``allowed`` only; 1 and True are not the same."""
+    """Return a validator that accepts only ``allowed``; 1 and True are different."""
 
     def check(value: Any) -> Any:
         if not any(type(value) is type(each) and value == each for each in allowed):
-            raise ValueError(f"this model computes only {' or '.join(map(json.dumps, allowed))}")
+            raise ValueError(f"only {' or '.join(map(json.dumps, allowed))} is supported")
         return value
 
     return BeforeValidator(check)
@@ -58,7 +58,7 @@ def _one_of(*allowed: Any) -> BeforeValidator:
 
 def _empty(value: Any) -> Any:
     if value:
-        raise ValueError("this model has no such thing")
+        raise ValueError("this is not supported")
     return value
 
 
@@ -67,7 +67,7 @@ def _end_of_text(value: Any) -> Any:
     if value is not None and END_OF_TEXT not in tokens:
         raise ValueError(
             f"GPT-2's <|endoftext|> is {END_OF_TEXT}, so this model has another tokenizer; if its tokenizer is GPT-2's,"
-            f" set {END_OF_TEXT} in this file"
+            f" set the value to {END_OF_TEXT} in this file"
         )
     return value
 
@@ -75,10 +75,10 @@ def _end_of_text(value: Any) -> Any:
 def _real_token(value: Any) -> Any:
     values = value if isinstance(value, list) else [value]
     if any(each is not None and (type(each) is not int or each < 0) for each in values):
-        raise ValueError("it is not the number of a token; remove it from this file")
+        raise ValueError("it is not a token id; remove it from this file")
     if any(type(each) is int and each >= VOCABULARY for each in values):
         raise ValueError(
-            f"a token beyond GPT-2's {VOCABULARY:,} is in use, so its row is no padding; remove it from this file if"
+            f"a token beyond GPT-2's {VOCABULARY:,} is in use, so its row is not padding; remove it from this file if"
             " the model does not need it"
         )
     return value
@@ -88,7 +88,7 @@ def _known_architectures(value: Any) -> Any:
     if isinstance(value, str):
         raise ValueError(f"it must be a list, such as {json.dumps([_TIED_HEADS[0]])}")
     if value and not (isinstance(value, list) and any(each in _TIED_HEADS for each in value)):
-        raise ValueError(f"this model is a {_TIED_HEADS[0]}")
+        raise ValueError(f"only {_TIED_HEADS[0]} is supported")
     return value
 
 
@@ -107,7 +107,7 @@ class _Config(BaseModel):
 
     model_type: Annotated[Any, _one_of("gpt2")]
     architectures: Annotated[Any, BeforeValidator(_known_architectures)] = None
-    auto_map: _Absent = None  # code of the repository's own
+    auto_map: _Absent = None  # code in the repository
     quantization_config: _Absent = None
     pruned_heads: _Absent = None
     vocab_size: _Size = VOCABULARY
@@ -120,7 +120,7 @@ class _Config(BaseModel):
     layer_norm_epsilon: Annotated[Any, _one_of(1e-5)] = 1e-5
     scale_attn_weights: _True = True
     scale_attn_by_inverse_layer_idx: _False = False
-    reorder_and_upcast_attn: Annotated[Any, _one_of(True, False)] = False  # the order and precision of one product
+    reorder_and_upcast_attn: Annotated[Any, _one_of(True, False)] = False  # only the order and precision of one product
     add_cross_attention: _False = False
     is_encoder_decoder: _False = False
     is_causal: _True = True
@@ -132,7 +132,7 @@ class _Config(BaseModel):
 
 
 def read_config(file: Path) -> GPT2Config:
-    """Return what ``config.json`` says.
+    """Return the validated content of ``config.json``.
 
     Raises:
         UserError: it cannot be read, or its model computes another function than ours.
@@ -148,7 +148,7 @@ def read_config(file: Path) -> GPT2Config:
             f" {LARGEST_VOCABULARY:,} rows with padding"
         )
     if config.n_inner not in (None, 4 * config.n_embd):
-        raise UserError(f"{file}: n_inner is {config.n_inner}; this model's is always 4 x n_embd = {4 * config.n_embd}")
+        raise UserError(f"{file}: n_inner is {config.n_inner}; only 4 x n_embd = {4 * config.n_embd} is supported")
     if config.n_embd % config.n_head:
         raise UserError(f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
     return GPT2Config(ModelShape(config.n_layer, config.n_head, config.n_embd, config.n_positions), config.vocab_size)
@@ -157,12 +157,12 @@ def read_config(file: Path) -> GPT2Config:
 def _fields(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
+            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is not that of a GPT-2")
         fields = safe_json.read(file)
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, an endless number
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a very long number
         raise UserError(f"{file} cannot be read: {reason_of(error)}") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{file} holds no JSON object: it is no GPT-2's")
+        raise UserError(f"{file} is not a JSON object: it is not that of a GPT-2")
     return _with_own_names(file, fields)
 
 
@@ -185,5 +185,5 @@ def _first_problem(error: ValidationError, fields: dict[str, Any]) -> str:
     is_ours = first["type"] == "value_error"
     reason = first["msg"].removeprefix("Value error, ") if is_ours else uncapitalized(first["msg"])
     if name not in fields:
-        return f"{name} is missing: it is no GPT-2's"
+        return f"{name} is missing: it is not that of a GPT-2"
     return f"{name} is {json.dumps(fields[name])[:100]}; {reason}"

@@ -1,9 +1,8 @@
-"""Models on the Hugging Face hub: config, vocabulary and safetensors, kept in huggingface_hub's own cache.
+"""Download models from the Hugging Face hub: config, vocabulary and safetensors, into huggingface_hub's cache.
 
-``HF_ENDPOINT`` names another hub, ``HF_TOKEN`` opens what is gated or private, ``HF_HOME`` moves the cache; the library
-reads them itself. What is in the cache is used as it is, without asking the hub, so a run needs no network after its
-first start. The library's file locks let one process per machine download a file; after a broken connection a download
-continues where it stopped.
+The library reads ``HF_ENDPOINT`` (another hub), ``HF_TOKEN`` (access to gated and private models) and ``HF_HOME`` (the
+cache). Cached files are used without a request to the hub, so a run needs no network after its first start. The
+library's file locks let one process per machine download a file. An interrupted download continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,25 +13,26 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.model_names import HubName
+from ds_gpt2.data import hub_client
+from ds_gpt2.data.hub_client import endpoint, first_line
 from ds_gpt2.data.shards import sha256
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
 
 log = logging.getLogger(__name__)
 
-_CONTACT_SECONDS = 5.0  # for the first answer of the hub, while a person waits
+_CONTACT_SECONDS = 5.0  # timeout of the first request, for which the user waits
 _ATTEMPTS = 6  # to download one file
 _LONGEST_PAUSE = 30.0  # seconds
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cached(name: HubName) -> Path | None:
-    """Return the directory of a model that is in the cache, complete, or None."""
+    """Return the directory of a model that is completely in the cache, or None."""
     config = _in_cache(name, gpt2_config.CONFIG, name.revision)
     if config is None:
         return None
@@ -58,11 +58,11 @@ def config_file(name: HubName) -> Path:
     return found
 
 
-def fetch(name: HubName, tell: Callable[[str], None]) -> Path:
-    """Return the directory of a model, complete, downloaded if it is not in the cache.
+def fetch(name: HubName, report: Callable[[str], None]) -> Path:
+    """Return the directory of a model, downloaded if it is not completely in the cache.
 
     Args:
-        tell: is called with a line for people before a download begins.
+        report: called with a line for the user before the weights are downloaded.
 
     Raises:
         UserError: there is no such model, it has no safetensors, or the hub cannot be reached.
@@ -72,45 +72,50 @@ def fetch(name: HubName, tell: Callable[[str], None]) -> Path:
     _contact(name)
     config = _download(name, gpt2_config.CONFIG, name.revision)
     directory, commit = config.parent, config.parent.name
-    for file in VOCABULARY_FILES:  # which tell whether the model's tokenizer is GPT-2's
-        _download_if_there(name, file, commit)
-    # Before gigabytes are downloaded that are of no use.
+    for file in VOCABULARY_FILES:
+        _download_if_present(name, file, commit)
+    # Refuse a model of another tokenizer before its weights are downloaded.
     check_tokenizer(directory, gpt2_config.read_config(config).vocabulary)
-    tell(f"downloading {name.repository} ({commit[:12]}) from {_endpoint()} to {directory}")
-    if not _download_if_there(name, tensors.WEIGHTS, commit):
-        if not _download_if_there(name, tensors.INDEX, commit):
+    report(f"downloading {name.repository} ({commit[:12]}) from {endpoint()} to {directory}")
+    if not _download_if_present(name, tensors.WEIGHTS, commit):
+        if not _download_if_present(name, tensors.INDEX, commit):
             raise UserError(
-                f"{name.repository} on {_endpoint()} has no {tensors.WEIGHTS}; other formats can run code and are not"
-                " read: choose a revision that has safetensors with NAME@REVISION, or convert it with transformers'"
+                f"{name.repository} on {endpoint()} has no {tensors.WEIGHTS}; other formats can run code and are not"
+                " read: select a revision with safetensors by NAME@REVISION, or convert the model with transformers'"
                 " save_pretrained"
             )
         for file in tensors.index_files(directory / tensors.INDEX):
-            if not _download_if_there(name, file, commit):
-                raise UserError(f"{name.repository} on {_endpoint()} has no {file}, which its {tensors.INDEX} names")
+            if not _download_if_present(name, file, commit):
+                raise UserError(f"{name.repository} on {endpoint()} has no {file}, which its {tensors.INDEX} lists")
     return directory
 
 
 def _in_cache(name: HubName, file: str, revision: str) -> Path | None:
-    found = _library().try_to_load_from_cache(name.repository, file, revision=revision)
+    found = hub_client.library().try_to_load_from_cache(name.repository, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
 def _contact(name: HubName) -> None:
-    """Ask the hub for the model once, so that a missing network shows within seconds.
+    """Request the model's metadata once, so that a missing network is an error within seconds.
 
     Raises:
         UserError: there is no such model, or the hub cannot be reached.
     """
-    library = _library()
+    library = hub_client.library()
     url = library.hf_hub_url(name.repository, gpt2_config.CONFIG, revision=name.revision)
     try:
         library.get_hf_file_metadata(url, timeout=_CONTACT_SECONDS)
     except Exception as error:  # the HTTP library differs between versions of huggingface_hub
-        raise _explained(name, gpt2_config.CONFIG, error) from None
+        raise _user_error(name, gpt2_config.CONFIG, error) from None
 
 
-def _download_if_there(name: HubName, file: str, revision: str) -> bool:
-    errors = _library().errors
+def _download_if_present(name: HubName, file: str, revision: str) -> bool:
+    """Download a file and return True; return False if the repository does not have it.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    errors = hub_client.library().errors
     try:
         _download(name, file, revision)
     except errors.EntryNotFoundError:
@@ -119,34 +124,34 @@ def _download_if_there(name: HubName, file: str, revision: str) -> bool:
 
 
 def _download(name: HubName, file: str, revision: str) -> Path:
-    """Return the path of a file in the cache.
+    """Return the path of a file in the cache, downloaded if necessary.
 
     Raises:
         UserError: it cannot be downloaded.
         EntryNotFoundError: the repository has no such file.
     """
-    library = _library()
+    library = hub_client.library()
     for attempt in range(_ATTEMPTS):
         try:
             path = Path(library.hf_hub_download(name.repository, file, revision=revision))
             _verify(path)
             return path
         except library.errors.EntryNotFoundError as error:
-            if not isinstance(error, library.errors.LocalEntryNotFoundError):  # that one means: the network is gone
+            if not isinstance(error, library.errors.LocalEntryNotFoundError):  # raised without network
                 raise
             problem: Exception = error
         except Exception as error:  # the HTTP library differs between versions of huggingface_hub
             problem = error
         if attempt == _ATTEMPTS - 1 or not _is_temporary(problem):
-            raise _explained(name, file, problem) from None
+            raise _user_error(name, file, problem) from None
         pause = min(_LONGEST_PAUSE, 2.0**attempt)
-        log.warning(f"{file} of {name.repository}: {_first_line(problem)}; next attempt in {pause:.0f} s")
+        log.warning(f"{file} of {name.repository}: {first_line(problem)}; retrying in {pause:.0f} s")
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _verify(path: Path) -> None:
-    """Compare a file of weights with the checksum that the hub announced, after which the cache calls its content.
+    """Compare a file of weights with the checksum of the hub, which is its name in the cache.
 
     Raises:
         OSError: they differ; the file is removed.
@@ -158,44 +163,31 @@ def _verify(path: Path) -> None:
         raise OSError("checksum mismatch")
 
 
-def _explained(name: HubName, file: str, error: Exception) -> UserError:
-    errors, where = _library().errors, f"{name.repository} on {_endpoint()}"
+def _user_error(name: HubName, file: str, error: Exception) -> UserError:
+    """Return the error message for a failed download."""
+    errors, where = hub_client.library().errors, f"{name.repository} on {endpoint()}"
     if isinstance(error, errors.GatedRepoError):
-        return UserError(f"{where} is gated: ask for access on its page, then set HF_TOKEN")
+        return UserError(f"{where} is gated: request access on its page, then set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return UserError(f"there is no model {where}, no path {name.repository}, or it needs an HF_TOKEN")
+        return UserError(f"there is no model {where} and no path {name.repository}; a private model needs HF_TOKEN")
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{where} has no revision {name.revision}")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{where} has no {file}")
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-        cache = _library().constants.HF_HUB_CACHE
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        cache = hub_client.library().constants.HF_HUB_CACHE
         return UserError(f"{file} of {where} cannot be stored in {cache}: {error.strerror}; HF_HOME moves the cache")
     return UserError(
-        f"cannot download {file} of {name.repository} from {_endpoint()} ({_first_line(error)}), and it is not in the"
+        f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"
         " cache: check the network, or give a local directory"
     )
 
 
 def _is_temporary(error: Exception) -> bool:
+    """Return whether a retry may succeed."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return False
     return isinstance(error, (OSError, RuntimeError)) or "http" in type(error).__module__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _endpoint() -> str:
-    return str(_library().constants.ENDPOINT)
-
-
-def _library() -> Any:
-    import huggingface_hub.constants  # takes a part of a second
-    import huggingface_hub.errors
-
-    return huggingface_hub

@@ -1,7 +1,7 @@
-"""Hugging Face's layout of GPT-2: names, shapes and config, as ``transformers``' modeling_gpt2.py has them.
+"""Read and write GPT-2 in Hugging Face's layout: names, shapes and config of transformers' modeling_gpt2.py.
 
-Its projections are ``Conv1D``, which keep matrices as (in, out) where ``nn.Linear`` has (out, in). The head is the
-embedding and is not written a second time. The vocabulary is cut to GPT-2's 50,257 tokens, in both directions.
+Its projections are ``Conv1D`` with weights (in, out), where ``nn.Linear`` has (out, in). The output head is tied to the
+embedding and not written. The vocabulary is cut to GPT-2's 50,257 tokens when reading and writing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ds_gpt2.pretrained.tokenizer_files import check_tokenizer
 
 _PREFIX = "transformer."  # of GPT2LMHeadModel; OpenAI's own files on the hub have none
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_proj|c_fc)\.weight")
-_NO_PARAMETERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # old files hold the causal mask, too
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # old files contain the causal mask
 HEAD = "lm_head.weight"
 
 DTypeName = Literal["float32", "bfloat16"]
@@ -34,15 +34,15 @@ DTypeName = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model's weights under our names, fp32, the vocabulary not padded."""
+    """The weights of a model by our names, fp32, without padding of the vocabulary."""
 
     shape: ModelShape
     weights: dict[str, torch.Tensor]
-    padding: int = 0  # rows of the embedding beyond GPT-2's vocabulary that were left out
+    padding: int = 0  # rows of the embedding beyond GPT-2's vocabulary, which were removed
 
 
 def config_of(shape: ModelShape, dropout: float, dtype: DTypeName) -> dict[str, Any]:
-    """The content of ``config.json``; transformers before 4.56 calls the dtype ``torch_dtype``."""
+    """Return the content of ``config.json``. The name ``torch_dtype`` is understood by all versions of transformers."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -66,24 +66,29 @@ def config_of(shape: ModelShape, dropout: float, dtype: DTypeName) -> dict[str, 
 
 
 def write_weights(weights: dict[str, torch.Tensor], file: Path, dtype: torch.dtype) -> None:
-    """Write ``model.safetensors``; ``weights`` is emptied on the way, so that no second copy is needed."""
+    """Write ``model.safetensors``.
+
+    Args:
+        weights: by our names, with any padding; the dict is emptied meanwhile to save memory.
+        dtype: of the file.
+    """
     converted: dict[str, torch.Tensor] = {}
     for name in list(weights):
         converted[_PREFIX + name] = _to_theirs(name, weights.pop(name)).to(dtype).contiguous()
     save_file(converted, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # as the other files; the library makes it its owner's alone
+    file.chmod(0o644)  # as the other files; the library creates it readable by its owner only
 
 
 def is_directory_of(path: Path) -> bool:
-    """Return whether ``path`` seems to be the directory of a Hugging Face model."""
+    """Return whether ``path`` has the files of a Hugging Face model."""
     return (path / CONFIG).is_file() or tensors.has_weights(path)
 
 
 def check(directory: Path) -> GPT2Config:
-    """Check the config and the headers of a directory; no tensor is read.
+    """Check the config, tokenizer and tensor headers of a directory without reading tensors.
 
     Raises:
-        UserError: it is no GPT-2, or one that computes another function than ours; its files are incomplete or damaged.
+        UserError: it is not a GPT-2 that computes the same function as ours, or its files are incomplete or damaged.
     """
     config = read_config(directory / CONFIG)
     check_tokenizer(directory, config.vocabulary)
@@ -92,10 +97,10 @@ def check(directory: Path) -> GPT2Config:
 
 
 def read(directory: Path) -> Pretrained:
-    """Return the GPT-2 of a directory, without the padding of its vocabulary.
+    """Return the GPT-2 in a directory.
 
     Raises:
-        UserError: as ``check`` does, or its weights are not finite or its head is not its embedding.
+        UserError: as ``check``, or the weights are not finite, or the output head differs from the embedding.
     """
     config = read_config(directory / CONFIG)
     check_tokenizer(directory, config.vocabulary)
@@ -117,19 +122,19 @@ class _Named:
 
 
 def _model_tensors(directory: Path, config: GPT2Config) -> dict[str, _Named]:
-    """Return the tensors of the model, and of the head if it is stored, by our names.
+    """Return the tensors of the model, and of the output head if it is stored, by our names.
 
     Raises:
-        UserError: one is missing, unknown, there twice, or of another shape or dtype.
+        UserError: a tensor is missing, unknown, duplicated, or of another shape or dtype.
     """
     found: dict[str, _Named] = {}
     for theirs, stored in tensors.headers(directory).items():
         name = _our_name(theirs)
-        if _NO_PARAMETERS.fullmatch(name):
+        if _BUFFERS.fullmatch(name):
             continue
         if name in found:
             raise UserError(
-                f"{directory} has both {found[name].name} and {theirs}: only one of them can be the model's"
+                f"{directory} has both {found[name].name} and {theirs}: only one of them can belong to the model"
             )
         tensors.check_dtype(theirs, stored)
         found[name] = _Named(theirs, stored)
@@ -139,33 +144,33 @@ def _model_tensors(directory: Path, config: GPT2Config) -> dict[str, _Named]:
     check_shapes(directory, config.shape, config.vocabulary, sizes)
     if head is not None and head != sizes["wte.weight"]:
         raise UserError(
-            f"{directory}: {HEAD} is {head}, the embedding {sizes['wte.weight']}; this model's are the same"
+            f"{directory}: {HEAD} is {head}, but the embedding is {sizes['wte.weight']}; they must be equal"
         )
     return found
 
 
 def _check_stored_shapes(directory: Path, config: GPT2Config, found: Mapping[str, _Named]) -> None:
-    """Compare the sizes of the tensors that files store the other way round, so that an error has the file's order.
+    """Check the sizes of tensors that are stored transposed, so that the error message has the sizes of the file.
 
     Raises:
-        UserError: a tensor is of another size.
+        UserError: a tensor has another size.
     """
     for name, size in _shapes(config.shape, config.vocabulary):
         if name not in found:
-            return  # check_shapes names it
+            return  # reported by check_shapes
         stored = found[name].tensor.shape
         if _TRANSPOSED.fullmatch(name) and stored != size[::-1]:
             hint = ": it is transposed" if stored == size else ""
-            raise UserError(
-                f"{directory}: {name} is stored as {stored}; of the model that it is said to be, as {size[::-1]}{hint}"
-            )
+            raise UserError(f"{directory}: {name} is stored as {stored}, but its config requires {size[::-1]}{hint}")
 
 
 def _our_name(theirs: str) -> str:
+    """Return our name of a tensor, given its name in a file."""
     return theirs.removeprefix(_PREFIX) if theirs != _PREFIX + HEAD else theirs
 
 
 def _our_size(name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the size of a tensor in our layout, given its size in a file."""
     return size[::-1] if _TRANSPOSED.fullmatch(name) and len(size) == 2 else size
 
 
@@ -173,37 +178,37 @@ def as_weight(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` in fp32, contiguous.
 
     Raises:
-        UserError: it holds an Inf or NaN, or a number beyond the range of fp32.
+        UserError: it has an Inf or NaN, or a number beyond the range of fp32.
     """
     weight = tensor.float().contiguous()
-    low, high = torch.aminmax(weight)  # unlike isfinite, without a tensor of flags; a NaN is both
+    low, high = torch.aminmax(weight)  # needs less memory than isfinite; a NaN becomes minimum and maximum
     if not (low.isfinite() and high.isfinite()):
         raise UserError(f"{path}: {name} has values that are Inf or NaN in fp32: the weights are unusable")
     return weight
 
 
 def _check_tied(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Remove the output head from ``weights`` if it is there.
+    """Remove the output head from ``weights`` if it is stored.
 
     Raises:
-        UserError: it is not the embedding.
+        UserError: it differs from the embedding.
     """
     head = weights.pop(HEAD, None)
     if head is not None and not torch.equal(head, weights["wte.weight"]):
         raise UserError(
-            f"{path}: {HEAD} differs from the embedding wte.weight; this model's output head is the embedding"
+            f"{path}: {HEAD} differs from the embedding wte.weight; only tied embeddings are supported"
             " (tie_word_embeddings)"
         )
 
 
 def _to_theirs(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """From our layout to theirs, or back."""
+    """Convert a tensor between our layout and Hugging Face's, in either direction."""
     tensor = tensor[:VOCABULARY] if name in ("wte.weight", HEAD) else tensor
     return tensor.t() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
 
 
 def shapes_of(shape: ModelShape, vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model under our names."""
+    """Return the size of every parameter of a model by our names."""
     return dict(_shapes(shape, vocabulary))
 
 
@@ -233,17 +238,18 @@ def _shapes(shape: ModelShape, vocabulary: int) -> Iterator[tuple[str, tuple[int
 
 
 def check_shapes(path: Path, shape: ModelShape, vocabulary: int, sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the sizes of tensors, by our names, with those of a model of this shape.
+    """Check the sizes of tensors, by our names, against those of a model of this shape.
 
     Raises:
         UserError: a tensor is missing, unknown or of another size.
     """
     expected = set()
-    for name, size in _shapes(shape, vocabulary):  # ends at the first that is missing, however many layers are claimed
+    for name, size in _shapes(shape, vocabulary):  # stops at the first missing one, even for a forged number of layers
         if name not in sizes:
-            raise UserError(f"{path} has no {name}: it is not the model that it is said to be")
+            raise UserError(f"{path} has no {name}: the weights do not match the model's config")
         if sizes[name] != size:
-            raise UserError(f"{path}: {name} is {sizes[name]}; of the model that it is said to be, {size}")
+            raise UserError(f"{path}: {name} is {sizes[name]}, but the model's config requires {size}")
         expected.add(name)
     if unknown := sorted(sizes.keys() - expected):
-        raise UserError(f"{path} has an unknown {tensors.shown(unknown[0])}: it is not the model that it is said to be")
+        shown = tensors.printable(unknown[0])
+        raise UserError(f"{path} has an unknown tensor {shown}: the weights do not match the model's config")

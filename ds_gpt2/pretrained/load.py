@@ -1,7 +1,7 @@
-"""A model from a name that a person gives, outside of runs: to compute with, or for a new run to begin from.
+"""Load a model outside of runs, given by name: for evaluation, generation, or to initialize a new run.
 
-A name is a path (a Hugging Face directory, or a file that ``export --format fp32`` has written) or a model on the hub.
-The functions here take names that ``model_names.resolve`` has told apart.
+A name is a path (a Hugging Face directory, or a file of ``export --format fp32``) or a model on the hub. The functions
+take names as returned by ``model_names.resolve``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def is_pretrained(path: Path) -> bool:
-    """Return whether ``path`` is a file or a Hugging Face directory, so that it can be no run.
+    """Return whether ``path`` is a file or a Hugging Face directory, and therefore not a run.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: it cannot be read.
     """
     try:
         return path.is_file() or huggingface.is_directory_of(path)
@@ -36,24 +36,24 @@ def is_pretrained(path: Path) -> bool:
 
 
 def locate(name: str) -> Path:
-    """Return the path of the model that ``name`` stands for, downloaded from the hub if it is not in the cache.
+    """Return the path of the model ``name``; a model on the hub is downloaded if it is not in the cache.
 
     Raises:
-        UserError: it cannot be downloaded.
+        UserError: it cannot be downloaded, or is not a GPT-2.
     """
     on_hub = hub_name(name)
-    return Path(name) if on_hub is None else hub.fetch(on_hub, _tell)
+    return Path(name) if on_hub is None else hub.fetch(on_hub, _report)
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 def shape_at(path: Path) -> ModelShape:
-    """Return the shape of the model in ``path``, from its config and headers.
+    """Return the shape of the model in ``path``, after checking its config and headers without reading weights.
 
     Raises:
-        UserError: there is no model that ours can be, or its files are damaged.
+        UserError: there is no supported model, or its files are damaged.
     """
     return torch_file.check(path) if _is_export(path) else huggingface.check(path).shape
 
@@ -62,13 +62,13 @@ def read(path: Path) -> Pretrained:
     """Return the model in ``path``.
 
     Raises:
-        UserError: there is no model that ours can be, or its files are damaged.
+        UserError: there is no supported model, or its files are damaged.
     """
     return torch_file.read(path) if _is_export(path) else huggingface.read(path)
 
 
 def _is_export(path: Path) -> bool:
-    """Return whether ``path`` is to be read as one of our files; otherwise it is a Hugging Face directory.
+    """Return whether ``path`` is a file of ``export --format fp32``; otherwise it is a Hugging Face directory.
 
     Raises:
         UserError: it is neither.
@@ -87,18 +87,22 @@ def _is_export(path: Path) -> bool:
 
 
 def padding_note(found: Pretrained) -> str | None:
-    """Return what a person must know of the rows of the embedding that were left out, or None."""
+    """Return a message for the user about removed padding rows of the embedding, or None."""
     if not found.padding:
         return None
     return (
         f"vocabulary of {VOCABULARY + found.padding:,}: the {found.padding:,} rows beyond GPT-2's {VOCABULARY:,} tokens"
-        " are padding and left out; losses are over the tokens only"
+        " are padding and removed; losses are over the tokens only"
     )
 
 
 def as_model(shape: ModelShape, weights: dict[str, torch.Tensor]) -> GPT2:
-    """Return the model that has these very tensors, in eval mode; the vocabulary is padded if it is not yet."""
-    with torch.device("meta"):  # its own initial values would cost time and memory
+    """Return a model in eval mode that uses these tensors without a copy; the vocabulary is padded if necessary.
+
+    Args:
+        weights: by our names.
+    """
+    with torch.device("meta"):  # saves the time and memory of initialization
         model = GPT2(shape)
     missing = PADDED_VOCABULARY - len(weights["wte.weight"])
     padded = F.pad(weights["wte.weight"], (0, 0, 0, missing)) if missing else weights["wte.weight"]
@@ -107,12 +111,12 @@ def as_model(shape: ModelShape, weights: dict[str, torch.Tensor]) -> GPT2:
 
 
 def check(shape: ModelShape, name: str) -> None:
-    """Check that a new run of ``shape`` can begin with the model ``name``; no weights are read or downloaded.
+    """Check that a new run of ``shape`` can be initialized from the model ``name``; read and download no weights.
 
-    Of a model on the hub only ``config.json`` is looked at until its weights are in the cache.
+    Of a model on the hub, only ``config.json`` is checked unless its weights are in the cache.
 
     Raises:
-        UserError: there is no such model, it is of another shape, or its files are damaged.
+        UserError: there is no such model, it has another shape, or its files are damaged.
     """
     on_hub = hub_name(name)
     if on_hub is None:
@@ -125,10 +129,10 @@ def check(shape: ModelShape, name: str) -> None:
 
 
 def prepare(shape: ModelShape, name: str) -> Path:
-    """Have the model ``name`` on this machine and check it, all but the values of its weights; return its path.
+    """Download the model ``name`` if necessary, check everything except the values of its weights; return its path.
 
     Raises:
-        UserError: as ``check`` does, or it cannot be downloaded.
+        UserError: as ``check``, or it cannot be downloaded.
     """
     check(shape, name)
     path = locate(name)
@@ -137,10 +141,12 @@ def prepare(shape: ModelShape, name: str) -> Path:
 
 
 def weights_for(shape: ModelShape, name: str) -> dict[str, torch.Tensor]:
-    """Return the weights, fp32, that a new run of ``shape`` begins with; of a longer context the first positions.
+    """Return the initial weights of a new run of ``shape`` from the model ``name``, fp32, by our names.
+
+    Of a model with a longer context, the first positions are used.
 
     Raises:
-        UserError: there is no such model, it is of another shape, or its files are damaged.
+        UserError: there is no such model, it has another shape, or its files are damaged.
     """
     found = read(locate(name))
     _check_shape(name, found.shape, shape)
@@ -152,11 +158,11 @@ def weights_for(shape: ModelShape, name: str) -> dict[str, torch.Tensor]:
 def _check_shape(name: str, theirs: ModelShape, ours: ModelShape) -> None:
     fields = ("layers", "heads", "width")
     if any(getattr(theirs, field) != getattr(ours, field) for field in fields):
-        has, wanted = (", ".join(f"{field} {getattr(shape, field)}" for field in fields) for shape in (theirs, ours))
+        has, needed = (", ".join(f"{field} {getattr(shape, field)}" for field in fields) for shape in (theirs, ours))
         settings = " ".join(f"model.{field}={getattr(theirs, field)}" for field in fields)
-        raise UserError(f"model.init_from {name} has {has}; this run has {wanted}: set {settings}")
+        raise UserError(f"model.init_from {name} has {has}; this run has {needed}: set {settings}")
     if theirs.sequence_length < ours.sequence_length:
         raise UserError(
-            f"model.init_from {name} knows {theirs.sequence_length} positions, batch.sequence_length is"
-            f" {ours.sequence_length}: set it to {theirs.sequence_length} at most"
+            f"model.init_from {name} has {theirs.sequence_length} positions, but batch.sequence_length is"
+            f" {ours.sequence_length}: set it to at most {theirs.sequence_length}"
         )

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, of what, how long and how well."""
+"""The model card of an export: shape, training data, duration and results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ds_gpt2.model.shape import ModelShape
 def card(
     title: str, shape: ModelShape, parameters: int, facts: Sequence[tuple[str, str]], settings: Mapping[str, Any]
 ) -> str:
-    """``README.md`` as the hub shows it.
+    """Return the content of ``README.md`` for the hub.
 
     Args:
-        parameters: how many the model has, the padding of the vocabulary left out.
-        facts: what is known of the training, name and value.
-        settings: the run's, section by section.
+        parameters: number of parameters without padding of the vocabulary.
+        facts: names and values about the training.
+        settings: of the run, by section.
     """
     shape_text = f"{shape.layers} layers, {shape.heads} heads, width {shape.width}, context {shape.sequence_length}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
@@ -35,7 +35,7 @@ tags: [gpt2, ds_gpt2]
 # {title}
 
 GPT-2 with {parameters / 1e6:.1f} M parameters ({shape_text}), pre-trained with ds_gpt2.
-The tokenizer is GPT-2's. Every document began with `<|endoftext|>` in training, so a text from nothing begins with it.
+The tokenizer is GPT-2's. In training, every document starts with `<|endoftext|>`; use it as the prompt for free text.
 
 | | |
 |---|---|

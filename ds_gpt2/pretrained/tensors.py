@@ -1,6 +1,6 @@
-"""Tensors of a Hugging Face directory: one safetensors file, or several with an index.
+"""Read the tensors of a Hugging Face directory: one safetensors file, or several with an index.
 
-Headers are checked before any tensor is read. Only safetensors is read, because other formats can run code.
+Headers are checked before any tensor is read. Only safetensors files are read, because other formats can run code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ds_gpt2.common.errors import UserError, reason_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of those that hold a model's weights
-_LARGEST_INDEX = 50_000_000  # bytes; an index of 100,000 tensors has some 10 MB
+_DTYPES = ("F64", "F32", "F16", "BF16")  # accepted dtypes, by safetensors' names
+_LARGEST_INDEX = 50_000_000  # bytes; an index of 100,000 tensors has about 10 MB
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as a header describes it."""
+    """A tensor as described by the header of its file."""
 
     file: Path
     dtype: str
@@ -33,7 +33,7 @@ class Stored:
 
 
 def has_weights(directory: Path) -> bool:
-    """Return whether ``directory`` has weights that ``headers`` can read."""
+    """Return whether ``directory`` has safetensors weights."""
     return (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
 
 
@@ -41,7 +41,7 @@ def headers(directory: Path) -> dict[str, Stored]:
     """Return every tensor of the directory by its name in the files.
 
     Raises:
-        UserError: files are missing, damaged or contradict each other.
+        UserError: files are missing or damaged, or contradict each other.
     """
     if (directory / WEIGHTS).is_file():
         return _header(directory / WEIGHTS)
@@ -57,19 +57,20 @@ def headers(directory: Path) -> dict[str, Stored]:
     )
 
 
-def shown(name: str) -> str:
-    """Return a tensor's name for an error of one line, whatever a file calls it."""
+def printable(name: str) -> str:
+    """Return a tensor's name, which may have any characters, for an error message of one line."""
     return name if name.isprintable() and len(name) <= 100 else ascii(name)[:100]
 
 
 def check_dtype(name: str, stored: Stored) -> None:
-    """
+    """Check the dtype of a tensor.
+
     Raises:
-        UserError: the dtype is not one of a model's weights.
+        UserError: it is not a floating-point dtype that is accepted for weights.
     """
     if stored.dtype not in _DTYPES:
         raise UserError(
-            f"{stored.file}: {shown(name)} is of dtype {stored.dtype}; weights are one of {', '.join(_DTYPES)}"
+            f"{stored.file}: {printable(name)} is of dtype {stored.dtype}; supported are {', '.join(_DTYPES)}"
         )
 
 
@@ -89,10 +90,10 @@ def read(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def index_files(index: Path) -> list[str]:
-    """Return the names of the files that an index lists.
+    """Return the names of the files in an index, sorted.
 
     Raises:
-        UserError: it cannot be read, or lists a file that is not beside it.
+        UserError: it cannot be read, or lists a file outside its directory.
     """
     return sorted(set(_weight_map(index).values()))
 
@@ -103,34 +104,34 @@ def _headers_of_index(index: Path) -> dict[str, Stored]:
     for name in index_files(index):
         file = index.with_name(name)
         if not file.is_file():
-            raise UserError(f"{index} lists {name}, which is not there: the download or copy is incomplete")
+            raise UserError(f"{index} lists {name}, which does not exist: the download or copy is incomplete")
         for tensor, stored in _header(file).items():
             if tensor in found:
                 raise UserError(
-                    f"{shown(tensor)} is in {found[tensor].file.name} and in {name}: {index.parent} is damaged"
+                    f"{printable(tensor)} is in {found[tensor].file.name} and in {name}: {index.parent} is damaged"
                 )
             if listed.get(tensor) != name:
-                raise UserError(f"{file} has {shown(tensor)}, which {index.name} does not list there")
+                raise UserError(f"{file} has {printable(tensor)}, which {index.name} does not list for this file")
             found[tensor] = stored
     if absent := sorted(listed.keys() - found.keys()):
-        raise UserError(f"{index} lists {shown(absent[0])} in {listed[absent[0]]}, which does not have it")
+        raise UserError(f"{index} lists {printable(absent[0])} in {listed[absent[0]]}, which does not have it")
     return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > _LARGEST_INDEX:
-            raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is no GPT-2's")
+            raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is not that of a GPT-2")
         content = safe_json.read(index)
     except (OSError, ValueError) as error:
         raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{index} has no weight_map, which says where the tensors are")
+        raise UserError(f"{index} has no weight_map with the files of the tensors")
     for tensor, name in listed.items():
         if not isinstance(name, str) or not _is_beside(name):
             raise UserError(
-                f"{index} lists {ascii(name)[:100]} for {shown(tensor)}: only safetensors files beside it are read"
+                f"{index} lists {ascii(name)[:100]} for {printable(tensor)}: only safetensors files beside it are read"
             )
     return listed
 
@@ -141,7 +142,7 @@ def _is_beside(name: str) -> bool:
 
 def _header(file: Path) -> dict[str, Stored]:
     with _opened(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (it is no dictionary)
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dictionary)
         return {name: Stored(file, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
 
 

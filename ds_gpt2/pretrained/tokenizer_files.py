@@ -1,7 +1,7 @@
-"""GPT-2's tokenizer as the files that Hugging Face's libraries read, made from tiktoken's ranks.
+"""Check and write the tokenizer files of Hugging Face's libraries, using tiktoken's ranks.
 
-Their files spell tokens in characters, one for each byte: printable ones of Latin-1 stand for themselves, the others
-for U+0100 and on, in order (``bytes_to_unicode`` of OpenAI's gpt-2/src/encoder.py).
+These files spell tokens with one character per byte: printable characters of Latin-1 represent themselves, the other
+bytes are U+0100 and following, in order (``bytes_to_unicode`` of OpenAI's gpt-2/src/encoder.py).
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 
-_LARGEST_BYTES = 50_000_000  # of one file; GPT-2's own have at most 4 MB
+_LARGEST_BYTES = 50_000_000  # of one file; those of GPT-2 have at most 4 MB
 _END = "<|endoftext|>"
 
 
 VOCABULARY_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json")
 _CONFIG = "tokenizer_config.json"
-# transformers' names of GPT-2's; PreTrainedTokenizerFast and TokenizersBackend are whatever tokenizer.json says.
+# Accepted classes of transformers; PreTrainedTokenizerFast and TokenizersBackend are defined by tokenizer.json.
 _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer")
 
 
 def check_tokenizer(directory: Path, rows: int) -> None:
-    """Check that the tokenizer files of a directory, if there are any, are GPT-2's.
+    """Check that the tokenizer files of a directory, if there are any, are those of GPT-2.
 
-    A model of another tokenizer computes with other tokens under the same numbers, which neither its config nor its
-    weights show.
+    A model of another tokenizer uses the same ids for other tokens; neither its config nor its weights reveal that.
 
     Args:
-        rows: of the embedding; those beyond GPT-2's vocabulary are padding unless a file gives them a token.
+        rows: of the embedding; those beyond GPT-2's vocabulary are padding unless a file assigns a token to them.
 
     Raises:
-        UserError: a file cannot be read, or gives a number another token than GPT-2's tokenizer does.
+        UserError: a file cannot be read, or assigns another token to an id than GPT-2's tokenizer.
     """
     if (directory / _CONFIG).is_file():
         _check_class(directory / _CONFIG)
@@ -50,7 +49,7 @@ def check_tokenizer(directory: Path, rows: int) -> None:
 def _check_class(file: Path) -> None:
     content = _json(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object: it is no GPT-2's")
+        raise UserError(f"{file} is not a JSON object: it is not that of a GPT-2")
     name = content.get("tokenizer_class")
     if name is not None and name not in _CLASSES:
         raise UserError(
@@ -74,7 +73,7 @@ def _compare(file: Path, theirs: dict[str, int], tokens: dict[int, str], rows: i
 
 
 def _numbered(file: Path) -> dict[str, int]:
-    """Return the tokens of a file and their numbers."""
+    """Return the ids of the tokens in a file."""
     content = _json(file)
     if file.name == "tokenizer.json":
         try:
@@ -82,11 +81,10 @@ def _numbered(file: Path) -> dict[str, int]:
             content = content["model"]["vocab"] | {each["content"]: each["id"] for each in added}
         except (AttributeError, KeyError, TypeError):
             raise UserError(
-                f"{file} cannot be read: it does not have model.vocab and added_tokens as the tokenizers library"
-                " writes them"
+                f"{file} cannot be read: model.vocab and added_tokens are not in the format of the tokenizers library"
             ) from None
     if not isinstance(content, dict) or any(type(number) is not int for number in content.values()):
-        raise UserError(f"{file} does not hold tokens and their numbers")
+        raise UserError(f"{file} does not contain tokens and their ids")
     return content
 
 
@@ -96,14 +94,18 @@ WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
 def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is no GPT-2's")
+            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is not that of a GPT-2")
         return safe_json.read(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def write_tokenizer(directory: Path, sequence_length: int) -> None:
-    """Write ``tokenizer.json``, ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``."""
+    """Write the files ``WRITTEN`` to ``directory``.
+
+    Args:
+        sequence_length: recorded as ``model_max_length``.
+    """
     ranks, spelled, vocabulary = _ranks(), _spelling(), _vocabulary()
     merges = [" ".join("".join(spelled[byte] for byte in part) for part in pair) for pair in _merges(ranks)]
     config = {
@@ -122,7 +124,7 @@ def write_tokenizer(directory: Path, sequence_length: int) -> None:
 
 
 def _fast(vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
-    """The content of ``tokenizer.json`` (the tokenizers library's format 1.0)."""
+    """Return the content of ``tokenizer.json``, in format 1.0 of the tokenizers library."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"id": tokenizer.END_OF_TEXT, "content": _END, "special": True, "normalized": False}
     return {
@@ -153,33 +155,33 @@ def _ranks() -> dict[bytes, int]:
 
 
 def _vocabulary() -> dict[str, int]:
-    """Return every token as the files spell it, and its number."""
+    """Return the id of every token, by its spelling in the files."""
     spelled = _spelling()
     vocabulary = {"".join(spelled[byte] for byte in token): rank for token, rank in _ranks().items()}
     return {**vocabulary, _END: tokenizer.END_OF_TEXT}
 
 
 def _spelling() -> list[str]:
-    """The character for each byte."""
+    """Return the character of each byte."""
     itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(0x100 + number) for number in range(256))
     return [chr(byte) if byte in itself else next(others) for byte in range(256)]
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens of which each longer one is made, in the order in which they were learned."""
+    """Yield the two tokens that are merged into each longer token, in the order of the ranks."""
     for token, rank in ranks.items():
         if len(token) > 1:
             yield _halves(token, rank, ranks)
 
 
 def _halves(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """What is left of ``token`` when all merges learned before it are made."""
-    parts = [token[place : place + 1] for place in range(len(token))]
+    """Return the two parts of ``token`` after applying all merges of lower rank."""
+    parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
         first = min(range(len(pairs)), key=pairs.__getitem__)
-        assert pairs[first] < rank, "a token is learned from two that were there before"
+        assert pairs[first] < rank, "both halves of a token have lower ranks"
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts[0], parts[1]
 

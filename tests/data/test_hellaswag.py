@@ -1,4 +1,4 @@
-"""HellaSwag's file: fetched whole or not at all, every line checked, made into text as others do it."""
+"""HellaSwag's file: atomic download, checks of every line, text as other implementations form it."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def flat(item: Item) -> list[list[int]]:
     return [[item.label], *(array.tolist() for array in arrays)]
 
 
-def test_original_text_is_left_alone() -> None:
+def test_original_text_is_unchanged() -> None:
     item = to_item(question(), "original")
     assert decoded(item) == [TEA["ctx"], *(f" {ending}" for ending in TEA["endings"])]  # type: ignore[attr-defined]
     assert item.label == 3
     assert item.characters.tolist() == [6, 24, 22, 35]
-    assert item.bytes.tolist() == [6, 24, 23, 35]  # é has two
+    assert item.bytes.tolist() == [6, 24, 23, 35]  # é has two bytes
 
 
-def test_original_parts_are_tokenised_on_their_own() -> None:
+def test_original_context_and_endings_are_tokenized_separately() -> None:
     encode = tokenizer.gpt2().encode_ordinary
     item = to_item(question(ctx="He said ", endings=["no", "yes", "what", "this"]), "original")
     assert item.context.tolist() == encode("He said ")
@@ -72,7 +72,7 @@ def test_original_parts_are_tokenised_on_their_own() -> None:
     ]
 
 
-def test_cleaned_text_is_as_lm_evaluation_harness_has_it() -> None:
+def test_cleaned_text_equals_that_of_lm_evaluation_harness() -> None:
     context, endings = prompt(question(), "cleaned")
     assert context == "Making tea: How to make tea. Boil the water. Then she"
     assert endings == ["waits.", " Pours it.", "drinks the café's own.", " Leave. Come back."]
@@ -81,14 +81,14 @@ def test_cleaned_text_is_as_lm_evaluation_harness_has_it() -> None:
     assert item.characters.tolist() == [6, 10, 22, 18]
 
 
-def test_cleaned_spaces_at_the_end_of_a_context_belong_to_the_ending() -> None:
+def test_trailing_spaces_of_a_cleaned_context_belong_to_the_ending() -> None:
     item = to_item(question(ctx_a="Boil it.", ctx_b="[step]", endings=["a", "b", "c", "d"]), "cleaned")
     assert decoded(item) == ["Making tea: Boil it.", "  a", "  b", "  c", "  d"]
     whole = tokenizer.gpt2().encode_ordinary("Making tea: Boil it.  a")
     assert [*item.context, *item.endings[0]] == whole
 
 
-def test_an_empty_context_begins_a_document() -> None:
+def test_an_empty_context_becomes_end_of_text() -> None:
     assert to_item(question(ctx=""), "original").context.tolist() == [tokenizer.END_OF_TEXT]
 
 
@@ -108,13 +108,13 @@ def test_an_empty_context_begins_a_document() -> None:
         ({**TEA, "label": True}, '"label" is not'),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None:
+def test_an_invalid_line_is_an_error_with_its_number(tmp_path: Path, line: object, message: str) -> None:
     path = write(tmp_path / "items.jsonl", TEA, "", line)
     with pytest.raises(UserError, match=rf"items\.jsonl, line 3: .*{message}"):
         list(read_questions(path))
 
 
-def test_what_is_no_file_or_empty_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file.*prepare hellaswag"):
         load_items(tmp_path / "gone.jsonl", "original", tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -122,22 +122,22 @@ def test_what_is_no_file_or_empty_is_named(tmp_path: Path) -> None:
         load_items(tmp_path / "empty.jsonl", "original", tmp_path)
 
 
-def test_items_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenized_items_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "items.jsonl", TEA, BOAT), tmp_path / "cache"
-    made = {style: load_items(path, style, cache) for style in ("original", "cleaned")}
+    expected = {style: load_items(path, style, cache) for style in ("original", "cleaned")}
     assert len(list(cache.iterdir())) == 2
     monkeypatch.delattr(hellaswag, "to_item")
-    for style, items in made.items():
+    for style, items in expected.items():
         again = load_items(path, style, cache)
         assert [flat(item) for item in again] == [flat(item) for item in items]
         assert again[0].context.dtype == np.uint16
     write(path, BOAT)
-    with pytest.raises(NameError):  # another content: the cache is not taken for it
+    with pytest.raises(NameError):  # the cache is not used for other content
         load_items(path, "original", cache)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "other"])
-def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_written_again(tmp_path: Path, damage: str) -> None:
     path = write(tmp_path / "items.jsonl", TEA, BOAT)
     before = load_items(path, "original", tmp_path / "cache")
     (cache,) = (tmp_path / "cache").iterdir()
@@ -155,13 +155,13 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     assert list((tmp_path / "cache").iterdir()) == [cache]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("in the way")
+def test_items_are_loaded_even_if_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file instead of a directory")
     assert len(load_items(write(tmp_path / "items.jsonl", TEA, BOAT), "cleaned", tmp_path / "cache")) == 2
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """Serves ``content`` at /good, half of what it promises at /dropped, and nothing elsewhere."""
+    """Serves ``content`` at /good, half of it at /dropped, and an error elsewhere."""
 
     content = (json.dumps(TEA) + "\n").encode() * 2000
 
@@ -189,7 +189,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def test_a_download_is_kept_when_it_is_the_file_expected(tmp_path: Path, server: str) -> None:
+def test_a_download_with_the_expected_checksum_is_kept(tmp_path: Path, server: str) -> None:
     path = tmp_path / "deep" / "items.jsonl"
     fetch(path, f"{server}/good", hashlib.sha256(Answers.content).hexdigest())
     assert path.read_bytes() == Answers.content
@@ -199,12 +199,12 @@ def test_a_download_is_kept_when_it_is_the_file_expected(tmp_path: Path, server:
 @pytest.mark.parametrize(
     ("page", "digest", "message"),
     [
-        ("good", "0" * 64, "/good gave another file than expected"),
+        ("good", "0" * 64, "checksum mismatch: .*/good has sha256"),
         ("dropped", hashlib.sha256(Answers.content).hexdigest(), "(cut short|IncompleteRead)"),
         ("gone", "0" * 64, "/gone cannot be downloaded to .*404"),
     ],
 )
-def test_a_download_that_fails_leaves_what_was_there(
+def test_a_failed_download_leaves_the_existing_file(
     tmp_path: Path, server: str, page: str, digest: str, message: str
 ) -> None:
     path = write(tmp_path / "items.jsonl", TEA)
@@ -216,30 +216,30 @@ def test_a_download_that_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nobody_there_is_one_line(tmp_path: Path, server: str) -> None:
+def test_a_refused_connection_is_an_error_of_one_line(tmp_path: Path, server: str) -> None:
     with pytest.raises(UserError, match=r"cannot be downloaded to .*: .*refused"):
         fetch(tmp_path / "items.jsonl", "http://127.0.0.1:9/items.jsonl", "0" * 64)
 
 
 def run(*words: str) -> int:
-    """The verb, as the command line starts it."""
+    """Run ``prepare hellaswag`` with these arguments."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     return prepare.run(parser.parse_args(["hellaswag", *words]))
 
 
-def test_prepare_takes_a_file_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_copies_a_local_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = write(tmp_path / "mine.jsonl", TEA, BOAT), tmp_path / "out"
     assert run("--from", str(source), "--out", str(out)) == exit_report.DONE
-    placed = out / "hellaswag_val.jsonl"
-    assert placed.read_bytes() == source.read_bytes()
-    assert capsys.readouterr().out == f"2 items in {placed}: not the original file byte for byte\n"
+    copied = out / "hellaswag_val.jsonl"
+    assert copied.read_bytes() == source.read_bytes()
+    assert capsys.readouterr().out == f"2 items in {copied}: not the original file byte for byte\n"
     with pytest.raises(UserError, match=r"bad\.jsonl, line 1: not JSON"):
         run("--from", str(write(tmp_path / "bad.jsonl", "{")), "--out", str(out))
-    assert placed.read_bytes() == source.read_bytes()
+    assert copied.read_bytes() == source.read_bytes()
 
 
-def test_prepare_downloads_what_is_not_there(
+def test_prepare_downloads_a_missing_file(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(Answers.content).hexdigest())
@@ -247,21 +247,21 @@ def test_prepare_downloads_what_is_not_there(
     assert run("--out", str(tmp_path)) == exit_report.DONE
     assert capsys.readouterr().out == f"2,000 items in {tmp_path / 'hellaswag_val.jsonl'}: the original file\n"
     monkeypatch.setattr(hellaswag, "URL", f"{server}/gone")
-    assert run("--out", str(tmp_path)) == exit_report.DONE  # it is there: nothing is downloaded
+    assert run("--out", str(tmp_path)) == exit_report.DONE  # the file exists: nothing is downloaded
 
 
 @pytest.mark.parametrize(
     "line", ["[" * 30_000, {**TEA, "endings": ["a", "b", "c", "half \ud800 pair"]}], ids=["deep", "half"]
 )
-def test_a_line_that_python_cannot_hold_as_text_is_named(tmp_path: Path, line: object) -> None:
+def test_a_line_that_cannot_be_parsed_or_encoded_is_an_error(tmp_path: Path, line: object) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" if isinstance(each, dict) else f"{each}\n" for each in (TEA, line)))
     with pytest.raises(UserError, match=r"items\.jsonl, line 2: "):
         list(read_questions(path))
 
 
-def test_open_brackets_take_no_time(tmp_path: Path) -> None:
+def test_many_open_brackets_are_cleaned_in_linear_time(tmp_path: Path) -> None:
     (item,) = read_questions(write(tmp_path / "items.jsonl", {**TEA, "ctx_a": "[step] tea " + "[" * 300_000}))
-    begun = time.monotonic()
+    start = time.monotonic()
     assert prompt(item, "cleaned")[0] == "Making tea:  tea ".replace("  ", " ") + "[" * 300_000 + " Then she"
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - start < 20

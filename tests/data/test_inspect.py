@@ -1,4 +1,4 @@
-"""What is in a dataset, and whether it is what it was."""
+"""Verification of datasets, statistics of their documents, examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def problems(directory: Path) -> dict[str, str]:
     return {report.file: report.problem for report in verify_shards(read_dataset(directory)) if report.problem}
 
 
-def test_what_prepare_has_made_is_good(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prepared_dataset_passes_verification(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports = verify_shards(open_dataset(data))
     assert len(reports) > 4 and all(report.problem is None for report in reports)
     assert sum(report.end_of_text for report in reports) == 100
@@ -40,9 +40,9 @@ def test_what_prepare_has_made_is_good(data: Path, capsys: pytest.CaptureFixture
     assert f"{len(reports)} of {len(reports)} shards are good" in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_a_shard_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verification_reports_the_problem_of_each_shard(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = sorted(data.glob("train_*.bin"))
-    shutil.copy(shards[0], shards[1])  # its hash is not what was written either
+    shutil.copy(shards[0], shards[1])  # a duplicate has a wrong hash, too
     with shards[2].open("r+b") as file:
         file.truncate(HEADER_BYTES + 100)
     content = bytearray(shards[3].read_bytes())
@@ -52,13 +52,13 @@ def test_what_is_wrong_with_a_shard_is_named(data: Path, capsys: pytest.CaptureF
     found = problems(data)
     assert sorted(found) == [shards[1].name, shards[2].name, shards[3].name, "val_000000.bin"]
     assert "sha256" in found[shards[1].name] and "sha256" in found[shards[3].name]
-    assert "its header promises" in found[shards[2].name] and "is missing" in found["val_000000.bin"]
+    assert "its header requires" in found[shards[2].name] and "is missing" in found["val_000000.bin"]
     assert main(["verify", str(data), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert {report["file"] for report in told if report["problem"]} == set(found)
+    output = json.loads(capsys.readouterr().out)
+    assert {report["file"] for report in output if report["problem"]} == set(found)
 
 
-def test_shards_without_an_index_are_judged_by_what_they_hold(tmp_path: Path) -> None:
+def test_shards_without_an_index_are_verified_by_content(tmp_path: Path) -> None:
     def write(name: str, tokens: list[int]) -> None:
         (tmp_path / name).write_bytes(header_of(len(tokens)) + np.array(tokens, "<u2").tobytes())
 
@@ -69,12 +69,12 @@ def test_shards_without_an_index_are_judged_by_what_they_hold(tmp_path: Path) ->
     write("x_train_000004.bin", [END] * 50)
     write("x_train_000005.bin", [])
     found = problems(tmp_path)
-    assert found.pop("x_val_000000.bin", None) or found.pop("x_train_000002.bin")  # one is the other's twin
-    assert "token id 60000" in found["x_train_000003.bin"] and "is no text" in found["x_train_000004.bin"]
+    assert found.pop("x_val_000000.bin", None) or found.pop("x_train_000002.bin")  # duplicates
+    assert "token id 60000" in found["x_train_000003.bin"] and "is not text" in found["x_train_000004.bin"]
     assert found["x_train_000005.bin"] == "is empty" and len(found) == 3
 
 
-def test_lengths_are_those_of_the_documents(tmp_path: Path) -> None:
+def test_lengths_equal_those_of_the_documents(tmp_path: Path) -> None:
     source = Source("test", [Listed("documents", lambda: DOCUMENTS)])
     dataset = prepare(source, tmp_path / "data", Recipe(EveryPiece(10)), workers=1)
     encoded = [1 + len(tokenizer.gpt2().encode_ordinary(text)) for text in DOCUMENTS]
@@ -86,47 +86,46 @@ def test_lengths_are_those_of_the_documents(tmp_path: Path) -> None:
 def test_examples_are_beginnings_of_documents(data: Path) -> None:
     dataset = open_dataset(data)
     found = list(examples(dataset, "train", 30, 8, seed=1))
-    assert len({(file, place) for file, place, _ in found}) > 5
+    assert len({(file, position) for file, position, _ in found}) > 5
     assert found == list(examples(dataset, "train", 30, 8, seed=1))
-    beginnings = [text for _, place, text in found if place > 0]
+    beginnings = [text for _, position, text in found if position > 0]
     assert len(beginnings) > 15
     assert all(any(document.startswith(text) for document in DOCUMENTS) for text in beginnings)
 
 
-def test_inspect_prints_what_a_person_wants_to_know(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_counts_and_examples(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(data), "--seed", "1", "--examples", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "documents  100" in told and "null       1" in told
-    assert "This is document number" in told
+    output = capsys.readouterr().out
+    assert "documents  100" in output and "null       1" in output
+    assert "This is document number" in output
 
 
-def test_inspect_names_the_shard_of_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_a_shard_of_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = np.full(500, 60_000, "<u2")
     for name in ("x_train_0.bin", "x_val_0.bin"):
         (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "x_train_0.bin has token id 60000, GPT-2's end at 50256" in capsys.readouterr().err
+    assert "x_train_0.bin has token id 60000, GPT-2's highest is 50256" in capsys.readouterr().err
 
 
-def test_verify_names_shards_that_are_for_testing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_shards_of_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("x_train_0.bin", "x_validation_0.bin", "x_test_0.bin")):
         content = np.arange(number, number + 500, dtype="<u2")
         (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
     assert main(["verify", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "not read, for testing by their names: x_test_0.bin" in told and "2 of 2 shards are good" in told
+    output = capsys.readouterr().out
+    assert "not read, for testing by their names: x_test_0.bin" in output and "2 of 2 shards are good" in output
 
 
-def test_verify_says_of_a_directory_without_shards_where_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_subdirectories_with_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "top" / "deep").mkdir(parents=True)
     (tmp_path / "top" / "deep" / "x_train_0.bin").write_bytes(header_of(5) + bytes(10))
-    for name, said in (("empty", "holds neither"), ("top", "its subdirectories deep do: name one of them")):
+    for name, expected in (("empty", "has neither"), ("top", "its subdirectories deep have shards: give one of them")):
         assert main(["verify", str(tmp_path / name)]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(f"error: no data: {tmp_path / name} ") and said in told and told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert output.startswith(f"error: no data: {tmp_path / name} ") and expected in output
+        assert output.count("\n") == 1
 
 
 def test_verify_reports_every_shard_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,15 +133,15 @@ def test_verify_reports_every_shard_without_an_index(tmp_path: Path, capsys: pyt
         content = np.arange(number, number + 500, dtype="<u2").tobytes()
         (tmp_path / name).write_bytes(header_of(500) + content[: 999 if number == 0 else None])
     assert main(["verify", str(tmp_path)]) == 1
-    told = capsys.readouterr().out
-    assert told.startswith("BAD   a_train_0.bin") and "2 of 3 shards are good" in told
+    output = capsys.readouterr().out
+    assert output.startswith("BAD   a_train_0.bin") and "2 of 3 shards are good" in output
 
 
-def test_examples_control_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_are_printed_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = [f"{number} \x1b[2J\x1b]0;title\x07\n\tindented" for number in range(40)]
     source = Source("test\x1b[31m", [Listed("documents", lambda: documents)])
-    made = prepare(source, tmp_path / "data", Recipe(EveryPiece(10)), workers=1).dir
+    directory = prepare(source, tmp_path / "data", Recipe(EveryPiece(10)), workers=1).dir
     capsys.readouterr()
-    assert main(["inspect", str(made), "--seed", "1"]) == 0
-    told = capsys.readouterr().out
-    assert "\\x1b[2J\\x1b]0;title\\x07\n\tindented" in told and "\x1b" not in told
+    assert main(["inspect", str(directory), "--seed", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "\\x1b[2J\\x1b]0;title\\x07\n\tindented" in output and "\x1b" not in output

@@ -24,7 +24,7 @@ def windows(dataset_dir: Path) -> Windows:
 
 
 def _step(windows: Windows, plan: BatchPlan, step: int) -> list[list[int]]:
-    """All tokens of a step: ranks in order, their micro-batches in order."""
+    """Return the tokens of all ranks and micro-batches of a step, in order."""
     rows = []
     for rank in range(plan.world_size):
         for tokens, targets in TrainingData(windows, plan, rank, 1337, CPU).micro_batches(step):
@@ -37,7 +37,7 @@ def _step(windows: Windows, plan: BatchPlan, step: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     "plan", [BatchPlan(4, SEQUENCE, 4, 1), BatchPlan(4, SEQUENCE, 2, 2), BatchPlan(2, SEQUENCE, 1, 8)]
 )
-def test_a_step_holds_the_same_windows_whatever_the_world_size(windows: Windows, plan: BatchPlan) -> None:
+def test_the_windows_of_a_step_do_not_depend_on_the_world_size(windows: Windows, plan: BatchPlan) -> None:
     for step in (1, 2, 1000):
         assert _step(windows, plan, step) == _step(windows, BatchPlan(2, SEQUENCE, 2, 4), step)
 
@@ -48,18 +48,18 @@ def test_a_step_holds_the_same_windows_whatever_the_world_size(windows: Windows,
     plan=st.builds(BatchPlan, st.integers(1, 4), st.just(SEQUENCE), st.integers(1, 4), st.integers(1, 5)),
     seed=st.integers(0, 2**32),
 )
-def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan, seed: int) -> None:
-    class Some:
+def test_every_window_occurs_exactly_once_per_epoch(windows_count: int, plan: BatchPlan, seed: int) -> None:
+    class Windows:
         def __len__(self) -> int:
             return windows_count
 
-    data = TrainingData(Some(), plan, 0, seed, CPU)  # only the length is asked for
+    data = TrainingData(Windows(), plan, 0, seed, CPU)  # only the length is used
     epochs = 3
     steps = data.steps_for(epochs)
     stream = np.concatenate([data.windows_of(step) for step in range(1, steps + 1)])
     for epoch in range(epochs):
-        seen = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
-        assert seen == Counter(range(windows_count))
+        rows_read = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
+        assert rows_read == Counter(range(windows_count))
     assert data.epoch(steps) >= epochs
     assert data.epoch(steps - 1) < epochs
 
@@ -71,7 +71,7 @@ def test_every_window_exactly_once_an_epoch(windows_count: int, plan: BatchPlan,
     accumulation=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )
-def test_whatever_the_shards_each_window_comes_once_an_epoch_on_any_number_of_ranks(
+def test_every_window_is_read_once_per_epoch_for_any_shards_and_ranks(
     lengths: list[int], sequence: int, accumulation: int, seed: int
 ) -> None:
     expected, first = [], 0
@@ -85,18 +85,18 @@ def test_whatever_the_shards_each_window_comes_once_an_epoch_on_any_number_of_ra
         assume(expected)
         windows = Windows(open_dataset(Path(name)), "train", sequence)
         steps = TrainingData(windows, BatchPlan(4, sequence, accumulation, 1), 0, seed, CPU).steps_for(2)
-        seen = []
-        for world_size in (1, 2, 4):  # 4 windows a micro-step in all
+        rows_read = []
+        for world_size in (1, 2, 4):  # 4 windows per micro-step in total
             plan = BatchPlan(4 // world_size, sequence, accumulation, world_size)
             ranks = [TrainingData(windows, plan, rank, seed, CPU) for rank in range(world_size)]
-            seen.append([row for step in range(1, steps + 1) for data in ranks for row in _rows(data, step)])
-    assert seen[0] == seen[1] == seen[2]
+            rows_read.append([row for step in range(1, steps + 1) for data in ranks for row in _rows(data, step)])
+    assert rows_read[0] == rows_read[1] == rows_read[2]
     for epoch in range(2):
-        assert Counter(seen[0][epoch * len(expected) : (epoch + 1) * len(expected)]) == Counter(expected)
+        assert Counter(rows_read[0][epoch * len(expected) : (epoch + 1) * len(expected)]) == Counter(expected)
 
 
 def _rows(data: TrainingData, step: int) -> list[tuple[int, ...]]:
-    """Whole windows: the tokens of each, and its last target."""
+    """Return the windows of a step: the tokens of each and its last target."""
     batches = data.micro_batches(step)
     return [
         (*row.tolist(), int(target[-1]))
@@ -111,6 +111,6 @@ def test_the_order_depends_on_the_seed(windows: Windows) -> None:
     assert first != second
 
 
-def test_an_impossible_token_is_noticed() -> None:
+def test_a_token_out_of_range_is_an_error() -> None:
     with pytest.raises(UserError, match=f"token id {VOCABULARY} is out of"):
         on_device(np.array([[1, VOCABULARY, 2]]), CPU)

@@ -21,44 +21,44 @@ def shard(tmp_path: Path) -> Path:
     return tmp_path / shard.file
 
 
-def test_what_is_written_is_read(shard: Path) -> None:
+def test_a_written_shard_can_be_read(shard: Path) -> None:
     tokens = open_shard(shard)
     assert isinstance(tokens, np.memmap)
     assert tokens.tolist() == [*range(1000), *range(500)]
     assert shard.stat().st_size == HEADER_BYTES + 2 * 1500
 
 
-def test_the_bytes_are_llm_cs_format(shard: Path) -> None:
-    """As llm.c's dev/data/data_common.py writes it: 256 int32 (magic, version, tokens), then uint16."""
+def test_the_format_is_that_of_llm_c(shard: Path) -> None:
+    """See llm.c's dev/data/data_common.py: 256 int32 (magic, version, tokens), then uint16."""
     content = shard.read_bytes()
     assert np.frombuffer(content, "<i4", 4).tolist() == [20_240_520, 1, 1500, 0]
     assert np.frombuffer(content, "<u2", 3, offset=1024).tolist() == [0, 1, 2]
 
 
-def test_build_nanogpts_npy_is_read(tmp_path: Path) -> None:
+def test_an_npy_shard_of_build_nanogpt_is_read(tmp_path: Path) -> None:
     path = tmp_path / "edufineweb_train_000001.npy"
     np.save(path, np.arange(100, dtype=np.uint16))
     assert count_tokens(path) == 100
     assert open_shard(path)[-1] == 99
 
 
-@pytest.mark.parametrize("kept", [0, 10, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + 2998])
-def test_a_cut_bin_is_refused(shard: Path, kept: int) -> None:
-    shard.write_bytes(shard.read_bytes()[:kept])
+@pytest.mark.parametrize("size", [0, 10, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + 2998])
+def test_a_truncated_bin_is_an_error(shard: Path, size: int) -> None:
+    shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(UserError, match=str(shard)):
         open_shard(shard)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 60, 128, 300])
-def test_a_cut_npy_is_refused(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [0, 5, 60, 128, 300])
+def test_a_truncated_npy_is_an_error(tmp_path: Path, size: int) -> None:
     path = tmp_path / "train.npy"
     np.save(path, np.arange(100, dtype=np.uint16))
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=str(path)):
         open_shard(path)
 
 
-def test_an_npy_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_an_npy_of_another_dtype_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.npy"
     np.save(path, np.zeros((3, 3)))
     with pytest.raises(UserError, match="float64"):
@@ -68,33 +68,33 @@ def test_an_npy_of_something_else_is_refused(tmp_path: Path) -> None:
         open_shard(path)
 
 
-def test_a_strangers_file_is_refused(tmp_path: Path) -> None:
+def test_a_bin_of_another_program_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"\x80\x04" * 4000)
     with pytest.raises(UserError, match="not a token shard"):
         open_shard(path)
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.bin is missing"):
         open_shard(tmp_path / "gone.bin")
 
 
-def test_sha256_is_the_files(tmp_path: Path) -> None:
+def test_sha256_is_that_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def nanogpt(path: Path, tokens: int = 100_000) -> Path:
-    """As nanoGPT's data/openwebtext/prepare.py writes it: uint16, nothing else."""
+    """Write tokens as nanoGPT's data/openwebtext/prepare.py does: uint16 without a header."""
     content = np.random.default_rng(tokens).integers(0, 50_257, tokens, dtype=np.uint16)
     content.astype("<u2").tofile(path)
     return path
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "Validation.bin"])
-def test_nanogpts_headerless_tokens_are_read(tmp_path: Path, name: str) -> None:
+def test_headerless_shards_of_nanogpt_are_read(tmp_path: Path, name: str) -> None:
     path = nanogpt(tmp_path / name)
     tokens = open_shard(path)
     assert isinstance(tokens, np.memmap) and start_of(path) == 0
@@ -102,12 +102,12 @@ def test_nanogpts_headerless_tokens_are_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["train_000000.bin", "fineweb_val_000001.bin", "corpus.bin"])
-def test_headerless_tokens_under_another_name_are_refused(tmp_path: Path, name: str) -> None:
+def test_a_headerless_shard_of_another_name_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is not a token shard: .* train\.bin and val\.bin"):
         open_shard(nanogpt(tmp_path / name))
 
 
-def spoil(content: bytes, where: slice, value: bytes) -> bytes:
+def overwrite(content: bytes, where: slice, value: bytes) -> bytes:
     changed = bytearray(content)
     changed[where] = value
     return bytes(changed)
@@ -116,11 +116,11 @@ def spoil(content: bytes, where: slice, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda shard: spoil(shard, slice(0, 1), b"\x07"),  # the magic
-        lambda shard: spoil(shard, slice(4, 5), b"\x02"),  # the version
-        lambda shard: spoil(shard, slice(0, 1024), bytes(1024)),
-        lambda shard: spoil(shard, slice(0, 512), b"text" * 128),
-        lambda shard: spoil(shard, slice(0, 1024), np.random.default_rng(1).bytes(1024)),
+        lambda shard: overwrite(shard, slice(0, 1), b"\x07"),  # the magic
+        lambda shard: overwrite(shard, slice(4, 5), b"\x02"),  # the version
+        lambda shard: overwrite(shard, slice(0, 1024), bytes(1024)),
+        lambda shard: overwrite(shard, slice(0, 512), b"text" * 128),
+        lambda shard: overwrite(shard, slice(0, 1024), np.random.default_rng(1).bytes(1024)),
         lambda shard: shard[:-2],
         lambda shard: shard[4:],
         lambda shard: shard[:1000],
@@ -128,23 +128,23 @@ def spoil(content: bytes, where: slice, value: bytes) -> bytes:
     ],
     ids=range(9),
 )
-def test_a_damaged_shard_is_not_taken_for_headerless_tokens(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_shard_is_not_read_as_a_headerless_one(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     tokens = nanogpt(tmp_path / "tokens").read_bytes()
     path = tmp_path / "train.bin"
     path.write_bytes(damage(header_of(len(tokens) // 2) + tokens))
-    with pytest.raises(UserError, match=rf"{path} (is not a token shard|has \d+ bytes but its header promises)"):
+    with pytest.raises(UserError, match=rf"{path} (is not a token shard|has \d+ bytes but its header requires)"):
         open_shard(path)
 
 
-def test_headerless_tokens_that_are_not_gpt2s_are_refused(tmp_path: Path) -> None:
+def test_headerless_tokens_of_another_tokenizer_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     ids = np.arange(10_000) % 65
     cases = [
         (ids.astype("<u2"), "no token id above 64: characters"),
-        ((ids + 60_000).astype("<u2"), "token id 60064, GPT-2's end at 50256"),
+        ((ids + 60_000).astype("<u2"), "token id 60064, GPT-2's highest is 50256"),
         ((ids + 1000).astype("<u4"), "too many zeros"),
         (np.zeros(0, "<u2"), "is empty"),
-        (np.ones(3, "u1"), r"is cut \(3 bytes, 2 a token\)"),
+        (np.ones(3, "u1"), r"is truncated \(3 bytes, 2 per token\)"),
     ]
     for content, reason in cases:
         content.tofile(path)
@@ -152,17 +152,17 @@ def test_headerless_tokens_that_are_not_gpt2s_are_refused(tmp_path: Path) -> Non
             open_shard(path)
     nanogpt(path)
     (tmp_path / "meta.pkl").touch()
-    with pytest.raises(UserError, match=r"characters for tokens \(meta\.pkl"):
+    with pytest.raises(UserError, match=r"characters as tokens \(there is a meta\.pkl"):
         open_shard(path)
 
 
-def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+def test_a_pipe_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.bin")
     with pytest.raises(UserError, match=r"train\.bin is not a regular file"):
         open_shard(tmp_path / "train.bin")
 
 
-def test_any_bytes_behind_npys_magic_are_one_error(tmp_path: Path) -> None:
+def test_a_damaged_npy_header_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.npy"
     for header in (
         b"{" * 100,
@@ -170,7 +170,7 @@ def test_any_bytes_behind_npys_magic_are_one_error(tmp_path: Path) -> None:
         b"{'descr': '<u2', 'shape': (" + b"9" * 60 + b",), 'fortran_order': False}",
     ):
         path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(50))
-        with pytest.raises(UserError, match=r"train\.npy is cut short or not a \.npy file"):
+        with pytest.raises(UserError, match=r"train\.npy is truncated or not a \.npy file"):
             open_shard(path)
     path.write_bytes(b"PK\x03\x04" + bytes(99))
     with pytest.raises(UserError, match=r"train\.npy"):

@@ -9,22 +9,22 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 
 
-def test_it_is_tiktokens_own_definition_over_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiktoken's constructor for "gpt2" runs here with its download replaced by our file; r50k has the same hash."""
+def test_the_encoding_equals_that_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken's constructor for "gpt2" runs with its download replaced by our file; r50k has the same hash."""
     hashes = []
 
-    def ranks_from_here(*args: object, **kwargs: object) -> dict[bytes, int]:
+    def our_ranks(*args: object, **kwargs: object) -> dict[bytes, int]:
         hashes.append(kwargs)
         return tokenizer.gpt2()._mergeable_ranks
 
-    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", ranks_from_here)
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", our_ranks)
     theirs, ours = openai_public.gpt2(), tokenizer.gpt2()
     assert hashes
     assert theirs["pat_str"] == ours._pat_str
     assert theirs["special_tokens"] == ours._special_tokens
     assert theirs["explicit_n_vocab"] == ours.n_vocab == 50_257
     source = Path(openai_public.__file__).read_text(encoding="utf-8")
-    assert tokenizer._RANKS_SHA256 in source, "not the hash that tiktoken itself expects of these ranks"
+    assert tokenizer._RANKS_SHA256 in source, "not the hash that tiktoken expects of these ranks"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_it_is_tiktokens_own_definition_over_the_same_ranks(monkeypatch: pytest.
         ("", []),
     ],
 )
-def test_known_texts(text: str, tokens: list[int]) -> None:
+def test_tokens_of_known_texts(text: str, tokens: list[int]) -> None:
     assert tokenizer.gpt2().encode_ordinary(text) == tokens
 
 
@@ -49,12 +49,12 @@ def test_end_of_text_is_special_only_when_allowed() -> None:
 
 
 @given(st.text())
-def test_any_unicode_comes_back(text: str) -> None:
+def test_decoding_restores_any_unicode_text(text: str) -> None:
     encoding = tokenizer.gpt2()
     assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
-def test_a_damaged_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_vocabulary_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "gpt2.tiktoken"
     damaged.write_bytes(tokenizer.RANKS.read_bytes()[:-5])
     monkeypatch.setattr(tokenizer, "RANKS", damaged)

@@ -1,4 +1,4 @@
-"""What launchers, batch systems and MPI tell a rank, and what other jobs have left over."""
+"""The variables of launchers, batch systems and MPI, and variables left over from other jobs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("given", "launcher", "expected"),
+    ("variables", "launcher", "expected"),
     [
         ({}, "none", ("0", "1", "0", "1", "127.0.0.1")),
         (SLURM, "slurm", ("5", "6", "1", "2", "gpu07")),
@@ -79,7 +79,7 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
         (TORCHRUN | SLURM, "torchrun", ("1", "4", "1", "2", "node1")),
         (DEEPSPEED, "deepspeed", ("1", "2", "1", "2", "127.0.0.1")),
         (DEEPSPEED | {"LOCAL_WORLD_SIZE": "8"}, "deepspeed", ("1", "2", "1", "2", "127.0.0.1")),
-        # the batch script of a job: only its steps are ranks
+        # the batch script of a job; only the tasks of its steps are ranks
         ({"SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "none", ("0", "1", "0", "1", "127.0.0.1")),
         ({"WORLD_SIZE": "1"}, "none", ("0", "1", "0", "1", "127.0.0.1")),
         (
@@ -94,18 +94,18 @@ def ranks(environment: dict[str, str]) -> tuple[str, ...]:
         ),
     ],
 )
-def test_every_launcher_is_understood(given: dict[str, str], launcher: str, expected: tuple[str, ...]) -> None:
-    environment = dict(given)
+def test_adopt_handles_every_launcher(variables: dict[str, str], launcher: str, expected: tuple[str, ...]) -> None:
+    environment = dict(variables)
     assert adopt(environment) == launcher
     assert ranks(environment) == expected
-    assert adopt(environment) == launcher  # what it has set itself is not taken for another launcher's
+    assert adopt(environment) == launcher  # its own variables are not mistaken for another launcher's
     assert ranks(environment) == expected
 
 
-def test_the_ranks_of_a_job_agree_on_a_port_and_other_jobs_have_another() -> None:
+def test_the_port_is_equal_on_all_ranks_of_a_job_and_differs_between_jobs() -> None:
     ports = []
-    for given in (SLURM, SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, SLURM | {"SLURM_JOB_ID": "72"}):
-        environment = dict(given)
+    for variables in (SLURM, SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, SLURM | {"SLURM_JOB_ID": "72"}):
+        environment = dict(variables)
         adopt(environment)
         ports.append(environment["MASTER_PORT"])
     assert ports[0] == ports[1] != ports[2]
@@ -113,7 +113,7 @@ def test_the_ranks_of_a_job_agree_on_a_port_and_other_jobs_have_another() -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set but RANK is not"),
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
@@ -125,25 +125,25 @@ def test_the_ranks_of_a_job_agree_on_a_port_and_other_jobs_have_another() -> Non
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not"),
         (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "http"}, "MASTER_PORT=http is not"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999, but ports end at 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999, but the highest port is 65535"),
         (SLURM | {"WORLD_SIZE": "3"}, "the batch system started 6 tasks"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "several machines: set MASTER_ADDR"),
         ({"PMI_RANK": "1"}, "PMI_SIZE is not set"),
     ],
 )
-def test_what_does_not_fit_is_one_line(given: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message) as refused:
-        adopt(dict(given))
-    assert "\n" not in str(refused.value)
+def test_invalid_variables_raise_an_error_of_one_line(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        adopt(dict(variables))
+    assert "\n" not in str(raised.value)
 
 
-def test_an_empty_variable_is_none() -> None:
+def test_an_empty_variable_counts_as_not_set() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
     adopt(environment)
     assert environment["MASTER_ADDR"] == "127.0.0.1" and "MASTER_PORT" not in environment
 
 
-def test_ranks_are_started_without_what_another_launcher_said_of_this_process() -> None:
+def test_without_ranks_removes_the_variables_of_every_launcher() -> None:
     environment = TORCHRUN | DEEPSPEED | {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
     assert without_ranks(environment) == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
 
@@ -153,19 +153,19 @@ def test_ranks_are_started_without_what_another_launcher_said_of_this_process() 
     [{"WORLD_SIZE": "8"}, {"RANK": "3", "WORLD_SIZE": "8"}, {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n1"}],
     ids=lambda names: " ".join(names),
 )
-def test_variables_left_over_from_another_job_end_a_start_at_once(
+def test_training_refuses_variables_left_over_from_another_job(
     left_over: dict[str, str], write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = write_config(tmp_path)
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(TRAIN), "--config", str(config)],
         env={**os.environ, **left_over},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr.count("\n") == 1 and "left over from a batch system" in told.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "left over from a batch system" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -176,7 +176,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def by_deepspeed(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that DeepSpeed's launcher started, in a directory whose files have the names of modules; its folder."""
+    """Run DeepSpeed's launcher in a directory whose files have the names of modules, and return that directory."""
     folder = tmp_path_factory.mktemp("launchers")
     write_config(folder)
     for name in ("random", "json", "torch", "logging", "numpy", "ds_gpt2", "argparse", "typing"):
@@ -203,7 +203,7 @@ def torchrun(*flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize("flags", [["--standalone"], ["--master_port", "PORT"]], ids=" ".join)
-def test_torchrun_gives_the_losses_of_deepspeed(by_deepspeed: Path, flags: list[str]) -> None:
+def test_torchrun_and_deepspeed_give_equal_losses(by_deepspeed: Path, flags: list[str]) -> None:
     name = "standalone" if "--standalone" in flags else "port"
     flags = [flag.replace("PORT", str(free_port())) for flag in flags]
     done = started([*torchrun(*flags), *arguments(by_deepspeed, name)], by_deepspeed)
@@ -235,7 +235,7 @@ MPIRUN = {
 
 
 @pytest.mark.parametrize("variables", [SRUN, MPIRUN], ids=["srun", "mpirun"])
-def test_tasks_of_slurm_and_mpi_are_ranks(by_deepspeed: Path, variables: dict[str, str]) -> None:
+def test_slurm_and_mpi_tasks_give_the_losses_of_deepspeed(by_deepspeed: Path, variables: dict[str, str]) -> None:
     name = next(iter(variables)).partition("_")[0].lower()
     command = [sys.executable, str(TRAIN), *arguments(by_deepspeed, name)]
     done = started([sys.executable, "-I", "-c", TASKS, repr(variables), *command], by_deepspeed)
@@ -243,22 +243,22 @@ def test_tasks_of_slurm_and_mpi_are_ranks(by_deepspeed: Path, variables: dict[st
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
 
 
-def test_what_deepspeed_saved_torchrun_resumes(by_deepspeed: Path) -> None:
-    """The last of the tests of this run, which it makes longer."""
+def test_torchrun_resumes_a_run_of_deepspeed(by_deepspeed: Path) -> None:
+    """Must be the last test of this run, because it adds steps to it."""
     command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]
     done = started([*command, "schedule.steps=14"], by_deepspeed)
     assert done.code == 0, done.output
     assert len(losses(by_deepspeed, "deepspeed")) == 14
 
 
-def test_the_project_and_the_working_directory_are_no_place_for_modules(tmp_path: Path) -> None:
+def test_modules_of_the_working_directory_are_not_imported(tmp_path: Path) -> None:
     for name in ("random", "ds_gpt2", "yaml"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "--version"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stderr
+    assert result.returncode == 0, result.stderr
     assert launch_environment.__file__.startswith(str(PROJECT))

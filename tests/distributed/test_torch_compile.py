@@ -1,4 +1,4 @@
-"""torch.compile: when it is used, that it changes nothing but speed, that a compiled run resumes to the same bits."""
+"""torch.compile: when it is used, equality with eager execution, bitwise resume of a compiled run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_difference
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_compiles_only_if_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
-    assert [torch_compile.decide(wanted, CPU) for wanted in ("auto", False, True)] == [False, False, True]
+def test_a_cpu_compiles_only_if_the_setting_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # any existing program
+    assert [torch_compile.decide(setting, CPU) for setting in ("auto", False, True)] == [False, False, True]
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"run.compile is true, but there is no C\+\+ compiler \(g\+\+, clang\+\+\)"):
@@ -38,8 +38,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         torch_compile.decide(True, CPU)
 
 
-def test_pytorch_is_told_before_it_reads_its_settings() -> None:
-    """DeepSpeed's import reads them: everything up to there must not."""
+def test_nothing_imports_the_compiler_before_its_variables_are_set() -> None:
+    """PyTorch reads the variables when DeepSpeed imports the compiler; nothing may import it earlier."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from ds_gpt2 import train\n"
@@ -52,7 +52,7 @@ def test_pytorch_is_told_before_it_reads_its_settings() -> None:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[GPT2, GPT2]:
-    """The same weights, eager and compiled."""
+    """Return an eager and a compiled model of the same weights."""
     torch.manual_seed(0)
     eager = GPT2(ModelShape(3, 2, 32, 64))
     compiled = GPT2(ModelShape(3, 2, 32, 64))
@@ -61,7 +61,7 @@ def models() -> tuple[GPT2, GPT2]:
     return eager, compiled
 
 
-def test_loss_and_gradients_are_those_of_the_model_as_it_is_written(models: tuple[GPT2, GPT2]) -> None:
+def test_compiled_loss_and_gradients_equal_eager_ones(models: tuple[GPT2, GPT2]) -> None:
     tokens, targets = torch.randint(50_257, (2, 3, 64), generator=torch.Generator().manual_seed(1))
     torch._dynamo.utils.counters.clear()
     found = []
@@ -71,12 +71,12 @@ def test_loss_and_gradients_are_those_of_the_model_as_it_is_written(models: tupl
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-    # One for all blocks, one for the loss: not one a layer.
+    # One graph for all blocks and one for the loss, not one per layer.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_evaluation_and_samples_compile_nothing(models: tuple[GPT2, GPT2]) -> None:
-    """Each of their shapes would be compiled anew."""
+def test_evaluation_and_sampling_compile_nothing(models: tuple[GPT2, GPT2]) -> None:
+    """Each of their many shapes would be compiled separately."""
     torch._dynamo.utils.counters.clear()
     for length in (1, 7, 64):
         tokens = torch.arange(length)[None]
@@ -86,7 +86,7 @@ def test_evaluation_and_samples_compile_nothing(models: tuple[GPT2, GPT2]) -> No
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_compiled_run_resumes_to_the_same_bits(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_compiled_run_resumes_bitwise_identically(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     run = {"name": "test", "dir": str(tmp_path / "one" / "runs"), "device": "cpu", "compile": True}
     config = write_config(tmp_path / "one", model=MODEL, run=run, schedule={"steps": 8, "warmup_steps": 3})
     first = launch(2, "--config", str(config))
@@ -98,5 +98,5 @@ def test_a_compiled_run_resumes_to_the_same_bits(tmp_path: Path, write_config: C
     assert again.code == 0, again.output
     one, other = tmp_path / "one", tmp_path / "other"
     assert curve_differences(one / "runs" / "test", other / "runs" / "test") == []
-    tags = [place / "checkpoints" / "test" / str(newest_tag(place / "checkpoints" / "test")) for place in (one, other)]
-    assert checkpoint_differences(*tags) == []
+    roots = [folder / "checkpoints" / "test" for folder in (one, other)]
+    assert checkpoint_differences(*(root / str(newest_tag(root)) for root in roots)) == []

@@ -1,4 +1,4 @@
-"""HellaSwag's answers: the fast way gives those of the plain loop, however the items are batched and shared out."""
+"""HellaSwag: batched scoring gives the answers of the reference, for any batches and any number of ranks; the hook."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ds_gpt2.evaluation import hellaswag_scoring
 from ds_gpt2.evaluation.hellaswag_scoring import (
     CLOSE,
     MEASURES,
-    fit,
     make_batches,
     row_length,
     score,
+    score_batched,
     score_one,
-    score_together,
+    truncate,
 )
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
@@ -42,7 +42,7 @@ PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
 
 
 def lines(count: int) -> list[dict[str, Any]]:
-    """Items out of Python's manual: contexts of 1 to 8 words, endings of 1 to 5, some of them equal."""
+    """Return items made of Python's manual: contexts of 1 to 8 words, endings of 1 to 5, some endings equal."""
     words = [word for word in " ".join(topics.topics.values()).split() if "[" not in word]
     rng = random.Random(7)
 
@@ -65,7 +65,7 @@ def lines(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
-    """200 items of ours, and the first 15 that are published where that file is at hand."""
+    """Return 200 generated items, and the first 15 published ones if that file is present."""
     folder = tmp_path_factory.mktemp("items")
     (folder / "ours.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(200)), encoding="utf-8")
     ours = load_items(folder / "ours.jsonl", "original", folder)
@@ -73,7 +73,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
 
 
 def make_model(dtype: torch.dtype, sequence_length: int = 256) -> GPT2:
-    """Weights five times as large as at the start of training: this model has opinions."""
+    """Return a model whose weights are five times the initial ones, so that its logits differ clearly."""
     torch.manual_seed(0)
     model = GPT2(ModelShape(layers=2, heads=2, width=32, sequence_length=sequence_length)).eval()
     with torch.no_grad():
@@ -98,34 +98,34 @@ def plain_bf16(items: list[Item]) -> Any:
 
 
 def answers(sums: Any, items: list[Item]) -> Any:
-    """What each measure chooses, written down independently."""
+    """Return the answers by each measure, implemented independently."""
     tokens = np.array([[len(ending) for ending in item.endings] for item in items])
     in_bytes, characters = np.array([item.bytes for item in items]), np.array([item.characters for item in items])
     return np.stack([(sums / length).argmax(1) for length in (1, tokens, in_bytes, characters)])
 
 
-def test_the_plain_loop_is_the_definition() -> None:
+def test_score_one_equals_the_definition() -> None:
     model = make_model(torch.float32)
     question = Question("", "The statement is", "", "", ["executed.", "a name", "not an expression.", "x"], 2)
     item = to_item(question, "original")
     expected = []
     for ending in item.endings:
         tokens = torch.tensor([[*item.context, *ending]], dtype=torch.int64)
-        chances = model.logits(tokens)[0].detach().log_softmax(-1)
-        places = range(len(item.context), tokens.shape[1])
-        expected.append(sum(float(chances[place - 1, tokens[0, place]]) for place in places))
+        log_probabilities = model.logits(tokens)[0].detach().log_softmax(-1)
+        positions = range(len(item.context), tokens.shape[1])
+        expected.append(sum(float(log_probabilities[at - 1, tokens[0, at]]) for at in positions))
     np.testing.assert_allclose(score_one(model, item), expected, atol=1e-4)
 
 
-def test_fast_sums_are_those_of_the_plain_loop(items: list[Item], plain_fp32: Any) -> None:
+def test_batched_sums_equal_those_of_the_reference(items: list[Item], plain_fp32: Any) -> None:
     assert len(items) >= 200
-    fast = score_together(make_model(torch.float32), items)
+    fast = score_batched(make_model(torch.float32), items)
     np.testing.assert_allclose(fast.sums, plain_fp32, rtol=0, atol=1e-4)
 
 
-def test_in_bf16_every_answer_is_that_of_the_plain_loop(items: list[Item], plain_bf16: Any) -> None:
+def test_every_bf16_answer_equals_that_of_the_reference(items: list[Item], plain_bf16: Any) -> None:
     model = make_model(torch.bfloat16)
-    fast, scores = score_together(model, items), score(model, items)
+    fast, scores = score_batched(model, items), score(model, items)
     close = fast.close()
     assert np.abs(fast.sums - plain_bf16).max() > 0
     assert (np.abs(fast.sums - plain_bf16) <= CLOSE * fast.rounding).all()
@@ -135,34 +135,34 @@ def test_in_bf16_every_answer_is_that_of_the_plain_loop(items: list[Item], plain
     assert (scores.answers() == answers(plain_bf16, items)).all()
 
 
-def test_answers_hold_where_rounding_is_as_large_as_it_may_be(
+def test_answers_stay_correct_at_the_largest_rounding_error(
     items: list[Item], plain_bf16: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(torch.bfloat16)
-    fast = score_together(model, items)
+    fast = score_batched(model, items)
     signs = np.random.default_rng(0).choice([-1, 1], fast.sums.shape)
-    off = replace(fast, sums=plain_bf16 + signs * fast.rounding * 0.7 * CLOSE)
-    assert (off.answers() != answers(plain_bf16, items)).any()
-    monkeypatch.setattr(hellaswag_scoring, "score_together", lambda *_: off)
+    perturbed = replace(fast, sums=plain_bf16 + signs * fast.rounding * 0.7 * CLOSE)
+    assert (perturbed.answers() != answers(plain_bf16, items)).any()
+    monkeypatch.setattr(hellaswag_scoring, "score_batched", lambda *_: perturbed)
     assert (score(model, items).answers() == answers(plain_bf16, items)).all()
 
 
 def test_in_fp32_only_equal_endings_are_scored_again(
     items: list[Item], plain_fp32: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, asked = make_model(torch.float32), []
+    model, scored_again = make_model(torch.float32), []
 
-    def ask(model: GPT2, item: Item) -> Any:
-        asked.append(item)
+    def spy(model: GPT2, item: Item) -> Any:
+        scored_again.append(item)
         return score_one(model, item)
 
-    monkeypatch.setattr(hellaswag_scoring, "score_one", ask)
+    monkeypatch.setattr(hellaswag_scoring, "score_one", spy)
     assert (score(model, items).answers() == answers(plain_fp32, items)).all()
-    assert len(asked) > 0
-    assert all(item.endings[1].tolist() == item.endings[3].tolist() for item in asked)
+    assert len(scored_again) > 0
+    assert all(item.endings[1].tolist() == item.endings[3].tolist() for item in scored_again)
 
 
-def test_the_order_of_the_items_does_not_matter(items: list[Item]) -> None:
+def test_the_order_of_items_does_not_change_answers(items: list[Item]) -> None:
     model, items = make_model(torch.bfloat16), items[::2]
     order = np.random.default_rng(0).permutation(len(items))
     shuffled = score(model, [items[number] for number in order])
@@ -170,7 +170,7 @@ def test_the_order_of_the_items_does_not_matter(items: list[Item]) -> None:
     assert shuffled.labels.tolist() == [items[number].label for number in order]
 
 
-def test_ranks_find_together_what_one_finds(items: list[Item]) -> None:
+def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> None:
     model, items = make_model(torch.bfloat16), items[::2]
     shares = [share(items, rank, 3) for rank in range(3)]
     assert sum(map(len, shares)) == len({id(item) for mine in shares for item in mine}) == len(items)
@@ -180,25 +180,25 @@ def test_ranks_find_together_what_one_finds(items: list[Item]) -> None:
     assert counts.tolist() == score(model, items).correct().tolist()
 
 
-def test_long_contexts_lose_their_beginning(items: list[Item]) -> None:
+def test_long_contexts_are_cut_at_the_start(items: list[Item]) -> None:
     model, items = make_model(torch.float32, sequence_length=7), items[::4]
     for item in items:
-        cut = fit(item, 7)
+        cut = truncate(item, 7)
         longest = max(map(len, cut.endings))
         assert len(cut.context) == max(1, min(len(item.context), 8 - longest))
         assert cut.context.tolist() == item.context[-len(cut.context) :].tolist()
         assert [ending.tolist() for ending in cut.endings] == [ending[:7].tolist() for ending in item.endings]
     assert any(max(map(len, item.endings)) > 7 for item in items)
-    np.testing.assert_allclose(score_together(model, items).sums, plain_sums(model, items), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(score_batched(model, items).sums, plain_sums(model, items), rtol=0, atol=1e-4)
 
 
-def test_batches_hold_each_item_once_rows_of_like_length_and_not_too_many(items: list[Item]) -> None:
+def test_batches_hold_each_item_once_with_similar_lengths_within_the_limit(items: list[Item]) -> None:
     batches = make_batches(items, 200)
     assert sorted(np.concatenate(batches)) == list(range(len(items)))
     lengths = [[row_length(items[number]) for number in batch] for batch in batches]
     assert all(len(rows) * max(rows) <= 200 and min(rows) >= 0.9 * max(rows) for rows in lengths)
     assert max(map(len, lengths)) > 3
-    assert len(make_batches(items, 1)) == len(items)  # a row that is too long still goes, alone
+    assert len(make_batches(items, 1)) == len(items)  # a row above the limit forms a batch alone
 
 
 def write(folder: Path, count: int = 30) -> HellaswagSettings:

@@ -27,7 +27,7 @@ SHAPE = ModelShape(layers=2, heads=2, width=32, sequence_length=16)
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    """Random, and loud enough that attention and positions decide what comes next."""
+    """Return a random model with weights large enough that attention and positions determine the next token."""
     torch.manual_seed(1)
     model = GPT2(SHAPE).eval()
     with torch.no_grad():
@@ -36,8 +36,8 @@ def model() -> GPT2:
     return model
 
 
-def _ends_at_once() -> GPT2:
-    """Sees nothing but the end of the text, and beyond it the padding of the vocabulary."""
+def _always_ends() -> GPT2:
+    """Return a model that always predicts <|endoftext|>, with higher logits for the padding of the vocabulary."""
     model = GPT2(SHAPE).eval()
     with torch.no_grad():
         model.wte.weight.zero_()
@@ -48,7 +48,7 @@ def _ends_at_once() -> GPT2:
 
 
 def _often_ends() -> GPT2:
-    """Whatever came before, the text ends with probability 1/4."""
+    """Return a model that predicts <|endoftext|> with probability 1/4 after any context."""
     model = GPT2(SHAPE).eval()
     with torch.no_grad():
         model.wte.weight.zero_()
@@ -60,7 +60,7 @@ def _often_ends() -> GPT2:
 
 @torch.no_grad()
 def _greedy_without_cache(model: GPT2, prompt: list[int], tokens: int) -> list[int]:
-    """The rule for the context, written plainly: when full, three quarters of it stay."""
+    """Generate without a cache; a full context is cut to its newest three quarters."""
     longest = model.shape.sequence_length
     context, text = prompt[-longest:], []
     for _ in range(tokens):
@@ -72,7 +72,7 @@ def _greedy_without_cache(model: GPT2, prompt: list[int], tokens: int) -> list[i
 
 
 def _tokens(model: GPT2, prompt: list[int], tokens: int, sampling: Sampling, seeds: list[int]) -> torch.Tensor:
-    """(tokens, rows)"""
+    """Return the chosen tokens, (tokens, rows)."""
     return torch.stack(list(itertools.islice(next_tokens(model, prompt, sampling, seeds), tokens)))
 
 
@@ -81,7 +81,7 @@ def _shares(probability: list[float], sampling: Sampling) -> list[float]:
 
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 15, 16, 17, 40])
-def test_the_cache_changes_no_token_within_the_context_and_beyond(model: GPT2, prompt_length: int) -> None:
+def test_cached_and_uncached_tokens_are_equal_within_and_beyond_the_context(model: GPT2, prompt_length: int) -> None:
     prompt = torch.randint(VOCABULARY, (prompt_length,), generator=torch.Generator().manual_seed(4)).tolist()
     expected = _greedy_without_cache(model, prompt, 40)
     assert len(set(expected)) > 10
@@ -89,18 +89,18 @@ def test_the_cache_changes_no_token_within_the_context_and_beyond(model: GPT2, p
     assert chosen.T.tolist() == [expected] * 3
 
 
-def test_the_scores_are_those_without_a_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_cached_and_uncached_logits_are_equal(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
     monkeypatch.setattr(
-        "ds_gpt2.evaluation.sampling.choose", lambda scores, *_: seen.append(scores) or torch.tensor([7, 8])
+        "ds_gpt2.evaluation.sampling.choose", lambda logits, *_: recorded.append(logits) or torch.tensor([7, 8])
     )
     _tokens(model, [1, 2, 3], 10, GREEDY, [0, 0])
     for row, token in enumerate([7, 8]):
         expected = model.logits(torch.tensor([[1, 2, 3] + [token] * 9]))[0, 2:]
-        torch.testing.assert_close(torch.stack(seen)[:, row], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(recorded)[:, row], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_greedy_tokens_are_those_of_transformers() -> None:
+def test_greedy_tokens_equal_those_of_transformers() -> None:
     torch.manual_seed(1)
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=32, n_positions=64)).eval()
     ours = GPT2(ModelShape(layers=3, heads=4, width=32, sequence_length=64)).eval()
@@ -120,7 +120,7 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     assert _tokens(ours, prompt, 50, GREEDY, [0])[:, 0].tolist() == expected
 
 
-def test_the_same_seed_gives_the_same_text_and_the_streams(model: GPT2) -> None:
+def test_a_seed_determines_the_text_of_generate_and_stream(model: GPT2) -> None:
     sampling = Sampling(temperature=2.0, top_k=50, top_p=0.9)
     first = generate(model, "The", 20, sampling, count=3, seed=1)
     assert first == generate(model, "The", 20, sampling, count=3, seed=1)
@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_text_and_the_streams(model: GPT2) -> None:
     assert gpt2().decode(list(itertools.islice(stream(model, "The", sampling, seed=1), 20))) == first[0]
 
 
-def test_a_continuation_does_not_depend_on_how_many_there_are(model: GPT2) -> None:
+def test_a_continuation_does_not_depend_on_their_count(model: GPT2) -> None:
     five = generate(model, "The", 40, Sampling(), count=5, seed=7)
     assert [generate(model, "The", 40, Sampling(), count=count, seed=7) for count in (1, 2, 4)] == [
         five[:1], five[:2], five[:4],
@@ -143,7 +143,7 @@ def test_derived_seeds_differ() -> None:
     assert derived_seed(1337, 2) == derived_seed(1337, 2)
 
 
-def test_global_randomness_is_neither_used_nor_changed(model: GPT2) -> None:
+def test_the_global_random_state_is_neither_used_nor_changed(model: GPT2) -> None:
     torch.manual_seed(1)
     first = generate(model, "The", 10, Sampling())
     torch.manual_seed(2)
@@ -153,25 +153,23 @@ def test_global_randomness_is_neither_used_nor_changed(model: GPT2) -> None:
     assert torch.equal(get_rng_state()["torch"], before["torch"])
 
 
-def test_gradients_are_off_for_the_model_and_as_they_were_for_the_caller(
-    model: GPT2, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def see(scores: torch.Tensor, *_: object) -> torch.Tensor:
-        assert not scores.requires_grad
+def test_gradients_are_disabled_for_the_model_only(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(logits: torch.Tensor, *_: object) -> torch.Tensor:
+        assert not logits.requires_grad
         return torch.tensor([7])
 
-    monkeypatch.setattr("ds_gpt2.evaluation.sampling.choose", see)
+    monkeypatch.setattr("ds_gpt2.evaluation.sampling.choose", check)
     for token in itertools.islice(stream(model, "The", Sampling()), 2):
         assert token == 7
         assert torch.is_grad_enabled()
 
 
-def test_an_empty_prompt_begins_a_document(model: GPT2) -> None:
+def test_an_empty_prompt_becomes_end_of_text(model: GPT2) -> None:
     assert encode_prompt("") == [END_OF_TEXT]
     assert generate(model, "", 5, GREEDY) == [gpt2().decode(_greedy_without_cache(model, [END_OF_TEXT], 5))]
 
 
-def test_of_a_prompt_longer_than_the_context_the_last_tokens_count(model: GPT2) -> None:
+def test_a_prompt_longer_than_the_context_is_cut_at_the_start(model: GPT2) -> None:
     tokens = gpt2().encode_ordinary("one two three four five six seven eight nine ten " * 5)
     longer, cut = (_tokens(model, prompt, 5, GREEDY, [0]) for prompt in (tokens, tokens[-16:]))
     assert torch.equal(longer, cut)
@@ -179,12 +177,12 @@ def test_of_a_prompt_longer_than_the_context_the_last_tokens_count(model: GPT2) 
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.1)])
-def test_the_end_of_the_text_ends_it_and_padding_is_never_chosen(sampling: Sampling) -> None:
-    assert generate(_ends_at_once(), "The", 5, sampling, count=2) == ["<|endoftext|>"] * 2
-    assert list(itertools.islice(stream(_ends_at_once(), "The", sampling), 5)) == [END_OF_TEXT]
+def test_generation_ends_at_end_of_text_and_never_chooses_padding(sampling: Sampling) -> None:
+    assert generate(_always_ends(), "The", 5, sampling, count=2) == ["<|endoftext|>"] * 2
+    assert list(itertools.islice(stream(_always_ends(), "The", sampling), 5)) == [END_OF_TEXT]
 
 
-def test_each_continuation_ends_where_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_continuation_ends_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = GPT2.hidden
     calls = []
     monkeypatch.setattr(GPT2, "hidden", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
@@ -192,12 +190,12 @@ def test_each_continuation_ends_where_it_ends(monkeypatch: pytest.MonkeyPatch) -
     assert all(text.count("<|endoftext|>") == 1 and text.endswith("<|endoftext|>") for text in texts)
     lengths = [len(gpt2().encode(text, allowed_special="all")) for text in texts]
     assert len(set(lengths)) > 2
-    assert len(calls) < 100  # nobody computes on when all have ended
+    assert len(calls) < 100  # generation stops when all continuations have ended
     alone = [generate(_often_ends(), "The", 200, Sampling(), count=number + 1, seed=3)[number] for number in range(6)]
     assert texts == alone
 
 
-def test_temperature_and_filters_leave_what_one_computes_by_hand() -> None:
+def test_temperature_and_filters_match_values_computed_by_hand() -> None:
     distribution = [0.1, 0.5, 0.05, 0.3, 0.05]
     assert _shares(distribution, Sampling()) == pytest.approx(distribution)
     assert _shares(distribution, Sampling(top_k=2)) == pytest.approx([0, 5 / 8, 0, 3 / 8, 0])
@@ -208,23 +206,23 @@ def test_temperature_and_filters_leave_what_one_computes_by_hand() -> None:
     assert _shares(distribution, Sampling(top_p=0.01)) == [0, 1, 0, 0, 0]
     # top-k first: of 5/9, 3/9, 1/9 the first two have 8/9; of the whole distribution they would have 0.8
     assert _shares(distribution, Sampling(top_k=3, top_p=0.85)) == pytest.approx([0, 5 / 8, 0, 3 / 8, 0])
-    # a temperature of 1/2 squares the probabilities, and top-p looks at what comes of it
+    # a temperature of 1/2 squares the probabilities before top-p
     assert _shares([0.5, 0.25, 0.25], Sampling(temperature=0.5)) == pytest.approx([4 / 6, 1 / 6, 1 / 6])
     assert _shares([0.5, 0.25, 0.25], Sampling(temperature=0.5, top_p=0.6)) == [1, 0, 0]
     assert _shares([0.1, 0.2, 0.7], Sampling(temperature=1e-300)) == [0, 0, 1]
     assert _shares([0.1, 0.2, 0.7], Sampling(temperature=float("inf"))) == pytest.approx([1 / 3, 1 / 3, 1 / 3])
 
 
-def test_so_many_candidates_and_no_more_where_scores_are_equal() -> None:
+def test_top_k_keeps_exactly_k_tokens_of_equal_probability() -> None:
     assert sorted(_shares([0.25] * 4, Sampling(top_k=3))) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
 
 
-def test_each_row_is_filtered_for_itself() -> None:
+def test_rows_are_filtered_independently() -> None:
     shares = probabilities(torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log(), Sampling(top_p=0.7))
     torch.testing.assert_close(shares, torch.tensor([[1.0, 0.0], [0.4, 0.6]]).double())
 
 
-def test_tokens_come_as_often_as_their_probability_says() -> None:
+def test_token_frequencies_match_their_probabilities() -> None:
     """Each count within four standard deviations."""
     distribution, draws = torch.tensor([0.1, 0.5, 0.0, 0.4]), 4000
     generators = [torch.Generator().manual_seed(derived_seed(1, row)) for row in range(draws)]
@@ -234,29 +232,29 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
 
 
 @pytest.mark.parametrize(("drawn", "token"), [(0.0, 1), (1.0 - 2.0**-53, 3)])
-def test_no_draw_chooses_what_has_no_probability(monkeypatch: pytest.MonkeyPatch, drawn: float, token: int) -> None:
-    """The smallest and the largest number that ``torch.rand`` gives."""
+def test_no_draw_chooses_a_token_of_probability_0(monkeypatch: pytest.MonkeyPatch, drawn: float, token: int) -> None:
+    """The cases are the smallest and the largest number that ``torch.rand`` returns."""
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([drawn], dtype=torch.float64))
     distribution = torch.tensor([[0.0, 0.3, 0.3, 0.4, 0.0]])
     assert choose(distribution.log(), Sampling(), [torch.Generator()]).tolist() == [token]
 
 
-def test_rounding_that_reorders_equals_does_not_change_what_is_drawn() -> None:
-    scores = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1))
-    rounded = scores + 1e-5 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(2))
-    assert not torch.equal(scores.argsort(), rounded.argsort())
+def test_rounding_that_reorders_tokens_does_not_change_the_draw() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1))
+    rounded = logits + 1e-5 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(logits.argsort(), rounded.argsort())
     for seed in range(100):
-        first, second = (choose(some, Sampling(), [torch.Generator().manual_seed(seed)]) for some in (scores, rounded))
+        first, second = (choose(each, Sampling(), [torch.Generator().manual_seed(seed)]) for each in (logits, rounded))
         assert first == second
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
-def test_settings_that_mean_nothing_are_said(wrong: dict[str, float]) -> None:
+def test_values_out_of_range_are_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="give"):
         Sampling(**wrong)  # type: ignore[arg-type]  # the types are right
 
 
-def test_a_broken_model_is_said() -> None:
+def test_logits_that_are_not_finite_are_an_error() -> None:
     model = GPT2(SHAPE).eval()
     with torch.no_grad():
         model.ln_f.bias[0] = float("nan")

@@ -14,7 +14,7 @@ SHAPE = ModelShape(layers=3, heads=4, width=32, sequence_length=48)
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[GPT2, GPT2LMHeadModel]:
-    """Our model and transformers' with the same random weights, biases and norms included."""
+    """Return our model and that of transformers, with equal random weights, biases and norms."""
     torch.manual_seed(1)
     config = GPT2Config(
         n_layer=SHAPE.layers, n_head=SHAPE.heads, n_embd=SHAPE.width, n_positions=SHAPE.sequence_length,
@@ -32,13 +32,13 @@ def pair() -> tuple[GPT2, GPT2LMHeadModel]:
     return ours, theirs
 
 
-def test_logits_are_those_of_transformers(pair: tuple[GPT2, GPT2LMHeadModel]) -> None:
+def test_logits_equal_those_of_transformers(pair: tuple[GPT2, GPT2LMHeadModel]) -> None:
     ours, theirs = pair
     tokens = torch.randint(VOCABULARY, (2, SHAPE.sequence_length))
     torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_loss_and_gradients_are_those_of_transformers(pair: tuple[GPT2, GPT2LMHeadModel]) -> None:
+def test_loss_and_gradients_equal_those_of_transformers(pair: tuple[GPT2, GPT2LMHeadModel]) -> None:
     ours, theirs = pair
     window = torch.randint(VOCABULARY, (2, SHAPE.sequence_length + 1))
     tokens, targets = window[:, :-1], window[:, 1:]
@@ -59,20 +59,20 @@ def test_loss_and_gradients_are_those_of_transformers(pair: tuple[GPT2, GPT2LMHe
 @pytest.mark.parametrize(
     ("preset", "millions"), [("124M", 124.44), ("350M", 354.82), ("774M", 774.03), ("1558M", 1557.61)]
 )
-def test_presets_have_the_parameters_of_openais_models(preset: str, millions: float) -> None:
+def test_presets_have_the_parameter_counts_of_openai(preset: str, millions: float) -> None:
     with torch.device("meta"):
         model = GPT2(ModelShape(*PRESETS[preset], sequence_length=1024))
     padding = (PADDED_VOCABULARY - VOCABULARY) * model.shape.width
     assert (count_parameters(model) - padding) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-def test_flops_of_124m_are_nanogpts() -> None:
+def test_flops_per_token_equal_those_of_nanogpt() -> None:
     with torch.device("meta"):
         model = GPT2(ModelShape(*PRESETS["124M"], sequence_length=1024))
     assert flops_per_token(model) / 1e6 == pytest.approx(855.4, abs=0.05)
 
 
-def test_initialisation_follows_gpt2() -> None:
+def test_initialization_follows_gpt2() -> None:
     torch.manual_seed(0)
     model = GPT2(ModelShape(layers=8, heads=4, width=128, sequence_length=64))
     residual = 0.02 / math.sqrt(16)
@@ -86,14 +86,14 @@ def test_initialisation_follows_gpt2() -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
 
 
-def test_a_fresh_model_knows_nothing() -> None:
+def test_an_untrained_model_has_the_loss_of_a_uniform_guess() -> None:
     torch.manual_seed(0)
     model = GPT2(ModelShape(layers=2, heads=2, width=64, sequence_length=64))
     tokens, targets = torch.randint(VOCABULARY, (2, 4, 64))
     assert model(tokens, targets).item() == pytest.approx(math.log(VOCABULARY), abs=0.1)
 
 
-def test_attention_looks_back_only() -> None:
+def test_attention_is_causal() -> None:
     torch.manual_seed(0)
     model = GPT2(SHAPE).eval()
     tokens = torch.randint(VOCABULARY, (1, 20))
@@ -104,7 +104,7 @@ def test_attention_looks_back_only() -> None:
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_is_applied_in_training_only() -> None:
     torch.manual_seed(0)
     model = GPT2(SHAPE, dropout=0.5)
     tokens, targets = torch.randint(VOCABULARY, (2, 2, 16))
@@ -113,11 +113,11 @@ def test_dropout_acts_in_training_only() -> None:
     assert model(tokens, targets) == model(tokens, targets)
 
 
-def test_weight_decay_is_for_matrices() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     model = GPT2(SHAPE)
     decayed, free = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
     assert all(parameter.dim() == 1 for parameter in free["params"])
-    together = [*decayed["params"], *free["params"]]
-    assert len(together) == len(list(model.parameters()))
+    grouped = [*decayed["params"], *free["params"]]
+    assert len(grouped) == len(list(model.parameters()))

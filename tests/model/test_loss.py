@@ -16,8 +16,8 @@ def _inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return hidden, head, torch.randint(VOCABULARY, (tokens,), generator=generator)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 13, 64])  # one chunk, whole chunks, a ragged last one
-def test_loss_and_gradients_are_torchs_own(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, 8, 13, 64])  # less than a chunk, whole chunks, an incomplete last chunk
+def test_loss_and_gradients_equal_those_of_pytorch(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss._CHUNK_BYTES, "cpu", 8 * 4 * PADDED)
     hidden, head, targets = _inputs(tokens, torch.float32)
     ours = cross_entropy(hidden, head, targets, VOCABULARY)
@@ -31,18 +31,18 @@ def test_loss_and_gradients_are_torchs_own(tokens: int, monkeypatch: pytest.Monk
     torch.testing.assert_close(got[1], head.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_the_padding_gets_no_probability_and_no_gradient() -> None:
+def test_padding_has_no_probability_and_no_gradient() -> None:
     hidden, head, targets = _inputs(16, torch.float32)
     with torch.no_grad():
-        head[VOCABULARY:] = 100.0  # would win every softmax
+        head[VOCABULARY:] = 100.0  # would have the highest probability
     cross_entropy(hidden, head, targets, VOCABULARY).backward()
     assert head.grad is not None
     assert head.grad[VOCABULARY:].abs().max() == 0
     assert head.grad[:VOCABULARY].abs().max() > 0
 
 
-def test_a_hopeless_target_has_a_finite_loss() -> None:
-    """Its probability underflows to zero in fp32; the loss must still be the distance of the logits."""
+def test_a_very_unlikely_target_has_a_finite_loss() -> None:
+    """The probability underflows to 0 in fp32; the loss must be the difference of the logits."""
     head = torch.zeros(PADDED, WIDTH)
     head[0, 0] = 300.0
     hidden = torch.zeros(1, WIDTH)
@@ -50,7 +50,7 @@ def test_a_hopeless_target_has_a_finite_loss() -> None:
     assert cross_entropy(hidden, head, torch.tensor([1]), VOCABULARY).item() == pytest.approx(300.0)
 
 
-def test_bf16_gradients_are_as_good_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_gradients_are_as_accurate_as_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss._CHUNK_BYTES, "cpu", 8 * 4 * PADDED)
     exact_hidden, exact_head, targets = _inputs(64, torch.float32)
     F.cross_entropy(exact_hidden @ exact_head[:VOCABULARY].t(), targets).backward()

@@ -1,4 +1,4 @@
-"""Products of bf16 matrices by way of fp32, as on processors without instructions for bf16."""
+"""Products of bf16 matrices computed in fp32, as on CPUs without bf16 instructions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exact(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) ->
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_is_the_exact_one_rounded(shape: tuple[int, int, int], with_bias: bool, transposed: bool) -> None:
+def test_a_product_is_the_rounded_exact_one(shape: tuple[int, int, int], with_bias: bool, transposed: bool) -> None:
     m, k, n = shape
     a = torch.randn(k, m).bfloat16().t() if transposed else torch.randn(m, k).bfloat16()
     b = torch.randn(n, k).bfloat16().t() if transposed else torch.randn(k, n).bfloat16()
@@ -40,18 +40,18 @@ def test_a_product_is_the_exact_one_rounded(shape: tuple[int, int, int], with_bi
     found, expected = matmul.product(a, b, bias), exact(a, b, bias)
     assert found.dtype == torch.bfloat16 and found.shape == (m, n)
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3 * k**0.5)
-    assert (found != expected).float().mean() < 0.01  # fp32 sums may round the other way where it is close
+    assert (found != expected).float().mean() < 0.01  # fp32 sums may round in the other direction in close cases
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_and_its_gradients_are_those_of_pytorch_in_fp32(bias: bool) -> None:
+def test_a_layer_and_its_gradients_equal_those_of_pytorch_in_fp32(bias: bool) -> None:
     layer = torch.nn.Linear(24, 40, bias=bias).bfloat16()
     x = torch.randn(3, 5, 24).bfloat16().requires_grad_()
     upstream = torch.randn(3, 5, 40).bfloat16()
     found = matmul.linear(x, layer.weight, layer.bias)
-    given = [x, *layer.parameters()]
-    grads = torch.autograd.grad(found, given, upstream)
-    wide = [tensor.detach().float().requires_grad_() for tensor in given]
+    inputs = [x, *layer.parameters()]
+    grads = torch.autograd.grad(found, inputs, upstream)
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     expected = F.linear(*wide)
     assert torch.equal(found, expected.bfloat16())
     for mine, theirs in zip(grads, torch.autograd.grad(expected, wide, upstream.float()), strict=True):
@@ -59,7 +59,7 @@ def test_a_layer_and_its_gradients_are_those_of_pytorch_in_fp32(bias: bool) -> N
         torch.testing.assert_close(mine, theirs.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def test_a_model_has_the_loss_and_gradients_of_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_of_a_model_equal_those_with_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2(ModelShape(2, 2, 32, 16)).bfloat16()
     tokens, targets = torch.randint(50_257, (2, 2, 16))
 
@@ -76,15 +76,15 @@ def test_a_model_has_the_loss_and_gradients_of_pytorchs_products(monkeypatch: py
     assert (gradient - native).norm() < 0.02 * native.norm()
 
 
-def test_other_dtypes_and_fast_processors_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.addmm", None)  # what the tiles are multiplied by
+def test_other_dtypes_and_fast_processors_use_pytorchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.addmm", None)  # used for tiles
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     assert torch.equal(matmul.product(a, b), a @ b)
     monkeypatch.setattr(matmul, "BF16_IS_SLOW", False)
     assert torch.equal(matmul.product(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())
 
 
-def test_all_products_of_a_model_but_attentions_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_products_of_a_model_except_attention_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     product = matmul.product
 
@@ -98,8 +98,10 @@ def test_all_products_of_a_model_but_attentions_go_by_tiles(monkeypatch: pytest.
     assert shapes == [*[(4, 32, 96), (4, 32, 32), (4, 32, 128), (4, 128, 32)] * 2, (4, 32, 50_257)]
 
 
-def test_a_processor_without_instructions_for_bf16_is_recognised() -> None:
+def test_a_processor_without_bf16_instructions_is_detected() -> None:
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # oneDNN's documentation, "CPU Dispatcher Control"
-    ask = "from ds_gpt2.model.matmul import BF16_IS_SLOW; print(BF16_IS_SLOW)"
-    answer = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout == "True\n" or platform.machine() != "x86_64"
+    program = "from ds_gpt2.model.matmul import BF16_IS_SLOW; print(BF16_IS_SLOW)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "True\n" or platform.machine() != "x86_64"

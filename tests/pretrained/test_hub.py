@@ -1,4 +1,4 @@
-"""Models from a hub on this machine, by the real client: what is downloaded, when, and what goes wrong."""
+"""Models from a local hub server, with the real client: names, downloads, errors, and commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]  # as launc
 
 
 def files_of(seed: int, folder: Path) -> dict[str, bytes]:
-    """A model in the layout of the hub, beside a format that must never be asked for."""
+    """Return the files of a model on the hub, and a file of another format that must never be requested."""
     torch.manual_seed(seed)
     weights = {name: parameter.detach() for name, parameter in GPT2(SHAPE).named_parameters()}
     folder.mkdir()
@@ -66,7 +66,7 @@ def served(
 
 
 def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET do when they are set before the library is imported."""
+    """Do what HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET do if they are set before the library is imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -89,7 +89,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpt2@refs/pr/3", "gpt2", "refs/pr/3"),
     ],
 )
-def test_a_name_on_the_hub_stays_one(tmp_path: Path, name: str, repository: str, revision: str) -> None:
+def test_names_on_the_hub_are_recognized(tmp_path: Path, name: str, repository: str, revision: str) -> None:
     assert resolve(name, tmp_path) == name
     assert hub_name(name) == HubName(repository, revision)
 
@@ -121,12 +121,12 @@ def test_a_name_on_the_hub_stays_one(tmp_path: Path, name: str, repository: str,
         "gpt2\n",
     ],
 )
-def test_what_looks_like_a_path_is_one(tmp_path: Path, name: str) -> None:
+def test_other_names_are_paths(tmp_path: Path, name: str) -> None:
     assert resolve(name, tmp_path) == str(tmp_path / name)
     assert hub_name(resolve(name, tmp_path)) is None
 
 
-def test_a_path_that_exists_comes_before_the_hub(tmp_path: Path) -> None:
+def test_an_existing_path_precedes_the_hub(tmp_path: Path) -> None:
     (tmp_path / "some" / "gpt2").mkdir(parents=True)
     assert resolve("some/gpt2", tmp_path) == str(tmp_path / "some" / "gpt2")
     assert resolve("some/gpt2@v2", tmp_path) == "some/gpt2@v2"
@@ -135,12 +135,10 @@ def test_a_path_that_exists_comes_before_the_hub(tmp_path: Path) -> None:
 # Downloads
 
 
-def test_only_config_and_safetensors_are_downloaded_and_only_once(
-    served: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_and_safetensors_are_downloaded_once(served: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     path = load.prepare(SHAPE, "some/gpt2")
     assert sorted(each.name for each in path.iterdir()) == [CONFIG, WEIGHTS]
-    assert served.asked == {CONFIG: 1, WEIGHTS: 1} and "pytorch_model.bin" not in served.heads
+    assert served.requests == {CONFIG: 1, WEIGHTS: 1} and "pytorch_model.bin" not in served.heads
     assert (
         f"downloading some/gpt2 ({commit_of('some/gpt2')[:12]}) from {served.url} to {path}" in capsys.readouterr().err
     )
@@ -150,17 +148,17 @@ def test_only_config_and_safetensors_are_downloaded_and_only_once(
     assert capsys.readouterr().err == ""
 
 
-def test_a_check_looks_at_the_config_only(served: Hub) -> None:
+def test_a_check_downloads_the_config_only(served: Hub) -> None:
     load.check(SHAPE, "some/gpt2")
-    assert served.asked == {CONFIG: 1}
+    assert served.requests == {CONFIG: 1}
     with pytest.raises(
         UserError, match=r"model\.init_from some/gpt2 has layers 2, heads 2, width 32; .* set model\.layers=2"
     ):
         load.prepare(ModelShape(3, 2, 32, 64), "some/gpt2")
-    assert served.asked == {CONFIG: 1}
+    assert served.requests == {CONFIG: 1}
 
 
-def test_short_names_and_revisions(served: Hub) -> None:
+def test_short_names_and_revisions_are_resolved(served: Hub) -> None:
     weights = {name: load.weights_for(SHAPE, name) for name in ("gpt2", "some/gpt2", "some/gpt2@v2")}
     first, second, third = (each["wte.weight"] for each in weights.values())
     assert torch.equal(first, third) and not torch.equal(first, second)
@@ -168,7 +166,7 @@ def test_short_names_and_revisions(served: Hub) -> None:
     assert torch.equal(by_commit["wte.weight"], third)
 
 
-def test_several_files(served: Hub, one: dict[str, bytes], tmp_path: Path) -> None:
+def test_sharded_weights_are_downloaded(served: Hub, one: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(one[WEIGHTS])
     weights = huggingface.tensors.read(huggingface.tensors.headers(tmp_path))
     parts: dict[str, dict[str, torch.Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
@@ -183,13 +181,13 @@ def test_several_files(served: Hub, one: dict[str, bytes], tmp_path: Path) -> No
     served.models["some/outside"] = content | {INDEX: json.dumps({"weight_map": {"x": "../../secret"}}).encode()}
     with pytest.raises(UserError, match="only safetensors files beside it"):
         load.locate("some/outside")
-    assert not [path for path in [*served.asked, *served.heads] if "secret" in path]
+    assert not [path for path in [*served.requests, *served.heads] if "secret" in path]
 
 
-def test_a_connection_that_breaks_and_bytes_that_are_wrong_are_tried_again(served: Hub) -> None:
-    served.fault = lambda path, asked: {1: "lie", 2: 503, 3: "drop"}.get(asked) if path == WEIGHTS else None
+def test_broken_connections_and_wrong_bytes_are_retried(served: Hub) -> None:
+    served.fault = lambda path, requests: {1: "lie", 2: 503, 3: "drop"}.get(requests) if path == WEIGHTS else None
     found = load.weights_for(SHAPE, "some/gpt2")
-    assert served.asked[WEIGHTS] >= 4
+    assert served.requests[WEIGHTS] >= 4
     served.__exit__()
     assert torch.equal(found["wpe.weight"], load.weights_for(SHAPE, "some/gpt2")["wpe.weight"])
 
@@ -217,7 +215,7 @@ def _german(served: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("some/gpt2", _with_config(scale_attn_weights=False), r"config\.json: scale_attn_weights is false"),
         ("some/gpt2", _german, r"vocab\.json: token 0 is 'der', GPT-2's is '!'"),
@@ -229,27 +227,27 @@ def _german(served: Hub) -> None:
         (
             "some/gpt2",
             lambda served: served.gated.add("some/gpt2"),
-            r"is gated: ask for access on its page, then set HF_T",
+            r"is gated: request access on its page, then set HF_T",
         ),
         (
             "some/gpt2",
-            lambda served: setattr(served, "fault", lambda path, asked: 500),
+            lambda served: setattr(served, "fault", lambda path, requests: 500),
             r"cannot download config\.json of some/gpt2 from http.* \(",
         ),
     ],
 )
-def test_what_cannot_be_had_is_one_line_and_no_weights_are_asked_for(
-    served: Hub, name: str, change: Callable[[Hub], object] | None, said: str
+def test_errors_are_one_line_and_precede_the_download_of_weights(
+    served: Hub, name: str, change: Callable[[Hub], object] | None, message: str
 ) -> None:
     if change is not None:
         change(served)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         load.prepare(SHAPE, name)
     assert "\n" not in str(raised.value)
-    assert served.asked[WEIGHTS] == served.asked["pytorch_model.bin"] == 0
+    assert served.requests[WEIGHTS] == served.requests["pytorch_model.bin"] == 0
 
 
-def test_without_network_it_is_one_line_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_an_error_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:  # accepts connections and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -258,17 +256,17 @@ def test_without_network_it_is_one_line_within_seconds(tmp_path: Path, monkeypat
             ports = silent.getsockname()[1], closed.getsockname()[1]
         for port in ports:
             point_at(f"http://127.0.0.1:{port}", tmp_path / "cache", monkeypatch)
-            for look in (load.check, load.prepare, load.weights_for):
-                begun = time.monotonic()
+            for function in (load.check, load.prepare, load.weights_for):
+                start = time.monotonic()
                 with pytest.raises(
                     UserError, match=r"cannot download config\.json of gpt2 from http.*check the network"
                 ) as raised:
-                    look(SHAPE, "gpt2")
-                assert time.monotonic() - begun < 15 and "\n" not in str(raised.value)
+                    function(SHAPE, "gpt2")
+                assert time.monotonic() - start < 15 and "\n" not in str(raised.value)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(served: Hub, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error(served: Hub, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=rf"cannot be stored in {tmp_path}/cache: .*; HF_HOME moves the cache"):
         load.prepare(SHAPE, "some/gpt2")
@@ -277,13 +275,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(served: Hub, tmp_path: Path)
 # Commands
 
 
-def said(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == code
-    return capsys.readouterr().err if code else capsys.readouterr().out
-
-
-def test_eval_and_generate_take_the_same_names(
+def test_eval_and_generate_accept_the_same_names(
     served: Hub, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -295,9 +287,9 @@ def test_eval_and_generate_take_the_same_names(
     assert found[0]["loss"] != found[1]["loss"]
     assert main(["generate", "gpt2", "--prompt", "The", "--tokens", "3", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("The")
-    assert served.asked[WEIGHTS] == 2
+    assert served.requests[WEIGHTS] == 2
 
-    (tmp_path / "gpt2").mkdir()  # no model, but it is what the name means now
+    (tmp_path / "gpt2").mkdir()  # an existing path precedes the hub
     assert main(["generate", "gpt2", "--device", "cpu"]) == exit_report.MISTAKE
     assert "gpt2" in capsys.readouterr().err
     assert main(["eval", "nowhere", "--data", str(dataset_dir)]) == exit_report.MISTAKE
@@ -316,11 +308,11 @@ def test_the_padding_is_reported_by_eval_and_generate(
     theirs = {name: huggingface._to_theirs(name, each).contiguous() for name, each in weights.items()}
     save_file({**theirs, "wte.weight": weights["wte.weight"]}, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(json.loads(one[CONFIG]) | {"vocab_size": 50_304}))
-    asked = ["--data", str(dataset_dir), "--tokens", "64", "--device", "cpu"]
-    assert main(["eval", str(directory), "some/gpt2", *asked, "--json"]) == exit_report.DONE
-    told = capsys.readouterr()
-    assert f"{directory}: vocabulary of 50,304: the 47 rows beyond GPT-2's 50,257 tokens are padding" in told.err
-    first, second = json.loads(told.out)["rows"]
+    options = ["--data", str(dataset_dir), "--tokens", "64", "--device", "cpu"]
+    assert main(["eval", str(directory), "some/gpt2", *options, "--json"]) == exit_report.DONE
+    output = capsys.readouterr()
+    assert f"{directory}: vocabulary of 50,304: the 47 rows beyond GPT-2's 50,257 tokens are padding" in output.err
+    first, second = json.loads(output.out)["rows"]
     assert first["loss"] == second["loss"]
     assert main(["generate", str(directory), "--tokens", "2", "--device", "cpu"]) == exit_report.DONE
     assert "vocabulary of 50,304" in capsys.readouterr().err
@@ -347,7 +339,7 @@ def run(folder: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]
         ("some/gpt2@v3", "has no revision v3"),
     ],
 )
-def test_a_name_that_is_nothing_is_refused_before_anything_is_written(
+def test_an_unknown_name_is_an_error_before_anything_is_written(
     served: Hub, write_config: Callable[..., Path], tmp_path: Path, name: str, problem: str
 ) -> None:
     config = write_config(tmp_path)
@@ -363,10 +355,10 @@ def test_a_run_downloads_once_and_resumes_without_the_network(
     run_settings = {"name": "test", "dir": str(tmp_path / "runs"), "device": "cpu"}
     config = write_config(tmp_path, run=run_settings, samples={"every": 0}, validation={"every": 0})
     settings = ["model.init_from=some/gpt2", "schedule.steps=2", "schedule.warmup_steps=0", "checkpoint.every=1"]
-    begun = run(tmp_path, served.url, "train", str(config), *settings, "--num_gpus", "2")
-    assert begun.returncode == exit_report.DONE, begun.stdout + begun.stderr
-    assert served.asked == {CONFIG: 1, WEIGHTS: 1}
-    assert begun.stderr.count("downloading some/gpt2") == 1
+    first = run(tmp_path, served.url, "train", str(config), *settings, "--num_gpus", "2")
+    assert first.returncode == exit_report.DONE, first.stdout + first.stderr
+    assert served.requests == {CONFIG: 1, WEIGHTS: 1}
+    assert first.stderr.count("downloading some/gpt2") == 1
     assert "initial weights from some/gpt2" in (tmp_path / "runs" / "test" / "train.log").read_text()
     assert "init_from: some/gpt2\n" in (tmp_path / "runs" / "test" / "config.yaml").read_text()
 

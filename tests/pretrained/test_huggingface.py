@@ -1,4 +1,4 @@
-"""Our models in Hugging Face's layout: transformers finds the same numbers, and what is not ours is refused."""
+"""Our models in Hugging Face's layout: transformers computes equal logits; unsupported or damaged files are errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ds_gpt2.pretrained import huggingface, torch_file
 from ds_gpt2.pretrained.load import as_model, check, read, weights_for
 from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; of the extra dev")
+transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; in the extra dev")
 
 SHAPE = ModelShape(layers=2, heads=4, width=32, sequence_length=96)
 TEXT = "The statement's 3 parts:\n\n  if x == 1:\n\treturn 'é' \u2013 naïve 日本 👍  \n\nDon't  they've   I'll"
@@ -28,11 +28,11 @@ TEXT = "The statement's 3 parts:\n\n  if x == 1:\n\treturn 'é' \u2013 naïve �
 @pytest.fixture(scope="module")
 def model() -> GPT2:
     torch.manual_seed(3)
-    made = GPT2(SHAPE)
-    with torch.no_grad():  # biases and norms away from 0 and 1, where exchanged ones would not be noticed
-        for parameter in made.parameters():
+    model = GPT2(SHAPE)
+    with torch.no_grad():  # make biases and norms differ from each other, so that exchanged ones are detected
+        for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    return made.eval()
+    return model.eval()
 
 
 def weights_of(model: GPT2) -> dict[str, torch.Tensor]:
@@ -41,16 +41,16 @@ def weights_of(model: GPT2) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def directory(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("exported")
+    exported = tmp_path_factory.mktemp("exported")
     config = huggingface.config_of(SHAPE, 0.1, "float32")
-    (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    huggingface.write_weights(weights_of(model), made / "model.safetensors", torch.float32)
-    write_tokenizer(made, SHAPE.sequence_length)
-    return made
+    (exported / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    huggingface.write_weights(weights_of(model), exported / "model.safetensors", torch.float32)
+    write_tokenizer(exported, SHAPE.sequence_length)
+    return exported
 
 
-def test_names_and_shapes_are_those_of_transformers_own_model(directory: Path) -> None:
-    """What converters such as llama.cpp's look for."""
+def test_names_and_shapes_equal_those_of_transformers(directory: Path) -> None:
+    """Converters such as that of llama.cpp depend on them."""
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(directory)).state_dict()
     del theirs["lm_head.weight"]  # tied
     written = load_file(directory / "model.safetensors")
@@ -59,7 +59,7 @@ def test_names_and_shapes_are_those_of_transformers_own_model(directory: Path) -
     }
 
 
-def test_transformers_computes_the_same(model: GPT2, directory: Path) -> None:
+def test_transformers_computes_equal_logits(model: GPT2, directory: Path) -> None:
     loaded, unused = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(unused.values())
     assert loaded.config.resid_pdrop == 0.1 and loaded.dtype == torch.float32
@@ -69,7 +69,7 @@ def test_transformers_computes_the_same(model: GPT2, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_the_tokenizer_is_gpt2s(directory: Path, tmp_path: Path, files: list[str]) -> None:
+def test_the_written_tokenizer_equals_that_of_gpt2(directory: Path, tmp_path: Path, files: list[str]) -> None:
     for name in [*files, "tokenizer_config.json", "config.json"]:
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -79,7 +79,7 @@ def test_the_tokenizer_is_gpt2s(directory: Path, tmp_path: Path, files: list[str
     assert (theirs.eos_token_id, theirs.model_max_length) == (tokenizer.END_OF_TEXT, SHAPE.sequence_length)
 
 
-def test_what_is_written_is_read_back_exactly(model: GPT2, directory: Path, tmp_path: Path) -> None:
+def test_written_weights_are_read_back_exactly(model: GPT2, directory: Path, tmp_path: Path) -> None:
     torch_file.write(weights_of(model), SHAPE, {"step": 7}, tmp_path / "model.pt")
     for path in (directory, tmp_path / "model.pt"):
         found = read(path)
@@ -90,7 +90,7 @@ def test_what_is_written_is_read_back_exactly(model: GPT2, directory: Path, tmp_
     assert torch.load(tmp_path / "model.pt", weights_only=True)["model"].keys() == dict(model.named_parameters()).keys()
 
 
-def test_what_transformers_has_saved_can_be_begun_from(model: GPT2, tmp_path: Path) -> None:
+def test_a_model_saved_by_transformers_is_read(model: GPT2, tmp_path: Path) -> None:
     torch.manual_seed(1)
     config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=96)
     theirs = transformers.GPT2LMHeadModel(config).eval()
@@ -102,8 +102,8 @@ def test_what_transformers_has_saved_can_be_begun_from(model: GPT2, tmp_path: Pa
         torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_names_without_prefix_and_masks_are_read_too(directory: Path, tmp_path: Path) -> None:
-    """The files of openai-community/gpt2 on the hub."""
+def test_names_without_prefix_and_masks_are_read(directory: Path, tmp_path: Path) -> None:
+    """This is the format of openai-community/gpt2 on the hub."""
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     old = {name.removeprefix("transformer."): each for name, each in load_file(directory / "model.safetensors").items()}
     old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 96, 96) for layer in range(2)}
@@ -112,13 +112,13 @@ def test_names_without_prefix_and_masks_are_read_too(directory: Path, tmp_path: 
     assert all(torch.equal(each, expected[name]) for name, each in read(tmp_path).weights.items())
 
 
-def test_a_shorter_context_takes_the_first_positions(directory: Path) -> None:
+def test_a_shorter_context_uses_the_first_positions(directory: Path) -> None:
     weights = weights_for(ModelShape(2, 4, 32, 10), str(directory))
     assert torch.equal(weights["wpe.weight"], read(directory).weights["wpe.weight"][:10])
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (
             ModelShape(3, 4, 32, 96),
@@ -126,13 +126,13 @@ def test_a_shorter_context_takes_the_first_positions(directory: Path) -> None:
         ),
         (ModelShape(2, 2, 32, 96), "this run has layers 2, heads 2, width 32"),
         (ModelShape(2, 4, 64, 96), "this run has layers 2, heads 4, width 64"),
-        (ModelShape(2, 4, 32, 97), r"knows 96 positions, batch\.sequence_length is 97: set it to 96"),
+        (ModelShape(2, 4, 32, 97), r"has 96 positions, but batch\.sequence_length is 97: set it to at most 96"),
     ],
 )
-def test_another_shape_is_refused(directory: Path, shape: ModelShape, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_another_shape_is_an_error(directory: Path, shape: ModelShape, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         weights_for(shape, str(directory))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         check(shape, str(directory))
 
 
@@ -161,39 +161,37 @@ def _without_a_tensor(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
-        (_changed(vocab_size=50_258), r"wte\.weight is \(50257, 32\); of .*, \(50258, 32\)"),
+        (_changed(vocab_size=50_258), r"wte\.weight is \(50257, 32\), but .* requires \(50258, 32\)"),
         (_changed(n_layer=10**12), "n_layer is 1000000000000; input should be less than or equal to 1000000"),
         (_changed(n_layer=10**6), r"has no h\.2\."),
         (_changed(n_layer=3), r"has no h\.2\."),
-        (_changed(n_positions=95), r"wpe\.weight is \(96, 32\); of the model that it is said to be, \(95, 32\)"),
+        (_changed(n_positions=95), r"wpe\.weight is \(96, 32\), but the model's config requires \(95, 32\)"),
         (_cut, r"model\.safetensors cannot be read"),
         (_pickled, r"has no model\.safetensors .*\(it has pytorch_model\.bin\): save the model again"),
         (_without_a_tensor, r"has no h\.1\.mlp\.c_fc\.bias"),
         (lambda directory: (directory / "config.json").write_text("{"), r"config\.json cannot be read"),
     ],
 )
-def test_what_is_not_ours_or_damaged_is_one_line(
-    directory: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+def test_unsupported_or_damaged_files_are_errors_of_one_line(
+    directory: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
-    spoil(tmp_path)
-    with pytest.raises(UserError, match=said) as raised:
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
         read(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("harm was done"),)
+        return Path.touch, (Path("code was run"),)
 
 
 @pytest.mark.parametrize("content", [{"model": Harmful()}, {"wte.weight": torch.zeros(2)}, b"no file of torch"])
-def test_a_strangers_file_is_refused_and_nothing_in_it_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any
-) -> None:
+def test_code_in_a_forged_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any) -> None:
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
         Path("model.pt").write_bytes(content)
@@ -202,4 +200,4 @@ def test_a_strangers_file_is_refused_and_nothing_in_it_run(
     with pytest.raises(UserError, match=r"model\.pt is not a file that `export --format fp32` has written") as raised:
         read(Path("model.pt"))
     assert "\n" not in str(raised.value)
-    assert not Path("harm was done").exists()
+    assert not Path("code was run").exists()

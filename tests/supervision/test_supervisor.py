@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_frozen_and_crashed_becomes_what_it_would_have_been
     expected = ["launch", "start", "crash", *again, "data_error", "hang", *again, "crash", *again, "done"]
     assert _told(disturbed, "save", "best") == expected
     (unreadable,) = [event.text for event in _events(disturbed) if event.kind == "data_error"]
-    assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; again in 0.5 s" in unreadable
+    assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; retrying in 0.5 s" in unreadable
     killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
     assert (
         "rank 1 exited without an error message" in killed.text

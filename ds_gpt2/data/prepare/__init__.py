@@ -1,1 +1,1 @@
-"""Make a dataset: sources, cleaning, tokenization, shards."""
+"""Create a dataset from text: sources, cleaning, tokenization, shards."""

@@ -1,4 +1,4 @@
-"""The files that a person means: named ones, and those below directories. What is left out is reported."""
+"""Find the files to read: files given by the user, and text files below given directories."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.dataset import INDEX, UNFINISHED
 from ds_gpt2.data.prepare import formats
-from ds_gpt2.data.prepare.unpacking import named
+from ds_gpt2.data.prepare.unpacking import naming_errors
 from ds_gpt2.data.shards import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-_MOST_NAMED = 10  # files that are listed by name; the others are counted
+_MOST_LISTED = 10  # files; further ones are counted
 
 _Identity = tuple[int, int]  # device and inode
 
@@ -29,31 +29,31 @@ class FoundFile:
     """A file to read."""
 
     path: Path
-    is_named: bool  # by the user, and not found in a directory
+    is_named: bool  # given by the user, not found in a directory
 
 
 @dataclass
 class _Search:
-    """What has been found so far."""
+    """The result of the search so far."""
 
     files: list[FoundFile] = field(default_factory=list)
-    seen: set[_Identity] = field(default_factory=set)
+    identities: set[_Identity] = field(default_factory=set)
     hidden: int = 0
     special: int = 0  # pipes, sockets, devices
     datasets: list[Path] = field(default_factory=list)
-    twice: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # each with the reason
-    unknown: Counter[str] = field(default_factory=Counter)  # by ending
+    duplicates: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # with reasons
+    unknown: Counter[str] = field(default_factory=Counter)  # by suffix
 
 
 def find_files(paths: Iterable[Path]) -> list[FoundFile]:
-    """Return the files themselves, and below each directory every file with an ending known as text, sorted.
+    """Return the given files, and all files below the given directories with a suffix of text, sorted.
 
-    Links are followed; no file is returned twice. Hidden files, prepared datasets and other endings are left out, and
-    logged with what cannot be read.
+    Links are followed; no file is returned twice. Hidden files, prepared datasets and files of other suffixes are left
+    out. A warning reports what was left out and what cannot be read.
 
     Raises:
-        UserError: a path does not exist or cannot be read, or nothing was found.
+        UserError: a path does not exist or cannot be read, or no file was found.
     """
     search = _Search()
     for path in paths:
@@ -61,7 +61,7 @@ def find_files(paths: Iterable[Path]) -> list[FoundFile]:
     for line in _remarks(search):
         log.warning(line)
     if not search.files:
-        raise UserError(f"no text found. Files that are read: {formats.READABLE}")
+        raise UserError(f"no text found. Supported files: {formats.READABLE}")
     return search.files
 
 
@@ -78,29 +78,29 @@ def _add(search: _Search, path: Path) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if stat.S_ISDIR(status.st_mode):
         for child in sorted(_walk(search, path)):
-            with named(child):
-                _take(search, child, child.stat(), is_named=False)
+            with naming_errors(child):
+                _add_file(search, child, child.stat(), is_named=False)
     elif stat.S_ISREG(status.st_mode):
-        _take(search, path, status, is_named=True)
+        _add_file(search, path, status, is_named=True)
     else:
         raise UserError(f"{path} is not a regular file (a pipe or a device): write its content to a file first")
 
 
-def _take(search: _Search, path: Path, status: os.stat_result, is_named: bool) -> None:
+def _add_file(search: _Search, path: Path, status: os.stat_result, is_named: bool) -> None:
     identity = (status.st_dev, status.st_ino)
-    if identity in search.seen:
-        search.twice.append(str(path))
+    if identity in search.identities:
+        search.duplicates.append(str(path))
         return
-    search.seen.add(identity)
+    search.identities.add(identity)
     search.files.append(FoundFile(path, is_named))
 
 
 def _walk(search: _Search, top: Path) -> Iterator[Path]:
-    """All files with a known ending. A directory that several links lead to is searched once, under its own name."""
+    """Yield all files with a suffix of text. A directory with several links is searched once, under its own name."""
     entered: set[_Identity] = set()
-    left = deque([top])
-    while left:
-        directory = left.popleft()
+    queue = deque([top])
+    while queue:
+        directory = queue.popleft()
         try:
             status = directory.stat()
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
@@ -108,20 +108,20 @@ def _walk(search: _Search, top: Path) -> Iterator[Path]:
             search.unreadable.append(f"{directory} ({error.strerror})")
             continue
         if (status.st_dev, status.st_ino) in entered:
-            search.twice.append(str(directory))
+            search.duplicates.append(str(directory))
             continue
         entered.add((status.st_dev, status.st_ino))
         if directory != top and _is_dataset(directory, entries):
             search.datasets.append(directory)
             continue
-        files, directories, links = _sorted_out(search, entries)
+        files, directories, links = _classify(search, entries)
         yield from files
-        left.extendleft(reversed(directories))
-        left.extend(links)  # after everything that is not a link
+        queue.extendleft(reversed(directories))
+        queue.extend(links)  # after all directories that are not links
 
 
-def _sorted_out(search: _Search, entries: list[os.DirEntry[str]]) -> tuple[list[Path], list[Path], list[Path]]:
-    """(files to read, directories to search, links to such), of one directory."""
+def _classify(search: _Search, entries: list[os.DirEntry[str]]) -> tuple[list[Path], list[Path], list[Path]]:
+    """Return (files to read, directories to search, links to directories) of one directory."""
     files: list[Path] = []
     directories: list[Path] = []
     links: list[Path] = []
@@ -142,7 +142,7 @@ def _sorted_out(search: _Search, entries: list[os.DirEntry[str]]) -> tuple[list[
         elif formats.is_searched(entry.name):
             files.append(path)
         else:
-            search.unknown[formats.ending_of(entry.name) or "without ending"] += 1
+            search.unknown[formats.suffix_of(entry.name) or "without suffix"] += 1
     return files, directories, links
 
 
@@ -153,28 +153,28 @@ def _reason(entry: os.DirEntry[str], error: OSError) -> str:
 
 
 def _is_dataset(directory: Path, entries: list[os.DirEntry[str]]) -> bool:
-    """Whether ``prepare`` has written it, or is writing it."""
+    """Return whether ``prepare`` has written or is writing this directory."""
     names = {entry.name for entry in entries}
     return directory.name.endswith(UNFINISHED) or (INDEX in names and any(name.endswith(SUFFIXES) for name in names))
 
 
 def _remarks(search: _Search) -> Iterator[str]:
     if search.unreadable:
-        yield f"cannot be read and left out: {_listed(search.unreadable)}"
-    if search.twice:
-        yield f"read once, though found twice: {_listed(search.twice)}"
+        yield f"left out because they cannot be read: {_listed(search.unreadable)}"
+    if search.duplicates:
+        yield f"read once although found more than once: {_listed(search.duplicates)}"
     if search.datasets:
-        yield f"prepared datasets are left out: {_listed(map(str, search.datasets))}"
+        yield f"prepared datasets left out: {_listed(map(str, search.datasets))}"
     if search.hidden:
         yield f"hidden files and directories left out: {search.hidden:,}"
     if search.special:
         yield f"pipes, sockets and devices left out: {search.special:,}"
     if search.unknown:
-        endings = (f"{count:,} {ending}" for ending, count in search.unknown.most_common())
-        yield f"files left out, by ending: {_listed(endings)}"
+        suffixes = (f"{count:,} {suffix}" for suffix, count in search.unknown.most_common())
+        yield f"files left out, by suffix: {_listed(suffixes)}"
 
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

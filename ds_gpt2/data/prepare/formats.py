@@ -1,4 +1,4 @@
-"""The format of a text file, by its name. Upper and lower case are the same."""
+"""The format of a text file, by its name; not case-sensitive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 PARQUET = (".parquet",)
 _PACKED = (".gz", ".zst")
 
-# Plain text too, but a directory may hold it for another reason: read only if the file itself is named.
+# Plain text, too, but directories have such files for other reasons: read only if the file itself is given.
 _OTHER_TEXT = (
     *(".adoc", ".asciidoc", ".htm", ".html", ".log", ".org", ".raw", ".tex", ".tokens", ".wiki", ".xhtml"),
     *(".c", ".cc", ".cpp", ".cs", ".css", ".cu", ".go", ".h", ".hpp", ".java", ".jl", ".js", ".kt", ".lua", ".php"),
@@ -26,11 +26,11 @@ _OTHER_TEXT = (
 
 _TABLE = "a table: write each row as one JSON object per line"
 _ARCHIVE = "an archive: unpack it and name the files or their directory"
-_COMPRESSED = "compressed in a way that is not read: unpack it, or compress it with gzip or zstd"
+_COMPRESSED = "of an unsupported compression: unpack it, or compress it with gzip or zstd"
 _OFFICE = "not plain text: save it as .txt"
 _TENSORS = "not text"
-_SHARD = "a token shard or an array, not text: a directory of shards needs no preparation, set data.dir to it"
-_WHAT = {
+_SHARD = "a token shard or an array, not text: a directory of shards needs no preparation; set data.dir to it"
+_DESCRIPTION = {
     **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro"), _TABLE),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _ARCHIVE),
     **dict.fromkeys((".bz2", ".xz", ".lz4", ".lzma", ".z", ".br", ".zstd", ".gzip"), _COMPRESSED),
@@ -57,55 +57,55 @@ def format_of(path: Path, form: Form | None = None) -> Format:
     """Return the format of a file that the user named.
 
     Args:
-        form: what the user says that the file is, whatever its ending.
+        form: overrides the suffix, but not that of a compression.
 
     Raises:
-        UserError: the ending is that of something else, or unknown.
+        UserError: the suffix is not that of text, or unknown.
     """
-    ending, packing = _endings(path.name)
+    suffix, packing = _suffixes(path.name)
     if form is not None:
         return Format(form, packing)
-    found = _form(ending, (*_PROSE, *_OTHER_TEXT, ""))
+    found = _form(suffix, (*_PROSE, *_OTHER_TEXT, ""))
     if found is None or (found == "parquet" and packing):
-        what = _WHAT.get(ending, f"of unknown format ({ending}{packing}): if it is plain text, give --format text")
-        raise UserError(f"{path} is {what}. Files that are read: {READABLE}")
+        unknown = f"of unknown format ({suffix}{packing}): if it is plain text, give --format text"
+        raise UserError(f"{path} is {_DESCRIPTION.get(suffix, unknown)}. Supported files: {READABLE}")
     return Format(found, packing)
 
 
 def is_searched(name: str) -> bool:
-    """Return whether a file of this name is taken from a directory."""
-    ending, packing = _endings(name)
-    form = _form(ending, _PROSE)
+    """Return whether a file of this name is read if it is found in a directory."""
+    suffix, packing = _suffixes(name)
+    form = _form(suffix, _PROSE)
     return form is not None and not (form == "parquet" and packing)
 
 
 def is_plain_json(name: str) -> bool:
-    """Return whether a file is called .json: JSON lines, or anything else that is JSON."""
-    return _endings(name)[0] == ".json"
+    """Return whether a file has the suffix .json, which may be JSON lines or any other JSON."""
+    return _suffixes(name)[0] == ".json"
 
 
-def ending_of(name: str) -> str:
-    """Return the ending of a name with its packing, in lower case; "" if there is none."""
-    return "".join(_endings(name))
+def suffix_of(name: str) -> str:
+    """Return the suffix of a name with that of its compression, in lower case; "" if there is none."""
+    return "".join(_suffixes(name))
 
 
 def stem_of(name: str) -> str:
-    """Return a name without its endings."""
-    ending = ending_of(name)
-    return name[: len(name) - len(ending)] if ending else name
+    """Return a name without its suffixes."""
+    suffix = suffix_of(name)
+    return name[: len(name) - len(suffix)] if suffix else name
 
 
-def _endings(name: str) -> tuple[str, str]:
-    """(ending, packing); a suffix that begins with a digit, as in ``notes.2024``, is a part of the name."""
+def _suffixes(name: str) -> tuple[str, str]:
+    """Return (suffix, suffix of the compression). A suffix that starts with a digit (``notes.2024``) does not count."""
     name = name.lower()
     packing = next((each for each in _PACKED if name.endswith(each) and len(name) > len(each)), "")
     suffix = Path(name.removesuffix(packing)).suffix
     return (suffix if re.match(r"\.[^\W\d]", suffix) else ""), packing
 
 
-def _form(ending: str, text: tuple[str, ...]) -> Form | None:
-    if ending in text:
+def _form(suffix: str, text: tuple[str, ...]) -> Form | None:
+    if suffix in text:
         return "text"
-    if ending in _JSON_LINES:
+    if suffix in _JSON_LINES:
         return "jsonl"
-    return "parquet" if ending in PARQUET else None
+    return "parquet" if suffix in PARQUET else None

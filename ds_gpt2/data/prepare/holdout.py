@@ -1,4 +1,4 @@
-"""Which tokens are held out for validation."""
+"""Rules that select the tokens held out for validation."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from ds_gpt2.data.dataset import Split
 
 
 class Holdout(Protocol):
-    """A rule; it sees only what comes before a piece, so it is the same when a preparation goes on."""
+    """A rule. It depends only on the preceding pieces, so a continued preparation gives the same result."""
 
     def split_of(self, number: int, is_last: bool, held_out: int) -> tuple[Split, int | None]:
-        """The split of a piece, and how many of its tokens at most; the rest goes to the other split.
+        """Return the split of a piece, and the most tokens of it for that split (None: all).
+
+        The remaining tokens go to the other split.
 
         Args:
             number: of the piece, from 1 on.
-            is_last: whether no piece comes after it.
+            is_last: whether no piece follows.
             held_out: validation tokens so far.
         """
 
 
 @dataclass(frozen=True)
 class EveryPiece:
-    """Each ``every``-th; the last one if there are fewer: a sample of everything, for text in any order."""
+    """Hold out every ``every``-th piece, or the last one if there are fewer: a sample of text in any order."""
 
     every: int
 
     def split_of(self, number: int, is_last: bool, held_out: int) -> tuple[Split, int | None]:
-        alone = is_last and 1 < number < self.every
-        return ("val" if number % self.every == 0 or alone else "train"), None
+        is_only_one = is_last and 1 < number < self.every
+        return ("val" if number % self.every == 0 or is_only_one else "train"), None
 
 
 @dataclass(frozen=True)
 class FirstTokens:
-    """The first ``tokens``, as build-nanogpt's fineweb.py does with its first shard."""
+    """Hold out the first ``tokens`` tokens, as build-nanogpt's fineweb.py holds out its first shard."""
 
     tokens: int
 
     def split_of(self, number: int, is_last: bool, held_out: int) -> tuple[Split, int | None]:
-        room = self.tokens - held_out
-        return ("val", room) if room > 0 else ("train", None)
+        missing = self.tokens - held_out
+        return ("val", missing) if missing > 0 else ("train", None)

@@ -1,7 +1,7 @@
-"""Files of a dataset on the Hugging Face hub: what there is, and fetching it, with patience.
+"""List and download the files of a dataset on the Hugging Face hub, with retries.
 
-``HF_ENDPOINT`` names another hub, ``HF_TOKEN`` opens what is gated; both are read by huggingface_hub itself. A transfer
-that breaks off goes on where it was, also in another process.
+huggingface_hub itself reads ``HF_ENDPOINT`` (another hub) and ``HF_TOKEN`` (access to gated datasets). An interrupted
+download continues where it stopped, also in another process.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.data import hub_client
+from ds_gpt2.data.hub_client import endpoint, first_line
 from ds_gpt2.data.prepare.documents import COLUMN
 from ds_gpt2.data.prepare.formats import PARQUET
 from ds_gpt2.data.prepare.hub_datasets import Repository
@@ -25,39 +27,39 @@ from ds_gpt2.data.shards import sha256
 
 log = logging.getLogger(__name__)
 
-_TRIES = 12  # of a file, of which there may be thousands: minutes
-_FIRST_TRIES = 4  # of the list of them, while a person looks on
-_LONGEST_WAIT = 120.0  # seconds
-_BYTES_PER_TOKEN = 2.86  # of parquet: FineWeb-Edu's 10BT sample, see published.py
-_CONVERTED = "refs/convert/parquet"  # where the hub keeps what it has made of other formats
+_FILE_ATTEMPTS = 12  # several minutes; a dataset may have thousands of files
+_LIST_ATTEMPTS = 4  # several seconds, as the user waits for the first answer
+_LONGEST_PAUSE = 120.0  # seconds
+_BYTES_PER_TOKEN = 2.86  # of parquet: FineWeb-Edu's 10BT sample, see hub_datasets.py
+_CONVERTED = "refs/convert/parquet"  # revision with the hub's own conversion of other formats
 
-_TEST_SPLIT = re.compile(r"(^|/)test(-\d+-of-\d+\.|[./])")  # as the hub's tools name a split's files or directory
+_TEST_SPLIT = re.compile(r"(^|/)test(-\d+-of-\d+\.|[./])")  # the names that the hub's tools give
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file at one revision."""
+    """A file of a repository at one commit."""
 
     repository: str
-    revision: str  # a commit
+    revision: str  # commit
     path: str
-    size: int
-    mark: str  # of its content
-    sha256: str | None
+    size: int  # bytes
+    mark: str  # identifies its content
+    sha256: str | None  # None for a file that is not stored by Git LFS
 
 
-def list_files(repository: Repository, endings: Sequence[str]) -> list[HubFile]:
-    """All files with these endings, by name, at the newest commit of the revision.
+def list_files(repository: Repository, suffixes: Sequence[str]) -> list[HubFile]:
+    """Return all files with these suffixes, sorted by path, at the newest commit of the revision.
 
     Raises:
-        UserError: there is no such dataset, none of its files ends so, or the hub cannot be reached.
+        UserError: there is no such dataset, or the hub cannot be reached.
     """
-    library = _library()
+    library = hub_client.library()
     api = library.HfApi()
 
-    def ask() -> list[HubFile]:
+    def request() -> list[HubFile]:
         commit = api.dataset_info(repository.name, revision=repository.revision).sha
         found = api.list_repo_tree(
             repository.name, repository.path or None, recursive=True, revision=commit, repo_type="dataset"
@@ -72,22 +74,22 @@ def list_files(repository: Repository, endings: Sequence[str]) -> list[HubFile]:
                 each.lfs.sha256 if each.lfs else None,
             )
             for each in found
-            if getattr(each, "size", None) is not None and each.path.endswith(tuple(endings))
+            if getattr(each, "size", None) is not None and each.path.endswith(tuple(suffixes))
         ]
 
-    files = _patiently(ask, f"{repository.name} on {_endpoint()}", _FIRST_TRIES)
+    files = _with_retries(request, f"{repository.name} on {endpoint()}", _LIST_ATTEMPTS)
     return sorted(files, key=lambda file: file.path)
 
 
 def fetch(file: HubFile, directory: Path) -> Path:
-    """Have ``file`` below ``directory``, whole.
+    """Download ``file`` to ``directory``, unless it is there, and return its path.
 
     Raises:
-        UserError: it cannot be had, or what comes is not what the hub says it is.
+        UserError: it cannot be downloaded, or its size or checksum does not match.
     """
-    library = _library()
+    library = hub_client.library()
 
-    def get() -> Path:
+    def download() -> Path:
         path = Path(
             library.hf_hub_download(
                 file.repository, file.path, repo_type="dataset", revision=file.revision, local_dir=directory
@@ -95,15 +97,15 @@ def fetch(file: HubFile, directory: Path) -> Path:
         )
         if path.stat().st_size != file.size or (file.sha256 and sha256(path) != file.sha256):
             path.unlink()
-            raise OSError("what came is not what was sent")
+            raise OSError("checksum mismatch")
         return path
 
-    return _patiently(get, f"{file.path} of {file.repository}", _TRIES)
+    return _with_retries(download, f"{file.path} of {file.repository}", _FILE_ATTEMPTS)
 
 
 @dataclass
-class Fetched:
-    """A part of a source: a parquet file, fetched when it is read or a little before, and removed afterwards."""
+class HubPart:
+    """A part of a source: a parquet file that is downloaded shortly before it is read, and removed afterwards."""
 
     file: HubFile
     directory: Path
@@ -133,7 +135,7 @@ class Fetched:
 
     def prefetch(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._fetch, daemon=True)  # Ctrl+C does not wait for it
+            self._thread = threading.Thread(target=self._fetch, daemon=True)  # so that Ctrl+C does not wait
             self._thread.start()
 
     def documents(self, skip: int) -> Iterator[str | None]:
@@ -155,82 +157,69 @@ class Fetched:
 
 
 def hub_source(repository: Repository, column: str, directory: Path) -> Source:
-    """All parquet files of a dataset, of which one is on the disk and the next one on its way.
+    """Return the parquet files of a dataset as a source. At most two of them are on the disk.
 
     Args:
-        directory: where they are while they are read.
+        directory: for the downloaded files.
 
     Raises:
-        UserError: it has none.
+        UserError: there is no such dataset or it has no parquet files, or the hub cannot be reached.
     """
     listed = list_files(repository, PARQUET) or _converted(repository)
     files = [file for file in listed if not _TEST_SPLIT.search(file.path)] or listed
     if len(files) < len(listed):
-        log.warning(f"{repository.name}: {len(listed) - len(files)} files of its test split are left out")
-    return Source(source_name(repository, files), [Fetched(file, directory, column) for file in files])
+        log.warning(f"{repository.name}: {len(listed) - len(files)} files of its test split left out")
+    return Source(source_name(repository, files), [HubPart(file, directory, column) for file in files])
 
 
 def source_name(repository: Repository, files: Sequence[HubFile]) -> str:
-    """For people: the dataset, its directory and commit."""
+    """Return a name for display: the dataset, its directory and commit."""
     return f"{repository.name}/{repository.path}".rstrip("/") + f" at {files[0].revision[:12]}"
 
 
 def _converted(repository: Repository) -> list[HubFile]:
-    """What the hub has made of a dataset in another format.
+    """Return the hub's own conversion of a dataset of another format to parquet.
 
     Raises:
-        UserError: nothing, or a part of it.
+        UserError: there is none, or only of a part of the dataset.
     """
     try:
         files = list_files(Repository(repository.name, repository.path, _CONVERTED), PARQUET)
     except UserError:
         files = []
     if not files or any("partial-" in file.path for file in files):
-        raise UserError(f"{repository.name} has no parquet files: fetch it yourself, then `prepare text FILE...`")
+        raise UserError(
+            f"{repository.name} has no parquet files: download it yourself, then use `prepare text FILE...`"
+        )
     return files
 
 
-def _patiently(ask: Callable[[], Result], what: str, tries: int) -> Result:
-    """Again and again, with growing pauses, while the hub is busy or the network is away.
+def _with_retries(request: Callable[[], Result], what: str, attempts: int) -> Result:
+    """Return the result of ``request``; after temporary errors retry it with growing pauses.
 
     Raises:
-        UserError: it is not there, not ours to have, or does not come after all.
+        UserError: ``what`` does not exist or access is denied, or all attempts failed.
     """
-    errors = _library().errors
-    for number in range(tries):
+    errors = hub_client.library().errors
+    for attempt in range(attempts):
         try:
-            return ask()
+            return request()
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
             if isinstance(error, errors.GatedRepoError):
-                raise UserError(f"{what}: gated; ask for access on its page, then set HF_TOKEN") from None
-            raise UserError(f"{what}: there is no such dataset, or only for those with an HF_TOKEN") from None
+                raise UserError(f"{what} is gated: request access on its page, then set HF_TOKEN") from None
+            raise UserError(f"{what}: there is no such dataset, or it requires an HF_TOKEN") from None
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if not _passes(error, status) or number == tries - 1:
-                raise UserError(f"{what} cannot be had: {_first_line(error)}") from None
-            pause = min(_LONGEST_WAIT, 2.0**number)
-            log.warning(f"{what}: {_first_line(error)}; once more in {pause:.0f} s")
+            if not _is_temporary(error, status) or attempt == attempts - 1:
+                raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from None
+            pause = min(_LONGEST_PAUSE, 2.0**attempt)
+            log.warning(f"{what}: {first_line(error)}; retrying in {pause:.0f} s")
             time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _passes(error: Exception, status: int | None) -> bool:
-    """Whether it may be better next time."""
+def _is_temporary(error: Exception, status: int | None) -> bool:
+    """Return whether a retry may succeed."""
     if status is not None:
         return status in (408, 429) or status >= 500
     return isinstance(error, OSError) or "httpx" in type(error).__module__
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _endpoint() -> str:
-    return str(_library().constants.ENDPOINT)
-
-
-def _library() -> Any:
-    import huggingface_hub.constants  # takes a part of a second
-    import huggingface_hub.errors
-
-    return huggingface_hub

@@ -1,8 +1,8 @@
-"""The directory that a preparation writes to, and how it becomes the dataset that was asked for.
+"""The unfinished directory of a preparation, and its publication as the requested dataset.
 
-A directory that does not exist yet is made beside its name, as ``NAME.unfinished``, and renamed when it is whole. One
-that exists, and is empty, stays: it may be a mount point, or the target of a link. It is filled from ``.unfinished``
-within it, its index last.
+If ``NAME`` does not exist, ``NAME.unfinished`` is created beside it and renamed when it is complete. If ``NAME`` is an
+empty directory, it is retained, because it may be a mount point or the target of a link: the files are written to
+``NAME/.unfinished`` and then moved to ``NAME``, the index last.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ds_gpt2.common.formatting import size
 from ds_gpt2.data.dataset import INDEX, UNFINISHED, Shard
 
 NOTE, _LOCK = "progress.json", "lock"
-_NEW_DISK = "lost+found"  # what an empty file system has in it
+_NEW_DISK = "lost+found"  # directory of an empty file system
 
 
-def workplace(out: Path) -> Path:
+def unfinished_directory(out: Path) -> Path:
     """Return the directory in which ``out`` is prepared."""
     target = _target(out)
     beside = target.with_name(target.name + UNFINISHED) if target.name else target / UNFINISHED
@@ -32,41 +32,41 @@ def workplace(out: Path) -> Path:
 
 @contextlib.contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """Make the directory that will be ``out``, for this process alone.
+    """Create and lock the unfinished directory of ``out``.
 
-    It is removed after an error if there is nothing in it to continue from.
+    After an error it is removed if it has nothing to continue from.
 
     Raises:
-        UserError: ``out`` exists and is not empty, another process is at it, or it cannot be made.
+        UserError: ``out`` exists and is not empty, another process prepares it, or it cannot be created.
     """
     try:
-        directory, target = workplace(out), _target(out)
+        directory, target = unfinished_directory(out), _target(out)
         if _is_taken(target, directory):
-            raise UserError(f"{out} exists already and is no empty directory: remove it, or give another --out DIR")
+            raise UserError(f"{out} already exists and is not an empty directory: remove it, or give another --out DIR")
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
     with files.lock(directory / _LOCK, f"{directory}"):
         try:
-            _take_back(directory, target)
+            _move_back(directory, target)
             yield directory
         except UserError:
-            if directory.exists() and not any(_is_worth_keeping(path.name) for path in directory.iterdir()):
+            if directory.exists() and not any(_is_useful(path.name) for path in directory.iterdir()):
                 shutil.rmtree(directory)
             raise
 
 
 def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None:
-    """Give a whole dataset its index and its name; what else lies there is removed.
+    """Write the index of a complete dataset, remove other files, and move it to ``out``.
 
     Raises:
-        UserError: it cannot be moved; the same command continues from the last note.
+        UserError: it cannot be moved; the same command tries again.
     """
     target = _target(out)
     replace_file(directory / INDEX, index, durable=True)
-    wanted = {INDEX, NOTE, _LOCK, *(shard.file for shard in shards)}
+    retained = {INDEX, NOTE, _LOCK, *(shard.file for shard in shards)}
     for other in directory.iterdir():
-        if other.name not in wanted:
+        if other.name not in retained:
             remove_tree(other)
     files.sync_directory(directory)
     try:
@@ -77,33 +77,34 @@ def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None
         files.sync_directory(target.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            _take_back(directory, target)
+            _move_back(directory, target)
         raise UserError(
-            f"the dataset is complete in {directory} but cannot be moved to {out} ({error.strerror}): fix that and run"
-            " the same command again, or use it where it is"
+            f"the dataset is complete in {directory} but cannot be moved to {out} ({error.strerror}): fix this and run"
+            f" the same command again, or use {directory}"
         ) from None
 
 
-def check_room(directory: Path, needed: float, what: str) -> None:
-    """
+def check_free_space(directory: Path, needed: float, what: str) -> None:
+    """Check that the disk of ``directory`` has ``needed`` bytes for ``what``.
+
     Raises:
-        UserError: the disk has not ``needed`` bytes for ``what``.
+        UserError: it does not.
     """
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{directory.parent} has {size(free)} free, some {size(int(needed))} are needed for {what}: make room,"
+            f"{directory.parent} has {size(free)} free, but {what} need about {size(int(needed))}: free some space,"
             " give --out on another disk, or fewer --tokens"
         )
 
 
 def _target(out: Path) -> Path:
-    """Where ``out`` really is: a link stays, and what it leads to is written."""
+    """Return the directory to write: for a link, its target."""
     return Path(os.path.realpath(out)) if out.is_symlink() or ".." in out.parts else out.absolute()
 
 
 def _is_taken(target: Path, directory: Path) -> bool:
-    """Whether something else than this preparation is there."""
+    """Return whether ``target`` has content that is not of this preparation."""
     if not target.is_dir():
         return os.path.lexists(target)
     ours = {UNFINISHED, *_shards_of(directory)} if directory.parent == target else set()
@@ -114,8 +115,8 @@ def _is_new_disk(path: Path) -> bool:
     return path.name == _NEW_DISK and path.is_dir()
 
 
-def _is_worth_keeping(name: str) -> bool:
-    """Whether a preparation can continue from it; without a note, not from what was written of a shard."""
+def _is_useful(name: str) -> bool:
+    """Return whether a preparation can continue from this file. An unfinished shard is useless without a note."""
     return name != _LOCK and not name.endswith(f".bin{UNFINISHED}")
 
 
@@ -131,12 +132,12 @@ def _move_out(directory: Path, target: Path, shards: list[Shard]) -> None:
     for shard in shards:
         (directory / shard.file).rename(target / shard.file)
     files.sync_directory(target)
-    (directory / INDEX).rename(target / INDEX)  # from here on it is the dataset
+    (directory / INDEX).rename(target / INDEX)  # this completes the dataset
     files.sync_directory(target)
-    shutil.rmtree(directory, ignore_errors=True)  # NFS keeps the lock, which is open, under another name
+    shutil.rmtree(directory, ignore_errors=True)  # NFS keeps the open lock under another name
 
 
-def _take_back(directory: Path, target: Path) -> None:
+def _move_back(directory: Path, target: Path) -> None:
     """Undo a move that was interrupted."""
     for name in _shards_of(directory) if directory.parent == target else ():
         if (target / name).exists() and not (directory / name).exists():
@@ -144,7 +145,7 @@ def _take_back(directory: Path, target: Path) -> None:
 
 
 def _shards_of(directory: Path) -> list[str]:
-    """Names of the shards, if all of them were there before."""
+    """Return the names of the shards in the index; none if there is no index yet."""
     try:
         index = safe_json.read(directory / INDEX)
         return [Path(shard["file"]).name for shard in index["shards"]]

@@ -1,4 +1,4 @@
-"""Parquet files to documents: one column, some rows at a time."""
+"""Read documents from one column of a parquet file, in batches of rows."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.data.prepare.unpacking import needs
+from ds_gpt2.data.prepare.unpacking import missing_package
 
-_MOST_ROWS, _BATCH_BYTES = 1000, 4_000_000  # at once
-_BUFFER_BYTES = 1 << 20  # pyarrow would else read a whole column before its first row
+_MOST_ROWS, _BATCH_BYTES = 1000, 4_000_000  # of a batch
+_BUFFER_BYTES = 1 << 20  # without it pyarrow reads a whole column of a row group before the first row
 
 
 def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | None]:
-    """Return the strings of one column from row ``skip`` on.
+    """Yield the strings of one column from row ``skip`` on.
 
     Raises:
-        UserError: it is cut or no parquet file, has no such column, or one that is not text.
+        UserError: the file is truncated or not parquet, or the column is missing or not text.
     """
     with _opened(path, column) as file:
         first, skip = _first_row_group(file, skip)
         for group in range(first, file.num_row_groups):
-            rows_at_once = _rows_at_once(file.metadata.row_group(group))
-            for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[column]):
+            batch_size = _batch_size(file.metadata.row_group(group))
+            for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column]):
                 rows = batch.column(0)
                 if skip < len(rows):
                     yield from _strings(rows, skip)
@@ -32,7 +32,7 @@ def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | 
 
 
 def check_parquet(path: Path, column: str) -> None:
-    """Look at the file's schema.
+    """Check the schema of a file.
 
     Raises:
         UserError: see ``parquet_documents``.
@@ -47,7 +47,7 @@ def _opened(path: Path, column: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise needs(path, "pyarrow") from None
+        raise missing_package(path, "pyarrow") from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             _check_column(path, file.schema_arrow, column)
@@ -60,25 +60,25 @@ def _opened(path: Path, column: str) -> Iterator[Any]:
 def _check_column(path: Path, schema: Any, column: str) -> None:
     names = schema.names
     if column not in names:
-        raise UserError(f"{path} has no column {column!r} but {', '.join(names)}: give --column")
+        raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)}: give --column")
     if names.count(column) > 1:
         raise UserError(f"{path} has {names.count(column)} columns {column!r}: rename them, or give another --column")
-    kind = schema.field(column).type
-    if not _is_text(kind):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not text: give --column")
+    dtype = schema.field(column).type
+    if not _is_text(dtype):
+        raise UserError(f"{path}: column {column!r} is of type {dtype}, not text: give --column")
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether its values are strings, however they are stored."""
+def _is_text(dtype: Any) -> bool:
+    """Return whether values of this type are strings, in any representation."""
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if types.is_dictionary(dtype):
+        return _is_text(dtype.value_type)
+    return types.is_string(dtype) or types.is_large_string(dtype) or types.is_string_view(dtype)
 
 
 def _first_row_group(file: Any, skip: int) -> tuple[int, int]:
-    """(the row group in which row ``skip`` lies, rows of it before that)."""
+    """Return (the row group of row ``skip``, the number of its rows before that row)."""
     for number in range(file.num_row_groups):
         rows = file.metadata.row_group(number).num_rows
         if skip < rows:
@@ -87,12 +87,12 @@ def _first_row_group(file: Any, skip: int) -> tuple[int, int]:
     return file.num_row_groups, skip
 
 
-def _rows_at_once(group: Any) -> int:
+def _batch_size(group: Any) -> int:
     return max(1, min(_MOST_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
 
 
 def _strings(rows: Any, skip: int) -> list[str | None]:
-    """Parquet does not check that text is UTF-8; invalid bytes become U+FFFD."""
+    """Return the rows from ``skip`` on. Invalid UTF-8, which parquet files may contain, is replaced by U+FFFD."""
     import pyarrow
 
     rows = rows.slice(skip)

@@ -1,4 +1,4 @@
-"""Token shards that others have published: fetched, checked, indexed."""
+"""Download, verify and index token shards that others have published."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.data.dataset import Dataset, Shard, index_of, open_dataset, split_of
+from ds_gpt2.data.dataset import Dataset, Shard, index_content, open_dataset
 from ds_gpt2.data.inspect import read_shard
 from ds_gpt2.data.prepare.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.prepare.hub_datasets import Repository
-from ds_gpt2.data.prepare.output import check_room, publish, unfinished
+from ds_gpt2.data.prepare.output import check_free_space, publish, unfinished
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens, sha256
+from ds_gpt2.data.split_names import split_of
 
 log = logging.getLogger(__name__)
 
 
 def fetch_shards(repository: Repository, out: Path, tokens: int | None) -> Dataset:
-    """The validation shards, and training shards in the order of their names until there are ``tokens``.
+    """Download all validation shards, and training shards in the order of their names until they have ``tokens``.
+
+    Args:
+        tokens: of training; None: all.
 
     Raises:
-        UserError: ``out`` exists, the disk has no room, a shard cannot be had or is none of GPT-2's tokens.
+        UserError: ``out`` exists, the disk is full, or a shard cannot be downloaded or is not of GPT-2's tokens.
     """
     with unfinished(out) as directory:
         files = _chosen(list_files(repository, (".bin",)), repository, tokens)
-        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        check_room(directory, sum(file.size for file in files) - there, f"{len(files)} shards")
-        bar = tqdm(files, desc="fetching", unit="shard", disable=not sys.stderr.isatty())
+        present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        check_free_space(directory, sum(file.size for file in files) - present, f"{len(files)} shards")
+        bar = tqdm(files, desc="downloading", unit="shard", disable=not sys.stderr.isatty())
         shards = [_checked(fetch(file, directory), directory, file) for file in bar]
-        publish(directory, out, shards, index_of(shards, source_name(repository, files), {}))
+        publish(directory, out, shards, index_content(shards, source_name(repository, files), {}))
     return open_dataset(out)
 
 
@@ -45,7 +49,7 @@ def _chosen(files: list[HubFile], repository: Repository, tokens: int | None) ->
     if len({Path(file.path).name for file in (*held_out, *training)}) < len(held_out) + len(training):
         raise UserError(f"{repository.name} has shards of the same name in several directories")
     if test := [file.path for file, split in splits if split is None]:
-        log.warning(f"{repository.name}: {len(test)} shards are for testing by their names and are not used")
+        log.warning(f"{repository.name}: {len(test)} shards are a test split by their names and are not used")
     ends = itertools.accumulate(map(_tokens_in, training))
     enough = next((number for number, end in enumerate(ends, start=1) if tokens and end >= tokens), len(training))
     return [*held_out, *training[:enough]]
@@ -56,9 +60,10 @@ def _tokens_in(file: HubFile) -> int:
 
 
 def _checked(path: Path, directory: Path, file: HubFile) -> Shard:
-    """
+    """Move a downloaded shard to ``directory`` and return its entry for the index.
+
     Raises:
-        UserError: it is no shard, or not of GPT-2's tokens.
+        UserError: it is not a shard, or not of GPT-2's tokens.
     """
     if path.parent != directory:
         path = path.rename(directory / path.name)

@@ -1,4 +1,4 @@
-"""A text that holds many documents, split where a separator stands between them."""
+"""Split texts into documents at a separator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_gpt2.data.prepare.documents import BLOCK_CHARACTERS, Document
 
 @dataclass
 class Separator:
-    """A text that stands between documents, and whether it has occurred."""
+    """A text between documents, and whether it has occurred."""
 
     text: str
     found: bool = False
@@ -23,7 +23,7 @@ class Separator:
 
 
 def split_all(documents: Iterable[Document], separator: Separator) -> Iterator[Document]:
-    """Split every document; what is damaged or null stays as it is."""
+    """Split every document; damaged documents and null are unchanged."""
     for document in documents:
         if isinstance(document, str):
             yield from separator.split(document)
@@ -34,7 +34,7 @@ def split_all(documents: Iterable[Document], separator: Separator) -> Iterator[D
 
 
 def split_blocks(blocks: Iterable[str], separator: Separator) -> Iterator[Document]:
-    """Split a text that comes in blocks; a long document comes in blocks again."""
+    """Split a text given in blocks; long documents are yielded in blocks."""
     blocks = iter(blocks)
     rest = ""
     for block in blocks:
@@ -43,33 +43,33 @@ def split_blocks(blocks: Iterable[str], separator: Separator) -> Iterator[Docume
         if len(rest) > BLOCK_CHARACTERS:
             long = _Long(rest, blocks, separator)
             yield long
-            for _ in long:  # what was not read of it
+            for _ in long:  # skip what the caller did not read
                 pass
-            *whole, rest = separator.split(long.behind)
+            *whole, rest = separator.split(long.following)
             yield from whole
     yield rest
 
 
 class _Long:
-    """One document up to its separator. It can be read once, in several turns."""
+    """The blocks of one document up to its separator; an iterator that can be read once."""
 
-    def __init__(self, begin: str, blocks: Iterator[str], separator: Separator) -> None:
-        self.behind = ""  # what has been read behind its separator
-        self._blocks = self._read(begin, blocks, separator)
+    def __init__(self, first: str, blocks: Iterator[str], separator: Separator) -> None:
+        self.following = ""  # text read after the separator
+        self._blocks = self._read(first, blocks, separator)
 
     def __iter__(self) -> Iterator[str]:
         return self._blocks
 
-    def _read(self, begin: str, blocks: Iterator[str], separator: Separator) -> Iterator[str]:
-        held = begin  # a separator may begin in its last characters
+    def _read(self, first: str, blocks: Iterator[str], separator: Separator) -> Iterator[str]:
+        buffer = first  # a separator may start in its last characters
         for block in blocks:
-            text, found, behind = (held + block).partition(separator.text)
+            text, found, following = (buffer + block).partition(separator.text)
             if found:
                 separator.found = True
-                self.behind = behind
+                self.following = following
                 yield text
                 return
-            keep = len(text) - len(separator.text) + 1
-            yield text[:keep]
-            held = text[keep:]
-        yield held
+            safe = len(text) - len(separator.text) + 1
+            yield text[:safe]
+            buffer = text[safe:]
+        yield buffer

@@ -1,4 +1,4 @@
-"""Shards being written: they can be cut back to any length, and appear under their names only when they are full."""
+"""Write shards that can be truncated to any earlier length, and get their final names only when they are full."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _UNFINISHED = ".unfinished"
 
 @dataclass
 class Written:
-    """What of a split is there."""
+    """What has been written of a split."""
 
-    shards: list[Shard] = field(default_factory=list)  # full ones
-    tokens: int = 0  # in the one after them
-    full: int = field(init=False)  # tokens of the full ones
+    shards: list[Shard] = field(default_factory=list)  # full shards
+    tokens: int = 0  # in the unfinished shard
+    full: int = field(init=False)  # tokens of the full shards
 
     def __post_init__(self) -> None:
         self.full = sum(shard.tokens for shard in self.shards)
 
     @property
     def total(self) -> int:
+        """Tokens of the full shards and the unfinished one."""
         return self.full + self.tokens
 
     def finish(self, shard: Shard) -> None:
+        """Record that the unfinished shard has become ``shard``."""
         self.shards.append(shard)
         self.full += shard.tokens
         self.tokens = 0
@@ -42,8 +44,8 @@ class Written:
         return Written([Shard(**shard) for shard in content["shards"]], int(content["tokens"]))
 
 
-def is_there(directory: Path, split: Split, written: Written) -> bool:
-    """Return whether what was noted as written has its full length in ``directory``."""
+def is_complete(directory: Path, split: Split, written: Written) -> bool:
+    """Return whether all tokens in ``written`` are present in ``directory``, by the sizes of the files."""
     sizes = {shard.file: shard.bytes for shard in written.shards}
     if any(_size(directory / file) != size for file, size in sizes.items()):
         return False
@@ -53,45 +55,47 @@ def is_there(directory: Path, split: Split, written: Written) -> bool:
 
 
 class SplitWriter:
-    """Numbers the shards of one split and begins a new one when the current is full."""
+    """Writes the numbered shards of one split."""
 
     def __init__(self, directory: Path, split: Split, shard_tokens: int, written: Written) -> None:
         """
         Args:
-            written: what is to be kept of what lies in ``directory``; the rest is overwritten.
+            shard_tokens: tokens of a full shard.
+            written: what to retain of the files in ``directory``; updated by ``write``. The rest is overwritten.
         """
         self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
         self.written = written
         self._file: BinaryIO | None = None
         if written.tokens:
-            self._go_on()
+            self._continue_shard()
 
     def write(self, tokens: Tokens) -> None:
+        """Append ``tokens``, (n,) uint16, starting new shards as needed."""
         while len(tokens):
             if self._file is None:
                 self._file = open_for_writing(self._unfinished, "wb")
                 self._file.write(bytes(HEADER_BYTES))
-            room = self._shard_tokens - self.written.tokens
-            self._file.write(tokens[:room].astype("<u2").tobytes())
-            self.written.tokens += len(tokens[:room])
-            tokens = tokens[room:]
+            missing = self._shard_tokens - self.written.tokens
+            self._file.write(tokens[:missing].astype("<u2").tobytes())
+            self.written.tokens += len(tokens[:missing])
+            tokens = tokens[missing:]
             if self.written.tokens == self._shard_tokens:
                 self._finish()
 
     def sync(self) -> None:
-        """What is written is on the medium when this returns."""
+        """Flush everything written to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> list[Shard]:
-        """Finish the last shard; returns all."""
+        """Finish the last shard and return all shards."""
         if self._file is not None:
             self._finish()
         return self.written.shards
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the unfinished shard without finishing it."""
         if self._file is not None:
             self._file.close()
 
@@ -103,10 +107,10 @@ class SplitWriter:
     def _unfinished(self) -> Path:
         return _unfinished(self._path)
 
-    def _go_on(self) -> None:
-        """Cut back what was written after the last note."""
+    def _continue_shard(self) -> None:
+        """Open the unfinished shard and discard what was written after the last note."""
         if not self._unfinished.exists():
-            self._path.rename(self._unfinished)  # it was finished, but that was not noted any more
+            self._path.rename(self._unfinished)  # it was finished after the last note
         self._file = self._unfinished.open("r+b")
         self._file.truncate(HEADER_BYTES + TOKEN_BYTES * self.written.tokens)
         self._file.seek(0, os.SEEK_END)
@@ -133,5 +137,5 @@ def _unfinished(path: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    """Of a file; -1 if it is not there."""
+    """Return the size of a file in bytes; -1 if it does not exist."""
     return path.stat().st_size if path.exists() else -1

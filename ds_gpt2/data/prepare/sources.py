@@ -1,4 +1,4 @@
-"""Where documents come from: an ordered list of parts, files mostly, each of which can be read from any document on."""
+"""Sources of documents: an ordered list of parts, mostly files, each readable from any document on."""
 
 from __future__ import annotations
 
@@ -14,95 +14,97 @@ from typing import Any, Protocol
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.prepare import formats
+from ds_gpt2.data.prepare.decoding import check_text, checked_blocks, checked_lines, open_text
 from ds_gpt2.data.prepare.documents import BLOCK_CHARACTERS, COLUMN, Document
 from ds_gpt2.data.prepare.files import FoundFile, find_files
 from ds_gpt2.data.prepare.formats import Form, Format, format_of
 from ds_gpt2.data.prepare.jsonl import check_jsonl, jsonl_documents
 from ds_gpt2.data.prepare.parquet import check_parquet, parquet_documents
 from ds_gpt2.data.prepare.separators import Separator, split_all
-from ds_gpt2.data.prepare.unpacking import check_text, checked_blocks, checked_lines, named, open_text
+from ds_gpt2.data.prepare.unpacking import naming_errors
 
 log = logging.getLogger(__name__)
 
-# Bytes of a file that make a token, about: English text, the same packed, and FineWeb-Edu's parquet files (its card's
-# 10BT sample: 28.5 GB, 9.96 B tokens). Only to say how long it will take and how much disk.
+# Approximate bytes of a file per token, for estimates of time and disk space: English text, compressed text, and
+# FineWeb-Edu's parquet files (10BT sample: 28.5 GB, 9.96 B tokens by its card).
 _BYTES_PER_TOKEN = {"": 4.3, ".gz": 1.7, ".zst": 1.6, "parquet": 2.8}
 
-_READER = "text 2"  # changes when the documents of a text file change, for preparations that are continued
+_READER = "text 2"  # to be changed with the documents of text files, so that no preparation mixes two readers
 _MOST_WARNINGS = 5
 
 
 class SourcePart(Protocol):
-    """A stretch of a source."""
+    """A part of a source, such as a file."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def size(self) -> int:
-        """Bytes, as it lies at its origin."""
+        """Size in bytes where it is stored."""
 
     @property
     def mark(self) -> str:
-        """Changes when its content does."""
+        """Identifies the content: it changes with it."""
 
     @property
     def reading(self) -> tuple[str, ...]:
-        """How its documents are found in its content, where that can differ."""
+        """Options that determine the documents found in the content."""
 
     @property
     def tokens(self) -> float:
-        """About how many it will make."""
+        """Estimated number of tokens."""
 
     def documents(self, skip: int) -> Iterator[Document]:
-        """From document ``skip`` on; what comes in blocks is read before the next is asked for.
+        """Yield the documents from number ``skip`` on. The blocks of a document must be read before the next one.
 
         Raises:
-            UserError: it cannot be read, or is not what it should be.
+            UserError: it cannot be read, or has another format or encoding.
         """
 
     def prefetch(self) -> None:
-        """It is the next one that will be read."""
+        """Prepare to be read next."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a dataset is made of."""
+    """The text of a dataset."""
 
-    name: str  # for people
+    name: str  # for display
     parts: Sequence[SourcePart]
-    separator: Separator | None = None  # that splits documents
+    separator: Separator | None = None  # splits the documents of all parts
 
     @property
     def tokens(self) -> float:
-        """About how many it will make."""
+        """Estimated number of tokens."""
         return sum(part.tokens for part in self.parts)
 
     def identity(self) -> list[list[Any]]:
-        """What must be the same when a preparation is continued."""
+        """Return what must be equal for a preparation to continue."""
         return [[part.name, part.size, part.mark, *part.reading] for part in self.parts]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the user wants files to be read."""
+    """Options for reading files."""
 
-    column: str = COLUMN
+    column: str = COLUMN  # column or field with the text
     separator: str | None = None  # splits a document into several
-    encoding: str | None = None  # None: UTF-8, or what a byte order mark says
-    form: Form | None = None  # of named files, whatever their endings
+    encoding: str | None = None  # None: that of the byte order mark, or UTF-8
+    form: Form | None = None  # format of files given by the user; None: by the suffix
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A text file, which is one document; or one of JSON lines or a parquet file, whose column or field is given."""
+    """A text file, which is one document, or a file of JSON lines or parquet, with one document per line or row."""
 
     path: Path
     column: str = COLUMN
     separator: str | None = None
     encoding: str | None = None
     form: Form | None = None
-    watch: Separator | None = field(default=None, compare=False)  # is informed when ``separator`` occurs
+    # Shared by all files of a source; records whether ``separator`` occurs.
+    watch: Separator | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -120,8 +122,8 @@ class LocalFile:
     def reading(self) -> tuple[str, ...]:
         options = {"column": self.column, "separator": self.separator, "encoding": self.encoding, "form": self.form}
         defaults = {"column": COLUMN}
-        given = [f"{name} {value}" for name, value in options.items() if value != defaults.get(name)]
-        return (*given, *([] if self._format.form == "parquet" else [_READER]))
+        changed = [f"{name} {value}" for name, value in options.items() if value != defaults.get(name)]
+        return (*changed, *([] if self._format.form == "parquet" else [_READER]))
 
     @property
     def tokens(self) -> float:
@@ -137,13 +139,13 @@ class LocalFile:
             yield from self._documents(skip)
 
     def prefetch(self) -> None:
-        """It is here."""
+        """Do nothing: the file is local."""
 
     def check(self) -> str | None:
-        """Look at the beginning; returns a warning, if there is one to give.
+        """Check the beginning of the file; return a warning or None.
 
         Raises:
-            UserError: the file cannot be read, or is not what it should be.
+            UserError: the file cannot be read, or has another format or encoding.
         """
         form, packing = self._format.form, self._format.packing
         if form == "parquet":
@@ -151,7 +153,7 @@ class LocalFile:
             return None
         warning = check_text(self.path, packing, self.encoding)
         if form == "jsonl":
-            with named(self.path), open_text(self.path, packing, self.encoding) as lines:
+            with naming_errors(self.path), open_text(self.path, packing, self.encoding) as lines:
                 check_jsonl(self.path, lines, self.column)
         return warning
 
@@ -162,7 +164,7 @@ class LocalFile:
             yield from itertools.islice(self._text_documents(), skip, None)
 
     def _text_documents(self) -> Iterator[Document]:
-        with named(self.path), open_text(self.path, self._format.packing, self.encoding) as file:
+        with naming_errors(self.path), open_text(self.path, self._format.packing, self.encoding) as file:
             if self._format.form == "jsonl":
                 yield from jsonl_documents(self.path, checked_lines(self.path, file, self.encoding), self.column)
             else:
@@ -174,13 +176,13 @@ class LocalFile:
 
     @property
     def _status(self) -> os.stat_result:
-        with named(self.path):
+        with naming_errors(self.path):
             return self.path.stat()
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Documents that a function gives, always the same ones."""
+    """Documents returned by a function, the same in each call."""
 
     name: str
     read: Callable[[], Iterable[Document]]
@@ -193,17 +195,17 @@ class Listed:
         return itertools.islice(self.read(), skip, None)
 
     def prefetch(self) -> None:
-        """It is here."""
+        """Do nothing."""
 
 
 def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading | None = None) -> Source:
-    """Return files, and directories of them, as a source; each file is looked at.
+    """Return files, and directories of files, as a source, after checking the beginning of each file.
 
     Args:
-        column: the field or column with the text, where no ``reading`` is given.
+        column: used if ``reading`` is None.
 
     Raises:
-        UserError: a path does not exist, a file is not what it should be, or nothing was found.
+        UserError: a path does not exist, a file has another format or encoding, or no file was found.
     """
     reading = reading or Reading(column)
     parts, warnings, left_out = [], [], 0
@@ -215,7 +217,7 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
         except UserError as error:
             if found.is_named or not formats.is_plain_json(found.path.name):
                 raise
-            left_out += 1  # a directory's .json may be anything
+            left_out += 1  # .json files of a directory may have any content
             if left_out <= _MOST_WARNINGS:
                 log.warning(f"left out: {error}")
             continue
@@ -225,7 +227,7 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
         log.warning(f"and {left_out - _MOST_WARNINGS:,} more .json files left out")
     if reading.form is not None and not any(part.form for part in parts):
         log.warning(
-            f"--format {reading.form} has no effect: it is for files that are named, not for those of directories"
+            f"--format {reading.form} has no effect: it applies to files given by name, not to files of directories"
         )
     for line in warnings[:_MOST_WARNINGS]:
         log.warning(line)
@@ -238,15 +240,15 @@ def local_source(paths: Iterable[Path], column: str = COLUMN, reading: Reading |
 
 
 def python_source() -> Source:
-    """Text that every Python installation has."""
+    """Return text that every Python installation has, as a source."""
     return Source("Python's manual and standard library", [Listed("python", python_documents, tokens=3_900_000)])
 
 
 def python_documents() -> Iterator[str]:
-    """The reference pages of Python's ``help()`` and the sources of its standard library, tests left out.
+    """Yield the reference pages of Python's ``help()`` and the sources of its standard library, without tests.
 
-    Indentation is narrowed to one space a level: GPT-2 has no tokens for runs of spaces, and a small model would
-    learn little else.
+    Indentation is reduced to one space per level: GPT-2 has no tokens for runs of spaces, so a small model would learn
+    little else.
     """
     from pydoc_data import topics
 
@@ -267,15 +269,15 @@ def _part(found: FoundFile, reading: Reading, separator: Separator | None) -> Lo
 
 
 def _printable(name: str) -> str:
-    """A file's name as valid Unicode; its bytes may be anything."""
+    """Return a file name, which may have any bytes, as valid Unicode."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def _whole_text(path: Path, blocks: Iterator[str]) -> str | Iterable[str]:
     first = next(blocks, "")
-    return first if len(first) < BLOCK_CHARACTERS else itertools.chain([first], _named_blocks(path, blocks))
+    return first if len(first) < BLOCK_CHARACTERS else itertools.chain([first], _later_blocks(path, blocks))
 
 
-def _named_blocks(path: Path, blocks: Iterator[str]) -> Iterator[str]:
-    with named(path):
+def _later_blocks(path: Path, blocks: Iterator[str]) -> Iterator[str]:
+    with naming_errors(path):
         yield from blocks

@@ -1,4 +1,4 @@
-"""One text to tokens: tiktoken's, which gigatoken finds twenty times as fast where it is installed."""
+"""Tokenize a text with tiktoken or, if it is installed, with gigatoken, which is twenty times as fast."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.shards import Tokens
 
-_EVERY = 256  # texts: one of so many is tokenised by both and compared
-_LONGEST_COMPARED = 1_000_000  # characters: tiktoken takes minutes for some longer words, and gives up on spaces
-_RENEWED_AFTER = 64_000_000  # characters: gigatoken remembers every word that it has met
-_UNPRINTED = "\t\n\r\xa0\xad\u200b\u200c\u200d\u200e\u200f\ufeff"  # frequent, and old enough
+_COMPARED_EVERY = 256  # texts: one of this many is tokenized by both libraries and compared
+_LONGEST_COMPARED = 1_000_000  # characters: tiktoken takes minutes for some longer words, and fails on spaces
+_RENEWED_AFTER = 64_000_000  # characters: gigatoken caches every word
+_UNPRINTED = "\t\n\r\xa0\xad\u200b\u200c\u200d\u200e\u200f\ufeff"  # frequent, and known to both libraries
 
 
-def tokenise(text: str) -> Tokens:
-    """The tokens of ``text``, without any <|endoftext|>; what looks like one is text.
+def tokenize(text: str) -> Tokens:
+    """Return the tokens of ``text``, (n,) uint16. The text <|endoftext|> is encoded as ordinary characters.
 
     Raises:
-        UserError: gigatoken is not exact; or tiktoken, where it is needed, cannot do it (a million spaces in a row).
+        UserError: gigatoken's tokens are wrong, or tiktoken, where it is needed, fails (on a million spaces in a row).
     """
     fast = _gigatoken()
-    return _by_tiktoken(text) if fast is None else fast.tokenise(text)
+    return _by_tiktoken(text) if fast is None else fast.tokenize(text)
 
 
 class _Gigatoken:
-    """Leaves to tiktoken what the two may not agree on, and is watched."""
+    """Tokenizes with gigatoken, except texts on which it may differ from tiktoken; compares a sample of the others."""
 
     def __init__(self) -> None:
         self._texts = 0
         self._renew()
 
-    def tokenise(self, text: str) -> Tokens:
+    def tokenize(self, text: str) -> Tokens:
         if not _is_known_to_both(text):
             return _by_tiktoken(text)
         tokens = self._tokenizer.encode(text).astype(np.uint16)
         self._texts += 1
-        if self._texts % _EVERY == 1 and len(text) <= _LONGEST_COMPARED:
+        if self._texts % _COMPARED_EVERY == 1 and len(text) <= _LONGEST_COMPARED:
             self._compare(text, tokens)
         self._characters += len(text)
         if self._characters > _RENEWED_AFTER:
@@ -56,25 +56,25 @@ class _Gigatoken:
         if not np.array_equal(tokens, _by_tiktoken(text)):
             raise UserError(
                 f"gigatoken {metadata.version('gigatoken')} does not give GPT-2's tokens for {text[:60]!r}...: remove"
-                " what is unfinished, `pip uninstall gigatoken`, and prepare again (slower, exact)"
+                " the unfinished directory, `pip uninstall gigatoken`, and prepare again (slower, but exact)"
             )
 
 
 @functools.cache
 def _gigatoken() -> _Gigatoken | None:
     try:
-        import gigatoken  # noqa: F401  (of the extra "data"; whether it is there)
+        import gigatoken  # noqa: F401  (only whether it is installed; in the extra "data")
     except ImportError:
         return None
-    tokenizer.gpt2()  # has checked the file of ranks
+    tokenizer.gpt2()  # checks the file of ranks
     return _Gigatoken()
 
 
 def _is_known_to_both(text: str) -> bool:
-    """Whether all characters were assigned long ago.
+    """Return whether both libraries know all characters.
 
-    The two carry tables of different years (Unicode 16 and 17), so what is a letter to one may be none to the other.
-    Python's own table is older than both, and what it takes for printable is assigned.
+    They use different versions of Unicode (16 and 17), so they may classify a new character differently. Python's own
+    version is older than both, and every character that it considers printable is assigned.
     """
     if text.isascii():
         return True
@@ -91,5 +91,5 @@ def _by_tiktoken(text: str) -> Tokens:
         return np.array(encoding.encode_ordinary(text), np.uint16)
     except ValueError as error:
         raise UserError(
-            f"text of {len(text):,} characters, {text[:40]!r}..., is too much for tiktoken: {error}"
+            f"text of {len(text):,} characters, {text[:40]!r}..., cannot be encoded by tiktoken: {error}"
         ) from None

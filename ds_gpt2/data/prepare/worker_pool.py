@@ -1,4 +1,4 @@
-"""Pieces to tokens, in order, on several processes."""
+"""Tokenize texts on several processes, in order."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import TypeVar
 import numpy as np
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.data.prepare.tokenize import tokenise
+from ds_gpt2.data.prepare.tokenize import tokenize
 from ds_gpt2.data.shards import Tokens
 
 _BATCH_CHARACTERS = 500_000
-_AHEAD = 3  # batches for each worker: one in work, others on their way there and back
+_QUEUED_PER_WORKER = 3  # batches: one in progress, the others in transfer
 
 Text = TypeVar("Text")
-_Result = tuple[Tokens, list[int]]  # all tokens of a batch in a row, and where each text's end
+_Result = tuple[Tokens, list[int]]  # concatenated tokens of a batch, and the end of each text's tokens
 
 
 class Encoder:
-    """Workers that tokenise; a context, which ends them. With one worker it is this process that does it.
+    """Context manager of worker processes that tokenize. With one worker, this process tokenizes.
 
-    Each has a pipe of its own, and a thread here that waits at it. In a pool they would share queues, and one that is
-    killed while it writes leaves the others, and the parent, waiting for the rest of what it wrote.
+    Each worker has its own pipe, and a thread in this process waits for it. In a pool with shared queues, a worker
+    killed while it writes would leave the others and the parent waiting for the rest of its message.
     """
 
     def __init__(self, workers: int) -> None:
@@ -54,24 +54,24 @@ class Encoder:
             worker.close()
 
     def encode(self, texts: Iterable[tuple[str, Text]]) -> Iterator[tuple[Text, Tokens]]:
-        """What comes with each text, with its tokens, in the order of the texts.
+        """Yield the companion object of each text with its tokens, in the order of the texts.
 
         Raises:
-            UserError: a worker was killed, or see ``tokenize``.
+            UserError: a worker was killed, or as ``tokenize``.
         """
         if not self._workers:
-            yield from ((companion, tokenise(text)) for text, companion in texts)
+            yield from ((companion, tokenize(text)) for text, companion in texts)
             return
         waiting: deque[tuple[list[Text], Future[_Result]]] = deque()
         for batch, companions in _batches(texts):
             waiting.append((companions, self._threads.submit(self._encode, batch)))
-            if len(waiting) > _AHEAD * self._count:
+            if len(waiting) > _QUEUED_PER_WORKER * self._count:
                 yield from _each(*waiting.popleft())
         while waiting:
             yield from _each(*waiting.popleft())
 
     def _encode(self, texts: list[str]) -> _Result:
-        """In one of as many threads as there are workers."""
+        """Encode a batch in one of the threads, of which there are as many as workers."""
         worker = self._idle.get()
         try:
             return worker.encode(texts)
@@ -80,14 +80,14 @@ class Encoder:
 
 
 class _Worker:
-    """A process, and the pipe to it."""
+    """A worker process and the pipe to it."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # not forked: threads may be fetching files
+        context = multiprocessing.get_context("spawn")  # "fork" is unsafe: a thread may be downloading
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs,), daemon=True)
         self._process.start()
-        theirs.close()  # so that its death is the end of the pipe
+        theirs.close()  # so that the pipe ends if the worker dies
 
     def encode(self, texts: list[str]) -> _Result:
         try:
@@ -95,7 +95,8 @@ class _Worker:
             result: _Result | UserError = self._pipe.recv()
         except (EOFError, OSError):
             raise UserError(
-                "a worker was killed, perhaps for want of memory: the same command goes on, --workers N takes fewer"
+                "a worker was killed, perhaps because memory ran out: run the same command again to continue, with"
+                " fewer --workers N if needed"
             ) from None
         if isinstance(result, UserError):
             raise result
@@ -110,7 +111,7 @@ class _Worker:
 
 
 def _work(pipe: Connection) -> None:
-    """In a worker, until the parent ends it or has died. Ctrl+C is the parent's to handle."""
+    """Run the loop of a worker until the parent kills it or exits. Ctrl+C is handled by the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -122,7 +123,7 @@ def _work(pipe: Connection) -> None:
 
 
 def _encode(texts: list[str]) -> _Result:
-    found = [tokenise(text) for text in texts]
+    found = [tokenize(text) for text in texts]
     return np.concatenate(found), np.cumsum([len(tokens) for tokens in found]).tolist()
 
 

@@ -56,7 +56,7 @@ def compiler(wanted: bool | str, accelerator: str) -> Finding:
 
     if wanted is False or (wanted == "auto" and accelerator == "cpu"):
         return Finding("compiler", "ok", f"not needed: run.compile is {str(wanted).lower()}")
-    if (missing := torch_compile.obstacle(torch.device(accelerator))) is None:
+    if (missing := torch_compile.missing_requirement(torch.device(accelerator))) is None:
         return Finding("compiler", "ok", "the model will be compiled")
     if wanted is True:
         return Finding("compiler", "fail", f"run.compile is true, but {missing[0]}", missing[1])

@@ -1,4 +1,4 @@
-"""Which files are meant: by their names, named by the user or found in a directory."""
+"""The search for files, and formats by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ds_gpt2.data.prepare.formats import Format, format_of, is_searched, stem_of
         ("a.Parquet", "parquet", ""),
     ],
 )
-def test_the_ending_tells_the_format(name: str, form: Any, packing: str) -> None:
+def test_the_suffix_determines_the_format(name: str, form: Any, packing: str) -> None:
     assert format_of(Path(name)) == Format(form, packing)
 
 
@@ -41,7 +41,7 @@ def test_the_ending_tells_the_format(name: str, form: Any, packing: str) -> None
         ("a.TSV.gz", "a table"),
         ("a.zip", "an archive"),
         ("a.tar.gz", "an archive"),
-        ("a.jsonl.bz2", "compressed"),
+        ("a.jsonl.bz2", "of an unsupported compression"),
         ("train.bin", "a token shard"),
         ("a.pdf", "not plain text"),
         ("a.safetensors", "not text"),
@@ -49,21 +49,21 @@ def test_the_ending_tells_the_format(name: str, form: Any, packing: str) -> None
         ("a.foo", r"of unknown format \(\.foo\): .* --format text"),
     ],
 )
-def test_what_is_not_text_by_its_name_is_refused_with_what_is_read(name: str, what: str) -> None:
-    with pytest.raises(UserError, match=rf"{name} is {what}.*Files that are read: .*\.txt.*\.ndjson.*\.parquet"):
+def test_an_unsupported_suffix_is_an_error_with_the_supported_ones(name: str, what: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} is {what}.*Supported files: .*\.txt.*\.ndjson.*\.parquet"):
         format_of(Path(name))
     assert format_of(Path(name), "jsonl").form == "jsonl"
     assert not is_searched(name)
 
 
-def test_a_name_without_its_endings() -> None:
+def test_the_stem_of_a_name() -> None:
     names = ["corpus.jsonl.gz", "essays", "a.b.TXT", "notes.2024"]
     assert [stem_of(name) for name in names] == ["corpus", "essays", "a.b", "notes.2024"]
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A directory with everything that people's directories have."""
+    """Create a directory with text files, hidden files, other files, links and a pipe."""
     top = tmp_path / "top"
     for name in ("a.txt", "deep/b.txt", ".ipynb_checkpoints/a.txt", "._a.txt", ".DS_Store", "table.csv", "x.PNG"):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,18 +86,18 @@ def test_links_are_followed_without_loops_and_no_file_is_found_twice(tree: Path,
     assert [each.path.name for each in several] == ["c.txt", "a.txt", "b.txt"]
 
 
-def test_what_is_left_out_is_told(tree: Path, heard: list[str]) -> None:
+def test_files_left_out_are_logged(tree: Path, heard: list[str]) -> None:
     find_files([tree])
     assert heard == [
-        f"cannot be read and left out: {tree / 'gone.txt'} (a link to /no/such/file, which does not exist)",
-        f"read once, though found twice: {tree / 'a_second_name'}, {tree / 'link'}, {tree / 'loop'}",
+        f"left out because they cannot be read: {tree / 'gone.txt'} (a link to /no/such/file, which does not exist)",
+        f"read once although found more than once: {tree / 'a_second_name'}, {tree / 'link'}, {tree / 'loop'}",
         "hidden files and directories left out: 3",
         "pipes, sockets and devices left out: 1",
-        "files left out, by ending: 1 .csv, 1 .png",
+        "files left out, by suffix: 1 .csv, 1 .png",
     ]
 
 
-def test_a_directory_that_cannot_be_read_is_named(
+def test_a_directory_that_cannot_be_read_is_logged(
     tree: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.scandir
@@ -112,15 +112,22 @@ def test_a_directory_that_cannot_be_read_is_named(
     assert f"{tree / 'deep'} (Permission denied)" in heard[0]
 
 
-def test_prepared_datasets_are_not_text(tmp_path: Path, heard: list[str]) -> None:
+def test_prepared_datasets_are_left_out(tmp_path: Path, heard: list[str]) -> None:
     for name in ("ds/dataset.json", "ds/train_000000.bin", "other.unfinished/progress.json", "mine/dataset.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert [each.path for each in find_files([tmp_path])] == [tmp_path / "mine" / "dataset.json"]
-    assert f"prepared datasets are left out: {tmp_path / 'ds'}, {tmp_path / 'other.unfinished'}" in heard
+    assert f"prepared datasets left out: {tmp_path / 'ds'}, {tmp_path / 'other.unfinished'}" in heard
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe.txt", "gone.txt"])
-def test_a_path_that_cannot_be_read_again_is_refused(tree: Path, path: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_an_error(tree: Path, path: str) -> None:
     with pytest.raises(UserError, match=r"is not a regular file|a link to /no/such/file, which cannot be read"):
         find_files([tree / path])
+
+
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such text file"):
+        find_files([tmp_path / "gone.txt"])
+    with pytest.raises(UserError, match="no text found"):
+        find_files([tmp_path])

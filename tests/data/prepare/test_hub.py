@@ -1,4 +1,4 @@
-"""Datasets from a hub, by the real client and the real command, over real connections that break."""
+"""Datasets from a local hub server, with the real client and command, over connections that fail."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from launched import PROJECT
 from pyarrow import parquet
 
 from ds_gpt2.data import tokenizer
-from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.dataset import UNFINISHED, open_dataset
 from ds_gpt2.data.prepare.holdout import FirstTokens
-from ds_gpt2.data.prepare.pipeline import UNFINISHED, Recipe, prepare
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import local_source
 from ds_gpt2.data.shards import header_of
 
@@ -29,9 +29,10 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py")]  # as launc
 
 
 def table_of(texts: list[str | None], ballast: int = 0) -> bytes:
-    """
+    """Return a parquet file.
+
     Args:
-        ballast: bytes of another column: the client writes down 10 MB at a time, and less is not gone on from.
+        ballast: bytes of another column; the client writes 10 MB at a time and cannot continue a smaller download.
     """
     content = io.BytesIO()
     dump = [random.Random(number).randbytes(ballast // len(texts)) for number in range(len(texts))]
@@ -42,12 +43,12 @@ def table_of(texts: list[str | None], ballast: int = 0) -> bytes:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, bytes]:
-    """Laid out like a sample of FineWeb-Edu."""
+    """Return files with the layout of a sample of FineWeb-Edu."""
     rng = random.Random(1)
     words = [f"word{number}" for number in range(3000)]
     return {
         f"sample/10BT/{number:03}_00000.parquet": table_of(
-            [None if place == 7 else " ".join(rng.choices(words, k=150)) for place in range(400)],
+            [None if row == 7 else " ".join(rng.choices(words, k=150)) for row in range(400)],
             ballast=24_000_000 if number in (1, 2) else 0,
         )
         for number in range(5)
@@ -60,7 +61,7 @@ def shard(tokens: list[int]) -> bytes:
 
 @pytest.fixture
 def hub(tables: dict[str, bytes]) -> Iterator[Hub]:
-    extra = {"README.md": b"# card", "data/CC-MAIN/000_00000.parquet": table_of(["not asked for"])}
+    extra = {"README.md": b"# card", "data/CC-MAIN/000_00000.parquet": table_of(["not requested"])}
     end = tokenizer.END_OF_TEXT
     shards = {f"edu_fineweb_train_{number:06}.bin": shard([end, *range(number, number + 999)]) for number in (1, 2, 3)}
     shards["edu_fineweb_val_000000.bin"] = shard([end, *range(500)])
@@ -75,7 +76,7 @@ def hub(tables: dict[str, bytes]) -> Iterator[Hub]:
 
 
 def start(hub: Hub | str, folder: Path, *words: str) -> subprocess.Popen[str]:
-    """``prepare`` as a person has it, who knows no other hub."""
+    """Start ``prepare`` in a user's environment."""
     url = hub if isinstance(hub, str) else hub.url
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
     command = [*PROGRAM, "prepare", *words, "--out", str(folder / "out")]
@@ -92,7 +93,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def expected(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> list[str | None]:
-    """The hashes of what comes of the same files on this machine."""
+    """Return the checksums of the shards prepared from the same files on this machine."""
     folder = tmp_path_factory.mktemp("tables")
     for path, content in tables.items():
         (folder / Path(path).name).write_bytes(content)
@@ -101,9 +102,7 @@ def expected(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
     return [each.sha256 for each in dataset.shards]
 
 
-def test_a_sample_of_a_hub_that_is_busy_and_a_line_that_breaks(
-    hub: Hub, tmp_path: Path, expected: list[str | None]
-) -> None:
+def test_a_sample_is_downloaded_despite_errors_of_the_hub(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
     faults = {(0, 1): 429, (1, 1): "drop", (2, 1): 503, (2, 2): "drop", (3, 1): "lie"}
     hub.fault = lambda path, time: faults.get((int(Path(path).name[:3]), time))
     output = finish(start(hub, tmp_path, "fineweb-edu", "--workers", "2"))
@@ -111,36 +110,36 @@ def test_a_sample_of_a_hub_that_is_busy_and_a_line_that_breaks(
     assert [each.sha256 for each in dataset.shards] == expected
     assert dataset.counts == {"documents": 5 * 399, "empty": 0, "null": 5}
     assert dataset.source == "HuggingFaceFW/fineweb-edu/sample/10BT at 0123456789ab"
-    assert len(hub.ranges) >= 2  # what had come was not asked for again
-    assert "what came is not what was sent; once more in" in output
+    assert len(hub.ranges) >= 2  # downloads continued instead of starting again
+    assert "checksum mismatch; retrying in" in output
     assert {path.name for path in tmp_path.iterdir()} - {"home"} == {"out"}
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".bin", ".bin", ".json"]
 
 
-def test_killed_while_it_fetches_it_goes_on(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
+def test_a_preparation_killed_during_downloads_continues(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
     hub.fault = lambda path, time: "drop" if time == 1 else None
     for _ in range(3):
         process = start(hub, tmp_path, "fineweb-edu", "--workers", "1")
-        before, deadline = sum(hub.asked.values()), time.monotonic() + 60
-        while sum(hub.asked.values()) < before + 2:
+        before, deadline = sum(hub.requests.values()), time.monotonic() + 60
+        while sum(hub.requests.values()) < before + 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         process.kill()
         process.communicate()
-        there = list((tmp_path / f"out{UNFINISHED}" / "fetched").rglob("*.parquet"))
-        assert len(there) <= 2  # the one that is read, and the next
+        present = list((tmp_path / f"out{UNFINISHED}" / "fetched").rglob("*.parquet"))
+        assert len(present) <= 2  # the file being read and the next one
     finish(start(hub, tmp_path, "fineweb-edu", "--workers", "1"))
     assert [each.sha256 for each in open_dataset(tmp_path / "out").shards] == expected
 
 
-def test_no_more_is_fetched_than_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_no_more_files_are_downloaded_than_needed(hub: Hub, tmp_path: Path) -> None:
     finish(start(hub, tmp_path, "fineweb-edu", "--tokens", "50000", "--workers", "1"))
     dataset = open_dataset(tmp_path / "out")
     assert dataset.tokens("val") == 1000 and dataset.tokens("train") == 49_000
-    assert sum(hub.asked.values()) <= 2
+    assert sum(hub.requests.values()) <= 2
 
 
-def test_token_shards_are_fetched_and_checked(hub: Hub, tmp_path: Path) -> None:
+def test_token_shards_are_downloaded_and_verified(hub: Hub, tmp_path: Path) -> None:
     hub.fault = lambda path, time: "drop" if "train_000002" in path and time == 1 else None
     finish(start(hub, tmp_path, "pretokenized", "fineweb-edu100B", "--tokens", "1500"))
     dataset = open_dataset(tmp_path / "out")
@@ -158,16 +157,16 @@ def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
     ]
     hub.datasets["some/splits"] = {name: table_of([f"{name} {row}" for row in range(90)]) for name in names}
     output = finish(start(hub, tmp_path, "hub", "some/splits", "--workers", "1"))
-    assert "some/splits: 1 files of its test split are left out" in output
+    assert "some/splits: 1 files of its test split left out" in output
     assert open_dataset(tmp_path / "out").counts["documents"] == 180
-    assert not any("test-00000" in path for path in hub.asked)
+    assert not any("test-00000" in path for path in hub.requests)
 
 
-def test_token_shards_for_testing_are_left_out(hub: Hub, tmp_path: Path) -> None:
+def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> None:
     shards = hub.datasets["karpathy/fineweb-edu-100B-gpt2-token-shards"]
     shards["edu_fineweb_test_000000.bin"] = shard([tokenizer.END_OF_TEXT, *range(300)])
     output = finish(start(hub, tmp_path, "pretokenized", "fineweb-edu100B"))
-    assert "1 shards are for testing by their names and are not used" in output
+    assert "1 shards are a test split by their names and are not used" in output
     assert open_dataset(tmp_path / "out").tokens("train") == 3000
     shards["more/edu_fineweb_train_000001.bin"] = shard([tokenizer.END_OF_TEXT, 5])
     output = finish(start(hub, tmp_path / "second", "pretokenized", "fineweb-edu100B"), code=2)
@@ -177,21 +176,29 @@ def test_token_shards_for_testing_are_left_out(hub: Hub, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["hub", "no/such"], "error: no/such on {url}: there is no such dataset, or only for those with an HF_TOKEN"),
-        (["hub", "some/text"], "error: some/text has no parquet files: fetch it yourself, then `prepare text FILE...`"),
+        (["hub", "no/such"], "error: no/such on {url}: there is no such dataset, or it requires an HF_TOKEN"),
+        (
+            ["hub", "some/text"],
+            "error: some/text has no parquet files: download it yourself, then use `prepare text FILE...`",
+        ),
         (["pretokenized", "some/text"], "error: some/text has no .bin shards for both training and validation"),
-        (["pretokenized", "some/wrong"], "error: x_train_1.bin of some/wrong has token id 60000, GPT-2's end at 50256"),
+        (
+            ["pretokenized", "some/wrong"],
+            "error: x_train_1.bin of some/wrong has token id 60000, GPT-2's highest is 50256",
+        ),
         (["hub", "HuggingFaceFW/fineweb-edu", "--column", "body"], "error: {out}"),
     ],
 )
-def test_a_mistake_is_one_line(hub: Hub, tmp_path: Path, words: list[str], line: str) -> None:
+def test_an_error_is_one_line(hub: Hub, tmp_path: Path, words: list[str], line: str) -> None:
     output = finish(start(hub, tmp_path, *words), code=2)
     assert output.splitlines()[-1].startswith(line.format(url=hub.url, out=tmp_path / "out.unfinished")), output
     assert "Traceback" not in output
 
 
-def test_a_hub_that_is_not_there_is_said_within_seconds(tmp_path: Path) -> None:
-    begun = time.monotonic()
+def test_an_unreachable_hub_is_an_error_within_seconds(tmp_path: Path) -> None:
+    start_time = time.monotonic()
     output = finish(start("http://127.0.0.1:9", tmp_path, "fineweb"), code=2)
-    assert output.splitlines()[-1].startswith("error: HuggingFaceFW/fineweb on http://127.0.0.1:9 cannot be had: ")
-    assert time.monotonic() - begun < 30
+    assert output.splitlines()[-1].startswith(
+        "error: HuggingFaceFW/fineweb on http://127.0.0.1:9 cannot be downloaded: "
+    )
+    assert time.monotonic() - start_time < 30

@@ -1,4 +1,4 @@
-"""Where a dataset is written: any kind of --out, and what becomes of an interrupted move."""
+"""The output directory: every kind of --out, and interrupted moves."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from ds_gpt2.cli import main
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.dataset import INDEX, open_dataset
-from ds_gpt2.data.prepare import pipeline as preparing
+from ds_gpt2.data.prepare import pipeline
 
 NAMES = [INDEX, "train_000000.bin", "val_000000.bin"]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """120 documents, as lines."""
+    """Write 120 documents as JSON lines."""
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": f"This is document number {number}."}) + "\n" for number in range(120)))
     return path
@@ -42,7 +42,7 @@ def expected(corpus: Path, tmp_path: Path) -> dict[str, bytes]:
     return content(tmp_path / "reference")
 
 
-def test_a_link_is_followed_and_stays(corpus: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_a_link_is_followed_and_retained(corpus: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "to_empty").symlink_to(tmp_path / "disk")
     (tmp_path / "to_nothing").symlink_to(tmp_path / "new" / "data")
@@ -52,10 +52,10 @@ def test_a_link_is_followed_and_stays(corpus: Path, tmp_path: Path, expected: di
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
-def test_an_empty_directory_is_filled_and_stays_itself(
+def test_an_empty_directory_is_filled_and_not_replaced(
     corpus: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mount point can neither be removed nor renamed; a new file system is not quite empty."""
+    """A mount point can be neither removed nor renamed; a new file system has one directory."""
     out = tmp_path / "mounted"
     (out / "lost+found").mkdir(parents=True)
     before = out.stat().st_ino
@@ -71,7 +71,7 @@ def test_an_empty_directory_is_filled_and_stays_itself(
 
 @pytest.fixture
 def mount_point(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, where this process may make one; else a plain directory."""
+    """Mount a file system if permitted; otherwise create a plain directory."""
     path = tmp_path / "mount"
     path.mkdir()
     mounted = os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "none", path]).returncode
@@ -86,7 +86,7 @@ def test_a_mount_point_is_filled(corpus: Path, mount_point: Path, expected: dict
 
 
 @pytest.mark.parametrize("words", ["data/", "a/b/c", "./x/../data"])
-def test_any_way_to_write_a_path(
+def test_relative_paths_are_resolved(
     corpus: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_any_way_to_write_a_path(
     assert content(Path(words).resolve()) == expected
 
 
-def test_the_working_directory_if_it_is_empty(
+def test_an_empty_working_directory_is_used(
     corpus: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here" / "deep").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_the_working_directory_if_it_is_empty(
     assert content(tmp_path / "here" / "deep") == expected
 
 
-def test_what_is_there_already_is_not_touched(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_are_not_changed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "to_full").symlink_to(tmp_path / "full")
@@ -113,10 +113,10 @@ def test_what_is_there_already_is_not_touched(corpus: Path, tmp_path: Path, caps
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     for name, reason in (
-        ("full", "exists already"),
-        ("to_full", "exists already"),
-        ("loop", "exists already"),
-        ("file", "exists already"),
+        ("full", "already exists"),
+        ("to_full", "already exists"),
+        ("loop", "already exists"),
+        ("file", "already exists"),
         ("file/below", "cannot write to"),
         ("x" * 300, "cannot write to"),
     ):
@@ -125,7 +125,7 @@ def test_what_is_there_already_is_not_touched(corpus: Path, tmp_path: Path, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_inside_its_own_input_it_is_no_input(corpus: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_an_output_inside_the_input_is_not_read(corpus: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     corpus.rename(folder / "corpus.jsonl")
@@ -134,12 +134,12 @@ def test_inside_its_own_input_it_is_no_input(corpus: Path, tmp_path: Path, expec
         assert content(out) == expected
 
 
-def failing_move(is_meant: Callable[[Path, Path], bool]) -> Callable[[Path, Path], Path]:
-    """``Path.rename`` that cannot do what is meant."""
+def failing_move(selects: Callable[[Path, Path], bool]) -> Callable[[Path, Path], Path]:
+    """Return a ``Path.rename`` that fails for the selected arguments."""
     real = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if is_meant(path, target):
+        if selects(path, target):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         return real(path, target)
 
@@ -147,7 +147,7 @@ def failing_move(is_meant: Callable[[Path, Path], bool]) -> Callable[[Path, Path
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_move_that_fails_loses_nothing_and_can_be_repeated(
+def test_a_failed_move_loses_nothing_and_can_be_repeated(
     corpus: Path,
     tmp_path: Path,
     expected: dict[str, bytes],
@@ -155,7 +155,7 @@ def test_a_move_that_fails_loses_nothing_and_can_be_repeated(
     capsys: pytest.CaptureFixture[str],
     exists: bool,
 ) -> None:
-    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
     out = tmp_path / "out"
     if exists:
         out.mkdir()
@@ -173,14 +173,14 @@ def test_a_move_that_fails_loses_nothing_and_can_be_repeated(
     assert content(out) == expected and not directory.exists()
 
 
-def test_a_move_that_is_killed_is_finished_by_the_same_command(
+def test_an_interrupted_move_is_completed_by_the_same_command(
     corpus: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
     out = tmp_path / "out"
     out.mkdir()
     with monkeypatch.context() as killed:
-        killed.setattr("ds_gpt2.data.prepare.output._take_back", lambda directory, target: None)
+        killed.setattr("ds_gpt2.data.prepare.output._move_back", lambda directory, target: None)
         killed.setattr(Path, "rename", failing_move(lambda path, target: target == out / INDEX))
         assert prepare(corpus, out) == 2
     assert sorted(path.name for path in out.iterdir()) == [".unfinished", *NAMES[1:]]
@@ -190,11 +190,11 @@ def test_a_move_that_is_killed_is_finished_by_the_same_command(
     assert content(out) == expected and sorted(path.name for path in out.iterdir()) == NAMES
 
 
-def test_a_mistake_leaves_nothing_behind(
+def test_an_error_at_the_end_of_the_text_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Found at the end of the text, when the directory is there."""
-    monkeypatch.setattr(preparing, "_NOTE_SECONDS", 99)
+    """The error occurs after the directory was created."""
+    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 99)
     packed = tmp_path / "x.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"text": "a document"}\n' * 20_000) + b"garbage")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""gigatoken's tokens are tiktoken's, and where they are not, it is said."""
+"""gigatoken gives the tokens of tiktoken, and differences are detected."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.prepare import tokenize as module
-from ds_gpt2.data.prepare.tokenize import tokenise
+from ds_gpt2.data.prepare.tokenize import tokenize
 
-gigatoken = pytest.importorskip("gigatoken", reason="an extra; without it tiktoken does all of it")
+gigatoken = pytest.importorskip("gigatoken", reason="an optional package; tiktoken is used without it")
 
 AWKWARD = st.sampled_from(
     " ~\t~\n~\r~'~.~,~<~>~|~-~_~0~1~9~  ~'s~'LL~'ve~don't~<|endoftext|>~\u00a0~\u2003~\u0085~\x1c~\xe9~\xdf~\u4e2d"
@@ -37,15 +37,15 @@ def fresh() -> Any:
 @settings(max_examples=400)
 @given(st.text(max_size=300) | st.lists(AWKWARD, max_size=40).map("".join))
 @example("half \ud800 of a pair")
-@example("\U00032ada陱")  # Unicode 17 has made a letter of the first
+@example("\U00032ada陱")  # the first is a letter since Unicode 17
 @example("x" * 100_000)
 @example(" " * 100_000)
-def test_all_text_has_tiktokens_tokens(text: str) -> None:
-    assert tokenise(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
+def test_tokens_equal_those_of_tiktoken(text: str) -> None:
+    assert tokenize(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
-def test_both_sort_every_character_alike_that_gigatoken_is_given(tmp_path: Path) -> None:
-    """With pairs of a letter, a digit or a mark and any first byte as tokens, what is split apart shows its kind."""
+def test_both_classify_every_character_given_to_gigatoken_equally(tmp_path: Path) -> None:
+    """The tokens are pairs of a letter, digit or mark with any byte, so splits show the class of a character."""
     leads = [bytes([byte]) for byte in range(256)]
     words = leads + [before + lead for before in (b"x", b"1", b"!", b" ") for lead in leads]
     ranks = tmp_path / "toy.tiktoken"
@@ -59,23 +59,23 @@ def test_both_sort_every_character_alike_that_gigatoken_is_given(tmp_path: Path)
     other = gigatoken.Tokenizer.from_tiktoken(ranks, pretokenizer="gpt2", special_tokens={})
     characters = [each for each in map(chr, range(sys.maxunicode + 1)) if module._is_known_to_both(each)]
     assert len(characters) > 140_000
-    for some in (characters[start : start + 100] for start in range(0, len(characters), 100)):
-        text = "".join(f"x{each}1{each}!{each} {each}" for each in some)
-        assert other.encode(text).tolist() == toy.encode_ordinary(text), some
+    for group in (characters[start : start + 100] for start in range(0, len(characters), 100)):
+        text = "".join(f"x{each}1{each}!{each} {each}" for each in group)
+        assert other.encode(text).tolist() == toy.encode_ordinary(text), group
 
 
 @pytest.mark.parametrize("text", ["\U000323b0", "\ue000", "a\x00é", "é\x1b[0m", "é\ud800"])
-def test_what_python_does_not_call_printable_is_tiktokens(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(module._Gigatoken, "_compare", lambda *_: pytest.fail("gigatoken was given it"))
-    assert tokenise(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
+def test_characters_that_are_not_printable_use_tiktoken(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(module._Gigatoken, "_compare", lambda *_: pytest.fail("gigatoken was used"))
+    assert tokenize(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
 @pytest.mark.parametrize("wrong_at", [0, 256, 512])
-def test_a_wrong_token_is_found_in_every_256th_text(wrong_at: int) -> None:
+def test_a_wrong_token_is_detected_in_every_256th_text(wrong_at: int) -> None:
     fast = module._gigatoken()
     assert fast is not None
     for _ in range(wrong_at):
-        fast.tokenise("a text")
+        fast.tokenize("a text")
 
     class Wrong:
         def encode(self, text: str) -> Any:
@@ -83,31 +83,31 @@ def test_a_wrong_token_is_found_in_every_256th_text(wrong_at: int) -> None:
 
     fast._tokenizer = Wrong()
     with pytest.raises(UserError, match=r"gigatoken [\d.]+ does not give GPT-2's tokens for 'a text'.*pip uninstall"):
-        fast.tokenise("a text")
+        fast.tokenize("a text")
 
 
-def test_its_memory_of_words_is_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gigatoken_is_renewed_to_limit_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RENEWED_AFTER", 1000)
     fast = module._gigatoken()
     assert fast is not None
     before = fast._tokenizer
-    fast.tokenise("x" * 999)
+    fast.tokenize("x" * 999)
     assert fast._tokenizer is before
-    fast.tokenise("x" * 2)
+    fast.tokenize("x" * 2)
     assert fast._tokenizer is not before
 
 
-def test_what_is_too_much_for_tiktoken_is_said_or_done_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_tiktoken_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
     spaces = " " * 2_000_000 + "end"
-    assert tokenizer.gpt2().decode(tokenise(spaces)) == spaces
+    assert tokenizer.gpt2().decode(tokenize(spaces)) == spaces
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     module._gigatoken.cache_clear()
-    with pytest.raises(UserError, match=r"text of 2,000,003 characters, ' +'\.\.\., is too much for tiktoken"):
-        tokenise(spaces)
+    with pytest.raises(UserError, match=r"text of 2,000,003 characters, ' +'\.\.\., cannot be encoded by tiktoken"):
+        tokenize(spaces)
 
 
-def test_without_gigatoken_it_is_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_is_used_without_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert tokenise("A text, é and <|endoftext|>").tolist() == tokenizer.gpt2().encode_ordinary(
+    assert tokenize("A text, é and <|endoftext|>").tolist() == tokenizer.gpt2().encode_ordinary(
         "A text, é and <|endoftext|>"
     )
