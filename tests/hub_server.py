@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub asks the real one for, and faults when they are asked for."""
+"""A local Hugging Face Hub with the API that huggingface_hub uses, and faults on request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# Given the path of a file's request and how often it was asked for, what goes wrong: a status, "drop" (the connection
-# ends in the middle) or "lie" (other bytes); None: nothing.
+# From the path of a file and the number of its requests so far to the fault: an HTTP status, "drop" (the connection
+# closes in the middle), "lie" (other bytes of the same size) or None.
 Fault = Callable[[str, int], int | str | None]
 
 
 class Hub:
-    """Datasets and models by name, each a dict from path to content; a context that serves them.
+    """A context that serves datasets and models by name, each a dict from path to content.
 
-    A model may be there at several revisions, each under ``NAME@REVISION``; without one it is ``main``.
+    A model may have several revisions, each under ``NAME@REVISION``; ``NAME`` is revision ``main``.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class Hub:
     ) -> None:
         self.datasets = datasets
         self.models = models or {}
-        self.fault: Fault = lambda path, time: None
-        self.asked: Counter[str] = Counter()
-        self.gated: set[str] = set()  # models that need access
-        self.heads: list[str] = []  # paths of files whose headers were asked for
-        self.ranges: list[str] = []  # that were asked for
+        self.fault: Fault = lambda path, count: None
+        self.asked: Counter[str] = Counter()  # requests by path of a file
+        self.gated: set[str] = set()  # models that need permission
+        self.heads: list[str] = []  # paths of HEAD requests
+        self.ranges: list[str] = []  # of requests for a part of a file
         hub = self
 
         class Handler(_Handler):
@@ -52,7 +52,7 @@ class Hub:
 
 
 def commit_of(model: str) -> str:
-    """The commit at which a model is served."""
+    """Return the commit of a model."""
     return hashlib.sha1(model.encode()).hexdigest()
 
 
@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
     served: Hub
 
     def log_message(self, *words: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -72,24 +72,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, with_body: bool) -> None:
         path = unquote(self.path.split("?")[0])
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            self._tell_about(found[1])
+            self._describe_dataset(found[1])
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
-            self._list(found[1], found[2])
+            self._list_files(found[1], found[2])
         elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._send(self.served.datasets.get(found[1], {}), found[2], with_body, COMMIT)
         elif found := re.fullmatch(r"/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._send_of_model(found[1], found[2], found[3], with_body)
+            self._send_model_file(found[1], found[2], found[3], with_body)
         else:
             self._json(404, {"error": path})
 
-    def _tell_about(self, name: str) -> None:
+    def _describe_dataset(self, name: str) -> None:
         if name not in self.served.datasets:
             self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return
         files = [{"rfilename": path} for path in self.served.datasets[name]]
         self._json(200, {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": files})
 
-    def _list(self, name: str, below: str) -> None:
+    def _list_files(self, name: str, prefix: str) -> None:
         files = self.served.datasets.get(name, {})
         found = [
             {
@@ -100,24 +100,24 @@ class _Handler(BaseHTTPRequestHandler):
                 "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
             }
             for path, content in files.items()
-            if path.startswith(below)
+            if path.startswith(prefix)
         ]
         self._json(200, found)
 
-    def _send_of_model(self, name: str, revision: str, path: str, with_body: bool) -> None:
+    def _send_model_file(self, name: str, revision: str, path: str, with_body: bool) -> None:
         keys = [key for key in self.served.models if key.split("@")[0] == name]
-        if not keys and "/" not in name:  # as the real hub does with OpenAI's short names
-            where = {"Location": f"/openai-community/{name}/resolve/{revision}/{path}"}
-            self._json(307, {"error": "moved"}, where)
+        if not keys and "/" not in name:  # the real hub redirects short names of OpenAI's models
+            location = {"Location": f"/openai-community/{name}/resolve/{revision}/{path}"}
+            self._json(307, {"error": "moved"}, location)
             return
         if not keys:
             self._json(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return
-        if (refused := self.served.gated) and name in refused:
+        if name in self.served.gated:
             self._json(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
             return
-        wanted = name if revision == "main" else f"{name}@{revision}"
-        key = next((key for key in keys if key == wanted or commit_of(key) == revision), None)
+        requested = name if revision == "main" else f"{name}@{revision}"
+        key = next((key for key in keys if key == requested or commit_of(key) == revision), None)
         if key is None:
             self._json(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
             return
@@ -139,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(fault, {"error": "busy"}, {"Retry-After": "0"})
             return
         start = 0
-        if wanted := self.headers.get("Range"):
-            self.served.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if requested := self.headers.get("Range"):
+            self.served.ranges.append(requested)
+            start = int(requested.removeprefix("bytes=").split("-")[0])
         body = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')

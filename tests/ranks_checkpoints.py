@@ -1,4 +1,4 @@
-"""Run by DeepSpeed's launcher on two ranks: what saving and loading does, as JSON for test_store.py to judge."""
+"""Save and load checkpoints on two ranks; write the results as JSON for tests/checkpoint/test_manager.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IDENTITY = {"model.width": 32}
 
 
 class FaultyDisk(Disk):
-    """A disk on which, from a moment on, this rank can write no byte, or has to wait; what is free can be pretended."""
+    """A disk that can be full or block writes on this rank, and report any free space."""
 
     full = False
     free: int | None = None
@@ -59,7 +59,7 @@ class FaultyDisk(Disk):
 
 
 class Bench:
-    """An engine, its data and a directory for its checkpoints."""
+    """An engine, its data, and a directory for its checkpoints."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
@@ -94,7 +94,7 @@ class Bench:
             self.state.advance(1024, True, b"")
 
     def fingerprint(self, engine: Engine | None = None) -> list[float]:
-        """Every number that a checkpoint must bring back on this rank, summed up without rounding."""
+        """Return exact sums of the bits of all tensors that a checkpoint restores on this rank."""
         optimizer = (engine or self.engine).deepspeed.optimizer
         tensors = [*(engine or self.engine).model.parameters(), *optimizer.single_partition_of_fp32_groups]
         for state in optimizer.optimizer.state.values():
@@ -147,7 +147,7 @@ def _everywhere(value: bool) -> bool:
 
 
 def _save_while_training(bench: Bench) -> dict[str, Any]:
-    """Save in the background, train on meanwhile, load into another engine: it is the state at the save."""
+    """Save in the background while training continues, then load: the state is that at the save."""
     checkpoints = bench.checkpoints(write_mb_per_s=20)
     bench.steps(2)
     bench.state.validated(3.0)
@@ -174,7 +174,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
 
 
 def _load_with_other_settings(bench: Bench) -> dict[str, Any]:
-    """The settings in force are this run's, not those the checkpoint was saved under."""
+    """Load with other settings than those of the checkpoint: the new settings apply."""
     optimizer = bench.settings.optimizer.model_copy(
         update={"weight_decay": 0.25, "grad_clip": 0.5, "betas": (0.8, 0.9)}
     )
@@ -197,7 +197,7 @@ def _sizes(bench: Bench) -> dict[str, int]:
 
 
 def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
-    """The last rank's disk is full, its failure record included: training goes on, and the next save works."""
+    """Save while the last rank cannot write, not even its failure record; training continues, the next save works."""
     checkpoints = bench.checkpoints()
     bench.disk.full = collectives.rank() == collectives.world_size() - 1
     checkpoints.save(bench.state, 0.1)
@@ -205,12 +205,12 @@ def _one_rank_cannot_write(bench: Bench, messages: list[str]) -> dict[str, Any]:
     saved = checkpoints.finish(TrainState(step=bench.state.step - 1), for_good=False)
     bench.disk.full = False
     after_failure = sorted(path.name for path in bench.folder.iterdir())
-    told = [message for message in messages if "was not saved" in message]
+    logged = [message for message in messages if "was not saved" in message]
     checkpoints.save(bench.state, 0.1)
     return {
         "saved": saved,
         "left": after_failure,
-        "told": told,
+        "told": logged,
         "next": _everywhere(checkpoints.finish(bench.state, for_good=False)),
         "good": problem_of(scan(bench.folder)[0]),
     }
@@ -225,8 +225,8 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
     threading.Timer(2.0, bench.disk.ready.set).start()
     checkpoints.save(bench.state, 0.1)
     checkpoints.finish(bench.state, for_good=False)
-    told = [message for message in messages if "slower than checkpoint.every" in message]
-    return {"seconds": checkpoints.waited_seconds, "told": told}
+    logged = [message for message in messages if "slower than checkpoint.every" in message]
+    return {"seconds": checkpoints.waited_seconds, "told": logged}
 
 
 def _inline(bench: Bench) -> dict[str, Any]:
@@ -239,19 +239,19 @@ def _inline(bench: Bench) -> dict[str, Any]:
 
 
 def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
-    """Nothing is free whatever is deleted: all that may give way does, the save is skipped, training goes on."""
+    """Save without free space: what retention allows is deleted, the save is skipped, training continues."""
     bench.disk.free = 0
     checkpoints = bench.checkpoints()
     restored = resume.choose_checkpoint(bench.folder, "latest", IDENTITY)
     checkpoints.load(restored)
     bench.steps(1)
-    begun = time.monotonic()
+    start = time.monotonic()
     checkpoints.save(bench.state, 0.1)
     finished = checkpoints.finish(bench.state, for_good=False)
     collectives.barrier()
     return {
         "finished": finished,
-        "quick": time.monotonic() - begun < 30,
+        "quick": time.monotonic() - start < 30,
         "told": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
         "left": [generation.tag for generation in scan(bench.folder)],
         "restored": restored.generation.tag,

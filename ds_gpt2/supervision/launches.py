@@ -11,7 +11,7 @@ from ds_gpt2.run_dir.heartbeat import Beat, forget_beats
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
 from ds_gpt2.supervision.context import Context
 from ds_gpt2.supervision.launcher import Ranks
-from ds_gpt2.supervision.rank_watch import Ending, RankWatch
+from ds_gpt2.supervision.rank_watch import ExitKind, RankWatch
 from ds_gpt2.supervision.restart_policy import LaunchResult
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
@@ -56,11 +56,11 @@ class Launches:
             return LaunchResult(Outcome(exit_report.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)
         reporter.record_running(ranks.group)
         watch = RankWatch(self._context, ranks)
-        ending = watch.wait()
+        exit_kind = watch.wait()
         reporter.record_running()
-        return self._summarize(ranks, ending, watch.newest_beat, journal_size)
+        return self._summarize(ranks, exit_kind, watch.newest_beat, journal_size)
 
-    def _summarize(self, ranks: Ranks, ending: Ending, beat: Beat | None, journal_size: int) -> LaunchResult:
+    def _summarize(self, ranks: Ranks, exit_kind: ExitKind, beat: Beat | None, journal_size: int) -> LaunchResult:
         """Report how the launch ended, and return it.
 
         Args:
@@ -68,9 +68,9 @@ class Launches:
             journal_size: bytes of the journal before the launch.
         """
         stop, reporter = self._context.stop, self._context.reporter
-        outcome = self._judge(ranks.outcome(), ending, beat)
-        if not stop.requested and ending != "hung" and outcome.code == exit_report.CRASHED:
-            reporter.report("crash", _crash_text(ranks, ending, outcome), beat.step if beat else None)
+        outcome = self._judge(ranks.outcome(), exit_kind, beat)
+        if not stop.requested and exit_kind != "hung" and outcome.code == exit_report.CRASHED:
+            reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
         self.has_started |= bool(starts)
         if stop.requested and outcome.code == exit_report.CRASHED and not starts:
@@ -85,21 +85,21 @@ class Launches:
             saved_step=self._context.directories.saved_step(),
         )
 
-    def _judge(self, outcome: Outcome, ending: Ending, beat: Beat | None) -> Outcome:
+    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
         self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
         if outcome.code == exit_report.MISTAKE and self._has_trained:  # the same command has trained before
             return Outcome(exit_report.CRASHED)
-        if outcome.code == exit_report.STOPPED and (ending == "launcher killed" or outcome.alone):  # not on request
+        if outcome.code == exit_report.STOPPED and (exit_kind == "launcher killed" or outcome.alone):  # not on request
             return Outcome(exit_report.CRASHED, alone=outcome.alone)
         return outcome
 
 
-def _crash_text(ranks: Ranks, ending: Ending, outcome: Outcome) -> str:
+def _crash_text(ranks: Ranks, exit_kind: ExitKind, outcome: Outcome) -> str:
     """Return the most likely cause of a crash."""
     if outcome.alone:
         return "the ranks stopped because they found no supervisor process"
-    if ending == "launcher killed":
+    if exit_kind == "launcher killed":
         return "DeepSpeed's launcher was killed"
     if ranks.ran_out_of_memory:
         return "the kernel killed a process because memory ran out"

@@ -11,7 +11,7 @@ from ds_gpt2.supervision.context import POLL_SECONDS, Context
 from ds_gpt2.supervision.launcher import Ranks
 from ds_gpt2.supervision.watchdog import Hang, Watchdog
 
-Ending = Literal["exited", "hung", "launcher killed"]
+ExitKind = Literal["exited", "hung", "launcher killed"]
 
 _KILL_INTERVAL_SECONDS = 0.1
 
@@ -30,10 +30,10 @@ class RankWatch:
         """The newest heartbeat of the rank that is furthest; None if there is none."""
         return self._watchdog.newest
 
-    def wait(self) -> Ending:
+    def wait(self) -> ExitKind:
         """Wait until no process of the launch is left; return how that happened."""
         context, ranks = self._context, self._ranks
-        ending: Ending = "exited"
+        exit_kind: ExitKind = "exited"
         deadline: float | None = None  # after it, processes that are left are killed
         while not ranks.have_exited:
             time.sleep(POLL_SECONDS)
@@ -41,7 +41,7 @@ class RankWatch:
             context.poll()
             if deadline is None and (context.stop.requested or not ranks.is_launcher_running):
                 if ranks.launcher_was_killed and not context.stop.requested:
-                    ending = "launcher killed"  # the ranks save before they exit
+                    exit_kind = "launcher killed"  # the ranks save before they exit
                 ranks.request_stop()
                 deadline = time.monotonic() + context.settings.supervisor.stop_seconds
             if deadline is not None and time.monotonic() > deadline:
@@ -53,7 +53,7 @@ class RankWatch:
                 else:
                     self._end_hang(hang)
                     return "hung"
-        return ending
+        return exit_kind
 
     def _report_kill(self) -> None:
         """Report, once a launch, that ranks are killed because they have not stopped in time."""

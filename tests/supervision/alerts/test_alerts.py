@@ -70,7 +70,7 @@ def test_an_event_that_the_journal_cannot_take_is_sent_once(run_dir: Path) -> No
     alerts, journal = Alerts(settings_with_command(run_dir), run_dir), Journal(run_dir)
     (run_dir / JOURNAL).mkdir()  # stands for a full disk
     for kind in ("crash", "save"):
-        missed = journal.write(cast(Kind, kind), "rank 1: gone")
+        missed = journal.write(cast(Kind, kind), "rank 1: killed")
         assert missed is not None
         alerts.send_event(missed)
     (run_dir / JOURNAL).rmdir()
@@ -78,7 +78,7 @@ def test_an_event_that_the_journal_cannot_take_is_sent_once(run_dir: Path) -> No
     alerts.send_news()
     alerts.close()
     (message,) = command_messages(run_dir)
-    assert "rank 1: gone" in message and [event.kind for event in read_journal(run_dir)][:2] == ["crash", "save"]
+    assert "rank 1: killed" in message and [event.kind for event in read_journal(run_dir)][:2] == ["crash", "save"]
 
 
 def test_a_thousand_simultaneous_events_are_one_short_message(run_dir: Path) -> None:
@@ -98,9 +98,9 @@ def test_a_thousand_simultaneous_events_are_one_short_message(run_dir: Path) -> 
 def test_nothing_happens_without_a_channel(run_dir: Path) -> None:
     alerts = Alerts(AlertSettings(), run_dir)
     alerts.check()
-    Journal(run_dir).write("crash", "gone")
+    Journal(run_dir).write("crash", "exit status 1")
     alerts.send_news()
-    assert alerts.send("crash", "mine: crash", "gone") is False
+    assert alerts.send("crash", "mine: crash", "exit status 1") is False
     alerts.close()
     assert [file.name for file in run_dir.iterdir()] == ["journal.jsonl"]
 
@@ -114,7 +114,7 @@ def test_a_file_of_addresses_that_becomes_unusable_is_logged_once_and_used_again
     alerts.check()
     file.chmod(0o644)
     for _ in range(3):
-        assert alerts.send("crash", "mine: crash", "gone") is False
+        assert alerts.send("crash", "mine: crash", "exit status 1") is False
     assert heard == [f"alerts: {file} contains passwords and can be read by other users: chmod 600 {file}"]
     file.chmod(0o600)
     assert alerts.send("hang", "mine: hang", "stuck") is True

@@ -47,7 +47,7 @@ def test_a_hanging_command_is_killed_with_its_children_and_delays_no_other_chann
 
 def test_an_address_that_never_answers_times_out(service: Service) -> None:
     service.answers.clear()
-    message = channels.Message("mine", "crash", "mine: crash", "gone", time.time())
+    message = channels.Message("mine", "crash", "mine: crash", "exit status 1", time.time())
     start = time.monotonic()
     assert Address("it", service.address).send(message, 2.0) == "timed out after 2 s"
     assert time.monotonic() - start < 30

@@ -53,7 +53,7 @@ def test_undelivered_messages_are_reported_at_the_end_and_old_ones_are_dropped(
     service.close()
     monkeypatch.setattr(delivery_queue, "FIRST_RETRY_SECONDS", 0.01)
     alerts = Alerts(AlertSettings(), run_dir)
-    assert alerts.send("crash", "mine: crash", "gone") is False
+    assert alerts.send("crash", "mine: crash", "exit status 1") is False
     alerts.close()
     reason = f"address 1 of {ADDRESSES} failed (no connection)"
     assert alert_events(run_dir) == [
@@ -61,7 +61,7 @@ def test_undelivered_messages_are_reported_at_the_end_and_old_ones_are_dropped(
         f"1 message was not delivered: {reason}",
     ]
     monkeypatch.setattr(delivery_queue, "KEPT_SECONDS", 0.2)
-    alerts.send("crash", "mine: crash", "gone")
+    alerts.send("crash", "mine: crash", "exit status 1")
     wait_for(lambda: "will not be retried" in alert_events(run_dir)[-1])
     alerts.close()
     assert alert_events(run_dir)[-1] == f"1 message was not delivered within 0s and will not be retried: {reason}"
@@ -69,7 +69,7 @@ def test_undelivered_messages_are_reported_at_the_end_and_old_ones_are_dropped(
 
 def test_undelivered_messages_are_counted_in_the_journal_at_the_end(run_dir: Path) -> None:
     alerts = Alerts(AlertSettings(command="exit 7"), run_dir)
-    alerts.send("crash", "mine: crash", "gone")
+    alerts.send("crash", "mine: crash", "exit status 1")
     alerts.send("done", "mine: done", "all steps")
     alerts.close()
     last = list(read_journal(run_dir))[-1]
@@ -80,7 +80,7 @@ def test_undelivered_messages_are_counted_in_the_journal_at_the_end(run_dir: Pat
 def test_a_new_message_is_sent_before_the_next_retry_is_due(run_dir: Path, service: Service) -> None:
     service.status = 500
     alerts = Alerts(AlertSettings(), run_dir)
-    assert alerts.send("crash", "mine: crash", "gone") is False
+    assert alerts.send("crash", "mine: crash", "exit status 1") is False
     service.status = 200
     assert alerts.send("hang", "mine: hang", "stuck") is True  # the retry is due in 10 seconds
     assert service.titles == ["mine: hang and 1 more"]
@@ -90,7 +90,7 @@ def test_a_new_message_is_sent_before_the_next_retry_is_due(run_dir: Path, servi
 def test_the_caller_does_not_wait_and_no_process_shows_the_address(run_dir: Path, service: Service) -> None:
     service.answers.clear()
     alerts = Alerts(AlertSettings(), run_dir)
-    Journal(run_dir).write("crash", "gone")
+    Journal(run_dir).write("crash", "exit status 1")
     start = time.monotonic()
     alerts.send_news()
     assert time.monotonic() - start < 30  # the service waits for 60

@@ -48,14 +48,14 @@ def test_events_over_the_limit_are_summarized_also_if_no_event_follows(run_dir: 
 def test_the_end_of_a_run_has_a_few_messages_over_the_limit(run_dir: Path) -> None:
     alerts = Alerts(settings_with_command(run_dir), run_dir)
     for _ in range(9):
-        Journal(run_dir).write("crash", "gone", 5)
+        Journal(run_dir).write("crash", "exit status 1", 5)
         alerts.send_news()
     for _ in range(9):
         Journal(run_dir).write("done", "trained all steps", 10)
         alerts.send_news()
     alerts.close()
     messages = "".join(command_messages(run_dir))
-    assert messages.count("gone\n") == 3 and messages.count("trained all steps") == 4
+    assert messages.count("exit status 1\n") == 3 and messages.count("trained all steps") == 4
     assert messages.count("6 more events since ") == 1
 
 
