@@ -1,4 +1,4 @@
-"""``alert``: list the alert channels of a run, or send a test message through each of them."""
+"""``alert``: list the alert channels of a run, or send a test message to each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ds_gpt2.supervision.alerts.message import Message
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|CONFIG", help="a run's name or directory, or a YAML file or its name")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the file")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--test", action="store_true", help="send a test message through every channel")
-    what.add_argument("--list", action="store_true", help="list the channels, send nothing")
+    what.add_argument("--test", action="store_true", help="send a test message to every configured channel")
+    what.add_argument("--list", action="store_true", help="list the configured channels, send nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -39,12 +39,12 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.test:
         return _test(settings, found, options.json)
-    kinds = {each: services[each] if isinstance(each, Address) else "run by the shell" for each in found}
+    kinds = {channel: services[channel] if isinstance(channel, Address) else "shell command" for channel in found}
     return _show(kinds, options.json)
 
 
 def _find(name: str) -> Path:
-    """Return the configuration of an existing run, else one for a new run."""
+    """Return the settings file of a started run, or that of a config."""
     try:
         return find_run(name) / run_location.CONFIG
     except UserError as no_run:
@@ -66,15 +66,18 @@ def _show(kinds: dict[Channel, str], as_json: bool) -> int:
 def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
     reasons = deliver(dict.fromkeys(found, _test_message(settings.run.name)))
     if as_json:
-        rows = [{"way": channel.name, "taken": why is None, "why": why} for channel, why in reasons.items()]
-        print(json.dumps(rows))
+        print(
+            json.dumps(
+                [{"way": channel.name, "taken": reason is None, "why": reason} for channel, reason in reasons.items()]
+            )
+        )
     else:
-        for channel, why in reasons.items():
-            print(f"{channel.name}: {'delivered' if why is None else f'NOT delivered: {why}'}")
+        for channel, reason in reasons.items():
+            print(f"{channel.name}: {'delivered' if reason is None else f'NOT delivered: {reason}'}")
     return exit_report.CRASHED if any(reasons.values()) else exit_report.DONE
 
 
 def _test_message(run: str) -> Message:
     now = time.time()
-    text = f"Alerts about run {run} arrive here.\n{socket.gethostname()}, {clock(now)}"
+    text = f"This is a test: alerts of run {run} arrive here.\n{socket.gethostname()}, {clock(now)}"
     return Message(run, "test", f"{run}: test", text, now)

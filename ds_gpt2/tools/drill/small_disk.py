@@ -24,12 +24,12 @@ _ROOM_FOR = 5  # checkpoints: the one to go on from, those of the scene, and one
 @functools.cache
 def namespace() -> tuple[str, ...] | None:
     """The command that gives what follows it mounts of its own; None where nothing of the kind works."""
-    commands = [("unshare", "--mount"), ("unshare", "--map-root-user", "--mount")]
-    for command in commands if os.geteuid() == 0 else commands[1:]:
-        attempt = [*command, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/mnt"]
+    ways = [("unshare", "--mount"), ("unshare", "--map-root-user", "--mount")]
+    for way in ways if os.geteuid() == 0 else ways[1:]:
+        attempt = [*way, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/mnt"]
         try:
             if subprocess.run(attempt, capture_output=True, timeout=10).returncode == 0:
-                return command
+                return way
         except (OSError, subprocess.SubprocessError):
             continue
     return None
