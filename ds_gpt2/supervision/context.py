@@ -25,7 +25,7 @@ class Context:
     def poll(self) -> None:
         """Send new alerts and check the disks; to be called every ``POLL_SECONDS``."""
         self.reporter.catch_up()
-        if (warning := self._disk_watch.look()) is not None:
+        if (warning := self._disk_watch.check()) is not None:
             self.reporter.report("disk_low", warning)
-        if (warning := self._write_watch.look()) is not None:
+        if (warning := self._write_watch.check()) is not None:
             self.reporter.report("not_logged", warning)

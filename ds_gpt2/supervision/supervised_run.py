@@ -13,7 +13,7 @@ from ds_gpt2.supervision.restart_policy import Restart
 
 @dataclass(frozen=True)
 class SupervisedRun:
-    """One launch of a run, and from it the next one."""
+    """A launch of a run; ``after`` returns the next launch."""
 
     arguments: tuple[str, ...]  # of train.py, without --resume and --leave_out
     layout: RankLayout
