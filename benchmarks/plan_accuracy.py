@@ -140,7 +140,7 @@ def train_to_the_end(config: Path, ranks: int, overrides: dict[str, str], folder
     start_time, environment = time.time(), measured_rank.request(settings.checkpoint_dir, folder)
     started = Ranks(arguments, RankLayout("cpu", ranks), folder / "outcome", environment, script=measured_rank.SCRIPT)
     try:
-        while not started.gone:
+        while not started.have_exited:
             time.sleep(0.1)
     finally:
         started.kill()

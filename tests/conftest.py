@@ -20,6 +20,8 @@ from ds_gpt2.data.prepare.holdout import EveryPiece
 from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 
+pytest_plugins = ["alert_service"]
+
 # A machine that stalls for a moment is no failure of a property.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")

@@ -1,4 +1,4 @@
-"""Start real ranks with DeepSpeed's launcher, and see that none is left."""
+"""Start real ranks with DeepSpeed's launcher, and end all processes that they leave behind."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Launched:
+    """How a command ended."""
+
     code: int
     output: str
     left_over: list[str]  # command lines of processes that outlived the launcher
 
 
-Run = tuple[Launched, Path]  # a whole run and its directory
+Run = tuple[Launched, Path]  # a complete run and its directory
 
 
 def launch(
     ranks: int, *arguments: str, script: Path = TRAIN, accelerator: str = "cpu", timeout: float = 900
 ) -> Launched:
-    """SCRIPT ARGUMENTS on so many ranks, to its end."""
+    """Run ``script`` with ``arguments`` on ``ranks`` ranks until it ends."""
     return run(start_command(RankLayout(accelerator, ranks), script, arguments), accelerator, timeout)
 
 
 def run(command: list[str], accelerator: str = "cpu", timeout: float = 900) -> Launched:
-    """Run ``command`` in a session of its own; whatever it leaves behind is listed and ended."""
+    """Run ``command`` in a session of its own; list and kill the processes that it leaves behind."""
     process = start(command, accelerator)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout} s:\n{output}") from None
+        raise AssertionError(f"timed out after {timeout} s:\n{output}") from None
     return Launched(process.returncode, output, end_session(process.pid))
 
 
 def start(command: list[str], accelerator: str = "cpu") -> subprocess.Popen[str]:
     """Start ``command`` in a session of its own, its output in a pipe."""
     environment = {**os.environ, "DS_ACCELERATOR": accelerator, "PYTHONUNBUFFERED": "1"}
-    if not accelerator:  # as a person has it who never heard of the variable
+    if not accelerator:  # as in an environment that does not set the variable
         del environment["DS_ACCELERATOR"]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -55,12 +57,12 @@ def start(command: list[str], accelerator: str = "cpu") -> subprocess.Popen[str]
 
 
 def end_session(session: int) -> list[str]:
-    """Kill what is left of a session started here; returns the command lines of what was."""
+    """Kill the processes of a session that ``start`` has made; return their command lines."""
     left = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                if command := process.cmdline():  # none: it is ending
+                if command := process.cmdline():  # empty while a process exits
                     left.append(" ".join(command))
                 process.kill()
         except (psutil.Error, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Run by DeepSpeed's launcher on several ranks: what an engine does, as JSON for test_engine.py to judge."""
+"""Train with an engine on several ranks; write the results as JSON for tests/engine/test_engine.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LR = 1e-3
 
 
 def begin_from_another(engine: Engine) -> dict[str, bool]:
-    """What has become of weights that no bf16 holds, rows of padding apart."""
+    """Start from weights that bf16 cannot represent; return whether masters, bf16 weights and padding are right."""
     torch.manual_seed(9)
     weights = {name: torch.randn(parameter.shape) for name, parameter in engine.model.named_parameters()}
     weights["wte.weight"] = weights["wte.weight"][:VOCABULARY]
@@ -54,11 +54,11 @@ def begin_from_another(engine: Engine) -> dict[str, bool]:
 
 def main(config: Path, out: Path) -> None:
     settings = load_settings(config)
-    place = device.choose("cpu")
-    open_process_group(place)
+    cpu = device.choose("cpu")
+    open_process_group(cpu)
     plan = plan_batch(16 * 64, 2, 64, collectives.world_size())
     dataset = open_dataset(settings.data.dir)
-    data = TrainingData(Windows(dataset, "train", 64), plan, collectives.rank(), settings.run.seed, place)
+    data = TrainingData(Windows(dataset, "train", 64), plan, collectives.rank(), settings.run.seed, cpu)
     validation = Validation(ValidationSettings(tokens=7 * 64), Windows(dataset, "val", 64), group=2)
 
     def fresh_engine() -> Engine:
@@ -70,15 +70,15 @@ def main(config: Path, out: Path) -> None:
     norm_errors: list[float] = []
 
     def steps(trained: Engine, count: int) -> list[tuple[float, float]]:
-        seen = []
+        results = []
         for step in range(1, count + 1):
             loss = trained.accumulate(data.micro_batches(step))
             exact = _exact_norm(trained)
             update = trained.apply(LR)
             assert update.applied
             norm_errors.append(abs(update.grad_norm / exact - 1))
-            seen.append((float(collectives.sum_over_ranks(loss)) / collectives.world_size(), update.grad_norm))
-        return seen
+            results.append((float(collectives.sum_over_ranks(loss)) / collectives.world_size(), update.grad_norm))
+        return results
 
     found: dict[str, object] = {"world_size": collectives.world_size()}
     found["begun_from"] = begin_from_another(fresh_engine())
@@ -106,13 +106,13 @@ def main(config: Path, out: Path) -> None:
 
 
 def _exact_norm(trained: Engine) -> float:
-    """Of all ranks' gradients, every square in fp64."""
+    """Return the norm of all ranks' gradients, computed in fp64."""
     total = torch.stack([part.double().square().sum() for part in trained.gradients().values()]).sum()
     return float(collectives.sum_over_ranks(total).sqrt())
 
 
 def _count_norms() -> list[object]:
-    """Grows whenever the norm of the gradients is computed by us."""
+    """Return a list that grows whenever this project computes the norm of the gradients."""
     norms: list[object] = []
     ours = zero2_gradients._global_norm
 
@@ -125,9 +125,9 @@ def _count_norms() -> list[object]:
 
 
 def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
-    """What is left of gradients, and which reductions were made, when a step ends before its last micro-batch.
+    """End steps before their last micro-batch; return the gradients that are left and the number of reductions.
 
-    Ranks may fail alone: one that reduced what it has would wait for the others for ever.
+    A reduction would block: a rank may fail alone, and the others would not take part.
     """
 
     def failing() -> Iterator[MicroBatch]:
@@ -154,7 +154,7 @@ def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
 
 
 def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -> float:
-    """A weight's accumulated gradient when the first micro-batch gives 1 and each other one 1/512."""
+    """Return the accumulated gradient of a weight: 1 from the first micro-batch, 1/512 from each other."""
     weight = trained.model.h[1].mlp.c_fc.weight
     values = iter([1.0] + [1 / 512] * (data.plan.accumulation - 1))
     hook = weight.register_hook(lambda grad: torch.full_like(grad, next(values)))
@@ -167,18 +167,18 @@ def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -
 
 
 def _fingerprints(trained: Engine) -> dict[str, object]:
-    """Those of all ranks: as they are, with one bit of one weight of the last rank flipped, and flipped back."""
+    """Return all ranks' fingerprints: unchanged, with one bit flipped on the last rank, and flipped back."""
     weight = trained.model.h[0].attn.c_attn.weight.detach().view(torch.int16).view(-1)
-    seen = {"same": collectives.gather_objects(trained.fingerprint())}
+    fingerprints = {"same": collectives.gather_objects(trained.fingerprint())}
     for name in ("flipped", "back"):
         if collectives.rank() == collectives.world_size() - 1:
             weight[7] ^= 1 << 9
-        seen[name] = collectives.gather_objects(trained.fingerprint())
-    return seen
+        fingerprints[name] = collectives.gather_objects(trained.fingerprint())
+    return fingerprints
 
 
 def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
-    """What the hook tells of an update, and the same from whole tensors, gathered one by one."""
+    """Return the hook's values of an update, and the expected values from complete tensors."""
     hook = Histograms(HistogramsSettings(every=1, norms=True), trained.model)
     trained.accumulate(data.micro_batches(7))
     hook.before_update(trained)
@@ -187,7 +187,7 @@ def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
     before = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in parameters.items()}
     trained.apply(LR)
     after = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
-    told = hook.observe(trained, TrainState())
+    observed = hook.observe(trained, TrainState())
     expected = {f"grad/{name}": _figures(tensor) for name, tensor in gradients.items() if tensor.dim() == 2}
     expected |= {f"param/{name}": _figures(tensor) for name, tensor in after.items() if tensor.dim() == 2}
     for part in ("wte", "wpe", "h.0", "h.1", "ln_f"):
@@ -203,9 +203,9 @@ def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
         tag: [sum(value.counts), value.minimum, value.maximum, value.total, value.squares]
         if isinstance(value, Histogram)
         else value
-        for tag, value in told.items()
+        for tag, value in observed.items()
     }
-    middle = told["param/wte.weight"]
+    middle = observed["param/wte.weight"]
     assert isinstance(middle, Histogram)
     return {"told": shown, "expected": expected, "counts": middle.counts, "limits": middle.limits,
             "counted": _counted(after["wte.weight"], middle.limits)}  # fmt: skip
@@ -217,7 +217,7 @@ def _figures(tensor: torch.Tensor) -> list[float]:
 
 
 def _counted(tensor: torch.Tensor, limits: list[float]) -> list[int]:
-    """Values up to each limit and above the one before."""
+    """Return the number of values up to each limit and above the previous one."""
     values, last = tensor.float(), -math.inf
     counts = []
     for limit in torch.tensor(limits, dtype=torch.float32).tolist():
@@ -227,7 +227,7 @@ def _counted(tensor: torch.Tensor, limits: list[float]) -> list[int]:
 
 
 def _interrupted_by(stopped: int) -> list[bool]:
-    """Whether an observation is interrupted on each rank when only one of them is asked to stop."""
+    """Return for each rank whether an evaluation is interrupted if only rank ``stopped`` is requested to stop."""
     from ds_gpt2.training.hooks.hook import Interrupted, on_all_ranks
 
     def part() -> None:
@@ -242,7 +242,7 @@ def _interrupted_by(stopped: int) -> list[bool]:
 
 
 def _complaint_of(guilty: int) -> list[str | None]:
-    """What every rank hears when only one of them has found a mistake."""
+    """Return the error that each rank raises if only rank ``guilty`` raises one."""
     from ds_gpt2.common.errors import UserError
 
     def action() -> None:

@@ -1,4 +1,4 @@
-"""Run by DeepSpeed's launcher on one GPU: how often a step waits for it, as JSON for test_gpu.py to judge."""
+"""Count how often a step waits for the GPU; write the result as JSON for tests/system/test_gpu.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ds_gpt2.run_dir import exit_report
 
 
 def waits(work: Callable[[], object]) -> list[str]:
-    """Where ``work`` makes the host wait for the device."""
+    """Return the source lines at which ``work`` makes the host wait for the device."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -28,14 +28,14 @@ def waits(work: Callable[[], object]) -> list[str]:
 
 
 def main(data: Path, out: Path) -> None:
-    place = device.choose("cuda")
+    chosen = device.choose("cuda")
     settings = settings_of(data, "7M", 2)
-    set_up_compiler(settings, place)
+    set_up_compiler(settings, chosen)
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
-    open_process_group(place)
-    trainer = Trainer(settings, place)
+    open_process_group(chosen)
+    trainer = Trainer(settings, chosen)
     for step in (1, 2):
         trainer.step(step)
     accumulate = waits(lambda: trainer.engine.accumulate(trainer.data.micro_batches(3)))

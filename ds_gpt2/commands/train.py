@@ -21,7 +21,8 @@ from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
-from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
+from ds_gpt2.supervision.supervised_run import SupervisedRun
+from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
 from ds_gpt2.tools.doctor.row import in_one_line
 from ds_gpt2.training.preflight import check_initial_model, check_start

@@ -1,1 +1,1 @@
-"""Start the ranks, watch them, restart them, and send alerts."""
+"""Launch the ranks, watch them, restart them after a failure, and send alerts."""

@@ -1,4 +1,4 @@
-"""Will the disk of the checkpoints last, and does that of the run's directory take files? Checked at intervals."""
+"""Check at intervals whether the disk of checkpoints gets full, and whether the run's directory can be written."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ds_gpt2.common.formatting import duration, size
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import Settings
 
-_EVERY_SECONDS = 600.0
-_PROBE_SECONDS = 20.0
+_SPACE_INTERVAL_SECONDS = 600.0
+_WRITE_INTERVAL_SECONDS = 20.0
 _NOT_WRITABLE_SECONDS = 120.0  # a shorter outage of a server is not reported
 _DAY = 86_400.0
-_REMEMBERED = 288  # looks: two days
-_ENOUGH_SECONDS = 4 * 3600.0  # a shorter trend says nothing: checkpoints come and go
+_SAMPLES = 288  # two days
+_SHORTEST_TREND_SECONDS = 4 * 3600.0  # within less time, saves and deletions of checkpoints hide the trend
 
 
 class DiskWatch:
-    """The disk of a run's checkpoints. Each time that it becomes short is told once."""
+    """Watches the disk of a run's checkpoints. Each shortage of space is reported once."""
 
     def __init__(
         self,
@@ -34,37 +34,37 @@ class DiskWatch:
         """
         Args:
             clock: seconds.
-            free_bytes: of the disk; default: as the system says.
+            free_bytes: of the disk; default: from the system.
         """
         self._settings = settings
         self._clock = clock
         self._free_bytes = free_bytes or (lambda: shutil.disk_usage(settings.checkpoint_dir).free)
         self._next = clock()
-        self._seen: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)
-        self._short = False
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
+        self._is_short = False
 
-    def look(self) -> str | None:
-        """What to tell, if anything; most calls do nothing at all."""
+    def check(self) -> str | None:
+        """Return a warning; None if there is no new one or the next check is not due."""
         now = self._clock()
         if now < self._next:
             return None
-        self._next = now + _EVERY_SECONDS
+        self._next = now + _SPACE_INTERVAL_SECONDS
         try:
-            self._seen.append((now, self._free_bytes()))
+            self._samples.append((now, self._free_bytes()))
         except OSError:
             return None
-        was_short, warning = self._short, self._warning()
-        self._short = warning is not None
+        was_short, warning = self._is_short, self._warning()
+        self._is_short = warning is not None
         return None if was_short else warning
 
     def _warning(self) -> str | None:
-        free, needed = self._seen[-1][1], self._needed()
-        where = self._settings.checkpoint_dir
+        free, needed = self._samples[-1][1], self._needed()
+        directory = self._settings.checkpoint_dir
         if free < needed:
-            return f"{where} has {size(free)} free, the next checkpoint needs {size(needed)}: make room"
+            return f"{directory} has {size(free)} free, the next checkpoint needs {size(needed)}: free some space"
         days = self._days_left(free - needed)
         if days is not None and days < self._settings.alerts.disk_days:
-            return f"{where} has {size(free)} free, which lasts {days:.1f} days at the present rate: make room"
+            return f"{directory} has {size(free)} free, enough for {days:.1f} days at the present rate: free some space"
         return None
 
     def _needed(self) -> int:
@@ -72,14 +72,14 @@ class DiskWatch:
         return bytes_for_next_save(newest, self._settings.checkpoint)
 
     def _days_left(self, spare: int) -> float | None:
-        (begun, before), (now, free) = self._seen[0], self._seen[-1]
-        if now - begun < _ENOUGH_SECONDS or free >= before:
+        (start, before), (now, free) = self._samples[0], self._samples[-1]
+        if now - start < _SHORTEST_TREND_SECONDS or free >= before:
             return None
-        return spare / ((before - free) / (now - begun)) / _DAY
+        return spare / ((before - free) / (now - start)) / _DAY
 
 
 class WriteWatch:
-    """The run's directory: a run that cannot write there trains, but is not logged. Each outage is reported once."""
+    """Watches the run's directory: without it the run trains, but is not logged. Each outage is reported once."""
 
     def __init__(self, directory: OpenDirectory, clock: Callable[[], float] = time.monotonic) -> None:
         """
@@ -92,12 +92,12 @@ class WriteWatch:
         self._since: float | None = None  # seconds of ``clock``
         self._is_reported = False
 
-    def look(self) -> str | None:
-        """What to report, if anything; most calls do nothing at all."""
+    def check(self) -> str | None:
+        """Return a warning; None if there is no new one or the next check is not due."""
         now = self._clock()
         if now < self._next:
             return None
-        self._next = now + _PROBE_SECONDS
+        self._next = now + _WRITE_INTERVAL_SECONDS
         problem = write_problem(self._directory.path)
         if problem is None:
             self._since, self._is_reported = None, False
@@ -106,5 +106,5 @@ class WriteWatch:
         if self._is_reported or now - self._since < _NOT_WRITABLE_SECONDS:
             return None
         self._is_reported = True
-        lasted = duration(now - self._since)
-        return f"{self._directory.path} cannot be written for {lasted} ({problem}): the run is not logged meanwhile"
+        outage = duration(now - self._since)
+        return f"{self._directory.path} has not been writable for {outage} ({problem}): the run trains without logs"

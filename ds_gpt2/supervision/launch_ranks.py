@@ -1,7 +1,7 @@
-"""DeepSpeed's launcher of one machine, what ``python -m deepspeed.launcher.launch`` starts.
+"""Run DeepSpeed's launcher of one machine, as ``python -m deepspeed.launcher.launch`` would.
 
-``-m`` would put the working directory first on the module search path: a file called random.py there would be taken
-for Python's. DeepSpeed's multi-node runner also ends every process whose command line has those words.
+``-m`` would add the working directory to the module search path, where a file named random.py hides Python's module.
+DeepSpeed's multi-node runner also ends every process with those words on its command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What to do after a run has ended: the rules, apart from the processes."""
+"""Decide what to do after a launch of the ranks has ended: the rules alone, without processes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from ds_gpt2.run_dir.exit_report import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPE
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How one start of the ranks came to its end."""
+class LaunchResult:
+    """How one launch of the ranks ended."""
 
     outcome: Outcome
-    stop_requested: bool  # by whoever supervises
-    step: int  # the newest step that was begun; 0 where none was
-    batch: int  # its batch of the data
-    from_step: int | None  # the step that it had gone on from; None where it had not, or the journal does not say
-    saved_step: int  # of the newest checkpoint there is now; -1 where there is none
+    stop_requested: bool  # of the supervisor
+    step: int  # the newest step that began; 0 if none did
+    batch: int  # the batch of the data of that step
+    from_step: int | None  # the step that the launch resumed from; None if no step began or the journal has no record
+    saved_step: int  # of the newest checkpoint now; -1 if there is none
 
 
 @dataclass(frozen=True)
 class Finish:
-    """No more starts."""
+    """Do not launch again: the run is done or was stopped."""
 
     code: int
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """No more starts, though the run is not done."""
+    """Do not launch again, although the run is not done."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Again:
-    """Start once more."""
+class Restart:
+    """Launch again."""
 
     seconds: float  # from now
     resume: str  # see ``catalog.candidates``
@@ -45,71 +45,73 @@ class Again:
     text: str
 
 
-class Restarts:
-    """Counts starts that got nowhere. A run gets on when it saves a checkpoint that is newer than any before."""
+class RestartPolicy:
+    """Counts launches without progress. A launch makes progress if it saves a checkpoint newer than all before."""
 
     def __init__(self, settings: SupervisorSettings, saved_step: int) -> None:
         """
         Args:
-            saved_step: of the newest checkpoint before the first start; -1 where there is none.
+            saved_step: of the newest checkpoint before the first launch; -1 if there is none.
         """
         self._settings = settings
-        self._furthest = saved_step
-        self._in_vain = 0
-        self._at_one_step = 0
-        self._crashed_at: int | None = None
-        self._rolled_back = 0  # starts in a row that ended in a rollback
+        self._newest_saved_step = saved_step
+        self._without_progress = 0  # launches in a row
+        self._at_same_step = 0  # launches in a row that ended at the same step
+        self._last_step: int | None = None
+        self._rollbacks = 0  # launches in a row that ended in a rollback
 
-    def after(self, ended: Ended) -> Finish | GiveUp | Again:
-        """What comes next."""
-        result = ended.outcome
-        if result.code in (DONE, STOPPED, MISTAKE) or ended.stop_requested:
-            return Finish(CRASHED if result.code == ROLLBACK else result.code)
-        self._count(ended)
-        if self._in_vain > self._settings.restarts:
-            text = f"{self._in_vain} starts in a row got no further: no more restarts"
-            if self._rolled_back > 1:
-                text += (
-                    f"; the last {self._rolled_back} diverged on different data: schedule.max_lr may be too"
-                    " high for this model"
-                )
-            return GiveUp(text)
+    def decide(self, result: LaunchResult) -> Finish | GiveUp | Restart:
+        """Return what to do after a launch that ended with ``result``."""
+        outcome = result.outcome
+        if outcome.code in (DONE, STOPPED, MISTAKE) or result.stop_requested:
+            return Finish(CRASHED if outcome.code == ROLLBACK else outcome.code)
+        self._count(result)
+        if self._without_progress > self._settings.restarts:
+            return GiveUp(self._give_up_text())
         seconds = self._backoff()
-        if result.code == ROLLBACK and result.before is not None:
-            return self._roll_back(result.before, ended.from_step, result.leave_out, seconds)
-        if self._at_one_step <= 1 or ended.saved_step < 0 or ended.from_step is None:
-            return Again(seconds, "auto", (), "from the newest checkpoint")
-        return self._avoid(ended, seconds)
+        if outcome.code == ROLLBACK and outcome.before is not None:
+            return self._roll_back(outcome.before, result.from_step, outcome.leave_out, seconds)
+        if self._at_same_step <= 1 or result.saved_step < 0 or result.from_step is None:
+            return Restart(seconds, "auto", (), "from the newest checkpoint")
+        return self._avoid_step(result, seconds)
 
-    def _count(self, ended: Ended) -> None:
-        self._in_vain = 1 if ended.saved_step > self._furthest else self._in_vain + 1
-        self._furthest = max(self._furthest, ended.saved_step)
-        self._rolled_back = self._rolled_back + 1 if ended.outcome.code == ROLLBACK else 0
-        again = ended.step > 0 and ended.step == self._crashed_at
-        self._at_one_step = self._at_one_step + 1 if again else 1
-        self._crashed_at = ended.step
+    def _count(self, result: LaunchResult) -> None:
+        self._without_progress = 1 if result.saved_step > self._newest_saved_step else self._without_progress + 1
+        self._newest_saved_step = max(self._newest_saved_step, result.saved_step)
+        self._rollbacks = self._rollbacks + 1 if result.outcome.code == ROLLBACK else 0
+        is_same_step = result.step > 0 and result.step == self._last_step
+        self._at_same_step = self._at_same_step + 1 if is_same_step else 1
+        self._last_step = result.step
+
+    def _give_up_text(self) -> str:
+        text = f"giving up: {self._without_progress} starts in a row made no progress (no newer checkpoint)"
+        if self._rollbacks > 1:
+            text += f"; the last {self._rollbacks} diverged on different data: schedule.max_lr may be too high"
+        return text
 
     def _backoff(self) -> float:
+        """Return the seconds until the next launch: twice as long after each launch without progress, up to a limit."""
         longest = self._settings.longest_backoff_seconds
-        return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._in_vain - 1, 30))
+        return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._without_progress - 1, 30))
 
-    def _roll_back(self, before: int, from_step: int | None, leave_out: tuple[int, ...], seconds: float) -> Again:
-        """To a checkpoint of before the trouble; to an older one each time that it comes again at the same step."""
-        if self._at_one_step > 1 and from_step is not None:
+    def _roll_back(self, before: int, from_step: int | None, leave_out: tuple[int, ...], seconds: float) -> Restart:
+        """Resume from a checkpoint before the divergence; from an older one each time it recurs at the same step."""
+        if self._at_same_step > 1 and from_step is not None:
             before = min(before, from_step)
         text = f"from the newest checkpoint before step {before}"
         if leave_out:
-            text += f", without batches {format_batches(leave_out)} of the data"
-        return Again(seconds, f"before:{before}", leave_out, text)
+            text += f", skipping batches {format_batches(leave_out)} of the data"
+        return Restart(seconds, f"before:{before}", leave_out, text)
 
-    def _avoid(self, ended: Ended, seconds: float) -> Again:
-        """The same step again and again: first the checkpoint is suspected, then the data."""
-        if self._at_one_step == 2:
-            return Again(seconds, f"before:{ended.from_step}", (), "from an older checkpoint")
+    def _avoid_step(self, result: LaunchResult, seconds: float) -> Restart:
+        """Handle repeated crashes at one step: at first the checkpoint may be the cause, then the data."""
+        if self._at_same_step == 2:
+            return Restart(seconds, f"before:{result.from_step}", (), "from an older checkpoint")
         if self._settings.skip_data:
-            return Again(seconds, "auto", (ended.batch,), f"without batch {ended.batch} of the data")
+            text = f"from the newest checkpoint, skipping batch {result.batch} of the data"
+            return Restart(seconds, "auto", (result.batch,), text)
         text = (
-            f"batch {ended.batch} of the data may be the cause; supervisor.skip_data=true would leave it out:"
-            " from the newest checkpoint once more"
+            f"from the newest checkpoint; batch {result.batch} of the data may be the cause of the crashes:"
+            " supervisor.skip_data=true would skip it"
         )
-        return Again(seconds, "auto", (), text)
+        return Restart(seconds, "auto", (), text)

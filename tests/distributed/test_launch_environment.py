@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from launched import PROJECT, Launched, run
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.host import free_port
+from ds_gpt2.common.host import check_port_free, free_port
 from ds_gpt2.distributed import launch_environment
 from ds_gpt2.distributed.launch_environment import adopt, without_ranks
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -223,7 +225,7 @@ SRUN = {
     "SLURM_PROCID": "N",
     "SLURM_LOCALID": "N",
     "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_ID": "JOB",
     "SLURM_STEP_ID": "0",
 }
 MPIRUN = {
@@ -234,11 +236,25 @@ MPIRUN = {
 }
 
 
+def with_free_port(variables: dict[str, str]) -> dict[str, str]:
+    """Return ``variables`` with a job number whose port is free: the port of a fixed number may be in use."""
+    if "SLURM_JOB_ID" not in variables:
+        return variables  # the port depends on the process id of mpirun
+    for job in itertools.count(os.getpid()):
+        numbered = {name: value.replace("JOB", str(job)) for name, value in variables.items()}
+        environment = {name: value.replace("N", "0") for name, value in numbered.items()}
+        adopt(environment)
+        with contextlib.suppress(UserError):
+            check_port_free(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+            return numbered
+    raise AssertionError
+
+
 @pytest.mark.parametrize("variables", [SRUN, MPIRUN], ids=["srun", "mpirun"])
 def test_slurm_and_mpi_tasks_give_the_losses_of_deepspeed(by_deepspeed: Path, variables: dict[str, str]) -> None:
     name = next(iter(variables)).partition("_")[0].lower()
     command = [sys.executable, str(TRAIN), *arguments(by_deepspeed, name)]
-    done = started([sys.executable, "-I", "-c", TASKS, repr(variables), *command], by_deepspeed)
+    done = started([sys.executable, "-I", "-c", TASKS, repr(with_free_port(variables)), *command], by_deepspeed)
     assert done.code == 0, done.output
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
 

@@ -20,7 +20,8 @@ from ds_gpt2.run_dir.exit_report import STOPPED
 from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats, read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
-from ds_gpt2.supervision.launcher import TRAIN, RankLayout, ask_to_stop, start_command
+from ds_gpt2.supervision import rank_processes
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
 
@@ -73,7 +74,7 @@ def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     newest = scan(tmp_path / "checkpoints" / "test")[0]
     assert newest.step == 6 and newest.manifest is not None and not newest.manifest.is_evaluated
     assert [record["step"] for record in read_metrics(run_dir / METRICS)] == [1, 2, 3, 4, 5]
-    assert _stop_at(12, run_dir, arguments, lambda process: ask_to_stop(process.pid)) == (STOPPED, [])
+    assert _stop_at(12, run_dir, arguments, lambda process: rank_processes.request_stop(process.pid)) == (STOPPED, [])
     last = launch(2, *arguments)
     assert (last.code, last.left_over) == (0, []), last.output
 

@@ -1,4 +1,4 @@
-"""A disk that becomes full is told of in time, and once."""
+"""Warnings of disks that get full or cannot be written."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ class Disk:
         self.watch = DiskWatch(load_settings(config), clock=lambda: self.now, free_bytes=lambda: int(self.free))
 
     def pass_time(self, hours: float, gb_an_hour: float = 0.0) -> list[str]:
-        told = []
+        warnings = []
         for _ in range(round(6 * hours)):
-            if (warning := self.watch.look()) is not None:
-                told.append(warning)
+            if (warning := self.watch.check()) is not None:
+                warnings.append(warning)
             self.now += HOUR / 6
             self.free -= gb_an_hour * 1e9 / 6
-        return told
+        return warnings
 
 
-def test_a_disk_that_lasts_is_not_told_of(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_disk_with_enough_space_is_not_reported(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     disk = Disk(write_config(tmp_path), free_gb=1000)
     assert disk.pass_time(100, gb_an_hour=1) == []
 
 
-def test_a_disk_that_fills_up_is_told_of_once_and_days_ahead(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_disk_that_gets_full_is_reported_once_and_days_ahead(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
     disk = Disk(write_config(tmp_path), free_gb=200)
-    (warning,) = disk.pass_time(140, gb_an_hour=1)  # 60 hours are left at the end, 72 the limit
-    assert "lasts 2.9 days" in warning or "lasts 3.0 days" in warning
+    (warning,) = disk.pass_time(140, gb_an_hour=1)  # 60 hours are left at the end, the limit is 72
+    assert "enough for 2.9 days" in warning or "enough for 3.0 days" in warning
     disk.free = 500e9
     assert disk.pass_time(100) == []
 
 
-def test_a_disk_without_room_for_the_next_checkpoint_is_told_of_at_once(
+def test_a_disk_without_space_for_the_next_checkpoint_is_reported_immediately(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     disk = Disk(write_config(tmp_path), free_gb=0.9)
     (warning,) = disk.pass_time(1)
-    assert "next checkpoint" in warning and "make room" in warning
+    assert "next checkpoint" in warning and "free some space" in warning
 
 
-def test_a_rate_seen_for_minutes_says_nothing(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_trend_of_two_hours_is_not_reported(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     disk = Disk(write_config(tmp_path), free_gb=100)
     assert disk.pass_time(2, gb_an_hour=5) == []
 
@@ -62,14 +64,14 @@ def test_a_run_directory_that_cannot_be_written_is_reported_once_after_minutes(t
     def pass_time(minutes: int) -> list[str]:
         reported = []
         for _ in range(6 * minutes):
-            reported += [text] if (text := watch.look()) is not None else []
+            reported += [text] if (text := watch.check()) is not None else []
             now[0] += 10
         return reported
 
     assert pass_time(10) == [] and list(run_dir.iterdir()) == []
-    (run_dir / ".write_probe").mkdir()  # stands for a disk that takes nothing
+    (run_dir / ".write_probe").mkdir()  # stands for a full disk
     assert pass_time(1) == []
-    assert pass_time(10) == [f"{run_dir} cannot be written for 2m (Is a directory): the run is not logged meanwhile"]
+    assert pass_time(10) == [f"{run_dir} has not been writable for 2m (Is a directory): the run trains without logs"]
     (run_dir / ".write_probe").rmdir()
     assert pass_time(1) == []
     (run_dir / ".write_probe").mkdir()

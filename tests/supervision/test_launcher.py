@@ -1,8 +1,7 @@
-"""Starting and stopping: real processes, real signals, and nobody left afterwards."""
+"""Starts and stops of real ranks, which leave no process behind, and errors that prevent a start."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -28,16 +27,16 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.launcher import RankLayout
 
-FOR_EVER = {"steps": 1_000_000, "warmup_steps": 3}
+ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
 
 
 @pytest.fixture
 def endless(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    return write_config(tmp_path, schedule=FOR_EVER, samples={"every": 0}, validation={"every": 0})
+    return write_config(tmp_path, schedule=ENDLESS, samples={"every": 0}, validation={"every": 0})
 
 
 def _read_until(process: subprocess.Popen[str], pattern: str, seconds: float = 120) -> str:
-    """Output of ``process`` up to the first line that matches."""
+    """Return the output of ``process`` up to the first line that matches ``pattern``."""
     assert process.stdout is not None
     deadline, lines = time.monotonic() + seconds, []
     for line in process.stdout:
@@ -49,7 +48,10 @@ def _read_until(process: subprocess.Popen[str], pattern: str, seconds: float = 1
 
 
 def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
-    """What is left of its output; not by ``communicate``, which knows nothing of lines that are read ahead."""
+    """Wait for the end of ``process``; return the rest of its output.
+
+    ``communicate`` would miss lines that ``_read_until`` has buffered.
+    """
     assert process.stdout is not None
     deadline = threading.Timer(seconds, end_session, [process.pid])
     deadline.start()
@@ -62,13 +64,13 @@ def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
         end_session(process.pid)
 
 
-def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PATH with nothing but Python on it, too: no compiler and no git are needed."""
+def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PATH has Python only: neither a compiler nor git is needed."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
     output = _read_until(process, r"^step +3/")
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # impatience must not tear the save
+    process.send_signal(signal.SIGINT)  # a second Ctrl+C must not interrupt the save
     output += _end(process)
     assert process.returncode == exit_report.STOPPED, output
     assert "Traceback" not in output
@@ -78,10 +80,10 @@ def test_ctrl_c_saves_the_step_just_done_and_leaves_nobody(endless: Path, monkey
     assert _ranks_of(endless) == []
 
 
-def test_a_stop_while_starting_ends_at_once_and_leaves_nobody(endless: Path) -> None:
+def test_a_stop_during_the_start_ends_the_ranks_and_leaves_no_process(endless: Path) -> None:
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
     _read_until(process, "^starting 2 ranks")
-    _wait_for_a_rank(endless)  # it is importing
+    _wait_for_a_rank(endless)  # which imports modules now
     process.send_signal(signal.SIGTERM)
     output = _end(process, 60)
     assert process.returncode == exit_report.STOPPED
@@ -89,8 +91,8 @@ def test_a_stop_while_starting_ends_at_once_and_leaves_nobody(endless: Path) -> 
     assert _ranks_of(endless) == []
 
 
-def test_ctrl_c_under_deepspeeds_own_launcher_saves_too(endless: Path) -> None:
-    """On a terminal SIGINT reaches every process of the group at once."""
+def test_ctrl_c_saves_also_with_the_deepspeed_command(endless: Path) -> None:
+    """On a terminal, SIGINT reaches every process of the group."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     process = start([*runner, str(TRAIN), "--config", str(endless)])
     _read_until(process, r"^step +3/")
@@ -103,13 +105,13 @@ def test_ctrl_c_under_deepspeeds_own_launcher_saves_too(endless: Path) -> None:
 
 
 @pytest.mark.parametrize("request_by", ["a STOP file", "SIGUSR1 to one rank"])
-def test_one_request_anywhere_stops_all_ranks_within_the_step(
+def test_one_stop_request_stops_all_ranks_within_the_step(
     tmp_path: Path, write_config: Callable[..., Path], request_by: str
 ) -> None:
-    """32 micro-batches a step: the one under way is dropped, what was finished is saved."""
+    """A step has 32 micro-batches; the unfinished step is dropped, the last finished one is saved."""
     batch = {"tokens_per_step": 8192, "micro_batch": 2, "sequence_length": 64}
     config = write_config(
-        tmp_path, schedule=FOR_EVER, batch=batch, samples={"every": 0}, validation={"every": 0}, checkpoint={
+        tmp_path, schedule=ENDLESS, batch=batch, samples={"every": 0}, validation={"every": 0}, checkpoint={
             "dir": str(tmp_path / "checkpoints"), "every": 250
         }
     )  # fmt: skip
@@ -141,23 +143,23 @@ def _wait_for_a_rank(config: Path) -> None:
 
 
 def _ranks_of(config: Path) -> list[list[str]]:
-    """Command lines of living processes that work on ``config``."""
+    """Return the command lines of running processes that use ``config``."""
     time.sleep(0.5)
     listed = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     return [words for words in listed if str(config) in words]
 
 
-def test_the_signal_that_ended_a_rank_is_named(tmp_path: Path) -> None:
+def test_the_exit_status_names_the_signal_that_killed_a_rank(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGKILL)\n", encoding="utf-8")
     ranks = launcher.Ranks([], RankLayout("cpu", 1), tmp_path / "outcome", {}, script)
     assert ranks.exit_status == "a rank was killed by SIGKILL"
-    assert not ranks.launcher_died and ranks.gone
+    assert not ranks.launcher_was_killed and ranks.have_exited
 
 
 @pytest.fixture
 def as_rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """This process as the only rank; its signal handlers and environment come back afterwards."""
+    """Make this process the only rank; restore its signal handlers and environment afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -168,7 +170,7 @@ def as_rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
     os.environ.update(environment)
 
 
-def test_a_taken_port_is_named_with_a_free_one(
+def test_a_port_in_use_is_reported_with_a_free_one(
     endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import socket
@@ -192,11 +194,11 @@ def test_a_taken_port_is_named_with_a_free_one(
         (["model.preset=7B"], r"model\.preset is '7B': known are 7M"),
         (["batch.micro_batc=5"], r"did you mean batch\.micro_batch\?"),
         (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
-        (["run.device=cuda"], r"run\.device is cuda, but PyTorch .* sees no GPU"),
+        (["run.device=cuda"], r"run\.device is cuda, but PyTorch .* finds no GPU"),
         (["nonsense"], "not of the form key=value"),
     ],
 )
-def test_a_mistake_is_told_before_any_rank_starts(
+def test_a_configuration_error_is_reported_before_any_rank_starts(
     endless: Path,
     arguments: list[str],
     message: str,
@@ -210,7 +212,7 @@ def test_a_mistake_is_told_before_any_rank_starts(
 
 
 @pytest.mark.parametrize("key", ["checkpoint.dir", "run.dir", "monitor.dir"])
-def test_a_directory_that_cannot_be_written_is_named(
+def test_a_directory_that_cannot_be_written_is_reported(
     endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     from ds_gpt2 import train
@@ -220,21 +222,21 @@ def test_a_directory_that_cannot_be_written_is_named(
     assert re.fullmatch(rf"error: cannot write to {endless}/\S+: .*\n", capsys.readouterr().err)
 
 
-def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
+def test_a_run_with_checkpoints_in_another_directory_is_not_started_anew(
     endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ds_gpt2 import train
 
     big = endless.parent / "big"
     (big / "test" / "rolling_step_000250").mkdir(parents=True)
-    (big / "test" / "rolling_step_000250" / "manifest.json").write_text("whatever it holds")
+    (big / "test" / "rolling_step_000250" / "manifest.json").write_text("any content")
     run_dir = endless.parent / "runs" / "test"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))
     as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
     assert train.main(["--config", str(endless)]) == exit_report.MISTAKE
-    said = capsys.readouterr().err
-    assert f"it has some in {big}/test: move that directory" in said and f"or set checkpoint.dir={big}" in said
+    error = capsys.readouterr().err
+    assert f"it has some in {big}/test: move that directory" in error and f"or set checkpoint.dir={big}" in error
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_a_run_whose_checkpoints_lie_elsewhere_keeps_its_history(
         (["run=5", "run.seed=1"], "run was given a value of its own"),
     ],
 )
-def test_a_bad_command_line_of_the_ranks_is_one_line(
+def test_an_invalid_command_line_of_the_ranks_is_one_line(
     endless: Path,
     as_rank_zero: pytest.MonkeyPatch,
     arguments: list[str],
@@ -262,7 +264,7 @@ def test_a_bad_command_line_of_the_ranks_is_one_line(
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
 
 
-def test_epochs_shorter_than_the_warm_up_are_refused(
+def test_a_run_shorter_than_its_warmup_is_refused(
     endless: Path, as_rank_zero: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ds_gpt2 import train
@@ -273,14 +275,14 @@ def test_epochs_shorter_than_the_warm_up_are_refused(
     assert "must be below the" in capsys.readouterr().err
 
 
-def test_an_unknown_config_or_run_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_config_or_run_is_reported_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "gpt2_123m"]) == exit_report.MISTAKE
     assert "gpt2_124m" in capsys.readouterr().err
     assert cli.main(["resume", "no-such-run"]) == exit_report.MISTAKE
     assert "no run no-such-run" in capsys.readouterr().err
 
 
-def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_gpus_are_used_by_default(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     auto = load_settings(endless, {"run.device": "auto"})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -288,77 +290,36 @@ def test_gpus_are_used_when_there_are_some(endless: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cu130")
     assert launcher.choose_ranks(auto, None) == RankLayout("cuda", 3)
     assert launcher.choose_ranks(auto, 2) == RankLayout("cuda", 2)
-    with pytest.raises(UserError, match=r"--num_gpus 4, but this machine shows 3 GPU"):
+    with pytest.raises(UserError, match=r"--num_gpus 4, but this machine has 3 GPU"):
         launcher.choose_ranks(auto, 4)
     assert launcher.choose_ranks(load_settings(endless), None) == RankLayout("cpu", 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert launcher.choose_ranks(auto, None) == RankLayout("cpu", 4)
 
 
-def test_a_build_of_pytorch_for_cpus_is_not_imported_to_be_asked(
-    endless: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_build_of_pytorch_is_not_imported_to_count_gpus(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("it was asked"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("CUDA was queried"))
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cpu")
     assert launcher.choose_ranks(load_settings(endless, {"run.device": "auto"}), None) == RankLayout("cpu", 4)
 
 
-STOPPED = """
-import os, signal, sys, threading
-from pathlib import Path
-from ds_gpt2.run_dir.heartbeat import Heartbeat, open_stacks
-
-def stop():
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-running = threading.Semaphore(0)
-
-def run_on():
-    running.release()
-    while True: pass
-
-Heartbeat(Path(sys.argv[1]), 0).begin_step(1, 1)
-open_stacks(Path(sys.argv[1]), 0)
-for _ in range(3):
-    threading.Thread(target=run_on, daemon=True).start()
-    running.acquire()
-stop()
-run_on()
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="glibc before 2.30 cannot signal one thread")
-def test_stacks_tell_where_a_rank_was_stopped_though_other_threads_are_quicker(tmp_path: Path) -> None:
-    for turn in range(12):  # with a signal to the process, every third of these was of what came after
-        run_dir, into = tmp_path / f"run{turn}", tmp_path / f"stacks{turn}"
-        process = start([sys.executable, "-c", STOPPED, str(run_dir)])
-        try:
-            while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
-                time.sleep(0.01)
-            launcher.write_stacks(run_dir, 1, process.pid, into)
-            stacks = (into / "rank_00000.txt").read_text(encoding="utf-8")
-        finally:
-            end_session(process.pid)
-        assert "in stop\n" in stacks and stacks.count("in run_on\n") == 3, stacks
-
-
 @pytest.mark.parametrize(
-    ("visible", "seen"),
+    ("visible", "used"),
     [("", ["0", "1"]), ("2,3", ["2", "3"]), ("5, 1,0", ["5", "1"]), ("GPU-89,GPU-f3", ["GPU-89", "GPU-f3"])],
 )
-def test_visible_devices_are_the_ones_used(visible: str, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_devices_are_used(visible: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher._devices(RankLayout("cuda", 2)) == seen
+    assert launcher._devices(RankLayout("cuda", 2)) == used
     assert launcher._devices(RankLayout("cpu", 2)) == ["0", "1"]
 
 
-def test_ranks_see_devices_that_have_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_inherit_devices_that_are_named_by_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-89,GPU-f3")
-    script = tmp_path / "seen.py"
-    script.write_text("import os; print('seen ' + os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
+    script = tmp_path / "devices.py"
+    script.write_text("import os; print('devices ' + os.environ['CUDA_VISIBLE_DEVICES'])", encoding="utf-8")
     done = run(launcher.start_command(RankLayout("cuda", 2), script, []))
-    assert done.output.count("seen GPU-89,GPU-f3") == 2, done.output  # the ends of two ranks' lines may mingle
+    assert done.output.count("devices GPU-89,GPU-f3") == 2, done.output  # line ends of the two ranks may be mixed
 
 
 @pytest.mark.parametrize(
@@ -369,7 +330,7 @@ def test_ranks_see_devices_that_have_no_numbers(tmp_path: Path, monkeypatch: pyt
         ("NVIDIA L40", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None),
     ],
 )  # fmt: skip
-def test_a_peak_is_only_claimed_for_the_very_card(
+def test_the_peak_is_known_for_exact_names_of_gpus_only(
     name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
@@ -377,34 +338,9 @@ def test_a_peak_is_only_claimed_for_the_very_card(
     assert peak == (None if teraflops is None else teraflops * 1e12)
 
 
-def test_more_ranks_than_gpus_is_told_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_report_if_there_are_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks but this machine shows 1 GPU\(s\): start with --num_gpus 1"):
         device.choose("cuda")
-
-
-@pytest.mark.parametrize(
-    ("own", "file", "content", "kills"),
-    [
-        ("0::/user/run", "user/run/memory.events", "low 0\noom 4\noom_kill 3\n", 3),
-        ("0::/", "memory.events", "oom_kill 2\n", 2),
-        ("5:cpu:/x\n4:memory:/docker/1\n0::/", "memory/docker/1/memory.oom_control", "under_oom 0\noom_kill 7\n", 7),
-        ("4:cpu,memory:/docker/1", "memory/memory.oom_control", "oom_kill 5\n", 5),
-    ],
-)
-def test_kills_for_memory_are_counted_by_every_version_of_control_groups(
-    tmp_path: Path, own: str, file: str, content: str, kills: int
-) -> None:
-    (tmp_path / "own").write_text(own + "\n")
-    (tmp_path / "cgroup" / file).parent.mkdir(parents=True)
-    (tmp_path / "cgroup" / file).write_text(content)
-    groups = launcher._memory_groups(tmp_path / "cgroup", tmp_path / "own")
-    found = next(group for group in groups if group.exists())
-    assert launcher._kills_in(found) == kills
-
-
-def test_where_no_control_group_counts_kills_the_machine_does() -> None:
-    assert launcher.out_of_memory_kills() >= 0
-    assert launcher._kills_in(Path("/proc/vmstat")) is not None

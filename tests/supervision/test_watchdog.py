@@ -1,4 +1,4 @@
-"""When a run counts as hanging: real heartbeats and processes, a clock of the test's own."""
+"""The detection of hangs, with real heartbeats and processes and a simulated clock."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SETTINGS = SupervisorSettings(hang_seconds=60, hang_factor=10, patience_minutes=
 
 
 class Watched:
-    """Ranks that beat when told to, and a watchdog that looks once a second."""
+    """Ranks whose heartbeats the test writes, and a watchdog that checks them once a second of simulated time."""
 
     def __init__(self, folder: Path, ranks: int = 2, settings: SupervisorSettings = SETTINGS) -> None:
         self.now = 0.0
         self.ranks = [Heartbeat(folder, rank) for rank in range(ranks)]
-        self.dog = Watchdog(settings, OpenDirectory(folder), ranks, clock=lambda: self.now)
+        self.watchdog = Watchdog(settings, OpenDirectory(folder), ranks, clock=lambda: self.now)
 
     def step(self, number: int, seconds: float, silent: int | None = None) -> None:
         for rank, heartbeat in enumerate(self.ranks):
@@ -38,26 +38,26 @@ class Watched:
         assert self.wait(seconds) is None
 
     def wait(self, seconds: float) -> str | None:
-        """What the watchdog says within that time, if anything."""
+        """Return the hang that the watchdog detects within ``seconds``; None if there is none."""
         end = self.now + seconds
         while self.now < end:
             self.now = min(end, self.now + 1)
-            if (hang := self.dog.look()) is not None:
+            if (hang := self.watchdog.check()) is not None:
                 return hang.text
         return None
 
 
-def test_a_step_may_take_a_multiple_of_the_usual_but_no_more(tmp_path: Path) -> None:
+def test_a_step_may_take_hang_factor_times_the_usual(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 20):
         watched.step(number, seconds=20)
     watched.ranks[0].begin_step(20, 20)
-    assert watched.wait(179) is None  # since the step began for rank 1, 199 of the 200 seconds
+    assert watched.wait(179) is None  # 199 of the 200 seconds since rank 1 began the step
     text = watched.wait(5)
-    assert text is not None and text.startswith("rank 1 has not moved for 20") and "in step 19" in text
+    assert text is not None and text.startswith("rank 1 has made no progress for 20") and "in step 19" in text
 
 
-def test_short_steps_are_given_the_least_time(tmp_path: Path) -> None:
+def test_a_short_step_may_take_hang_seconds(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 100):
         watched.step(number, seconds=1)
@@ -72,12 +72,12 @@ def test_the_first_step_may_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", ["evaluating", "saving", "finishing"])
-def test_other_phases_have_a_patience_of_their_own_and_progress_renews_it(tmp_path: Path, phase: str) -> None:
+def test_other_phases_have_patience_minutes_from_the_newest_heartbeat(tmp_path: Path, phase: str) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 20):
         watched.step(number, seconds=1)
     for heartbeat in watched.ranks:
-        heartbeat.enter(phase)  # type: ignore[arg-type]  # each of them is one
+        heartbeat.enter(phase)  # type: ignore[arg-type]  # a Phase
     assert watched.wait(29 * 60) is None
     for heartbeat in watched.ranks:
         heartbeat.beat()
@@ -85,25 +85,25 @@ def test_other_phases_have_a_patience_of_their_own_and_progress_renews_it(tmp_pa
     assert phase in (watched.wait(2 * 60) or "")
 
 
-def test_ranks_that_never_speak_are_noticed(tmp_path: Path) -> None:
+def test_ranks_without_any_heartbeat_are_a_hang(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     clear_heartbeats(tmp_path)
     text = watched.wait(31 * 60)
-    assert text is not None and "no sign of life" in text
+    assert text is not None and "has written no heartbeat for" in text
 
 
-def test_who_was_asleep_itself_blames_nobody(tmp_path: Path) -> None:
+def test_a_suspend_of_the_machine_is_no_hang(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 20):
         watched.step(number, seconds=1)
-    watched.now += 7 * 24 * 3600  # the machine was suspended
-    assert watched.dog.look() is None
+    watched.now += 7 * 24 * 3600  # the machine is suspended
+    assert watched.watchdog.check() is None
     assert watched.wait(50) is None
     assert watched.wait(10) is not None
 
 
-def test_steps_of_every_length_raise_no_alarm(tmp_path: Path) -> None:
-    """From 0.2 to 2 seconds, with evaluation of minutes between, 3,000 times."""
+def test_steps_of_varying_length_are_no_hang(tmp_path: Path) -> None:
+    """3,000 steps of 0.2 to 2 seconds, with evaluations of 10 minutes."""
     rng, watched = random.Random(7), Watched(tmp_path, ranks=1)
     for number in range(1, 3000):
         watched.step(number, rng.uniform(0.2, 2))
@@ -112,7 +112,7 @@ def test_steps_of_every_length_raise_no_alarm(tmp_path: Path) -> None:
             assert watched.wait(600) is None
 
 
-def test_the_stopped_rank_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_the_hang_names_the_rank_whose_process_is_stopped(tmp_path: Path) -> None:
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from ds_gpt2.run_dir.heartbeat import Heartbeat\n"
@@ -134,10 +134,10 @@ def test_the_stopped_rank_is_the_one_that_is_named(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()  # type: ignore[union-attr]  # it is a pipe
+        process.stdout.close()  # type: ignore[union-attr]  # a pipe
 
 
-def test_a_beat_tells_where_a_rank_is(tmp_path: Path) -> None:
+def test_a_heartbeat_has_the_step_batch_phase_and_pid(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3)
     heartbeat.begin_step(12, 14)
     heartbeat.enter("saving")
@@ -148,33 +148,33 @@ def test_a_beat_tells_where_a_rank_is(tmp_path: Path) -> None:
     assert read_beat(tmp_path, 3) is None
 
 
-def test_a_directory_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    (tmp_path / "heartbeat").write_text("a file is in the way", encoding="ascii")
+def test_a_heartbeat_that_cannot_be_written_raises_no_error(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat").write_text("a file instead of the directory", encoding="ascii")
     Heartbeat(tmp_path, 0).begin_step(1, 1)
     assert read_beat(tmp_path, 0) is None
 
 
-@pytest.mark.parametrize("trouble", ["away", "full"])
-def test_no_hang_is_declared_where_no_sign_of_life_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: str
+@pytest.mark.parametrize("problem", ["missing", "full"])
+def test_no_hang_is_detected_while_heartbeats_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 10):
         watched.step(number, seconds=1)
     beats = tmp_path / "heartbeat"
-    if trouble == "away":
+    if problem == "missing":
         beats.rename(tmp_path / "elsewhere")
     else:
         monkeypatch.setattr("ds_gpt2.supervision.watchdog.beat_problem", lambda _: "No space left on device")
     assert watched.wait(10_000) is None
     assert caplog.text.count("heartbeats cannot be written") == 1
-    if trouble == "away":
+    if problem == "missing":
         (tmp_path / "elsewhere").rename(beats)
     monkeypatch.undo()
-    assert "has not moved" in str(watched.wait(200))
+    assert "has made no progress" in str(watched.wait(200))
 
 
-def test_a_disk_that_takes_no_sign_of_life_is_recognised(tmp_path: Path) -> None:
+def test_beat_problem_detects_a_disk_that_cannot_be_written(tmp_path: Path) -> None:
     assert beat_problem(tmp_path) is not None
     Heartbeat(tmp_path, 0)
     assert beat_problem(tmp_path) is None and [path.name for path in (tmp_path / "heartbeat").iterdir()] == [
@@ -188,10 +188,10 @@ def test_a_disk_that_takes_no_sign_of_life_is_recognised(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def test_heartbeats_of_an_earlier_start_that_cannot_be_deleted_are_not_this_ones(tmp_path: Path) -> None:
+def test_heartbeats_of_an_earlier_launch_are_ignored(tmp_path: Path) -> None:
     Heartbeat(tmp_path, 0).begin_step(46, 46)
     watchdog = Watchdog(SupervisorSettings(), OpenDirectory(tmp_path), 1)
-    assert watchdog.look() is None and watchdog.newest is None
+    assert watchdog.check() is None and watchdog.newest is None
     Heartbeat(tmp_path, 0).begin_step(47, 47)
-    watchdog.look()
+    watchdog.check()
     assert watchdog.newest is not None and watchdog.newest.step == 47

@@ -1,4 +1,4 @@
-"""Any bytes in any of the project's files: a value, nothing, or one clear line; and nothing is written."""
+"""Read files of the project with arbitrary content: a value, None or a one-line error, and no file is written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LONG = [b'{"step": ' + b"9" * 10_000 + b"}", b'{"step": 1e999}', b"1" * 5000, b'
 ODD = [b"", b"\x00" * 4096, b"\xff\xfe{\x00", b"\xef\xbb\xbf{}", b"null", b"[]", b'"text"', b"{}", b"{", b"!!int abc"]
 
 
-def nothing_but(directory: Path) -> set[Path]:
+def files_in(directory: Path) -> set[Path]:
     return set(directory.rglob("*"))
 
 
@@ -73,19 +73,19 @@ def check(directory: Path, reader: str, data: bytes) -> None:
     name, read = READERS[reader]
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     (directory / name).write_bytes(data)
-    before = nothing_but(directory)
-    said = ""
+    before = files_in(directory)
+    message = ""
     try:
         read(directory)
     except EXPECTED as error:
-        said = str(error)
-    assert "\n" not in said and len(said) < 2000
-    assert nothing_but(directory) == before
+        message = str(error)
+    assert "\n" not in message and len(message) < 2000
+    assert files_in(directory) == before
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("data", [*DEEP, *LONG, *ODD], ids=lambda data: repr(data[:12]))
-def test_what_is_odd(tmp_path: Path, reader: str, data: bytes) -> None:
+def test_unusual_content(tmp_path: Path, reader: str, data: bytes) -> None:
     check(tmp_path, reader, data)
     check(tmp_path, reader, data + b"\n" + data)
 
@@ -93,13 +93,13 @@ def test_what_is_odd(tmp_path: Path, reader: str, data: bytes) -> None:
 @pytest.mark.parametrize("reader", READERS)
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
-def test_any_bytes(tmp_path: Path, reader: str, data: bytes) -> None:
+def test_arbitrary_bytes(tmp_path: Path, reader: str, data: bytes) -> None:
     check(tmp_path, reader, data)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, kind: str) -> None:
+def test_reading_something_else_than_a_file_does_not_block(tmp_path: Path, reader: str, kind: str) -> None:
     name, read = READERS[reader]
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, kind: st
     ended = threading.Event()
     usual = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), usual[1]))  # what reads without end, ends there
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), usual[1]))  # an endless read fails at this limit
     found: list[BaseException] = []
 
     def run() -> None:
@@ -124,7 +124,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, kind: st
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        assert ended.wait(20), "it waits for a writer"
+        assert ended.wait(20), "the read blocks"
     finally:
         resource.setrlimit(resource.RLIMIT_AS, usual)
     assert all(isinstance(error, EXPECTED) for error in found), found
@@ -147,17 +147,17 @@ def test_whole_numbers_out_of_range_are_refused(number: str) -> None:
         {"time": 1.0, "kind": ["save"], "text": ""},
     ],
 )
-def test_an_event_with_values_of_other_types_is_damaged(event: dict[str, object]) -> None:
+def test_an_event_with_values_of_wrong_types_is_damaged(event: dict[str, object]) -> None:
     assert parse_event(json.dumps(event).encode()) is None
 
 
 @pytest.mark.parametrize("time", [1e300, -1.0, float("nan"), "now", [1.0], True])
-def test_a_time_that_is_none_is_no_time_of_a_record(time: object) -> None:
+def test_an_invalid_time_is_left_out_of_a_record(time: object) -> None:
     record = parse_record(json.dumps({"step": 1, "time": time}))
     assert record is not None and "time" not in record
 
 
-def test_aliases_do_not_expand_without_end(tmp_path: Path) -> None:
+def test_the_expansion_of_yaml_aliases_is_limited(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]" for number in range(1, 9)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
@@ -169,31 +169,31 @@ def test_aliases_do_not_expand_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 10**6 + 1, 10**9])
-def test_a_shape_that_no_model_has_is_refused(size: int) -> None:
+def test_an_impossible_model_shape_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="more than 1,000,000 or less than 1"):
         ModelShape(size, 2, 32, 64)
     with pytest.raises(ValueError, match="width 32 is not divisible by heads 3"):
         ModelShape(2, 3, 32, 64)
 
 
-def test_an_error_shows_the_beginning_of_a_long_value(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_error_shows_only_the_start_of_a_long_value(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"run: {{name: {'x' * 10**6}}}\n")
     (tmp_path / "dataset.json").write_text(
         json.dumps({"format": "x" * 10**6, "shards": [], "tokenizer": "", "source": ""})
     )
     assert cli.main(["inspect", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.endswith(" ...\n") and len(said) < 1600 and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith(" ...\n") and len(error) < 1600 and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "n_positions"])
-def test_a_model_configuration_claims_no_more_than_a_model_can_have(tmp_path: Path, key: str) -> None:
+def test_sizes_in_a_model_configuration_are_limited(tmp_path: Path, key: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", key: 10**9}))
     with pytest.raises(UserError, match=f"{key} is 1000000000; input should be less than or equal to 1000000"):
         read_config(tmp_path / "config.json")
 
 
-def test_a_refused_pickle_does_not_recommend_to_load_it_all_the_same(tmp_path: Path) -> None:
+def test_the_error_of_a_refused_pickle_does_not_suggest_loading_it(tmp_path: Path) -> None:
     torch.save({"a": Path("x")}, tmp_path / "model.pt")
     with pytest.raises(pickle.UnpicklingError) as caught:
         unpickle(tmp_path / "model.pt")

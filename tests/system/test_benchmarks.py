@@ -1,4 +1,4 @@
-"""The programs in benchmarks/ that no other test runs still run, at toy size. What they find then is no figure."""
+"""Run the programs in benchmarks/ that no other test runs, with tiny models. Their results are not meaningful."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def start(program: str, *words: object) -> str:
     return done.output
 
 
-def test_the_gpus_suite_runs_wherever_it_is_and_shows_no_toy_figure(tmp_path: Path, dataset_dir: Path) -> None:
+def test_the_gpu_suite_runs_on_any_machine_and_shows_no_figures_of_tiny_models(
+    tmp_path: Path, dataset_dir: Path
+) -> None:
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(12)), encoding="utf-8")
     words = ("--suite", "gpu", "--toy", "--data", dataset_dir, "--hellaswag", items, "--out", tmp_path / "out")
@@ -35,19 +37,19 @@ def test_the_gpus_suite_runs_wherever_it_is_and_shows_no_toy_figure(tmp_path: Pa
         assert curve == pytest.approx(found["curves"]["plain"], abs=0.02), name
 
 
-def test_a_suite_for_a_gpu_measures_nothing_where_there_is_none(tmp_path: Path, dataset_dir: Path) -> None:
+def test_the_gpu_suite_measures_nothing_without_a_gpu(tmp_path: Path, dataset_dir: Path) -> None:
     words = ("--suite", "gpu", "--data", dataset_dir, "--hellaswag", tmp_path / "none", "--out", tmp_path)
     assert "S1" in start("run.py", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["goals_gpu.json"]
 
 
-def test_a_goal_is_reached_at_a_ratio_of_one() -> None:
+def test_a_goal_is_reached_at_ratio_one() -> None:
     speed = Goal("S1", "speed", 100, "tokens/s", lambda it: it["rate"])
     time = Goal("S4", "time", 5, "ms", lambda it: it["ms"], at_most=True)
     assert (speed.ratio(100), speed.ratio(50), time.ratio(5), time.ratio(10)) == (1, 0.5, 1, 0.5)
 
 
-def test_tokenising_loading_and_exporting_run(tmp_path: Path) -> None:
+def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
     out = tmp_path / "out.json"
@@ -57,7 +59,7 @@ def test_tokenising_loading_and_exporting_run(tmp_path: Path) -> None:
     start("export.py", "--preset", "7M", "--ranks", 2, "--scratch", tmp_path, "--out", out)
 
 
-def test_what_goes_over_the_links_is_what_the_docs_say(tmp_path: Path, dataset_dir: Path) -> None:
+def test_the_memory_and_traffic_of_zero_match_the_documentation(tmp_path: Path, dataset_dir: Path) -> None:
     out = tmp_path / "scaling.json"
     done = launch(2, "--data", str(dataset_dir), "--out", str(out), script=PROJECT / "benchmarks" / "scaling.py")
     assert done.code == 0, done.output

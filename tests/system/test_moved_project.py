@@ -1,4 +1,4 @@
-"""A whole project, trained, then copied, moved and renamed as people do, by its own commands."""
+"""A complete project with a run: copied, moved and renamed, then used by its own commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from small_run import SEQUENCE
 
 
 def command(project: Path, *words: str, cwd: Path | None = None) -> Launched:
-    """``./launch.sh WORDS`` in ``project``, without its installation."""
+    """Run ``./launch.sh WORDS`` of ``project`` with this Python."""
     return run(command_line(project, *words, cwd=cwd))
 
 
@@ -35,7 +35,7 @@ def steps_of(project: Path, name: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def original(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project directory with data and a run of its own."""
+    """Return a project directory that contains data and a run."""
     project = tmp_path_factory.mktemp("projects") / "one"
     without = shutil.ignore_patterns("__pycache__")
     for part in ("ds_gpt2", "ds_configs"):
@@ -58,7 +58,7 @@ def original(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return project
 
 
-def test_a_copied_project_is_another_one(original: Path) -> None:
+def test_a_copied_project_leaves_the_original_unchanged(original: Path) -> None:
     copy = original.with_name("two")
     shutil.copytree(original, copy)
     before = tree(original)
@@ -75,7 +75,7 @@ def test_a_copied_project_is_another_one(original: Path) -> None:
     assert list((copy / "runs" / "mine" / "exports").iterdir())
 
 
-def test_a_moved_project_resumes_and_a_renamed_run_too(original: Path) -> None:
+def test_a_moved_project_and_a_renamed_run_resume(original: Path) -> None:
     source = original.with_name("source")
     shutil.copytree(original, source)
     moved = original.with_name("moved")
@@ -102,7 +102,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_that_is_moved_while_it_trains_resumes_in_the_new_directory(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DS_GPT2_PYTHON", sys.executable)
     here, there = original.with_name("here"), original.with_name("there")
     shutil.copytree(original, here)
@@ -112,7 +114,7 @@ def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, m
         wait_for(lambda: (here / "runs" / "long" / "starts.jsonl").exists())
         wait_for(lambda: (here / "runs" / "long" / "metrics.jsonl").stat().st_size > 0)
         os.rename(here, there)
-        (here / "runs" / "long").mkdir(parents=True)  # what comes in its place is another
+        (here / "runs" / "long").mkdir(parents=True)  # a new directory at the old path
         starts = there / "runs" / "long" / "starts.jsonl"
         wait_for(lambda: len(starts.read_text().splitlines()) == 2)
         (there / "runs" / "long" / "STOP").touch()
@@ -131,7 +133,7 @@ def test_a_project_that_is_moved_while_it_trains_goes_on_there(original: Path, m
     assert list((there / "runs" / "long").glob("**/*.tmp")) == []
 
 
-def test_checkpoints_that_are_moved_alone_are_saved_to_where_they_are(original: Path) -> None:
+def test_a_run_saves_into_its_checkpoint_directory_after_that_was_moved_alone(original: Path) -> None:
     project = original.with_name("parts")
     shutil.copytree(original, project)
     settings = ["schedule.steps=10000", "checkpoint.every=1000", "validation.every=50", "run.name=long"]
@@ -150,8 +152,8 @@ def test_checkpoints_that_are_moved_alone_are_saved_to_where_they_are(original: 
     assert saved[-1] == f"rolling_step_{steps_of(project, 'long')[-1]:06d}"
 
 
-def test_no_file_of_a_project_tells_where_it_was(original: Path) -> None:
-    """But for the records of single starts and what logs say, which nothing is resolved by."""
-    told = subprocess.run(["grep", "-rlI", str(original), "."], cwd=original, capture_output=True, text=True).stdout
+def test_no_file_of_a_project_depends_on_its_path(original: Path) -> None:
+    """Only logs and the records of single starts contain the path; no path is resolved from them."""
+    files = subprocess.run(["grep", "-rlI", str(original), "."], cwd=original, capture_output=True, text=True).stdout
     allowed = {"starts.jsonl", "train.log", "journal.jsonl", "run.json", "data_checked.json", "supervisor.json"}
-    assert {Path(line).name for line in told.splitlines()} <= allowed
+    assert {Path(line).name for line in files.splitlines()} <= allowed

@@ -1,4 +1,4 @@
-"""Whole runs: four ranks through DeepSpeed's launcher, and what they leave on disk."""
+"""Complete runs on four ranks with DeepSpeed's launcher, and the files that they write."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run with a flipped bit in one rank's part of its newest checkpoint: it goes on from the one before.
+    """Resume a copy of the run whose newest checkpoint has a flipped bit, from the checkpoint before.
 
-    That one is as a crash just before the rename that makes it a checkpoint would have left it.
+    That checkpoint is in the state that a crash just before the last rename of its commit would leave.
     """
     _, original = four_ranks
     folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("resumed") / "copy"))
@@ -48,22 +48,21 @@ def resumed(four_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     content = bytearray(partition.read_bytes())
     content[len(content) // 2] ^= 4
     partition.write_bytes(content)
-    shutil.rmtree(
-        folder / "checkpoints" / "test" / "best_model"
-    )  # a link no more after copying: it would be found good
-    one_before = folder / "checkpoints" / "test" / "rolling_step_000006"
-    one_before.rename(one_before.with_name(one_before.name + PARTIAL))
-    places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
-    return launch(4, "--config", str(folder / "run.yaml"), "--resume", "auto", *places), folder
+    # After copying, best_model is no longer a link to the damaged checkpoint, and would verify.
+    shutil.rmtree(folder / "checkpoints" / "test" / "best_model")
+    previous = folder / "checkpoints" / "test" / "rolling_step_000006"
+    previous.rename(previous.with_name(previous.name + PARTIAL))
+    directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
+    return launch(4, "--config", str(folder / "run.yaml"), "--resume", "auto", *directories), folder
 
 
-def test_it_ends_well_and_leaves_no_process(four_ranks: Run) -> None:
+def test_a_run_exits_with_code_0_and_leaves_no_process(four_ranks: Run) -> None:
     launched, _ = four_ranks
     assert launched.code == 0, launched.output
     assert launched.left_over == []
 
 
-def test_a_person_sees_every_step_and_no_chatter(four_ranks: Run) -> None:
+def test_the_console_shows_every_step_and_no_other_output(four_ranks: Run) -> None:
     launched, folder = four_ranks
     lines = launched.output.splitlines()
     assert "run test: 4 ranks on the CPU with 1 thread(s) each, gloo" in lines
@@ -78,7 +77,7 @@ def test_a_person_sees_every_step_and_no_chatter(four_ranks: Run) -> None:
     assert all(line in logged for line in lines)
 
 
-def test_metrics_have_every_step_once_and_the_schedules_rate(four_ranks: Run) -> None:
+def test_metrics_have_every_step_once_with_the_scheduled_learning_rate(four_ranks: Run) -> None:
     records = metrics(four_ranks[1])
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     curve = {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4}
@@ -96,7 +95,7 @@ def test_metrics_have_every_step_once_and_the_schedules_rate(four_ranks: Run) ->
     assert len(correct) == 2 and correct == pytest.approx([round(count) for count in correct])
 
 
-def test_tensorboard_shows_the_same_numbers_by_step(four_ranks: Run) -> None:
+def test_tensorboard_has_the_same_values_by_step(four_ranks: Run) -> None:
     folder = four_ranks[1]
     assert curve_problems(folder / "runs" / "test") == []
     events = EventAccumulator(str(folder / "runs" / "test" / "tensorboard"), size_guidance={"histograms": 0})
@@ -113,7 +112,7 @@ def test_tensorboard_shows_the_same_numbers_by_step(four_ranks: Run) -> None:
     assert shown[-1].histogram_value.num == 50_304 * 32
 
 
-def test_checkpoints_are_deepspeeds_files_and_latest_names_the_newest(four_ranks: Run) -> None:
+def test_checkpoints_consist_of_deepspeeds_files_and_latest_names_the_newest(four_ranks: Run) -> None:
     directory = four_ranks[1] / "checkpoints" / "test"
     assert [found.tag for found in scan(directory)] == ["rolling_step_000012", "best_model", "rolling_step_000006"]
     assert [problem_of(found) for found in scan(directory)] == [None, None, None]
@@ -132,7 +131,7 @@ def test_checkpoints_are_deepspeeds_files_and_latest_names_the_newest(four_ranks
     assert (directory / "best_model" / "manifest.json").stat().st_nlink == 2
 
 
-def test_the_stock_zero_to_fp32_reads_them(four_ranks: Run) -> None:
+def test_deepspeeds_zero_to_fp32_reads_checkpoints(four_ranks: Run) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights = get_fp32_state_dict_from_zero_checkpoint(str(four_ranks[1] / "checkpoints" / "test"))
@@ -140,7 +139,7 @@ def test_the_stock_zero_to_fp32_reads_them(four_ranks: Run) -> None:
     assert weights["wte.weight"].shape == (50_304, 32)
 
 
-def test_the_run_directory_says_what_was_started(four_ranks: Run) -> None:
+def test_the_run_directory_records_each_start(four_ranks: Run) -> None:
     run_dir = four_ranks[1] / "runs" / "test"
     start = json.loads((run_dir / "starts.jsonl").read_text())
     assert (start["from_step"], start["world_size"]) == (0, 4)
@@ -149,7 +148,7 @@ def test_the_run_directory_says_what_was_started(four_ranks: Run) -> None:
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["schedule"]["steps"] == STEPS
 
 
-def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> None:
+def test_a_resume_gives_identical_metrics(four_ranks: Run, resumed: Run) -> None:
     launched, folder = resumed
     assert launched.code == 0, launched.output
     assert (
@@ -164,37 +163,39 @@ def test_resuming_gives_the_very_same_numbers(four_ranks: Run, resumed: Run) -> 
         "superseded_step_000012",
         "rolling_step_000006",
     ]
-    assert curve_differences(*(place / "runs" / "test" for place in (four_ranks[1], folder))) == []
+    assert curve_differences(*(directory / "runs" / "test" for directory in (four_ranks[1], folder))) == []
 
 
-def test_resuming_gives_the_very_same_weights(four_ranks: Run, resumed: Run) -> None:
+def test_a_resume_gives_identical_weights(four_ranks: Run, resumed: Run) -> None:
     one, other = (folder / "checkpoints" / "test" / "rolling_step_000012" for _, folder in (four_ranks, resumed))
     assert checkpoint_differences(one, other) == []
 
 
-def test_the_curves_in_tensorboard_have_no_overlap_after_a_resume(resumed: Run) -> None:
+def test_curves_in_tensorboard_do_not_overlap_after_a_resume(resumed: Run) -> None:
     assert curve_problems(resumed[1] / "runs" / "test") == []
 
 
-def test_what_only_looks_changes_nothing(four_ranks: Run, tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    """The same run with no hooks at all has the same weights, moments and random states, bit for bit."""
+def test_evaluation_and_monitoring_change_nothing(
+    four_ranks: Run, tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    """Without hooks the weights, moments and random states of the run are identical, bit for bit."""
     never = {name: {"every": 0} for name in ("validation", "samples", "histograms", "hellaswag")}
     config = write_config(tmp_path, model=MODEL, monitor={"tensorboard": False}, **never)
     assert launch(4, "--config", str(config)).code == 0
     for name in (MODEL_FILE, *map(partition_file, range(4))):
-        seen, unseen = (
+        with_hooks, without_hooks = (
             unpickle(folder / "checkpoints" / "test" / "rolling_step_000012" / name)
             for folder in (four_ranks[1], tmp_path)
         )
-        for state in (seen, unseen):
-            del state["ds_config"]  # has paths in it
+        for state in (with_hooks, without_hooks):
+            del state["ds_config"]  # contains paths
             if name == MODEL_FILE:
-                assert state.pop("ds_gpt2")["state"]["step"] == STEPS  # the rest of it tells of validations
-        assert differences(seen, unseen, name) == []
+                assert state.pop("ds_gpt2")["state"]["step"] == STEPS  # the rest depends on validations
+        assert differences(with_hooks, without_hooks, name) == []
 
 
 def test_training_follows_a_plain_pytorch_loop(tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    """fp32 masters, bf16 arithmetic, torch's own cross entropy and AdamW, no DeepSpeed, on the same windows."""
+    """The loop has fp32 masters, bf16 arithmetic, torch's cross entropy and AdamW, no DeepSpeed, and the same data."""
     config = write_config(tmp_path, validation={"every": 0}, samples={"every": 0})
     launched = launch(2, "--config", str(config))
     assert launched.code == 0, launched.output
@@ -202,10 +203,10 @@ def test_training_follows_a_plain_pytorch_loop(tmp_path: Path, write_config: Cal
     assert ours == pytest.approx(train_reference(config, steps=STEPS), rel=2e-3)
 
 
-def test_a_mistake_only_ranks_can_find_ends_them_all_with_one_line(
+def test_an_error_in_the_data_of_one_rank_ends_all_ranks_with_one_line(
     tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path]
 ) -> None:
-    """A token id out of range in a shard that one rank checks: exit 2, one line, no traceback, nobody left."""
+    """A token id out of range in a shard of one rank: exit code 2, one line, no traceback, no process left."""
     data = Path(shutil.copytree(dataset_dir, tmp_path / "data"))
     shard = data / "train_000000.bin"
     content = bytearray(shard.read_bytes())
@@ -219,7 +220,7 @@ def test_a_mistake_only_ranks_can_find_ends_them_all_with_one_line(
     assert "Traceback" not in launched.output
 
 
-def test_print_config_shows_the_result_and_trains_nothing(
+def test_print_config_shows_the_merged_settings_and_does_not_train(
     tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--run_name", "other", "--checkpoint_freq", "7", "--eval_freq", "3", "--use_tensorboard", "false"]

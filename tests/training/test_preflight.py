@@ -20,7 +20,7 @@ from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.journal import Journal
-from ds_gpt2.supervision import supervisor
+from ds_gpt2.supervision import launches
 from ds_gpt2.training.preflight import check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
@@ -31,7 +31,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(*words: str) -> str:
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.setattr(supervisor, "Ranks", None)  # whoever starts ranks fails
+        monkeypatch.setattr(launches, "Ranks", None)  # whoever starts ranks fails
         capfd.readouterr()
         assert cli.main([*words, "--num_gpus", "4"]) == exit_report.MISTAKE
         out, err = capfd.readouterr()

@@ -1,1 +1,1 @@
-"""Messages to a person who is elsewhere: what they say, how many go out, and the ways they go."""
+"""Alerts about a run: message texts, rate limit, delivery and channels."""

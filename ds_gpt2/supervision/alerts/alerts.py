@@ -1,7 +1,7 @@
-"""Tell a person who is elsewhere what befalls the run.
+"""Send alerts about the events of a run.
 
-The supervisor calls ``tell_news`` all the time, a check that cron makes calls ``send``. Neither ever raises: a run is
-worth more than its messages.
+The supervisor calls ``send_news`` all the time, ``status --alert`` calls ``send``. Neither raises, because alerts must
+not end a run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ds_gpt2.config.settings import AlertSettings
 from ds_gpt2.run_dir.journal import JOURNAL, Event, parse_event
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Channel
-from ds_gpt2.supervision.alerts.delivery_queue import Courier
-from ds_gpt2.supervision.alerts.message import Message, of_events, with_note
+from ds_gpt2.supervision.alerts.delivery_queue import DeliveryQueue
+from ds_gpt2.supervision.alerts.message import Message, from_events, with_note
 from ds_gpt2.supervision.alerts.rate_limit import HourlyLimit
 
 COUNT = "alerts.json"  # in the run's directory
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Alerts:
-    """One run's, from now on: what is in its journal already is not told."""
+    """The alerts of one run, about events from now on: those already in its journal are not sent."""
 
     def __init__(self, settings: AlertSettings, run_dir: Path) -> None:
         """
@@ -41,38 +41,58 @@ class Alerts:
         self._opened = OpenDirectory(run_dir)
         self._read = self._size()  # bytes of the journal
         self._limit = HourlyLimit(run_dir / COUNT, settings.per_hour)
-        self._courier = Courier(self._ways, run_dir)
-        self._told: set[tuple[float, str]] = set()  # (time, kind) of the events that went by without the journal
-        self._complaint = ""
-        self._warned = ""
+        self._queue = DeliveryQueue(self._channels, run_dir)
+        self._sent_directly: set[tuple[float, str]] = set()  # (time, kind) of events not read from the journal
+        self._channel_problem = ""
+        self._last_warning = ""
 
     def check(self) -> None:
-        """
+        """Check the channels without sending a message.
+
         Raises:
-            UserError: the file of addresses cannot be used, apprise is missing, or knows no such address.
+            UserError: the file of addresses cannot be used, or apprise is not installed or cannot use one of them.
         """
         channels.check(self._settings)
 
-    def tell_news(self) -> None:
-        """Send what the journal says since the last call, as one message; returns at once."""
+    def send_news(self) -> None:
+        """Queue one message about the journal's events since the last call; does not wait."""
         try:
-            news = [event for event in self._news() if (event.time, event.kind) not in self._told]
+            news = [event for event in self._news() if (event.time, event.kind) not in self._sent_directly]
             events = [event for event in news if event.kind in self._kinds]
             if events:
                 self._post_events(events)
-            elif self._limit.holds_and_has_room(time.time()):
-                self._post_held_back()
+            elif self._limit.can_send_withheld(time.time()):
+                self._post_withheld()
         except Exception as error:
             self._warn_once(f"alerts: the journal cannot be read ({type(error).__name__})")
 
-    def tell(self, event: Event) -> None:
-        """Send an event that cannot be written to the journal; returns at once."""
-        self._told.add((event.time, event.kind))
+    def send_event(self, event: Event) -> None:
+        """Queue a message about an event that cannot be written to the journal; does not wait."""
+        self._sent_directly.add((event.time, event.kind))
         try:
             if event.kind in self._kinds:
                 self._post_events([event])
-        except Exception as error:  # its text may hold an address
-            log.warning(f"alerts: {type(error).__name__} while a message was sent")
+        except Exception as error:  # its text may contain an address
+            log.warning(f"alerts: {type(error).__name__} while sending a message")
+
+    def send(self, kind: str, title: str, text: str) -> bool:
+        """Send one message and wait until it is delivered, about 30 seconds at most.
+
+        Args:
+            title: one line, with the run's name in it.
+
+        Returns:
+            Whether at least one channel accepted it; False if there is no channel, or the hourly limit is reached.
+        """
+        try:
+            return self._send(kind, title, text)
+        except Exception as error:
+            log.warning(f"alerts: {type(error).__name__} while sending a message")
+            return False
+
+    def close(self) -> None:
+        """Wait until each pending message was attempted once more, about 30 seconds at most."""
+        self._queue.close()
 
     @property
     def _run_dir(self) -> Path:
@@ -83,77 +103,58 @@ class Alerts:
         return self._run_dir / JOURNAL
 
     def _warn_once(self, text: str) -> None:
-        """Log ``text`` unless it was the last that was logged."""
-        if text != self._warned:
-            self._warned = text
+        """Log ``text`` unless it is the same as the last time."""
+        if text != self._last_warning:
+            self._last_warning = text
             log.warning(text)
 
-    def send(self, kind: str, title: str, text: str) -> bool:
-        """Send one message now and wait until it is taken, some 30 seconds at most.
-
-        Args:
-            title: one line, with the run's name in it.
-
-        Returns:
-            Whether it was taken, by one way at least; not if there is no way, or it has to be held back.
-        """
-        try:
-            return self._send(kind, title, text)
-        except Exception as error:
-            log.warning(f"alerts: {type(error).__name__} while a message was sent")
-            return False
-
-    def close(self) -> None:
-        """Wait until what is on its way has been tried, some 30 seconds at most; no more is sent."""
-        self._courier.close()
-
     def _send(self, kind: str, title: str, text: str) -> bool:
-        if not self._ways() or (held_back := self._limit.admit([kind], time.time())) is None:
+        if not self._channels() or (withheld := self._limit.admit([kind], time.time())) is None:
             return False
-        message = with_note(self._message(kind, title, text), held_back)
+        message = with_note(self._message(kind, title, text), withheld)
         try:
-            return self._courier.post(message).result(LIMIT_SECONDS + 5)
+            return self._queue.post(message).result(LIMIT_SECONDS + 5)
         except StillTrying:
             return False
 
     def _post_events(self, events: Sequence[Event]) -> None:
-        if not self._ways():
+        if not self._channels():
             return
-        held_back = self._limit.admit([event.kind for event in events], time.time())
-        if held_back is not None:
-            self._courier.post(with_note(of_events(self._run_dir, events), held_back))
+        withheld = self._limit.admit([event.kind for event in events], time.time())
+        if withheld is not None:
+            self._queue.post(with_note(from_events(self._run_dir, events), withheld))
 
-    def _post_held_back(self) -> None:
-        held_back = self._limit.admit([], time.time())
-        if held_back:
-            self._courier.post(self._message("alert", f"{self._run_dir.name}: held back", held_back))
+    def _post_withheld(self) -> None:
+        withheld = self._limit.admit([], time.time())
+        if withheld:
+            self._queue.post(self._message("alert", f"{self._run_dir.name}: over the hourly limit", withheld))
 
     def _message(self, kind: str, title: str, text: str) -> Message:
         return Message(self._run_dir.name, kind, title, text, time.time())
 
-    def _ways(self) -> list[Channel]:
-        """Those that can be used now; what is wrong with the file of addresses is said once."""
+    def _channels(self) -> list[Channel]:
+        """Return the channels that can be used now; log a problem with the file of addresses once."""
         try:
-            found, complaint = channels.ways(self._settings), ""
+            found, problem = channels.channels_of(self._settings), ""
         except UserError as error:
-            found, complaint = [], str(error)
-        if complaint and complaint != self._complaint:
-            log.warning(f"alerts: {complaint}")
-        self._complaint = complaint
+            found, problem = [], str(error)
+        if problem and problem != self._channel_problem:
+            log.warning(f"alerts: {problem}")
+        self._channel_problem = problem
         return found
 
     def _news(self) -> list[Event]:
-        """The events since the last call; a line that is still being written is left for the next."""
+        """Return the events since the last call; an incomplete last line is left for the next call."""
         size = self._size()
         if size == self._read:
             return []
         with open(self._journal, "rb", opener=regular_only) as file:
-            file.seek(self._read if self._read < size else 0)  # a shorter file is another one
-            begin = file.tell()
+            file.seek(self._read if self._read < size else 0)  # a shorter file is a new journal
+            start = file.tell()
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read = begin + len(whole)
-        return [event for line in whole.splitlines() if (event := parse_event(line)) is not None]
+        complete = data[: data.rfind(b"\n") + 1]
+        self._read = start + len(complete)
+        return [event for line in complete.splitlines() if (event := parse_event(line)) is not None]
 
     def _size(self) -> int:
         try:

@@ -1,7 +1,7 @@
-"""The child process that takes one message to one of apprise's addresses.
+"""A child process that sends one message to one apprise address.
 
-The address comes by stdin: others may see a process's arguments. What apprise writes into its log names addresses, so
-none of it goes on; what goes on are the few words below.
+The address comes on stdin, because other users can see a process's arguments. Nothing that apprise logs is passed on,
+because its log shows addresses; the caller gets an exit code and one of the short texts below.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import signal
 import sys
 from typing import Any
 
-TAKEN, REFUSED, UNKNOWN = 0, 1, 3
+SENT, FAILED, UNKNOWN = 0, 1, 3  # exit codes; UNKNOWN: apprise does not support the address
 
 
 def main() -> int:
-    """Tell ``title`` and ``body``, or without them print what kind of service it is; the exit code tells the rest."""
+    """Send ``title`` and ``body`` of the request on stdin, or print the kind of service if there is no title.
+
+    Returns:
+        The exit code. After a failure stdout has the reason.
+    """
     request = json.load(sys.stdin)
-    signal.alarm(request["seconds"])  # in case nobody is left to end this process
-    heard = _listen_to_apprise()
+    signal.alarm(request["seconds"])  # in case the parent has died and cannot end this process
+    logged = _capture_log()
     import apprise
 
     services = apprise.Apprise()
@@ -28,36 +32,38 @@ def main() -> int:
         return UNKNOWN
     if "title" not in request:
         print(", ".join(str(service.service_name) for service in services))
-        return TAKEN
+        return SENT
     plain = apprise.NotifyFormat.TEXT
     if services.notify(request["body"], request["title"], request["type"], body_format=plain):
-        return TAKEN
-    print(_reason(heard))
-    return REFUSED
+        return SENT
+    print(_reason(logged))
+    return FAILED
 
 
-def _listen_to_apprise() -> list[str]:
-    heard: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]  # all it has to do
+def _capture_log() -> list[str]:
+    """Return a list that receives what apprise logs, instead of any other output."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]  # its only task
     log = logging.getLogger("apprise")
-    log.handlers, log.propagate = [listener], False
-    return heard
+    log.handlers, log.propagate = [handler], False
+    return logged
 
 
-def _reason(heard: list[str]) -> str:
-    if answered := re.search(r"error=(\d{3})\b", " ".join(heard)):
-        return f"the service answered {answered[1]}"
-    if "connection error" in " ".join(heard).lower():
+def _reason(logged: list[str]) -> str:
+    text = " ".join(logged)
+    if status := re.search(r"error=(\d{3})\b", text):
+        return f"the service answered {status[1]}"
+    if "connection error" in text.lower():
         return "no connection"
-    return "not taken"
+    return "not accepted"
 
 
-def _silent(*error: Any) -> None:
-    """A traceback might quote the address."""
+def _no_traceback(*error: Any) -> None:
+    """Print nothing: a traceback could contain the address."""
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: apprise's own imports must not find their names here
-    sys.excepthook = _silent
+    del sys.path[0]  # this directory has modules with names that apprise's own imports would find
+    sys.excepthook = _no_traceback
     sys.exit(main())

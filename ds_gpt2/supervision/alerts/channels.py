@@ -1,8 +1,7 @@
-"""The ways a message goes: a command of the user's, and whatever apprise reaches.
+"""The channels of alerts: a command of the user, and the addresses of services that apprise supports.
 
-Each message is taken by a child process that is given a time limit, so that nothing that a service or a command does
-can hold up or end the process that watches over the run. Addresses hold passwords: they are passed on by a pipe alone,
-and a way's name says where its address is written, not what it is.
+A child process with a time limit sends each message, so that no service and no command can block or end the supervisor.
+Addresses contain passwords: they are passed on by a pipe only, and a channel is named by where its address is written.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from ds_gpt2.config.settings import PROJECT_DIR, AlertSettings
 from ds_gpt2.supervision.alerts import apprise_child
 from ds_gpt2.supervision.alerts.message import Message
 
-ADDRESSES = "DS_GPT2_ALERT_URLS"  # environment: apprise's addresses, separated by white space
-LIMIT_SECONDS = 30.0
+ADDRESSES = "DS_GPT2_ALERT_URLS"  # environment: apprise addresses, separated by white space
+LIMIT_SECONDS = 30.0  # for one delivery
 
-_TYPES = {
+_TYPES = {  # apprise's types of notification; the default is a warning
     "done": "success",
     "backup_ok": "success",
     "launch": "info",
@@ -41,7 +40,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Command:
-    """Run by the shell, with the message's text on stdin and the rest in the environment."""
+    """A shell command that gets the message's text on stdin and the rest in its environment."""
 
     command: str
 
@@ -49,41 +48,41 @@ class Command:
     def name(self) -> str:
         return "the command"
 
-    def take(self, message: Message, seconds: float = LIMIT_SECONDS) -> str | None:
-        """Why the message was not taken; None if it was."""
-        told = {
+    def send(self, message: Message, seconds: float = LIMIT_SECONDS) -> str | None:
+        """Return why the message was not delivered; None if it was."""
+        variables = {
             "DS_GPT2_RUN": message.run,
             "DS_GPT2_KIND": message.kind,
             "DS_GPT2_STEP": "" if message.step is None else str(message.step),
             "DS_GPT2_TITLE": message.title,
         }
-        code, _ = _run(["/bin/sh", "-c", self.command], message.text + "\n", seconds, told)
-        return None if code == 0 else _how_it_ended(code, seconds)
+        code, _ = _run(["/bin/sh", "-c", self.command], message.text + "\n", seconds, variables)
+        return None if code == 0 else _failure_text(code, seconds)
 
 
 @dataclass(frozen=True)
 class Address:
-    """One of apprise's."""
+    """An apprise address."""
 
     name: str
     url: str = field(repr=False)
 
-    def take(self, message: Message, seconds: float = LIMIT_SECONDS) -> str | None:
-        """Why the message was not taken; None if it was."""
+    def send(self, message: Message, seconds: float = LIMIT_SECONDS) -> str | None:
+        """Return why the message was not delivered; None if it was."""
         kind = _TYPES.get(message.kind, "warning")
-        code, output = self._ask({"title": message.title, "body": message.text, "type": kind}, seconds)
+        code, output = self._request({"title": message.title, "body": message.text, "type": kind}, seconds)
         if code == apprise_child.UNKNOWN:
-            return "apprise does not know such an address"
-        return None if code == apprise_child.TAKEN else output or _how_it_ended(code, seconds)
+            return "apprise does not support this address"
+        return None if code == apprise_child.SENT else output or _failure_text(code, seconds)
 
     def service(self, seconds: float = LIMIT_SECONDS) -> str | None:
-        """What kind of service it is, and nothing more; None if apprise knows none of that kind."""
-        code, output = self._ask({}, seconds)
+        """Return the kind of service, such as ``Slack``; None if apprise does not support the address."""
+        code, output = self._request({}, seconds)
         if code == apprise_child.UNKNOWN:
             return None
         return output or "?"
 
-    def _ask(self, request: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    def _request(self, request: dict[str, str], seconds: float) -> tuple[int | None, str]:
         text = json.dumps({"url": self.url, "seconds": max(1, round(seconds)), **request})
         return _run([sys.executable, apprise_child.__file__], text, seconds, keep_output=True)
 
@@ -91,8 +90,8 @@ class Address:
 Channel = Command | Address
 
 
-def ways(settings: AlertSettings) -> list[Channel]:
-    """All that are set up.
+def channels_of(settings: AlertSettings) -> list[Channel]:
+    """Return all channels that are configured.
 
     Raises:
         UserError: the file of addresses cannot be used.
@@ -102,54 +101,58 @@ def ways(settings: AlertSettings) -> list[Channel]:
 
 
 def addresses(settings: AlertSettings) -> list[Address]:
-    """Those of the environment, then those of the file.
+    """Return the addresses in the environment, then those in the file.
 
     Raises:
         UserError: the file cannot be used.
     """
-    given = enumerate(os.environ.get(ADDRESSES, "").split(), start=1)
-    file = _file_of_addresses(settings)
+    in_environment = enumerate(os.environ.get(ADDRESSES, "").split(), start=1)
+    file = _address_file(settings)
     lines = enumerate(_read_private(file).splitlines() if file else [], start=1)
     return [
-        *(Address(f"address {number} of {ADDRESSES}", url) for number, url in given),
+        *(Address(f"address {number} of {ADDRESSES}", url) for number, url in in_environment),
         *(Address(f"line {number} of {file}", url) for number, line in lines if (url := _address_in(line))),
     ]
 
 
 def check(settings: AlertSettings) -> dict[Address, str]:
-    """Whether messages could go out, as far as can be seen without sending one.
+    """Check the addresses without sending a message.
 
     Returns:
-        What kind of service is at each address.
+        The kind of service at each address.
 
     Raises:
-        UserError: the file of addresses cannot be used, apprise is missing, or knows no such address.
+        UserError: the file of addresses cannot be used, or apprise is not installed or cannot use one of them.
     """
     found = addresses(settings)
     if found and importlib.util.find_spec("apprise") is None:
         install = f"{sys.executable} -m pip install --editable '{PROJECT_DIR}[alerts]'"
-        raise UserError(f"{found[0].name} is to get alerts, but apprise is not installed: {install}")
+        raise UserError(f"alerts use {found[0].name}, but apprise is not installed: {install}")
     services = {}
     with ThreadPoolExecutor(max(1, len(found))) as threads:
         for address, service in zip(found, threads.map(Address.service, found), strict=True):
             if service is None:
-                where = "https://github.com/caronc/apprise/wiki"
-                raise UserError(f"{address.name} is no address that apprise knows: {where} shows how they look")
+                formats = "https://github.com/caronc/apprise/wiki"
+                raise UserError(f"apprise does not support {address.name}; {formats} has the formats of addresses")
             services[address] = service
     return services
 
 
 def deliver(messages: Mapping[Channel, Message], seconds: float = LIMIT_SECONDS) -> dict[Channel, str | None]:
-    """Give each way its message, all at once; for each, why it was not taken, or None. Takes ``seconds`` at most."""
+    """Send each channel its message, all at the same time, within ``seconds``.
 
-    def take(way: Channel) -> str | None:
+    Returns:
+        For each channel why the message was not delivered; None if it was.
+    """
+
+    def send(channel: Channel) -> str | None:
         try:
-            return way.take(messages[way], seconds)
-        except Exception as error:  # no memory for a process, for one
+            return channel.send(messages[channel], seconds)
+        except Exception as error:  # such as too little memory for a process
             return type(error).__name__
 
     with ThreadPoolExecutor(max(1, len(messages))) as threads:
-        return dict(zip(messages, threads.map(take, messages), strict=True))
+        return dict(zip(messages, threads.map(send, messages), strict=True))
 
 
 def _run(
@@ -159,7 +162,11 @@ def _run(
     variables: Mapping[str, str] | None = None,
     keep_output: bool = False,
 ) -> tuple[int | None, str]:
-    """Exit code (None: it was killed when the time was over) and output of a child, which has ``text`` on stdin."""
+    """Run ``command`` with ``text`` on stdin, at most for ``seconds``.
+
+    Returns:
+        The exit code, None if the command was killed after ``seconds``; and the output.
+    """
     environment = {name: value for name, value in os.environ.items() if name != ADDRESSES}
     child = subprocess.Popen(
         command,
@@ -169,7 +176,7 @@ def _run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if keep_output else subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # out of Ctrl+C's reach, and killed with all that it has started
+        start_new_session=True,  # Ctrl+C does not reach it, and it can be killed with all processes that it starts
     )
     try:
         output, _ = child.communicate(text, timeout=seconds)
@@ -181,14 +188,14 @@ def _run(
     return child.returncode, (output or "").strip()
 
 
-def _how_it_ended(code: int | None, seconds: float) -> str:
+def _failure_text(code: int | None, seconds: float) -> str:
     if code is None:
-        return f"no end within {seconds:g} s"
+        return f"timed out after {seconds:g} s"
     return f"exit status {code}" if code >= 0 else f"killed by signal {-code}"
 
 
-def _file_of_addresses(settings: AlertSettings) -> Path | None:
-    """The one that is set, else the one in the home directory, if there is one."""
+def _address_file(settings: AlertSettings) -> Path | None:
+    """Return the configured file of addresses, else the one in the home directory; None if there is neither."""
     if settings.urls_file is not None:
         return settings.urls_file
     with contextlib.suppress(RuntimeError, OSError):  # no home directory
@@ -198,28 +205,29 @@ def _file_of_addresses(settings: AlertSettings) -> Path | None:
 
 
 def _read_private(file: Path) -> str:
-    """
+    """Return the text of a file that only this user can read.
+
     Raises:
-        UserError: it is not a file that only this user can read.
+        UserError: it is not such a file.
     """
     try:
-        with open(file, encoding="utf-8", opener=_open_at_once) as opened:
-            found = os.fstat(opened.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{file} is not a plain file: write one address a line into one")
-            if found.st_uid != os.geteuid():
-                raise UserError(f"{file} belongs to another user: alerts go by a file of your own")
-            if found.st_mode & 0o077:
-                raise UserError(f"{file} can be read by others, and holds passwords: chmod 600 {file}")
+        with open(file, encoding="utf-8", opener=_open_without_blocking) as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{file} is not a regular file: write the alert addresses into one, one a line")
+            if status.st_uid != os.geteuid():
+                raise UserError(f"{file} belongs to another user: write the alert addresses into a file of your own")
+            if status.st_mode & 0o077:
+                raise UserError(f"{file} contains passwords and can be read by other users: chmod 600 {file}")
             return opened.read()
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; it holds alert addresses, one a line") from None
+        raise UserError(f"{file} cannot be read: {error.strerror}; it has the alert addresses, one a line") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: it holds alert addresses, one a line") from None
+        raise UserError(f"{file} is not UTF-8 text: it has the alert addresses, one a line") from None
 
 
-def _open_at_once(file: str, flags: int) -> int:
-    """A named pipe would make one wait for its other end."""
+def _open_without_blocking(file: str, flags: int) -> int:
+    """Open a file; a named pipe would otherwise block until a process opens its other end."""
     return os.open(file, flags | os.O_NONBLOCK)
 
 

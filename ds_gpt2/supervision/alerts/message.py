@@ -1,4 +1,4 @@
-"""What a message says, as it is read on a phone: a title with the run and what befell it, then the story."""
+"""The text of an alert, short enough for a phone: a title with the run and what happened, then the details."""
 
 from __future__ import annotations
 
@@ -8,101 +8,103 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_gpt2.common.formatting import clock
+from ds_gpt2.common.formatting import clock, counted
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.journal import INCIDENTS, Event
 
-ENDINGS = frozenset({"gave_up", "mistake", "done", "stop"})  # after these the run does not go on by itself
+FINAL_KINDS = frozenset({"gave_up", "mistake", "done", "stop"})  # the run does not continue after one of these
 
-_SHOWN = 8  # events of a message that are told in full
-_LONGEST = 3500  # characters of a text: Telegram takes 4096, title and all
+_MAX_EVENTS = 8  # shown in full in a message
+_MAX_CHARACTERS = 3500  # of a text: Telegram accepts 4096, including the title
 
-_TO_DO = {
-    "crash": "it starts again by itself: `./launch.sh status {run}` shows how it gets on",
-    "hang": "it starts again by itself: `./launch.sh status {run}` shows how it gets on",
-    "gave_up": "look into {log}, fix the cause, then type `./launch.sh resume {run}`",
-    "mistake": "look into {log}, fix the cause, then start it again",
-    "stop": "type `./launch.sh resume {run}` to go on",
+_NEXT_STEPS = {
+    "crash": "the run restarts automatically: `./launch.sh status {run}` shows its progress",
+    "hang": "the run restarts automatically: `./launch.sh status {run}` shows its progress",
+    "gave_up": "read {log}, fix the cause, then run `./launch.sh resume {run}`",
+    "mistake": "read {log}, fix the cause, then start the run again",
+    "stop": "`./launch.sh resume {run}` continues the run",
     "done": "`./launch.sh report {run}` draws the curves",
-    "disk_low": "`./launch.sh prune {run} --dry-run` shows what could go",
-    "not_logged": "make room on the disk of the run's directory, or mount it again: training continues meanwhile",
-    "backup_failed": "`./launch.sh backup {run}` tries a copy now; training retries after its next checkpoint",
-    "no_checkpoints": "mount or restore the directory of the checkpoints: the run resumes as soon as they are there",
-    "save_failed": "`./launch.sh prune {run} --dry-run` shows what could go if the disk is full",
+    "disk_low": "`./launch.sh prune {run} --dry-run` shows what can be deleted",
+    "not_logged": "free space on the disk of the run's directory, or mount it again: training continues meanwhile",
+    "backup_failed": "`./launch.sh backup {run}` makes a copy now; training retries after its next checkpoint",
+    "no_checkpoints": "mount or restore the directory of the checkpoints: the run then resumes automatically",
+    "save_failed": "if the disk is full, `./launch.sh prune {run} --dry-run` shows what can be deleted",
 }
 
 
 @dataclass(frozen=True)
 class Message:
+    """An alert as it is sent."""
+
     run: str
-    kind: str  # of the event that matters most
+    kind: str  # of the most important event
     title: str  # one line
     text: str
     time: float  # seconds since 1970
     step: int | None = None
 
 
-def of_events(run_dir: Path, events: Sequence[Event]) -> Message:
-    """One message about ``events``, at least one, in the order of time; the newest is told first."""
+def from_events(run_dir: Path, events: Sequence[Event]) -> Message:
+    """Return one message about ``events``, at least one, in chronological order; the text has the newest first."""
     newest_first = list(reversed(events))
-    leading = max(newest_first, key=lambda event: _weight(event.kind))
-    parts = [_paragraph(event) for event in newest_first[:_SHOWN]]
-    if len(events) > _SHOWN:
-        parts.append(held_back([event.kind for event in newest_first[_SHOWN:]], events[0].time))
-    if leading.kind in _TO_DO:
-        parts.append(_TO_DO[leading.kind].format(run=_as_typed(run_dir), log=run_dir / "train.log"))
-    title = f"{run_dir.name}: {_few([event.kind for event in newest_first])}"
-    return Message(run_dir.name, leading.kind, title, _cut("\n\n".join(parts)), leading.time, leading.step)
+    leading = max(newest_first, key=lambda event: _importance(event.kind))
+    parts = [_paragraph(event) for event in newest_first[:_MAX_EVENTS]]
+    if len(events) > _MAX_EVENTS:
+        parts.append(count_more([event.kind for event in newest_first[_MAX_EVENTS:]], events[0].time))
+    if leading.kind in _NEXT_STEPS:
+        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / "train.log"))
+    title = f"{run_dir.name}: {_kinds_text([event.kind for event in newest_first])}"
+    return Message(run_dir.name, leading.kind, title, _shortened("\n\n".join(parts)), leading.time, leading.step)
 
 
-def joined(messages: Sequence[Message]) -> Message:
-    """Several, the oldest first, as one message; the newest is told first."""
+def combine(messages: Sequence[Message]) -> Message:
+    """Return one message with all of ``messages``, given in chronological order; the text has the newest first."""
     *earlier, newest = messages
     if not earlier:
         return newest
-    told = [f"{clock(message.time)}  {message.title}\n{message.text}" for message in reversed(earlier)]
-    text = "\n\n".join([newest.text, "Not told before:", *told])
-    kind = max((message.kind for message in reversed(messages)), key=_weight)
-    return replace(newest, kind=kind, title=f"{newest.title} and {len(earlier)} more", text=_cut(text))
+    paragraphs = [f"{clock(message.time)}  {message.title}\n{message.text}" for message in reversed(earlier)]
+    text = "\n\n".join([newest.text, "Not delivered before:", *paragraphs])
+    kind = max((message.kind for message in reversed(messages)), key=_importance)
+    return replace(newest, kind=kind, title=f"{newest.title} and {len(earlier)} more", text=_shortened(text))
 
 
 def with_note(message: Message, note: str) -> Message:
-    """``message`` with one more paragraph, if ``note`` is not empty."""
+    """Return ``message`` with ``note`` as its last paragraph; unchanged if ``note`` is empty."""
     if not note:
         return message
-    return replace(message, text=f"{_cut(message.text, _LONGEST - len(note) - 2)}\n\n{note}")
+    return replace(message, text=f"{_shortened(message.text, _MAX_CHARACTERS - len(note) - 2)}\n\n{note}")
 
 
-def held_back(kinds: Iterable[str], since: float) -> str:
-    """``and 14 more since Tue 25 Nov 10:20: 9 crash, 5 hang``."""
+def count_more(kinds: Iterable[str], since: float) -> str:
+    """Return a summary of events that are not shown: ``14 more events since Tue 25 Nov 10:20: 9 crash, 5 hang``."""
     counts = Counter(kinds)
-    each = ", ".join(f"{count} {_spoken(kind)}" for kind, count in counts.most_common())
-    return f"and {counts.total()} more since {clock(since)}: {each}"
+    each = ", ".join(f"{count} {_label(kind)}" for kind, count in counts.most_common())
+    return f"{counted(counts.total(), 'more event')} since {clock(since)}: {each}"
 
 
-def _spoken(kind: str) -> str:
+def _label(kind: str) -> str:
     return {"launch": "started", "stop": "stopped"}.get(kind, kind.replace("_", " "))
 
 
-def _cut(text: str, longest: int = _LONGEST) -> str:
+def _shortened(text: str, longest: int = _MAX_CHARACTERS) -> str:
     return text if len(text) <= longest else text[: longest - 2] + " …"
 
 
-def _weight(kind: str) -> int:
-    return 2 if kind in ENDINGS else 1 if kind in INCIDENTS else 0
+def _importance(kind: str) -> int:
+    return 2 if kind in FINAL_KINDS else 1 if kind in INCIDENTS else 0
 
 
 def _paragraph(event: Event) -> str:
-    where = f"step {event.step:,}, " if event.step is not None else ""
-    return f"{event.text}\n{where}{socket.gethostname()}, {clock(event.time)}"
+    step = f"step {event.step:,}, " if event.step is not None else ""
+    return f"{event.text}\n{step}{socket.gethostname()}, {clock(event.time)}"
 
 
-def _few(kinds: Sequence[str]) -> str:
-    """The different ones, what matters most first, as far as they fit on a lock screen."""
-    different = sorted(dict.fromkeys(kinds), key=_weight, reverse=True)
-    return ", ".join([*(_spoken(kind) for kind in different[:3]), *(["..."] if different[3:] else [])])
+def _kinds_text(kinds: Sequence[str]) -> str:
+    """Return the three most important kinds of event, as many as fit on a lock screen."""
+    distinct = sorted(dict.fromkeys(kinds), key=_importance, reverse=True)
+    return ", ".join([*(_label(kind) for kind in distinct[:3]), *(["..."] if distinct[3:] else [])])
 
 
-def _as_typed(run_dir: Path) -> str:
-    """The run as the verbs take it."""
+def _run_argument(run_dir: Path) -> str:
+    """Return the run as an argument of ``launch.sh``: its name if it is in the project's ``runs``, else its path."""
     return run_dir.name if run_dir.parent == PROJECT_DIR / "runs" else str(run_dir)

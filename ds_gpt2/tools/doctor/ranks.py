@@ -58,13 +58,13 @@ def round_trip(place: RankLayout, seconds: float = SECONDS, script: Path = ALL_R
 def _run(ranks: Ranks, deadline: float) -> bool:
     """Whether all had ended by the deadline; afterwards nobody is left."""
     try:
-        while not ranks.gone:
+        while not ranks.have_exited:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True
     finally:
-        while not ranks.gone:
+        while not ranks.have_exited:
             ranks.kill()
             time.sleep(0.05)
 

@@ -21,7 +21,7 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import Beat, read_beat
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
-from ds_gpt2.supervision import launcher
+from ds_gpt2.supervision import rank_processes
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import fault_injection, supervisor_child
 from ds_gpt2.tools.drill.fault_injection import Fault
@@ -141,7 +141,7 @@ class Actor:
 
     def launchers(self) -> list[psutil.Process]:
         """What of DeepSpeed's is no rank."""
-        members, ranks = launcher.members(self.group), launcher.ranks_of(self.group)
+        members, ranks = rank_processes.members(self.group), rank_processes.ranks_of(self.group)
         return [process for process in members if process not in ranks]
 
     def wait_for(self, what: str, happened: Callable[[], object], seconds: float | None = None) -> float:
@@ -197,7 +197,7 @@ class Actor:
         """At once."""
         group = self.group
         os.kill(self.pid, signal.SIGKILL)
-        launcher.kill(group)
+        rank_processes.kill(group)
         self.wait_end(10)
 
 

@@ -22,7 +22,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
-from ds_gpt2.supervision import launcher
+from ds_gpt2.supervision import rank_processes
 from ds_gpt2.tools.drill import small_disk
 from ds_gpt2.tools.drill.compare import (
     checkpoint_differences,
@@ -232,7 +232,7 @@ def kill_launcher(stage: Stage) -> Done:
         process.kill()
     reached = run.done_steps()
     run.wait_for("a new launch", lambda: run.events(since, "launch"))
-    if left := launcher.members(group):
+    if left := rank_processes.members(group):
         raise FailedError(f"processes of the start before are left: {[process.pid for process in left]}")
     text = f"SIGKILL to DeepSpeed's launcher after step {reached}; ranks ended, restarted by itself"
     return _after_death(stage, since, struck, reached, text)
@@ -256,7 +256,7 @@ def kill_supervisor(stage: Stage) -> Done:
     group, since, struck, reached = run.group, run.now(), time.time(), run.done_steps()
     run.kill_supervisor()
     deadline = time.monotonic() + _ALONE_SECONDS
-    while launcher.members(group):
+    while rank_processes.members(group):
         if time.monotonic() > deadline:
             raise FailedError(f"the ranks still ran {_ALONE_SECONDS:.0f} s after their supervisor's death")
         time.sleep(0.1)
@@ -384,7 +384,7 @@ def disk_full(stage: Stage) -> Done:
         directory = run.checkpoint_dir
         # Half of the largest file: the write that comes there fails.
         limit = max(entry.bytes for entry in newest.manifest.files.values()) // 2
-        full = _limited(launcher.ranks_of(run.group), limit)
+        full = _limited(rank_processes.ranks_of(run.group), limit)
         how = "a save's writes failed (a limit on file size: no small file system available)"
     run.wait_for("a checkpoint", lambda: _saved_since_start(run))
     with full as keep_full:
@@ -456,7 +456,7 @@ def run_dir_full(stage: Stage) -> Done:
             "the run's files could not grow (a limit on file size: no small file system available)",
         )
         reached = run.done_steps()
-        with _limited([*launcher.ranks_of(run.group), psutil.Process(run.pid)], _LIMIT):
+        with _limited([*rank_processes.ranks_of(run.group), psutil.Process(run.pid)], _LIMIT):
             run.wait_for("training continuing", lambda: run.done_steps() >= reached + EVERY)
     if _pids(run) != before or (ended := run.events(since, "crash", "hang", "restart")):
         raise FailedError(f"the ranks were restarted{f': {ended[0].text}' if ended else ''}")

@@ -22,7 +22,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import load_settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
+from ds_gpt2.supervision.supervised_run import SupervisedRun
+from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.drill import fault_injection, small_disk
 
 SCRIPT = Path(__file__)

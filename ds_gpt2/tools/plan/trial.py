@@ -24,7 +24,6 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.monitoring.pace import EVALUATIONS
 from ds_gpt2.run_dir import exit_report, stop_request
 from ds_gpt2.run_dir.heartbeat import read_beat
-from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.tools.plan import trial_rank
 from ds_gpt2.tools.plan.trial_results import Traces, read_traces
@@ -121,16 +120,15 @@ def _train(
     settings = run_location.load(config, overrides)
     ours = {**overrides, **_overrides(folder, settings, scenes, plan)}
     arguments = ["--config", str(config.absolute()), *(f"{key}={value}" for key, value in ours.items())]
-    killed_for_memory = launcher.out_of_memory_kills()
     ranks = _start(arguments, place, folder)
     try:
         in_time = _watch(ranks, folder / "runs" / settings.run.name, scenes, plan, limits, tell)
     finally:
-        while not ranks.gone:
+        while not ranks.have_exited:
             ranks.kill()
             time.sleep(_LOOK_SECONDS)
     if in_time and ranks.outcome().code not in (exit_report.DONE, exit_report.STOPPED):
-        _raise(ranks, folder, out_of_memory=launcher.out_of_memory_kills() > killed_for_memory)
+        _raise(ranks, folder, out_of_memory=ranks.ran_out_of_memory)
     return in_time
 
 
@@ -146,7 +144,7 @@ def _watch(
     """Until all have ended; False, at once, where the first step takes too long and could be shorter."""
     begun: float | None = None  # when the first step did
     told = ""
-    while not ranks.gone:
+    while not ranks.have_exited:
         time.sleep(_LOOK_SECONDS)
         beat = read_beat(run_dir, 0)
         step = beat.step if beat is not None else 0

@@ -1,0 +1,31 @@
+"""What the parts of one run's supervisor share, and the checks that they repeat."""
+
+from __future__ import annotations
+
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.supervision.disk_watch import DiskWatch, WriteWatch
+from ds_gpt2.supervision.reporter import Reporter
+from ds_gpt2.supervision.run_directories import RunDirectories
+from ds_gpt2.supervision.stop_signals import StopSignals
+
+POLL_SECONDS = 0.5  # between two checks of the ranks, the alerts and the disks
+
+
+class Context:
+    """The settings, directories, reports and stop signals of a supervised run."""
+
+    def __init__(self, settings: Settings, stop: StopSignals, ranks: int) -> None:
+        self.settings = settings
+        self.stop = stop
+        self.directories = RunDirectories(settings)
+        self.reporter = Reporter(settings, self.directories.run, ranks)
+        self._disk_watch = DiskWatch(settings)
+        self._write_watch = WriteWatch(self.directories.run)
+
+    def poll(self) -> None:
+        """Send new alerts and check the disks; to be called every ``POLL_SECONDS``."""
+        self.reporter.catch_up()
+        if (warning := self._disk_watch.check()) is not None:
+            self.reporter.report("disk_low", warning)
+        if (warning := self._write_watch.check()) is not None:
+            self.reporter.report("not_logged", warning)

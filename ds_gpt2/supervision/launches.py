@@ -1,0 +1,111 @@
+"""Run the ranks once, from their start to their end, and summarize how they ended for the restart policy."""
+
+from __future__ import annotations
+
+import contextlib
+
+from ds_gpt2.common.formatting import counted
+from ds_gpt2.run_dir import exit_report, stop_request
+from ds_gpt2.run_dir.exit_report import Outcome
+from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats
+from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
+from ds_gpt2.supervision.context import Context
+from ds_gpt2.supervision.launcher import Ranks
+from ds_gpt2.supervision.rank_watch import ExitKind, RankWatch
+from ds_gpt2.supervision.restart_policy import LaunchResult
+from ds_gpt2.supervision.supervised_run import SupervisedRun
+
+_OUTCOME = "outcome"  # file in the supervisor's directory
+
+
+class Launches:
+    """The launches of one run, one after another. What earlier ones achieved decides how a later one is judged."""
+
+    def __init__(self, context: Context, is_restart: bool) -> None:
+        """
+        Args:
+            is_restart: whether the run was launched before, by the supervisor that this one replaces.
+        """
+        self._context = context
+        self._is_restart = is_restart
+        self._has_trained = False  # a rank came as far as its first step or evaluation
+        self.has_started = False  # the ranks have recorded a start in the journal
+
+    @property
+    def next_is_restart(self) -> bool:
+        """Whether the next launch restarts the run."""
+        return self._is_restart
+
+    def run(self, run: SupervisedRun) -> LaunchResult:
+        """Launch the ranks and watch them until all have exited."""
+        directories, reporter = self._context.directories, self._context.reporter
+        clear_heartbeats(directories.run_dir)
+        outcome_file = directories.run_dir / SUPERVISOR_DIR / _OUTCOME
+        with contextlib.suppress(OSError):
+            outcome_file.unlink()
+        journal_size = reporter.journal_size()
+        text = f"starting {counted(run.layout.ranks, 'rank')}, {run.origin()}"
+        reporter.add_event("launch", text, restart=self._is_restart)
+        self._is_restart = True
+        environment = {**run.environment, **stop_request.supervisor_environment()}
+        try:
+            ranks = Ranks(run.command(), run.layout, outcome_file, environment, run.script)
+        except OSError as error:  # such as too many processes, which may pass
+            reporter.report("crash", f"the ranks cannot be started: {error.strerror}")
+            stopped, saved_step = self._context.stop.requested, directories.saved_step()
+            return LaunchResult(Outcome(exit_report.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)
+        reporter.record_running(ranks.group)
+        watch = RankWatch(self._context, ranks)
+        exit_kind = watch.wait()
+        reporter.record_running()
+        return self._summarize(ranks, exit_kind, watch.newest_beat, journal_size)
+
+    def _summarize(self, ranks: Ranks, exit_kind: ExitKind, beat: Beat | None, journal_size: int) -> LaunchResult:
+        """Report how the launch ended, and return it.
+
+        Args:
+            beat: the newest heartbeat.
+            journal_size: bytes of the journal before the launch.
+        """
+        stop, reporter = self._context.stop, self._context.reporter
+        outcome = self._judge(ranks.outcome(), exit_kind, beat)
+        if not stop.requested and exit_kind != "hung" and outcome.code == exit_report.CRASHED:
+            reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
+        starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
+        self.has_started |= bool(starts)
+        if stop.requested and outcome.code == exit_report.CRASHED and not starts:
+            reporter.report("stop", "stopped before the first step of this start: nothing to save")
+            outcome = Outcome(exit_report.STOPPED)
+        return LaunchResult(
+            outcome,
+            stop_requested=stop.requested,
+            step=beat.step if beat else 0,
+            batch=beat.batch if beat else 0,
+            from_step=starts[-1].step or 0 if starts else None,
+            saved_step=self._context.directories.saved_step(),
+        )
+
+    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
+        """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
+        self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
+        if outcome.code == exit_report.MISTAKE and self._has_trained:  # the same command has trained before
+            return Outcome(exit_report.CRASHED)
+        if outcome.code == exit_report.STOPPED and (exit_kind == "launcher killed" or outcome.alone):  # not on request
+            return Outcome(exit_report.CRASHED, alone=outcome.alone)
+        return outcome
+
+
+def _crash_text(ranks: Ranks, exit_kind: ExitKind, outcome: Outcome) -> str:
+    """Return the most likely cause of a crash."""
+    if outcome.alone:
+        return "the ranks stopped because they found no supervisor process"
+    if exit_kind == "launcher killed":
+        return "DeepSpeed's launcher was killed"
+    if ranks.ran_out_of_memory:
+        return "the kernel killed a process because memory ran out"
+    failures = ranks.failures()
+    silent = sorted(set(range(ranks.count)) - set(failures))
+    parts = [f"rank {rank}: {text}" for rank, text in list(failures.items())[:1]]
+    if silent:
+        parts.insert(0, f"rank {', '.join(map(str, silent))} exited without an error message")
+    return "; ".join([*parts, ranks.exit_status])

@@ -1,0 +1,88 @@
+"""Report what happens to a run: on the terminal, in its log, journal and ``supervisor.json``, and by alerts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ds_gpt2.common.files import append_lines
+from ds_gpt2.common.open_directory import OpenDirectory
+from ds_gpt2.common.process_start import start_of
+from ds_gpt2.common.terminal import one_line
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
+from ds_gpt2.supervision.alerts.alerts import Alerts
+
+
+class Reporter:
+    """The reports of one supervisor. No method raises because of a full disk or a closed terminal."""
+
+    def __init__(self, settings: Settings, run_dir: OpenDirectory, ranks: int) -> None:
+        self._run_dir = run_dir
+        self._journal = Journal(settings.run_dir)
+        self._alerts = Alerts(settings.alerts, settings.run_dir)
+        start = start_of(os.getpid()) or ""
+        self._record = SupervisorRecord(os.getpid(), time.time(), socket.gethostname(), "running", ranks, start=start)
+
+    @property
+    def host(self) -> str:
+        """The name of this machine, as ``supervisor.json`` has it."""
+        return self._record.host
+
+    def report(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:
+        """Report an event on the terminal, in the run's log and in its journal."""
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(f"supervisor: {text}", flush=True)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
+        with contextlib.suppress(OSError):
+            append_lines(self._run_dir.path / "train.log", line.encode(errors="backslashreplace"))
+        self.add_event(kind, text, step, **facts)
+
+    def add_event(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:
+        """Write an event to the journal only; if that fails, send its alert directly."""
+        if (missed := self._journal.write(kind, text, step, **facts)) is not None:
+            self._alerts.send_event(missed)
+
+    def journal_size(self) -> int:
+        """Return the size of the journal in bytes."""
+        return self._journal.size()
+
+    def events_since(self, size: int) -> Iterator[Event]:
+        """Return the events that were added since the journal had ``size`` bytes."""
+        return read_journal(self._run_dir.path, size)
+
+    def catch_up(self) -> None:
+        """Send alerts of new events, and write events that the journal could not take before."""
+        self._alerts.send_news()
+        with contextlib.suppress(OSError):
+            self._journal.write_pending()
+
+    def record_running(self, group: int | None = None) -> None:
+        """Record that the run is supervised.
+
+        Args:
+            group: the process group of the ranks; None while there are none.
+        """
+        self._write(replace(self._record, group=group))
+
+    def record_waiting(self, seconds: float) -> None:
+        """Record that the next launch is due in ``seconds``."""
+        self._write(replace(self._record, state="waiting", next_start=time.time() + seconds))
+
+    def record_ended(self, code: int) -> None:
+        """Record that the supervisor ends with exit code ``code``."""
+        self._write(replace(self._record, state="ended", code=code))
+
+    def close(self) -> None:
+        """Send the alerts that are left."""
+        self._alerts.send_news()
+        self._alerts.close()
+
+    def _write(self, record: SupervisorRecord) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the run continues
+            record.write(self._run_dir.path)

@@ -1,0 +1,28 @@
+"""Signals that ask the supervisor to stop the run."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class StopSignals:
+    """A context in which Ctrl+C, SIGTERM, SIGUSR1 and a closing terminal only set a flag."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # Slurm sends USR1 before its time limit
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, so that the run outlives the terminal
+            signals.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._request) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal has returned
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,68 @@
+"""Wait before a launch: for the backoff to pass, or for directories to become available."""
+
+from __future__ import annotations
+
+import time
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import duration
+from ds_gpt2.supervision.context import POLL_SECONDS, Context
+from ds_gpt2.supervision.restart_policy import Restart
+from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
+
+_WRITE_RETRY_SECONDS = 5.0  # between two attempts to write to a directory that cannot be written
+
+
+def wait_for_restart(context: Context, restart: Restart) -> bool:
+    """Wait until the next launch is due; return False if a stop is requested first."""
+    context.reporter.report("restart", f"restarting in {duration(restart.seconds)} {restart.text}")
+    return _pause(context, restart.seconds)
+
+
+def wait_for_writable_logs(context: Context) -> bool:
+    """Wait until the run's logs can be written; return False if a stop is requested first."""
+    directories, reported = context.directories, ""
+    while not directories.run_was_relocated() and (problem := directories.write_problem()) is not None:
+        if problem != reported:
+            context.reporter.report("not_logged", f"{problem}: the run restarts when this is fixed")
+        reported = problem
+        if not _pause(context, _WRITE_RETRY_SECONDS):
+            return False
+    return True
+
+
+def wait_for_checkpoints(context: Context, resume: str | None) -> bool:
+    """Wait until the checkpoints to resume from are there; return False if a stop is requested first."""
+    limits, directories, reported = context.settings.supervisor, context.directories, ""
+    seconds = limits.backoff_seconds
+    while (problem := _missing_checkpoints(context, resume)) is not None and not directories.run_was_relocated():
+        if problem != reported:
+            context.reporter.report("no_checkpoints", problem)
+            reported = problem
+        if not _pause(context, seconds):
+            return False
+        seconds = min(limits.longest_backoff_seconds, max(1.0, 2 * seconds))
+    return True
+
+
+def _missing_checkpoints(context: Context, resume: str | None) -> str | None:
+    """Return why there is no checkpoint of a run that was saved; None if there is one, or none is needed."""
+    try:
+        choose_source(context.settings, resume)
+    except CheckpointsGoneError as error:
+        return f"{error}; waiting for the checkpoints"
+    except UserError:  # the ranks report it
+        return None
+    return None
+
+
+def _pause(context: Context, seconds: float) -> bool:
+    """Wait for ``seconds``, or until the run's directory is moved; return False if a stop is requested."""
+    context.reporter.record_waiting(seconds)
+    stop, directories = context.stop, context.directories
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stop.requested and not directories.run_was_relocated():
+        stop.requested |= directories.take_stop_file()
+        context.poll()
+        time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    return not stop.requested
