@@ -23,7 +23,7 @@ from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervisor import SupervisedRun, supervise
 from ds_gpt2.tools.doctor.checks import quick
-from ds_gpt2.tools.doctor.row import in_one_line
+from ds_gpt2.tools.doctor.finding import in_one_line
 from ds_gpt2.training.preflight import CheckpointsGoneError, begins_anew, check_initial_model, check_start
 
 
