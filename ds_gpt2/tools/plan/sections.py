@@ -131,7 +131,7 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> Section
     date = f"{clock(ends.mean)} {zone(ends.mean)} ({clock(ends.low)} to {clock(ends.high)}), if started now"
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
     rows.append(PlanRow("whole run", span, basis, {"run_seconds": total}))
-    rows.append(PlanRow("done on", date, basis, {"finish_time": ends}))
+    rows.append(PlanRow("finished on", date, basis, {"finish_time": ends}))
     return Section("time", rows)
 
 
@@ -151,7 +151,7 @@ def _evaluation_rows(subject: Subject, schedule: RunSchedule, timing: Timing) ->
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
-            rows.append(PlanRow(name, f"{_seconds(cost)} each of {counted(count, 'time')}", "measured", figures))
+            rows.append(PlanRow(name, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
         elif count:
             rows.append(
                 PlanRow(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
@@ -165,7 +165,7 @@ def _save_rows(schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
         text = f"not measured, {counted(count, 'time')}: counted as 0 s below"
         return [PlanRow("saves", text, "not known", {"save_seconds": None, "save_times": count})]
     cost, write = timing.save_seconds(schedule.save_every), timing.save.write_seconds
-    text = f"{_seconds(cost)} of training each of {counted(count, 'time')} at most; written within {_seconds(write)}"
+    text = f"{_seconds(cost)} of training each, at most {counted(count, 'time')}; written within {_seconds(write)}"
     figures: dict[str, Value] = {"save_seconds": cost, "save_write_seconds": write, "save_times": count}
     return [PlanRow("saves", text, "measured", figures)]
 
@@ -236,7 +236,7 @@ def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None
     needed_text = f"{size(needed):>9}  including {free_gb:g} GB to remain free; {size(subject.disk_free)} are free"
     rows = [
         PlanRow("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
-        PlanRow("at most", most, "predicted", {"checkpoints_most_bytes": found.most}),
+        PlanRow("maximum", most, "predicted", {"checkpoints_most_bytes": found.most}),
         PlanRow(
             "at the end",
             f"{size(found.at_end):>9}  {found.at_end_of}, if the best checkpoint is one of the newest",

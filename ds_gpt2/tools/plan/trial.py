@@ -59,7 +59,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class TrialSteps:
+class TrialSchedule:
     """The steps of a trial."""
 
     steps: int
@@ -91,24 +91,24 @@ def run_trial(trial: Trial) -> Traces:
         return read_traces(finished)
 
 
-def plan_trial(settings: Settings, steps: int, accumulation: int) -> TrialSteps:
+def plan_trial(settings: Settings, steps: int, accumulation: int) -> TrialSchedule:
     """Plan each evaluation of the run once, in the second half of the trial, each at its own step."""
     names = [name for name in EVALUATIONS if getattr(settings, name).every]
     if "hellaswag" in names and not settings.hellaswag.path.exists():
         names.remove("hellaswag")  # a trial does not download files
-    return TrialSteps(steps, accumulation, {name: steps // 2 + 1 + index for index, name in enumerate(names)})
+    return TrialSchedule(steps, accumulation, {name: steps // 2 + 1 + index for index, name in enumerate(names)})
 
 
-def _train(trial: Trial, steps: TrialSteps, directory: Path) -> FinishedTrial | None:
+def _train(trial: Trial, schedule: TrialSchedule, directory: Path) -> FinishedTrial | None:
     """Run the ranks; return None, with all files of the run removed, if the first step takes too long."""
-    overrides = {**trial.overrides, **_overrides(trial, steps, directory)}
+    overrides = {**trial.overrides, **_overrides(trial, schedule, directory)}
     arguments = ["--config", str(trial.config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
     killed_for_memory = launcher.out_of_memory_kills()
     environment = {**trial_rank.request(directory), **stop_request.watched_by_me()}  # the ranks end with this process
     start_time = time.time()
     ranks = Ranks(arguments, trial.layout, directory / "outcome", environment, trial_rank.SCRIPT)
     try:
-        log_sizes = _watch(ranks, trial, steps, directory / "runs" / trial.settings.run.name)
+        log_sizes = _watch(ranks, trial, schedule, directory / "runs" / trial.settings.run.name)
     finally:
         while not ranks.gone:
             ranks.kill()
@@ -123,14 +123,14 @@ def _train(trial: Trial, steps: TrialSteps, directory: Path) -> FinishedTrial | 
         directory=directory,
         ranks=trial.layout.ranks,
         run_accumulation=trial.batch.accumulation,
-        accumulation=steps.accumulation,
-        due=steps.due,
+        accumulation=schedule.accumulation,
+        due=schedule.due,
         start_time=start_time,
         log_sizes=log_sizes,
     )
 
 
-def _watch(ranks: Ranks, trial: Trial, steps: TrialSteps, run_dir: Path) -> dict[int, int] | None:
+def _watch(ranks: Ranks, trial: Trial, schedule: TrialSchedule, run_dir: Path) -> dict[int, int] | None:
     """Report the progress until all ranks have ended; stop them after the last step or when the time is over.
 
     Returns:
@@ -140,12 +140,12 @@ def _watch(ranks: Ranks, trial: Trial, steps: TrialSteps, run_dir: Path) -> dict
     log_sizes: dict[int, int] = {}
     first_step_start: float | None = None
     reported = ""
-    can_be_shortened = steps.accumulation == trial.batch.accumulation > _SLOW_ACCUMULATION
+    can_be_shortened = schedule.accumulation == trial.batch.accumulation > _SLOW_ACCUMULATION
     while not ranks.gone:
         time.sleep(_POLL_SECONDS)
         beat = read_beat(run_dir, 0)
         step = beat.step if beat is not None else 0
-        text = f"trial: step {step} of {steps.steps}, {beat.phase}" if step and beat else "trial: starting"
+        text = f"trial: step {step} of {schedule.steps}, {beat.phase}" if step and beat else "trial: starting"
         if text != reported:
             trial.report(text)
             reported = text
@@ -156,7 +156,7 @@ def _watch(ranks: Ranks, trial: Trial, steps: TrialSteps, run_dir: Path) -> dict
         passed = time.monotonic() - first_step_start
         if step == 1 and passed > trial.limits.seconds / _SLOW_FRACTION and can_be_shortened:
             return None
-        if step > steps.steps or (passed > trial.limits.seconds and step > _LEAST_STEPS_IN_TIME):
+        if step > schedule.steps or (passed > trial.limits.seconds and step > _LEAST_STEPS_IN_TIME):
             (run_dir / stop_request.STOP_FILE).touch()
     return log_sizes
 
@@ -169,7 +169,7 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _overrides(trial: Trial, steps: TrialSteps, directory: Path) -> dict[str, str]:
+def _overrides(trial: Trial, schedule: TrialSchedule, directory: Path) -> dict[str, str]:
     """Return the settings of the trial that differ from the run's. The schedule remains: the trial is stopped early."""
     checkpoint, batch = trial.settings.checkpoint, trial.batch
     # A trial ends before the first epoch: the best checkpoint shows the cost of a checkpoint of weights alone.
@@ -181,10 +181,10 @@ def _overrides(trial: Trial, steps: TrialSteps, directory: Path) -> dict[str, st
         "checkpoint.backup.to": "null",
         "checkpoint.keep_last": "1",
         "checkpoint.keep_every": "0",
-        "checkpoint.every": str(steps.save),
+        "checkpoint.every": str(schedule.save),
         "checkpoint.best_as": "weights" if weights_only else "full",
-        "batch.tokens_per_step": str(batch.tokens_per_step // batch.accumulation * steps.accumulation),
-        **{f"{name}.every": str(steps.due.get(name, 0)) for name in EVALUATIONS},
+        "batch.tokens_per_step": str(batch.tokens_per_step // batch.accumulation * schedule.accumulation),
+        **{f"{name}.every": str(schedule.due.get(name, 0)) for name in EVALUATIONS},
     }
 
 
