@@ -50,7 +50,7 @@ def _file(directory: Path, rank: int) -> Path:
 
 def main() -> int:
     """Run as ``train.main`` does."""
-    checkpoints, directory = Path(os.environ[_VARIABLE]), trial_rank.directory_asked_for()
+    checkpoints, directory = Path(os.environ[_VARIABLE]), trial_rank.requested_directory()
     sizes, unlink = [0], Disk.unlink
 
     def measure_first(self: Disk, path: Path) -> None:

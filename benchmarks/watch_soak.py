@@ -31,8 +31,9 @@ from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir.journal import KINDS
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.tools.drill.run_process import Actor, end_all
-from ds_gpt2.tools.drill.scenarios import Stage, freeze_rank
+from ds_gpt2.tools.drill.run_process import RunProcess, end_all
+from ds_gpt2.tools.drill.scenes.processes import freeze_rank
+from ds_gpt2.tools.drill.scenes.scene import SceneContext
 from ds_gpt2.tools.drill.shrink import EVERY
 
 _QUIET = ("launch", "start", "save", "best", "done")  # events of a healthy run
@@ -49,16 +50,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        actor = _actor(Path(folder), options)
+        run = _run_process(Path(folder), options)
         try:
-            shown = {"machine": describe(), "command": " ".join(sys.argv), **_soak(actor, options)}
+            shown = {"machine": describe(), "command": " ".join(sys.argv), **_soak(run, options)}
         finally:
-            end_all(actor.mark)
+            end_all(run.mark)
     options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(shown, indent=1))
 
 
-def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
+def _soak(run: RunProcess, options: argparse.Namespace) -> dict[str, Any]:
     run.start(f"schedule.steps={options.steps}")
     run.wait_done()
     records = list(read_metrics(run.run_dir / METRICS))
@@ -73,28 +74,27 @@ def _soak(run: Actor, options: argparse.Namespace) -> dict[str, Any]:
         "false_alarms": sum(count for kind, count in events.items() if kind not in _QUIET),
     }
     print(json.dumps(quiet), flush=True)
-    stage = Stage(run, run, random.Random(options.seed), run.run_dir)
+    context = SceneContext(run, run, random.Random(options.seed), run.run_dir)
     run.start(f"checkpoint.every={EVERY}")
-    stops = [_stop_one(stage) for _ in range(options.stops)]
+    stops = [_stop_one(context) for _ in range(options.stops)]
     run.interrupt()
     run.wait_end()
     return {**quiet, "stops": stops}
 
 
-def _stop_one(stage: Stage) -> dict[str, Any]:
-    """Stop one rank and return what was detected.
-
+def _stop_one(context: SceneContext) -> dict[str, Any]:
+    """
     Raises:
         FailedError: it was not detected in time, or the run did not continue.
     """
-    since = stage.run.now()
-    done = freeze_rank(stage)
-    (hang,) = stage.run.events(since, "hang")
-    print(done.text, flush=True)
-    return {"what": hang.text, "done": done.text, "going_on_after_seconds": round(done.lost_seconds, 1)}
+    since = context.run.journal_position()
+    recovery = freeze_rank(context)
+    (hang,) = context.run.events(since, "hang")
+    print(recovery.text, flush=True)
+    return {"what": hang.text, "done": recovery.text, "going_on_after_seconds": round(recovery.lost_seconds, 1)}
 
 
-def _actor(folder: Path, options: argparse.Namespace) -> Actor:
+def _run_process(folder: Path, options: argparse.Namespace) -> RunProcess:
     tree = {
         "run": {"name": "soak", "dir": str(folder / "runs")},
         "model": {"layers": 2, "heads": 2, "width": 32},
@@ -111,7 +111,7 @@ def _actor(folder: Path, options: argparse.Namespace) -> Actor:
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     settings = load_settings(config)
     layout = RankLayout("cpu", options.ranks)
-    return Actor(config, settings, layout, folder / "output.txt", str(folder), patience=300)
+    return RunProcess(config, settings, layout, folder / "output.txt", str(folder), timeout=300)
 
 
 if __name__ == "__main__":

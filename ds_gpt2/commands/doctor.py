@@ -19,7 +19,7 @@ from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.doctor.checks import checks
-from ds_gpt2.tools.doctor.row import Check, Finding, examine
+from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
 
 WIDTH = 100  # columns
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
     wanted = [check for check in _checks(settings, options.num_gpus) if check.quick or not options.quick]
     if options.json:
-        found = [(check.group, row) for check in wanted for row in examine(check)]
+        found = [(check.group, row) for check in wanted for row in run_check(check)]
         print(json.dumps([{"group": group, **dataclasses.asdict(row)} for group, row in found]))
     else:
         print(f"checks of this machine for the run {settings.run.name}:")
@@ -67,7 +67,7 @@ def _shown(wanted: list[Check]) -> Iterator[tuple[str, Finding]]:
             group = check.group
             print(f"\n{group}", flush=True)
         _wait_line(f"  ...  {check.name}")
-        rows = examine(check)
+        rows = run_check(check)
         _wait_line("")
         for row in rows:
             print("\n".join(lines_of(row, width)), flush=True)

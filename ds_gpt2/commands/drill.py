@@ -18,7 +18,7 @@ from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.drill.plan import NAMES, DrillPlan
-from ds_gpt2.tools.drill.record import SceneResult, head, lines_of, summary
+from ds_gpt2.tools.drill.record import SceneResult, header, lines_of, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     plan = _plan(options)
-    os.environ.setdefault("DS_ACCELERATOR", plan.place.accelerator)
-    from ds_gpt2.tools.drill.rehearsal import rehearse  # only now: DeepSpeed picks its accelerator when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", plan.layout.accelerator)
+    from ds_gpt2.tools.drill.drill import run_drill  # imported late: DeepSpeed selects its accelerator at import
 
     if not options.json:
         size = "whole" if plan.whole else "shrunk"
-        ranks = counted(plan.place.ranks, "rank")
-        print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.place.accelerator})")
-        print(f"again with the same moments and victims: --seed {plan.seed}\n\n{head()}", flush=True)
-    record, folder = rehearse(plan, _quiet if options.json else _show)
+        ranks = counted(plan.layout.ranks, "rank")
+        print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.layout.accelerator})")
+        print(f"to repeat it with the same moments and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
+    record, folder = run_drill(plan, _quiet if options.json else _show)
     if options.json:
         print(record.to_json(), end="")
     else:

@@ -36,13 +36,13 @@ from ds_gpt2.tools.plan.plan import Hardware, PlanRow, Section, Subject, Value
 from ds_gpt2.tools.plan.sections import (
     batch_section,
     cost_section,
+    disk_need,
     disk_section,
     memory_section,
     problems_of,
-    room,
     time_section,
 )
-from ds_gpt2.tools.plan.trial import LEAST_STEPS, Limits, TrialError, run_trial
+from ds_gpt2.tools.plan.trial import LEAST_STEPS, Limits, Trial, TrialError, run_trial
 from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import machine
 from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
@@ -123,7 +123,7 @@ def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: floa
         memory_section(subject, traces, calibration),
         _options_section(subject, options),
         time_section(subject, pace, now),
-        disk_section(subject, traces, room(subject, traces)),
+        disk_section(subject, traces, disk_need(subject, traces)),
         cost_section(subject, pace, prices),
     ]
     return Plan(subject, sections, options, problems_of(subject, traces, calibration))
@@ -133,7 +133,7 @@ def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
     """The plan as it is printed, nothing wider than ``width`` columns."""
     subject = plan.subject
     where = "the CPU" if subject.on_cpu else "GPUs that are not here" if subject.elsewhere else "GPUs"
-    yield f"plan of {subject.settings.run.name}: {counted(subject.place.ranks, 'rank')} on {where}"
+    yield f"plan of {subject.settings.run.name}: {counted(subject.layout.ranks, 'rank')} on {where}"
     for section in plan.sections:
         yield f"\n{section.title}"
         for row in section.rows:
@@ -159,7 +159,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
     return {
         "run": subject.settings.run.name,
-        "accelerator": subject.place.accelerator,
+        "accelerator": subject.layout.accelerator,
         "fits": not plan.problems,
         "problems": list(plan.problems),
         "figures": figures,
@@ -199,21 +199,21 @@ def _subject(
         UserError: the settings could not train.
     """
     zero = read_zero(load_deepspeed_file(settings.deepspeed))
-    place = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
+    layout = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
     batch = settings.batch
-    shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
+    shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
     windows, no_data = _windows(settings)
-    compiled = torch_compile.is_enabled(settings.run.compile, place.accelerator)
+    compiled = torch_compile.is_enabled(settings.run.compile, layout.accelerator)
     own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
         settings,
         shared,
-        place,
+        layout,
         describe_model(settings.model, batch.sequence_length, compiled),
         zero,
         run_schedule_of(settings, shared.windows_per_step, windows),
         disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
-        memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(place),
+        memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(layout),
         elsewhere=hardware,
         disk_given=disk_free is not None,
         no_data=no_data,
@@ -234,7 +234,7 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
 
 def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
     try:
-        return run_trial(config, overrides, subject.settings, subject.batch, subject.place, limits, _tell)
+        return run_trial(Trial(config, overrides, subject.settings, subject.batch, subject.layout, limits, _tell))
     finally:
         _tell("")
 

@@ -24,7 +24,7 @@ from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
-from ds_gpt2.tools.doctor.row import in_one_line
+from ds_gpt2.tools.doctor.finding import in_one_line
 from ds_gpt2.training.preflight import check_initial_model, check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 

@@ -1,1 +1,1 @@
-"""Is this machine ready for a run? Each file looks at one theme; ``checks.py`` says what is looked at, and when."""
+"""Check a machine before a run. Each module checks one subject; ``checks.py`` lists all checks in order."""

@@ -1,7 +1,7 @@
-"""One rank of the doctor's round trip: join the others as training does, sum numbers with them, write down how long.
+"""One rank of the doctor's check of the ranks: join the process group as training does, and time all-reduces.
 
-Started by DeepSpeed's launcher: ``all_reduce.py FOLDER``. Each rank leaves ``FOLDER/rank_N.json``, renewed as it gets
-further, so that it can be told from outside where it hangs, and ``FOLDER/output_N`` with whatever its libraries say.
+DeepSpeed's launcher starts it: ``all_reduce.py FOLDER``. Each rank writes ``FOLDER/rank_N.json`` at the start of each
+phase, so that the doctor knows where a rank hangs, and ``FOLDER/output_N`` with the output of its libraries.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ds_gpt2.common.files import replace_file
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_report
 
-SIZES = (4, 1 << 20, 16 << 20)  # bytes of fp32; the first tells the latency
+SIZES = (4, 1 << 20, 16 << 20)  # bytes of fp32; the first measures the latency
 _SECONDS = 0.5  # at most, for each size
-_REPEATS = 20  # at most
+_REPEATS = 20  # at most, for each size
 
 
 def main() -> int:
@@ -43,16 +43,16 @@ def main() -> int:
             os.dup2(output.fileno(), stream.fileno())
     try:
         _write(record, {"phase": "importing"})
-        place = device.choose("auto")
+        torch_device = device.choose("auto")
         from ds_gpt2.engine.process_group import (
             close_process_group,
             open_process_group,
-        )  # only now: it imports DeepSpeed
+        )  # imported late: it needs DeepSpeed
 
         _write(record, {"phase": "joining"})
-        open_process_group(place)
+        open_process_group(torch_device)
         _write(record, {"phase": "summing"})
-        seconds, right = measure(place)
+        seconds, right = measure(torch_device)
         close_process_group()
     except Exception as error:
         _write(record, {"phase": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
@@ -61,24 +61,27 @@ def main() -> int:
     return exit_report.DONE
 
 
-def measure(place: torch.device) -> tuple[dict[int, float], bool]:
-    """Median seconds of an all-reduce by its size in bytes, and whether every sum was right. Every rank calls this."""
+def measure(torch_device: torch.device) -> tuple[dict[int, float], bool]:
+    """Return the median seconds of an all-reduce by its size in bytes, and whether every sum was right.
+
+    Collective: all ranks must call it.
+    """
     expected = sum(range(1, collectives.world_size() + 1))
     seconds, right = {}, True
     for size in SIZES:
-        values = torch.empty(size // 4, device=place)
+        values = torch.empty(size // 4, device=torch_device)
         times: list[float] = []
         repeats = _REPEATS
         while len(times) < repeats:
             values.fill_(collectives.rank() + 1)
-            _wait_for(place)
-            begun = time.perf_counter()
+            _synchronize(torch_device)
+            start_time = time.perf_counter()
             collectives.sum_over_ranks(values)
-            _wait_for(place)
-            times.append(time.perf_counter() - begun)
+            _synchronize(torch_device)
+            times.append(time.perf_counter() - start_time)
             right &= bool((values == expected).all())
-            if len(times) == 2:  # the first has opened connections; all ranks agree how many there is time for
-                slowest = float(collectives.max_over_ranks(torch.tensor(times[1], device=place)))
+            if len(times) == 2:  # the first one opens connections; all ranks agree on the number of repeats
+                slowest = float(collectives.max_over_ranks(torch.tensor(times[1], device=torch_device)))
                 repeats = max(2, min(_REPEATS, int(_SECONDS / max(slowest, 1e-6))))
         seconds[size] = statistics.median(times[1:])
     return seconds, right
@@ -88,9 +91,9 @@ def _write(file: Path, record: dict[str, Any]) -> None:
     replace_file(file, json.dumps(record))
 
 
-def _wait_for(place: torch.device) -> None:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+def _synchronize(torch_device: torch.device) -> None:
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)
 
 
 if __name__ == "__main__":

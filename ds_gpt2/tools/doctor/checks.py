@@ -1,4 +1,4 @@
-"""What is looked at, in the order in which it is shown."""
+"""All checks of the doctor, in the order in which they are printed."""
 
 from __future__ import annotations
 
@@ -22,28 +22,42 @@ from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.monitoring.pace import recent
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.tools.doctor import clock, data, disk, gpus, limits, memory, network, processes, ranks, software
-from ds_gpt2.tools.doctor.row import Check, Finding, examine
+from ds_gpt2.tools.doctor import (
+    clock,
+    data,
+    disk,
+    disk_speed,
+    file_system,
+    gpus,
+    limits,
+    memory,
+    network,
+    processes,
+    ranks,
+    software,
+)
+from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
 from ds_gpt2.tools.resources import requirements
 from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
+from ds_gpt2.tools.resources.machine import existing
 
-_BACKUP_SECONDS = 60.0  # for a small file to be written to the backup, read and deleted
+_BACKUP_SECONDS = 60.0  # time limit for writing, reading and deleting a small file in the backup
 _BACKUP_FIX = "check that the directory or bucket exists, the credentials, the network; or change checkpoint.backup.to"
 
 
 def quick(settings: Settings, accelerator: str, count: int) -> list[Finding]:
-    """What takes milliseconds, without importing torch: ``train`` looks at it before it starts the ranks.
+    """Run the checks that take milliseconds and do not import torch; ``train`` runs them before it starts the ranks.
 
     Args:
         accelerator: ``cuda`` or ``cpu``.
-        count: of ranks.
+        count: number of ranks.
     """
-    return [row for check in checks(settings, accelerator, count) if check.quick for row in examine(check)]
+    return [row for check in checks(settings, accelerator, count) if check.quick for row in run_check(check)]
 
 
 def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
-    """All there is to look at; arguments as of ``quick``. Each look is taken when it is called for."""
+    """Return all checks without running them; arguments as for ``quick``."""
     dataset = _opened(settings)
     steps, epochs = _schedule(dataset, settings)
     storage = requirements.storage(settings, steps, epochs)
@@ -57,12 +71,12 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("settings", "TensorBoard", software.tensorboard),
         Check("settings", "compiler", partial(software.compiler, settings.run.compile, accelerator)),
         Check("disk", "directories", partial(disk.directories, settings.output_dirs), quick=True),
-        Check("disk", "room", partial(disk.room, directory, storage), quick=True),
-        Check("disk", "room for logs", partial(disk.room_for_logs, settings.run_dir, directory), quick=True),
+        Check("disk", "free space", partial(disk.free_space, directory, storage), quick=True),
+        Check("disk", "space for logs", partial(disk.space_for_logs, settings.run_dir, directory), quick=True),
         Check("disk", "inodes", partial(disk.inodes, directory), quick=True),
         Check("disk", "quota", partial(disk.quota, directory, storage), quick=True),
-        Check("disk", "file system", partial(disk.file_system, directory), quick=True),
-        Check("disk", "file operations", partial(disk.operations, directory)),
+        Check("disk", "file system", partial(file_system.kind_of_file_system, directory), quick=True),
+        Check("disk", "file operations", partial(file_system.operations, directory)),
         Check("disk", "write speed", partial(_speed, settings, count)),
         Check("disk", "backup", partial(_backup, settings)),
         Check("data", "data", partial(_data, dataset)),
@@ -90,7 +104,7 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("network", "loopback", network.loopback, quick=True),
         Check("network", "port", network.deepspeed_port),
         Check("network", "port", network.tensorboard_port, quick=True),
-        Check("ranks", "ranks", partial(ranks.round_trip, RankLayout(accelerator, count))),
+        Check("ranks", "ranks", partial(ranks.check_ranks, RankLayout(accelerator, count))),
     ]
 
 
@@ -100,23 +114,23 @@ def _gpu_checks(settings: Settings, accelerator: str, count: int) -> list[Check]
     try:
         import pynvml
     except ImportError as error:
-        absent = Finding("GPU driver", "unknown", f"not asked: {error}", "install nvidia-ml-py")
+        absent = Finding("GPU driver", "unknown", f"not queried: {error}", "install nvidia-ml-py")
         return [Check("GPUs", "GPU driver", lambda: absent, quick=True)]
     if (broken := gpus.driver(pynvml)) is not None:
         return [Check("GPUs", "GPU driver", lambda: broken, quick=True)]
 
-    def of_gpus(look: Callable[..., Finding], *arguments: object) -> Callable[[], Finding]:
+    def of_gpus(function: Callable[..., Finding], *arguments: object) -> Callable[[], Finding]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return lambda: look(pynvml, open_gpus(pynvml, visible, count), *arguments)
+        return lambda: function(pynvml, open_gpus(pynvml, visible, count), *arguments)
 
     return [
         Check("GPUs", "GPUs", of_gpus(gpus.count, count), quick=True),
         Check("GPUs", "GPU memory", of_gpus(gpus.memory, requirements.gpu_memory(settings, count)), quick=True),
-        Check("GPUs", "GPU programs", of_gpus(gpus.others), quick=True),
+        Check("GPUs", "GPU programs", of_gpus(gpus.other_programs), quick=True),
         Check("GPUs", "CUDA", lambda: gpus.versions(pynvml, _torch_cuda())),
-        Check("GPUs", "ECC", of_gpus(gpus.errors)),
-        Check("GPUs", "remapped rows", of_gpus(gpus.remapped)),
-        Check("GPUs", "throttling", of_gpus(gpus.slowed)),
+        Check("GPUs", "ECC", of_gpus(gpus.ecc_errors)),
+        Check("GPUs", "remapped rows", of_gpus(gpus.remapped_rows)),
+        Check("GPUs", "throttling", of_gpus(gpus.throttling)),
         Check("GPUs", "temperature", of_gpus(gpus.temperature)),
         Check("GPUs", "persistence", of_gpus(gpus.persistence)),
         Check("GPUs", "Xid", lambda: gpus.xids(gpus.read_kernel_log(), _uptime())),
@@ -133,7 +147,7 @@ def _opened(settings: Settings) -> Dataset | UserError:
 
 
 def _schedule(dataset: Dataset | UserError, settings: Settings) -> tuple[int | None, float | None]:
-    """Steps and epochs of the run, as far as they are known."""
+    """Return the steps and epochs of the run; None for what is not known."""
     if isinstance(dataset, UserError):
         return settings.schedule.steps, None
     try:
@@ -180,43 +194,42 @@ def _batch(settings: Settings, count: int) -> Finding:
 def _name(settings: Settings) -> Finding:
     name = settings.run.name
     if (tag := newest_tag(settings.checkpoint_dir)) is not None:
-        fix = f"`./launch.sh resume {name}` goes on with it; for a new run give run.name=NAME"
+        fix = f"`./launch.sh resume {name}` continues it; for a new run set run.name=NAME"
         return Finding("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", fix)
-    return Finding("run's name", "ok", f"{name} has no checkpoints yet: it starts afresh")
+    return Finding("run's name", "ok", f"{name} has no checkpoints yet: a new run")
 
 
 def _backup(settings: Settings) -> Finding:
-    place = settings.checkpoint.backup.to
-    if place is None:
-        found = "no second place for checkpoints: one broken disk takes all of them"
-        return Finding("backup", "ok", f"{found} (checkpoint.backup.to)")
+    location = settings.checkpoint.backup.to
+    if location is None:
+        found = "none configured: if the disk fails, all checkpoints are lost (checkpoint.backup.to)"
+        return Finding("backup", "ok", found)
     try:
-        backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
+        backup = Backup(location, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
         backup.check_exists()
         backup.check_named(settings.checkpoint_dir)
     except UserError as error:
         return Finding("backup", "fail", str(error))
     if (problem := _problem_of(backup)) is not None:
         return Finding("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
-    if backup.shares_disk_with(disk.existing(settings.checkpoint_dir)):
-        return Finding(
-            "backup", "warn", f"{backup.where()} is on the same disk", "a disk that breaks takes both: use another"
-        )
+    if backup.shares_disk_with(existing(settings.checkpoint_dir)):
+        fix = "if that disk fails, both are lost: use another disk"
+        return Finding("backup", "warn", f"{backup.where()} is on the same disk", fix)
     return Finding("backup", "ok", f"{backup.where()}: a file was written, read back and deleted")
 
 
 def _problem_of(backup: Backup) -> str | None:
-    """Why a file cannot be written, read and deleted there; None if it can."""
+    """Return why a file cannot be written, read and deleted in the backup; None if it can."""
     found: list[str] = []
 
     def probe() -> None:
         try:
             backup.probe()
             found.append("")
-        except Exception as error:  # whatever library reaches the location
+        except Exception as error:  # each storage library has its own exceptions
             found.append(reason_of(error))
 
-    thread = threading.Thread(target=probe, daemon=True)  # a mounted disk or a server may never answer
+    thread = threading.Thread(target=probe, daemon=True)  # a server or a mounted disk may never answer
     thread.start()
     thread.join(_BACKUP_SECONDS)
     return (found[0] or None) if found else f"no answer within {_BACKUP_SECONDS:g} s"
@@ -227,11 +240,11 @@ def _speed(settings: Settings, count: int) -> list[Finding]:
     between = _step_seconds(settings)
     if between is not None:
         between *= settings.checkpoint.every
-    return disk.speed(settings.checkpoint_dir, requirements.checkpoint_bytes(settings), limit, between or None)
+    return disk_speed.speed(settings.checkpoint_dir, requirements.checkpoint_bytes(settings), limit, between or None)
 
 
 def _step_seconds(settings: Settings) -> float | None:
-    """Of a step, ``pace.recent`` of those that this run has recorded; None where there are none."""
+    """Return ``pace.recent`` of the step times that this run has recorded; None if it has recorded none."""
     times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)]
     step_ms = recent(times)
     return None if step_ms is None else step_ms / 1000
@@ -247,7 +260,7 @@ def _time(settings: Settings) -> Finding:
 
 
 def _uptime() -> float:
-    """Seconds since the machine started, sleep left out: what the kernel's log counts in."""
+    """Return the seconds since boot without suspended time, as in the kernel log."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 

@@ -1,4 +1,4 @@
-"""The data of a run: shards against ``dataset.json``, enough of them, HellaSwag."""
+"""Check the data of a run: shards, checksums, number of windows, HellaSwag."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ds_gpt2.common.host import usable_cores
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
 from ds_gpt2.data.shards import sha256
-from ds_gpt2.tools.doctor.row import Finding
+from ds_gpt2.tools.doctor.finding import Finding
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS
 
 
 def shards(dataset: Dataset) -> Finding:
-    """What there is; that sizes agree with the index was found when it was opened."""
+    """Report the size of the data. Opening the dataset has compared the shards' sizes with the index."""
     train, val = tokens(dataset.tokens("train")), tokens(dataset.tokens("val"))
     return Finding(
         "data", "ok", f"{train} training and {val} validation tokens, {len(dataset.shards)} shards of the right size"
@@ -26,7 +26,7 @@ def shards(dataset: Dataset) -> Finding:
 
 
 def windows(dataset: Dataset, settings: Settings) -> list[Finding]:
-    """Whether there is a window to train on, one to validate on, and enough for a step and the whole run."""
+    """Check that there are windows to train on and to validate on, and enough of them for the whole run."""
     rows = []
     if settings.validation.every:
         try:
@@ -40,10 +40,10 @@ def windows(dataset: Dataset, settings: Settings) -> list[Finding]:
 
 
 def schedule(dataset: Dataset, settings: Settings) -> tuple[int, float]:
-    """(steps, epochs) of the whole run.
+    """Return (steps, epochs) of the whole run.
 
     Raises:
-        UserError: there is not one window to train on.
+        UserError: the data has no training window.
     """
     count = len(Windows(dataset, "train", settings.batch.sequence_length))
     per_step = max(1, settings.batch.tokens_per_step // settings.batch.sequence_length)
@@ -54,13 +54,11 @@ def schedule(dataset: Dataset, settings: Settings) -> tuple[int, float]:
 
 
 def checksums(dataset: Dataset) -> Finding:
-    """Every byte of every shard against ``dataset.json``; shards are read side by side, one a core."""
+    """Compare the SHA-256 of every shard with ``dataset.json``; one thread per core reads the shards."""
     known = [shard for shard in dataset.shards if shard.sha256 is not None]
     if not known:
-        found = f"{dataset.dir} has no dataset.json, and so no checksums"
-        return Finding(
-            "checksums", "unknown", found, "prepare the data with ./launch.sh prepare, or compare it yourself"
-        )
+        fix = "prepare the data with ./launch.sh prepare, or compare it yourself"
+        return Finding("checksums", "unknown", f"{dataset.dir} has no dataset.json, so no checksums", fix)
 
     def is_damaged(shard: Shard) -> bool:
         return sha256(dataset.dir / shard.file) != shard.sha256
@@ -72,30 +70,29 @@ def checksums(dataset: Dataset) -> Finding:
             bar.update(shard.bytes)
             damaged += [shard.file] if is_bad else []
     if damaged:
-        fix = "restore them, or prepare the data again: training on them would go unnoticed"
-        return Finding("checksums", "fail", f"not what was written: {', '.join(damaged)}", fix)
-    return Finding("checksums", "ok", f"{len(known)} shards, {size(total)}, are what dataset.json says")
+        fix = "restore them, or prepare the data again: training does not detect the damage"
+        return Finding("checksums", "fail", f"checksum mismatch: {', '.join(damaged)}", fix)
+    return Finding("checksums", "ok", f"{len(known)} shards, {size(total)}, match dataset.json")
 
 
 def hellaswag(settings: HellaswagSettings) -> Finding:
-    """Whether the items are there; a run goes on without them where they cannot be fetched."""
-    from ds_gpt2.data.hellaswag import is_original, read_questions  # only here: it needs the tokenizer
+    """Check the HellaSwag file; a run continues without it if it cannot be downloaded."""
+    from ds_gpt2.data.hellaswag import is_original, read_questions  # imported late: it needs the tokenizer
 
     name, path = "HellaSwag", settings.path
     if not settings.every:
-        return Finding(name, "ok", "not asked for (hellaswag.every is 0)")
+        return Finding(name, "ok", "not requested (hellaswag.every is 0)")
     if not path.exists():
-        fix = "`./launch.sh prepare hellaswag`: else it is fetched at the start, or left out"
-        return Finding(name, "warn", f"{path} is not there", fix)
+        fix = "`./launch.sh prepare hellaswag`; otherwise it is downloaded at the start, or skipped"
+        return Finding(name, "warn", f"{path} does not exist", fix)
     if is_original(path):
-        return Finding(name, "ok", f"{path.name} is the authors' file")
+        return Finding(name, "ok", f"{path.name} is the original file")
     try:
         count = sum(1 for _ in read_questions(path))
     except UserError as error:
-        return Finding(name, "warn", str(error), "the run would go on without it")
-    return Finding(
-        name, "warn", f"{path.name} has {count:,} items, but is not the authors' file", "results differ from others'"
-    )
+        return Finding(name, "warn", str(error), "the run would continue without it")
+    found = f"{path.name} has {count:,} items, but is not the original file"
+    return Finding(name, "warn", found, "results are not comparable with published ones")
 
 
 def _enough(dataset: Dataset, settings: Settings) -> Finding:
@@ -104,15 +101,14 @@ def _enough(dataset: Dataset, settings: Settings) -> Finding:
         steps, epochs = schedule(dataset, settings)
     except UserError as error:
         return Finding(name, "fail", str(error))
-    found = f"{steps:,} steps see the data {epochs:.2f} times"
+    found = f"{steps:,} steps train on the data {epochs:.2f} times"
     warmup = settings.schedule.warmup_steps
     if warmup >= steps:
         fix = "set schedule.warmup_steps lower or schedule.epochs higher"
         return Finding(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
     if epochs > steps:
-        return Finding(
-            name, "warn", f"{found}: a step is more than an epoch", "prepare more text, or a smaller token budget"
-        )
+        fix = "prepare more text, or set a smaller batch.tokens_per_step"
+        return Finding(name, "warn", f"{found}: a step is more than an epoch", fix)
     if epochs > MANY_EPOCHS:
-        return Finding(name, "warn", found, "it will learn them by heart: prepare more text, or fewer steps")
+        return Finding(name, "warn", found, "the model will memorize the data: prepare more text, or fewer steps")
     return Finding(name, "ok", found)

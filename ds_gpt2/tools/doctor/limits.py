@@ -1,4 +1,4 @@
-"""What may end a run from outside: limits on processes, time limits, the end of a login, a reboot."""
+"""Check what could stop a run from outside: process limits, time limits, logout, reboots."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import os
 import re
 import resource
 import signal
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from ds_gpt2.common.formatting import clock, counted, duration, size
-from ds_gpt2.tools.doctor.row import Finding
+from ds_gpt2.tools.doctor.finding import Finding
+from ds_gpt2.tools.doctor.program_output import output_of
 
 _INFINITY = resource.RLIM_INFINITY
-_OWN_FILES = 128  # that a rank has open beside shards and connections: libraries, logs, event files, checkpoints
-_FILES_PER_RANK = 16  # connections to each other rank, of which NCCL opens several
-_TASKS_PER_RANK = 128  # threads, the launcher's processes counted in
+_OWN_FILES = 128  # open files of a rank apart from shards and connections: libraries, logs, event files, checkpoints
+_FILES_PER_RANK = 16  # connections to each other rank; NCCL opens several
+_TASKS_PER_RANK = 128  # threads, including those of the launcher's processes
 _SHORT = 600.0  # seconds
-_PATIENCE = 1.0  # seconds that Slurm may take to answer
+_SLURM_TIMEOUT = 1.0  # seconds
 
 
 def open_files(ranks: int, shards: int) -> Finding:
-    """A memory-mapped shard stays an open file."""
+    """Check the limit on open files; each memory-mapped shard remains open."""
     need = shards + _OWN_FILES + _FILES_PER_RANK * ranks
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{_word(soft)} allowed; a rank may have {need:,} open ({shards:,} shards)"
+    found = f"{_word(soft)} allowed; a rank may open {need:,} ({shards:,} shards)"
     if soft == _INFINITY or soft >= need:
         return Finding("open files", "ok", found)
     how = f"ulimit -n {2 * need}" if hard == _INFINITY or hard >= 2 * need else f"raise the hard limit above {hard:,}"
@@ -35,7 +35,7 @@ def open_files(ranks: int, shards: int) -> Finding:
 
 
 def processes(ranks: int) -> Finding:
-    """Processes and threads of this user, and of the container."""
+    """Check the limit on processes and threads of this user."""
     need = _TASKS_PER_RANK * ranks
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() == 0 or soft == _INFINITY:
@@ -43,25 +43,29 @@ def processes(ranks: int) -> Finding:
     used = _threads_of(os.getuid())
     found = f"{soft:,} allowed, {used:,} in use; {counted(ranks, 'rank')} may have up to {need:,} threads"
     if soft - used < need:
-        return Finding("processes", "fail", found, f"`ulimit -u {used + 2 * need}`, or end what else runs")
+        return Finding("processes", "fail", found, f"`ulimit -u {used + 2 * need}`, or stop other programs")
     return Finding("processes", "ok", found)
 
 
 def cpu_time() -> Finding:
-    """A limit in CPU seconds ends a long run, however idle the machine."""
+    """Check the limit on CPU time: it would stop a long run."""
     soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
     if soft == _INFINITY:
         return Finding("CPU time", "ok", "no limit")
-    fix = "every rank would be killed then: `ulimit -t unlimited`, or ask the administrator"
-    return Finding("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time for a process", fix)
+    fix = "a rank is killed when it has used that time: `ulimit -t unlimited`, or contact the administrator"
+    return Finding("CPU time", "fail" if soft < _SHORT else "warn", f"{duration(soft)} of CPU time per process", fix)
 
 
 def sizes(largest_file: int) -> list[Finding]:
-    """Limits on the size of files, of address space and of locked memory."""
+    """Check the limits on file size, address space, data segment and locked memory.
+
+    Args:
+        largest_file: bytes of the largest file of a checkpoint.
+    """
     rows = []
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft != _INFINITY:
-        found = f"{size(soft)} for a file; a checkpoint's largest has {size(largest_file)}"
+        found = f"{size(soft)} per file; the largest file of a checkpoint has {size(largest_file)}"
         bad = soft < 2 * largest_file
         rows.append(Finding("file size", "fail" if bad else "ok", found, "`ulimit -f unlimited`" if bad else ""))
     for name, letter, number in (
@@ -70,15 +74,15 @@ def sizes(largest_file: int) -> list[Finding]:
     ):
         soft, _ = resource.getrlimit(number)
         if soft != _INFINITY:
-            fix = f"PyTorch reserves more than it uses, CUDA far more: `ulimit -{letter} unlimited`"
-            rows.append(Finding(name, "warn", f"{size(soft)} for a process", fix))
+            fix = f"PyTorch reserves more memory than it uses, CUDA far more: `ulimit -{letter} unlimited`"
+            rows.append(Finding(name, "warn", f"{size(soft)} per process", fix))
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     locked = "no limit" if soft == _INFINITY else f"{size(soft)}, enough without InfiniBand"
-    return rows or [Finding("memory limits", "ok", f"none on files and addresses; locked memory: {locked}")]
+    return rows or [Finding("memory limits", "ok", f"none on file size and address space; locked memory: {locked}")]
 
 
 def time_limit(environment: Mapping[str, str], now: float) -> Finding:
-    """The end of a Slurm job; where the environment does not tell it, Slurm itself is asked.
+    """Check when the Slurm job ends: from the environment, else from ``squeue``.
 
     Args:
         now: seconds since 1970.
@@ -87,18 +91,16 @@ def time_limit(environment: Mapping[str, str], now: float) -> Finding:
     if job is None:
         return Finding(name, "ok", "not in a Slurm job")
     end = environment.get("SLURM_JOB_END_TIME", "")
-    seconds = float(end) - now if end.isdigit() else _ask_slurm(job)
+    seconds = float(end) - now if end.isdigit() else _slurm_time_left(job)
     if seconds is None:
-        return Finding(
-            name, "unknown", f"Slurm job {job} does not say when it ends", f"look at `scontrol show job {job}`"
-        )
+        return Finding(name, "unknown", f"the end of Slurm job {job} is not known", f"see `scontrol show job {job}`")
     found = f"Slurm ends job {job} in {duration(seconds)}, {clock(now + seconds)}"
-    fix = "`#SBATCH --signal=USR1@300` lets the run save in time; afterwards `./launch.sh resume`"
+    fix = "with `#SBATCH --signal=USR1@300` the run saves before the job ends; then `./launch.sh resume`"
     return Finding(name, "fail" if seconds < _SHORT else "warn", found, fix)
 
 
 def parse_time_left(text: str) -> float | None:
-    """What ``squeue -o %L`` prints (``1-02:03:04``, ``12:34``) in seconds; None for UNLIMITED and the like."""
+    """Return the output of ``squeue -o %L`` (``1-02:03:04``, ``12:34``) in seconds; None if it has no number."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
     if found is None:
         return None
@@ -107,42 +109,43 @@ def parse_time_left(text: str) -> float | None:
 
 
 def terminal(environment: Mapping[str, str], tools: list[str]) -> Finding:
-    """Whether the run outlives the terminal it is started from.
+    """Check whether the run continues when its terminal is closed.
 
     Args:
-        tools: of tmux, screen and systemd-run, those that are installed.
+        tools: which of tmux, screen and systemd-run are installed.
     """
     inside = next((word for word, name in (("tmux", "TMUX"), ("screen", "STY")) if environment.get(name)), None)
     if inside:
-        return Finding("terminal", "ok", f"inside {inside}: the run outlives a lost connection")
+        return Finding("terminal", "ok", f"inside {inside}: the run continues after a lost connection")
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        return Finding("terminal", "ok", "started with nohup: the run outlives the terminal")
+        return Finding("terminal", "ok", "started with nohup: the run continues after the terminal is closed")
     if not environment.get("SSH_CONNECTION"):
         return Finding("terminal", "ok", f"not over ssh; installed: {', '.join(tools) or 'neither tmux nor screen'}")
     start = "./launch.sh train ..."
     fixes = {
-        "tmux": f"`tmux new -s gpt2 {start}` (away: Ctrl+B D; back: `tmux attach -t gpt2`)",
-        "screen": f"`screen -S gpt2 {start}` (away: Ctrl+A D; back: `screen -r gpt2`)",
+        "tmux": f"`tmux new -s gpt2 {start}` (detach: Ctrl+B D; attach: `tmux attach -t gpt2`)",
+        "screen": f"`screen -S gpt2 {start}` (detach: Ctrl+A D; attach: `screen -r gpt2`)",
         "systemd-run": f"`systemd-run --user --scope nohup {start} &`",
     }
     fix = next((fixes[tool] for tool in fixes if tool in tools), f"`nohup {start} &`")
-    return Finding("terminal", "warn", "over ssh, outside tmux: a lost connection stops the run (it saves first)", fix)
+    found = "over ssh, outside tmux and screen: a lost connection stops the run (it saves first)"
+    return Finding("terminal", "warn", found, fix)
 
 
 def logout(environment: Mapping[str, str], user: str, root: Path = Path("/")) -> Finding:
-    """Whether systemd-logind kills what a user leaves running, tmux included."""
+    """Check whether systemd-logind kills the processes of a user at logout, including tmux."""
     if not environment.get("XDG_SESSION_ID"):
         return Finding("logout", "ok", "not in a login session of systemd")
     if not kills_at_logout(root):
-        return Finding("logout", "ok", "systemd-logind leaves processes alone (KillUserProcesses=no)")
+        return Finding("logout", "ok", "systemd-logind does not kill processes (KillUserProcesses=no)")
     if (root / "var/lib/systemd/linger" / user).exists():
-        return Finding("logout", "ok", "KillUserProcesses=yes, but this user lingers")
+        return Finding("logout", "ok", "KillUserProcesses=yes, but lingering is enabled for this user")
     fix = "`loginctl enable-linger`, then start with `systemd-run --user --scope tmux new -s gpt2`"
-    return Finding("logout", "warn", "KillUserProcesses=yes: logging out kills the run, inside tmux too", fix)
+    return Finding("logout", "warn", "KillUserProcesses=yes: a logout kills the run, even inside tmux", fix)
 
 
 def kills_at_logout(root: Path) -> bool:
-    """``KillUserProcesses`` of systemd-logind; what no file sets is no, as Debian, Ubuntu and Fedora build it."""
+    """Return ``KillUserProcesses`` of systemd-logind; the default is no on Debian, Ubuntu and Fedora."""
     folders = [root / folder / "systemd" for folder in ("usr/lib", "etc", "run")]
     files = [folder / "logind.conf" for folder in folders]
     drop_ins = [file for folder in folders for file in (folder / "logind.conf.d").glob("*.conf")]
@@ -155,11 +158,15 @@ def kills_at_logout(root: Path) -> bool:
 
 
 def reboots(gpus: bool, root: Path = Path("/")) -> list[Finding]:
-    """A reboot that waits, and updates that come by themselves."""
+    """Check for a pending reboot, and for updates that could reboot the machine or replace the GPU driver.
+
+    Args:
+        gpus: whether the run uses GPUs.
+    """
     rows = []
-    if any((root / place).exists() for place in ("var/run/reboot-required", "run/reboot-required")):
+    if any((root / file).exists() for file in ("var/run/reboot-required", "run/reboot-required")):
         fix = "reboot now, before the run: `sudo reboot`"
-        rows.append(Finding("reboot", "warn", "an update waits for a reboot (/var/run/reboot-required)", fix))
+        rows.append(Finding("reboot", "warn", "an update requires a reboot (/var/run/reboot-required)", fix))
     settings = _apt_settings(root)
     if settings.get("APT::Periodic::Unattended-Upgrade", "0") not in ("0", ""):
         if settings.get("Unattended-Upgrade::Automatic-Reboot", "false").lower() in ("true", "1", "yes"):
@@ -167,9 +174,9 @@ def reboots(gpus: bool, root: Path = Path("/")) -> list[Finding]:
             fix = 'set Unattended-Upgrade::Automatic-Reboot "false" in /etc/apt/apt.conf.d, or resume afterwards'
             rows.append(Finding("updates", "warn", f"unattended upgrades may reboot this machine ({at})", fix))
         elif gpus:
-            fix = "for the time of the run: `sudo systemctl stop unattended-upgrades apt-daily-upgrade.timer`"
-            rows.append(Finding("updates", "warn", "unattended upgrades may replace the GPU driver in the night", fix))
-    return rows or [Finding("reboot", "ok", "none waits, and no update reboots by itself")]
+            fix = "during the run: `sudo systemctl stop unattended-upgrades apt-daily-upgrade.timer`"
+            rows.append(Finding("updates", "warn", "unattended upgrades may replace the GPU driver", fix))
+    return rows or [Finding("reboot", "ok", "none pending, and no update reboots automatically")]
 
 
 def _apt_settings(root: Path) -> dict[str, str]:
@@ -181,19 +188,9 @@ def _apt_settings(root: Path) -> dict[str, str]:
     return settings
 
 
-def _ask_slurm(job: str) -> float | None:
-    try:
-        answer = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%L"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_PATIENCE,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_time_left(answer.stdout)
+def _slurm_time_left(job: str) -> float | None:
+    answer = output_of("squeue", "-h", "-j", job, "-o", "%L", timeout=_SLURM_TIMEOUT)
+    return None if answer is None else parse_time_left(answer)
 
 
 def _threads_of(user: int) -> int:

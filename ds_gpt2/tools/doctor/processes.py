@@ -1,4 +1,4 @@
-"""Who else trains here: this run itself, other runs, what earlier ones have left."""
+"""Check for other training processes on this machine: of this run, of other runs, left by earlier starts."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.files import regular_only
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
-from ds_gpt2.tools.doctor.row import Finding
+from ds_gpt2.tools.doctor.finding import Finding
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
 
-_FIX = "wait for their end, or end them (they save first): `kill -TERM "
+_FIX = "wait until they end, or stop them (they save first): `kill -TERM "
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A process that trains."""
+    """A training process."""
 
     pid: int
-    run: str  # its name, as far as its command line tells
+    run: str  # name of its run, from the command line
 
 
 def runs(settings: Settings) -> list[Finding]:
-    """Who trains this run, and who trains others."""
+    """Return the findings about this run and about other runs."""
     ranks = find_ranks()
     return [this_run(settings, ranks), other_runs(settings, ranks)]
 
 
 def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
-    """Two must not train one run; what a dead supervisor has left of it, the next start ends."""
+    """Check that no other process trains this run.
+
+    Ranks that a dead supervisor has left are only a warning: the next start stops them.
+    """
     name = settings.run.name
     mine = [rank.pid for rank in ranks if rank.run == name]
     supervised = read_supervisor_record(settings.run_dir)
     holder = _holder(settings.checkpoint_dir / LOCK)
     if supervised is not None and supervised.is_alive:
-        found = f"{name} is kept going by process {supervised.pid} on {supervised.host}"
-        here = supervised.host == socket.gethostname()
-        return Finding("this run", "fail" if here else "warn", found, "wait for its end, or give another run.name")
+        found = f"{name} is supervised by process {supervised.pid} on {supervised.host}"
+        local = supervised.host == socket.gethostname()
+        return Finding("this run", "fail" if local else "warn", found, "wait until it ends, or set another run.name")
     if mine and supervised is not None and supervised.group is not None:
-        found = f"processes {_list(mine)} of {name} outlived their supervisor"
-        return Finding("this run", "warn", found, "the next start asks them to save, and ends them")
+        found = f"processes {_list(mine)} of {name} still run without a supervisor"
+        return Finding("this run", "warn", found, "the next start makes them save and stops them")
     if mine or holder:
         found = f"{name} is being trained by process {holder or _list(mine)}"
-        return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait for its end")
-    return Finding("this run", "ok", f"nobody trains {name}")
+        return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait until it ends")
+    return Finding("this run", "ok", f"no process trains {name}")
 
 
 def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:
-    """Other runs of this project and user share the machine, or were forgotten."""
+    """Check whether ranks of other runs of this project and user are on this machine."""
     others = [rank for rank in ranks if rank.run != settings.run.name]
     if not others:
         return Finding("other runs", "ok", "no other run of this project")
@@ -66,7 +69,7 @@ def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:
 
 
 def find_ranks(script: Path = TRAIN) -> list[Rank]:
-    """The ranks of this project's runs that belong to this user."""
+    """Return the ranks of this project's runs that belong to this user, by ascending process id."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -77,7 +80,7 @@ def find_ranks(script: Path = TRAIN) -> list[Rank]:
 
 
 def run_of(command: list[str]) -> str:
-    """The run's name: what a setting or flag says, else the name of its file."""
+    """Return the run's name: from a setting or flag, else from the name of the config file."""
     name = ""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if word.startswith("run.name="):
@@ -86,18 +89,22 @@ def run_of(command: list[str]) -> str:
             return following
         if word == "--config":
             file = Path(following)
-            name = file.parent.name if file.name == "config.yaml" else file.stem  # a resume's is in the run's directory
+            # A resume uses the config.yaml in the directory of the run.
+            name = file.parent.name if file.name == "config.yaml" else file.stem
     return name or "an unknown run"
 
 
 def _runs(script: Path, process: psutil.Process, command: list[str]) -> bool:
-    """Whether it is Python with ``script``: DeepSpeed's launcher has that among its arguments, further back."""
+    """Return whether ``process`` is Python running ``script``.
+
+    Only the first arguments count: DeepSpeed's launcher has the script further back in its command line.
+    """
     words = [word for word in command[1:3] if word.endswith(script.name)]
     return any((Path(process.cwd()) / word).resolve() == script.resolve() for word in words)
 
 
 def _holder(lock: Path) -> str | None:
-    """Who holds the run's lock, as that says itself; None if nobody does. Nothing is written."""
+    """Return the holder of the run's lock, as recorded in the lock file; None if it is free. Nothing is written."""
     try:
         with open(lock, "rb", opener=regular_only) as file:
             try:
@@ -105,7 +112,7 @@ def _holder(lock: Path) -> str | None:
             except BlockingIOError:
                 return file.read(100).decode(errors="replace").strip() or "unknown"
     except OSError:
-        return None  # no lock yet, or a file system without
+        return None  # no lock file yet, or a file system without locks
     return None
 
 

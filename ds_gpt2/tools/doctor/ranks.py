@@ -1,4 +1,4 @@
-"""Do the ranks find each other, and how fast are they together? Started for real, as a run is."""
+"""Start the ranks as training does, and check that they connect, sum correctly, and how fast an all-reduce is."""
 
 from __future__ import annotations
 
@@ -9,54 +9,57 @@ from typing import Any
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
-from ds_gpt2.tools.doctor.row import Finding
+from ds_gpt2.tools.doctor.finding import Finding
 
 ALL_REDUCE = Path(__file__).with_name("all_reduce.py")
-SECONDS = 120.0  # until all must be done; four ranks on two cores take 12
+TIMEOUT = 120.0  # seconds for the whole check; four ranks on two cores take 12 seconds
 
 _HANGS = {
-    "importing": "does not get through its imports",
-    "joining": "does not meet the others",
-    "summing": "does not get through an all-reduce",
+    "importing": "did not finish its imports",
+    "joining": "did not connect to the others",
+    "summing": "did not finish an all-reduce",
 }
 _FIXES = {
-    "cpu": "gloo goes over 127.0.0.1: look for a firewall on lo, and at GLOO_SOCKET_IFNAME",
-    "cuda": "try NCCL_P2P_DISABLE=1 (consumer cards, IOMMU), look with NCCL_DEBUG=INFO; /dev/shm needs 1 GB",
+    "cpu": "gloo uses 127.0.0.1: check for a firewall on lo, and check GLOO_SOCKET_IFNAME",
+    "cuda": "try NCCL_P2P_DISABLE=1 (consumer GPUs, IOMMU); NCCL_DEBUG=INFO shows details; /dev/shm needs 1 GB",
 }
 _LIBRARIES = {"cpu": "gloo", "cuda": "NCCL"}
 _SLOW_FIXES = {
-    "cpu": "other programs want the cores: end them",
-    "cuda": "GPUs may not reach each other: `nvidia-smi topo -m`, other slots, an NVLink bridge",
+    "cpu": "other programs use the cores: stop them",
+    "cuda": "GPUs may have no peer-to-peer access: `nvidia-smi topo -m`, other slots, an NVLink bridge",
 }
-_SLOW_SECONDS = {"cpu": 0.1, "cuda": 0.002}  # for the smallest
-_SLOW_BYTES = {"cpu": 0.0, "cuda": 1e9}  # a second, for the largest
+_SLOW_LATENCY = {"cpu": 0.1, "cuda": 0.002}  # seconds, for the smallest size
+_SLOW_BANDWIDTH = {"cpu": 0.0, "cuda": 1e9}  # bytes per second, for the largest size
 
 
-def round_trip(place: RankLayout, seconds: float = SECONDS, script: Path = ALL_REDUCE) -> list[Finding]:
-    """One row for the meeting, and one for each rank; whatever happens, no process of it is left.
+def check_ranks(layout: RankLayout, timeout: float = TIMEOUT, script: Path = ALL_REDUCE) -> list[Finding]:
+    """Start the ranks; return a finding about the connection, and one about the speed of each rank.
+
+    No process is left, also after an error.
 
     Args:
-        seconds: after which it counts as hung, and is ended.
+        timeout: seconds after which the ranks count as hung and are killed.
         script: what each rank runs.
     """
     with tempfile.TemporaryDirectory(prefix="ds_gpt2-doctor-") as name:
         folder = Path(name)
-        begun = time.monotonic()
-        in_time = _run(Ranks([name], place, folder / "outcome", {}, script), begun + seconds)
-        taken = time.monotonic() - begun
-        records = [_record(folder / f"rank_{rank}.json") for rank in range(place.ranks)]
+        start_time = time.monotonic()
+        in_time = _run(Ranks([name], layout, folder / "outcome", {}, script), start_time + timeout)
+        taken = time.monotonic() - start_time
+        records = [_record(folder / f"rank_{rank}.json") for rank in range(layout.ranks)]
     if any(record.get("phase") != "done" for record in records):
-        limit = "" if in_time else f"not done after {seconds:.0f} s, ended: "
-        return [Finding("ranks", "fail", limit + _story(records), _FIXES[place.accelerator])]
+        limit = "" if in_time else f"not done after {timeout:.0f} s, killed: "
+        return [Finding("ranks", "fail", limit + _failure(records), _FIXES[layout.accelerator])]
     if not all(record["right"] for record in records):
-        fix = "a link, a card or its memory is broken: try fewer ranks until the sum is right"
+        fix = "a link, a GPU or its memory is faulty: try fewer ranks until the sum is right"
         return [Finding("ranks", "fail", "an all-reduce gave a wrong sum", fix)]
-    meeting = f"{place.ranks} started, met over {_LIBRARIES[place.accelerator]}, summed and ended in {taken:.1f} s"
-    return [Finding("ranks", "ok", meeting), *(_speed(place, rank, record) for rank, record in enumerate(records))]
+    found = f"{layout.ranks} started, connected over {_LIBRARIES[layout.accelerator]}, summed and exited"
+    first = Finding("ranks", "ok", f"{found} in {taken:.1f} s")
+    return [first, *(_speed(layout, rank, record) for rank, record in enumerate(records))]
 
 
 def _run(ranks: Ranks, deadline: float) -> bool:
-    """Whether all had ended by the deadline; afterwards nobody is left."""
+    """Wait for the ranks and return whether all ended by the deadline; kill those that did not."""
     try:
         while not ranks.have_exited:
             if time.monotonic() > deadline:
@@ -70,7 +73,7 @@ def _run(ranks: Ranks, deadline: float) -> bool:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """What a rank has left; nothing if it was not even started."""
+    """Return the record that a rank has written; an empty one if the rank was not started."""
     try:
         record = safe_json.read(file)
     except (OSError, ValueError):
@@ -78,8 +81,8 @@ def _record(file: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _story(records: list[dict[str, Any]]) -> str:
-    """How far the ranks got; where some tell why they failed, the others failed in their wake."""
+def _failure(records: list[dict[str, Any]]) -> str:
+    """Return the first error of a rank, which makes the others fail; without one, the phase that each rank reached."""
     errors = [f"rank {rank}: {record['error']}" for rank, record in enumerate(records) if "error" in record]
     stuck = [
         f"rank {rank} {_HANGS.get(record.get('phase', ''), 'was not started')}"
@@ -89,15 +92,15 @@ def _story(records: list[dict[str, Any]]) -> str:
     return errors[0] if errors else ", ".join(stuck)
 
 
-def _speed(place: RankLayout, rank: int, record: dict[str, Any]) -> Finding:
-    """Latency, and bandwidth as nccl-tests counts it on the bus: 2 (n - 1) / n bytes pass for each byte summed."""
+def _speed(layout: RankLayout, rank: int, record: dict[str, Any]) -> Finding:
+    """Check latency and bus bandwidth, which nccl-tests defines as 2 (n - 1) / n bytes for each byte summed."""
     times = {int(size): float(seconds) for size, seconds in record["seconds"].items()}
     smallest, *larger = sorted(times)
-    on_bus = {size: 2 * (place.ranks - 1) / place.ranks * size / times[size] for size in larger}
+    on_bus = {size: 2 * (layout.ranks - 1) / layout.ranks * size / times[size] for size in larger}
     rates = ", ".join(f"{size >> 20} MiB at {rate / 1e9:.2f} GB/s" for size, rate in on_bus.items())
     found = f"{smallest} bytes in {times[smallest] * 1e3:.2f} ms, {rates} on the bus"
-    late = times[smallest] > _SLOW_SECONDS[place.accelerator]
-    slow = on_bus[larger[-1]] < _SLOW_BYTES[place.accelerator]
-    if place.ranks > 1 and (late or slow):
-        return Finding(f"rank {rank}", "warn", found, _SLOW_FIXES[place.accelerator])
+    late = times[smallest] > _SLOW_LATENCY[layout.accelerator]
+    slow = on_bus[larger[-1]] < _SLOW_BANDWIDTH[layout.accelerator]
+    if layout.ranks > 1 and (late or slow):
+        return Finding(f"rank {rank}", "warn", found, _SLOW_FIXES[layout.accelerator])
     return Finding(f"rank {rank}", "ok", found)

@@ -1,4 +1,4 @@
-"""Python and the packages, against the ranges that pyproject.toml gives."""
+"""Check Python and the installed packages against the version ranges of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.tools.doctor.row import Finding
+from ds_gpt2.tools.doctor.finding import Finding
 
 PYPROJECT = PROJECT_DIR / "pyproject.toml"
 
@@ -21,7 +21,7 @@ _SHOWN = ("torch", "deepspeed")
 
 
 def versions(pyproject: Path = PYPROJECT) -> list[Finding]:
-    """Python and every package that is needed; nothing is imported."""
+    """Check the versions of Python and of every required package, without importing them."""
     python, requirements = read_ranges(pyproject)
     rows = []
     if platform.python_version() not in python:
@@ -39,46 +39,53 @@ def versions(pyproject: Path = PYPROJECT) -> list[Finding]:
 
 
 def tensorboard() -> Finding:
-    """Loaded for real: a broken installation is found only so."""
+    """Check that TensorBoard can be imported: the version alone does not reveal a broken installation."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # whatever is broken in it
+    except Exception as error:  # a broken installation can raise any exception
         fix = f"`{sys.executable} -m pip install --force-reinstall tensorboard`"
-        return Finding("TensorBoard", "fail", f"cannot be loaded: {type(error).__name__}: {error}", fix)
-    return Finding("TensorBoard", "ok", f"{metadata.version('tensorboard')}, {SummaryWriter.__name__} loads")
+        return Finding("TensorBoard", "fail", f"cannot be imported: {type(error).__name__}: {error}", fix)
+    return Finding("TensorBoard", "ok", f"{metadata.version('tensorboard')}, {SummaryWriter.__name__} can be imported")
 
 
-def compiler(wanted: bool | str, accelerator: str) -> Finding:
-    """What torch.compile needs, where run.compile has it used."""
+def compiler(setting: bool | str, accelerator: str) -> Finding:
+    """Check what torch.compile needs, if the run uses it.
+
+    Args:
+        setting: ``run.compile``.
+    """
     import torch
 
     from ds_gpt2.distributed import torch_compile
 
-    if wanted is False or (wanted == "auto" and accelerator == "cpu"):
-        return Finding("compiler", "ok", f"not needed: run.compile is {str(wanted).lower()}")
+    if setting is False or (setting == "auto" and accelerator == "cpu"):
+        return Finding("compiler", "ok", f"not needed: run.compile is {str(setting).lower()}")
     if (missing := torch_compile.missing_requirement(torch.device(accelerator))) is None:
         return Finding("compiler", "ok", "the model will be compiled")
-    if wanted is True:
+    if setting is True:
         return Finding("compiler", "fail", f"run.compile is true, but {missing[0]}", missing[1])
-    return Finding("compiler", "warn", f"the model will not be compiled, which costs speed: {missing[0]}", missing[1])
+    found = f"the model will not be compiled, training will be slower: {missing[0]}"
+    return Finding("compiler", "warn", found, missing[1])
 
 
 def terminal_tools() -> list[str]:
-    """Of the programs that keep a run alive without a terminal, those that are here."""
+    """Return which programs that keep a run alive without a terminal are installed."""
     return [tool for tool in ("tmux", "screen", "systemd-run") if shutil.which(tool)]
 
 
 def read_ranges(pyproject: Path) -> tuple[SpecifierSet, list[Requirement]]:
-    """``requires-python`` and ``dependencies``; Python 3.10 has no parser for TOML, so these two are found by sight.
+    """Return ``requires-python`` and ``dependencies``.
+
+    Regular expressions find them: Python 3.10 has no TOML parser.
 
     Raises:
-        ValueError: they are not where they should be.
+        ValueError: one of them is missing.
     """
     text = pyproject.read_text(encoding="utf-8")
     python = re.search(r'^requires-python = "([^"]+)"', text, re.MULTILINE)
     block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     if python is None or block is None:
-        raise ValueError(f"{pyproject} names no requires-python or no dependencies")
+        raise ValueError(f"{pyproject} has no requires-python or no dependencies")
     return SpecifierSet(python[1]), [Requirement(word) for word in re.findall(r'"([^"]+)"', block[1])]
 
 
@@ -90,4 +97,4 @@ def _misfit(requirement: Requirement) -> Finding | None:
         return Finding(requirement.name, "fail", "not installed", fix)
     if requirement.specifier.contains(version, prereleases=True):
         return None
-    return Finding(requirement.name, "warn", f"{version} is not {requirement.specifier}, which was tested", fix)
+    return Finding(requirement.name, "warn", f"{version} is outside the tested range {requirement.specifier}", fix)

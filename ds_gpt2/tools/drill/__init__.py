@@ -1,1 +1,1 @@
-"""The rehearsal: what may go wrong in a month, done on purpose, and what became of the run."""
+"""Inject faults into a scaled-down copy of a run, and verify that it recovers."""

@@ -1,4 +1,4 @@
-"""Are two runs one and the same? Bit for bit: curves, weights, moments, random states, ledger of windows."""
+"""Compare two runs bit for bit: curves, weights, moments, random states, ledger of windows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 
 def curve_differences(one: Path, other: Path) -> list[str]:
-    """Where the metrics of two runs' directories differ, step by step; times and speeds are left out."""
+    """Return the differences between the metrics of two runs' directories, without times and speeds."""
     return differences(_metrics(one), _metrics(other), METRICS)
 
 
 def checkpoint_differences(one: Path, other: Path) -> list[str]:
-    """Where two checkpoints' directories differ: weights, moments, random states, progress and ledger.
+    """Return the differences between two checkpoint directories: weights, moments, random states, progress, ledger.
 
     Raises:
-        DamagedError: one of them is not there, or is damaged.
+        DamagedError: a checkpoint does not exist, or is damaged.
     """
     names = sorted(read(one).files)
     if names != sorted(read(other).files):
@@ -41,10 +41,10 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
 
 
 def update_differences(before: Path, after: Path) -> list[str]:
-    """What an update has changed between two checkpoints of one number of ranks: weights, masters, moments."""
+    """Return the differences in weights, masters and moments between two checkpoints of the same number of ranks."""
     found = differences(unpickle(before / MODEL_FILE)["module"], unpickle(after / MODEL_FILE)["module"], "weights")
     for name in sorted(set(read(before).files) - {MODEL_FILE}):
-        one, other = (unpickle(place / name)["optimizer_state_dict"] for place in (before, after))
+        one, other = (unpickle(checkpoint / name)["optimizer_state_dict"] for checkpoint in (before, after))
         masters, moments = "single_partition_of_fp32_groups", "base_optimizer_state"
         found += differences(one[masters], other[masters], f"masters in {_short(name)}")
         found += differences(one[moments]["state"], other[moments]["state"], f"moments in {_short(name)}")
@@ -52,7 +52,7 @@ def update_differences(before: Path, after: Path) -> list[str]:
 
 
 def expected_ledger(settings: Settings, ranks: int, batches: Iterable[int]) -> str:
-    """The ledger (see TrainState) of a run that has trained on ``batches`` of its data, in this order."""
+    """Return the ledger (see TrainState) of a run that has trained on ``batches`` of its data, in this order."""
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
     windows = Windows(open_dataset(settings.data.dir), "train", plan.sequence_length)
@@ -64,7 +64,7 @@ def expected_ledger(settings: Settings, ranks: int, batches: Iterable[int]) -> s
 
 
 def loss_by_step(run_dir: Path) -> dict[int, float]:
-    """Training loss, nats per token, of every step; NaN where it was not finite."""
+    """Return the training loss of every step, in nats per token; NaN where it was not finite."""
     return {
         record["step"]: math.nan if record["train/loss"] is None else record["train/loss"]
         for record in read_metrics(run_dir / METRICS)
@@ -73,37 +73,37 @@ def loss_by_step(run_dir: Path) -> dict[int, float]:
 
 
 def _without_times(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a record is the same whenever and wherever it is made."""
+    """Return a record of the metrics without the values that depend on time and machine."""
     return {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
 
 
-def differences(one: Any, other: Any, place: str) -> list[str]:
-    """Where two nested states are not equal, bit for bit; ``place`` is what to call them."""
+def differences(one: Any, other: Any, name: str) -> list[str]:
+    """Return the differences between two nested states, bit for bit; ``name`` denotes the states in the texts."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found = [] if one.keys() == other.keys() else [f"{place} has other keys"]
+        found = [] if one.keys() == other.keys() else [f"{name} has other keys"]
         shared = [key for key in one if key in other]
-        return found + [text for key in shared for text in differences(one[key], other[key], f"{place}.{key}")]
+        return found + [text for key in shared for text in differences(one[key], other[key], f"{name}.{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
-            return [f"{place} has {len(other)} entries, not {len(one)}"]
+            return [f"{name} has {len(other)} entries, not {len(one)}"]
         pairs = enumerate(zip(one, other, strict=True))
-        return [text for number, pair in pairs for text in differences(*pair, f"{place}[{number}]")]
+        return [text for number, pair in pairs for text in differences(*pair, f"{name}[{number}]")]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if _same_bits(one, other) else [f"{place} differs"]
+        return [] if _same_bits(one, other) else [f"{name} differs"]
     if type(one) is type(other) and not isinstance(one, type) and hasattr(one, "__dict__"):
-        return differences(vars(one), vars(other), place)
-    return [] if one == other else [f"{place} is {other!r}, not {one!r}"]
+        return differences(vars(one), vars(other), name)
+    return [] if one == other else [f"{name} is {other!r}, not {one!r}"]
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Unlike ``==``: NaN equals itself, and 0 is not -0."""
+    """Return whether two tensors are equal bit for bit: NaN equals itself, and 0 differs from -0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _without_paths(file: Path) -> dict[str, Any]:
-    """All of a checkpoint's file but DeepSpeed's settings, which name the run's directory."""
+    """Return the content of a checkpoint file without DeepSpeed's settings, which contain the run's directory."""
     return {key: value for key, value in unpickle(file).items() if key != "ds_config"}
 
 

@@ -1,8 +1,7 @@
-"""``train.py`` with faults, each at a step, a rank and a micro-batch of one's choice.
+"""Run ``train.py`` with injected faults, each at a chosen step, rank and micro-batch.
 
-The faults are real where they can be: signals, exceptions, Inf and NaN in the loss, from where they spread. A disk that
-cannot be read is the exception that Python makes of it.
-Without faults asked for, training is what ``train.py`` makes of it.
+The faults are real where possible: signals, exceptions, Inf and NaN in the loss, from where they propagate. For a disk
+that cannot be read, the exception of the system call is raised. Without faults, training is that of ``train.py``.
 """
 
 from __future__ import annotations
@@ -30,57 +29,58 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 
 SCRIPT = Path(__file__)
-_VARIABLE = "DS_GPT2_FAULTS"  # environment
+_VARIABLE = "DS_GPT2_FAULTS"  # environment variable: the faults as JSON
 
 Kind = Literal["nan", "inf", "spike", "crash", "kill", "freeze", "hang", "bit_flip", "read_error"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong in one micro-batch of one rank."""
+    """A fault in one micro-batch of one rank."""
 
     kind: Kind
-    step: int = 0  # either the step, or the batch of the data, at which it comes
+    step: int = 0  # the fault occurs either at this step or at this batch of the data
     batch: int = 0
     rank: int = 0
     micro_batch: int = 0
-    once: str = ""  # a file that remembers that it has come; without one it comes every time
-    during: str = ""  # a file: it comes only while that exists
+    once: str = ""  # a file that records that the fault has occurred; without it the fault occurs at every start
+    during: str = ""  # a file: the fault occurs only while it exists
 
 
 def request(faults: Sequence[Fault]) -> dict[str, str]:
-    """The environment that makes ``SCRIPT`` bring about ``faults``."""
+    """Return the environment variables that make ``SCRIPT`` inject ``faults``."""
     return {_VARIABLE: json.dumps([asdict(fault) for fault in faults])}
 
 
 class _Faults:
-    """This rank's part of the faults asked for."""
+    """The requested faults of this rank."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = [fault for fault in faults if fault.rank == collectives.rank()]
         self._step = self._batch = self._micro_batch = 0
-        self.read_batch = 0  # of the data; it is read ahead of its step
+        self.read_batch = 0  # the batch of the data that is being read, ahead of its step
 
     def begin_step(self, step: int, batch: int) -> None:
         self._step, self._batch, self._micro_batch = step, batch, 0
 
     def in_forward(self, loss: Any) -> Any:
-        """What is left of ``loss`` of a micro-batch."""
+        """Inject the faults that are due in this micro-batch; return the loss, changed by them."""
         for fault in self._due(self._micro_batch):
-            loss = _strike(fault, loss)
+            loss = _inject(fault, loss)
         self._micro_batch += 1
         return loss
 
     def before_fingerprint(self, parameter: Any) -> None:
-        """Flip the lowest bit of one weight: the memory of one device fails between an update and a save."""
+        """Flip the lowest bit of one weight, as if the memory of a device failed between an update and a save."""
         if any(fault.kind == "bit_flip" for fault in self._due(None)):
             import torch
 
             parameter.detach().view(torch.int16).view(-1)[0] ^= 1
 
     def before_read(self) -> None:
+        """Raise an I/O error if a read error is due."""
         for fault in self._faults:
-            if fault.kind == "read_error" and fault.batch == self.read_batch and _comes(fault):
+            if fault.kind == "read_error" and fault.batch == self.read_batch and _occurs(fault):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _due(self, micro_batch: int | None) -> list[Fault]:
@@ -93,11 +93,12 @@ class _Faults:
             and fault.batch in (0, self._batch)
             and (fault.step or fault.batch)
             and micro_batch in (None, fault.micro_batch)
-            and _comes(fault)
+            and _occurs(fault)
         ]
 
 
-def _comes(fault: Fault) -> bool:
+def _occurs(fault: Fault) -> bool:
+    """Return whether the fault occurs now; record it if it occurs only once."""
     if fault.during and not Path(fault.during).exists():
         return False
     if not fault.once:
@@ -109,7 +110,7 @@ def _comes(fault: Fault) -> bool:
     return True
 
 
-def _strike(fault: Fault, loss: Any) -> Any:
+def _inject(fault: Fault, loss: Any) -> Any:
     if fault.kind == "nan":
         return loss * float("nan")
     if fault.kind == "inf":
@@ -117,7 +118,7 @@ def _strike(fault: Fault, loss: Any) -> Any:
     if fault.kind == "spike":
         return loss + 1000.0
     if fault.kind == "crash":
-        raise RuntimeError("a fault of the drill")
+        raise RuntimeError("a fault injected by the drill")
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.kind == "freeze":
@@ -128,46 +129,46 @@ def _strike(fault: Fault, loss: Any) -> Any:
 
 
 def install(faults: Sequence[Fault]) -> None:
-    """Put ``faults`` between the loop and the model."""
+    """Replace methods of the trainer by versions that inject ``faults``."""
     from ds_gpt2.data.loader import TrainingData
     from ds_gpt2.data.shard_reader import ShardReader
     from ds_gpt2.engine.engine import Engine
     from ds_gpt2.model.gpt2 import GPT2
 
-    ours = _Faults(faults)
+    injected = _Faults(faults)
     begin_step, forward, fingerprint = Heartbeat.begin_step, GPT2.forward, Engine.fingerprint
     read_batch, read_stretch = TrainingData._read, ShardReader._read
 
     def begin(self: Heartbeat, step: int, batch: int) -> None:
-        ours.begin_step(step, batch)
+        injected.begin_step(step, batch)
         begin_step(self, step, batch)
 
     def faulty_forward(self: GPT2, *arguments: Any, **named: Any) -> Any:
         loss = forward(self, *arguments, **named)
-        return ours.in_forward(loss) if self.training else loss
+        return injected.in_forward(loss) if self.training else loss
 
     def faulty_fingerprint(self: Engine) -> str:
-        ours.before_fingerprint(self.model.wte.weight)
+        injected.before_fingerprint(self.model.wte.weight)
         return fingerprint(self)
 
     def faulty_batch(self: TrainingData, batch: int) -> Any:
-        ours.read_batch = batch
+        injected.read_batch = batch
         return read_batch(self, batch)
 
     def faulty_stretch(self: ShardReader, number: int, first: int, into: Any) -> None:
-        ours.before_read()
+        injected.before_read()
         read_stretch(self, number, first, into)
 
-    # Methods are replaced on purpose: train.py must run as it is, and know nothing of faults.
-    Heartbeat.begin_step = begin  # type: ignore[method-assign]  # a fault's way in
-    GPT2.forward = faulty_forward  # type: ignore[method-assign]  # a fault's way in
-    Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]  # a fault's way in
-    TrainingData._read = faulty_batch  # type: ignore[method-assign]  # a fault's way in
-    ShardReader._read = faulty_stretch  # type: ignore[method-assign]  # a fault's way in
+    # Methods are replaced because the code of train.py must not contain fault injection.
+    Heartbeat.begin_step = begin  # type: ignore[method-assign]  # fault injection
+    GPT2.forward = faulty_forward  # type: ignore[method-assign]  # fault injection
+    Engine.fingerprint = faulty_fingerprint  # type: ignore[method-assign]  # fault injection
+    TrainingData._read = faulty_batch  # type: ignore[method-assign]  # fault injection
+    ShardReader._read = faulty_stretch  # type: ignore[method-assign]  # fault injection
 
 
 def main() -> int:
-    """As ``train.main``, with what the environment asks for."""
+    """Run ``train.main`` with the faults that the environment requests; return the exit code."""
     faults = [Fault(**values) for values in json.loads(os.environ.get(_VARIABLE, "[]"))]
     return train.main(prepare=lambda: install(faults))
 

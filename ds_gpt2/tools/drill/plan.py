@@ -1,4 +1,4 @@
-"""What is to be rehearsed."""
+"""The plan of a drill: which scenes, on which run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.supervision.launcher import RankLayout
 
-# The scenes in their order: first those after which the run must be what it would have been ...
+# The scenes in their order: first those after which the run must equal the undisturbed run ...
 EXACT = (
     "read_error",
     "exception",
@@ -25,7 +25,7 @@ EXACT = (
     "run_dir_full",
     "unreadable_data",
 )
-# ... then those that change the numbers, each with a check of its own.
+# ... then those that change the result of the run; each has its own verification.
 CHANGING = ("nan", "other_ranks", "divergence", "long_divergence")
 NAMES = (*EXACT, *CHANGING)
 
@@ -35,8 +35,8 @@ class DrillPlan:
     """One drill."""
 
     settings: Settings  # the user's
-    place: RankLayout
+    layout: RankLayout
     names: Sequence[str] = NAMES
-    whole: bool = False  # the real model and batch
-    seed: int = 0  # of moments and victims
-    keep: bool = False  # the checkpoints that the drill makes
+    whole: bool = False  # with the real model and batch
+    seed: int = 0  # of the random moments and ranks
+    keep: bool = False  # keep the checkpoints of the drill

@@ -1,4 +1,4 @@
-"""What a drill found: rows for a person, and a record that stays with the run."""
+"""The results of a drill: rows to print, and the record in the run's directory."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ WIDTH = 100  # columns
 
 Verdict = Literal["pass", "FAIL", "not done"]
 
-_TEXT = 57  # columns of what was done
+_TEXT = 57  # columns of the description
 _INDENT = " " * 27
 
 
 @dataclass(frozen=True)
 class SceneResult:
-    """One scene."""
+    """The result of one scene."""
 
     name: str
     verdict: Verdict
     text: str
-    lost_steps: int | None = None  # done again, or for nothing
+    lost_steps: int | None = None  # steps that were repeated or without effect
     lost_seconds: float | None = None  # from the fault to the first new step
 
 
 @dataclass
 class Record:
-    """One drill. It has passed when every scene was done and held."""
+    """The record of one drill. It has passed if every scene was possible and passed."""
 
     run: str
     ranks: int
     accelerator: str
     whole: bool
     seed: int
-    begun: str  # ISO 8601
+    begun: str  # start time, ISO 8601
     command: list[str]
     machine: dict[str, str]
-    settings: dict[str, object]  # of the run that was disturbed
+    settings: dict[str, object]  # of the disturbed run
     rows: list[SceneResult] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -51,27 +51,28 @@ class Record:
         return json.dumps({**asdict(self), "passed": self.passed}, indent=1, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path) -> None:
-        """As ``record.json`` for programs and ``drill.md`` for people."""
+        """Write ``record.json`` for programs and ``drill.md`` for readers."""
         (folder / "record.json").write_text(self.to_json(), encoding="utf-8")
         (folder / "drill.md").write_text(_markdown(self), encoding="utf-8")
 
 
-def head() -> str:
-    """Two lines above the rows."""
-    return f"{'lost':>95}\n{'':8}  {'scene':15}  {'what was done, and what became of it':{_TEXT}}   steps seconds"
+def header() -> str:
+    """Return the two header lines of the printed rows."""
+    return f"{'lost':>95}\n{'':8}  {'scene':15}  {'fault and result':{_TEXT}}   steps seconds"
 
 
 def lines_of(row: SceneResult) -> list[str]:
-    """A row as it is printed, nothing wider than ``WIDTH``."""
+    """Return a row as it is printed, in lines of at most ``WIDTH`` columns."""
     texts = textwrap.wrap(row.text, _TEXT, break_on_hyphens=False) or [""]
     first = f"{row.verdict:8}  {row.name:15}  {texts[0]:{_TEXT}}{_lost(row)}".rstrip()
     return [first, *(_INDENT + text for text in texts[1:])]
 
 
 def summary(record: Record) -> str:
+    """Return the number of scenes by verdict, and the duration."""
     counts = {verdict: sum(row.verdict == verdict for row in record.rows) for verdict in ("pass", "FAIL", "not done")}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return f"{told or 'nothing was done'}, {record.seconds:.0f} s"
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return f"{verdicts or 'no scene'}, {record.seconds:.0f} s"
 
 
 def _lost(row: SceneResult) -> str:
@@ -88,7 +89,7 @@ def _markdown(record: Record) -> str:
         f"{'Passed' if record.passed else 'Not passed'}: {summary(record)}. Config {size}, {record.ranks} ranks on"
         f" {record.accelerator}, seed {record.seed}.",
         "",
-        "| | scene | what was done, and what became of it | steps lost | seconds lost |",
+        "| | scene | fault and result | steps lost | seconds lost |",
         "|---|---|---|---:|---:|",
     ]
     for row in record.rows:

@@ -1,4 +1,4 @@
-"""One run of the drill, from outside: what it shows of itself, and what can be done to it."""
+"""One run of the drill as a process: start it, read what it records, interrupt and kill it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 
@@ -25,35 +24,36 @@ from ds_gpt2.supervision import rank_processes
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import fault_injection, supervisor_child
 from ds_gpt2.tools.drill.fault_injection import Fault
+from ds_gpt2.tools.drill.small_disk import SmallDisks
 
-_MARK = "DS_GPT2_DRILL"  # environment of everything that a drill starts
-_LOOK_SECONDS = 0.02
+_MARK = "DS_GPT2_DRILL"  # environment variable of all processes that a drill starts
+_POLL_SECONDS = 0.02
 _LONGEST_RUN_SECONDS = 4 * 3600.0
 
 
 class FailedError(Exception):
-    """Something that must hold does not; the message is one line."""
+    """A verification failed; the message is one line."""
 
 
 @dataclass
-class Actor:
-    """A run, its supervisor a process of its own."""
+class RunProcess:
+    """A run under a supervisor that is a separate process."""
 
     config: Path
     settings: Settings
-    place: RankLayout
-    output: Path  # what the supervisor and the ranks print
-    mark: str  # of the drill
-    patience: float  # seconds for a start, a stop, or a few steps
-    started_at: int = field(default=0, init=False)  # where the journal of the newest supervisor begins
-    _has_own_disk: bool = field(default=False, init=False)  # of the run's directory
+    layout: RankLayout
+    output: Path  # receives what the supervisor and the ranks print
+    mark: str  # identifies the processes of the drill
+    timeout: float  # seconds for a start, a stop, or a few steps
+    started_at: int = field(default=0, init=False)  # position in the journal at the newest start
+    _has_small_disk: bool = field(default=False, init=False)  # for the run's directory
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def run_dir(self) -> Path:
-        """Where this process can read it, also while the run has a file system of its own there."""
+        """The run's directory as this process can read it, also if it is a small disk in the run's mount namespace."""
         directory = self.settings.run_dir
-        return Path(f"/proc/{self.pid}/root{directory}") if self._has_own_disk and self.alive else directory
+        return Path(f"/proc/{self.pid}/root{directory}") if self._has_small_disk and self.alive else directory
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -65,9 +65,9 @@ class Actor:
 
     @property
     def pid(self) -> int:
-        """Of the supervisor."""
+        """The process id of the supervisor."""
         if self._process is None:
-            raise FailedError("the run was never started")
+            raise FailedError("the run was not started")
         return self._process.pid
 
     def start(
@@ -75,24 +75,25 @@ class Actor:
         *overrides: str,
         resume: str = "auto",
         ranks: int | None = None,
-        faults_asked: Sequence[Fault] = (),
-        room: int = 0,
-        run_room: int = 0,
-        within: Sequence[str] = (),
+        faults: Sequence[Fault] = (),
+        disks: SmallDisks | None = None,
     ) -> None:
         """Start the supervisor.
 
         Args:
             overrides: settings as ``key=value``.
-            room: bytes of a small file system for the checkpoints; 0 for none.
-            run_room: bytes of one for the run's directory.
-            within: the command that runs it in a namespace of its own.
+            resume: as ``--resume`` of the trainer.
+            ranks: None: as in the layout.
+            faults: faults to inject.
+            disks: small file systems for the checkpoints or the run's directory.
         """
-        words = [str(self.config), self.place.accelerator, str(ranks or self.place.ranks), resume]
-        command = [*within, sys.executable, str(supervisor_child.SCRIPT), *words, str(room), str(run_room), *overrides]
-        environment = {**os.environ, **fault_injection.request(faults_asked), _MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        self.started_at = self.now()
-        self._has_own_disk = run_room > 0
+        disks = disks or SmallDisks()
+        words = [str(self.config), self.layout.accelerator, str(ranks or self.layout.ranks), resume]
+        words += [str(disks.checkpoints), str(disks.run_dir)]
+        command = [*disks.command, sys.executable, str(supervisor_child.SCRIPT), *words, *overrides]
+        environment = {**os.environ, **fault_injection.request(faults), _MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        self.started_at = self.journal_position()
+        self._has_small_disk = disks.run_dir > 0
         with self.output.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -104,97 +105,108 @@ class Actor:
             )
 
     def beats(self) -> list[Beat]:
-        found = [read_beat(self.run_dir, rank) for rank in range(self.place.ranks)]
+        """Return the newest heartbeats of the ranks."""
+        found = [read_beat(self.run_dir, rank) for rank in range(self.layout.ranks)]
         return [beat for beat in found if beat is not None]
 
     def done_steps(self) -> int:
-        """Steps that the furthest rank has finished; 0 while it starts."""
+        """Return the highest step that a rank has finished; 0 before the first step."""
         return max((beat.step - (beat.phase == "training") for beat in self.beats()), default=0)
 
     def saved_step(self) -> int:
-        """Of the newest checkpoint; -1 where there is none."""
+        """Return the step of the newest checkpoint; -1 if there is none."""
         return newest_step(self.checkpoint_dir)
 
-    def now(self) -> int:
-        """A place in the journal, for ``events``."""
+    def journal_position(self) -> int:
+        """Return the current end of the journal, for ``events``."""
         return Journal(self.run_dir).size()
 
     def events(self, since: int, *kinds: str) -> list[Event]:
+        """Return the events of ``kinds`` that the journal has after position ``since``."""
         return [event for event in read_journal(self.run_dir, since) if event.kind in kinds]
 
     @property
     def group(self) -> int:
-        """Process group of DeepSpeed's launcher and the ranks."""
+        """The process group of DeepSpeed's launcher and the ranks."""
         record = read_supervisor_record(self.run_dir)
         if record is None or record.group is None:
-            raise FailedError("the supervisor does not say which processes are the run's")
+            raise FailedError("the supervisor has not recorded the processes of the run")
         return record.group
 
     def rank(self, number: int) -> psutil.Process:
+        """Return the process of a rank.
+
+        Raises:
+            FailedError: the rank does not run.
+        """
         beat = read_beat(self.run_dir, number)
         try:
             if beat is not None:
                 return psutil.Process(beat.pid)
         except psutil.NoSuchProcess:
             pass
-        raise FailedError(f"rank {number} is not there")
+        raise FailedError(f"rank {number} does not run")
 
     def launchers(self) -> list[psutil.Process]:
-        """What of DeepSpeed's is no rank."""
+        """Return the processes of DeepSpeed's launcher: those of the group that are not ranks."""
         members, ranks = rank_processes.members(self.group), rank_processes.ranks_of(self.group)
         return [process for process in members if process not in ranks]
 
     def wait_for(self, what: str, happened: Callable[[], object], seconds: float | None = None) -> float:
-        """Until ``happened`` gives anything true; returns the time of that, in seconds since 1970.
+        """Wait until ``happened`` returns a true value; return the time of that, in seconds since 1970.
+
+        Args:
+            what: describes the event, for the error.
+            seconds: time limit; None: the timeout of this run.
 
         Raises:
             FailedError: it does not happen in time, or the run ends first.
         """
-        deadline = time.monotonic() + (self.patience if seconds is None else seconds)
+        limit = self.timeout if seconds is None else seconds
+        deadline = time.monotonic() + limit
         while True:
-            ended = not self.alive  # looked at first: its last words count
+            ended = not self.alive  # checked first: what the run does before its end counts
             if happened():
                 return time.time()
             if ended:
-                self._say_that_it_ended(what)
+                code = self._process.poll() if self._process is not None else None
+                raise FailedError(f"{what}: the run ended before, exit code {code}")
             if time.monotonic() > deadline:
-                raise FailedError(f"{what}: not within {self.patience if seconds is None else seconds:.0f} s")
-            time.sleep(_LOOK_SECONDS)
-
-    def _say_that_it_ended(self, what: str) -> NoReturn:
-        code = self._process.poll() if self._process is not None else None
-        raise FailedError(f"{what}: the run ended before, exit code {code}")
+                raise FailedError(f"{what}: not within {limit:.0f} s")
+            time.sleep(_POLL_SECONDS)
 
     def wait_end(self, seconds: float | None = None) -> int:
-        """The supervisor's exit code.
+        """Wait for the supervisor to end and return its exit code.
 
         Raises:
             FailedError: it does not end in time.
         """
         assert self._process is not None
         try:
-            return self._process.wait(self.patience if seconds is None else seconds)
+            return self._process.wait(self.timeout if seconds is None else seconds)
         except subprocess.TimeoutExpired as error:
-            raise FailedError(f"no end within {error.timeout:.0f} s") from None
+            raise FailedError(f"the run did not end within {error.timeout:.0f} s") from None
 
     def wait_done(self) -> None:
-        """
+        """Wait for the run to finish its last step.
+
         Raises:
-            FailedError: the run does not come to its last step.
+            FailedError: the run ends earlier or with an error.
         """
         if (code := self.wait_end(_LONGEST_RUN_SECONDS)) != exit_report.DONE:
             raise FailedError(f"the run ended with exit code {code}")
 
     def interrupt(self) -> None:
-        """What Ctrl+C sends."""
+        """Send SIGINT to the supervisor, like Ctrl+C."""
         os.kill(self.pid, signal.SIGINT)
 
     def kill_supervisor(self) -> None:
+        """Send SIGKILL to the supervisor and wait for its end."""
         os.kill(self.pid, signal.SIGKILL)
         self.wait_end(10)
 
     def kill_everything(self) -> None:
-        """At once."""
+        """Send SIGKILL to the supervisor, the launcher and the ranks."""
         group = self.group
         os.kill(self.pid, signal.SIGKILL)
         rank_processes.kill(group)
@@ -202,7 +214,7 @@ class Actor:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The living processes that the drill ``mark`` has started, in whatever session they are."""
+    """Return the living processes that the drill ``mark`` has started, in all sessions."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -212,12 +224,12 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def end_all(mark: str) -> list[str]:
-    """Kill what the drill ``mark`` has started; returns the command lines of what there was."""
-    there: list[str] = []
-    while processes := marked(mark):  # one may have been starting another
+    """Kill the processes that the drill ``mark`` has started; return their command lines."""
+    commands: list[str] = []
+    while processes := marked(mark):  # repeated: a process may have started another meanwhile
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                there.append(" ".join(process.cmdline()))
+                commands.append(" ".join(process.cmdline()))
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
-    return there
+    return commands

@@ -1,4 +1,4 @@
-"""The user's settings as the drill trains them: in directories of its own, shrunk or whole."""
+"""Derive the settings of the drill's runs from the user's settings: scaled down, or with the real model and batch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from ds_gpt2.model.shape import ModelShape
 EVERY = 5  # steps between two checkpoints
 UNDISTURBED, DISTURBED = "undisturbed", "disturbed"  # names of the two runs
 
-_HEADS_WIDTH = 128  # of a shrunk model, about
+_WIDTH = 128  # of a scaled-down model, about
 _LAYERS = 4
 _SEQUENCE = 64
-_SAVE_SECONDS = 0.6  # that a shrunk model's save is to take: some of the faults then fall into one
+_SAVE_SECONDS = 0.6  # duration of a save of a scaled-down model: long enough that some faults occur during a save
 _HANG_SECONDS = 8.0
 
 
 def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[str, Any]:
-    """The settings of a run of the drill, as a tree for YAML; where it writes is left to the caller.
+    """Return the settings of a run of the drill as a tree for YAML; the caller sets the directories.
 
-    Whole or not: seed, data, dropout, optimizer, learning rates, DeepSpeed file and number of ranks are the user's.
-    What reaches beyond this machine or takes long is left out: alerts, backups, HellaSwag.
+    Seed, data, dropout, optimizer, learning rates, DeepSpeed file and number of ranks are always the user's.
+    Alerts, backups and HellaSwag are disabled: they contact other machines or take long.
+
+    Args:
+        steps: of the whole run.
+        whole: use the real model and batch.
     """
     tree = settings.model_dump(mode="json")
     if not whole:
         _shrink(tree, settings, ranks)
-    tree["run"]["deterministic"] = True  # it is compared bit for bit
+    tree["run"]["deterministic"] = True  # the runs are compared bit for bit
     warmup = min(settings.schedule.warmup_steps, steps // 10)
     tree["schedule"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup}
     tree["checkpoint"] |= {"every": EVERY, "keep_last": 4, "keep_every": 0, "keep_epochs": 1, "min_free_gb": 0.0}
@@ -40,19 +44,20 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     tree["hellaswag"]["every"] = 0
     tree["monitor"]["dir"] = None
     tree["alerts"] |= {"kinds": [], "command": None, "urls_file": None}
-    given = settings.supervisor
+    supervisor = settings.supervisor
     tree["supervisor"] |= {
-        "restarts": max(3, given.restarts),
-        "backoff_seconds": min(0.5, given.backoff_seconds),
-        "hang_seconds": min(_HANG_SECONDS, given.hang_seconds),
-        "hang_factor": min(5.0, given.hang_factor),
+        "restarts": max(3, supervisor.restarts),
+        "backoff_seconds": min(0.5, supervisor.backoff_seconds),
+        "hang_seconds": min(_HANG_SECONDS, supervisor.hang_seconds),
+        "hang_factor": min(5.0, supervisor.hang_factor),
     }
     return tree
 
 
 def _shrink(tree: dict[str, Any], settings: Settings, ranks: int) -> None:
+    """Scale down the model, the batch and the speed of writing in ``tree``."""
     layers, heads, width = settings.model.shape
-    head = min(width // heads, max(8, _HEADS_WIDTH // heads // 8 * 8))
+    head = min(width // heads, max(8, _WIDTH // heads // 8 * 8))
     shape = {"layers": min(layers, _LAYERS), "heads": heads, "width": heads * head}
     tree["model"] |= {"preset": None, **shape, "init_from": None}
     batch = settings.batch
@@ -62,5 +67,5 @@ def _shrink(tree: dict[str, Any], settings: Settings, ranks: int) -> None:
     tree["batch"] |= {"tokens_per_step": tokens, "micro_batch": micro_batch, "sequence_length": sequence}
     if not settings.checkpoint.write_mb_per_s:
         parameters = ModelShape(shape["layers"], shape["heads"], shape["width"], sequence).parameters
-        largest = (2 + 12 / ranks) * parameters  # bytes that rank 0 writes
+        largest = (2 + 12 / ranks) * parameters  # bytes that rank 0 writes: weights and its optimizer partition
         tree["checkpoint"]["write_mb_per_s"] = round(largest / 1e6 / _SAVE_SECONDS, 3)

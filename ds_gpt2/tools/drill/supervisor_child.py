@@ -1,13 +1,13 @@
-"""The supervisor as a process of its own, so that it can be interrupted and killed like a person's.
+"""Run the supervisor as a separate process, which the drill can interrupt and kill like that of a user.
 
-    python child.py CONFIG ACCELERATOR RANKS RESUME ROOM RUN_ROOM [key=value ...]
+    python supervisor_child.py CONFIG ACCELERATOR RANKS RESUME CHECKPOINT_BYTES RUN_DIR_BYTES [key=value ...]
 
-ROOM is 0, or the size in bytes of a file system that takes the place of the checkpoints' (see room); RUN_ROOM is the
-same for the run's directory.
+CHECKPOINT_BYTES and RUN_DIR_BYTES are the sizes of small file systems to mount (see ``small_disk``), or 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -30,23 +30,22 @@ SCRIPT = Path(__file__)
 
 
 def main(words: list[str]) -> int:
-    config, accelerator, ranks, resume, size, run_size, *overrides = words
+    """Supervise the run that ``words`` describe; return its exit code."""
+    config, accelerator, ranks, resume, checkpoint_bytes, run_dir_bytes, *overrides = words
     settings = load_settings(Path(config), parse_overrides(overrides))
     run = SupervisedRun(
         ("--config", config, *overrides), RankLayout(accelerator, int(ranks)), resume, script=fault_injection.SCRIPT
     )
-    if int(run_size):
-        with small_disk.small_disk(settings.run_dir, int(run_size)):
-            return supervise(run, settings)
-    if not int(size):
+    with contextlib.ExitStack() as disks:
+        if int(run_dir_bytes):
+            disks.enter_context(small_disk.mounted_on_run_dir(settings.run_dir, int(run_dir_bytes)))
+        if int(checkpoint_bytes):
+            directory, staging = settings.checkpoint_dir, settings.checkpoint.dir / "small_disk"
+            staging.mkdir(exist_ok=True)
+            newest = candidates(directory, "latest")[0]
+            mounted = small_disk.mounted_on_checkpoints(directory, staging, int(checkpoint_bytes), newest)
+            disks.enter_context(mounted)
         return supervise(run, settings)
-    directory, staging = settings.checkpoint_dir, settings.checkpoint.dir / "room"
-    staging.mkdir(exist_ok=True)
-    small_disk.move_in(directory, staging, int(size), candidates(directory, "latest")[0])
-    try:
-        return supervise(run, settings)
-    finally:
-        small_disk.move_out(directory, staging)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts: arithmetic, and a few real steps for what arithmetic cannot tell."""
+"""Predict what a run needs before it starts: memory, time, disk space, energy and cost."""

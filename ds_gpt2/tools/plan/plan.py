@@ -1,4 +1,4 @@
-"""What is planned, and how a plan is told: rows of words, each with its figures and where they come from."""
+"""The subject of a plan, and the rows of which a plan consists: text, figures, and the basis of the figures."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.resources.memory_model import Model, Zero
 from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
-# exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or from what was
-# measured to what was not run; estimated: with figures of another machine or run.
+# exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or extrapolated
+# from measurements; estimated: from figures of another machine or run.
 Basis = Literal["exact", "measured", "predicted", "estimated", "not known"]
 Value = int | float | str | Range | None
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs that are not here."""
+    """The GPUs of another machine."""
 
-    flops: float  # of one at most, dense bf16, a second
-    memory: int  # bytes of one
+    flops: float  # peak of one GPU per second, dense bf16
+    memory: int  # bytes of one GPU
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned, and what there is for it."""
+    """The run that is planned, and the resources that are available."""
 
     settings: Settings
     batch: BatchPlan
-    place: RankLayout
+    layout: RankLayout
     model: Model
     zero: Zero
-    schedule: RunSchedule | None  # None: the steps follow from data that is not there yet
-    disk_free: int  # bytes for checkpoints, those that the run already has included
-    memory_free: int | None  # bytes for one rank, of its GPU or its share of the host; None where not known
-    elsewhere: Hardware | None = None  # the run is to be on other GPUs than this machine's
-    disk_given: bool = False  # that disk is not this machine's either
+    schedule: RunSchedule | None  # None: the steps follow from data that does not exist yet
+    disk_free: int  # bytes for checkpoints, including those that the run already has
+    memory_free: int | None  # bytes for one rank: of its GPU, or its share of the host; None if not known
+    elsewhere: Hardware | None = None  # the run is planned for the GPUs of another machine
+    disk_given: bool = False  # the free disk space was given on the command line
     no_data: str | None = None  # why the data cannot be read yet
 
     @property
     def on_cpu(self) -> bool:
-        return self.place.accelerator == "cpu"
+        return self.layout.accelerator == "cpu"
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One line for a person, the same as figures for a program; their names end in their unit."""
+    """One line to print, and the same as figures for programs; the name of a figure ends in its unit."""
 
     label: str
     text: str

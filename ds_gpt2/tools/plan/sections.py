@@ -1,4 +1,4 @@
-"""The sections of a plan: batch, memory, time, disk, cost; and what stands in the way of the run."""
+"""The sections of a plan (batch, memory, time, disk, cost), and the reasons why a run is not possible."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _NO_STEPS = "not known without the number of steps"
 
 
 def batch_section(subject: Subject) -> Section:
+    """Return the division of the token budget, the steps and the parameters."""
     batch, schedule, model = subject.batch, subject.schedule, subject.model
     shared = (
         f"{batch.tokens_per_step:,} = {counted(batch.micro_batch, 'window')} x {batch.sequence_length:,} tokens"
@@ -38,7 +39,7 @@ def batch_section(subject: Subject) -> Section:
     return Section(
         "batch",
         [
-            PlanRow("tokens a step", shared, "exact", arithmetic),
+            PlanRow("tokens per step", shared, "exact", arithmetic),
             _steps_row(subject, schedule),
             *_data_rows(subject),
             PlanRow("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
@@ -49,64 +50,65 @@ def batch_section(subject: Subject) -> Section:
 def _data_rows(subject: Subject) -> list[PlanRow]:
     if subject.no_data is None:
         return []
-    return [PlanRow("data", f"epochs are not known yet, and no trial is run: {subject.no_data}", "not known")]
+    return [PlanRow("data", f"no epochs and no trial: {subject.no_data}", "not known")]
 
 
 def _steps_row(subject: Subject, schedule: RunSchedule | None) -> PlanRow:
     if schedule is None:
-        text = f"not known: schedule.epochs={subject.settings.schedule.epochs:g} of data that is not there yet"
+        text = f"not known: schedule.epochs={subject.settings.schedule.epochs:g} of data that does not exist yet"
         return PlanRow("steps", text, "not known", {"steps": None, "tokens": None, "epochs": None})
-    whole, epochs = subject.batch.tokens_per_step * schedule.steps, schedule.epochs
-    text = f"{schedule.steps:,}: {tokens(whole)} tokens"
+    total, epochs = subject.batch.tokens_per_step * schedule.steps, schedule.epochs
+    text = f"{schedule.steps:,}: {tokens(total)} tokens"
     if epochs is not None and schedule.windows_per_epoch is not None:
         digits = 2 if epochs < MANY_EPOCHS else 0
         text += f", {epochs:,.{digits}f} epochs of {counted(schedule.windows_per_epoch, 'window')}"
         text += ": the model will memorize the data" if epochs > MANY_EPOCHS else ""
-    return PlanRow("steps", text, "exact", {"steps": schedule.steps, "tokens": whole, "epochs": epochs})
+    return PlanRow("steps", text, "exact", {"steps": schedule.steps, "tokens": total, "epochs": epochs})
 
 
 def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> Section:
-    """What takes it at the moment when it is most, then what a rank takes in all."""
-    most = memory_model.peak(subject.model, subject.batch, subject.zero, subject.place.accelerator)
+    """Return the tensors at their peak by kind, then the memory that a rank needs in total."""
+    most = memory_model.peak(subject.model, subject.batch, subject.zero, subject.layout.accelerator)
     ranks = subject.batch.world_size
     parts = (
         ("weights", most.weights, "in bf16, on every rank"),
-        ("partition", most.optimizer, f"fp32 masters and two moments, shared out among {counted(ranks, 'rank')}"),
-        ("gradients", most.gradients, "fp32 sums on every rank, and what is being reduced"),
+        ("partition", most.optimizer, f"fp32 masters and two moments, divided among {counted(ranks, 'rank')}"),
+        ("gradients", most.gradients, "fp32 sums on every rank, and reduce buckets"),
         ("activations", most.activations, "of one micro-batch"),
-        ("logits", most.logits, "and what the loss makes of them, for a moment"),
+        ("logits", most.logits, "and the temporary tensors of the loss"),
     )
     rows = [
         PlanRow(label, f"{size(count):>9}  {what}", "predicted", {f"{label}_bytes": count})
         for label, count, what in parts
     ]
-    text = f"{size(most.total):>9}  at most, in this part of a step: {most.moment}"
+    text = f"{size(most.total):>9}  peak, in this part of a step: {most.moment}"
     rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": most.total}))
     if traces is not None and not subject.on_cpu:
         allocated = max(rank.device_allocated or 0 for rank in traces.ranks)
         off = percent(most.total / allocated - 1)
-        text = f"{size(allocated):>9}  allocated at most: the prediction is off by {off}"
+        text = f"{size(allocated):>9}  peak of allocated memory: the prediction is off by {off}"
         rows.append(PlanRow("", text, "measured", {"allocated_bytes": allocated}))
     return Section("memory of a rank", [*rows, _rank_row(subject, traces, calibration)])
 
 
 def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanRow:
-    """All of it: what has to be there."""
-    needed, there = calibration.rank_bytes(subject, subject.batch), subject.memory_free
+    """Return the total memory of a rank and what is available."""
+    needed, available = calibration.rank_bytes(subject, subject.batch), subject.memory_free
     text = f"{size(needed):>9}"
-    if there is not None:
-        whose = "that are free for each rank" if subject.on_cpu else "of its GPU"
-        text += f"  of the {size(there)} {whose}"
-    figures: dict[str, Value] = {"rank_memory_bytes": needed, "rank_memory_free_bytes": there}
+    if available is not None:
+        kind = "free for each rank" if subject.on_cpu else "of its GPU"
+        text += f"  of {size(available)} {kind}"
+    figures: dict[str, Value] = {"rank_memory_bytes": needed, "rank_memory_free_bytes": available}
     if traces is not None and subject.on_cpu:
         least = min(rank.resident for rank in traces.ranks)
-        text += f"; the rank that took least {size(least)}"
+        text += f"; the smallest rank used {size(least)}"
         figures["least_rank_memory_bytes"] = least
-    return PlanRow("a rank takes", text, calibration.basis, figures)
+    return PlanRow("rank total", text, calibration.basis, figures)
 
 
 def time_section(subject: Subject, timing: Timing | None, now: float) -> Section:
-    """
+    """Return the durations of the parts and of the whole run.
+
     Args:
         now: seconds since 1970.
     """
@@ -116,20 +118,20 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> Section
         )
     if subject.schedule is None:
         rows = [_step_row(subject, timing)]
-        return Section("time", [*rows, PlanRow("the whole run", _NO_STEPS, "not known", {"run_seconds": None})])
+        return Section("time", [*rows, PlanRow("whole run", _NO_STEPS, "not known", {"run_seconds": None})])
     schedule = subject.schedule
     rows = [
         _step_row(subject, timing),
         *_evaluation_rows(subject, schedule, timing),
         *_save_rows(schedule, timing),
     ]
-    whole = run_seconds(subject, schedule, timing)
-    span = f"{duration(whole.mean)} ({duration(whole.low)} to {duration(whole.high)})"
-    ends = Range(now + whole.mean, now + whole.low, now + whole.high)
+    total = run_seconds(subject, schedule, timing)
+    span = f"{duration(total.mean)} ({duration(total.low)} to {duration(total.high)})"
+    ends = Range(now + total.mean, now + total.low, now + total.high)
     date = f"{clock(ends.mean)} {zone(ends.mean)} ({clock(ends.low)} to {clock(ends.high)}), if started now"
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    rows.append(PlanRow("the whole run", span, basis, {"run_seconds": whole}))
-    rows.append(PlanRow("done on", date, basis, {"finish_time": ends}))
+    rows.append(PlanRow("whole run", span, basis, {"run_seconds": total}))
+    rows.append(PlanRow("finished on", date, basis, {"finish_time": ends}))
     return Section("time", rows)
 
 
@@ -138,7 +140,7 @@ def _step_row(subject: Subject, timing: Timing) -> PlanRow:
     text = f"{_seconds(step.mean)} ({_seconds(step.low)} to {_seconds(step.high)}), {speed:,.0f} tokens/s"
     figures: dict[str, Value] = {"step_seconds": step, "tokens_per_second": speed}
     if timing.mfu is not None:
-        text += f", {percent(timing.mfu, 0)} of what the GPUs can do at most"
+        text += f", MFU {percent(timing.mfu, 0)}"
         figures["mfu"] = timing.mfu
     return PlanRow("a step", text, timing.basis, figures)
 
@@ -149,7 +151,7 @@ def _evaluation_rows(subject: Subject, schedule: RunSchedule, timing: Timing) ->
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
-            rows.append(PlanRow(name, f"{_seconds(cost)} each of {counted(count, 'time')}", "measured", figures))
+            rows.append(PlanRow(name, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
         elif count:
             rows.append(
                 PlanRow(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
@@ -163,43 +165,43 @@ def _save_rows(schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
         text = f"not measured, {counted(count, 'time')}: counted as 0 s below"
         return [PlanRow("saves", text, "not known", {"save_seconds": None, "save_times": count})]
     cost, write = timing.save_seconds(schedule.save_every), timing.save.write_seconds
-    text = f"{_seconds(cost)} of training each of {counted(count, 'time')} at most; written within {_seconds(write)}"
+    text = f"{_seconds(cost)} of training each, at most {counted(count, 'time')}; written within {_seconds(write)}"
     figures: dict[str, Value] = {"save_seconds": cost, "save_write_seconds": write, "save_times": count}
     return [PlanRow("saves", text, "measured", figures)]
 
 
 def _saves(schedule: RunSchedule) -> int:
-    """At most: as if every validation loss were the best so far."""
+    """Return the largest possible number of saves, as if every validation loss were the best so far."""
     return len(schedule.saves(schedule.validations))
 
 
 def run_seconds(subject: Subject, schedule: RunSchedule, timing: Timing) -> Range:
-    """Of the whole run, evaluation and saves included."""
+    """Return the seconds of the whole run, including evaluations and saves."""
     times = occasions(subject.settings, schedule.steps)
     return timing.run_seconds(schedule, times, _saves(schedule))
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes on the disk of the checkpoints, the logs of the whole run among them."""
+    """Bytes on the disk of the checkpoints, including the logs of the whole run."""
 
     schedule: RunSchedule
-    checkpoint: int
-    most: int  # of all checkpoints at once
-    most_of: Count  # those
-    at_end: int  # where the best is one of the newest, whose files it shares
-    at_end_of: Count
+    checkpoint: int  # one checkpoint
+    most: int  # the maximum of all checkpoints at the same time
+    most_of: Count  # the checkpoints of ``most``
+    at_end: int  # if the best checkpoint is one of the newest, with which it shares its files
+    at_end_of: Count  # the checkpoints of ``at_end``
     saves: int  # at most
     logs: int | None
-    tensorboard: int | None  # that part of them
+    tensorboard: int | None  # the part of ``logs`` that event files take
 
     def needed(self, free_gb: float) -> int:
-        """With what is to stay free."""
+        """Return the bytes that the run needs, including ``free_gb`` that must remain free."""
         return self.most + (self.logs or 0) + int(free_gb * 1e9)
 
 
-def room(subject: Subject, traces: Traces | None) -> DiskNeed | None:
-    """By simulation of all the run's saves; None where the number of steps is not known."""
+def disk_need(subject: Subject, traces: Traces | None) -> DiskNeed | None:
+    """Simulate all saves of the run and return the disk space; None if the number of steps is not known."""
     settings, schedule, parameters = subject.settings, subject.schedule, subject.model.parameters
     if schedule is None:
         return None
@@ -223,26 +225,27 @@ def room(subject: Subject, traces: Traces | None) -> DiskNeed | None:
 
 
 def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None) -> Section:
+    """Return the sizes of checkpoints and logs, and the space that the run needs."""
     if found is None:
         return Section("disk", _disk_rows_without_steps(subject))
     free_gb = subject.settings.checkpoint.min_free_gb
     basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
-    most = f"{size(found.most):>9}  {found.most_of}, one being written among them"
-    most += "" if found.schedule.windows_per_epoch else "; ends of epochs, not known yet, come on top"
+    most = f"{size(found.most):>9}  {found.most_of}, including one being written"
+    most += "" if found.schedule.windows_per_epoch else "; without epoch checkpoints, whose number is not known yet"
     needed = found.needed(free_gb)
-    room_text = f"{size(needed):>9}  with {free_gb:g} GB to stay free; there are {size(subject.disk_free)} free"
+    needed_text = f"{size(needed):>9}  including {free_gb:g} GB to remain free; {size(subject.disk_free)} are free"
     rows = [
         PlanRow("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
-        PlanRow("at most", most, "predicted", {"checkpoints_most_bytes": found.most}),
+        PlanRow("maximum", most, "predicted", {"checkpoints_most_bytes": found.most}),
         PlanRow(
             "at the end",
-            f"{size(found.at_end):>9}  {found.at_end_of}, if the best is one of the newest",
+            f"{size(found.at_end):>9}  {found.at_end_of}, if the best checkpoint is one of the newest",
             "predicted",
             {"checkpoints_at_end_bytes": found.at_end},
         ),
         _logs_row(found),
         PlanRow(
-            "room needed", room_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}
+            "needed", needed_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}
         ),
     ]
     if subject.settings.checkpoint.backup.to is not None:
@@ -253,11 +256,11 @@ def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None
 def _disk_rows_without_steps(subject: Subject) -> list[PlanRow]:
     checkpoint = CHECKPOINT_BYTES * subject.model.parameters
     least = storage(subject.settings, None, None).least
-    text = f"{size(least):>9}  at least; the whole is {_NO_STEPS}; there are {size(subject.disk_free)} free"
+    text = f"{size(least):>9}  at least; the total is {_NO_STEPS}; {size(subject.disk_free)} are free"
     figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": subject.disk_free}
     return [
         PlanRow("a checkpoint", f"{size(checkpoint):>9}", "predicted", {"checkpoint_bytes": checkpoint}),
-        PlanRow("room needed", text, "predicted", figures),
+        PlanRow("needed", text, "predicted", figures),
     ]
 
 
@@ -265,23 +268,23 @@ def _logs_row(found: DiskNeed) -> PlanRow:
     figures: dict[str, Value] = {"logs_bytes": found.logs, "tensorboard_bytes": found.tensorboard}
     if found.logs is None or found.tensorboard is None:
         return PlanRow("logs", "not measured", "not known", figures)
-    text = f"{size(found.logs):>9}  of which TensorBoard's events {size(found.tensorboard)}"
+    text = f"{size(found.logs):>9}  including {size(found.tensorboard)} of TensorBoard's event files"
     return PlanRow("logs", text, "predicted", figures)
 
 
 def _backup_row(settings: Settings, found: DiskNeed) -> PlanRow:
-    """Copies elsewhere share nothing with each other."""
+    """Return the size of the backups, which are full copies without hard links."""
     backup, schedule = settings.checkpoint.backup, found.schedule
     rolling = min(backup.keep, found.saves) if "latest" in backup.roles else 0
     epochs = len(schedule.epoch_ends) if "epoch" in backup.roles else 0
     best = int("best" in backup.roles and bool(schedule.validations))
     count = (rolling + epochs + best) * found.checkpoint
-    text = f"{size(count):>9}  elsewhere, at most: {rolling} newest, {epochs} ends of epochs, {best} best"
+    text = f"{size(count):>9}  at most, in the backup storage: {rolling} newest, {epochs} of epochs, {best} best"
     return PlanRow("backups", text, "predicted", {"backup_bytes": count})
 
 
 def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Section:
-    """Energy and money of the whole run; money is in whatever the prices are in."""
+    """Return energy and cost of the whole run; the cost is in the currency of the prices."""
     if timing is None:
         return Section("cost", [PlanRow("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
     if subject.schedule is None:
@@ -291,50 +294,49 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Sec
     watts = prices.watts if prices.watts is not None else timing.watts
     rows = []
     if watts is None:
-        rows.append(
-            PlanRow("energy", "not known: nothing tells the power, give --watts", "not known", {"energy_kwh": None})
-        )
+        text = "not known: no power was measured, give --watts"
+        rows.append(PlanRow("energy", text, "not known", {"energy_kwh": None}))
     else:
-        whose = "as you say" if prices.watts is not None else "its GPUs alone, measured"
+        source = "--watts" if prices.watts is not None else "of the GPUs alone, measured"
         energy = hours.times(watts / 1000)
-        text = f"{_range(energy)} kWh, at {watts:,.0f} W ({whose})"
+        text = f"{_range(energy)} kWh, at {watts:,.0f} W ({source})"
         rows.append(PlanRow("energy", text, basis, {"power_watts": watts, "energy_kwh": energy}))
         if prices.per_kwh is not None:
             money = energy.times(prices.per_kwh)
-            rows.append(PlanRow("of the energy", _range(money), basis, {"energy_money": money}))
+            rows.append(PlanRow("cost of energy", _range(money), basis, {"energy_money": money}))
     if prices.per_hour is not None:
         money = hours.times(prices.per_hour)
-        rows.append(PlanRow("of the machine", _range(money), basis, {"hours_money": money}))
+        rows.append(PlanRow("cost of machine", _range(money), basis, {"hours_money": money}))
     return Section("cost", rows)
 
 
 def problems_of(subject: Subject, traces: Traces | None, calibration: Calibration) -> list[str]:
-    """Why the run is not possible, each with a fix."""
+    """Return the reasons why the run is not possible, each with a fix."""
     problems = []
-    needed, there = calibration.rank_bytes(subject, subject.batch), subject.memory_free
-    if there is not None and needed > there:
+    memory, available = calibration.rank_bytes(subject, subject.batch), subject.memory_free
+    if available is not None and memory > available:
         fix = _smaller_batch(subject, calibration)
-        problems.append(f"memory: a rank takes {size(needed)}, there are {size(there)}: {fix}")
-    wanted = _disk_needed(subject, traces)
-    if wanted > subject.disk_free:
-        hint = _fewer_checkpoints(subject, traces)
+        problems.append(f"memory: a rank needs {size(memory)}, {size(available)} are available: {fix}")
+    disk = _disk_needed(subject, traces)
+    if disk > subject.disk_free:
+        fix = _fewer_checkpoints(subject, traces)
         if subject.elsewhere is not None and not subject.disk_given:
-            hint += "; if that machine has another disk, give --disk-free-gb"
-        most = "up to" if subject.schedule is not None else "at least"
-        problems.append(f"disk: the run takes {most} {size(wanted)}, there are {size(subject.disk_free)}: {hint}")
+            fix += "; if that machine has another disk, give --disk-free-gb"
+        bound = "up to" if subject.schedule is not None else "at least"
+        problems.append(f"disk: the run needs {bound} {size(disk)}, {size(subject.disk_free)} are free: {fix}")
     return problems
 
 
 def _disk_needed(subject: Subject, traces: Traces | None) -> int:
-    """Bytes for the whole run; where its steps are not known, what it cannot do without."""
-    found = room(subject, traces)
+    """Return the bytes for the whole run; if its number of steps is not known, the least that it needs."""
+    found = disk_need(subject, traces)
     if found is None:
         return storage(subject.settings, None, None).least
     return found.needed(subject.settings.checkpoint.min_free_gb)
 
 
 def _smaller_batch(subject: Subject, calibration: Calibration) -> str:
-    """The largest micro-batch that fits."""
+    """Return a fix with the largest micro-batch that fits."""
     fitting = [each.micro_batch for each in micro_batches(subject, calibration) if each.fits]
     if fitting:
         return f"set batch.micro_batch={max(fitting)}"
@@ -342,14 +344,14 @@ def _smaller_batch(subject: Subject, calibration: Calibration) -> str:
 
 
 def _fewer_checkpoints(subject: Subject, traces: Traces | None) -> str:
-    """The most rolling ones that fit."""
+    """Return a fix with the largest number of rolling checkpoints that fit."""
     checkpoint = subject.settings.checkpoint
     for keep_last in range(checkpoint.keep_last - 1, 0, -1):
         changed = subject.settings.model_copy(
             update={"checkpoint": checkpoint.model_copy(update={"keep_last": keep_last})}
         )
         if _disk_needed(replace(subject, settings=changed), traces) <= subject.disk_free:
-            return f"set checkpoint.keep_last={keep_last}, or make room"
+            return f"set checkpoint.keep_last={keep_last}, or free some space"
     return "set checkpoint.keep_epochs or epochs_as=weights, or checkpoint.dir to a larger disk"
 
 

@@ -1,4 +1,4 @@
-"""One rank of a trial: ``train.py`` as it is, and at its end how much memory the rank took at most."""
+"""One rank of a trial: run ``train.py``, and record the peak memory of the rank."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.run_dir import exit_report
 
 SCRIPT = Path(__file__)
-_VARIABLE = "DS_GPT2_TRIAL"  # environment: the directory in which each rank leaves its record and what it prints
+_VARIABLE = "DS_GPT2_TRIAL"  # environment variable: the directory for the record and the output of each rank
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that one rank took."""
+    """Memory of one rank, in bytes."""
 
-    libraries: int  # resident before anything was built
-    resident: int  # at most
-    device_allocated: int | None = None  # by tensors on its GPU, at most; None on a CPU
-    device_reserved: int | None = None  # by PyTorch's allocator for them, at most
-    device_beside: int | None = None  # by CUDA's context and other programs on that GPU, after the training
+    libraries: int  # resident before the model is built
+    resident: int  # peak
+    device_allocated: int | None = None  # peak of the tensors on its GPU; None on a CPU
+    device_reserved: int | None = None  # peak that PyTorch's allocator has reserved for tensors
+    device_beside: int | None = None  # of CUDA's context and other programs on that GPU, after the training
 
 
 def request(directory: Path) -> dict[str, str]:
-    """The environment that makes ``SCRIPT`` leave its records in ``directory``."""
+    """Return the environment variables that make ``SCRIPT`` write its records to ``directory``."""
     return {_VARIABLE: str(directory)}
 
 
-def directory_asked_for() -> Path:
-    """Where this rank leaves what it has to say."""
+def requested_directory() -> Path:
+    """Return the directory to which this rank writes its record and output."""
     return Path(os.environ[_VARIABLE])
 
 
@@ -49,20 +49,21 @@ def record_file(directory: Path, rank: int) -> Path:
 
 
 def output_file(directory: Path, rank: int) -> Path:
-    """What ``rank`` has printed."""
+    """Return the file with the output of ``rank``."""
     return directory / f"rank_{rank:05d}.out"
 
 
 def read_record(directory: Path, rank: int) -> RankMemory:
-    """
+    """Read the record of ``rank``.
+
     Raises:
-        OSError, ValueError, TypeError: the rank has not come to its end.
+        OSError, ValueError, TypeError: the rank did not finish.
     """
     return RankMemory(**safe_json.read(record_file(directory, rank)))
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Of this process now, and at most so far (the kernel's VmRSS and VmHWM, proc(5))."""
+    """Return the resident memory of this process: now, and its peak (VmRSS and VmHWM of proc(5))."""
     words = [line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()]
     found = {word[0]: int(word[1]) * 1024 for word in words if word and word[0] in ("VmRSS:", "VmHWM:")}
     return found["VmRSS:"], found["VmHWM:"]
@@ -82,18 +83,18 @@ def _device_bytes() -> dict[str, int]:
 
 
 def main() -> int:
-    """As ``train.main``."""
-    with output_file(directory_asked_for(), collectives.rank()).open("w", encoding="utf-8") as file:
+    """Run ``train.main`` and write the record; return the exit code."""
+    with output_file(requested_directory(), collectives.rank()).open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     before = [0]
 
-    def note() -> None:
+    def measure_libraries() -> None:
         before[0] = resident_bytes()[0]
 
-    code = train.main(prepare=note)
+    code = train.main(prepare=measure_libraries)
     record = RankMemory(before[0], resident_bytes()[1], **_device_bytes())
-    record_file(directory_asked_for(), collectives.rank()).write_text(json.dumps(asdict(record)), encoding="utf-8")
+    record_file(requested_directory(), collectives.rank()).write_text(json.dumps(asdict(record)), encoding="utf-8")
     return code
 
 

@@ -1,8 +1,8 @@
-"""What a trial tells: read from the files that any run leaves, and from the ranks' records of their memory."""
+"""Read the results of a trial from the files of its run and from the records of its ranks."""
 
 from __future__ import annotations
 
-import re
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,89 +18,89 @@ from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.plan.trial_rank import RankMemory, read_record
 from ds_gpt2.tools.resources.checkpoint_space import Logs
 
-_WARM_UP = 2  # steps that do not count: buffers, caches, the optimizer's first update
+_WARM_UP = 2  # steps that are not measured: buffers, caches, the optimizer's first update
 
 Record = dict[str, Any]
-Piece = tuple[int, int]  # the step that something was written for, 0 for none; bytes
+Piece = tuple[int, float]  # a step, or 0 for what is written once; bytes written for it
+
+
+@dataclass(frozen=True)
+class FinishedTrial:
+    """A trial that has ended, with its files."""
+
+    settings: Settings  # of the trial
+    directory: Path  # with the records of the ranks
+    ranks: int
+    run_accumulation: int  # micro-batches per step of the run
+    accumulation: int  # micro-batches per step of the trial
+    due: Mapping[str, int]  # the step that each evaluation follows
+    start_time: float  # of the ranks, seconds since 1970
+    log_sizes: Mapping[int, int]  # bytes of train.log at the beginning of steps, as far as observed
 
 
 @dataclass(frozen=True)
 class SaveCost:
-    """One checkpoint beside training."""
+    """The cost of one save."""
 
-    held_seconds: float  # the training thread stood still
-    slower_seconds: float  # the steps beside it took so much longer
-    write_seconds: float  # until it was committed
+    held_seconds: float  # that training was blocked
+    slower_seconds: float  # that the steps during the save took longer
+    write_seconds: float  # until the checkpoint was committed
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What was measured."""
+    """The measurements of a trial."""
 
     steps: int
-    accumulation: int  # micro-batches of a step that were run
+    accumulation: int  # micro-batches per step of the trial
     start_seconds: float  # from the start of the ranks to the end of the first step
-    step_seconds: list[float]  # of steps with all their micro-batches, nothing beside them
-    costs: dict[str, float]  # seconds by name of the hook
+    step_seconds: list[float]  # of steps with all micro-batches of the run, without evaluations and saves
+    costs: dict[str, float]  # seconds of one evaluation, by its name
     save: SaveCost | None
     ranks: list[RankMemory]
     checkpoint_bytes: int | None
-    weights_bytes: int | None  # of one kept as weights alone
+    weights_bytes: int | None  # of a checkpoint of weights alone
     logs: Logs
-    tensorboard: Logs  # that part of ``logs``
+    tensorboard: Logs  # the part of ``logs`` that TensorBoard's event files take
     watts: float | None  # of the GPUs
-    mfu: float | None  # of the steps as they were run
+    mfu: float | None  # of the steps of the trial
 
 
-def read_traces(
-    settings: Settings,
-    folder: Path,
-    ranks: int,
-    accumulation: int,
-    tried: int,
-    due: Mapping[str, int],
-    begun: float,
-) -> Traces:
-    """
-    Args:
-        settings: of the trial.
-        folder: where the ranks left their records.
-        accumulation, tried: micro-batches a step of the run, and of its trial.
-        due: the step of each hook.
-        begun: when the ranks were started, seconds since 1970.
-    """
+def read_traces(trial: FinishedTrial) -> Traces:
+    """Return the measurements of a trial."""
+    settings = trial.settings
     records = list(read_metrics(settings.run_dir / METRICS))
-    seconds = {record["step"]: _step_seconds(record, accumulation / tried) for record in records}
+    seconds = {record["step"]: _step_seconds(record, trial.run_accumulation / trial.accumulation) for record in records}
     saved = next((event for event in read_journal(settings.run_dir) if event.kind == "save"), None)
-    beside = _steps_beside(saved, records)
+    beside = _steps_during_save(saved, records)
     alone = [took for step, took in seconds.items() if step > _WARM_UP and step not in beside] or list(seconds.values())
-    logs, shown = _logs(settings, records, due)
+    logs, tensorboard = _logs(trial, records)
     full, weights = _checkpoint_sizes(settings.checkpoint_dir)
     return Traces(
         steps=len(records),
-        accumulation=tried,
-        start_seconds=records[0]["time"] - begun,
+        accumulation=trial.accumulation,
+        start_seconds=records[0]["time"] - trial.start_time,
         step_seconds=alone,
-        costs=_costs(records, due),
-        save=_save(saved, records, [seconds[step] for step in beside], statistics.fmean(alone)),
-        ranks=[read_record(folder, rank) for rank in range(ranks)],
+        costs=_costs(records, trial.due),
+        save=_save_cost(saved, records, [seconds[step] for step in beside], statistics.fmean(alone)),
+        ranks=[read_record(trial.directory, rank) for rank in range(trial.ranks)],
         checkpoint_bytes=full,
         weights_bytes=weights,
         logs=logs,
-        tensorboard=shown,
+        tensorboard=tensorboard,
         watts=_mean([record["perf/gpu_power_w"] for record in records if record.get("perf/gpu_power_w")]),
         mfu=_mean([record["perf/mfu"] for record in records[_WARM_UP:] if record.get("perf/mfu")]),
     )
 
 
-def _step_seconds(record: Record, more: float) -> float:
-    """What the step would have taken with ``more`` times as many micro-batches."""
+def _step_seconds(record: Record, factor: float) -> float:
+    """Return the seconds that the step would have taken with ``factor`` times as many micro-batches."""
     forward_backward = record.get("perf/forward_backward_ms") or 0.0
-    return float(record["perf/step_ms"] + (more - 1) * forward_backward) / 1000
+    return float(record["perf/step_ms"] + (factor - 1) * forward_backward) / 1000
 
 
 def _costs(records: Sequence[Record], due: Mapping[str, int]) -> dict[str, float]:
-    """A step's record tells what was evaluated after the step before."""
+    """Return the seconds of each evaluation; the record of a step contains the evaluation after the step before."""
     by_step = {record["step"]: record for record in records}
     return {
         name: float(by_step[step + 1].get("perf/eval_ms") or 0.0) / 1000
@@ -109,15 +109,23 @@ def _costs(records: Sequence[Record], due: Mapping[str, int]) -> dict[str, float
     }
 
 
-def _steps_beside(saved: Event | None, records: Sequence[Record]) -> list[int]:
-    """The steps that began while the checkpoint was being written."""
+def _steps_during_save(saved: Event | None, records: Sequence[Record]) -> list[int]:
+    """Return the steps that started while the checkpoint was being written."""
     if saved is None or saved.step is None:
         return []
-    begun = {record["step"]: record["time"] - record["perf/step_ms"] / 1000 for record in records}
-    return [step for step, time in begun.items() if step > saved.step and time < saved.time]
+    starts = {record["step"]: record["time"] - record["perf/step_ms"] / 1000 for record in records}
+    return [step for step, time in starts.items() if step > saved.step and time < saved.time]
 
 
-def _save(saved: Event | None, records: Sequence[Record], beside: Sequence[float], usual: float) -> SaveCost | None:
+def _save_cost(
+    saved: Event | None, records: Sequence[Record], beside: Sequence[float], usual: float
+) -> SaveCost | None:
+    """Return the cost of the save.
+
+    Args:
+        beside: seconds of the steps during the save.
+        usual: seconds of a step without a save.
+    """
     if saved is None or saved.step is None:
         return None
     held = next((each.get("perf/save_ms") or 0.0 for each in records if each["step"] == saved.step + 1), 0.0)
@@ -126,7 +134,7 @@ def _save(saved: Event | None, records: Sequence[Record], beside: Sequence[float
 
 
 def _checkpoint_sizes(directory: Path) -> tuple[int | None, int | None]:
-    """Bytes of a whole checkpoint, and of one reduced to weights, their manifests included."""
+    """Return the bytes of a full checkpoint and of one of weights alone, including their manifests."""
     sizes = {
         found.manifest.kind: found.manifest.bytes + (found.path / MANIFEST).stat().st_size
         for found in scan(directory)
@@ -135,29 +143,32 @@ def _checkpoint_sizes(directory: Path) -> tuple[int | None, int | None]:
     return sizes.get("full"), sizes.get("weights")
 
 
-def _logs(settings: Settings, records: Sequence[Record], due: Mapping[str, int]) -> tuple[Logs, Logs]:
-    """All that grows in the run's directory; and TensorBoard's part of it."""
+def _logs(trial: FinishedTrial, records: Sequence[Record]) -> tuple[Logs, Logs]:
+    """Return the growth of the run's directory, and the part of it that TensorBoard's event files take."""
+    settings, due = trial.settings, trial.due
     steps, run_dir = len(records), settings.run_dir
     events = [piece for file in sorted(settings.tensorboard_dir.glob("events.*")) for piece in read_events(file)]
     metrics = [(record["step"], size) for record, size in zip(records, _line_sizes(run_dir / METRICS), strict=True)]
     samples = [(_number(file.stem), file.stat().st_size) for file in (run_dir / "samples").glob("step_*.md")]
-    lines = list(_log_lines(run_dir / "train.log"))
-    pieces = [*metrics, *samples, *lines, *events]
-    rest = _bytes_below(run_dir) - sum(size for _, size in pieces)
+    pieces = [*metrics, *samples, *_log_growth(trial.log_sizes), *events]
+    rest = _bytes_below(run_dir) - sum(size for _, size in pieces)  # includes the log before the first step
     return _shares([*pieces, (0, rest)], steps, due), _shares(events, steps, due)
 
 
 def _shares(pieces: Sequence[Piece], steps: int, due: Mapping[str, int]) -> Logs:
-    """What is written once, at every step, and more where a hook was due."""
+    """Return what is written once, at every step, and additionally for each evaluation."""
     by_step = [sum(size for at, size in pieces if at == step) for step in range(steps + 1)]
     plain = [size for step, size in enumerate(by_step) if step > 1 and step not in due.values()]
-    usual = statistics.fmean(plain[:-1]) if len(plain) > 1 else 0.0  # the last one was told that it is the last
+    usual = statistics.fmean(plain[:-1]) if len(plain) > 1 else 0.0  # the last step of a run writes more
     first = by_step[0] + (max(0.0, by_step[1] - usual) if steps else 0.0)
     return Logs(first, usual, {name: max(0.0, by_step[step] - usual) for name, step in due.items() if step <= steps})
 
 
 def read_events(file: Path) -> Iterator[Piece]:
-    """The events of a TensorBoard file; a record has 16 bytes beside the event: its length and two checksums."""
+    """Yield the step and size of each event in a TensorBoard file.
+
+    A record has 16 bytes beside the event: its length and two checksums.
+    """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -165,10 +176,15 @@ def read_events(file: Path) -> Iterator[Piece]:
         yield int(Event.FromString(record).step), len(record) + 16
 
 
-def _log_lines(file: Path) -> Iterator[Piece]:
-    for line in read_small(file).splitlines(keepends=True):
-        found = re.search(rb" step +(\d+)[:/]", line)
-        yield int(found[1]) if found else 0, len(line)
+def _log_growth(sizes: Mapping[int, int]) -> Iterator[Piece]:
+    """Yield the growth of a log from each step to the next.
+
+    Args:
+        sizes: bytes at the beginning of steps. Growth over several steps is divided equally among them.
+    """
+    for (first, size), (following, next_size) in itertools.pairwise(sorted(sizes.items())):
+        for step in range(first, following):
+            yield step, (next_size - size) / (following - first)
 
 
 def _line_sizes(file: Path) -> list[int]:

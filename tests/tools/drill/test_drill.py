@@ -1,4 +1,4 @@
-"""``drill``: a short one for real, and that it sees what it is there to see."""
+"""The command ``drill``: a short drill with real runs, and the parts of which a drill consists."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.tools.drill import rehearsal, small_disk
+from ds_gpt2.tools.drill import drill as drill_run
+from ds_gpt2.tools.drill import small_disk
 from ds_gpt2.tools.drill.compare import curve_differences, differences, expected_ledger
 from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
-from ds_gpt2.tools.drill.record import WIDTH, Record, SceneResult, head, lines_of
-from ds_gpt2.tools.drill.run_process import Actor, FailedError, end_all, marked
-from ds_gpt2.tools.drill.scenarios import SCENES, Done, NotDoneError, Scene, Stage
+from ds_gpt2.tools.drill.record import WIDTH, Record, SceneResult, header, lines_of
+from ds_gpt2.tools.drill.run_process import FailedError, RunProcess, end_all, marked
+from ds_gpt2.tools.drill.scenes.registry import SCENES
+from ds_gpt2.tools.drill.scenes.scene import NotDoneError, Recovery, Scene, SceneContext
 from ds_gpt2.tools.drill.shrink import tree_for
 
 PLAYED = "kill_rank,flip_byte,nan"
@@ -50,13 +52,13 @@ def parse(*words: str) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def drilled(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Path, int, str]:
-    """A drill of some scenes as a person starts it: its folder, exit code and output."""
+    """Run a drill of some scenes from the command line; return its folder, exit code and output."""
     folder = tmp_path_factory.mktemp("drill")
     process = start([*_command(write_config(folder, model=MODEL)), "--only", PLAYED, "--seed", "3"])
     try:
         output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # it ends what it has started
+        process.send_signal(signal.SIGINT)  # the drill kills the processes that it has started
         output, _ = process.communicate(timeout=60)
     return folder, process.returncode, output
 
@@ -65,7 +67,7 @@ def _command(config: Path) -> list[str]:
     return [sys.executable, "-m", "ds_gpt2", "drill", str(config), "--num_gpus=2"]
 
 
-def test_a_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
+def test_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
     folder, code, output = drilled
     assert code == exit_report.DONE, output
     (record,) = (folder / "runs" / "test" / "drill").glob("*/record.json")
@@ -83,22 +85,22 @@ def test_a_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
     assert "| pass | kill_rank | SIGKILL to rank" in record.with_name("drill.md").read_text()
 
 
-def test_a_drill_leaves_nothing_but_its_record(drilled: tuple[Path, int, str]) -> None:
+def test_drill_leaves_only_its_record(drilled: tuple[Path, int, str]) -> None:
     folder, _, _ = drilled
     assert list((folder / "checkpoints").iterdir()) == []
     assert [path.name for path in (folder / "runs" / "test").iterdir()] == ["drill"]
-    (place,) = (folder / "runs" / "test" / "drill").iterdir()
-    assert marked(str(folder / "checkpoints" / f".drill-{place.name}")) == []
+    (drill_dir,) = (folder / "runs" / "test" / "drill").iterdir()
+    assert marked(str(folder / "checkpoints" / f".drill-{drill_dir.name}")) == []
 
 
-def test_ctrl_c_ends_a_drill_and_all_that_it_has_started(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_ctrl_c_ends_a_drill_and_its_processes(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     process = start(_command(write_config(tmp_path)))
     deadline = time.monotonic() + 200
     while not any(read_beat(path, 1) for path in tmp_path.glob("runs/test/drill/*/undisturbed")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    (place,) = (tmp_path / "runs" / "test" / "drill").iterdir()
-    mark = str(tmp_path / "checkpoints" / f".drill-{place.name}")
+    (drill_dir,) = (tmp_path / "runs" / "test" / "drill").iterdir()
+    mark = str(tmp_path / "checkpoints" / f".drill-{drill_dir.name}")
     assert len(marked(mark)) >= 3
     try:
         process.send_signal(signal.SIGINT)
@@ -111,21 +113,21 @@ def test_ctrl_c_ends_a_drill_and_all_that_it_has_started(tmp_path: Path, write_c
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_scene_that_fails_fails_the_drill(tmp_path: Path) -> None:
-    def fails(stage: Stage) -> Done:
-        raise FailedError("went on from step 3, though 20 was reached")
+def test_a_failed_scene_fails_the_drill(tmp_path: Path) -> None:
+    def fails(context: SceneContext) -> Recovery:
+        raise FailedError("resumed from step 3, although step 20 was done")
 
-    def cannot(stage: Stage) -> Done:
+    def not_possible(context: SceneContext) -> Recovery:
         raise NotDoneError("needs a second GPU")
 
-    def breaks(stage: Stage) -> Done:
+    def raises(context: SceneContext) -> Recovery:
         raise KeyError("step")
 
-    stage = Stage(None, None, random.Random(1), tmp_path)  # type: ignore[arg-type]  # nobody looks at the runs
-    rows = [rehearsal._play(Scene("one", play), stage) for play in (fails, cannot, breaks)]
+    context = SceneContext(None, None, random.Random(1), tmp_path)  # type: ignore[arg-type]  # the runs are not used
+    rows = [drill_run._play(Scene("one", play), context) for play in (fails, not_possible, raises)]
     assert [row.verdict for row in rows] == ["FAIL", "not done", "FAIL"]
-    assert rows[0].text == "went on from step 3, though 20 was reached" and rows[2].text == "KeyError: 'step'"
-    passed = SceneResult("two", "pass", "all well", 0, 1.0)
+    assert rows[0].text == "resumed from step 3, although step 20 was done" and rows[2].text == "KeyError: 'step'"
+    passed = SceneResult("two", "pass", "recovered", 0, 1.0)
     assert _record([passed]).passed
     assert not any(_record([passed, row]).passed for row in rows)
     assert not _record([]).passed
@@ -135,25 +137,25 @@ def _record(rows: list[SceneResult]) -> Record:
     return Record("test", 2, "cpu", False, 1, "2026-01-01T00:00:00+0000", [], {}, {}, rows)
 
 
-def test_no_line_is_too_wide() -> None:
+def test_printed_lines_have_a_maximum_width() -> None:
     row = SceneResult("kill_supervisor", "not done", "a reason " * 30 + "x" * 200, 123, 4567.8)
-    lines = [*head().splitlines(), *lines_of(row)]
+    lines = [*header().splitlines(), *lines_of(row)]
     assert max(map(len, lines)) <= WIDTH
     assert lines[2].endswith("     123  4567.8")
 
 
-def test_every_scene_has_its_place_in_the_plan() -> None:
+def test_the_plan_lists_all_scenes() -> None:
     assert tuple(SCENES) == (*EXACT, *CHANGING)
     assert all(scene.name == name for name, scene in SCENES.items())
 
 
-def test_an_unknown_scene_is_a_mistake(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_an_unknown_scene_is_a_user_error(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     options = parse(str(write_config(tmp_path)), "--only", "nan,meteor", "--num_gpus", "2")
     with pytest.raises(UserError, match="--only meteor: no such scene; there are read_error, exception"):
         drill.run(options)
 
 
-def test_a_shrunk_run_is_the_users_in_all_that_matters(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_a_scaled_down_run_retains_the_users_settings(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     config = write_config(
         tmp_path,
         model={"preset": "124M", "dropout": 0.1},
@@ -191,11 +193,11 @@ def test_a_shrunk_run_is_the_users_in_all_that_matters(tmp_path: Path, write_con
         ({"a": RankLayout("cpu", 2)}, {"a": RankLayout("cpu", 3)}, ["x.a.ranks is 3, not 2"]),
     ],
 )
-def test_the_comparison_sees_what_differs(one: object, other: object, expected: list[str]) -> None:
+def test_differences_of_nested_states(one: object, other: object, expected: list[str]) -> None:
     assert differences(one, other, "x") == expected
 
 
-def test_a_curve_that_differs_in_one_value_is_seen(tmp_path: Path) -> None:
+def test_curves_that_differ_in_one_value(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
         {"step": step, "time": step, "train/loss": 1 / step, "perf/step_ms": 1.0} for step in (1, 2, 3)
     ]
@@ -217,7 +219,7 @@ def _metrics(run_dir: Path, records: list[dict[str, Any]]) -> Path:
     return run_dir
 
 
-def test_the_expected_ledger_is_the_one_that_training_keeps(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_expected_ledger_equals_that_of_training(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     plan = plan_batch(settings.batch.tokens_per_step, 2, 64, 2)
     windows = Windows(open_dataset(settings.data.dir), "train", 64)
@@ -230,68 +232,71 @@ def test_the_expected_ledger_is_the_one_that_training_keeps(tmp_path: Path, writ
     assert expected_ledger(settings, 4, [1, 2, 3]) != state.ledger
 
 
-def test_a_run_that_ends_before_what_is_waited_for_says_so(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_waiting_fails_if_the_run_ends_first(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
-    actor = Actor(tmp_path / "no.yaml", settings, RankLayout("cpu", 2), tmp_path / "output", "a mark", patience=60)
-    actor.start()
+    run = RunProcess(tmp_path / "no.yaml", settings, RankLayout("cpu", 2), tmp_path / "output", "a mark", timeout=60)
+    run.start()
     with pytest.raises(FailedError, match="a checkpoint: the run ended before, exit code 2"):
-        actor.wait_for("a checkpoint", lambda: actor.events(0, "save"))
+        run.wait_for("a checkpoint", lambda: run.events(0, "save"))
 
 
 @pytest.fixture
-def within() -> tuple[str, ...]:
-    """The command that runs another with mounts of its own."""
-    found = small_disk.namespace()
-    if found is None:  # not every machine allows it; the drill limits the size of files there, and reports that
+def namespace_command() -> tuple[str, ...]:
+    """Return the prefix that runs a command in its own mount namespace."""
+    found = small_disk.namespace_command()
+    if found is None:  # where it is not allowed, the drill limits the size of files instead, and reports that
         pytest.skip("needs root or user namespaces")
     return found
 
 
-def test_a_disk_is_filled_where_no_other_process_sees_it(tmp_path: Path, within: tuple[str, ...]) -> None:
+def test_fill_leaves_no_space_for_a_checkpoint(tmp_path: Path, namespace_command: tuple[str, ...]) -> None:
     code = (
         f"import subprocess, sys; sys.path.insert(0, {str(PROJECT)!r})\n"
         "from pathlib import Path; from ds_gpt2.tools.drill import small_disk\n"
-        "place = Path(sys.argv[1])\n"
-        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(place)], check=True)\n"
-        "filler = small_disk.fill(place); small_disk.fill(place)\n"
-        "try: (place / 'more').write_bytes(bytes(20000)); print('not full')\n"
+        "folder = Path(sys.argv[1])\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(folder)], check=True)\n"
+        "filler = small_disk.fill(folder); small_disk.fill(folder)\n"
+        "try: (folder / 'more').write_bytes(bytes(20000)); print('not full')\n"
         "except OSError as error: print(error.strerror)\n"
-        "filler.unlink(); (place / 'more').write_bytes(bytes(20000)); print((place / 'more').stat().st_size)\n"
+        "filler.unlink(); (folder / 'more').write_bytes(bytes(20000)); print((folder / 'more').stat().st_size)\n"
     )
-    done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    command = [*namespace_command, sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["No space left on device", "20000"], done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_small_disk_has_the_directorys_files_and_leaves_them_there(tmp_path: Path, within: tuple[str, ...]) -> None:
+def test_a_small_disk_copies_the_files_of_the_directory_in_and_out(
+    tmp_path: Path, namespace_command: tuple[str, ...]
+) -> None:
     (tmp_path / "heartbeat").mkdir()
     (tmp_path / "heartbeat" / "rank_00000").write_text("before")
     code = (
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
         "from pathlib import Path; from ds_gpt2.tools.drill import small_disk\n"
-        "place = Path(sys.argv[1]); beat = place / 'heartbeat' / 'rank_00000'\n"
-        "with small_disk.small_disk(place, 2 << 20):\n"
-        "    small_disk.fill_up(place); print(beat.read_text()); beat.write_text('after')\n"
-        "    try: (place / 'more').write_bytes(b'x'); print('not full')\n"
+        "folder = Path(sys.argv[1]); beat = folder / 'heartbeat' / 'rank_00000'\n"
+        "with small_disk.mounted_on_run_dir(folder, 2 << 20):\n"
+        "    small_disk.fill_up(folder); print(beat.read_text()); beat.write_text('after')\n"
+        "    try: (folder / 'more').write_bytes(b'x'); print('not full')\n"
         "    except OSError as error: print(error.strerror)\n"
     )
-    done = subprocess.run([*within, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    command = [*namespace_command, sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["before", "No space left on device"], done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.stat().st_size) == ["heartbeat"]
     assert (tmp_path / "heartbeat" / "rank_00000").read_text() == "after"
 
 
-def test_a_drill_sends_nothing_to_trackers(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_drill_disables_trackers_and_csv_files(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     content = json.loads((PROJECT / "ds_configs" / "zero2_bf16.json").read_text())
     wandb = {"enabled": True, "project": "p", "api_key": "s3cr3t"}
     outside = {"wandb": wandb, "csv_monitor": {"enabled": True, "output_path": "/data"}}
     (tmp_path / "ds.json").write_text(json.dumps({**content, **outside}))
     settings = load_settings(write_config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
     (tmp_path / "drill").mkdir()
-    actor = rehearsal._actor(
-        DrillPlan(settings, RankLayout("cpu", 1)), "undisturbed", 20, tmp_path / "drill", tmp_path, "mark"
-    )
-    drilled = load_deepspeed_file(actor.settings.deepspeed)
+    plan = DrillPlan(settings, RankLayout("cpu", 1))
+    run = drill_run._run_process(plan, "undisturbed", 20, (tmp_path / "drill", tmp_path))
+    drilled = load_deepspeed_file(run.settings.deepspeed)
     assert drilled["wandb"] == {"enabled": False}
     assert drilled["csv_monitor"] == {"enabled": False}
     assert drilled["optimizer"] == content["optimizer"]

@@ -1,4 +1,4 @@
-"""``plan``: what it says before a run is what the run then takes."""
+"""The command ``plan``: its predictions, compared with real runs, and its parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ds_gpt2.common.process_start import start_of
 from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.tools.plan import fit, trial
+from ds_gpt2.tools.plan import fit, trial_directory, trial_results
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_rank import RankMemory
 from ds_gpt2.tools.plan.trial_results import SaveCost
@@ -67,7 +67,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[...,
 
 @pytest.fixture(scope="module")
 def planned(config: Path) -> tuple[Launched, dict[str, Any]]:
-    """A plan by a trial as a person has it made, and its figures."""
+    """Run ``plan`` with a trial from the command line; return the process and the JSON."""
     done = run(command(config, f"--num_gpus={RANKS}", "--json", "--watts", 400, "--price-per-kwh", 0.3))
     assert done.code == exit_report.DONE, done.output
     return done, json.loads(done.output.splitlines()[-1])
@@ -75,7 +75,7 @@ def planned(config: Path) -> tuple[Launched, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(config: Path) -> dict[str, float]:
-    """What the run itself then takes."""
+    """Train the planned run to its end; return what it needed."""
     return train_to_the_end(config, RANKS, {}, config.parent)
 
 
@@ -83,7 +83,7 @@ def figure(planned: tuple[Launched, dict[str, Any]], name: str) -> Any:
     return planned[1]["figures"][name]["value"]
 
 
-def test_a_plan_leaves_nothing(config: Path, planned: tuple[Launched, dict[str, Any]]) -> None:
+def test_plan_leaves_no_process_and_no_file(config: Path, planned: tuple[Launched, dict[str, Any]]) -> None:
     assert planned[0].left_over == []
     assert {path.name for path in config.parent.iterdir()} <= {"run.yaml", "runs", "checkpoints", "outcome"} | {
         path.name for path in config.parent.glob("rank_*")
@@ -91,18 +91,18 @@ def test_a_plan_leaves_nothing(config: Path, planned: tuple[Launched, dict[str, 
     assert not list(config.parent.glob("**/.plan-*"))
 
 
-def test_memory_and_disk_are_what_the_run_then_takes(
+def test_predicted_memory_and_disk_agree_with_the_run(
     planned: tuple[Launched, dict[str, Any]], trained: dict[str, float]
 ) -> None:
-    # Of two equal runs the heap of one may hold one or two more of the largest temporaries, the logits of 256 tokens:
-    # see benchmarks/results/README.md. Of so small a model that is a tenth. Tensors: the test below.
+    # The heaps of two equal runs may differ by one or two of the largest temporary tensors, the logits of 256 tokens:
+    # see benchmarks/results/README.md. For this small model that is a tenth. Tensors are compared in a test below.
     assert figure(planned, "rank_memory_bytes") == pytest.approx(trained["rank_memory"], abs=2 * 256 * 50_304 * 2)
     assert figure(planned, "checkpoints_most_bytes") == pytest.approx(trained["checkpoints_most"], rel=0.05)
     assert figure(planned, "checkpoints_at_end_bytes") == pytest.approx(trained["checkpoints_at_end"], rel=0.05)
     assert figure(planned, "logs_bytes") == pytest.approx(trained["logs"], rel=0.2)  # kilobytes
 
 
-def test_what_was_measured_is_told_from_what_was_not(planned: tuple[Launched, dict[str, Any]]) -> None:
+def test_basis_of_each_figure(planned: tuple[Launched, dict[str, Any]]) -> None:
     basis = {name: found["basis"] for name, found in planned[1]["figures"].items()}
     assert basis["tokens_per_step"] == basis["parameters"] == "exact"
     assert basis["rank_memory_bytes"] == basis["step_seconds"] == basis["checkpoint_bytes"] == "measured"
@@ -112,7 +112,7 @@ def test_what_was_measured_is_told_from_what_was_not(planned: tuple[Launched, di
         assert figure(planned, f"{name}_seconds") > 0
 
 
-def test_energy_and_its_price_follow_from_the_time(planned: tuple[Launched, dict[str, Any]]) -> None:
+def test_energy_and_its_cost_follow_from_the_time(planned: tuple[Launched, dict[str, Any]]) -> None:
     hours = figure(planned, "run_seconds") / 3600
     assert figure(planned, "energy_kwh") == pytest.approx(0.4 * hours)
     assert figure(planned, "energy_money") == pytest.approx(0.3 * 0.4 * hours)
@@ -130,10 +130,10 @@ DEEP = ("model.preset=null", "model.layers=32", "model.heads=4", "model.width=25
         (1, 128, ("run.compile=true",), "loss"),
     ],
 )
-def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
+def test_predicted_tensors_agree_with_the_allocator(
     tmp_path: Path, dataset_dir: Path, ranks: int, windows: int, settings: tuple[str, ...], moment: str
 ) -> None:
-    """On several ranks each of gloo's two threads may keep the bucket that it has reduced alive, for a moment."""
+    """On several ranks, each of gloo's two threads may briefly hold the bucket that it has reduced."""
     out, program = tmp_path / "tensors.json", PROJECT / "benchmarks" / "tensor_peak.py"
     batch = [f"batch.micro_batch={windows}", f"batch.tokens_per_step={2 * 64 * windows * ranks}"]
     words = [word for each in ("batch.sequence_length=64", *batch, *settings) for word in ("--set", each)]
@@ -146,8 +146,8 @@ def test_the_arithmetic_of_tensors_agrees_with_the_allocator(
 
 
 @pytest.mark.parametrize("factor", [1.2, 10.0])
-def test_what_is_no_tensor_does_not_grow_with_the_batch(config: Path, factor: float) -> None:
-    """A trial took ``factor`` bytes for each of its tensors'; another micro-batch takes at most 1.9 for each more."""
+def test_memory_beside_tensors_does_not_grow_with_the_batch(config: Path, factor: float) -> None:
+    """A trial used ``factor`` bytes per byte of tensors; a larger micro-batch uses at most 1.9 per additional byte."""
     subject = plan._subject(load_settings(config), RANKS, None)
     batch, libraries = subject.batch, 300_000_000
     larger = replace(batch, micro_batch=8 * batch.micro_batch)
@@ -163,29 +163,29 @@ def test_what_is_no_tensor_does_not_grow_with_the_batch(config: Path, factor: fl
     assert more > 1.1 * passing and other - own == pytest.approx(min(factor, 1.9) * (more - passing), abs=2)
 
 
-def test_arithmetic_alone_starts_nothing(config: Path) -> None:
-    begun = time.monotonic()
+def test_quick_plan_starts_no_process(config: Path) -> None:
+    start_time = time.monotonic()
     done = run(command(config, "--num_gpus=2", "--quick"))
-    assert done.code == exit_report.DONE and time.monotonic() - begun < 15
+    assert done.code == exit_report.DONE and time.monotonic() - start_time < 15
     assert max(map(len, done.output.splitlines())) <= WIDTH
     assert "not measured: no step was run" in done.output
-    assert re.search(r"exact +tokens a step +1,024 = 2 windows x 64 tokens x 4 micro-batches x 2 ranks", done.output)
+    assert re.search(r"exact +tokens per step +1,024 = 2 windows x 64 tokens x 4 micro-batches x 2 ranks", done.output)
 
 
-def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
-    far = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--disk-free-gb", 1000, "--json"]
+def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
+    other = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--disk-free-gb", 1000, "--json"]
     large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
     batch = ["batch.micro_batch=16", "batch.tokens_per_step=524288", "batch.sequence_length=1024"]
-    done = run(command(config, *far, *large, *batch))
+    done = run(command(config, *other, *large, *batch))
     assert done.code == exit_report.MISTAKE
     (line,) = (line for line in done.output.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: memory: a rank takes") and "24.00 GB: set batch.micro_batch=" in line
+    assert line.startswith("error: memory: a rank needs") and "24.00 GB are available: set batch.micro_batch=" in line
     found = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
     assert not found["fits"]
     bases = {name: figure["basis"] for name, figure in found["figures"].items()}
     assert bases["step_seconds"] == bases["run_seconds"] == bases["rank_memory_bytes"] == "estimated"
     fix = int(line.rsplit("=", 1)[1])
-    assert run(command(config, *far, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_report.DONE
+    assert run(command(config, *other, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_report.DONE
 
 
 @pytest.mark.parametrize(
@@ -198,54 +198,54 @@ def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
         (["--disk-free-gb", "0"], "error: --disk-free-gb 0: give a number above 0"),
     ],
 )
-def test_a_mistake_is_one_line(config: Path, words: list[str], line: str) -> None:
+def test_a_user_error_is_one_line(config: Path, words: list[str], line: str) -> None:
     done = run(command(config, *words))
     assert done.code == exit_report.MISTAKE and len(done.output.splitlines()) == 1
     assert done.output.startswith(line)
 
 
 def _plan(config: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """The exit code of a plan made in this process, what it prints, and its errors."""
+    """Run ``plan`` in this process; return its exit code, output and errors."""
     code = main(["plan", str(config), *map(str, words)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
-FAR = ("--tflops", 989, "--gpu-memory-gb", 80, "--num_gpus", 1)
+OTHER_GPU = ("--tflops", 989, "--gpu-memory-gb", 80, "--num_gpus", 1)
 
 
-@pytest.mark.parametrize("far", [(), FAR])
-def test_steps_and_sizes_are_known_before_the_data_is_there(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], far: tuple[object, ...]
+@pytest.mark.parametrize("hardware", [(), OTHER_GPU])
+def test_steps_and_sizes_are_known_without_data(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hardware: tuple[object, ...]
 ) -> None:
     """No rank is started without data; only the epochs are not known."""
     (tmp_path / "empty").mkdir()
-    for place in (tmp_path / "nowhere", tmp_path / "empty"):
-        code, out, err = _plan(config, capsys, *far, "--json", f"data.dir={place}")
+    for data in (tmp_path / "missing", tmp_path / "empty"):
+        code, out, err = _plan(config, capsys, *hardware, "--json", f"data.dir={data}")
         found = json.loads(out)
         figures = {name: each["value"] for name, each in found["figures"].items()}
         assert (code, err, found["fits"]) == (exit_report.DONE, "", True)
         assert (figures["steps"], figures["tokens"], figures["epochs"]) == (STEPS, STEPS * 1024, None)
         assert figures["checkpoints_most_bytes"] > 2 * figures["checkpoint_bytes"] > 0
-        assert (figures.get("run_seconds") is not None) is bool(far)
-    code, out, _ = _plan(config, capsys, *far, f"data.dir={tmp_path / 'nowhere'}")
-    assert f"{tmp_path / 'nowhere'} does not exist" in "".join(out.split("\n")).replace(" " * plan._TEXT, " ")
+        assert (figures.get("run_seconds") is not None) is bool(hardware)
+    code, out, _ = _plan(config, capsys, *hardware, f"data.dir={tmp_path / 'missing'}")
+    assert f"{tmp_path / 'missing'} does not exist" in "".join(out.split("\n")).replace(" " * plan._TEXT, " ")
     assert not list(config.parent.glob("**/.plan-*"))
 
 
-def test_steps_that_follow_from_epochs_are_not_known_before_the_data_is_there(
+def test_steps_that_follow_from_epochs_are_not_known_without_data(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (*FAR, f"data.dir={tmp_path / 'nowhere'}", "schedule.steps=null", "schedule.epochs=5")
+    words = (*OTHER_GPU, f"data.dir={tmp_path / 'missing'}", "schedule.steps=null", "schedule.epochs=5")
     code, out, err = _plan(config, capsys, *words)
     assert (code, err) == (exit_report.DONE, "")
-    assert re.search(r"not known +steps +not known: schedule.epochs=5 of data that is not there yet", out)
+    assert re.search(r"not known +steps +not known: schedule.epochs=5 of data that does not exist yet", out)
     assert re.search(r"estimated +a step ", out) and re.search(r"predicted +a checkpoint ", out)
     code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.01)
-    assert code == exit_report.MISTAKE and err.startswith("error: disk: the run takes at least ")
+    assert code == exit_report.MISTAKE and err.startswith("error: disk: the run needs at least ")
 
 
-def test_data_that_is_there_and_damaged_is_a_mistake(
+def test_damaged_data_is_a_user_error(
     config: Path, tmp_path: Path, dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(dataset_dir, tmp_path / "data")
@@ -254,11 +254,9 @@ def test_data_that_is_there_and_damaged_is_a_mistake(
     assert (code, out) == (exit_report.MISTAKE, "") and err.startswith("error: ")
 
 
-def test_a_disk_that_is_too_small_is_a_mistake_for_other_gpus_too(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run of so many epochs, each of which is kept, and one rank."""
-    words = (*FAR, "schedule.steps=40000", "checkpoint.every=20000")
+def test_a_disk_that_is_too_small_is_reported_for_other_gpus(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run has many epochs, whose checkpoints are all retained, and one rank."""
+    words = (*OTHER_GPU, "schedule.steps=40000", "checkpoint.every=20000")
     code, out, err = _plan(config, capsys, *words, "--disk-free-gb", 10_000)
     assert (code, err) == (exit_report.DONE, "")
     assert re.search(
@@ -267,11 +265,11 @@ def test_a_disk_that_is_too_small_is_a_mistake_for_other_gpus_too(
     assert "plan of test: 1 rank on GPUs" in out and "x 1 rank\n" in out and "1 ranks" not in out
     code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.5)
     assert code == exit_report.MISTAKE
-    assert err.startswith("error: disk: the run takes up to ") and "there are 500.0 MB" in err
+    assert err.startswith("error: disk: the run needs up to ") and "500.0 MB are free" in err
     assert "--disk-free-gb" not in err and len(err.splitlines()) == 1
 
 
-def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+def test_an_interrupted_trial_leaves_no_process_and_no_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     process = start(command(write_config(tmp_path), "--num_gpus=2"))
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob(".plan-*/runs/*/heartbeat/*")):
@@ -285,7 +283,7 @@ def test_a_trial_that_is_interrupted_leaves_nothing(tmp_path: Path, write_config
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_mistake_that_only_the_ranks_find_is_one_line_too(
+def test_a_user_error_of_the_ranks_is_one_line(
     tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path]
 ) -> None:
     data = shutil.copytree(dataset_dir, tmp_path / "data")
@@ -301,14 +299,14 @@ def test_a_mistake_that_only_the_ranks_find_is_one_line_too(
 
 
 @given(every=st.integers(0, 12), steps=st.integers(1, 60))
-def test_what_is_due_is_what_training_does(every: int, steps: int) -> None:
+def test_due_agrees_with_the_cadence_of_training(every: int, steps: int) -> None:
     assert due(every, steps) == [step for step in range(1, steps + 1) if Every(every).due(step, steps)]
 
 
 @property_settings(max_examples=150)
 @given(data=st.data())
-def test_the_disk_is_simulated_by_the_rules_of_retention(data: st.DataObject) -> None:
-    """Against keeping every checkpoint in one list, which takes too long for runs of thousands of epochs."""
+def test_simulation_of_the_disk_agrees_with_retention(data: st.DataObject) -> None:
+    """Compare with a list of all checkpoints, which is too slow for runs of thousands of epochs."""
     kind = st.sampled_from(["full", "weights"])
     settings = CheckpointSettings(
         dir=Path("unused"),
@@ -351,18 +349,18 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
     return Store(len(schedule.saves(best)), most, count())
 
 
-def test_thousands_of_epochs_do_not_take_minutes() -> None:
-    begun = time.monotonic()
+def test_simulation_of_thousands_of_epochs_is_fast() -> None:
+    start_time = time.monotonic()
     found = simulate(CheckpointSettings(dir=Path("unused")), RunSchedule(20_000, 512, 1000, 250, 250), improving=False)
     assert found.at_end.full > 10_000
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start_time < 30
 
 
-def test_the_time_of_a_run_is_the_sum_of_its_parts() -> None:
+def test_duration_of_a_run_is_the_sum_of_its_parts() -> None:
     save = SaveCost(held_seconds=1.0, slower_seconds=2.0, write_seconds=50.0)
     timing = Timing(Range(4.0, 3.0, 6.0), "measured", start=30.0, costs={"validation": 10.0}, save=save)
     schedule = RunSchedule(steps=100, windows_per_step=4, windows_per_epoch=1000, validation_every=50, save_every=10)
-    assert timing.save_seconds(10) == 1 + 2 + (50 - 40)  # the next save waits for the one before
+    assert timing.save_seconds(10) == 1 + 2 + (50 - 40)  # the next save waits for the previous one
     whole = timing.run_seconds(schedule, {"validation": 2, "samples": 5}, saves=10)
     assert whole.mean == 400 + 30 + 20 + 130 and (whole.low, whole.high) == (300 + 180, 600 + 180)
 
@@ -372,20 +370,26 @@ def test_logs_grow_with_steps_and_occasions() -> None:
     assert logs.total(50, {"samples": 3, "validation": 7}) == 1000 + 500 + 600
 
 
-def test_only_what_dead_plans_have_left_is_removed(tmp_path: Path) -> None:
-    """The directory may be shared: a process number of another machine means nothing here."""
-    me, here = os.getpid(), trial._host()
-    alive = f".plan-{me}-{start_of(me)}-{here}-x"
-    dead, foreign, old = f".plan-{me}-1000-{here}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
+def test_growth_of_the_log_is_divided_among_unobserved_steps() -> None:
+    """Steps 3 and 4 were too short to be observed; the bytes before step 1 are not growth."""
+    growth = dict(trial_results._log_growth({1: 1000, 2: 1100, 5: 1430, 6: 1500}))
+    assert growth == {1: 100, 2: 110, 3: 110, 4: 110, 5: 70}
+
+
+def test_only_abandoned_trial_directories_are_removed(tmp_path: Path) -> None:
+    """Other machines may share the disk: their process ids have no meaning on this one."""
+    pid, host = os.getpid(), trial_directory.host_name()
+    alive = f".plan-{pid}-{start_of(pid)}-{host}-x"
+    dead, foreign, old = f".plan-{pid}-1000-{host}-x", ".plan-1-1000-elsewhere-x", ".plan-1-1000-elsewhere-y"
     for name in (alive, dead, foreign, old, "other"):
         (tmp_path / name / "runs").mkdir(parents=True)
     os.utime(tmp_path / old, (time.time() - 90_000,) * 2)
-    with trial._folder(tmp_path / "checkpoints") as folder:
-        assert folder.is_dir() and not trial._is_abandoned(folder)
+    with trial_directory.trial_directory(tmp_path / "checkpoints") as directory:
+        assert directory.is_dir() and not trial_directory.is_abandoned(directory)
     assert {path.name for path in tmp_path.iterdir()} == {alive, foreign, "other"}
 
 
-def test_what_is_on_the_disk_counts_once(tmp_path: Path) -> None:
+def test_hard_links_count_once(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(bytes(1000))
     (tmp_path / "two").hardlink_to(tmp_path / "one")
     assert bytes_below(tmp_path) == 1000

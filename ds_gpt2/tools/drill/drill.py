@@ -1,4 +1,4 @@
-"""The drill from its first process to its last: the undisturbed run, the disturbed one, and nothing left of either."""
+"""Run a drill: train the undisturbed run, play the scenes on a second run, and clean up."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.tools.drill import shrink
 from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
 from ds_gpt2.tools.drill.record import Record, SceneResult
-from ds_gpt2.tools.drill.run_process import Actor, FailedError, end_all
-from ds_gpt2.tools.drill.scenarios import FINISH, SCENES, NotDoneError, Scene, Stage
+from ds_gpt2.tools.drill.run_process import FailedError, RunProcess, end_all
+from ds_gpt2.tools.drill.scenes.registry import FINISH, SCENES
+from ds_gpt2.tools.drill.scenes.scene import NotDoneError, Scene, SceneContext
 from ds_gpt2.tools.resources.requirements import checkpoint_bytes
 
-_LEAST_STEPS = 8 * shrink.EVERY  # as many losses as a guard wants to have seen
-_PATIENCE_SECONDS = {False: 300.0, True: 1200.0}  # whole or not: for a start, a stop, or a few steps
-_CHECKPOINTS = 14  # of both runs together, on the disk at one time
+_LEAST_STEPS = 8 * shrink.EVERY  # the guards need this many losses before they can detect a divergence
+_TIMEOUT = {False: 300.0, True: 1200.0}  # seconds for a start, a stop, or a few steps; True: the whole model
+_CHECKPOINTS = 14  # at most, of both runs together, on the disk at the same time
 
 
-def rehearse(plan: DrillPlan, tell: Callable[[SceneResult], None]) -> tuple[Record, Path]:
-    """Play it; returns the record, and the directory below the run's where it lies.
+def run_drill(plan: DrillPlan, report: Callable[[SceneResult], None]) -> tuple[Record, Path]:
+    """Run a drill; return its record, and the directory that contains it.
 
     Args:
-        tell: is given each row when it is there.
+        report: called with each result as soon as it is available.
 
     Raises:
-        UserError: the disk has no room for the drill, or the undisturbed run does not work at all.
+        UserError: there is not enough disk space, or the undisturbed run fails.
     """
-    begun = time.time()
+    start_time = time.time()
     exact = [SCENES[name] for name in EXACT if name in plan.names]
     changing = [SCENES[name] for name in CHANGING if name in plan.names]
     steps = max(_LEAST_STEPS, sum(scene.steps for scene in (*exact, FINISH)))
@@ -53,59 +54,62 @@ def rehearse(plan: DrillPlan, tell: Callable[[SceneResult], None]) -> tuple[Reco
     mark = str(checkpoints)
     with _cleaned_up(mark, checkpoints, plan.keep):
         folder.mkdir(parents=True)
+        directories = (folder, checkpoints)
         undisturbed, disturbed = (
-            _actor(plan, name, steps, folder, checkpoints, mark) for name in (shrink.UNDISTURBED, shrink.DISTURBED)
+            _run_process(plan, name, steps, directories) for name in (shrink.UNDISTURBED, shrink.DISTURBED)
         )
-        _check_room(disturbed.settings, plan.settings)
+        _check_space(disturbed.settings, plan.settings)
         record = _record(plan, disturbed.settings)
 
-        def note(row: SceneResult) -> None:
+        def add(row: SceneResult) -> None:
             record.rows.append(row)
-            record.seconds = round(time.time() - begun, 1)
+            record.seconds = round(time.time() - start_time, 1)
             record.write(folder)
-            tell(row)
+            report(row)
 
-        note(_play_undisturbed(undisturbed))
-        stage = Stage(disturbed, undisturbed, random.Random(plan.seed), folder)
+        add(_train_undisturbed(undisturbed))
+        context = SceneContext(disturbed, undisturbed, random.Random(plan.seed), folder)
         for scene in (*exact, FINISH, *changing):
-            note(_play(scene, stage))
+            add(_play(scene, context))
             if record.rows[-1].verdict == "FAIL":
                 end_all(mark)
-        note(_nothing_left(mark))
+        add(_check_no_process_left(mark))
     return record, folder
 
 
-def _play_undisturbed(run: Actor) -> SceneResult:
-    """The run that nobody disturbs.
+def _train_undisturbed(run: RunProcess) -> SceneResult:
+    """Train the run without faults.
 
     Raises:
-        UserError: it does not come to its end: there is nothing to rehearse.
+        UserError: it fails, so the drill would be meaningless.
     """
-    begun = time.time()
+    start_time = time.time()
     run.start()
     try:
         run.wait_done()
     except FailedError as error:
-        raise UserError(f"undisturbed, {error}: see {run.output}, fix the config, then run the drill again") from None
+        raise UserError(
+            f"without faults, {error}: see {run.output}, fix the config, then run the drill again"
+        ) from None
     if troubles := run.events(0, "crash", "hang", "rollback", "save_failed"):
-        raise UserError(f"the run is in trouble even if nobody disturbs it ({troubles[0].text}): see {run.output}")
-    text = f"{run.settings.schedule.steps} steps that nobody disturbs, in {time.time() - begun:.0f} s"
+        raise UserError(f"the run fails even without injected faults ({troubles[0].text}): see {run.output}")
+    text = f"{run.settings.schedule.steps} steps without faults, in {time.time() - start_time:.0f} s"
     return SceneResult("undisturbed", "pass", text)
 
 
-def _play(scene: Scene, stage: Stage) -> SceneResult:
+def _play(scene: Scene, context: SceneContext) -> SceneResult:
     try:
-        done = scene.play(stage)
+        recovery = scene.play(context)
     except NotDoneError as error:
         return SceneResult(scene.name, "not done", str(error))
     except (FailedError, DamagedError, UserError) as error:
         return SceneResult(scene.name, "FAIL", str(error))
-    except Exception as error:  # whatever it is, the scenes after it are worth playing
+    except Exception as error:  # the following scenes are still useful after any error
         return SceneResult(scene.name, "FAIL", f"{type(error).__name__}: {error}")
-    return SceneResult(scene.name, "pass", done.text, done.lost_steps, round(done.lost_seconds, 1))
+    return SceneResult(scene.name, "pass", recovery.text, recovery.lost_steps, round(recovery.lost_seconds, 1))
 
 
-def _nothing_left(mark: str) -> SceneResult:
+def _check_no_process_left(mark: str) -> SceneResult:
     left = end_all(mark)
     if left:
         return SceneResult("no_process_left", "FAIL", f"{len(left)} processes were left: {left[0]}")
@@ -114,28 +118,32 @@ def _nothing_left(mark: str) -> SceneResult:
 
 @contextlib.contextmanager
 def _cleaned_up(mark: str, checkpoints: Path, keep: bool) -> Iterator[None]:
-    """Whatever happens: what was started is ended, what takes room is removed."""
+    """Kill the processes of the drill and remove its checkpoints when the block ends, also after signals."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    asked = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in asked}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C must not stop the clean-up
         end_all(mark)
         if not keep:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        signal.signal(signal.SIGINT, impatient)
+        signal.signal(signal.SIGINT, interrupt_handler)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _actor(plan: DrillPlan, name: str, steps: int, folder: Path, checkpoints: Path, mark: str) -> Actor:
-    """A run of its own, with its config in the drill's directory."""
-    tree = shrink.tree_for(plan.settings, plan.place.ranks, steps, plan.whole)
+def _run_process(plan: DrillPlan, name: str, steps: int, directories: tuple[Path, Path]) -> RunProcess:
+    """Prepare a run of the drill: write its config and check that its directories are writable.
+
+    Args:
+        directories: of the drill's files, and of its checkpoints; the latter also marks the processes.
+    """
+    folder, checkpoints = directories
+    tree = shrink.tree_for(plan.settings, plan.layout.ranks, steps, plan.whole)
     tree["run"] |= {"name": name, "dir": str(folder)}
     tree["checkpoint"]["dir"] = str(checkpoints)
     tree["deepspeed"] = str(_deepspeed_file(plan.settings, folder))
@@ -144,28 +152,31 @@ def _actor(plan: DrillPlan, name: str, steps: int, folder: Path, checkpoints: Pa
     settings = load_settings(config)
     for directory in settings.output_dirs:
         files.check_writable(directory)
-    return Actor(config, settings, plan.place, folder / f"{name}.log", mark, _PATIENCE_SECONDS[plan.whole])
+    return RunProcess(
+        config, settings, plan.layout, folder / f"{name}.log", mark=str(checkpoints), timeout=_TIMEOUT[plan.whole]
+    )
 
 
 def _deepspeed_file(settings: Settings, folder: Path) -> Path:
-    """The user's DeepSpeed file without what writes outside the drill's directories: W&B, Comet and CSV files."""
+    """Write the user's DeepSpeed file without W&B, Comet and CSV files, which write outside the drill's directories."""
     content = without_trackers(load_deepspeed_file(settings.deepspeed))
     file = folder / "deepspeed.json"
     file.write_text(json.dumps({**content, "csv_monitor": {"enabled": False}}), encoding="utf-8")
     return file
 
 
-def _check_room(drill: Settings, users: Settings) -> None:
-    """
+def _check_space(drill: Settings, users: Settings) -> None:
+    """Check that the disk has space for the drill; a really full disk could affect the user's own run.
+
     Raises:
-        UserError: the disk would run short, which is the one thing that must not happen for real.
+        UserError: there is not enough space.
     """
     free = shutil.disk_usage(drill.checkpoint.dir).free
     needed = _CHECKPOINTS * checkpoint_bytes(drill) + int(users.checkpoint.min_free_gb * 1e9)
     if free < needed:
         raise UserError(
-            f"{users.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill needs {needed / 1e9:.1f} GB for a while:"
-            " make room, leave out --whole, or set checkpoint.dir"
+            f"{users.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill temporarily needs {needed / 1e9:.1f} GB:"
+            " free some space, omit --whole, or set checkpoint.dir"
         )
 
 
@@ -173,8 +184,8 @@ def _record(plan: DrillPlan, settings: Settings) -> Record:
     versions = {"ds_gpt2": __version__, "torch": version("torch"), "deepspeed": version("deepspeed")}
     return Record(
         run=plan.settings.run.name,
-        ranks=plan.place.ranks,
-        accelerator=plan.place.accelerator,
+        ranks=plan.layout.ranks,
+        accelerator=plan.layout.accelerator,
         whole=plan.whole,
         seed=plan.seed,
         begun=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,0 +1,57 @@
+"""Checks of shards, windows, epochs and HellaSwag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doctor_helpers import changed, flip, preset
+
+from ds_gpt2.config.batch_plan import plan_batch
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.tools.doctor import data
+
+
+def test_checksums_reveal_a_flipped_bit(copied: Path) -> None:
+    dataset = open_dataset(copied)
+    assert data.checksums(dataset).status == "ok"
+    flip(copied / dataset.shards[0].file)
+    row = data.checksums(open_dataset(copied))
+    assert (row.status, dataset.shards[0].file in row.found) == ("fail", True)
+    (copied / "dataset.json").unlink()
+    assert data.checksums(open_dataset(copied)).status == "unknown"
+
+
+def test_schedule_and_windows_of_the_whole_run(dataset_dir: Path, settings: Settings) -> None:
+    dataset = open_dataset(dataset_dir)
+    steps, epochs = data.schedule(dataset, settings)
+    windows = sum((shard.tokens - 1) // 64 for shard in dataset.split("train"))
+    assert (steps, epochs) == (12, pytest.approx(12 * 16 / windows))
+    whole = changed(settings, schedule={"steps": None, "epochs": 1.5})
+    plan = plan_batch(1024, 2, 64, 2)
+    trained = TrainingData(Windows(dataset, "train", 64), plan, 0, 1, torch.device("cpu"))
+    assert data.schedule(dataset, whole)[0] == trained.steps_for(1.5)
+    assert [(row.name, row.status) for row in data.windows(dataset, settings)] == [
+        ("validation", "ok"),
+        ("epochs", "ok"),
+    ]
+
+    def status(**sections: dict[str, Any]) -> list[str]:
+        return [row.status for row in data.windows(dataset, changed(settings, **sections))]
+
+    assert status(batch={"sequence_length": 1_000_000}) == ["fail", "fail"]
+    assert status(schedule={"steps": 100_000}) == ["ok", "warn"]
+    assert status(schedule={"steps": None, "epochs": 0.01}) == ["ok", "fail"]  # shorter than the warm-up
+    assert status(batch={"tokens_per_step": 1_024_000}) == ["ok", "warn"]
+
+
+def test_hellaswag(tmp_path: Path) -> None:
+    chosen = preset("gpt2_124m", hellaswag__path=tmp_path / "items.jsonl").hellaswag
+    assert "prepare hellaswag" in data.hellaswag(chosen).fix
+    chosen.path.write_text("no item\n")
+    assert (data.hellaswag(chosen).status, "not JSON" in data.hellaswag(chosen).found) == ("warn", True)
+    assert data.hellaswag(preset("quickstart").hellaswag).status == "ok"

@@ -1,0 +1,65 @@
+"""Checks for other training processes, with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from ds_gpt2.common.files import lock
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.tools.doctor import processes
+
+
+@contextlib.contextmanager
+def waiting(*command: str | Path, cwd: Path | None = None) -> Iterator[int]:
+    """Start a process, wait for its first line of output, and yield its id."""
+    words = [sys.executable, "-u", *map(str, command)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=cwd) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings) -> None:
+    with (
+        waiting(script, "--local_rank=0", "--config", "x/mine.yaml", "run.name=test") as mine,
+        waiting("train.py", "--local_rank=0", "--config", "runs/other/config.yaml", cwd=script.parent) as other,
+        waiting("-c", "import time; print('up', flush=True); time.sleep(600)", script),
+    ):
+        found = processes.find_ranks(script)
+        assert {rank.pid: rank.run for rank in found} == {mine: "test", other: "other"}
+        this, others = processes.this_run(settings, found), processes.other_runs(settings, found)
+        assert (this.status, f"kill -TERM {mine}`" in this.fix) == ("fail", True)
+        assert (others.status, f"processes {other} train other" in others.found) == ("warn", True)
+        settings.run_dir.mkdir(parents=True)
+        Supervised(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
+        assert "still run without a supervisor" in processes.this_run(settings, found).found
+        assert processes.this_run(settings, found).status == "warn"
+    assert processes.find_ranks(script) == []
+    assert processes.run_of(["python", "train.py", "--run_name", "n", "--config", "a.yaml"]) == "n"
+
+
+def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
+    settings.checkpoint_dir.mkdir(parents=True)
+    settings.run_dir.mkdir(parents=True)
+    assert processes.this_run(settings, []).status == "ok"
+    with lock(settings.checkpoint_dir / "lock", "the run"):
+        row = processes.this_run(settings, [])
+        assert (row.status, f"process {os.getpid()} on" in row.found) == ("fail", True)
+    assert processes.this_run(settings, []).status == "ok"
+    process = psutil.Process()
+    Supervised(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
+    assert processes.this_run(settings, []).status == "fail"
+    Supervised(process.pid, process.create_time(), "another host", "running", 4).write(settings.run_dir)
+    assert processes.this_run(settings, []).status == "warn"

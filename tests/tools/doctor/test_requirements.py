@@ -1,0 +1,32 @@
+"""What a run requires of the disk, from its settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from doctor_helpers import preset
+
+from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.tools.resources import requirements
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gpt2_124m", "gpt2_1558m"])
+def test_parameters_are_counted_without_building_the_model(name: str) -> None:
+    chosen = preset(name)
+    with torch.device("meta"):
+        model = GPT2(ModelShape(*chosen.model.shape, chosen.batch.sequence_length))
+    assert requirements.parameters(chosen) == count_parameters(model)
+
+
+def test_disk_space_that_the_settings_require() -> None:
+    chosen = preset("gpt2_124m", checkpoint__keep_last=3, checkpoint__min_free_gb=0)
+    full = requirements.checkpoint_bytes(chosen)
+    need = requirements.storage(chosen, steps=95_365, epochs=5.0)
+    assert (need.checkpoint, need.most, need.least) == (full, (3 + 5 + 1 + 1) * full, 4 * full)
+    assert requirements.storage(chosen, steps=500, epochs=0.02).most == (2 + 1 + 1) * full  # two saves only
+    few = {"checkpoint__keep_last": 3, "checkpoint__min_free_gb": 0, "checkpoint__keep_epochs": 2}
+    weights = requirements.storage(preset("gpt2_124m", checkpoint__epochs_as="weights", **few), 95_365, 5.0)
+    assert weights.most == (3 + 1 + 1) * full + 2 * 4 * requirements.parameters(chosen)
+    with_keep_every = requirements.storage(preset("gpt2_124m", checkpoint__keep_every=10_000, **few), 95_365, 0.0)
+    assert with_keep_every.most == (3 + 9 + 1 + 1) * full
