@@ -25,11 +25,10 @@ from ds_gpt2.config.settings import (
     PROJECT_DIR,
     Settings,
     load_settings,
-    read_tree,
-    section_of,
     settings_of,
     to_yaml,
 )
+from ds_gpt2.config.settings_tree import read_tree, section_of
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import STARTS, TIME
 

@@ -297,5 +297,5 @@ def test_a_step_of_more_windows_than_memory_has_is_refused() -> None:
 
 
 def test_copies_in_memory_are_refused() -> None:
-    with pytest.raises(UserError, match="memory is gone when the process ends"):
+    with pytest.raises(UserError, match="copies in memory are lost when the process ends"):
         load_settings(MISSION, parse_overrides(["checkpoint.backup.to=memory://x"]))
