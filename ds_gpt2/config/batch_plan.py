@@ -31,7 +31,7 @@ class BatchPlan:
         return self.windows_per_step * self.sequence_length
 
     def steps_for(self, epochs: float, windows: int) -> int:
-        """Return the steps that ``epochs`` epochs of ``windows`` windows take; the next epoch fills up the last step."""
+        """Return the steps of ``epochs`` epochs of ``windows`` windows; the next epoch fills up the last step."""
         return math.ceil(epochs * windows / self.windows_per_step)
 
     def __str__(self) -> str:

@@ -63,8 +63,8 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file cannot be read or is not a JSON object; it has an unknown top-level key or a value other than
-            "auto" for a key that a setting owns; it turns off a check of the gradients; or it configures what this
+        UserError: the file cannot be read or is not a JSON object; it has an unknown top-level key, or a value other
+            than "auto" for a key that a setting owns; it turns off a check of the gradients; or it configures what this
             project does not support (a ZeRO stage other than 2, an optimizer other than Adam).
     """
     try:

@@ -294,7 +294,7 @@ def _moved(key: str, text: str, run_dir: Path, before: Path) -> str:
 
 
 def _rebased(path: Path, before: Path, run_dir: Path) -> Path | None:
-    """Return ``path`` relative to the run's new directory if it is in or beside the old one, otherwise None."""
+    """Return where a path in or beside the run's old directory is now; None for other paths."""
     if path.is_relative_to(before):
         return run_dir / path.relative_to(before)
     old, new = _base(before), _base(run_dir)
@@ -304,6 +304,6 @@ def _rebased(path: Path, before: Path, run_dir: Path) -> Path | None:
 
 
 def _base(run_dir: Path) -> Path | None:
-    """Return the directory that contains ``runs/<run>`` and usually ``checkpoints/<run>``; None if it is the root."""
+    """Return the directory that contains ``runs/`` and usually ``checkpoints/``; None if it is the root."""
     base = run_dir.parent.parent
     return base if base != base.parent else None

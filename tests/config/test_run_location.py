@@ -71,9 +71,7 @@ def save(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
-def test_settings_of_a_run_that_has_not_moved_are_unchanged(
-    project: Path, monkeypatch: pytest.MonkeyPatch, old: bool
-) -> None:
+def test_settings_of_an_unmoved_run_are_unchanged(project: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     use(project, monkeypatch)
     settings = start(project, old=old, monitor=str(project / "boards"))
     assert load_run_settings(settings.run_dir) == settings
@@ -147,9 +145,7 @@ def test_a_checkpoint_of_an_unreadable_run_is_usable(project: Path, monkeypatch:
     assert "dir" not in now["run"]
 
 
-def test_paths_in_the_run_directory_move_with_it(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_in_the_run_move_with_it(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     mine = tmp_path / "here" / "runs"
     settings = start(project, run_dir=mine, checkpoints=str(mine / "a" / "saved"))
