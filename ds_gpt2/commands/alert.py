@@ -1,4 +1,4 @@
-"""``alert``: which ways alerts go, and whether a message arrives by each of them."""
+"""``alert``: list the alert channels of a run, or send a test message to each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import socket
 import time
 from pathlib import Path
 
-from ds_gpt2.commands.runs import find_run
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import clock
 from ds_gpt2.config import run_location
+from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Channel, check, deliver, ways
@@ -21,10 +20,10 @@ from ds_gpt2.supervision.alerts.message import Message
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN|CONFIG", help="a run's name or directory, or a YAML file or its name")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the file")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--test", action="store_true", help="send a message by every way that is set up")
-    what.add_argument("--list", action="store_true", help="show these ways, send nothing")
+    what.add_argument("--test", action="store_true", help="send a test message to every configured channel")
+    what.add_argument("--list", action="store_true", help="list the configured channels, send nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -34,17 +33,17 @@ def run(options: argparse.Namespace) -> int:
     found = ways(settings.alerts)
     if not found:
         raise UserError(
-            f"alerts have nowhere to go: write addresses into ~/.config/ds_gpt2/alert_urls or {ADDRESSES},"
+            f"no alert channel is configured: write addresses into ~/.config/ds_gpt2/alert_urls or {ADDRESSES},"
             " or set alerts.command (docs/operations.md)"
         )
     if options.test:
         return _test(settings, found, options.json)
-    kinds = {way: services[way] if isinstance(way, Address) else "run by the shell" for way in found}
+    kinds = {channel: services[channel] if isinstance(channel, Address) else "shell command" for channel in found}
     return _show(kinds, options.json)
 
 
 def _find(name: str) -> Path:
-    """The settings of a run that was started, else of one that could be."""
+    """Return the settings file of a started run, or that of a config."""
     try:
         return find_run(name) / run_location.CONFIG
     except UserError as no_run:
@@ -56,24 +55,28 @@ def _find(name: str) -> Path:
 
 def _show(kinds: dict[Channel, str], as_json: bool) -> int:
     if as_json:
-        print(json.dumps([{"way": way.name, "kind": kind} for way, kind in kinds.items()]))
+        print(json.dumps([{"way": channel.name, "kind": kind} for channel, kind in kinds.items()]))
     else:
-        for way, kind in kinds.items():
-            print(f"{way.name}: {kind}")
+        for channel, kind in kinds.items():
+            print(f"{channel.name}: {kind}")
     return exit_report.DONE
 
 
 def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
     reasons = deliver(dict.fromkeys(found, _test_message(settings.run.name)))
     if as_json:
-        print(json.dumps([{"way": way.name, "taken": why is None, "why": why} for way, why in reasons.items()]))
+        print(
+            json.dumps(
+                [{"way": channel.name, "taken": reason is None, "why": reason} for channel, reason in reasons.items()]
+            )
+        )
     else:
-        for way, why in reasons.items():
-            print(f"{way.name}: {'taken' if why is None else f'NOT taken: {why}'}")
+        for channel, reason in reasons.items():
+            print(f"{channel.name}: {'delivered' if reason is None else f'NOT delivered: {reason}'}")
     return exit_report.CRASHED if any(reasons.values()) else exit_report.DONE
 
 
 def _test_message(run: str) -> Message:
     now = time.time()
-    text = f"Alerts about run {run} arrive here.\n{socket.gethostname()}, {clock(now)}"
+    text = f"This is a test: alerts of run {run} arrive here.\n{socket.gethostname()}, {clock(now)}"
     return Message(run, "test", f"{run}: test", text, now)

@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, before it is started: memory, time, disk, energy, measured by a few real steps."""
+"""``plan``: estimate memory, time, disk and energy of a run, from a trial of a few real steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint.catalog import scan
+from ds_gpt2.checkpoint.listing import freed_by
 from ds_gpt2.commands.arguments import add_start_arguments, positive
-from ds_gpt2.commands.checkpoint_table import freed_by
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.distributed import torch_compile
@@ -57,7 +57,7 @@ _TEXT = 2 + _BASIS + 1 + _LABEL  # the column at which the text begins
 
 @dataclass(frozen=True)
 class Plan:
-    """All there is to say."""
+    """The estimates for a run."""
 
     subject: Subject
     sections: Sequence[Section]
@@ -68,19 +68,27 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     add_start_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help="arithmetic only: no step is run, nothing is measured")
+    parser.add_argument("--quick", action="store_true", help="arithmetic only, without a trial")
     parser.add_argument(
-        "--steps", type=positive, default=Limits().steps, metavar="N", help="of the trial (default: 16)"
+        "--steps", type=positive, default=Limits().steps, metavar="N", help="number of steps of the trial (default: 16)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=Limits().seconds, metavar="S", help="for the trial's steps (default: 120)"
+        "--seconds",
+        type=float,
+        default=Limits().seconds,
+        metavar="S",
+        help="time limit of the trial's steps (default: 120)",
     )
-    parser.add_argument("--tflops", type=float, metavar="T", help="for other GPUs than these: their bf16 peak, each")
-    parser.add_argument("--gpu-memory-gb", type=float, metavar="G", help="and their memory, each; nothing is run then")
-    parser.add_argument("--disk-free-gb", type=float, metavar="G", help="free space for the run (default: this disk's)")
-    parser.add_argument("--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs)")
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
+    parser.add_argument("--tflops", type=float, metavar="T", help="plan for other GPUs: bf16 peak of each")
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="G", help="plan for other GPUs: memory of each; no trial is run"
+    )
+    parser.add_argument(
+        "--disk-free-gb", type=float, metavar="G", help="free disk space for the run (default: of this disk)"
+    )
+    parser.add_argument("--watts", type=float, metavar="W", help="power of the machine (default: of its GPUs)")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of energy")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -109,8 +117,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: float) -> Plan:
-    """
+    """Return the estimates for a run.
+
     Args:
+        traces: results of the trial; None without a trial.
         now: seconds since 1970.
     """
     calibration = calibrate(subject, traces)
@@ -130,9 +140,9 @@ def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: floa
 
 
 def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
-    """The plan as it is printed, nothing wider than ``width`` columns."""
+    """Yield the lines of a plan, at most ``width`` columns wide."""
     subject = plan.subject
-    where = "the CPU" if subject.on_cpu else "GPUs that are not here" if subject.elsewhere else "GPUs"
+    where = "the CPU" if subject.on_cpu else "other GPUs" if subject.elsewhere else "GPUs"
     yield f"plan of {subject.settings.run.name}: {counted(subject.place.ranks, 'rank')} on {where}"
     for section in plan.sections:
         yield f"\n{section.title}"
@@ -149,7 +159,7 @@ def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The same for a program: every figure under its name, with where it comes from."""
+    """Return a plan for JSON: every figure by name, with its basis."""
     subject = plan.subject
     figures = {
         name: {**_plain(value), "basis": row.basis}
@@ -175,9 +185,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("seconds", "tflops", "gpu_memory_gb", "disk_free_gb", "watts", "price_per_kwh", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
     if options.steps < LEAST_STEPS:
-        raise UserError(f"--steps {options.steps}: give {LEAST_STEPS} at least; --seconds ends a trial earlier")
+        raise UserError(
+            f"--steps {options.steps}: must be at least {LEAST_STEPS}; --seconds limits the time of a trial"
+        )
 
 
 def _hardware(options: argparse.Namespace) -> Hardware | None:
@@ -191,12 +203,13 @@ def _hardware(options: argparse.Namespace) -> Hardware | None:
 def _subject(
     settings: Settings, num_gpus: int | None, hardware: Hardware | None, disk_free: int | None = None
 ) -> Subject:
-    """
+    """Return what the plan is about: the run, its ranks and the resources.
+
     Args:
-        disk_free: bytes; None: as it is here.
+        disk_free: bytes; None: of this machine's disk.
 
     Raises:
-        UserError: the settings could not train.
+        UserError: the settings cannot train.
     """
     zero = read_zero(load_deepspeed_file(settings.deepspeed))
     place = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
@@ -221,10 +234,10 @@ def _subject(
 
 
 def _windows(settings: Settings) -> tuple[int | None, str | None]:
-    """The windows of an epoch; or None, and why: the data may still have to be prepared.
+    """Return the windows of an epoch, or None and the reason if the data is not prepared yet.
 
     Raises:
-        UserError: it is there, but cannot be trained on.
+        UserError: the data exists, but cannot be trained on.
     """
     if not settings.data.dir.is_dir() or not any(settings.data.dir.iterdir()):
         return None, f"{settings.data.dir} does not exist yet, or is empty"
@@ -234,27 +247,28 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
 
 def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
     try:
-        return run_trial(config, overrides, subject.settings, subject.batch, subject.place, limits, _tell)
+        return run_trial(config, overrides, subject.settings, subject.batch, subject.place, limits, _show_progress)
     finally:
-        _tell("")
+        _show_progress("")
 
 
-def _tell(text: str) -> None:
-    """How far the trial is, on a terminal, until the plan takes the place."""
+def _show_progress(text: str) -> None:
+    """Show the progress of the trial on a terminal; the next line replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
-    return Section("the same budget shared out otherwise", [_option_row(subject, option) for option in options])
+    return Section("other divisions of the same budget", [_option_row(subject, option) for option in options])
 
 
 def _option_row(subject: Subject, option: Option) -> PlanRow:
-    verdicts = {True: "fits", False: "DOES NOT FIT", None: "not known whether it fits"}
-    ours = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
+    verdicts = {True: "fits", False: "DOES NOT FIT", None: "unknown whether it fits"}
+    configured = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
     shared = (
         f"{counted(option.micro_batch, 'window')} x {counted(option.accumulation, 'micro-batch', 'micro-batches')}"
         f" x {counted(option.ranks, 'rank')}"
     )
-    text = f"{size(option.rank_bytes):>9}  a rank: {shared}; {verdicts[option.fits]}{' (as set)' if ours else ''}"
+    text = f"{size(option.rank_bytes):>9} per rank: {shared}; {verdicts[option.fits]}"
+    text += " (as configured)" if configured else ""
     return PlanRow(f"micro-batch {option.micro_batch}", text, "predicted")

@@ -1,4 +1,4 @@
-"""``prepare``: text to token shards, of this machine or of the Hugging Face hub; HellaSwag's items to evaluate on."""
+"""``prepare``: convert local text or datasets of the Hugging Face hub to token shards; download HellaSwag."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ log = logging.getLogger(__name__)
 SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
 HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
 
-_EARLIER = PROJECT_DIR / "data" / f"text{UNFINISHED}"  # where `prepare text` wrote before it named its directories
-_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *hub_datasets.TOKENS}  # other kinds' names
-_HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # tokens of the hub's datasets, the less of both
+_EARLIER = PROJECT_DIR / "data" / f"text{UNFINISHED}"  # the output of `prepare text` in earlier versions
+_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *hub_datasets.TOKENS}  # names of other kinds
+_HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # of the hub's datasets: the smaller of a number of tokens and a share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    sample = kinds.add_parser("sample", help="text that every Python has: its manual and its library's sources")
+    sample = kinds.add_parser("sample", help="text of the Python installation: its manual and library sources")
     sample.add_argument("--out", type=path("--out"), default=SAMPLE_DIR, metavar="DIR")
-    text = kinds.add_parser("text", help="your own plain text, JSON lines or parquet files, or directories of them")
+    text = kinds.add_parser("text", help="your own text, JSON Lines or Parquet files, or directories of them")
     text.add_argument("files", nargs="+", type=path("FILE"), metavar="FILE")
     text.add_argument(
         "--separator",
         type=separator,
         metavar="TEXT",
-        help="split documents where this stands, for example '<|endoftext|>'; a backslash stands for itself:"
-        " a line end is $'\\n' in bash (default: a text file is one document)",
+        help="text that separates documents, for example '<|endoftext|>', taken literally; for a line end write"
+        " $'\\n' in bash (default: each text file is one document)",
     )
-    text.add_argument("--encoding", metavar="NAME", help="of text files (default: UTF-8, or by the byte order mark)")
     text.add_argument(
-        "--format", choices=FORMS, help="of the files named, whatever their endings (default: by the ending)"
+        "--encoding", metavar="NAME", help="encoding of text files (default: UTF-8, or from the byte order mark)"
     )
-    hub = kinds.add_parser("hub", help="any dataset of the Hugging Face hub that has parquet files")
+    text.add_argument("--format", choices=FORMS, help="format of the named files (default: from the file extension)")
+    hub = kinds.add_parser("hub", help="any dataset on the Hugging Face hub that has Parquet files")
     hub.add_argument("repository", metavar="OWNER/NAME")
-    hub.add_argument("--path", default="", metavar="DIR", help="only what is below this directory of it")
+    hub.add_argument("--path", default="", metavar="DIR", help="only the files below this directory of the dataset")
     hub.add_argument("--revision", default="main", metavar="NAME", help="a branch, tag or commit (default: main)")
     edu = kinds.add_parser("fineweb-edu", help="FineWeb-Edu: educational web text")
     fineweb = kinds.add_parser("fineweb", help="FineWeb: web text")
@@ -63,19 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--sample", choices=hub_datasets.SAMPLES, default=hub_datasets.SAMPLES[0], help="(default: 10BT)"
         )
     webtext = kinds.add_parser("openwebtext", help="OpenWebText")
-    tokens = kinds.add_parser("pretokenized", help="GPT-2 token shards that others have published")
+    tokens = kinds.add_parser("pretokenized", help="published GPT-2 token shards")
     tokens.add_argument("name", metavar="NAME", help=f"{', '.join(hub_datasets.TOKENS)}, or OWNER/NAME on the hub")
     for kind in (text, hub):
-        kind.add_argument("--column", default=COLUMN, metavar="NAME", help="of the text (default: text)")
+        kind.add_argument("--column", default=COLUMN, metavar="NAME", help="column with the text (default: text)")
     for kind in (text, hub, edu, fineweb, webtext, tokens):
-        kind.add_argument("--out", type=path("--out"), metavar="DIR", help="(default: below data/, by the name)")
-        kind.add_argument("--tokens", type=positive, metavar="N", help="stop after so many (default: all)")
+        kind.add_argument(
+            "--out",
+            type=path("--out"),
+            metavar="DIR",
+            help="output directory (default: in data/, named after the input)",
+        )
+        kind.add_argument("--tokens", type=positive, metavar="N", help="maximum number of tokens (default: all)")
     for kind in (sample, text, hub, edu, fineweb, webtext):
-        kind.add_argument("--workers", type=_workers, metavar="N", help="processes (default: every core)")
-    items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a file of yours")
+        kind.add_argument("--workers", type=_workers, metavar="N", help="number of processes (default: one per core)")
+    items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a local file")
     items.add_argument("--out", type=path("--out"), default=HELLASWAG_DIR, metavar="DIR")
     items.add_argument(
-        "--from", type=path("--from"), dest="source", metavar="FILE", help="take this file, download nothing"
+        "--from", type=path("--from"), dest="source", metavar="FILE", help="use this file instead of downloading"
     )
 
 
@@ -85,27 +90,27 @@ def run(options: argparse.Namespace) -> int:
     elif options.kind == "hellaswag":
         prepare_hellaswag(options.out, options.source)
     elif options.kind == "text":
-        _say(_prepare_text(options))
+        _report(_prepare_text(options))
     elif options.kind == "pretokenized":
         repository = hub_datasets.TOKENS.get(options.name, Repository(options.name))
-        _say(fetch_shards(repository, _out(options, options.name), options.tokens))
+        _report(fetch_shards(repository, _out(options, options.name), options.tokens))
     else:
-        _say(_prepare_from_hub(options))
+        _report(_prepare_from_hub(options))
     return exit_report.DONE
 
 
 def separator(text: str) -> str:
-    """Anything but nothing, as a type for argparse."""
+    """Parse a text that is not empty, as a type for argparse."""
     if not text:
         raise ValueError(text)
     return text
 
 
 def _workers(text: str) -> int:
-    """A number of processes, as a type for argparse."""
-    number, most = positive(text), max(64, 8 * usable_cores())
-    if number > most:
-        raise argparse.ArgumentTypeError(f"{number} processes on {usable_cores()} cores: at most {most}")
+    """Parse a number of processes, as a type for argparse."""
+    number, limit = positive(text), max(64, 8 * usable_cores())
+    if number > limit:
+        raise argparse.ArgumentTypeError(f"{number} processes on {usable_cores()} cores: at most {limit}")
     return number
 
 
@@ -115,14 +120,14 @@ def _prepare_text(options: argparse.Namespace) -> Dataset:
     )
     if options.out is None and _EARLIER.is_dir():
         log.warning(
-            f"{_EARLIER} was begun by an earlier version: remove it, or continue with --out {_EARLIER.with_suffix('')}"
+            f"{_EARLIER} is from an earlier version: remove it, or continue with --out {_EARLIER.with_suffix('')}"
         )
     out = _out(options, _name_for(options.files))
     return prepare(source, out, Recipe(tokens=options.tokens), workers=options.workers)
 
 
 def _name_for(files: list[Path]) -> str:
-    """The name of a dataset, by the first of the files that it is made of."""
+    """Return the default name of a dataset, from the first of its files."""
     first = files[0].resolve() if files[0].name in ("", "..") else files[0]
     name = re.sub(r"\s+", "-", first.name if files[0].is_dir() else formats.stem_of(first.name)).strip(".-")
     name = name.removesuffix(UNFINISHED) or "text"
@@ -157,37 +162,41 @@ def _out(options: argparse.Namespace, name: str) -> Path:
 
 
 def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> None:
-    """Make the sample unless it is there already."""
+    """Prepare the sample dataset unless it exists."""
     if is_prepared(out):
-        _say(open_dataset(out))
+        _report(open_dataset(out))
     else:
-        _say(prepare(python_source(), out.absolute(), workers=workers))
+        _report(prepare(python_source(), out.absolute(), workers=workers))
 
 
 def prepare_hellaswag(out: Path, source: Path | None) -> None:
-    """Put the validation file into ``out`` unless it is there already."""
+    """Write the validation file into ``out`` unless it exists.
+
+    Args:
+        source: a local file to copy; None: download.
+    """
     path = out / hellaswag.FILE
     if source is not None:
         hellaswag.copy(source, path)
     elif not hellaswag.is_original(path):
         hellaswag.fetch(path, hellaswag.URL, hellaswag.SHA256)
     items = sum(1 for _ in hellaswag.read_questions(path))
-    kind = "the original file" if hellaswag.is_original(path) else "not the original file byte for byte"
+    kind = "the original file" if hellaswag.is_original(path) else "not identical to the original file"
     print(f"{items:,} items in {path}: {kind}")
 
 
-def _say(dataset: Dataset) -> None:
+def _report(dataset: Dataset) -> None:
     print(
         f"data in {dataset.dir}: {dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens"
         f" from {dataset.source}"
     )
     if skipped := dataset.counts.get("unreadable"):
-        print(f"skipped: {skipped:,} documents that are damaged or have no text")
+        print(f"skipped {skipped:,} documents that are damaged or have no text")
     if replaced := dataset.counts.get("replacement"):
         print(
-            f"{replaced:,} characters of the text are U+FFFD: invalid bytes that were replaced, or as they stood there"
+            f"{replaced:,} characters of the text are U+FFFD, which replaces invalid bytes or was already in the text"
         )
     if control := dataset.counts.get("control"):
         print(f"{control:,} characters of the text are control characters, such as NUL")
     if marks := dataset.counts.get("endoftext"):
-        print(f"{SEPARATOR} stands in the text {marks:,} times and is read as ordinary characters: see --separator")
+        print(f"the text contains {SEPARATOR} {marks:,} times, tokenized as ordinary characters: see --separator")

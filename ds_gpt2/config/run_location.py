@@ -78,6 +78,18 @@ def load(config: Path, overrides: Mapping[str, str] | None = None) -> Settings:
     return load_settings(config, overrides)
 
 
+def event_directory(run_dir: Path) -> Path:
+    """Return the directory of the TensorBoard event files of the run in ``run_dir``; it may not exist yet."""
+    default = run_dir / "tensorboard"
+    try:
+        configured = load_run_settings(run_dir).tensorboard_dir
+    except UserError:  # settings of another version, or damaged: still show the curves
+        return default
+    return (
+        default if default.is_dir() and not configured.is_dir() else configured
+    )  # a move may leave monitor.dir behind
+
+
 def absolute_run_dir(run_dir: Path) -> Path:
     """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name."""
     path = Path(os.path.abspath(run_dir))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import write_checkpoint
 
 from ds_gpt2.checkpoint import catalog, manifest
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.manifest import encode
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.common.errors import UserError
-from tests.commands.test_checkpoints import write_checkpoint
 
 FLIPS = 10_000
 

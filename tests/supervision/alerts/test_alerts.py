@@ -498,11 +498,11 @@ def test_a_test_message_goes_every_way_and_says_which_worked(
     config = run_dir.parent / "own.yaml"
     config.write_text(CONFIG.replace("RUNS", str(run_dir.parent)), encoding="utf-8")
     assert command(config, "--test") == exit_report.DONE
-    assert capsys.readouterr().out == f"address 1 of {ADDRESSES}: taken\n"
+    assert capsys.readouterr().out == f"address 1 of {ADDRESSES}: delivered\n"
     assert service.titles == ["mine: test"] and list(run_dir.iterdir()) == []
     assert command(config, "alerts.command='exit 7'", "--test") == exit_report.CRASHED
-    first = "the command: NOT taken: exit status 7\n"
-    assert capsys.readouterr().out == f"{first}address 1 of {ADDRESSES}: taken\n"
+    first = "the command: NOT delivered: exit status 7\n"
+    assert capsys.readouterr().out == f"{first}address 1 of {ADDRESSES}: delivered\n"
     assert command(config, "--list", "--json") == exit_report.DONE
     assert json.loads(capsys.readouterr().out) == [{"way": f"address 1 of {ADDRESSES}", "kind": "JSON"}]
     service.status = 401
@@ -513,7 +513,7 @@ def test_a_test_message_goes_every_way_and_says_which_worked(
 
 def test_the_verb_says_where_addresses_belong_and_which_run_is_not_there(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(CONFIG.replace("RUNS", str(run_dir.parent)), encoding="utf-8")
-    with pytest.raises(UserError, match=r"alerts have nowhere to go: .*alert_urls or DS_GPT2_ALERT_URLS"):
+    with pytest.raises(UserError, match=r"no alert channel is configured: .*alert_urls or DS_GPT2_ALERT_URLS"):
         command(run_dir, "--list")
     with pytest.raises(UserError, match="no run nowhere: known in "):
         command("nowhere", "--test")

@@ -149,7 +149,7 @@ def test_every_scene_has_its_place_in_the_plan() -> None:
 
 def test_an_unknown_scene_is_a_mistake(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     options = parse(str(write_config(tmp_path)), "--only", "nan,meteor", "--num_gpus", "2")
-    with pytest.raises(UserError, match="--only meteor: no such scene; there are read_error, exception"):
+    with pytest.raises(UserError, match="--only meteor: no such scene; known are read_error, exception"):
         drill.run(options)
 
 

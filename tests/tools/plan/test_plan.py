@@ -192,10 +192,10 @@ def test_a_run_that_does_not_fit_is_said_with_the_mend(config: Path) -> None:
     ("words", "line"),
     [
         (["--tflops", "300"], "error: for other GPUs give both --tflops and --gpu-memory-gb"),
-        (["--watts", "-3"], "error: --watts -3: give a number above 0"),
+        (["--watts", "-3"], "error: --watts -3: must be a number above 0"),
         (["--steps", "3"], "error: --steps 3: give 10 at least"),
         (["batch.micro_batch=3"], "error: "),
-        (["--disk-free-gb", "0"], "error: --disk-free-gb 0: give a number above 0"),
+        (["--disk-free-gb", "0"], "error: --disk-free-gb 0: must be a number above 0"),
     ],
 )
 def test_a_mistake_is_one_line(config: Path, words: list[str], line: str) -> None:
