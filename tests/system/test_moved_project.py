@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from file_tree import tree
 from launched import PROJECT, Launched, end_session, run, start
 from small_run import SEQUENCE
-
-from tests.training.test_preflight import tree
 
 
 def command(project: Path, *words: str, cwd: Path | None = None) -> Launched:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from file_tree import tree
 from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
 from launched import Launched
 
@@ -21,14 +22,6 @@ from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import supervisor
 from ds_gpt2.training.preflight import CheckpointsGoneError, check_start, what_to_resume
-
-
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file below ``folder``, and every directory."""
-    return {
-        str(path.relative_to(folder)): (0, 0) if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture
