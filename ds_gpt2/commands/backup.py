@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
         if copied == exit_report.DONE and options.to is None:
-            BackupNews(Journal(settings.run_dir)).works(f"a copy was made by hand in {backup.where()}")
+            BackupNews(Journal(settings.run_dir)).works(f"manual copy to {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)

@@ -177,7 +177,7 @@ def run_of(checkpoints: Path) -> Path | None:
     return next((run_dir for run_dir in started if _is_checkpoint_dir(checkpoints, run_dir)), None)
 
 
-def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
+def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that ``checkpoint`` was saved with, with the current paths of its run.
 
     Args:

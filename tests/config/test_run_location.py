@@ -139,7 +139,7 @@ def test_a_checkpoint_of_an_unreadable_run_is_usable(project: Path, monkeypatch:
     (settings.run_dir / "config.yaml").write_text("run: [")
     assert run_location.run_of(settings.checkpoint_dir) is None
     stored = {"run": {"name": "a"}, "data": {"dir": "data/ds"}, "model": {"init_from": "owner/name"}}
-    now = run_location.settings_now(settings.checkpoint_dir / "rolling_step_000010", stored)
+    now = run_location.current_settings(settings.checkpoint_dir / "rolling_step_000010", stored)
     assert now["data"]["dir"] == str(project / "data" / "ds")
     assert now["model"]["init_from"] == "owner/name"
     assert "dir" not in now["run"]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.run_location import settings_now
+from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES
@@ -187,7 +187,7 @@ def _find_model(name: str | None, tag: str | None) -> EvaluatedModel:
     found = find_checkpoint(name, tag)
     if found.manifest is None:
         raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
-    settings = settings_now(found.path, found.manifest.settings)
+    settings = current_settings(found.path, found.manifest.settings)
     return EvaluatedModel(str(found.path), shape_of(found.manifest).sequence_length, settings)
 
 

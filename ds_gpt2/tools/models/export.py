@@ -14,7 +14,7 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import tokens
-from ds_gpt2.config.run_location import settings_now
+from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.tokenizer import END_OF_TEXT
 from ds_gpt2.pretrained import huggingface, torch_file
 from ds_gpt2.pretrained.model_card import card
@@ -51,7 +51,7 @@ def export(generation: Generation, out: Path | None, kind: Format, force: bool, 
     """
     if generation.manifest is None:
         raise UserError(f"{generation.path} is damaged ({generation.problem}): choose another with --tag, see `list`")
-    settings = settings_now(generation.path, generation.manifest.settings)
+    settings = current_settings(generation.path, generation.manifest.settings)
     out = Path(os.path.abspath(out or _default_out(settings, generation.tag, kind)))
     _check_replaceable(out, force)
     needed = (2 if kind == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _OTHER_BYTES
@@ -118,7 +118,7 @@ def _write_directory(opened: OpenedModel, manifest: Manifest, directory: Path, k
 def _facts(opened: OpenedModel, manifest: Manifest) -> list[tuple[str, str]]:
     """Return the training facts of the model card: of the checkpoint, and the metrics up to its step."""
     state = manifest.state
-    run = settings_now(opened.path, manifest.settings).get("run", {})
+    run = current_settings(opened.path, manifest.settings).get("run", {})
     metrics = _last_values(Path(run["dir"]) / run["name"] / METRICS, manifest.step) if "dir" in run else {}
     facts = [
         ("data", Path(manifest.settings.get("data", {}).get("dir", "unknown")).name),
