@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         size = "full size" if plan.whole else "scaled down"
         ranks = counted(plan.place.ranks, "rank")
         print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.place.accelerator})")
-        print(f"to repeat it with the same faults: --seed {plan.seed}\n\n{head()}", flush=True)
+        print(f"to repeat it with the same moments and ranks: --seed {plan.seed}\n\n{head()}", flush=True)
     record, folder = rehearse(plan, _quiet if options.json else _show)
     if options.json:
         print(record.to_json(), end="")

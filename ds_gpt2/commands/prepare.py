@@ -181,7 +181,7 @@ def prepare_hellaswag(out: Path, source: Path | None) -> None:
     elif not hellaswag.is_original(path):
         hellaswag.fetch(path, hellaswag.URL, hellaswag.SHA256)
     items = sum(1 for _ in hellaswag.read_questions(path))
-    kind = "the original file" if hellaswag.is_original(path) else "not identical to the original file"
+    kind = "the original file" if hellaswag.is_original(path) else "not the original file byte for byte"
     print(f"{items:,} items in {path}: {kind}")
 
 
