@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 from pathlib import Path
@@ -60,6 +61,8 @@ def find_config(name: str) -> Path:
         with contextlib.suppress(OSError):  # a name that is too long
             if path.is_file():
                 return path
-    known = ", ".join(path.stem for path in sorted(shipped.glob("*.yaml")))
+    known = [path.stem for path in sorted(shipped.glob("*.yaml"))]
     problem = f"{name} is not a settings file" if os.path.exists(name) else f"config not found: {name}"
-    raise UserError(f"{problem}; give the path of a YAML file, or one of {known}")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(f"{problem}{hint}; give the path of a YAML file, or one of {', '.join(known)}")

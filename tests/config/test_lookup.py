@@ -54,7 +54,11 @@ def test_settings_files_are_found_by_name_and_path(project: Path) -> None:
 
 
 def test_an_unknown_settings_file_lists_the_shipped_ones(project: Path) -> None:
-    with pytest.raises(UserError, match=r"config not found: smal; give the path .*, or one of large, small$"):
+    with pytest.raises(
+        UserError, match=r"config not found: smal \(did you mean small\?\); give .*, or one of large, small$"
+    ):
         find_config("smal")
     with pytest.raises(UserError, match=r"runs is not a settings file; give the path"):
         find_config(str(project / "runs"))
+    with pytest.raises(UserError, match=r"config not found: 99; give the path"):
+        find_config("99")
