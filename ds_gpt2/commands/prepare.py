@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import re
-from pathlib import Path
 
 from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.common.host import usable_cores
-from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.data import hellaswag
-from ds_gpt2.data.dataset import UNFINISHED, Dataset, open_dataset
-from ds_gpt2.data.prepare import formats, hub_datasets
+from ds_gpt2.data.dataset import Dataset
+from ds_gpt2.data.prepare import datasets, hub_datasets
 from ds_gpt2.data.prepare.chunking import SEPARATOR
+from ds_gpt2.data.prepare.datasets import HELLASWAG_DIR, SAMPLE_DIR, Destination
 from ds_gpt2.data.prepare.documents import COLUMN
 from ds_gpt2.data.prepare.formats import FORMS
-from ds_gpt2.data.prepare.holdout import FirstTokens
-from ds_gpt2.data.prepare.hub import hub_source
 from ds_gpt2.data.prepare.hub_datasets import Repository
-from ds_gpt2.data.prepare.output import workplace
-from ds_gpt2.data.prepare.pipeline import Recipe, is_prepared, prepare
-from ds_gpt2.data.prepare.pretokenized import fetch_shards
-from ds_gpt2.data.prepare.sources import Reading, local_source, python_source
+from ds_gpt2.data.prepare.sources import Reading
 from ds_gpt2.run_dir import exit_report
-
-log = logging.getLogger(__name__)
-
-SAMPLE_DIR = PROJECT_DIR / "data" / "sample"
-HELLASWAG_DIR = PROJECT_DIR / "data" / "hellaswag"
-
-_EARLIER = PROJECT_DIR / "data" / f"text{UNFINISHED}"  # the output of `prepare text` in earlier versions
-_TAKEN = {"sample", "hellaswag", "fineweb", "fineweb-edu", "openwebtext", *hub_datasets.TOKENS}  # names of other kinds
-_HELD_OUT, _HELD_OUT_SHARE = 100_000_000, 0.02  # of the hub's datasets: the smaller of a number of tokens and a share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,18 +67,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.kind == "sample":
-        prepare_sample(options.out, options.workers)
-    elif options.kind == "hellaswag":
-        prepare_hellaswag(options.out, options.source)
-    elif options.kind == "text":
-        _report(_prepare_text(options))
-    elif options.kind == "pretokenized":
-        repository = hub_datasets.TOKENS.get(options.name, Repository(options.name))
-        _report(fetch_shards(repository, _out(options, options.name), options.tokens))
+    if options.kind == "hellaswag":
+        prepared = datasets.prepare_hellaswag(options.out, options.source)
+        kind = "the original file" if prepared.is_original else "not the original file byte for byte"
+        print(f"{prepared.items:,} items in {prepared.path}: {kind}")
     else:
-        _report(_prepare_from_hub(options))
+        report(_prepare(options))
     return exit_report.DONE
+
+
+def _prepare(options: argparse.Namespace) -> Dataset:
+    if options.kind == "sample":
+        return datasets.prepare_sample(options.out, options.workers)
+    to = Destination(options.out, options.tokens, getattr(options, "workers", None))
+    if options.kind == "text":
+        reading = Reading(options.column, options.separator, options.encoding, options.format)
+        return datasets.prepare_text(options.files, reading, to)
+    if options.kind == "pretokenized":
+        return datasets.download_shards(options.name, to)
+    repository = _repository(options)
+    name = options.kind if options.kind != "hub" else repository.name
+    return datasets.prepare_from_hub(repository, name, getattr(options, "column", COLUMN), to)
 
 
 def separator(text: str) -> str:
@@ -114,38 +105,6 @@ def _workers(text: str) -> int:
     return number
 
 
-def _prepare_text(options: argparse.Namespace) -> Dataset:
-    source = local_source(
-        options.files, reading=Reading(options.column, options.separator, options.encoding, options.format)
-    )
-    if options.out is None and _EARLIER.is_dir():
-        log.warning(
-            f"{_EARLIER} is from an earlier version: remove it, or continue with --out {_EARLIER.with_suffix('')}"
-        )
-    out = _out(options, _name_for(options.files))
-    return prepare(source, out, Recipe(tokens=options.tokens), workers=options.workers)
-
-
-def _name_for(files: list[Path]) -> str:
-    """Return the default name of a dataset, from the first of its files."""
-    first = files[0].resolve() if files[0].name in ("", "..") else files[0]
-    name = re.sub(r"\s+", "-", first.name if files[0].is_dir() else formats.stem_of(first.name)).strip(".-")
-    name = name.removesuffix(UNFINISHED) or "text"
-    if len(files) > 1:
-        name += f"-and-{len(files) - 1}-more"
-    return f"{name}-text" if name in _TAKEN else name
-
-
-def _prepare_from_hub(options: argparse.Namespace) -> Dataset:
-    repository = _repository(options)
-    out = _out(options, options.kind if options.kind != "hub" else repository.name)
-    column = getattr(options, "column", COLUMN)
-    source = hub_source(repository, column, workplace(out) / "fetched")
-    expected = min(source.tokens, options.tokens or source.tokens)
-    held_out = FirstTokens(min(_HELD_OUT, max(1, round(_HELD_OUT_SHARE * expected))))
-    return prepare(source, out, Recipe(held_out, tokens=options.tokens), workers=options.workers)
-
-
 def _repository(options: argparse.Namespace) -> Repository:
     if options.kind == "fineweb-edu":
         return hub_datasets.fineweb_edu(options.sample)
@@ -156,36 +115,8 @@ def _repository(options: argparse.Namespace) -> Repository:
     return Repository(options.repository, options.path, options.revision)
 
 
-def _out(options: argparse.Namespace, name: str) -> Path:
-    out: Path = options.out or PROJECT_DIR / "data" / name.rsplit("/", 1)[-1]
-    return out.absolute()
-
-
-def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> None:
-    """Prepare the sample dataset unless it exists."""
-    if is_prepared(out):
-        _report(open_dataset(out))
-    else:
-        _report(prepare(python_source(), out.absolute(), workers=workers))
-
-
-def prepare_hellaswag(out: Path, source: Path | None) -> None:
-    """Write the validation file into ``out`` unless it exists.
-
-    Args:
-        source: a local file to copy; None: download.
-    """
-    path = out / hellaswag.FILE
-    if source is not None:
-        hellaswag.copy(source, path)
-    elif not hellaswag.is_original(path):
-        hellaswag.fetch(path, hellaswag.URL, hellaswag.SHA256)
-    items = sum(1 for _ in hellaswag.read_questions(path))
-    kind = "the original file" if hellaswag.is_original(path) else "not the original file byte for byte"
-    print(f"{items:,} items in {path}: {kind}")
-
-
-def _report(dataset: Dataset) -> None:
+def report(dataset: Dataset) -> None:
+    """Print the size of a dataset and notes on its text."""
     print(
         f"data in {dataset.dir}: {dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens"
         f" from {dataset.source}"

@@ -11,6 +11,7 @@ from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import start
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, load_settings, parse_overrides
+from ds_gpt2.data.prepare import datasets
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
 
@@ -25,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
     settings = load_settings(config, overrides)
     ranks = choose_ranks(settings, options.num_gpus).ranks
     overrides = {**_batch_for(settings, ranks), **overrides}
-    if settings.data.dir == prepare.SAMPLE_DIR:
-        prepare.prepare_sample()
+    if settings.data.dir == datasets.SAMPLE_DIR:
+        prepare.report(datasets.prepare_sample())
     code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
     if code in (exit_report.DONE, exit_report.STOPPED):
         name = settings.run.name if settings.run.dir == PROJECT_DIR / "runs" else settings.run_dir

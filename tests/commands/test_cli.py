@@ -14,10 +14,11 @@ import pytest
 from launched import PROJECT, Run, launch, run
 
 from ds_gpt2 import cli
-from ds_gpt2.commands import prepare, quickstart
+from ds_gpt2.commands import quickstart
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import known_keys, load_settings
 from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.prepare import datasets
 from ds_gpt2.run_dir import exit_report
 
 
@@ -36,7 +37,7 @@ def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "PROJECT_DIR", tmp_path)
+    monkeypatch.setattr(datasets, "PROJECT_DIR", tmp_path)
     for name in ("my corpus.txt", "essays/a.txt", "sample.txt", "x.jsonl.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("A line of text.\n" * 5000)
