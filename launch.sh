@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The one script a person types: makes the environment once, then hands over to ds_gpt2/__main__.py.
+# Create the virtual environment at the first call, then run ds_gpt2/__main__.py.
 #
-#   DS_GPT2_PYTHON=/path/to/python   use this interpreter as it is (a container's, conda's); nothing is installed
-#   pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured
+#   DS_GPT2_PYTHON=/path/to/python   use this interpreter (of a container or conda); nothing is installed
+#   pip's settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply
 if [ -z "${BASH_VERSION:-}" ]; then # started by another shell, as in `sh launch.sh`
   if command -v bash >/dev/null 2>&1; then exec bash "$0" "$@"; fi
   echo 'error: this script needs bash: install it (Debian: apt install bash)' >&2
   exit 2
 fi
 set -euo pipefail
-for descriptor in 0 1 2; do # closed ones would be given to the next file that is opened
+for descriptor in 0 1 2; do # open closed ones: the next opened file would get their numbers
   if ! { true <&$descriptor || true >&$descriptor; } 2>/dev/null; then
     eval "exec $descriptor<>/dev/null"
   fi
@@ -29,14 +29,14 @@ fail() {
   exit 2
 }
 
-fits() {
+is_supported() {
   "$1" -I -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
 find_python() {
   local name
   for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if fits "$name"; then
+    if is_supported "$name"; then
       command -v "$name"
       return
     fi
@@ -44,17 +44,17 @@ find_python() {
   fail 'no Python 3.10 to 3.13 with the venv module found: install one (Debian: apt install python3 python3-venv)'
 }
 
-# Changes whenever what has to be installed does.
-wanted() {
+# Print a checksum of the requirements.
+requirements() {
   cat "$project/pyproject.toml" "$constraints" | cksum
 }
 
-# A moved or copied project brings its environment along, whose scripts still name the directory it was made in.
+# Adapt the environment of a moved or copied project: its scripts contain the directory that it was created in.
 relocate() {
   local made_in
   made_in=$(cat "$venv/.made-in" 2>/dev/null) || return 0
   if [ "$made_in" = "$project" ] || [ -L "$venv" ] || [ "$made_in/.venv" -ef "$venv" ]; then
-    return 0 # it has not moved, or it is another project's
+    return 0 # not moved, or the environment of another project
   fi
   "$venv/bin/python" -I - "$made_in" "$project" "$venv" <<'PYTHON' || return 0
 import os, pathlib, shutil, sys
@@ -76,14 +76,14 @@ PYTHON
 installed() {
   local stamp
   for stamp in "$@"; do
-    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed-$stamp" 2>/dev/null)" = "$(wanted)" ]; then
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed-$stamp" 2>/dev/null)" = "$(requirements)" ]; then
       return 0
     fi
   done
   return 1
 }
 
-# install EXTRAS STAMP...: what carries any of the stamps has what is needed; the first is set.
+# install EXTRAS STAMP...: do nothing if any of the stamps is current; otherwise install and write the first stamp.
 install() {
   local extras=$1 python
   shift
@@ -95,21 +95,21 @@ install() {
     exec 9>"$project/.install.lock"
     flock 9
   fi
-  if ! installed "$@"; then # another shell may have done it meanwhile
-    if ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then # none, or one that was cut short
+  if ! installed "$@"; then # another shell may have installed it meanwhile
+    if ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then # missing, or incomplete
       python=$(find_python) || exit 2
       rm -rf "$venv"
-      echo "making $venv with $("$python" --version) ..."
-      "$python" -I -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot make a virtual environment (Debian: apt install python3-venv)"; }
+      echo "creating $venv with $("$python" --version) ..."
+      "$python" -I -m venv "$venv" || { rm -rf "$venv"; fail "$python cannot create a virtual environment (Debian: apt install python3-venv)"; }
     fi
-    echo "installing PyTorch, DeepSpeed and what they need (once; minutes) ..."
+    echo "installing PyTorch, DeepSpeed and their dependencies (once; takes minutes) ..."
     local quiet=--quiet
-    [ -t 1 ] && quiet=--progress-bar=on # a person sees the gigabytes go by
+    [ -t 1 ] && quiet=--progress-bar=on # show the download on a terminal
     DS_BUILD_OPS=0 "$venv/bin/python" -I -m pip install "$quiet" --disable-pip-version-check \
       --constraint "$constraints" --editable "$project$extras" ||
-      fail 'the installation failed: see the lines above (no network, or a full disk?), then run the same command again'
+      fail 'the installation failed, see the lines above (no network, or a full disk?); then run the same command again'
     echo "$project" >"$venv/.made-in"
-    wanted >"$venv/.installed-$1"
+    requirements >"$venv/.installed-$1"
   fi
   if command -v flock >/dev/null; then
     exec 9>&-
@@ -121,15 +121,15 @@ if [ -n "${DS_GPT2_PYTHON:-}" ]; then
   python=$DS_GPT2_PYTHON
   found=$("$python" -c '
 import sys
-sys.path = [path for path in sys.path if path]  # the working directory is not searched
+sys.path = [path for path in sys.path if path]  # do not search the working directory
 from importlib.util import find_spec
 assert sys.version_info >= (3, 10)
-lacking = [name for name in ("torch", "deepspeed", "pydantic", "psutil") if find_spec(name) is None]
-print("lacks", ", ".join(lacking) if lacking else "nothing")' 2>/dev/null) || found=
+missing = [name for name in ("torch", "deepspeed", "pydantic", "psutil") if find_spec(name) is None]
+print("lacks", ", ".join(missing) if missing else "nothing")' 2>/dev/null) || found=
   case $found in
     'lacks nothing') ;;
     lacks*) fail "DS_GPT2_PYTHON=$python $found: $python -m pip install --editable '$project', or unset it" ;;
-    *) fail "DS_GPT2_PYTHON=$python is not an interpreter of Python 3.10 or newer: set it to one, or unset it" ;;
+    *) fail "DS_GPT2_PYTHON=$python is not Python 3.10 or newer: set it to such an interpreter, or unset it" ;;
   esac
 else
   case "$verb ${2:-}" in
@@ -145,5 +145,5 @@ if [ "$verb" = test ]; then
   cd "$project"
   exec "$python" -m pytest "$@"
 fi
-# By its path, not with -m: a folder called ds_gpt2 in the working directory would be taken for the package.
+# By path, not with -m: a directory named ds_gpt2 in the working directory would be imported instead of the package.
 exec "$python" "$project/ds_gpt2/__main__.py" "$@"

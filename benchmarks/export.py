@@ -28,7 +28,8 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
-from ds_gpt2.config.settings import PRESETS, PROJECT_DIR
+from ds_gpt2.config.sections import PRESETS
+from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.distributed import device
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2

@@ -24,7 +24,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
-from ds_gpt2.config.settings import PRESETS
+from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.evaluation.sampling import Sampling, choose, encode_prompt, next_tokens
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape

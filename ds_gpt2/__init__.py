@@ -1,3 +1,3 @@
-"""Pre-train GPT-2 under a DeepSpeed ZeRO-2 engine, for days, unattended."""
+"""Pre-train GPT-2 with DeepSpeed ZeRO-2, unattended, for days."""
 
 __version__ = "0.1.0"

@@ -1,13 +1,13 @@
-"""``python -m ds_gpt2``, or this file by its path, as launch.sh does."""
+"""Entry point of ``python -m ds_gpt2``, and of launch.sh, which runs this file by its path."""
 
 import signal
 import sys
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command runs, Ctrl+C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C during the imports exits without a traceback
 
-if not __package__:  # by its path
+if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from ds_gpt2.common.own_modules import ignore_working_directory
 
@@ -15,5 +15,5 @@ if not __package__:  # by its path
 
 from ds_gpt2.cli import main
 
-if __name__ == "__main__":  # and not where a worker process of ``prepare`` imports it again
+if __name__ == "__main__":  # not when a worker process of ``prepare`` imports it
     sys.exit(main())

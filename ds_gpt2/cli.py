@@ -1,4 +1,4 @@
-"""``./launch.sh VERB``, that is ``python -m ds_gpt2 VERB``."""
+"""The command line: ``./launch.sh VERB``, which is ``python -m ds_gpt2 VERB``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ds_gpt2.run_dir import exit_report
 
 @dataclass(frozen=True)
 class _Verb:
-    """What a verb does. No module but the one asked for is imported: ``status`` is not to wait for ``report``."""
+    """A verb and its module, which is imported only if the verb is used, so that fast commands start fast."""
 
     summary: str
     module: str  # in ds_gpt2.commands
-    run: str = "run"  # the function that does it: options -> exit code
+    run: str = "run"  # the function that runs it: options -> exit code
     add_arguments: str = "add_arguments"
 
     def function(self, name: str) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ _VERBS = {
         "verify the checksums of checkpoints or of a dataset", "checkpoints", "verify", "add_verify_arguments"
     ),
     "prune": _Verb(
-        "delete the checkpoints that the settings do not keep", "checkpoints", "prune", "add_prune_arguments"
+        "delete the checkpoints that no retention policy keeps", "checkpoints", "prune", "add_prune_arguments"
     ),
     "backup": _Verb("copy a checkpoint to another storage and verify the copy", "backup"),
     "export": _Verb("export a run's model for transformers or plain PyTorch", "export"),
@@ -58,11 +58,11 @@ _VERBS = {
     "tensorboard": _Verb("start TensorBoard for runs, also over ssh", "tensorboard"),
 }
 
-_TRAINING = frozenset({"quickstart", "train", "resume"})  # what they print may be lost, they go on
+_TRAINING = frozenset({"quickstart", "train", "resume"})  # continue if their output cannot be written
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb; return the exit code."""
     terminal.make_safe()
     arguments = sys.argv[1:] if arguments is None else arguments
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -72,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb in _TRAINING:
             terminal.ignore_write_errors()
         if options.verb == "test":
-            raise UserError("the tests are started by ./launch.sh test, or by pytest")
+            raise UserError("run the tests with ./launch.sh test, or with pytest")
         verb = _VERBS[options.verb]
         code = int(verb.function(verb.run)(options))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has seen enough, as ``head`` has; what Python still holds has nowhere to go
+    except BrokenPipeError:  # the reader, such as ``head``, has closed the pipe; discard buffered output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_report.CRASHED
     except OSError as error:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             terminal.ignore_write_errors()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
             return exit_report.CRASHED
-        print(f"error: {terminal.one_line(_described(error))}", file=sys.stderr)
+        print(f"error: {terminal.one_line(_describe(error))}", file=sys.stderr)
         return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
@@ -101,36 +101,38 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_report.CRASHED
 
 
-def _described(error: OSError) -> str:
+def _describe(error: OSError) -> str:
+    """Return the file and the reason of an error."""
     where = f"{error.filename}: " if error.filename is not None else ""
     return f"{where}{error.strerror or error}"
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """argparse gives up on positional words behind an option; settings may stand anywhere."""
-    parser = _parser(asked_for=next((word for word in arguments if word in _VERBS), None))
+    """Parse the arguments; settings may come after options, which argparse does not support."""
+    parser = _parser(next((word for word in arguments if word in _VERBS), None))
     options, rest = parser.parse_known_args(arguments)
     if not hasattr(options, "settings") or any(word.startswith("-") for word in rest):
-        parser.parse_args(arguments)  # says what it does not know, and ends
+        parser.parse_args(arguments)  # reports the unknown arguments and raises
     else:
         options.settings += rest
     return options
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are one line; ``--help`` shows the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def _parser(asked_for: str | None) -> argparse.ArgumentParser:
+def _parser(requested: str | None) -> argparse.ArgumentParser:
+    """Return the parser of all verbs; only the requested verb has its arguments."""
     parser = _Parser(prog="./launch.sh", description="Pre-train GPT-2 with DeepSpeed ZeRO-2.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in _VERBS.items():
-        words = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
-        if name == asked_for:
-            verb.function(verb.add_arguments)(words)
-    verbs.add_parser("test", help="install what the tests need and run them")
+        subparser = verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        if name == requested:
+            verb.function(verb.add_arguments)(subparser)
+    verbs.add_parser("test", help="install the test dependencies and run the tests")
     return parser

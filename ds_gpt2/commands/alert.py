@@ -8,11 +8,10 @@ import socket
 import time
 from pathlib import Path
 
-from ds_gpt2.commands.runs import find_run
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import clock
 from ds_gpt2.config import run_location
+from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Channel, channels_of, check, deliver

@@ -12,7 +12,7 @@ from ds_gpt2.common.paths import expanded
 
 
 def positive(text: str) -> int:
-    """A whole number above zero, as a type for argparse."""
+    """Parse an integer above zero, as a type for argparse."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -20,25 +20,26 @@ def positive(text: str) -> int:
 
 
 def path(argument: str) -> Callable[[str], Path]:
-    """Return a type for argparse: a path, with ``~`` and ``$VARIABLE`` expanded as in settings.
+    """Return a type for argparse that parses a path and expands ``~`` and ``$VARIABLE`` as in settings.
 
     Args:
-        argument: its name, for the error.
+        argument: its name, for errors.
     """
     return lambda text: Path(path_text(argument)(text))
 
 
 def path_text(argument: str) -> Callable[[str], str]:
-    """Return a type for argparse as ``path`` does, for words that may also be a name or a URL; it returns text."""
+    """Return a type for argparse like ``path`` for arguments that may also be a name or a URL; it returns text."""
 
     def convert(text: str) -> str:
-        """
+        """Expand the path.
+
         Raises:
-            UserError: nothing, a variable that is not set, or an unknown user.
+            UserError: an empty text, a variable that is not set, or an unknown user.
         """
         if not text or "\0" in text:
             raise UserError(f"{argument} is an empty path: give a path")
-        if "://" in text or ("$" in text and os.path.lexists(text)):  # a file whose name has a dollar sign
+        if "://" in text or ("$" in text and os.path.lexists(text)):  # an existing file with a dollar sign in its name
             return text
         return expanded(argument, text)
 
@@ -46,6 +47,8 @@ def path_text(argument: str) -> Callable[[str], str]:
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every verb that starts ranks takes."""
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over the file's")
-    parser.add_argument("--num_gpus", type=positive, metavar="N", help="ranks (default: every GPU, or 4 on the CPU)")
+    """Add the arguments of every verb that starts ranks."""
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the file")
+    parser.add_argument(
+        "--num_gpus", type=positive, metavar="N", help="number of ranks (default: every GPU, or 4 on the CPU)"
+    )

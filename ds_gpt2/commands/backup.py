@@ -1,4 +1,4 @@
-"""``backup``: a verified copy of a checkpoint in another place, now; what is there already; or one brought back."""
+"""``backup``: copy a checkpoint to a backup storage and verify it, list the copies, or fetch a copy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.commands.arguments import path_text
-from ds_gpt2.commands.runs import find_run
 from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError, is_wrong_path
+from ds_gpt2.common.formatting import table
+from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_report
@@ -32,22 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         type=path_text("--to"),
-        metavar="PLACE",
+        metavar="STORAGE",
         help="a directory or a URL (default: the run's checkpoint.backup.to)",
     )
     parser.add_argument(
-        "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good one)"
+        "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good checkpoint)"
     )
-    parser.add_argument("--fetch", metavar="TAG", help="bring the copy TAG back among the run's checkpoints")
-    parser.add_argument("--list", action="store_true", help="show the copies that are there, copy nothing")
+    parser.add_argument("--fetch", metavar="TAG", help="fetch the copy TAG into the run's checkpoints")
+    parser.add_argument("--list", action="store_true", help="list the existing copies, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     settings = load_run_settings(find_run(options.run))
     check_outputs(settings)
-    place = _place(settings, options.to)
-    backup = Backup(place, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
+    storage = _storage(settings, options.to)
+    backup = Backup(storage, settings.run.name, settings.checkpoint.backup, run_dir=settings.run_dir)
     try:
         backup.check_exists()
         if options.list:
@@ -57,24 +58,28 @@ def run(options: argparse.Namespace) -> int:
             backup.check_named(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
-        copied = _copy(backup, _wanted(settings.checkpoint_dir, options.tag), options.json)
+        copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
         if copied == exit_report.DONE and options.to is None:
-            BackupReporter(Journal(settings.run_dir)).recovered(f"a copy was made by hand in {backup.where()}")
+            BackupReporter(Journal(settings.run_dir)).recovered(f"manual copy to {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {reason_of(error)}", file=sys.stderr)
         return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
 
 
-def _place(settings: Settings, given: str | None) -> str:
-    place = given or settings.checkpoint.backup.to
-    if place is None:
-        raise UserError("where to? give --to PLACE (a directory, or a URL such as s3://bucket/folder)")
-    return place
+def _storage(settings: Settings, requested: str | None) -> str:
+    storage = requested or settings.checkpoint.backup.to
+    if storage is None:
+        raise UserError("no backup storage: give --to STORAGE (a directory, or a URL such as s3://bucket/folder)")
+    return storage
 
 
-def _wanted(directory: Path, tag: str) -> list[Generation]:
-    """The checkpoints to try, the best first."""
+def _candidates(directory: Path, tag: str) -> list[Generation]:
+    """Return the checkpoints to try to copy, in order.
+
+    Raises:
+        UserError: there is none, or ``tag`` is a checkpoint in another directory.
+    """
     found = candidates(directory, tag)
     if not found:
         raise UserError(f"nothing to copy: {directory} has no checkpoint")
@@ -92,22 +97,22 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
             with _bar(tag, size) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
-            print(f"error: {tag} is not fetched: {error}", file=sys.stderr)
+            print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
             return exit_report.CRASHED
     if as_json:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
-        print(f"{fetched.path} is there, step {fetched.step:,}, every file verified")
-        print(f"go on from it with `./launch.sh resume {settings.run.name} --from {tag}`")
+        print(f"fetched {fetched.path}, step {fetched.step:,}, every file verified")
+        print(f"resume from it with `./launch.sh resume {settings.run.name} --from {tag}`")
     return exit_report.DONE
 
 
-def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
-    for generation in wanted:
+def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
+    for generation in found:
         try:
             sent = _copy_with_bar(backup, generation)
         except DamagedError as error:
-            print(f"checkpoint {generation.path} is not copied: {error}", file=sys.stderr)
+            print(f"checkpoint {generation.path} was not copied: {error}", file=sys.stderr)
             continue
         _report(backup, generation, sent, as_json)
         return exit_report.DONE
@@ -118,7 +123,7 @@ def _copy(backup: Backup, wanted: list[Generation], as_json: bool) -> int:
 def _copy_with_bar(backup: Backup, generation: Generation) -> int:
     size = generation.manifest.bytes if generation.manifest else 0
     with _bar(generation.tag, 2 * size) as bar:
-        return backup.copy(generation, bar.update)  # sent, and read back
+        return backup.copy(generation, bar.update)  # each byte is sent and read back
 
 
 def _bar(tag: str, size: int | None) -> tqdm[NoReturn]:
@@ -131,7 +136,7 @@ def _report(backup: Backup, generation: Generation, sent: int, as_json: bool) ->
     if as_json:
         print(json.dumps({"tag": generation.tag, "place": where, "bytes": size, "sent": sent, "verified": True}))
         return
-    how = f"{sent:,} bytes sent" if sent else "was there already"
+    how = f"{sent:,} bytes sent" if sent else "already present"
     print(f"{generation.tag} is in {where}: {size:,} bytes, {how}, every file read back and verified")
 
 
@@ -145,7 +150,8 @@ def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
     elif not rows:
         print(f"no copies in {backup.where()}")
     else:
-        print(f"copies in {backup.where()}, the newest first:")
-        for row in rows:
-            print(f"  {row['tag']:<24} step {row['step']:>8,}  {row['bytes']:>16,} bytes  {row['created']}")
+        print(f"copies in {backup.where()}, newest first:")
+        head = ["tag", "step", "bytes", "created"]
+        cells = [[str(row["tag"]), f"{row['step']:,}", f"{row['bytes']:,}", str(row["created"])] for row in rows]
+        print(table([head, *cells], indent="  "))
     return exit_report.DONE

@@ -1,4 +1,4 @@
-"""``diff``: what two runs were set to, and what became of them."""
+"""``diff``: compare the settings, losses and final metrics of two runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import asdict
 from typing import Any
 
 from ds_gpt2.commands.report import load
-from ds_gpt2.commands.runs import find_run
 from ds_gpt2.common.formatting import table, tokens
+from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.report.diff import Pair, final_metrics, losses_at_equal_tokens, settings_that_differ
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
-_WIDEST = 40  # characters of a setting's value
+_MAX_WIDTH = 40  # characters of a setting's value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="RUN_A", help="a run's name or directory")
-    parser.add_argument("b", metavar="RUN_B", help="the one that is compared with it")
-    parser.add_argument("--json", action="store_true", help="for programs to read")
+    parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         rows = [[tokens(each.tokens), *_cells(each.training), *_cells(each.validation)] for each in losses]
         _print(f"losses at equal tokens (train: {RECENT_LABEL}; val: measured at that point)", head, rows)
     rows = [[_LABELS.get(name, name), *_cells(pair)] for name, pair in reached.items()]
-    _print("the newest", ["", *names, "difference"], rows)
+    _print("latest metrics", ["", *names, "difference"], rows)
     return exit_report.DONE
 
 
@@ -66,4 +66,4 @@ def _cells(pair: Pair) -> list[str]:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
+    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ds_gpt2.commands.arguments import add_start_arguments
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
+from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.launcher import choose_ranks
@@ -31,25 +31,25 @@ _FOUND = 9 + _NAME  # the column at which what was found begins
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     add_start_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help="only what takes no time: `train` looks at it by itself")
+    parser.add_argument("--quick", action="store_true", help="only the fast checks, which `train` also runs")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
-    wanted = [check for check in _checks(settings, options.num_gpus) if check.quick or not options.quick]
+    selected = [check for check in _checks(settings, options.num_gpus) if check.quick or not options.quick]
     if options.json:
-        found = [(check.group, row) for check in wanted for row in run_check(check)]
+        found = [(check.group, row) for check in selected for row in run_check(check)]
         print(json.dumps([{"group": group, **dataclasses.asdict(row)} for group, row in found]))
     else:
         print(f"checks of this machine for the run {settings.run.name}:")
-        found = list(_shown(wanted))
+        found = list(_shown(selected))
         print(f"\n{_summary([row for _, row in found])}")
     return exit_report.MISTAKE if any(row.status == "fail" for _, row in found) else exit_report.DONE
 
 
 def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
-    """Of a run that could not even choose its ranks, that is the first row, and no rank is started."""
+    """Return the checks of a run; if its ranks cannot be chosen, that is the first finding and no rank is started."""
     try:
         place = choose_ranks(settings, num_gpus)
     except UserError as error:
@@ -59,10 +59,10 @@ def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
     return checks(settings, place.accelerator, place.ranks)
 
 
-def _shown(wanted: list[Check]) -> Iterator[tuple[str, Finding]]:
-    """Rows as they are found, each printed under its group."""
+def _shown(selected: list[Check]) -> Iterator[tuple[str, Finding]]:
+    """Run the checks, print each finding under its group and yield it."""
     group, width = "", min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    for check in wanted:
+    for check in selected:
         if check.group != group:
             group = check.group
             print(f"\n{group}", flush=True)
@@ -75,7 +75,7 @@ def _shown(wanted: list[Check]) -> Iterator[tuple[str, Finding]]:
 
 
 def lines_of(row: Finding, width: int = WIDTH) -> list[str]:
-    """A row as it is printed: the fix below what was found, nothing wider than ``width`` columns."""
+    """Return the lines of a finding, followed by its fix, at most ``width`` columns wide."""
     head = f"  {_WORDS[row.status]:<5}{row.name:<{_NAME}}"
     head += "  " if len(head) < _FOUND else " "
     indent = " " * _FOUND
@@ -88,7 +88,7 @@ def _wrapped(text: str, first: str, others: str, width: int) -> list[str]:
 
 
 def _wait_line(text: str) -> None:
-    """What is being looked at, on a terminal, until its rows take the place."""
+    """Show on a terminal which check runs; the next line replaces it."""
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="", flush=True)
 
@@ -96,9 +96,9 @@ def _wait_line(text: str) -> None:
 def _summary(rows: list[Finding]) -> str:
     counts = Counter[str](row.status for row in rows)
     words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
-    told = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
+    found = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
     if counts["fail"]:
-        return f"{told}: not ready; fix what says FAIL, then run the doctor again"
+        return f"{found}: not ready; fix what says FAIL, then run the doctor again"
     if counts["warn"]:
-        return f"{told}: ready, as far as can be told; read the warnings"
-    return f"{told}: ready, as far as can be told"
+        return f"{found}: ready, as far as can be told; read the warnings"
+    return f"{found}: ready, as far as can be told"

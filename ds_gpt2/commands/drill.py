@@ -1,4 +1,4 @@
-"""``drill``: the rehearsal. Everything that may go wrong is done on purpose, to a run like yours, not to yours."""
+"""``drill``: inject faults into a scaled-down copy of a run and verify that it recovers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import secrets
 
 from ds_gpt2.commands.arguments import add_start_arguments
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_report
@@ -24,11 +24,15 @@ from ds_gpt2.tools.drill.record import SceneResult, header, lines_of, summary
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     add_start_arguments(parser)
-    parser.add_argument("--whole", action="store_true", help="the real model and batch (default: shrunk, for minutes)")
-    parser.add_argument("--only", metavar="NAMES", help=f"some scenes only: {', '.join(NAMES)}")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the random moments and victims (default: a new one)")
+    parser.add_argument(
+        "--whole", action="store_true", help="use the full model and batch (default: scaled down, takes minutes)"
+    )
+    parser.add_argument("--only", metavar="NAMES", help=f"only these scenes, separated by commas: {', '.join(NAMES)}")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the random times and ranks of faults (default: random)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints that the drill has made")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints of the drill")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from ds_gpt2.tools.drill.drill import run_drill  # imported late: DeepSpeed selects its accelerator at import
 
     if not options.json:
-        size = "whole" if plan.whole else "shrunk"
+        size = "full size" if plan.whole else "scaled down"
         ranks = counted(plan.layout.ranks, "rank")
         print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.layout.accelerator})")
         print(f"to repeat it with the same moments and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
@@ -50,9 +54,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> DrillPlan:
-    """
+    """Return the plan of a drill.
+
     Raises:
-        UserError: the settings could not train, or there is no such scene.
+        UserError: the settings cannot train, or there is no such scene.
     """
     settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
     load_deepspeed_file(settings.deepspeed)
@@ -63,7 +68,7 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
         plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
     names = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"--only {','.join(unknown)}: no such scene; there are {', '.join(NAMES)}")
+        raise UserError(f"--only {','.join(unknown)}: no such scene; known are {', '.join(NAMES)}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     return DrillPlan(settings, place, names, options.whole, seed, options.keep)
 
@@ -73,4 +78,4 @@ def _show(row: SceneResult) -> None:
 
 
 def _quiet(row: SceneResult) -> None:
-    """The JSON at the end has it."""
+    """Print nothing: the JSON at the end contains the row."""

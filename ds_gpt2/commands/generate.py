@@ -1,4 +1,4 @@
-"""``generate``: text from a model, as it comes."""
+"""``generate``: generate text with a model and print it token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 
 from ds_gpt2.commands.arguments import positive
-from ds_gpt2.commands.models import open_model
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.tokenizer import END_OF_TEXT, gpt2
@@ -18,6 +17,7 @@ from ds_gpt2.evaluation.sampling import Sampling, derived_seed, stream
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained.load import as_model
 from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.models.open import open_model
 
 _RULE = "\n" + "-" * 8 + "\n"
 
@@ -31,25 +31,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tag", metavar="TAG", help="which checkpoint of a run (default: the newest)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default="", metavar="TEXT", help="what to go on from; - reads it (default: nothing)")
-    what.add_argument("--interactive", action="store_true", help="prompt after prompt, from the keyboard")
-    parser.add_argument("--tokens", type=positive, default=200, metavar="N", help="at most (default: 200)")
-    parser.add_argument("--samples", type=positive, default=1, metavar="N", help="continuations of each prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=None, metavar="K", help="of the K likeliest tokens only")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of those that have this share only")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="the same seed gives the same text")
+    what.add_argument(
+        "--prompt", default="", metavar="TEXT", help="the text to continue; - reads it from stdin (default: empty)"
+    )
+    what.add_argument("--interactive", action="store_true", help="read prompts from the keyboard, one after another")
+    parser.add_argument(
+        "--tokens", type=positive, default=200, metavar="N", help="maximum number of new tokens (default: 200)"
+    )
+    parser.add_argument(
+        "--samples", type=positive, default=1, metavar="N", help="number of continuations per prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the most probable token (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="sample from the K most probable tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most probable tokens with total probability P",
+    )
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="random seed; the same seed gives the same text (default: 0)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def run(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    place = device.choose(options.device)
+    chosen = device.choose(options.device)
     opened = open_model(options.model, options.tag)
-    print(one_line(f"{opened.title} on {place.type}"), file=sys.stderr)
+    print(one_line(f"{opened.title} on {chosen.type}"), file=sys.stderr)
     if opened.note is not None:
         print(opened.note, file=sys.stderr)
-    model = as_model(opened.shape, opened.weights).to(place)
+    model = as_model(opened.shape, opened.weights).to(chosen)
     for prompt in _prompts(options):
         for sample in range(options.samples):
             if sample:
@@ -62,12 +80,12 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
     if not options.interactive:
         yield sys.stdin.read() if options.prompt == "-" else options.prompt
         return
-    asks = sys.stdin.isatty()
-    if asks:
-        print("a prompt and Enter; an empty line or Ctrl+D ends it", file=sys.stderr)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("type a prompt and press Enter; an empty line or Ctrl+D exits", file=sys.stderr)
     while True:
         try:
-            prompt = input("\n> " if asks else "")
+            prompt = input("\n> " if is_terminal else "")
         except EOFError:
             return
         if not prompt:
@@ -76,7 +94,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) -> None:
-    """Write the prompt and what follows, each character as soon as it is whole; Ctrl+C ends this text only."""
+    """Print the prompt and its continuation, each character as soon as it is complete; Ctrl+C stops this text only."""
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     shown = printable_lines if sys.stdout.isatty() else str  # a model can generate any bytes
     sys.stdout.write(prompt)
@@ -87,7 +105,7 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
             sys.stdout.write(shown(characters.decode(gpt2().decode_single_token_bytes(token))))
             sys.stdout.flush()
     except FloatingPointError as error:
-        raise UserError(f"{error}: the weights are Inf or NaN somewhere, `verify --deep` says where") from None
+        raise UserError(f"{error}: some weights are Inf or NaN, `verify --deep` shows which") from None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -95,7 +113,8 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
 
 
 def _seed(text: str) -> int:
+    """Parse a seed, as a type for argparse."""
     number = int(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or larger")
     return number

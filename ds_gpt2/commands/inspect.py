@@ -1,4 +1,4 @@
-"""``inspect DATA``: how much there is, how long its documents are, what they look like; and ``verify DATA``."""
+"""``inspect DATA``: show the size, document lengths and examples of a dataset; and ``verify DATA``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ _EXAMPLE_TOKENS = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=path("DATA"), metavar="DATA", help="a directory of shards")
-    parser.add_argument("--examples", type=positive, default=3, metavar="N", help="of documents (default: 3)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of their choice (default: a new one)")
+    parser.add_argument(
+        "--examples", type=positive, default=3, metavar="N", help="number of example documents (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed that selects the examples (default: random)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,22 +43,22 @@ def run(options: argparse.Namespace) -> int:
             f" documents of {found.mean:,.0f} tokens (median {found.median:,.0f}, longest {found.longest:,})"
         )
     seed = random.randrange(10**6) if options.seed is None else options.seed
-    for file, place, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
-        print(f"\n{file}, token {place:,}:\n{printable_lines(text)}")
+    for file, position, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
+        print(f"\n{file}, token {position:,}:\n{printable_lines(text)}")
     return exit_report.DONE
 
 
 def is_data(name: str) -> bool:
-    """Whether this is a directory of shards, and not one of checkpoints."""
-    place = Path(name)
+    """Return whether this is a directory of shards, not of checkpoints."""
+    directory = Path(name)
     try:
-        return place.is_dir() and any(path.name == INDEX or is_shard(path.name) for path in place.iterdir())
+        return directory.is_dir() and any(path.name == INDEX or is_shard(path.name) for path in directory.iterdir())
     except OSError as error:
-        raise UserError(f"{place} cannot be read: {error.strerror}") from None
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
 
 
 def verify(directory: Path, as_json: bool) -> int:
-    """All shards read and compared; exit code 1 if any is not as it should be."""
+    """Read all shards and verify their checksums; return exit code 1 if any is damaged."""
     dataset = read_dataset(directory, bad_shards=True)
     with tqdm(total=len(dataset.shards), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
         reports = verify_shards(dataset, lambda report: bar.update())
@@ -75,10 +77,10 @@ def _show(dataset: Dataset, reports: list[ShardReport]) -> None:
         if report.problem:
             print(f"      {one_line(report.problem)}")
     if dataset.left_out:
-        print(f"not read, for testing by their names: {', '.join(dataset.left_out)}")
+        print(f"skipped, because their names mark them as test data: {', '.join(dataset.left_out)}")
     unknown = sum(shard.sha256 is None for shard in dataset.shards)
     if unknown:
-        print(f"{unknown} shards have no checksum to compare with: {dataset.dir} has no {INDEX}")
+        print(f"{unknown} shards have no recorded checksum: {dataset.dir} has no {INDEX}")
     good = [report for report in reports if not report.problem]
     print(f"{len(good)} of {len(reports)} shards are good, {tokens(sum(report.tokens for report in good))} tokens")
     if not reports:

@@ -1,4 +1,4 @@
-"""``notes``: write down what was seen or done, at the step the run is at."""
+"""``notes``: add a note to a run at its current step, or show the notes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import json
 import sys
 from pathlib import Path
 
-from ds_gpt2.commands.runs import find_run
-from ds_gpt2.commands.tensorboard import event_directory
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import read_small
 from ds_gpt2.common.terminal import printable, printable_lines
+from ds_gpt2.config.lookup import find_run
+from ds_gpt2.config.run_location import event_directory
 from ds_gpt2.run_dir import exit_report, notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's name or directory")
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="Markdown; - reads it from stdin; none: show the notes")
+    parser.add_argument(
+        "text", nargs="*", metavar="TEXT", help="the note, in Markdown; - reads it from stdin; none: show the notes"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         return _show(run_dir, options)
     text = printable(sys.stdin.read() if options.text == ["-"] else " ".join(options.text))
     if not text.strip():
-        raise UserError('the note is empty: give its text, as in `./launch.sh notes RUN "halved the learning rate"`')
+        raise UserError('the note is empty: give a text, as in `./launch.sh notes RUN "halved the learning rate"`')
     return _add(run_dir, notes.now(notes.newest_step(run_dir), text), options.json)
 
 
@@ -40,7 +42,7 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
         elif file.exists():
             print(printable_lines(read_small(file).decode(errors="replace").strip()))
         else:
-            print(f'no notes in {file} yet: write one with `./launch.sh notes {options.run} "what you saw"`')
+            print(f'no notes in {file} yet: add one with `./launch.sh notes {options.run} "TEXT"`')
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check its permissions and its disk") from None
     return exit_report.DONE
@@ -63,13 +65,13 @@ def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
 
 
 def _show_in_tensorboard(run_dir: Path) -> bool:
-    """Whether it did; the note is safe whatever happens here."""
+    """Write the notes to the event files; return whether it succeeded. A failure does not affect the note itself."""
     directory = event_directory(run_dir)
-    if not directory.is_dir():  # a run without TensorBoard, or one that has not written yet
+    if not directory.is_dir():  # no TensorBoard, or nothing written yet
         return False
     try:
         notes.show_in_tensorboard(notes.read_notes(run_dir), directory / notes.TAG)
     except Exception as error:
-        print(f"warning: the note is kept, but TensorBoard does not show it: {error}", file=sys.stderr)
+        print(f"warning: the note is saved, but TensorBoard does not show it: {error}", file=sys.stderr)
         return False
     return True

@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, before it is started: memory, time, disk, energy, measured by a few real steps."""
+"""``plan``: estimate memory, time, disk and energy of a run, from a trial of a few real steps."""
 
 from __future__ import annotations
 
@@ -10,44 +10,23 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.commands.arguments import add_start_arguments, positive
-from ds_gpt2.commands.checkpoint_table import freed_by
-from ds_gpt2.commands.train import find_config
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import counted, size
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
-from ds_gpt2.config.batch_plan import plan_batch
-from ds_gpt2.config.deepspeed_config import load_deepspeed_file
-from ds_gpt2.config.settings import Settings, parse_overrides
-from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.distributed import torch_compile
+from ds_gpt2.config.lookup import find_config
+from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
-from ds_gpt2.tools.plan import timing
-from ds_gpt2.tools.plan.fit import Option, calibrate, micro_batches, other_ranks
-from ds_gpt2.tools.plan.plan import Hardware, PlanRow, Section, Subject, Value
-from ds_gpt2.tools.plan.sections import (
-    batch_section,
-    cost_section,
-    disk_need,
-    disk_section,
-    memory_section,
-    problems_of,
-    time_section,
-)
+from ds_gpt2.tools.plan.estimate import Plan, make_plan, subject_of
+from ds_gpt2.tools.plan.plan import Hardware, Subject, Value
 from ds_gpt2.tools.plan.trial import LEAST_STEPS, Limits, Trial, TrialError, run_trial
 from ds_gpt2.tools.plan.trial_results import Traces
-from ds_gpt2.tools.resources import machine
-from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
 from ds_gpt2.tools.resources.prices import Prices
-from ds_gpt2.tools.resources.run_schedule import run_schedule_of
 
 WIDTH = 100  # columns
 
@@ -55,32 +34,30 @@ _BASIS, _LABEL = 10, 16  # columns
 _TEXT = 2 + _BASIS + 1 + _LABEL  # the column at which the text begins
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All there is to say."""
-
-    subject: Subject
-    sections: Sequence[Section]
-    options: Sequence[Option]
-    problems: Sequence[str]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     add_start_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help="arithmetic only: no step is run, nothing is measured")
+    parser.add_argument("--quick", action="store_true", help="arithmetic only, without a trial")
     parser.add_argument(
-        "--steps", type=positive, default=Limits().steps, metavar="N", help="of the trial (default: 16)"
+        "--steps", type=positive, default=Limits().steps, metavar="N", help="number of steps of the trial (default: 16)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=Limits().seconds, metavar="S", help="for the trial's steps (default: 120)"
+        "--seconds",
+        type=float,
+        default=Limits().seconds,
+        metavar="S",
+        help="time limit of the trial's steps (default: 120)",
     )
-    parser.add_argument("--tflops", type=float, metavar="T", help="for other GPUs than these: their bf16 peak, each")
-    parser.add_argument("--gpu-memory-gb", type=float, metavar="G", help="and their memory, each; nothing is run then")
-    parser.add_argument("--disk-free-gb", type=float, metavar="G", help="free space for the run (default: this disk's)")
-    parser.add_argument("--watts", type=float, metavar="W", help="what the machine draws (default: its GPUs)")
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="what energy costs")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="what the machine costs")
+    parser.add_argument("--tflops", type=float, metavar="T", help="plan for other GPUs: bf16 peak of each")
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="G", help="plan for other GPUs: memory of each; no trial is run"
+    )
+    parser.add_argument(
+        "--disk-free-gb", type=float, metavar="G", help="free disk space for the run (default: of this disk)"
+    )
+    parser.add_argument("--watts", type=float, metavar="W", help="power of the machine (default: of its GPUs)")
+    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of energy")
+    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -90,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
     disk_free = None if options.disk_free_gb is None else int(options.disk_free_gb * 1e9)
-    subject = _subject(settings, options.num_gpus, _hardware(options), disk_free)
+    subject = subject_of(settings, options.num_gpus, _hardware(options), disk_free)
     traces = None
     if not options.quick and subject.elsewhere is None and subject.no_data is None:
         try:
@@ -108,31 +85,10 @@ def run(options: argparse.Namespace) -> int:
     return exit_report.MISTAKE if plan.problems else exit_report.DONE
 
 
-def make_plan(subject: Subject, traces: Traces | None, prices: Prices, now: float) -> Plan:
-    """
-    Args:
-        now: seconds since 1970.
-    """
-    calibration = calibrate(subject, traces)
-    pace = timing.measured(traces) if traces is not None else None
-    if subject.elsewhere is not None:
-        pace = timing.estimated(subject, subject.elsewhere)
-    options = [*micro_batches(subject, calibration), *other_ranks(subject, calibration)]
-    sections = [
-        batch_section(subject),
-        memory_section(subject, traces, calibration),
-        _options_section(subject, options),
-        time_section(subject, pace, now),
-        disk_section(subject, traces, disk_need(subject, traces)),
-        cost_section(subject, pace, prices),
-    ]
-    return Plan(subject, sections, options, problems_of(subject, traces, calibration))
-
-
 def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
-    """The plan as it is printed, nothing wider than ``width`` columns."""
+    """Yield the lines of a plan, at most ``width`` columns wide."""
     subject = plan.subject
-    where = "the CPU" if subject.on_cpu else "GPUs that are not here" if subject.elsewhere else "GPUs"
+    where = "the CPU" if subject.on_cpu else "other GPUs" if subject.elsewhere else "GPUs"
     yield f"plan of {subject.settings.run.name}: {counted(subject.layout.ranks, 'rank')} on {where}"
     for section in plan.sections:
         yield f"\n{section.title}"
@@ -149,7 +105,7 @@ def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The same for a program: every figure under its name, with where it comes from."""
+    """Return a plan for JSON: every figure by name, with its basis."""
     subject = plan.subject
     figures = {
         name: {**_plain(value), "basis": row.basis}
@@ -175,9 +131,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("seconds", "tflops", "gpu_memory_gb", "disk_free_gb", "watts", "price_per_kwh", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
     if options.steps < LEAST_STEPS:
-        raise UserError(f"--steps {options.steps}: give {LEAST_STEPS} at least; --seconds ends a trial earlier")
+        raise UserError(
+            f"--steps {options.steps}: must be at least {LEAST_STEPS}; --seconds limits the time of a trial"
+        )
 
 
 def _hardware(options: argparse.Namespace) -> Hardware | None:
@@ -188,73 +146,16 @@ def _hardware(options: argparse.Namespace) -> Hardware | None:
     return Hardware(options.tflops * 1e12, int(options.gpu_memory_gb * 1e9))
 
 
-def _subject(
-    settings: Settings, num_gpus: int | None, hardware: Hardware | None, disk_free: int | None = None
-) -> Subject:
-    """
-    Args:
-        disk_free: bytes; None: as it is here.
-
-    Raises:
-        UserError: the settings could not train.
-    """
-    zero = read_zero(load_deepspeed_file(settings.deepspeed))
-    layout = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
-    batch = settings.batch
-    shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
-    windows, no_data = _windows(settings)
-    compiled = torch_compile.is_enabled(settings.run.compile, layout.accelerator)
-    own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
-    return Subject(
-        settings,
-        shared,
-        layout,
-        describe_model(settings.model, batch.sequence_length, compiled),
-        zero,
-        run_schedule_of(settings, shared.windows_per_step, windows),
-        disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
-        memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(layout),
-        elsewhere=hardware,
-        disk_given=disk_free is not None,
-        no_data=no_data,
-    )
-
-
-def _windows(settings: Settings) -> tuple[int | None, str | None]:
-    """The windows of an epoch; or None, and why: the data may still have to be prepared.
-
-    Raises:
-        UserError: it is there, but cannot be trained on.
-    """
-    if not settings.data.dir.is_dir() or not any(settings.data.dir.iterdir()):
-        return None, f"{settings.data.dir} does not exist yet, or is empty"
-    dataset = open_dataset(settings.data.dir)
-    return len(Windows(dataset, "train", settings.batch.sequence_length)), None
-
-
 def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
     try:
-        return run_trial(Trial(config, overrides, subject.settings, subject.batch, subject.layout, limits, _tell))
+        return run_trial(
+            Trial(config, overrides, subject.settings, subject.batch, subject.layout, limits, _show_progress)
+        )
     finally:
-        _tell("")
+        _show_progress("")
 
 
-def _tell(text: str) -> None:
-    """How far the trial is, on a terminal, until the plan takes the place."""
+def _show_progress(text: str) -> None:
+    """Show the progress of the trial on a terminal; the next line replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
-    return Section("the same budget shared out otherwise", [_option_row(subject, option) for option in options])
-
-
-def _option_row(subject: Subject, option: Option) -> PlanRow:
-    verdicts = {True: "fits", False: "DOES NOT FIT", None: "not known whether it fits"}
-    ours = (option.micro_batch, option.ranks) == (subject.batch.micro_batch, subject.batch.world_size)
-    shared = (
-        f"{counted(option.micro_batch, 'window')} x {counted(option.accumulation, 'micro-batch', 'micro-batches')}"
-        f" x {counted(option.ranks, 'rank')}"
-    )
-    text = f"{size(option.rank_bytes):>9}  a rank: {shared}; {verdicts[option.fits]}{' (as set)' if ours else ''}"
-    return PlanRow(f"micro-batch {option.micro_batch}", text, "predicted")

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from ds_gpt2.commands.arguments import path
-from ds_gpt2.commands.runs import find_run
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.report.charts import charts_of, views_of

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.commands import status_news
-from ds_gpt2.commands.runs import find_run, started_runs
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.lookup import find_run, started_runs
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.status import screen
 from ds_gpt2.tools.status.status import Status, read_status

@@ -1,22 +1,21 @@
-"""``train`` and ``resume``: check what can be checked at once, then start the ranks."""
+"""``train`` and ``resume``: check the settings, then start the ranks under the supervisor."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
 from ds_gpt2.commands.arguments import add_start_arguments
-from ds_gpt2.commands.runs import find_run
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import fit_ranks, parse_batches, plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings
-from ds_gpt2.config.settings import PROJECT_DIR, Settings, parse_overrides
+from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.supervision.alerts import channels
@@ -31,7 +30,7 @@ from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
-    parser.add_argument("--auto", action="store_true", help="go on with the run if it has checkpoints")
+    parser.add_argument("--auto", action="store_true", help="resume the run if it has checkpoints")
     add_start_arguments(parser)
 
 
@@ -42,9 +41,9 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         default="latest",
         metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
-        help="which checkpoint (default: the newest good one)",
+        help="which checkpoint (default: the newest good checkpoint)",
     )
-    parser.add_argument("--leave_out", metavar="BATCHES", help="of the data, never to train on: 1200-1210,1250")
+    parser.add_argument("--leave_out", metavar="BATCHES", help="skip these batches of the data: 1200-1210,1250")
     add_start_arguments(parser)
 
 
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     words = ([options.run] if options.run else []) + options.settings
-    if words and "=" in words[0]:  # no RUN was given, the first setting took its place
+    if words and "=" in words[0]:  # RUN is omitted: the first word is a setting
         options.run, options.settings = None, words
     run_dir = find_run(options.run)
     overrides = parse_overrides(options.settings)
@@ -67,18 +66,18 @@ def resume(options: argparse.Namespace) -> int:
         raise UserError(f"{named} of a run is where it is found: move {run_dir}, or start another run with `train`")
     ranks = options.num_gpus
     if ranks is None:
-        ranks, overrides = _shared_out(settings, overrides)
+        ranks, overrides = _fit_ranks(settings, overrides)
     settings = load_run_settings(run_dir, overrides)
     return start(run_dir / CONFIG, overrides, settings, ranks, options.source, parse_batches(options.leave_out))
 
 
-def _shared_out(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
-    """As many of this machine's ranks as can share the run's token budget, and settings whose micro-batch fits them."""
+def _fit_ranks(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
+    """Return how many of this machine's devices can divide the run's token budget, and overrides that fit them."""
     batch = settings.batch
     available = choose_ranks(settings, None).ranks
     ranks, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, available)
     if ranks < available:
-        print(f"{available} ranks cannot share {batch.tokens_per_step} tokens a step equally: resuming with {ranks}")
+        print(f"{available} ranks cannot divide {batch.tokens_per_step} tokens per step equally: resuming with {ranks}")
     if micro_batch != batch.micro_batch:
         print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: resuming with {micro_batch}")
         overrides = {**overrides, "batch.micro_batch": str(micro_batch)}
@@ -93,48 +92,37 @@ def start(
     resume: str | None = None,
     leave_out: tuple[int, ...] = (),
 ) -> int:
-    """Check the settings without the ranks, then keep the run going to its end; returns the exit code."""
+    """Check the settings without starting ranks, then supervise the run to its end; return the exit code.
+
+    Args:
+        resume: what to resume from, see ``catalog.candidates``; None for a new run.
+        leave_out: batches of the data to skip.
+    """
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
     tracker_checks.check(deepspeed_settings)
-    place = choose_ranks(settings, num_gpus)
+    layout = choose_ranks(settings, num_gpus)
     batch = settings.batch
-    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
-    waited_for = (CheckpointsGoneError,) if resume == "auto" else ()  # by the supervisor
-    with contextlib.suppress(*waited_for):
+    plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
+    handled_later = (CheckpointsGoneError,) if resume == "auto" else ()  # the supervisor waits for the checkpoints
+    with contextlib.suppress(*handled_later):
         check_start(settings, plan, resume)
     channels.check(settings.alerts)
-    with contextlib.suppress(*waited_for):
+    with contextlib.suppress(*handled_later):
         if starts_new_run(settings, resume):
             check_initial_model(settings)
-    if not _is_ready(settings, place):
+    if not _is_ready(settings, layout):
         return exit_report.MISTAKE
-    where = "GPUs" if place.accelerator == "cuda" else "the CPU"
-    print(f"starting {counted(place.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
+    where = "GPUs" if layout.accelerator == "cuda" else "the CPU"
+    print(f"starting {counted(layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
-    return supervise(SupervisedRun(arguments, place, resume, leave_out), settings)
+    return supervise(SupervisedRun(arguments, layout, resume, leave_out), settings)
 
 
-def _is_ready(settings: Settings, place: RankLayout) -> bool:
-    """Say what doctor's quick rows warn of; False where one of them would end the run."""
-    rows = quick(settings, place.accelerator, place.ranks)
+def _is_ready(settings: Settings, layout: RankLayout) -> bool:
+    """Print the findings of the fast checks of ``doctor``; return False if the run would fail."""
+    rows = quick(settings, layout.accelerator, layout.ranks)
     failed = [row for row in rows if row.status == "fail"]
     for row in failed or (row for row in rows if row.status == "warn"):
         print(f"{'error' if failed else 'warning'}: {in_one_line(row)}", file=sys.stderr)
     return not failed
-
-
-def find_config(name: str) -> Path:
-    """``name`` as a path, or as the name of a file in ``ds_configs/``.
-
-    Raises:
-        UserError: neither is there.
-    """
-    shipped = PROJECT_DIR / "ds_configs"
-    for path in (Path(name), PROJECT_DIR / name, shipped / name, shipped / f"{name}.yaml"):
-        with contextlib.suppress(OSError):  # a name that is too long
-            if path.is_file():
-                return path
-    known = ", ".join(path.stem for path in sorted(shipped.glob("*.yaml")))
-    problem = f"{name} is no settings file" if os.path.exists(name) else f"config not found: {name}"
-    raise UserError(f"{problem}; give the path of a YAML file, or one of {known}")

@@ -29,12 +29,20 @@ def zone(time: float) -> str:
     return datetime.fromtimestamp(time).astimezone().strftime("UTC%z")
 
 
-def table(lines: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Format a table: the first column is left-aligned, the others are right-aligned."""
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        indent + "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines
-    )
+def table(lines: Sequence[Sequence[str]], indent: str = "", last_left: bool = False) -> str:
+    """Return lines of cells as a table: the first column aligned to the left, the others to the right.
+
+    Args:
+        last_left: align the last column to the left, for text.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = slice(1, -1 if last_left else None)
+
+    def row(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0]), *map(str.rjust, line[right], widths[right])]
+        return (indent + "  ".join([*cells, *([line[-1]] if last_left else [])])).rstrip()
+
+    return "\n".join(map(row, lines))
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

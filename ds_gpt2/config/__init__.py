@@ -1,1 +1,1 @@
-"""Settings, DeepSpeed's configuration, the batch plan, and where a run is. Imports no torch."""
+"""Settings, DeepSpeed configuration, batch plan and the location of runs. Does not import torch."""

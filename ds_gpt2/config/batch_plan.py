@@ -1,4 +1,4 @@
-"""Batch arithmetic: how the token budget of a step is shared out among ranks and micro-batches."""
+"""Batch arithmetic: how the token budget of a step is divided among ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 
-_MOST_LEFT_OUT = 100_000
+_MAX_RANGE = 100_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BatchPlan:
         return self.windows_per_step * self.sequence_length
 
     def steps_for(self, epochs: float, windows: int) -> int:
-        """Steps until ``epochs`` epochs of ``windows`` windows are done, the last one filled up from the next epoch."""
+        """Return the steps of ``epochs`` epochs of ``windows`` windows; the next epoch fills up the last step."""
         return math.ceil(epochs * windows / self.windows_per_step)
 
     def __str__(self) -> str:
@@ -43,18 +43,18 @@ class BatchPlan:
 
 
 def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, world_size: int) -> BatchPlan:
-    """Derive the accumulation from the token budget.
+    """Return the batch plan of a token budget; the accumulation is derived.
 
     Raises:
-        UserError: the budget is no multiple of what all ranks do at once; the message proposes budgets,
-            micro-batches and numbers of ranks that fit.
+        UserError: the budget is not a multiple of the tokens in one micro-batch of all ranks; the message proposes
+            budgets, micro-batches and numbers of ranks that fit.
     """
-    at_once = micro_batch * sequence_length * world_size
-    if tokens_per_step % at_once == 0:
-        return BatchPlan(micro_batch, sequence_length, tokens_per_step // at_once, world_size)
+    per_micro_batch = micro_batch * sequence_length * world_size
+    if tokens_per_step % per_micro_batch == 0:
+        return BatchPlan(micro_batch, sequence_length, tokens_per_step // per_micro_batch, world_size)
 
-    below = tokens_per_step // at_once * at_once
-    budgets = [budget for budget in (below, below + at_once) if budget > 0]
+    below = tokens_per_step // per_micro_batch * per_micro_batch
+    budgets = [budget for budget in (below, below + per_micro_batch) if budget > 0]
     proposal = f"batch.tokens_per_step={' or '.join(str(budget) for budget in budgets)} in a new run"
     counts = [
         ranks for ranks in range(1, 2 * world_size) if tokens_per_step % (micro_batch * sequence_length * ranks) == 0
@@ -67,14 +67,17 @@ def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, wor
         proposal = f"batch.micro_batch={nearest}, or {proposal}"
     raise UserError(
         f"batch.tokens_per_step={tokens_per_step} cannot be divided by micro_batch {micro_batch} x sequence_length"
-        f" {sequence_length} x {counted(world_size, 'rank')} = {at_once}: set {proposal}"
+        f" {sequence_length} x {counted(world_size, 'rank')} = {per_micro_batch}: set {proposal}"
     )
 
 
 def fit_ranks(tokens_per_step: int, micro_batch: int, sequence_length: int, available: int) -> tuple[int, int]:
-    """(ranks, micro_batch) nearest to what there is that can share the token budget of a step exactly.
+    """Return (ranks, micro_batch) that divide the token budget of a step exactly, as large as possible.
 
-    The budget, and so the windows of every step, stay the same: a rank too many is left out.
+    The budget, and with it the windows of every step, does not change; surplus ranks are not used.
+
+    Args:
+        available: the number of devices.
     """
     windows = max(1, tokens_per_step // sequence_length)
     ranks = next(count for count in range(available, 0, -1) if windows % count == 0)
@@ -90,24 +93,24 @@ def _micro_batches_that_fit(tokens_per_step: int, sequence_length: int, world_si
 
 
 def parse_batches(text: str | None) -> tuple[int, ...]:
-    """``"1200-1202,1250"`` as ``(1200, 1201, 1202, 1250)``, ascending; None as none.
+    """Return the batches in ``"1200-1202,1250"`` as ``(1200, 1201, 1202, 1250)``, ascending; None gives ``()``.
 
     Raises:
-        UserError: it is nothing of that form.
+        UserError: the text does not have that form.
     """
     found: set[int] = set()
     for part in (text or "").split(",") if text else ():
         bounds = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip(), re.ASCII)
         first = int(bounds[1]) if bounds else 0
         last = int(bounds[2] or first) if bounds else 0
-        if not 1 <= first <= last < first + _MOST_LEFT_OUT:
-            raise UserError(f"--leave_out {text}: give batches as 1200-1210,1250, at most {_MOST_LEFT_OUT:,} in a row")
+        if not 1 <= first <= last < first + _MAX_RANGE:
+            raise UserError(f"--leave_out {text}: give batches as 1200-1210,1250, at most {_MAX_RANGE:,} in a range")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 
 
 def format_batches(batches: Sequence[int]) -> str:
-    """The inverse of ``parse_batches``."""
+    """Return batches in the form that ``parse_batches`` reads."""
     ranges: list[tuple[int, int]] = []
     for batch in batches:
         if ranges and ranges[-1][1] == batch - 1:

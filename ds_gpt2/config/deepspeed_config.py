@@ -1,7 +1,7 @@
-"""DeepSpeed's JSON: read, checked, and completed with the numbers that are ours.
+"""DeepSpeed's JSON file: read, check, and complete it with the values of the run's settings.
 
-Batch, accumulation, learning rate, optimizer constants, clipping and the place of event files have one owner, the
-run's settings. A DeepSpeed file says "auto" for them or leaves them out.
+The settings own the batch, accumulation, learning rate, optimizer constants, clipping and the directory of event
+files. A DeepSpeed file has "auto" for them or omits them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import Settings
 
 # What DeepSpeed 0.19.8 reads at the top level (runtime/config.py, runtime/constants.py and the config classes they
-# import). It ignores any other key in silence, so a misspelt one would do nothing for a month.
+# import). It ignores any other key silently, so a misspelled key would have no effect.
 _TOP_LEVEL = frozenset(
     """
     activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile csv_monitor
@@ -34,7 +34,7 @@ _TRACKERS = ("wandb", "comet")
 _SECRET_NAME = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
 
 # Top-level key -> the setting that owns it.
-_OURS = {
+_OWNED_KEYS = {
     "train_batch_size": "batch.tokens_per_step",
     "train_micro_batch_size_per_gpu": "batch.micro_batch",
     "gradient_accumulation_steps": "batch.tokens_per_step",
@@ -42,20 +42,20 @@ _OURS = {
     "tensorboard": "monitor.*",
     "scheduler": "schedule.*",
 }
-_OPTIMIZER_OURS = {
+_OWNED_OPTIMIZER_KEYS = {
     "lr": "schedule.max_lr",
     "betas": "optimizer.betas",
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay",
 }
 _DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's default for zero_optimization.reduce_bucket_size
-# What must stay as it is by default: without it a gradient with Inf or NaN would reach the weights.
+# Checks that must stay on: without them a gradient with Inf or NaN would reach the weights.
 _GUARDS = (
     ("bf16", "check_grad_overflow"),
     ("bfloat16", "check_grad_overflow"),
     ("zero_optimization", "compute_grad_norm"),
 )
-# What else torch's and DeepSpeed's Adam take.
+# Further parameters of torch's and DeepSpeed's Adam.
 _OPTIMIZER_PARAMS = frozenset({"torch_adam", "fused", "foreach", "adam_w_mode", "bias_correction", "capturable"})
 
 
@@ -63,9 +63,9 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: unreadable, no JSON object, an unknown top-level key, a number that is ours stated as anything but
-            "auto", a guard of the weights that is off, or what this project does not run (a ZeRO stage other than 2,
-            an optimizer other than Adam).
+        UserError: the file cannot be read or is not a JSON object; it has an unknown top-level key, or a value other
+            than "auto" for a key that a setting owns; it turns off a check of the gradients; or it configures what this
+            project does not support (a ZeRO stage other than 2, an optimizer other than Adam).
     """
     try:
         content = safe_json.parse(read_small(path), object_pairs_hook=_without_duplicates)
@@ -75,14 +75,14 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {path} cannot be read: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
-    _check_owners(path, content, _OURS, "")
+    _check_owners(path, content, _OWNED_KEYS, "")
     _check_known(path, content)
     _check_guards(path, content)
     _check_optimizer(path, content.get("optimizer"))
     zero = content.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 2:
-        raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 runs stage 2")
+        raise UserError(f"{path}: zero_optimization.stage is {stage}: ds_gpt2 supports stage 2 only")
     try:
         bucket_size(content)
     except (TypeError, ValueError):
@@ -91,7 +91,7 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python's own reader would keep the last of two equal keys in silence."""
+    """Return the pairs of a JSON object as a dict; refuse duplicate keys, which Python's reader accepts silently."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -101,15 +101,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def without_trackers(content: dict[str, Any]) -> dict[str, Any]:
-    """Return ``content`` of a DeepSpeed file with the trackers switched off, and without any secret.
+    """Return ``content`` of a DeepSpeed file with the trackers switched off and without secrets.
 
-    DeepSpeed must not open the trackers as well, and it stores its configuration in every checkpoint.
+    DeepSpeed must not open the trackers a second time, and it stores its configuration in every checkpoint.
     """
     return _without_secrets({**content, **{name: {"enabled": False} for name in _TRACKERS if name in content}})
 
 
 def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return ``tree`` without the keys, at any depth, whose names are those of secrets."""
+    """Return ``tree`` without the keys, at any depth, whose name is that of a secret."""
     return {
         name: _without_secrets(value) if isinstance(value, dict) else value
         for name, value in tree.items()
@@ -118,10 +118,11 @@ def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan, parameters: int) -> dict[str, Any]:
-    """The configuration handed to ``deepspeed.initialize``: ``content`` with our numbers in their places.
+    """Return the configuration for ``deepspeed.initialize``: ``content`` with the values of the settings.
 
     Args:
-        parameters: of the model; a bucket for gradients is no larger, as DeepSpeed makes all of it.
+        parameters: number of parameters of the model; it limits the bucket for gradients, which DeepSpeed allocates
+            in full.
     """
     optimizer, zero = content["optimizer"], content["zero_optimization"]
     params = {
@@ -150,7 +151,7 @@ def complete(content: dict[str, Any], settings: Settings, plan: BatchPlan, param
 
 
 def bucket_size(content: dict[str, Any]) -> int:
-    """Elements of a bucket for gradients that a checked file asks for."""
+    """Return the number of elements of a gradient bucket that a checked file configures."""
     size = content["zero_optimization"].get("reduce_bucket_size", "auto")
     return _DEFAULT_BUCKET if size == "auto" else int(size)
 
@@ -165,23 +166,23 @@ def _check_guards(path: Path, content: dict[str, Any]) -> None:
     for name, guard in _GUARDS:
         block = content.get(name)
         if isinstance(block, dict) and block.get(guard, True) is not True:
-            raise UserError(f"{path}: {name}.{guard} keeps gradients with Inf or NaN off the weights: remove it")
+            raise UserError(f"{path}: {name}.{guard} protects the weights from gradients with Inf or NaN: remove it")
 
 
 def _check_optimizer(path: Path, optimizer: Any) -> None:
     kind = optimizer.get("type") if isinstance(optimizer, dict) else None
     if kind not in ("Adam", "AdamW"):
-        raise UserError(f"{path}: optimizer.type is {kind}: ds_gpt2 runs AdamW (or Adam)")
+        raise UserError(f"{path}: optimizer.type is {kind}: ds_gpt2 supports AdamW and Adam")
     params = optimizer.get("params", {})
     if not isinstance(params, dict):
         raise UserError(f"{path}: optimizer.params must be an object")
-    _check_owners(path, params, _OPTIMIZER_OURS, "optimizer.params.")
-    for key in sorted(set(params) - _OPTIMIZER_PARAMS - set(_OPTIMIZER_OURS)):
-        raise UserError(f"{path}: optimizer.params.{key} is unknown: known are {', '.join(sorted(_OPTIMIZER_PARAMS))}")
+    _check_owners(path, params, _OWNED_OPTIMIZER_KEYS, "optimizer.params.")
+    for key in sorted(set(params) - _OPTIMIZER_PARAMS - set(_OWNED_OPTIMIZER_KEYS)):
+        raise UserError(f"{path}: optimizer.params.{key} is unknown; known are {', '.join(sorted(_OPTIMIZER_PARAMS))}")
 
 
 def _check_known(path: Path, content: dict[str, Any]) -> None:
-    for key in sorted(set(content) - _TOP_LEVEL - set(_OURS)):
+    for key in sorted(set(content) - _TOP_LEVEL - set(_OWNED_KEYS)):
         near = difflib.get_close_matches(key, _TOP_LEVEL, n=1)
         hint = f"did you mean {near[0]}?" if near else "remove it"
-        raise UserError(f"{path}: DeepSpeed knows no top-level key {key!r}: {hint}")
+        raise UserError(f"{path}: unknown top-level key {key!r}: {hint}")

@@ -1,7 +1,7 @@
 """Names of models outside of runs: a path, or a model on the Hugging Face hub.
 
-A name that exists as a path is a path. Otherwise ``owner/name`` and OpenAI's own short names (``gpt2``) are models on
-the hub, each with an optional ``@revision`` (a branch, a tag or a commit). Everything else is a path.
+A name that exists as a path is a path. Otherwise ``owner/name`` and OpenAI's short names (``gpt2``) are models on the
+hub, each with an optional ``@revision`` (a branch, a tag or a commit). Every other name is a path.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# The hub's only GPT-2 models without an owner in their name; it redirects them to openai-community and distilbert.
+# The hub's only GPT-2 models without an owner in their name; the hub redirects them to openai-community and distilbert.
 _WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ON_HUB = re.compile(
@@ -28,7 +28,7 @@ class HubName:
 
 
 def resolve(name: str, base: Path) -> str:
-    """Return ``name`` as it is if it stands for a model on the hub, otherwise as an absolute path.
+    """Return ``name`` unchanged if it names a model on the hub, otherwise as an absolute path.
 
     Args:
         base: the directory that a relative path is relative to.
@@ -39,7 +39,7 @@ def resolve(name: str, base: Path) -> str:
 
 
 def hub_name(resolved: str) -> HubName | None:
-    """Return the model on the hub that a name from ``resolve`` stands for, or None if it is a path."""
+    """Return the model on the hub that a name from ``resolve`` denotes, or None if it is a path."""
     found = _ON_HUB.fullmatch(resolved)
     if found is None or resolved.endswith(_FILES):
         return None

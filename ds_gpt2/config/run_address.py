@@ -1,6 +1,7 @@
-"""Where a run is. Stored with its backups and its trackers' ids, so that a copied run does not use the original's.
+"""The address of a run: its directory and host. It distinguishes a copied run from the original.
 
-A copied run has the name, the settings and the files of the original.
+A copied run has the name, the settings and the files of the original. The address is stored with the backups and the
+ids of trackers, so that a copied run does not write to those of the original.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ds_gpt2.config.run_location import is_run_dir
 
 @dataclass(frozen=True)
 class RunAddress:
-    """The directory of a run, and the machine that it was seen from."""
+    """The directory of a run, and the host on which that directory was accessible."""
 
     run_dir: str
     host: str
@@ -25,7 +26,7 @@ class RunAddress:
         return f"the run in {self.run_dir} on {self.host}"
 
     def is_of(self, run_dir: Path) -> bool:
-        """Whether this is the run in ``run_dir``, by any path and from any machine."""
+        """Return whether this is the address of the run in ``run_dir``, under any path and on any host."""
         if self.host == socket.gethostname() and self.run_dir == str(run_dir.resolve()):
             return True
         try:
@@ -34,24 +35,24 @@ class RunAddress:
             return False
 
     def is_in_use(self) -> bool:
-        """Whether there is a run, as far as can be seen from here."""
+        """Return whether a run is there, as far as this host can determine."""
         try:
             return is_run_dir(Path(self.run_dir))
         except OSError:  # another user's directory
             return False
 
     def to_dict(self) -> dict[str, str]:
-        """Fields fit for JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
 def address_of(run_dir: Path) -> RunAddress:
-    """The address of the run in ``run_dir``, on this machine."""
+    """Return the address of the run in ``run_dir`` on this host."""
     return RunAddress(str(run_dir.resolve()), socket.gethostname())
 
 
 def read_address(fields: Any) -> RunAddress | None:
-    """The address in ``fields``, as ``to_dict`` gives them; None if they are something else."""
+    """Return the address in ``fields``, written by ``to_dict``; None if they have another form."""
     try:
         return RunAddress(str(fields["run_dir"]), str(fields["host"]))
     except (KeyError, TypeError, IndexError):

@@ -1,8 +1,9 @@
-"""Where a run is: the directory in which it is found. Its stored settings never point back to where it was before.
+"""Load the stored settings of runs that may have been copied, moved or renamed.
 
-``config.yaml`` in a run's directory has paths of three forms. ``$RUN_DIR/...`` is relative to the run's directory, a
+A run is located by the directory in which it is found; its stored settings never refer to a previous location.
+``config.yaml`` in a run's directory has paths of three forms: ``$RUN_DIR/...`` is relative to the run's directory, a
 relative path is relative to the project's directory, and an absolute path is outside of both. Earlier versions stored
-absolute paths only, ``run.dir`` among them, from which it follows how far the run has moved since.
+absolute paths only, including ``run.dir``, which tells the previous location.
 """
 
 from __future__ import annotations
@@ -25,29 +26,28 @@ from ds_gpt2.config.settings import (
     PROJECT_DIR,
     Settings,
     load_settings,
-    read_tree,
-    section_of,
     settings_of,
     to_yaml,
 )
+from ds_gpt2.config.settings_tree import read_tree, section_of
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import STARTS, TIME
 
 CONFIG = "config.yaml"
 HIDDEN = "(not shown)"
-OWNER = "run.json"  # in a directory of outputs: which run writes there
+OWNER = "run.json"  # in an output directory: the run that writes there
 
 _RUN_DIR = "$RUN_DIR"
-_OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never taken from where the run was before
+_OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never taken from a previous location of the run
 
 
 def is_run_dir(directory: Path) -> bool:
-    """Whether a run has been started in ``directory``."""
+    """Return whether a run has been started in ``directory``."""
     return (directory / CONFIG).is_file() and any((directory / name).exists() for name in (JOURNAL, STARTS))
 
 
 def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
-    """Return the stored settings of the run found in ``run_dir``, wherever it was before.
+    """Return the stored settings of the run found in ``run_dir``, also if it was copied or moved there.
 
     Args:
         overrides: see ``load_settings``.
@@ -78,8 +78,20 @@ def load(config: Path, overrides: Mapping[str, str] | None = None) -> Settings:
     return load_settings(config, overrides)
 
 
+def event_directory(run_dir: Path) -> Path:
+    """Return the directory of the TensorBoard event files of the run in ``run_dir``; it may not exist yet."""
+    default = run_dir / "tensorboard"
+    try:
+        configured = load_run_settings(run_dir).tensorboard_dir
+    except UserError:  # settings of another version, or damaged: still show the curves
+        return default
+    return (
+        default if default.is_dir() and not configured.is_dir() else configured
+    )  # a move may leave monitor.dir behind
+
+
 def absolute_run_dir(run_dir: Path) -> Path:
-    """``run_dir`` as an absolute path; a symbolic link is followed where only its target has the run's own name."""
+    """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name."""
     path = Path(os.path.abspath(run_dir))
     if not path.is_symlink():
         return path
@@ -89,23 +101,23 @@ def absolute_run_dir(run_dir: Path) -> Path:
 
 
 def stored_settings(settings: Settings) -> str:
-    """The settings as YAML for ``config.yaml`` in the run's directory: ``load_run_settings`` reads them back."""
+    """Return the settings as YAML for ``config.yaml``, which ``load_run_settings`` reads back."""
     return to_yaml(portable_tree(settings))
 
 
 def public_tree(settings: Settings) -> dict[str, Any]:
-    """``portable_tree`` for files that others may read, see ``without_secrets``."""
+    """Return ``portable_tree`` for files that others may read, see ``without_secrets``."""
     return without_secrets(portable_tree(settings))
 
 
 def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings without ``alerts.command``, which may hold a password."""
+    """Return nested settings without ``alerts.command``, which may contain a password."""
     alerts = tree["alerts"]
     return {**tree, "alerts": {**alerts, "command": None if alerts["command"] is None else HIDDEN}}
 
 
 def portable_tree(settings: Settings) -> dict[str, Any]:
-    """The settings as nested dicts fit for JSON, without absolute paths into the project or the run."""
+    """Return the settings as nested dicts for JSON, without absolute paths into the project or the run."""
     tree = settings.model_dump(mode="json")
     for key in PATH_KEYS:
         section, name = section_of(tree, key)
@@ -116,14 +128,14 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
 
 
 def write_first_settings(settings: Settings) -> None:
-    """Mark the directory of a new run as its own, before anything else is written there."""
+    """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there."""
     config = settings.run_dir / CONFIG
     if not config.exists():
         write_settings(settings)
 
 
 def write_settings(settings: Settings) -> None:
-    """Write ``config.yaml`` in the run's directory; only its owner may read it if it holds a command for alerts.
+    """Write ``config.yaml`` in the run's directory, readable by its owner only if it has a command for alerts.
 
     Raises:
         OSError: it cannot be written.
@@ -133,7 +145,7 @@ def write_settings(settings: Settings) -> None:
 
 
 def last_seen(run_dir: Path) -> Path:
-    """The directory in which the run was last started: ``run_dir`` itself unless it was moved, renamed or copied.
+    """Return the directory in which the run was last started: ``run_dir`` unless it was moved, renamed or copied.
 
     Raises:
         UserError: the stored settings cannot be read.
@@ -142,7 +154,7 @@ def last_seen(run_dir: Path) -> Path:
 
 
 def last_started(run_dir: Path) -> float:
-    """When the run was last started, in seconds since 1970; when its settings were written if nothing says it."""
+    """Return when the run was last started, in seconds since 1970, or when its settings were written if unknown."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         return datetime.strptime(_last_start(run_dir)["time"], TIME).timestamp()
     with contextlib.suppress(OSError):
@@ -151,28 +163,28 @@ def last_started(run_dir: Path) -> float:
 
 
 def run_of(checkpoints: Path) -> Path | None:
-    """The directory of the run that ``checkpoints``, a directory of checkpoints, belong to; None if it is not there."""
+    """Return the directory of the run that owns the checkpoints in ``checkpoints``; None if it does not exist."""
     owner = read_owner(checkpoints)
     usual = PROJECT_DIR / "runs" / checkpoints.resolve().name
     if owner is None:
-        places = [usual]
+        directories = [usual]
     elif owner.directory == checkpoints.resolve():
-        places = [owner.run_dir]
-    else:  # copied or moved: its run with it, or into a project
+        directories = [owner.run_dir]
+    else:  # copied or moved, together with its run or into a project
         beside = checkpoints.resolve() / os.path.relpath(owner.run_dir, owner.directory)
-        places = [Path(os.path.normpath(beside)), usual]
-    started = (place for place in places if (place / CONFIG).is_file())
-    return next((one for one in started if _is_checkpoint_dir(checkpoints, one)), None)
+        directories = [Path(os.path.normpath(beside)), usual]
+    started = (directory for directory in directories if (directory / CONFIG).is_file())
+    return next((run_dir for run_dir in started if _is_checkpoint_dir(checkpoints, run_dir)), None)
 
 
-def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """The settings that ``checkpoint`` was saved under, with the paths of its run as it is found now.
+def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that ``checkpoint`` was saved with, with the current paths of its run.
 
     Args:
         stored: the settings in its manifest.
 
     Returns:
-        Nested dicts. Without a run, a path into the run's directory is None, and ``run.dir`` is missing.
+        Nested dicts. If the run is not found, paths into its directory are None and ``run.dir`` is missing.
     """
     run_dir = run_of(checkpoint.resolve().parent)
     now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
@@ -191,7 +203,7 @@ def settings_now(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
-    """Where the checkpoints of the run were when it was last started, by the run's name of then and of now.
+    """Return the directories of checkpoints at the last start of the run, by its name then and its name now.
 
     Raises:
         UserError: the stored settings cannot be read.
@@ -207,14 +219,14 @@ def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Owner:
-    """Which run writes into a directory of outputs, as ``run.json`` there says."""
+    """The run that writes into an output directory, as recorded in ``run.json`` there."""
 
     run_dir: Path
-    directory: Path  # where that directory was when the run wrote this
+    directory: Path  # the output directory when the run wrote this record
 
 
 def read_owner(directory: Path) -> Owner | None:
-    """None where nothing says it."""
+    """Return the owner of an output directory; None if there is no valid record."""
     try:
         content = safe_json.read(directory / OWNER)
         return Owner(Path(content["run_dir"]), Path(content["directory"]))
@@ -235,7 +247,7 @@ def write_owner(directory: Path, run_dir: Path) -> None:
 
 
 def _without_run(key: str, text: str) -> str | None:
-    """A stored path where the run is not known."""
+    """Return a stored path of a run that is not found; None if it is in the run's directory."""
     if key == "model.init_from" and hub_name(text) is not None:
         return text
     return None if text.startswith(_RUN_DIR) else str(PROJECT_DIR / text)
@@ -244,13 +256,13 @@ def _without_run(key: str, text: str) -> str | None:
 def _is_checkpoint_dir(directory: Path, run_dir: Path) -> bool:
     try:
         return load_run_settings(run_dir).checkpoint_dir.resolve() == directory.resolve()
-    except UserError:  # its settings cannot be read
+    except UserError:  # unreadable settings
         return False
 
 
 def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
     run, _ = section_of(tree, "run.dir")
-    if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # an earlier version's
+    if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # stored by an earlier version
         return Path(run["dir"]) / str(run.get("name", run_dir.name))
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         return Path(_last_start(run_dir)["run_dir"])
@@ -258,7 +270,7 @@ def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
 
 
 def _last_start(run_dir: Path) -> dict[str, Any]:
-    """The last line of ``starts.jsonl``."""
+    """Return the last line of ``starts.jsonl``."""
     with open(run_dir / STARTS, "rb", opener=regular_only) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
         return dict(safe_json.parse(file.read().splitlines()[-1]))
@@ -271,15 +283,17 @@ def _portable(key: str, text: str, run_dir: Path) -> str:
     if path.is_relative_to(run_dir):
         return str(Path(_RUN_DIR) / path.relative_to(run_dir))
     if path.is_relative_to(PROJECT_DIR):
-        return os.path.join("." if key == "model.init_from" else "", path.relative_to(PROJECT_DIR))  # no hub's name
+        return os.path.join(
+            "." if key == "model.init_from" else "", path.relative_to(PROJECT_DIR)
+        )  # not a name on the hub
     base = _base(run_dir)
-    if base is not None and path.is_relative_to(base):  # beside the run: copied and moved together with it
+    if base is not None and path.is_relative_to(base):  # a sibling of the run: copied and moved with it
         return os.path.join(_RUN_DIR, os.path.relpath(path, run_dir))
     return text
 
 
 def _moved(key: str, text: str, run_dir: Path, before: Path) -> str:
-    """A stored path as it is now: what lay in or beside the run lies there still."""
+    """Return the current location of a stored path: paths in or beside the run move with it."""
     if text == _RUN_DIR or text.startswith(f"{_RUN_DIR}/"):
         inside = text[len(_RUN_DIR) :].lstrip("/")
         now, then = (os.path.normpath(directory / inside) for directory in (run_dir, before))
@@ -292,7 +306,7 @@ def _moved(key: str, text: str, run_dir: Path, before: Path) -> str:
 
 
 def _rebased(path: Path, before: Path, run_dir: Path) -> Path | None:
-    """``path`` in or beside the run's old directory as it is in or beside the new one; None if it lies elsewhere."""
+    """Return where a path in or beside the run's old directory is now; None for other paths."""
     if path.is_relative_to(before):
         return run_dir / path.relative_to(before)
     old, new = _base(before), _base(run_dir)
@@ -302,6 +316,6 @@ def _rebased(path: Path, before: Path, run_dir: Path) -> Path | None:
 
 
 def _base(run_dir: Path) -> Path | None:
-    """The directory that has ``runs/<run>``, and usually ``checkpoints/<run>`` too; None if that is the root."""
+    """Return the directory that contains ``runs/`` and usually ``checkpoints/``; None if it is the root."""
     base = run_dir.parent.parent
     return base if base != base.parent else None

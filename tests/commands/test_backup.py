@@ -1,4 +1,4 @@
-"""``backup``: what a person sees of copies in another place."""
+"""``backup``: its output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -55,57 +55,57 @@ def save(directory: Path, step: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run with two checkpoints, and an empty place."""
+    """Return a folder with a run of two checkpoints and an empty backup storage."""
     run_dir = tmp_path / "runs" / "test"
     run_dir.mkdir(parents=True)
     config = CONFIG.replace("RUNS", str(tmp_path / "runs")).replace("CHECKPOINTS", str(tmp_path / "checkpoints"))
     (run_dir / "config.yaml").write_text(config)
     for step in (10, 20):
         save(tmp_path / "checkpoints" / "test", step)
-    (tmp_path / "place").mkdir()
+    (tmp_path / "storage").mkdir()
     return tmp_path
 
 
-def run(folder: Path, *words: str, to: str | None = "place") -> int:
-    """The verb, as the command line starts it."""
+def run(folder: Path, *words: str, to: str | None = "storage") -> int:
+    """Run the command with parsed arguments."""
     parser = argparse.ArgumentParser()
     backup.add_arguments(parser)
-    place = ["--to", str(folder / to)] if to else []
-    return backup.run(parser.parse_args([str(folder / "runs" / "test"), *place, *words]))
+    storage = ["--to", str(folder / to)] if to else []
+    return backup.run(parser.parse_args([str(folder / "runs" / "test"), *storage, *words]))
 
 
-def test_the_newest_is_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_checkpoint_is_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder) == exit_report.DONE
-    where = folder / "place" / "test" / "rolling_step_000020"
+    where = folder / "storage" / "test" / "rolling_step_000020"
     size = "13 bytes"
-    said = f"rolling_step_000020 is in {where}: {size}, {size} sent, every file read back and verified\n"
-    assert capsys.readouterr().out == said
+    expected = f"rolling_step_000020 is in {where}: {size}, {size} sent, every file read back and verified\n"
+    assert capsys.readouterr().out == expected
     assert [problem_of(found) for found in candidates(folder, str(where.parent))] == [None]
     assert run(folder) == exit_report.DONE
-    assert "13 bytes, was there already, every file read back" in capsys.readouterr().out
+    assert "13 bytes, already present, every file read back" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tag", ["10", "rolling_step_000010", "CHECKPOINTS/rolling_step_000010"])
-def test_another_can_be_named(folder: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
+def test_another_checkpoint_can_be_selected(folder: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
     tag = tag.replace("CHECKPOINTS", str(folder / "checkpoints" / "test"))
     assert run(folder, "--tag", tag, "--json") == exit_report.DONE
     assert json.loads(capsys.readouterr().out) == {
         "tag": "rolling_step_000010",
-        "place": str(folder / "place" / "test" / "rolling_step_000010"),
+        "place": str(folder / "storage" / "test" / "rolling_step_000010"),
         "bytes": 13,
         "sent": 13,
         "verified": True,
     }
 
 
-def test_a_copy_made_by_hand_ends_a_failure(folder: Path) -> None:
+def test_a_manual_copy_ends_a_failure(folder: Path) -> None:
     run_dir = folder / "runs" / "test"
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(
         config.replace("checkpoint: {", f"checkpoint: {{backup: {{to: {folder}/nas}}, ")
     )
     BackupReporter(Journal(run_dir)).failed("no such directory")
-    assert run(folder) == exit_report.DONE  # elsewhere, which says nothing about the configured location
+    assert run(folder) == exit_report.DONE  # to another storage: no information about the configured one
     assert [event.kind for event in read_journal(run_dir)] == ["backup_failed"]
     (folder / "nas").mkdir()
     assert run(folder, to=None) == exit_report.DONE
@@ -114,56 +114,58 @@ def test_a_copy_made_by_hand_ends_a_failure(folder: Path) -> None:
     assert len(list(read_journal(run_dir))) == 2
 
 
-def test_where_the_newest_is_damaged_the_one_before_is_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_older_checkpoint_is_copied_if_the_newest_is_damaged(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = folder / "checkpoints" / "test" / "rolling_step_000020"
     (newest / "model.pt").write_bytes(b"Weights of 20")
     assert run(folder) == exit_report.DONE
-    said = capsys.readouterr()
-    assert f"checkpoint {newest} is not copied: model.pt is damaged" in said.err
-    assert said.out.startswith("rolling_step_000010 is in ")
+    printed = capsys.readouterr()
+    assert f"checkpoint {newest} was not copied: model.pt is damaged" in printed.err
+    assert printed.out.startswith("rolling_step_000010 is in ")
     assert run(folder, "--tag", "20") == exit_report.CRASHED
     assert "error: no good checkpoint to copy" in capsys.readouterr().err
 
 
-def test_what_is_there_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copies_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--list") == exit_report.DONE
-    assert capsys.readouterr().out == f"no copies in {folder / 'place' / 'test'}\n"
+    assert capsys.readouterr().out == f"no copies in {folder / 'storage' / 'test'}\n"
     for tag in ("10", "20"):
         run(folder, "--tag", tag)
     capsys.readouterr()
     assert run(folder, "--list") == exit_report.DONE
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["rolling_step_000020", "rolling_step_000010"]
+    assert [line.split()[0] for line in lines[1:]] == ["tag", "rolling_step_000020", "rolling_step_000010"]
     assert run(folder, "--list", "--json") == exit_report.DONE
     newest = {"tag": "rolling_step_000020", "step": 20, "bytes": 13, "created": "2026-01-01T00:00:20+00:00"}
     assert json.loads(capsys.readouterr().out)[0] == newest
 
 
-def test_a_copy_is_brought_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_is_fetched(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, "--tag", "10")
     directory = folder / "checkpoints" / "test"
     commit.remove(Disk(), directory, rolling_tag(10))
     capsys.readouterr()
     assert run(folder, "--fetch", rolling_tag(10)) == exit_report.DONE
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{directory / rolling_tag(10)} is there, step 10, every file verified"
-    assert said[1] == "go on from it with `./launch.sh resume test --from rolling_step_000010`"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"fetched {directory / rolling_tag(10)}, step 10, every file verified"
+    assert lines[1] == "resume from it with `./launch.sh resume test --from rolling_step_000010`"
     assert [problem_of(found) for found in candidates(directory, "10")] == [None]
-    (folder / "place" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
+    (folder / "storage" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
     commit.remove(Disk(), directory, rolling_tag(10))
     assert run(folder, "--fetch", rolling_tag(10)) == exit_report.CRASHED
-    assert "is not fetched: " in capsys.readouterr().err
+    assert "was not fetched: " in capsys.readouterr().err
     assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
 
 
-def test_nothing_is_brought_back_below_a_run_that_trains(folder: Path) -> None:
+def test_fetch_is_refused_while_the_run_trains(folder: Path) -> None:
     directory = folder / "checkpoints" / "test"
     with lock(directory / "lock", "it"), pytest.raises(UserError, match="run test is in use by process"):
         run(folder, "--fetch", rolling_tag(10))
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, exit_report.CRASHED), (errno.EACCES, exit_report.MISTAKE)])
-def test_a_place_that_fails_is_one_line(
+def test_a_failing_storage_is_a_one_line_error(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     def fail(self: Disk, file: object) -> None:
@@ -171,42 +173,42 @@ def test_a_place_that_fails_is_one_line(
 
     monkeypatch.setattr(Disk, "sync", fail)
     assert run(folder) == code
-    said = capsys.readouterr()
-    assert said.err.endswith(f"error: ftp://***@nas: {os.strerror(number)}\n")
-    assert said.out == ""
+    printed = capsys.readouterr()
+    assert printed.err.endswith(f"error: ftp://***@nas: {os.strerror(number)}\n")
+    assert printed.out == ""
 
 
 @pytest.mark.parametrize(
     ("words", "to", "message"),
     [
-        ([], None, "give --to PLACE"),
+        ([], None, "give --to STORAGE"),
         ([], "gone", "create it, or mount its disk"),
         ([], "checkpoints", "is where the checkpoints themselves are"),
-        (["--tag", "30"], "place", "no checkpoint '30'"),
-        (["--fetch", "30"], "place", "no copy 30 in"),
-        (["--tag", "PLACE/test"], "place", "is not a checkpoint of ds_gpt2"),
+        (["--tag", "30"], "storage", "no checkpoint '30'"),
+        (["--fetch", "30"], "storage", "no copy 30 in"),
+        (["--tag", "STORAGE/test"], "storage", "is not a checkpoint of ds_gpt2"),
     ],
 )
-def test_a_mistake_is_said(folder: Path, words: list[str], to: str | None, message: str) -> None:
-    (folder / "place" / "test").mkdir()
+def test_user_errors(folder: Path, words: list[str], to: str | None, message: str) -> None:
+    (folder / "storage" / "test").mkdir()
     with pytest.raises(UserError, match=message):
-        run(folder, *(word.replace("PLACE", str(folder / "place")) for word in words), to=to)
+        run(folder, *(word.replace("STORAGE", str(folder / "storage")) for word in words), to=to)
 
 
-def test_another_runs_checkpoint_is_not_copied_under_this_runs_name(folder: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(folder: Path) -> None:
     save(folder / "checkpoints" / "other", 30)
     with pytest.raises(UserError, match="give the name of a checkpoint in"):
         run(folder, "--tag", str(folder / "checkpoints" / "other"))
 
 
-def test_a_run_without_checkpoints_has_nothing_to_copy(folder: Path) -> None:
+def test_a_run_without_checkpoints_is_an_error(folder: Path) -> None:
     for step in (10, 20):
         commit.remove(Disk(), folder / "checkpoints" / "test", rolling_tag(step))
     with pytest.raises(UserError, match="nothing to copy"):
         run(folder)
 
 
-def test_the_verb_does_not_wait_for_torch() -> None:
+def test_the_command_does_not_import_torch() -> None:
     code = "import sys, ds_gpt2.commands.backup; print({'torch', 'deepspeed'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""The verbs of launch.sh that start no ranks, and launch.sh itself."""
+"""The command line: verbs that start no ranks, arguments, errors, and launch.sh."""
 
 from __future__ import annotations
 
@@ -14,50 +14,51 @@ import pytest
 from launched import PROJECT, Run, launch, run
 
 from ds_gpt2 import cli
-from ds_gpt2.commands import prepare, quickstart
+from ds_gpt2.commands import quickstart
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import known_keys, load_settings
 from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.prepare import datasets
 from ds_gpt2.run_dir import exit_report
 
 
-def test_prepare_text_makes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_text_writes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("A line of text.\n" * 5000)
     assert cli.main(["prepare", "text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == exit_report.DONE
     dataset = open_dataset(tmp_path / "out")
     assert dataset.source == "a.txt"
-    said = capsys.readouterr().out
-    assert f"{dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens" in said
+    printed = capsys.readouterr().out
+    assert f"{dataset.tokens('train'):,} training and {dataset.tokens('val'):,} validation tokens" in printed
 
 
-def test_prepare_text_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "text", str(tmp_path / "gone.txt")]) == exit_report.MISTAKE
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
 
 
 def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "PROJECT_DIR", tmp_path)
+    monkeypatch.setattr(datasets, "PROJECT_DIR", tmp_path)
     for name in ("my corpus.txt", "essays/a.txt", "sample.txt", "x.jsonl.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("A line of text.\n" * 5000)
     monkeypatch.chdir(tmp_path / "essays")
     for words in (["my corpus.txt"], ["essays"], ["sample.txt"], ["x.jsonl.txt", "essays"]):
         assert cli.main(["prepare", "text", *(str(tmp_path / word) for word in words)]) == exit_report.DONE
-    assert cli.main(["prepare", "text", "."]) == exit_report.MISTAKE  # it is essays again
+    assert cli.main(["prepare", "text", "."]) == exit_report.MISTAKE  # resolves to essays, which exists
     names = ["essays", "my-corpus", "sample-text", "x.jsonl-and-1-more"]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == names
 
 
-def test_prepare_text_tells_what_was_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ['{"text": "some <|endoftext|> words"}', "{}", '{"text": "more words"}', '{"text": "and more"}']
     (tmp_path / "a.ndjson").write_text("\n".join(lines))
     assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == exit_report.DONE
-    said = capsys.readouterr().out
-    assert "skipped: 1 documents that are damaged or have no text" in said
-    assert "<|endoftext|> stands in the text 1 times and is read as ordinary characters: see --separator" in said
+    printed = capsys.readouterr().out
+    assert "skipped 1 documents that are damaged or have no text" in printed
+    assert "the text contains <|endoftext|> 1 times, tokenized as ordinary characters: see --separator" in printed
 
 
-def test_prepare_sample_twice_keeps_the_first(tmp_path: Path) -> None:
+def test_prepare_sample_reuses_an_existing_dataset(tmp_path: Path) -> None:
     arguments = ["prepare", "sample", "--out", str(tmp_path / "sample")]
     assert cli.main(arguments) == exit_report.DONE
     written = (tmp_path / "sample" / "dataset.json").stat().st_mtime_ns
@@ -66,32 +67,33 @@ def test_prepare_sample_twice_keeps_the_first(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "sample").tokens("train") > 3_000_000
 
 
-def test_a_second_quickstart_is_a_run_of_its_own(tmp_path: Path) -> None:
-    places = {"checkpoint.dir": str(tmp_path)}
-    assert quickstart._under_a_free_name(places)["run.name"] == "quickstart"
+def test_a_second_quickstart_is_a_new_run(tmp_path: Path) -> None:
+    overrides = {"checkpoint.dir": str(tmp_path)}
+    assert quickstart._with_unused_name(overrides)["run.name"] == "quickstart"
     for name in ("quickstart", "quickstart-2"):
         (tmp_path / name / "rolling_step_000001").mkdir(parents=True)
-        (tmp_path / name / "rolling_step_000001" / "manifest.json").write_text("whatever it holds")
-    assert quickstart._under_a_free_name(places)["run.name"] == "quickstart-3"
-    assert quickstart._under_a_free_name({**places, "run.name": "mine"})["run.name"] == "mine"
+        (tmp_path / name / "rolling_step_000001" / "manifest.json").write_text("any content")
+    assert quickstart._with_unused_name(overrides)["run.name"] == "quickstart-3"
+    assert quickstart._with_unused_name({**overrides, "run.name": "mine"})["run.name"] == "mine"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7, 8, 16, 40])
-def test_a_quickstart_fits_any_number_of_gpus(ranks: int) -> None:
+def test_quickstart_works_on_any_number_of_gpus(ranks: int) -> None:
     settings = load_settings(PROJECT / "ds_configs" / "quickstart.yaml")
     fitted = load_settings(PROJECT / "ds_configs" / "quickstart.yaml", quickstart._batch_for(settings, ranks)).batch
     plan = plan_batch(fitted.tokens_per_step, fitted.micro_batch, fitted.sequence_length, ranks)
     assert (
         0.5 <= plan.tokens_per_step / settings.batch.tokens_per_step <= max(1.5, ranks / 8)
-    )  # from 8 ranks on: one window each
+    )  # from 8 ranks: one window per rank
     if ranks in (1, 2, 4):
         assert fitted == settings.batch
 
 
-def test_an_existing_run_is_not_trained_over(four_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses_an_existing_run(four_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(four_ranks[1] / "run.yaml")]) == exit_report.MISTAKE
-    said = capsys.readouterr().err
-    assert "run test already has checkpoints in " in said and "the newest is rolling_step_000012: resume it" in said
+    printed = capsys.readouterr().err
+    assert "run test already has checkpoints in " in printed
+    assert "the newest is rolling_step_000012: resume it" in printed
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_an_existing_run_is_not_trained_over(four_ranks: Run, capsys: pytest.Cap
         (["batch.tokens_per_step=2048"], "was made with batch.tokens_per_step 1024 (this run has 2048)"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(four_ranks: Run, extra: list[str], message: str) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(four_ranks: Run, extra: list[str], message: str) -> None:
     config = four_ranks[1] / "run.yaml"
     result = run(
         [sys.executable, str(PROJECT / "ds_gpt2" / "train.py"), "--config", str(config), "--resume", "latest", *extra]
@@ -113,29 +115,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused(four_ranks: Run, extra: list[
     assert "Traceback" not in result.output
 
 
-def test_resume_by_directory_goes_on_to_the_new_end(four_ranks: Run, tmp_path: Path) -> None:
+def test_resume_by_directory_trains_to_the_new_end(four_ranks: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(four_ranks[1], tmp_path / "copy"))
-    places = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
+    directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
     resume = [sys.executable, "-m", "ds_gpt2", "resume", str(folder / "runs" / "test")]
-    result = run([*resume, "--from", "6", "schedule.steps=8", *places])
+    result = run([*resume, "--from", "6", "schedule.steps=8", *directories])
     assert result.code == exit_report.DONE, result.output
     assert "step 6 of 8" in result.output
     assert "done at step 8 of 8" in result.output
 
 
 def _shell(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """launch.sh in an almost empty environment, from another directory, as cron would run it."""
+    """Run launch.sh as cron does: with a minimal environment, from another directory."""
     base = {"PATH": "/usr/bin:/bin", **environment}
     command = [str(PROJECT / "launch.sh"), *arguments]
     return subprocess.run(command, cwd=tmp_path, env=base, capture_output=True, text=True, timeout=60)
 
 
-def test_launch_sh_works_from_anywhere_with_almost_no_environment(tmp_path: Path) -> None:
+def test_launch_sh_works_from_any_directory_with_a_minimal_environment(tmp_path: Path) -> None:
     result = _shell(tmp_path, "--version", DS_GPT2_PYTHON=sys.executable)
     assert (result.returncode, result.stdout) == (0, "ds_gpt2 0.1.0\n"), result.stderr
 
 
-def test_launch_sh_works_through_a_link_and_with_spaces(tmp_path: Path) -> None:
+def test_launch_sh_works_through_a_link_and_in_a_path_with_spaces(tmp_path: Path) -> None:
     project = tmp_path / "a project"
     shutil.copytree(PROJECT / "ds_gpt2", project / "ds_gpt2")
     shutil.copy(PROJECT / "launch.sh", project)
@@ -147,8 +149,8 @@ def test_launch_sh_works_through_a_link_and_with_spaces(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: config not found: nothing")
 
 
-def test_launch_sh_works_from_the_folder_above_a_clone(tmp_path: Path) -> None:
-    """There ``ds_gpt2`` is the clone, not the package."""
+def test_launch_sh_works_from_the_parent_of_a_clone(tmp_path: Path) -> None:
+    """There ``ds_gpt2`` is the directory of the clone, not the package."""
     shutil.copytree(PROJECT / "ds_gpt2", tmp_path / "ds_gpt2" / "ds_gpt2")
     shutil.copy(PROJECT / "launch.sh", tmp_path / "ds_gpt2")
     environment = {"PATH": "/usr/bin:/bin", "DS_GPT2_PYTHON": sys.executable}
@@ -157,7 +159,7 @@ def test_launch_sh_works_from_the_folder_above_a_clone(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "ds_gpt2 0.1.0\n"), result.stderr
 
 
-def test_launch_sh_without_a_fitting_python_says_so(tmp_path: Path) -> None:
+def test_launch_sh_reports_a_missing_python(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("env", "bash", "dirname", "cat", "cksum", "readlink", "rm"):
@@ -174,34 +176,34 @@ def test_launch_sh_without_a_fitting_python_says_so(tmp_path: Path) -> None:
     assert not (project / ".venv").exists()
 
 
-def test_the_guide_names_every_setting() -> None:
+def test_every_setting_is_documented() -> None:
     guide = (PROJECT / "docs" / "settings.md").read_text()
     assert [key for key in known_keys() if f"`{key}`" not in guide] == []
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in cli._VERBS:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             cli.main([verb, "--help"])
-        assert ended.value.code == 0
+        assert exited.value.code == 0
     assert "usage: ./launch.sh quickstart" in capsys.readouterr().out
     assert cli.main(["test"]) == exit_report.MISTAKE
     capsys.readouterr()
     for arguments in (["quickstart", "--num_gpus", "0"], ["prepare", "sample", "--workers", "-1"]):
         assert cli.main(arguments) == exit_report.MISTAKE
-        said = capsys.readouterr()
-        assert said.err.startswith("error: argument --") and said.err.count("\n") == 1 and said.out == ""
+        printed = capsys.readouterr()
+        assert printed.err.startswith("error: argument --") and printed.err.count("\n") == 1 and printed.out == ""
 
 
-def test_ci_runs_nothing_but_the_readmes_command() -> None:
+def test_ci_runs_the_tests_only() -> None:
     lines = (PROJECT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set "))]
     assert commands == ['cd "$(dirname "$0")/.."', "exec ./launch.sh test"]
     assert os.access(PROJECT / ".ci" / "run", os.X_OK)
 
 
-def test_deepspeed_starts_the_file_by_itself(tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    """As a file, from another directory, with the package not on the path."""
+def test_deepspeed_starts_train_py_as_a_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """From another directory, with the package not on the module search path."""
     config = write_config(tmp_path, schedule={"steps": 1, "warmup_steps": 0}, monitor={"tensorboard": False})
     result = launch(
         1, "--config", str(config), "checkpoint.every=0", "samples.every=0", "validation.every=0", accelerator=""
@@ -210,8 +212,8 @@ def test_deepspeed_starts_the_file_by_itself(tmp_path: Path, write_config: Calla
     assert "done at step 1 of 1" in result.output
 
 
-def test_who_reads_may_leave(dataset_dir: Path) -> None:
-    """As ``| head`` does."""
+def test_a_closed_pipe_is_not_an_error(dataset_dir: Path) -> None:
+    """As with ``| head``."""
     command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "inspect", str(dataset_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
@@ -221,7 +223,7 @@ def test_who_reads_may_leave(dataset_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "said"),
+    ("out", "message"),
     [
         ("", "--out is an empty path: give a path"),
         ("$UNSET_HERE/x", "--out=$UNSET_HERE/x: the environment variable $UNSET_HERE is not set"),
@@ -229,14 +231,14 @@ def test_who_reads_may_leave(dataset_dir: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("words", [["prepare", "text", "FILE"], ["prepare", "sample"], ["export"], ["report"]])
-def test_a_path_that_cannot_be_expanded_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], out: str, said: str
+def test_a_path_that_cannot_be_expanded_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], out: str, message: str
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
     words = [str(tmp_path / "a.txt") if word == "FILE" else word for word in words]
     assert cli.main([*words, f"--out={out}"]) == exit_report.MISTAKE
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {said}") and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
 def test_paths_of_arguments_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +258,8 @@ def test_paths_of_arguments_are_expanded(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     name = "/tmp/no\nsuch\x1b[31m\x07\u2028file"
     assert cli.main([name if word == "NAME" else word for word in words]) == exit_report.MISTAKE
-    told = capsys.readouterr().err
-    assert told.endswith("\n") and told[:-1].isprintable()
+    error = capsys.readouterr().err
+    assert error.endswith("\n") and error[:-1].isprintable()
 
 
 def test_an_error_of_the_file_system_is_one_line(
@@ -277,12 +279,12 @@ def test_an_error_of_the_file_system_is_one_line(
 
 @pytest.mark.parametrize("verb", ["status", "list", "notes", "report", "tensorboard", "generate", "eval"])
 @pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x", "/dev/null/x"])
-def test_names_that_lead_nowhere_are_one_line(verb: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_names_are_one_line_errors(verb: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, name]) == exit_report.MISTAKE
-    said = capsys.readouterr()
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and printed.out == ""
 
 
-def test_more_processes_than_a_machine_can_have_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_worker_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "text", "file.txt", "--workers", "100000"]) == exit_report.MISTAKE
     assert "argument --workers: 100000 processes on " in capsys.readouterr().err

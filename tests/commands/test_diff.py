@@ -1,4 +1,4 @@
-"""``diff``: two runs whose files are known."""
+"""``diff``, with runs of known metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Made = Callable[..., str]
 
 @pytest.fixture
 def make(tmp_path: Path, write_config: Callable[..., Path]) -> Made:
-    """A run's directory, with a loss of 10 - log10(tokens) + ``above`` at every step and a validation each tenth."""
+    """Return a function that writes a run with loss 10 - log10(tokens) + ``above``, validated every tenth step."""
 
     def made(name: str, steps: int, tokens_per_step: int, above: float, **sections: Any) -> str:
         batch = {"tokens_per_step": tokens_per_step, "micro_batch": 1, "sequence_length": 64}
@@ -39,15 +39,15 @@ def make(tmp_path: Path, write_config: Callable[..., Path]) -> Made:
 
 
 def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second takes twice the tokens a step, and is 0.25 above the first at the same tokens."""
+    """The second run has twice the tokens per step, and a loss higher by 0.25 at the same tokens."""
     one, other = make("one", 400, 640, 0.0), make("other", 400, 1280, 0.25)
     assert main(["diff", one, other, "--json"]) == exit_report.DONE
     found = json.loads(capsys.readouterr().out)
     assert found["runs"] == ["one", "other"]
     assert found["settings"] == {"batch.tokens_per_step": [640, 1280]}
-    each_tenth = 10 * 1280  # where the second was validated; so was the first, twenty steps apart
+    interval = 10 * 1280  # tokens between validations of the second run; the first has one there too
     points = [each["tokens"] for each in found["losses"]]
-    assert len(points) == 8 and points[-1] == 256_000 and all(point % each_tenth == 0 for point in points)
+    assert len(points) == 8 and points[-1] == 256_000 and all(point % interval == 0 for point in points)
     for each in found["losses"]:
         assert each["validation"]["a"] == 11 - math.log10(each["tokens"])
         assert each["validation"]["b"] == 11.25 - math.log10(each["tokens"])
@@ -57,7 +57,7 @@ def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytes
     assert found["ends"]["val/loss, lowest"]["b"] == pytest.approx(11.25 - math.log10(512_000))
 
 
-def test_a_person_reads_a_table(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_has_tables(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = {"steps": 400, "warmup_steps": 3, "max_lr": 1e-3, "min_lr": 1e-4}
     one, other = make("one", 400, 640, 0.0), make("other", 100, 640, -0.5, schedule=schedule)
     assert main(["diff", one, other]) == exit_report.DONE
@@ -70,8 +70,8 @@ def test_a_person_reads_a_table(make: Made, capsys: pytest.CaptureFixture[str]) 
     assert "perf/tokens_per_s, median of last 50 steps 5,000 5,000 +0" in lines
 
 
-def test_a_validation_loss_is_shown_where_it_was_measured_only(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first is validated each 6,400 tokens, the second each 7,040: never at the same."""
+def test_a_validation_loss_is_shown_only_at_measured_points(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first is validated every 6,400 tokens, the second every 7,040: never at the same point."""
     one, other = make("one", 100, 640, 0.0), make("other", 90, 704, 0.0)
     main(["diff", one, other, "--json"])
     losses = json.loads(capsys.readouterr().out)["losses"]
@@ -81,14 +81,14 @@ def test_a_validation_loss_is_shown_where_it_was_measured_only(make: Made, capsy
     assert all(each["training"][side] for each in losses for side in "ab")
 
 
-def test_the_same_settings_are_said_to_be(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_settings_are_reported(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     main(["diff", make("one", 5, 640, 0.0), make("other", 0, 640, 0.0)])
-    said = capsys.readouterr().out
-    assert said.startswith("all settings are the same\n")
-    assert "losses at equal tokens" not in said, "the second has none yet"
+    printed = capsys.readouterr().out
+    assert printed.startswith("all settings are the same\n")
+    assert "losses at equal tokens" not in printed, "the second run has no losses yet"
 
 
-def test_a_run_that_is_not_there(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_run_is_an_error(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", make("one", 5, 640, 0.0), "unknown"]) == exit_report.MISTAKE
     assert "no run unknown" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""``eval``: the figures of models on disk are those that plain code finds, and so are their errors."""
+"""``eval``: the figures and their standard errors equal those of an independent implementation."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import torch_file as exported
 from ds_gpt2.pretrained.huggingface import CONFIG, WEIGHTS, config_of, write_weights
 from ds_gpt2.run_dir import exit_report
+from ds_gpt2.tools.models import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,13 +40,13 @@ TAGS = ("rolling_step_000006", "rolling_step_000012")
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the verb takes all cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # otherwise the command uses all cores
 
 
 def make_model(seed: int, sequence_length: int = SEQUENCE) -> GPT2:
-    """Weights five times as large as at the start of training: this model has opinions."""
+    """Return a model with weights five times the usual initial ones, so that its predictions differ."""
     torch.manual_seed(seed)
     model = GPT2(ModelShape(layers=2, heads=2, width=32, sequence_length=sequence_length)).eval()
     with torch.no_grad():
@@ -64,7 +65,7 @@ def write_model(model: GPT2, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models, and one of a shorter context."""
+    """Return the paths of two models, and of a model with a shorter context."""
     folder = tmp_path_factory.mktemp("models")
     short = write_model(make_model(1, SEQUENCE // 2), folder / "short")
     return {"one": write_model(make_model(1), folder / "one"), "two": write_model(make_model(2), folder / "two")} | {
@@ -85,7 +86,7 @@ def items(items_file: Path) -> list[Item]:
 
 
 def plain_losses(model: GPT2, directory: Path, count: int) -> torch.Tensor:
-    """Losses (count,) of the first windows, written down independently."""
+    """Return the losses (count,) of the first windows, computed independently."""
     dataset = open_dataset(directory)
     assert len(dataset.split("val")) == 1
     content = np.fromfile(directory / dataset.split("val")[0].file, np.uint16)
@@ -98,7 +99,7 @@ def plain_losses(model: GPT2, directory: Path, count: int) -> torch.Tensor:
 
 
 def plain_right(model: GPT2, items: list[Item]) -> list[list[bool]]:
-    """By ``acc`` and ``acc_norm``: item by item, by the plain loop."""
+    """Return whether each item is right, by ``acc`` and ``acc_norm``, scored one item at a time."""
     rights = []
     for item in items:
         sums = score_one(model, item)
@@ -108,7 +109,7 @@ def plain_right(model: GPT2, items: list[Item]) -> list[list[bool]]:
 
 
 def run(*words: object) -> int:
-    """The verb, as the command line starts it."""
+    """Run the command with parsed arguments."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args([*map(str, words), "--device", "cpu"]))
@@ -122,7 +123,9 @@ def rows(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, A
     return content["rows"]
 
 
-def test_the_loss_is_torchs_own(models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_equals_cross_entropy_of_pytorch(
+    models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (row,) = rows(capsys, models["one"], "--data", dataset_dir, "--tokens", 40 * SEQUENCE + 5)
     expected = plain_losses(make_model(1), dataset_dir, 40)
     assert row["loss"]["value"] == pytest.approx(float(expected.mean()), rel=1e-6)
@@ -132,11 +135,11 @@ def test_the_loss_is_torchs_own(models: dict[str, Path], dataset_dir: Path, caps
     assert row["hellaswag"] is row["less_first"] is row["step"] is row["tokens"] is None
 
 
-def test_training_calls_the_same_number_validation_loss(dataset_dir: Path) -> None:
+def test_the_loss_equals_the_validation_loss_of_training(dataset_dir: Path) -> None:
     from ds_gpt2.training.hooks.validation import Validation
 
     model, windows = make_model(1), Windows(open_dataset(dataset_dir), "val", SEQUENCE)
-    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # all that it asks of an engine
+    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # the attributes that Validation uses
     for tokens in (10 * SEQUENCE + 1, 1, 10**9):
         trained = Validation(ValidationSettings(tokens=tokens), windows, 3).loss(engine)
         model.eval()
@@ -147,7 +150,7 @@ def test_training_calls_the_same_number_validation_loss(dataset_dir: Path) -> No
     assert len(found) == len(windows)
 
 
-def test_every_answer_is_the_plain_loops(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_equal_those_scored_one_at_a_time(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(1)
     monkeypatch.setattr(evaluation, "_ITEMS_AT_ONCE", 7)
     done: list[int] = []
@@ -158,12 +161,12 @@ def test_every_answer_is_the_plain_loops(items: list[Item], monkeypatch: pytest.
     assert 0 < right[0].sum() < ITEMS
 
 
-def test_errors_are_those_of_the_textbook() -> None:
+def test_standard_errors() -> None:
     assert mean(np.array([1.0, 2.0, 4.0])) == Estimate(pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3 / 3)))
     assert mean(np.array([1.5])) == Estimate(1.5, None)
     assert share(np.array([True, False, False, False])) == Estimate(0.25, pytest.approx(math.sqrt(0.1875 / 4)))
     hard, easy = np.array([9.0, 1.0]), np.array([8.5, 0.5])
-    assert difference(easy, hard) == Estimate(-0.5, 0.0)  # far apart, but always by the same
+    assert difference(easy, hard) == Estimate(-0.5, 0.0)  # different, but by a constant
     right, other = np.array([True, True, False]), np.array([False, True, False])
     assert difference(right, other) == Estimate(pytest.approx(1 / 3), pytest.approx(1 / 3))
 
@@ -171,11 +174,11 @@ def test_errors_are_those_of_the_textbook() -> None:
 def test_models_are_compared_over_the_same_windows_and_items(
     models: dict[str, Path], dataset_dir: Path, items_file: Path, items: list[Item], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--data", dataset_dir, "--tokens", 30 * SEQUENCE, "--hellaswag", items_file)
-    first, itself, other = rows(capsys, models["one"], models["one"], models["two"], *asked)
+    words = ("--data", dataset_dir, "--tokens", 30 * SEQUENCE, "--hellaswag", items_file)
+    first, itself, other = rows(capsys, models["one"], models["one"], models["two"], *words)
     same = {"value": 0.0, "stderr": 0.0}
-    nothing = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same)}
-    assert first["less_first"] == itself["less_first"] == nothing
+    no_difference = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same)}
+    assert first["less_first"] == itself["less_first"] == no_difference
     losses = [plain_losses(make_model(seed), dataset_dir, 30) for seed in (1, 2)]
     right = [np.array(plain_right(make_model(seed), items), np.float64) for seed in (1, 2)]
     by_window, by_item = losses[1] - losses[0], right[1] - right[0]
@@ -189,15 +192,15 @@ def test_models_are_compared_over_the_same_windows_and_items(
     assert np.abs(by_item).sum() > 0
 
 
-def test_the_table(
+def test_the_table_has_the_figures_of_the_json(
     models: dict[str, Path], dataset_dir: Path, items_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--data", dataset_dir, "--tokens", 9 * SEQUENCE, "--hellaswag", items_file, "--items", 15)
-    one, two = rows(capsys, models["one"], models["two"], *asked)
-    assert run(models["one"], models["two"], *asked) == exit_report.DONE
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert said.err == ""  # no bar: this is no terminal
+    words = ("--data", dataset_dir, "--tokens", 9 * SEQUENCE, "--hellaswag", items_file, "--items", 15)
+    one, two = rows(capsys, models["one"], models["two"], *words)
+    assert run(models["one"], models["two"], *words) == exit_report.DONE
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert printed.err == ""  # no progress bar: this is not a terminal
     assert lines[0] == f"loss: 9 validation windows of {SEQUENCE} tokens, {dataset_dir}"
     assert lines[1] == f"HellaSwag: 15 items, text original, {items_file}"
     assert lines[3].split() == ["model", "step", "tokens", "loss", "perplexity", "acc", "acc_norm", "items"]
@@ -210,25 +213,25 @@ def test_the_table(
     less = two["less_first"]["loss"]
     assert lines[8].split()[0] == str(models["two"])
     assert f"  {less['value']:+.4f} ± {less['stderr']:.4f}  " in lines[8]
-    assert lines[9:] == ["a difference of less than two of its errors may well be chance"]
+    assert lines[9:] == ["a difference below two standard errors may be due to chance"]
 
 
-def test_the_shortest_context_decides_for_all(
+def test_all_models_are_measured_at_the_shortest_context(
     models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = (models["one"], models["short"], "--data", dataset_dir, "--tokens", 10 * SEQUENCE)
-    first, second = rows(capsys, *asked)
+    words = (models["one"], models["short"], "--data", dataset_dir, "--tokens", 10 * SEQUENCE)
+    first, second = rows(capsys, *words)
     assert first["window_tokens"] == second["window_tokens"] == SEQUENCE // 2
     assert first["windows"] == second["windows"] == 20
-    assert run(*asked) == exit_report.DONE
+    assert run(*words) == exit_report.DONE
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sequence lengths"))
     assert line == (
-        "sequence lengths differ (32 and 64 tokens): losses at a model's own length do not compare, all are of"
-        " windows of 32"
+        "sequence lengths differ (32 and 64 tokens): losses at different lengths are not comparable; all models are"
+        " measured on windows of 32"
     )
 
 
-def test_an_exported_file_is_the_same_model(
+def test_an_exported_file_has_the_same_loss(
     models: dict[str, Path], dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(1)
@@ -237,43 +240,43 @@ def test_an_exported_file_is_the_same_model(
     assert row["less_first"] == {"loss": {"value": 0.0, "stderr": 0.0}, "hellaswag": None}
 
 
-def test_a_ruined_model_has_no_figures_and_valid_json(
+def test_a_broken_model_has_null_figures_in_valid_json(
     dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(1)
     model.ln_f.weight.data.fill_(3e38)  # finite, as a file's weights must be; the logits are not
-    words = [write_model(model, tmp_path / "ruined"), "--data", dataset_dir, "--tokens", 1, "--json"]
+    words = [write_model(model, tmp_path / "broken"), "--data", dataset_dir, "--tokens", 1, "--json"]
     assert run(*words) == exit_report.CRASHED
-    printed, said = capsys.readouterr()
-    assert "ruined is not finite: the weights are broken" in said
+    printed, errors = capsys.readouterr()
+    assert "broken is not finite: the weights are broken" in errors
     (row,) = json.loads(printed)["rows"]
     assert row["loss"] == {"value": None, "stderr": None}
     assert row["perplexity"] is None
 
 
-def test_the_checkpoints_of_a_run_are_measured_as_its_settings_say(
+def test_checkpoints_are_measured_on_the_data_of_their_run(
     four_ranks: tuple[object, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = four_ranks[1]
-    place = folder / "runs" / "test"
-    assert run(place, "--tag", TAGS[0], "--tag", "12") == exit_report.DONE
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"loss: 40 validation windows of {SEQUENCE} tokens, {dataset_dir} (data.dir of the run)"
-    assert said[1] == f"HellaSwag: 30 items, text original, {folder / 'items.jsonl'} (hellaswag.path of the run)"
-    found = rows(capsys, place, "--tag", TAGS[0], "--tag", "12")
+    run_dir = folder / "runs" / "test"
+    assert run(run_dir, "--tag", TAGS[0], "--tag", "12") == exit_report.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"loss: 40 validation windows of {SEQUENCE} tokens, {dataset_dir} (data.dir of the run)"
+    assert lines[1] == f"HellaSwag: 30 items, text original, {folder / 'items.jsonl'} (hellaswag.path of the run)"
+    found = rows(capsys, run_dir, "--tag", TAGS[0], "--tag", "12")
     for row, tag in zip(found, TAGS, strict=True):
         about = manifest.read(folder / "checkpoints" / "test" / tag)
         assert row["title"] == f"test, step {about.step} ({tag})"
         assert (row["path"], row["step"]) == (str(folder / "checkpoints" / "test" / tag), about.step)
         assert row["tokens"] == about.state["tokens"] == about.step * 16 * SEQUENCE
-        assert row["loss"]["value"] == pytest.approx(about.val_loss, abs=0.01)  # which was found in bf16
+        assert row["loss"]["value"] == pytest.approx(about.val_loss, abs=0.01)  # measured in bf16
     assert found[1]["less_first"]["loss"]["value"] < -10 * found[1]["less_first"]["loss"]["stderr"]
-    (newest,) = rows(capsys, place, "--data", dataset_dir, "--tokens", 40 * SEQUENCE, "--items", 5)
+    (newest,) = rows(capsys, run_dir, "--data", dataset_dir, "--tokens", 40 * SEQUENCE, "--items", 5)
     assert newest["loss"] == found[1]["loss"]
     assert newest["items"] == 5
 
 
-def test_data_that_is_gone_is_said(
+def test_missing_data_is_reported(
     four_ranks: tuple[object, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = tmp_path / TAGS[1]
@@ -283,7 +286,7 @@ def test_data_that_is_gone_is_said(
     (moved / MANIFEST).write_bytes(manifest.encode(about.model_copy(update={"settings": settings})))
     (row,) = rows(capsys, moved, "--hellaswag", four_ranks[1] / "items.jsonl", "--items", 5)
     assert row["loss"] is None and row["items"] == 5
-    with pytest.raises(UserError, match=r"give --data DIR .*; the run's data.dir, /gone, is not there"):
+    with pytest.raises(UserError, match=r"give --data DIR .*; the run's data.dir, /gone, does not exist"):
         run(moved, "--tokens", 100)
 
 
@@ -291,16 +294,16 @@ def test_data_that_is_gone_is_said(
     ("words", "message"),
     [
         (["ONE"], "nothing to measure on: give --data DIR .* or --hellaswag FILE"),
-        (["ONE", "--items", "3", "--data", "DATA"], "--items 3: of which file"),
-        (["ONE", "--tokens", "3", "--hellaswag", "ITEMS"], "--tokens 3: of which data"),
-        (["ONE", "TWO", "--tag", "12", "--data", "DATA"], "--tag goes with one run"),
+        (["ONE", "--items", "3", "--data", "DATA"], "--items 3: no HellaSwag file"),
+        (["ONE", "--tokens", "3", "--hellaswag", "ITEMS"], "--tokens 3: no data"),
+        (["ONE", "TWO", "--tag", "12", "--data", "DATA"], "--tag applies to one run"),
         (["ONE", "--tag", "12", "--data", "DATA"], "has no checkpoints"),
         (["ONE", "nowhere", "--data", "DATA"], "no run nowhere"),
         (["ONE", "--data", "nowhere"], "nowhere does not exist"),
         (["ONE", "--hellaswag", "nowhere"], "nowhere cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_errors_are_one_line(
     models: dict[str, Path], dataset_dir: Path, items_file: Path, words: list[str], message: str
 ) -> None:
     paths = {"ONE": models["one"], "TWO": models["two"], "DATA": dataset_dir, "ITEMS": items_file}
@@ -309,7 +312,7 @@ def test_a_mistake_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_gpu_that_is_not_there_or_is_full_is_one_line(
+def test_a_missing_or_full_gpu_is_a_one_line_error(
     models: dict[str, Path], dataset_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -318,18 +321,18 @@ def test_a_gpu_that_is_not_there_or_is_full_is_one_line(
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"--device cuda: PyTorch .* sees no GPU"):
+    with pytest.raises(UserError, match=r"--device cuda: PyTorch .* finds no GPU"):
         command.run(parser.parse_args([str(models["one"]), "--device", "cuda"]))
-    monkeypatch.setattr(command, "window_losses", full)
-    with pytest.raises(UserError, match="the GPU's memory does not suffice, try --device cpu"):
+    monkeypatch.setattr(evaluate, "window_losses", full)
+    with pytest.raises(UserError, match="out of GPU memory, try --device cpu"):
         run(models["one"], "--data", dataset_dir)
 
 
-def test_progress_shows_on_a_terminal(
+def test_a_progress_bar_is_shown_on_a_terminal(
     models: dict[str, Path], dataset_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert run(models["one"], "--data", dataset_dir, "--tokens", SEQUENCE) == exit_report.DONE
-    said = capsys.readouterr()
-    assert f"{models['one']}: loss:" in said.err and "window" in said.err
-    assert "loss:   0%" not in said.out
+    printed = capsys.readouterr()
+    assert f"{models['one']}: loss:" in printed.err and "window" in printed.err
+    assert "loss:   0%" not in printed.out

@@ -1,4 +1,4 @@
-"""``notes``: what a person writes down is kept, and shown beside the curves."""
+"""``notes``: notes are stored and shown in TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ schedule: {steps: 10, warmup_steps: 1}
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run that has trained 20 steps, was killed while it wrote the 21st, and shows its curves in TensorBoard."""
+    """Return a run with 20 steps and TensorBoard, killed while it wrote the record of step 21."""
     directory = tmp_path / "runs" / "test"
     (directory / "tensorboard").mkdir(parents=True)
     (directory / "config.yaml").write_text(CONFIG.replace("RUNS", str(tmp_path / "runs")))
@@ -40,27 +40,26 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def at_step(run_dir: Path, step: int, tail: str = "") -> None:
+    """Write metrics up to ``step``."""
     lines = "".join(f'{{"step": {number}, "train/loss": 3.0}}\n' for number in range(1, step + 1))
     (run_dir / "metrics.jsonl").write_text(lines + tail)
 
 
 def run(run_dir: Path, *words: str) -> int:
-    """The verb, as the command line starts it."""
+    """Run the command with parsed arguments."""
     parser = argparse.ArgumentParser()
     notes.add_arguments(parser)
     return notes.run(parser.parse_args([str(run_dir), *words]))
 
 
 def shown(run_dir: Path) -> list[tuple[int, str]]:
-    """What TensorBoard's own reader finds."""
+    """Return the notes that TensorBoard's own reader finds."""
     events = EventAccumulator(str(run_dir / "tensorboard" / "notes"))
     events.Reload()
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors("notes")]
 
 
-def test_a_note_is_kept_with_its_time_and_step_and_shown_there(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_note_is_stored_with_time_and_step_and_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(run_dir, "halved", "the *rate*") == exit_report.DONE
     assert capsys.readouterr().out == f"noted at step 20 in {run_dir / 'NOTES.md'} and in TensorBoard\n"
     entry = re.fullmatch(
@@ -71,8 +70,8 @@ def test_a_note_is_kept_with_its_time_and_step_and_shown_there(
     assert shown(run_dir) == [(20, f"**{entry[1]}**\n\nhalved the *rate*")]
 
 
-def test_notes_at_one_step_are_one_text_and_steps_stay_in_order(run_dir: Path) -> None:
-    """TensorBoard's fast reader keeps one text a step and forgets what lies beyond a step that comes again."""
+def test_notes_at_one_step_are_one_text_and_steps_are_ordered(run_dir: Path) -> None:
+    """TensorBoard's fast reader keeps one text per step and drops later steps if a step occurs again."""
     for step, text in ((20, "a"), (20, "b"), (30, "c"), (10, "back to 10")):
         at_step(run_dir, step)
         run(run_dir, text)
@@ -82,7 +81,7 @@ def test_notes_at_one_step_are_one_text_and_steps_stay_in_order(run_dir: Path) -
     assert len(list((run_dir / "tensorboard" / "notes").iterdir())) == 1
 
 
-def test_processes_that_write_at_once_lose_nothing(run_dir: Path) -> None:
+def test_concurrent_writers_lose_no_note(run_dir: Path) -> None:
     code = "import sys, pathlib, argparse; from ds_gpt2.commands import notes; p = argparse.ArgumentParser();"
     code += (
         "notes.add_arguments(p); [notes.run(p.parse_args([*sys.argv[1:], f'{n} ' + 'x' * 5000])) for n in range(10)]"
@@ -92,14 +91,14 @@ def test_processes_that_write_at_once_lose_nothing(run_dir: Path) -> None:
         for name in ("red", "blue")
     ]
     assert [writer.wait() for writer in writers] == [0, 0]
-    wanted = sorted(f"{name} {number} {'x' * 5000}" for name in ("red", "blue") for number in range(10))
-    assert sorted(note.text for note in read_notes(run_dir)) == wanted
+    expected = sorted(f"{name} {number} {'x' * 5000}" for name in ("red", "blue") for number in range(10))
+    assert sorted(note.text for note in read_notes(run_dir)) == expected
     ((_, text),) = shown(run_dir)
-    assert all(note in text for note in wanted)
+    assert all(note in text for note in expected)
 
 
-def test_a_writer_has_the_notes_for_itself(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the one that read the notes first might be the last to show them, without those of the other."""
+def test_a_writer_holds_a_lock(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a writer that read the notes first could overwrite the event file of the other."""
 
     def check(notes: list[Note], directory: Path) -> None:
         with (run_dir / "NOTES.md").open("ab") as another, pytest.raises(BlockingIOError):
@@ -112,33 +111,31 @@ def test_a_writer_has_the_notes_for_itself(run_dir: Path, monkeypatch: pytest.Mo
     assert checked == [1]
 
 
-def test_stdin_is_a_note_too_and_json_tells_all(
+def test_a_note_from_stdin_and_json(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines: ä\n"))
     assert run(run_dir, "-", "--json") == exit_report.DONE
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     (note,) = read_notes(run_dir)
     expected = {"time": note.time, "step": 20, "text": "two\nlines: ä"}
-    assert told == {**expected, "file": str(run_dir / "NOTES.md"), "tensorboard": True}
+    assert printed == {**expected, "file": str(run_dir / "NOTES.md"), "tensorboard": True}
     assert run(run_dir, "--json") == exit_report.DONE
     assert json.loads(capsys.readouterr().out) == [expected]
 
 
 def test_without_a_text_the_notes_are_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(run_dir) == exit_report.DONE
-    assert capsys.readouterr().out.startswith(f"no notes in {run_dir / 'NOTES.md'} yet: write one with ")
+    assert capsys.readouterr().out.startswith(f"no notes in {run_dir / 'NOTES.md'} yet: add one with ")
     (run_dir / "NOTES.md").write_text("Written by hand.\n")
-    run(run_dir, "and by the verb")
+    run(run_dir, "and by the command")
     capsys.readouterr()
     assert run(run_dir) == exit_report.DONE
-    said = capsys.readouterr().out
-    assert said.startswith("Written by hand.\n\n## ") and said.endswith(", step 20\n\nand by the verb\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Written by hand.\n\n## ") and printed.endswith(", step 20\n\nand by the command\n")
 
 
-def test_a_run_that_has_not_begun_or_shows_nothing_keeps_notes(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_work_before_the_start_and_without_tensorboard(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "tensorboard").rmdir()
     assert run(run_dir, "before the start") == exit_report.DONE
@@ -146,17 +143,17 @@ def test_a_run_that_has_not_begun_or_shows_nothing_keeps_notes(
     assert not (run_dir / "tensorboard").exists()
 
 
-def test_no_note_is_lost_where_tensorboard_fails(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_is_stored_if_tensorboard_fails(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "tensorboard" / "notes").write_text("in the way")
     assert run(run_dir, "kept") == exit_report.DONE
-    said = capsys.readouterr()
-    assert said.err.startswith("warning: the note is kept, but TensorBoard does not show it: ")
-    assert len(said.err.splitlines()) == 1
-    assert said.out == f"noted at step 20 in {run_dir / 'NOTES.md'}\n"
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: the note is saved, but TensorBoard does not show it: ")
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == f"noted at step 20 in {run_dir / 'NOTES.md'}\n"
     assert [note.text for note in read_notes(run_dir)] == ["kept"]
 
 
-def test_the_training_process_keeps_its_own_event_file(run_dir: Path) -> None:
+def test_the_event_file_of_the_training_process_is_not_changed(run_dir: Path) -> None:
     own = run_dir / "tensorboard" / "events.out.tfevents.1.host.1.0"
     own.write_bytes(b"of the training process")
     run(run_dir, "x")
@@ -164,8 +161,8 @@ def test_the_training_process_keeps_its_own_event_file(run_dir: Path) -> None:
     assert {path.name for path in own.parent.iterdir()} == {own.name, "notes"}
 
 
-def test_a_new_event_file_is_read_after_those_before(tmp_path: Path) -> None:
-    """TensorBoard reads the files of a directory by name."""
+def test_a_new_event_file_is_read_after_older_ones(tmp_path: Path) -> None:
+    """TensorBoard reads the files of a directory in the order of their names."""
     (tmp_path / "notes").mkdir()
     names = []
     for _ in range(3):
@@ -177,12 +174,12 @@ def test_a_new_event_file_is_read_after_those_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [[""], [" ", "\n"]])
 def test_an_empty_note_is_refused(run_dir: Path, words: list[str]) -> None:
-    with pytest.raises(UserError, match="the note is empty: give its text"):
+    with pytest.raises(UserError, match="the note is empty: give a text"):
         run(run_dir, *words)
     assert not (run_dir / "NOTES.md").exists()
 
 
-def test_a_run_directory_that_cannot_be_written_is_one_line(run_dir: Path) -> None:
+def test_a_notes_file_that_cannot_be_written_is_a_one_line_error(run_dir: Path) -> None:
     (run_dir / "NOTES.md").mkdir()
     with pytest.raises(UserError, match=r"^cannot write .*NOTES\.md: Is a directory; check its perm"):
         run(run_dir, "x")
@@ -190,14 +187,16 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(run_dir: Path) -> No
         run(run_dir)
 
 
-def test_the_verb_does_not_wait_for_torch() -> None:
+def test_the_command_does_not_import_torch() -> None:
     code = "import sys, ds_gpt2.commands.notes; from ds_gpt2.run_dir.notes import _events; _events([])"
     code += "; print({'torch', 'deepspeed', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 
 
-def test_notes_of_others_control_no_terminal_and_are_a_file(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped_and_the_notes_are_a_regular_file(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run_dir / "NOTES.md").write_text("a\tb\n\x1b[2Jcleared\x07\r\x9b0m\n")
     assert run(run_dir) == exit_report.DONE
     assert capsys.readouterr().out == "a\tb\n\\x1b[2Jcleared\\x07\\r\\x9b0m\n"

@@ -19,8 +19,8 @@ import pytest
 from launched import PROJECT
 
 from ds_gpt2 import cli
-from ds_gpt2.commands import runs, status_news
-from ds_gpt2.config import run_location
+from ds_gpt2.commands import status_news
+from ds_gpt2.config import lookup, run_location
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal
@@ -38,8 +38,8 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "status"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs: this process is a rank of the newer one; the older one is dead."""
-    for module in (run_location, runs):
+    """Two runs, of which the newer is trained by this process, and the older has died."""
+    for module in (run_location, lookup):
         monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
     for name, age in (("old", 100), ("new", 0)):
         run_dir = tmp_path / "runs" / name

@@ -1,4 +1,4 @@
-"""``tensorboard``: a real one, asked over HTTP, and what a person far away is told to type."""
+"""``tensorboard``: a real server queried over HTTP, and the printed commands."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from ds_gpt2.commands import tensorboard
-from ds_gpt2.commands.tensorboard import event_directory, link_runs, ssh_command, tmux_command
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.run_location import event_directory
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.notes import Note, show_in_tensorboard
+from ds_gpt2.tools import tensorboard_server
+from ds_gpt2.tools.tensorboard_server import link_runs, ssh_command, tmux_command
 
 CONFIG = """
 run: {name: NAME, dir: RUNS}
@@ -54,7 +56,7 @@ def write_events(directory: Path) -> None:
 
 @contextlib.contextmanager
 def serving(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """The verb in a session of its own; nothing of it is left afterwards."""
+    """Run the command in its own session and check that no process is left at the end."""
     command = [sys.executable, "-m", "ds_gpt2", "tensorboard", *words]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -62,25 +64,25 @@ def serving(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
         process.terminate()
-        process.communicate(timeout=30)  # the data server holds the pipe as long as it lives
+        process.communicate(timeout=30)  # the data server holds the pipe until it exits
     finally:
         left = end_session(process.pid)
     assert left == []
 
 
-def asked(url: str, enough: Callable[[Any], bool], seconds: float = 60) -> Any:
-    """The answer to ``url`` as soon as it is ``enough``."""
+def query(url: str, is_complete: Callable[[Any], bool], seconds: float = 60) -> Any:
+    """Return the reply to ``url`` as soon as it is complete."""
     deadline, answer = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as reply:
             answer = json.load(reply)
-            if enough(answer):
+            if is_complete(answer):
                 return answer
         time.sleep(0.2)
     raise AssertionError(f"{url} answers {answer}")
 
 
-def test_all_runs_are_served_whatever_comes_later_too(tmp_path: Path) -> None:
+def test_all_runs_are_served_including_later_ones(tmp_path: Path) -> None:
     shown = make_run(tmp_path, "shown")
     elsewhere = make_run(tmp_path, "elsewhere", f"monitor: {{dir: {tmp_path / 'other disk'}}}\n")
     temporary = tmp_path / "temporary"
@@ -89,29 +91,29 @@ def test_all_runs_are_served_whatever_comes_later_too(tmp_path: Path) -> None:
         str(tmp_path / "runs"), SSH_CONNECTION="10.0.0.9 5000 10.0.0.1 2222", TMPDIR=str(temporary)
     ) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(6)]
-        address = re.fullmatch(r"TensorBoard of .*/runs: (http://127\.0\.0\.1:(\d+)/) \(Ctrl\+C ends it\)\n", said[0])
-        assert address is not None, said
+        lines = [process.stdout.readline() for _ in range(6)]
+        address = re.fullmatch(r"TensorBoard of .*/runs: (http://127\.0\.0\.1:(\d+)/) \(Ctrl\+C stops it\)\n", lines[0])
+        assert address is not None, lines
         url, port = address.groups()
-        assert said[1] == "no curves yet: they appear as soon as a run has written some\n"
-        assert said[3].startswith(f"  ssh -N -L {port}:localhost:{port} -p 2222 ") and said[3].endswith("@10.0.0.1\n")
-        assert said[5] == f"  tmux new -d -s tensorboard './launch.sh tensorboard {tmp_path}/runs --port {port}'\n"
+        assert lines[1] == "no curves yet: they appear when a run has written some\n"
+        assert lines[3].startswith(f"  ssh -N -L {port}:localhost:{port} -p 2222 ") and lines[3].endswith("@10.0.0.1\n")
+        assert lines[5] == f"  tmux new -d -s tensorboard './launch.sh tensorboard {tmp_path}/runs --port {port}'\n"
         write_events(shown / "tensorboard")
         write_events(shown / "tensorboard" / "reference")
         write_events(event_directory(elsewhere))
         write_events(make_run(tmp_path, "later") / "tensorboard")
-        seen = [Note("2026-01-01 00:00:00 +0000", step, f"seen {step}") for step in range(150)]
-        show_in_tensorboard(seen, shown / "tensorboard" / "notes")  # more than it shows if it is not told to
-        tags = asked(url + "data/plugin/scalars/tags", lambda answer: len(answer) == 4)
+        notes = [Note("2026-01-01 00:00:00 +0000", step, f"note {step}") for step in range(150)]
+        show_in_tensorboard(notes, shown / "tensorboard" / "notes")  # more than TensorBoard loads by default
+        tags = query(url + "data/plugin/scalars/tags", lambda answer: len(answer) == 4)
         runs = ["shown", "shown/reference", "elsewhere", "later"]
         assert {run: list(names) for run, names in tags.items()} == {run: ["loss"] for run in runs}
         text = url + "data/plugin/text/text?run=shown%2Fnotes&tag=notes"
-        assert "<p>seen 0</p>" in asked(text, lambda answer: len(answer) == 150)[0]["text"]
+        assert "<p>note 0</p>" in query(text, lambda answer: len(answer) == 150)[0]["text"]
     assert process.returncode == exit_report.DONE
     assert [path.name for path in temporary.iterdir() if path.name.startswith("ds_gpt2")] == []
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_a_one_line_error(tmp_path: Path) -> None:
     make_run(tmp_path, "test")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -120,13 +122,13 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "ds_gpt2", "tensorboard", str(tmp_path / "runs" / "test"), "--port", str(port)]
         result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (exit_report.MISTAKE, "")
-    said = rf"error: port {port} is in use: leave --port out, or give another, such as \d+\n"
-    assert re.fullmatch(said, result.stderr), result.stderr
+    error = rf"error: port {port} is in use: omit --port, or give another, such as \d+\n"
+    assert re.fullmatch(error, result.stderr), result.stderr
 
 
 @pytest.fixture
 def _signals() -> Iterator[None]:
-    """The verb handles signals of its process, which here is that of the tests."""
+    """Restore the signal handlers: the command sets those of its process, which is the process of the tests."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -134,7 +136,7 @@ def _signals() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_signals")
-def test_only_who_asks_for_it_opens_it_to_the_network(
+def test_the_server_is_open_to_the_network_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, hosts = make_run(tmp_path, "test"), []
@@ -146,20 +148,20 @@ def test_only_who_asks_for_it_opens_it_to_the_network(
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorboard, "_launch", launch)
+    monkeypatch.setattr(tensorboard_server, "launch", launch)
     monkeypatch.setattr(tensorboard.time, "sleep", interrupt)
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
     assert tensorboard.run(parser.parse_args([str(run_dir)])) == exit_report.DONE
     assert capsys.readouterr().err == ""
     assert tensorboard.run(parser.parse_args([str(run_dir), "--open-to-network"])) == exit_report.DONE
-    said = capsys.readouterr()
-    assert said.err.startswith("WARNING: everybody who can reach this machine's port 6006 reads everything")
-    assert "--port 6006 --open-to-network'\n" in said.out and "ssh" not in said.out
+    printed = capsys.readouterr()
+    assert printed.err.startswith("WARNING: anyone who can reach port 6006 of this machine can read everything")
+    assert "--port 6006 --open-to-network'\n" in printed.out and "ssh" not in printed.out
     assert hosts == [("127.0.0.1", "test"), ("0.0.0.0", "test")]
 
 
-def test_what_to_type_far_away_names_the_address_that_one_logged_in_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ssh_command_has_the_address_of_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "me")
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
     assert ssh_command(6006) == "ssh -N -L 6006:localhost:6006 me@10.0.0.1"
@@ -170,27 +172,27 @@ def test_what_to_type_far_away_names_the_address_that_one_logged_in_to(monkeypat
     assert ssh_command(6006) == "ssh -N -L 6006:localhost:6006 me@gpu1.example.org"
 
 
-def test_where_nothing_is_known_a_person_fills_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> str:
+def test_the_ssh_command_has_a_placeholder_for_an_unknown_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown_user() -> str:
         raise KeyError("getpwuid(): uid not found: 1234")
 
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
-    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setattr("getpass.getuser", unknown_user)
     monkeypatch.setattr("socket.getfqdn", lambda: "localhost.localdomain")
     address = ssh_command(6006).removeprefix("ssh -N -L 6006:localhost:6006 USER@")
     assert address and not address.startswith("localhost")
 
 
-def test_the_line_for_tmux_survives_the_shell() -> None:
+def test_the_tmux_command_is_quoted() -> None:
     line = tmux_command("/my runs/it's", 6006)
     shell = line.replace("tmux", f'"{sys.executable}" -c "import sys; print(sys.argv)"', 1)
-    given = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-    command = ast.literal_eval(given)[-1]  # which tmux hands to a shell of its own
+    received = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    command = ast.literal_eval(received)[-1]  # tmux passes it to its own shell
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout
     assert words.splitlines() == ["./launch.sh", "tensorboard", "/my runs/it's", "--port", "6006"]
 
 
-def test_links_come_and_go_with_the_runs(tmp_path: Path) -> None:
+def test_links_follow_the_runs(tmp_path: Path) -> None:
     links = tmp_path / "links"
     links.mkdir()
     first, second = make_run(tmp_path, "first"), make_run(tmp_path, "second")
@@ -205,7 +207,7 @@ def test_links_come_and_go_with_the_runs(tmp_path: Path) -> None:
     assert {link.name: link.resolve() for link in links.iterdir()} == {"first": first / "tensorboard"}
 
 
-def test_event_files_are_found_where_the_settings_say_or_where_the_run_lies(tmp_path: Path) -> None:
+def test_event_files_are_found_by_the_settings_or_in_the_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "test", f"monitor: {{dir: {tmp_path / 'other'}}}\n")
     assert event_directory(run_dir) == tmp_path / "other" / "test"
     moved = Path(shutil.copytree(run_dir, tmp_path / "moved"))
@@ -215,15 +217,15 @@ def test_event_files_are_found_where_the_settings_say_or_where_the_run_lies(tmp_
     assert event_directory(moved) == moved / "tensorboard"
 
 
-def test_a_broken_tensorboard_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_tensorboard_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard.program", None)
     monkeypatch.delattr("tensorboard.program", raising=False)
-    with pytest.raises(UserError, match=r"^TensorBoard cannot be loaded \(.*\): install it again with `.*`$"):
-        tensorboard._import_tensorboard()
+    with pytest.raises(UserError, match=r"^TensorBoard cannot be imported \(.*\): reinstall it with `.*`$"):
+        tensorboard_server._import_tensorboard()
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "x"])
-def test_an_impossible_port_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_port_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
     with pytest.raises(SystemExit):

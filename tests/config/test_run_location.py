@@ -1,4 +1,4 @@
-"""Runs that are copied, moved and renamed: what is found counts, never what was stored."""
+"""Copied, moved and renamed runs: their location counts, not the stored paths."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def use(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on the project is ``project``: what is stored is resolved there."""
+    """Make ``project`` the project directory, which stored relative paths refer to."""
     real = run_location.settings_of
     monkeypatch.setattr(run_location, "PROJECT_DIR", project)
     monkeypatch.setattr(run_location, "settings_of", lambda *given, **named: real(*given, **named, project_dir=project))
 
 
 def start(project: Path, name: str = "a", run_dir: Path | None = None, old: bool = False, **paths: str) -> Settings:
-    """Leave the files of a run that was started and saved one checkpoint."""
+    """Write the files of a run that was started and saved one checkpoint."""
     tree = {
         "run": {"name": name, "dir": str(run_dir or project / "runs")},
         "model": {"preset": "7M"},
@@ -71,7 +71,7 @@ def save(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
-def test_a_run_that_has_not_moved_is_read_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+def test_settings_of_an_unmoved_run_are_unchanged(project: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     use(project, monkeypatch)
     settings = start(project, old=old, monitor=str(project / "boards"))
     assert load_run_settings(settings.run_dir) == settings
@@ -80,7 +80,7 @@ def test_a_run_that_has_not_moved_is_read_as_it_was(project: Path, monkeypatch: 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
 @pytest.mark.parametrize("how", [shutil.copytree, shutil.move], ids=["copied", "moved"])
-def test_in_a_copied_or_moved_project_all_paths_are_its_own(
+def test_all_paths_of_a_copied_or_moved_project_are_inside_it(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[..., object], old: bool
 ) -> None:
     start(project, old=old, monitor=str(project / "boards"))
@@ -98,7 +98,7 @@ def test_in_a_copied_or_moved_project_all_paths_are_its_own(
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
-def test_a_run_outside_of_the_project_moves_with_what_lies_beside_it(
+def test_a_run_outside_of_the_project_moves_with_its_siblings(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
 ) -> None:
     use(project, monkeypatch)
@@ -118,7 +118,7 @@ def test_a_run_outside_of_the_project_moves_with_what_lies_beside_it(
     assert settings.data.dir == tmp_path / "moved" / "ds"
 
 
-def test_a_run_that_moved_without_the_checkpoints_beside_it_is_not_begun_again(
+def test_a_run_that_moved_without_its_checkpoints_does_not_start_anew(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(project, monkeypatch)
@@ -133,19 +133,19 @@ def test_a_run_that_moved_without_the_checkpoints_beside_it_is_not_begun_again(
     preflight.check_outputs(there_again)
 
 
-def test_a_checkpoint_whose_run_cannot_be_read_is_still_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_an_unreadable_run_is_usable(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     settings = start(project)
     (settings.run_dir / "config.yaml").write_text("run: [")
     assert run_location.run_of(settings.checkpoint_dir) is None
     stored = {"run": {"name": "a"}, "data": {"dir": "data/ds"}, "model": {"init_from": "owner/name"}}
-    now = run_location.settings_now(settings.checkpoint_dir / "rolling_step_000010", stored)
+    now = run_location.current_settings(settings.checkpoint_dir / "rolling_step_000010", stored)
     assert now["data"]["dir"] == str(project / "data" / "ds")
     assert now["model"]["init_from"] == "owner/name"
     assert "dir" not in now["run"]
 
 
-def test_paths_in_the_run_itself_stay_in_it(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_the_run_move_with_it(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     mine = tmp_path / "here" / "runs"
     settings = start(project, run_dir=mine, checkpoints=str(mine / "a" / "saved"))
@@ -159,7 +159,7 @@ def test_stored_settings_have_no_absolute_path_into_the_project(project: Path) -
     assert str(project) not in (settings.run_dir / "config.yaml").read_text()
 
 
-def test_a_command_for_alerts_is_stored_for_its_owner_alone(project: Path) -> None:
+def test_a_command_for_alerts_is_readable_by_its_owner_only(project: Path) -> None:
     settings = start(project)
     secret = settings.model_copy(update={"alerts": settings.alerts.model_copy(update={"command": "curl -u me:s3cr3t"})})
     run_location.write_settings(secret)
@@ -199,7 +199,7 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
 @pytest.mark.parametrize("shared", ["checkpoints", "monitor"])
-def test_a_copy_that_would_write_where_the_original_does_is_refused(
+def test_a_copy_that_shares_an_output_directory_is_refused(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, old: bool
 ) -> None:
     start(project, old=old, **{shared: str(tmp_path / "shared")})
@@ -208,11 +208,11 @@ def test_a_copy_that_would_write_where_the_original_does_is_refused(
     with pytest.raises(UserError, match=rf"{tmp_path}/shared/a belongs to the run in {project}/runs/a") as refused:
         preflight.check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
     assert "\n" not in str(refused.value)
-    shutil.rmtree(project)  # it was a move after all
+    shutil.rmtree(project)  # now it is a moved run
     preflight.check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
 
 
-def test_two_runs_of_one_name_do_not_share_checkpoints(
+def test_two_runs_with_one_name_cannot_share_checkpoints(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(project, monkeypatch)
@@ -222,7 +222,7 @@ def test_two_runs_of_one_name_do_not_share_checkpoints(
         preflight.check_outputs(other)
 
 
-def test_checkpoints_that_were_set_elsewhere_at_the_start_before_are_named(
+def test_the_checkpoint_directory_of_the_previous_start_is_named(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(project, monkeypatch)
@@ -232,7 +232,7 @@ def test_checkpoints_that_were_set_elsewhere_at_the_start_before_are_named(
         preflight.check_outputs(here)
 
 
-def test_a_link_to_a_run_is_that_run(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_symbolic_link_to_a_run_works(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     settings = start(project)
     (project / "runs" / "current").symlink_to("a")
@@ -242,7 +242,7 @@ def test_a_link_to_a_run_is_that_run(project: Path, tmp_path: Path, monkeypatch:
     assert load_run_settings(project / "runs" / "a").checkpoint_dir == settings.checkpoint_dir
 
 
-def test_damaged_records_of_where_a_run_was_are_ignored(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_records_of_the_location_are_ignored(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(project, monkeypatch)
     settings = start(project)
     for content in (b"", b"\xff\xfe", b"[]\n", b"{}\n", b'{"run_dir": 5}\n', b"[" * 100_000 + b"\n"):
@@ -252,7 +252,7 @@ def test_damaged_records_of_where_a_run_was_are_ignored(project: Path, monkeypat
         preflight.check_outputs(settings)
 
 
-def test_a_dollar_in_the_path_of_a_run_is_no_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dollar_sign_in_the_path_of_a_run_is_not_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tmp_path / "cash $HOME"
     (project / "runs").mkdir(parents=True)
     use(project, monkeypatch)
@@ -261,6 +261,6 @@ def test_a_dollar_in_the_path_of_a_run_is_no_variable(tmp_path: Path, monkeypatc
     assert load_run_settings(settings.run_dir) == settings
 
 
-def test_the_shipped_project_is_what_relative_paths_refer_to(tmp_path: Path) -> None:
+def test_relative_paths_refer_to_the_project(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {preset: 7M}\ndata: {dir: data/x}\nschedule: {steps: 800}\n")
     assert load_run_settings(tmp_path).data.dir == PROJECT_DIR / "data" / "x"

@@ -15,11 +15,11 @@ from ds_gpt2.config.settings import (
 )
 
 CONFIGS = sorted((PROJECT_DIR / "ds_configs").glob("*.yaml"))
-MISSION = PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml"
+GPT2_124M = PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+def test_the_shipped_configs_are_valid(path: Path) -> None:
     settings = load_settings(path)
     assert settings.run.name == path.stem
     assert settings.run_dir == PROJECT_DIR / "runs" / path.stem
@@ -27,8 +27,8 @@ def test_the_configs_that_come_along_are_valid(path: Path) -> None:
     assert settings.deepspeed == PROJECT_DIR / "ds_configs" / "zero2_bf16.json"
 
 
-def test_the_mission_is_fifty_billion_tokens() -> None:
-    settings = load_settings(MISSION)
+def test_gpt2_124m_trains_on_fifty_billion_tokens() -> None:
+    settings = load_settings(GPT2_124M)
     assert settings.schedule.steps == 95_365
     assert settings.schedule.steps * settings.batch.tokens_per_step == pytest.approx(50e9, rel=1e-4)
     assert (settings.checkpoint.every, settings.checkpoint.keep_last, settings.validation.every) == (250, 10, 250)
@@ -36,31 +36,31 @@ def test_the_mission_is_fifty_billion_tokens() -> None:
     assert settings.optimizer.betas == (0.9, 0.95)
 
 
-def test_overrides_are_typed_and_win() -> None:
+def test_overrides_are_typed_and_take_precedence() -> None:
     typed = parse_overrides(["schedule.max_lr=1e-4", "batch.micro_batch=8", "samples.prompts=[a, b]", "run.name=other"])
-    settings = load_settings(MISSION, typed)
+    settings = load_settings(GPT2_124M, typed)
     assert (settings.schedule.max_lr, settings.batch.micro_batch) == (1e-4, 8)
     assert settings.samples.prompts == ("a", "b")
     assert settings.checkpoint_dir.name == "other"
 
 
-def test_steps_and_epochs_preset_and_shape_displace_each_other() -> None:
-    by_epochs = load_settings(MISSION, {"schedule.epochs": "5"}).schedule
+def test_an_override_removes_the_settings_that_it_excludes() -> None:
+    by_epochs = load_settings(GPT2_124M, {"schedule.epochs": "5"}).schedule
     assert (by_epochs.steps, by_epochs.epochs) == (None, 5)
     own = {"model.layers": "2", "model.heads": "2", "model.width": "64"}
-    assert load_settings(MISSION, own).model.shape == (2, 2, 64)
+    assert load_settings(GPT2_124M, own).model.shape == (2, 2, 64)
 
 
-def test_paths_of_a_file_are_the_projects_and_typed_ones_the_persons(tmp_path: Path) -> None:
-    settings = load_settings(MISSION, {"checkpoint.dir": "here"}, cwd=tmp_path)
+def test_paths_are_relative_to_the_project_in_a_file_and_to_the_working_directory_in_overrides(tmp_path: Path) -> None:
+    settings = load_settings(GPT2_124M, {"checkpoint.dir": "here"}, cwd=tmp_path)
     assert settings.checkpoint.dir == tmp_path / "here"
     assert settings.data.dir == PROJECT_DIR / "data" / "fineweb-edu"
-    assert load_settings(MISSION, {"data.dir": "/absolute"}, cwd=tmp_path).data.dir == Path("/absolute")
+    assert load_settings(GPT2_124M, {"data.dir": "/absolute"}, cwd=tmp_path).data.dir == Path("/absolute")
 
 
-def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+def test_dumped_settings_are_read_back(tmp_path: Path) -> None:
     settings = load_settings(
-        MISSION, {"samples.prompts": '["é: \\n", "x"]', "schedule.max_lr": "1e-5", "schedule.min_lr": "0"}
+        GPT2_124M, {"samples.prompts": '["é: \\n", "x"]', "schedule.max_lr": "1e-5", "schedule.min_lr": "0"}
     )
     (tmp_path / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
     assert load_settings(tmp_path / "config.yaml", cwd=tmp_path) == settings
@@ -68,7 +68,7 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_settings(MISSION).run.seed = 1
+        load_settings(GPT2_124M).run.seed = 1
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_settings_are_frozen() -> None:
         ("samples.prompts=[", "not valid YAML"),
     ],
 )
-def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
+def test_an_invalid_override_is_a_one_line_error(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        load_settings(MISSION, parse_overrides([override]))
+        load_settings(GPT2_124M, parse_overrides([override]))
     assert "\n" not in str(caught.value)
 
 
@@ -151,8 +151,8 @@ def test_a_mistake_is_one_clear_line(override: str, message: str) -> None:
         ("samples.prompts=[1, off, 'null']", ("1", "off", "null")),
     ],
 )
-def test_the_type_of_a_setting_decides_what_its_text_means(override: str, value: object, tmp_path: Path) -> None:
-    typed = load_settings(MISSION, parse_overrides([override]))
+def test_text_is_parsed_by_the_type_of_the_setting(override: str, value: object, tmp_path: Path) -> None:
+    typed = load_settings(GPT2_124M, parse_overrides([override]))
     key = override.partition("=")[0]
     assert flat(typed.model_dump())[key] == value
     stored = tmp_path / "config.yaml"
@@ -160,7 +160,7 @@ def test_the_type_of_a_setting_decides_what_its_text_means(override: str, value:
     assert load_settings(stored) == typed
 
 
-def test_the_word_off_in_a_file_turns_a_guard_off(tmp_path: Path) -> None:
+def test_off_in_a_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {preset: 7M}\ndata: {dir: x}\nschedule: {steps: 800}\nguards: {spike: off}\nvalidation:\n", "utf-8"
     )
@@ -170,12 +170,12 @@ def test_the_word_off_in_a_file_turns_a_guard_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("character", ["\x1b", "\udce9", "\x00"])
-def test_a_character_that_yaml_does_not_allow_is_one_line(character: str) -> None:
+def test_a_character_that_yaml_does_not_allow_is_a_one_line_error(character: str) -> None:
     with pytest.raises(UserError, match="is not valid YAML"):
         load_settings(PROJECT_DIR / "ds_configs" / "quickstart.yaml", {"samples.prompts": f'["{character}"]'})
 
 
-def test_a_merged_key_is_no_duplicate(tmp_path: Path) -> None:
+def test_a_merged_key_is_not_a_duplicate(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {preset: 7M}\ndata: {dir: x}\n"
         "validation: &often {<<: {every: 10, tokens: 4096}, every: 20}\nschedule: {steps: 800}\n",
@@ -190,26 +190,26 @@ def test_variables_and_the_home_directory_are_expanded_in_paths(
 ) -> None:
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    settings = load_settings(MISSION, {"checkpoint.dir": "$SCRATCH/ck", "data.dir": "~/data"})
+    settings = load_settings(GPT2_124M, {"checkpoint.dir": "$SCRATCH/ck", "data.dir": "~/data"})
     assert settings.checkpoint.dir == tmp_path / "scratch" / "ck"
     assert settings.data.dir == tmp_path / "home" / "data"
-    copies = load_settings(MISSION, {"checkpoint.backup.to": "${SCRATCH}/copies"}).checkpoint.backup.to
+    copies = load_settings(GPT2_124M, {"checkpoint.backup.to": "${SCRATCH}/copies"}).checkpoint.backup.to
     assert copies == str(tmp_path / "scratch" / "copies")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: \xe9\n", bytes(2_000_000), b"\x80PK\x03\x04"])
-def test_what_is_no_settings_file_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_settings_file_is_a_one_line_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"not a settings file|not UTF-8") as refused:
         load_settings(tmp_path / "model.safetensors")
     assert "\n" not in str(refused.value)
 
 
-def test_a_shape_must_be_whole_and_divisible() -> None:
+def test_a_shape_must_be_complete_and_divisible() -> None:
     with pytest.raises(UserError, match=r"give model\.preset .* or all of model\.layers, heads and width"):
-        load_settings(MISSION, {"model.layers": "2"})
+        load_settings(GPT2_124M, {"model.layers": "2"})
     with pytest.raises(UserError, match=r"model\.width 30 is not divisible by model\.heads 4"):
-        load_settings(MISSION, {"model.layers": "2", "model.heads": "4", "model.width": "30"})
+        load_settings(GPT2_124M, {"model.layers": "2", "model.heads": "4", "model.width": "30"})
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_shape_must_be_whole_and_divisible() -> None:
         ("model: {preset: 7M}\ndata: {dir: x}\nschedule: {steps: 9, epochs: 1}\n", "exactly one of schedule.steps"),
     ],
 )
-def test_a_bad_file_is_one_clear_line(
+def test_an_invalid_file_is_a_one_line_error(
     tmp_path: Path, content: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -242,7 +242,7 @@ def test_a_bad_file_is_one_clear_line(
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config not found: .*nowhere\.yaml"):
         load_settings(tmp_path / "nowhere.yaml")
 
@@ -253,19 +253,19 @@ def test_an_override_needs_a_key_and_a_value(argument: str) -> None:
         parse_overrides([argument])
 
 
-def test_a_setting_given_twice_is_refused() -> None:
+def test_two_values_for_one_setting_are_refused() -> None:
     assert parse_overrides(["a=1", "a=1"]) == {"a": "1"}
     with pytest.raises(UserError, match="a is given twice, as 1 and as 2"):
         parse_overrides(["a=1", "a=2"])
 
 
-def test_a_dotted_key_in_a_file_is_explained(tmp_path: Path) -> None:
+def test_a_dotted_key_in_a_file_has_a_hint(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {preset: 7M}\ndata: {dir: x}\nschedule.steps: 20\n")
     with pytest.raises(UserError, match=r"unknown setting schedule\.steps: in a file it is `steps` below `schedule:`"):
         load_settings(tmp_path / "run.yaml")
 
 
-def test_the_names_other_peoples_scripts_lean_on_exist() -> None:
+def test_the_names_of_settings_are_stable() -> None:
     names = """run.name run.seed run.dir model.preset model.layers model.heads model.width model.dropout data.dir
     batch.tokens_per_step batch.micro_batch batch.sequence_length schedule.steps schedule.epochs schedule.warmup_steps
     schedule.max_lr schedule.min_lr checkpoint.dir checkpoint.every checkpoint.keep_last validation.every samples.every
@@ -273,29 +273,29 @@ def test_the_names_other_peoples_scripts_lean_on_exist() -> None:
     assert set(names.split()) <= set(known_keys())
 
 
-def test_a_written_config_is_read_by_its_fixture(write_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_config_of_the_fixture_is_valid(write_config: Callable[..., Path], tmp_path: Path) -> None:
     assert load_settings(write_config(tmp_path)).schedule.steps == 12
 
 
 @pytest.mark.parametrize("secret", ["s3://key:word@bucket/x", "https://host/x?token=1", "ftp://me@host/x"])
-def test_secrets_do_not_belong_into_settings(secret: str) -> None:
+def test_secrets_are_refused(secret: str) -> None:
     with pytest.raises(UserError, match="must not hold a password or key") as refused:
         load_settings(PROJECT_DIR / "ds_configs" / "quickstart.yaml", {"checkpoint.backup.to": secret})
     assert "word" not in str(refused.value).replace("password", "") and "token" not in str(refused.value)
 
 
-def test_a_place_for_backups_is_a_path_or_a_url(tmp_path: Path) -> None:
+def test_the_backup_destination_is_a_path_or_a_url(tmp_path: Path) -> None:
     config = PROJECT_DIR / "ds_configs" / "quickstart.yaml"
     assert load_settings(config, {"checkpoint.backup.to": "s3://bucket/x"}).checkpoint.backup.to == "s3://bucket/x"
     given = load_settings(config, {"checkpoint.backup.to": "copies"}, cwd=tmp_path).checkpoint.backup.to
     assert given == str(tmp_path / "copies")
 
 
-def test_a_step_of_more_windows_than_memory_has_is_refused() -> None:
+def test_a_step_with_too_many_windows_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 10,000,000 windows of"):
         BatchSettings(tokens_per_step=10**9, sequence_length=10)
 
 
-def test_copies_in_memory_are_refused() -> None:
-    with pytest.raises(UserError, match="memory is gone when the process ends"):
-        load_settings(MISSION, parse_overrides(["checkpoint.backup.to=memory://x"]))
+def test_backups_to_memory_are_refused() -> None:
+    with pytest.raises(UserError, match="copies in memory are lost when the process ends"):
+        load_settings(GPT2_124M, parse_overrides(["checkpoint.backup.to=memory://x"]))

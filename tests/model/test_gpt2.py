@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ds_gpt2.config.settings import PRESETS
+from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.model.gpt2 import GPT2, count_parameters, flops_per_token, parameter_groups
 from ds_gpt2.model.shape import PADDED_VOCABULARY, VOCABULARY, ModelShape
 

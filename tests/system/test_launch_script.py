@@ -1,4 +1,4 @@
-"""``launch.sh``: other shells, closed descriptors, and an environment that moves with the project."""
+"""``launch.sh``: other shells, closed file descriptors, and a moved virtual environment."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def shell(command: str, environment: dict[str, str] | None = None) -> subprocess
 
 
 @pytest.mark.parametrize("started_by", ["sh", "dash", "bash", "bash --posix"])
-def test_any_shell_may_start_it(started_by: str) -> None:
-    told = shell(f"{started_by} '{PROJECT}/launch.sh' --version")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.startswith("ds_gpt2 ")
+def test_any_shell_can_start_it(started_by: str) -> None:
+    result = shell(f"{started_by} '{PROJECT}/launch.sh' --version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("ds_gpt2 ")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-def test_a_closed_descriptor_is_no_error(closed: str) -> None:
+def test_a_closed_descriptor_is_not_an_error(closed: str) -> None:
     assert shell(f"'{PROJECT}/launch.sh' --version {closed}").returncode == 0
 
 
@@ -52,24 +52,24 @@ def test_the_environment_of_a_moved_project_is_adapted_without_installing(tmp_pa
     moved = tmp_path / "two"
     os.rename(project, moved)
     without = {name: value for name, value in os.environ.items() if name != "DS_GPT2_PYTHON"}
-    told = shell(f"'{moved}/launch.sh' --version", without)
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "installing" not in told.stdout
+    result = shell(f"'{moved}/launch.sh' --version", without)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "installing" not in result.stdout
     assert subprocess.run([moved / ".venv" / "bin" / "deepspeed"], capture_output=True, text=True).stdout == "started\n"
 
 
 @pytest.mark.parametrize("python", ["/no/such/python", "/tmp", "/etc/passwd", "false", "true", "a b", "/bin/ls"])
-def test_an_interpreter_that_is_none_is_one_line(python: str) -> None:
-    told = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": python})
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr == (
-        f"error: DS_GPT2_PYTHON={python} is not an interpreter of Python 3.10 or newer: set it to one, or unset it\n"
+def test_an_invalid_interpreter_is_a_one_line_error(python: str) -> None:
+    result = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": python})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: DS_GPT2_PYTHON={python} is not Python 3.10 or newer: set it to such an interpreter, or unset it\n"
     )
 
 
-def test_an_interpreter_without_the_libraries_says_which(tmp_path: Path) -> None:
+def test_missing_libraries_of_an_interpreter_are_listed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
     python = tmp_path / "empty" / "bin" / "python"
-    told = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": str(python)})
-    assert told.returncode == 2 and "lacks torch, deepspeed, pydantic, psutil: " in told.stderr
-    assert told.stderr.count("\n") == 1
+    result = shell(f"'{PROJECT}/launch.sh' --version", {**os.environ, "DS_GPT2_PYTHON": str(python)})
+    assert result.returncode == 2 and "lacks torch, deepspeed, pydantic, psutil: " in result.stderr
+    assert result.stderr.count("\n") == 1

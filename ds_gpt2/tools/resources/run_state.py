@@ -183,7 +183,7 @@ def _of_supervisor(observed: _Observed, supervisor: SupervisorRecord, beats: Seq
         return RunState(_FINAL[last.kind])
     if last is None or last.kind == "launch":
         since = supervisor.started if last is None else last.time
-        is_hung = now - since > 60 * observed.settings.patience_minutes
+        is_hung = now - since > longest_silence(observed.settings, False, None)
         return (
             RunState("hung?", f"no rank has started for {duration(now - since)}") if is_hung else RunState("starting")
         )

@@ -151,7 +151,7 @@ def test_the_plan_lists_all_scenes() -> None:
 
 def test_an_unknown_scene_is_a_user_error(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     options = parse(str(write_config(tmp_path)), "--only", "nan,meteor", "--num_gpus", "2")
-    with pytest.raises(UserError, match="--only meteor: no such scene; there are read_error, exception"):
+    with pytest.raises(UserError, match="--only meteor: no such scene; known are read_error, exception"):
         drill.run(options)
 
 

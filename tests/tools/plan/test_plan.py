@@ -36,6 +36,7 @@ from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.plan import fit, trial_directory, trial_results
+from ds_gpt2.tools.plan.estimate import subject_of
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_rank import RankMemory
 from ds_gpt2.tools.plan.trial_results import SaveCost
@@ -148,7 +149,7 @@ def test_predicted_tensors_agree_with_the_allocator(
 @pytest.mark.parametrize("factor", [1.2, 10.0])
 def test_memory_beside_tensors_does_not_grow_with_the_batch(config: Path, factor: float) -> None:
     """A trial used ``factor`` bytes per byte of tensors; a larger micro-batch uses at most 1.9 per additional byte."""
-    subject = plan._subject(load_settings(config), RANKS, None)
+    subject = subject_of(load_settings(config), RANKS, None)
     batch, libraries = subject.batch, 300_000_000
     larger = replace(batch, micro_batch=8 * batch.micro_batch)
     (lasting, passing), (_, more) = (fit.tensor_bytes(subject, each) for each in (batch, larger))
@@ -192,10 +193,10 @@ def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
     ("words", "line"),
     [
         (["--tflops", "300"], "error: for other GPUs give both --tflops and --gpu-memory-gb"),
-        (["--watts", "-3"], "error: --watts -3: give a number above 0"),
-        (["--steps", "3"], "error: --steps 3: give 10 at least"),
+        (["--watts", "-3"], "error: --watts -3: must be a number above 0"),
+        (["--steps", "3"], "error: --steps 3: must be at least 10"),
         (["batch.micro_batch=3"], "error: "),
-        (["--disk-free-gb", "0"], "error: --disk-free-gb 0: give a number above 0"),
+        (["--disk-free-gb", "0"], "error: --disk-free-gb 0: must be a number above 0"),
     ],
 )
 def test_a_user_error_is_one_line(config: Path, words: list[str], line: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision import rank_processes
+from ds_gpt2.supervision.watchdog import longest_silence
 from ds_gpt2.tools.drill.fault_injection import Fault
 from ds_gpt2.tools.drill.run_process import FailedError, RunProcess
 from ds_gpt2.tools.drill.scenes.scene import (
@@ -156,7 +157,7 @@ def _longest_hang(context: SceneContext) -> float:
     settings = context.run.settings.supervisor
     records = read_metrics(context.run.run_dir / METRICS)
     step = statistics.median([record["perf/step_ms"] / 1000 for record in records if record.get("perf/step_ms")])
-    return 1.5 * max(settings.hang_seconds, settings.hang_factor * step) + 10
+    return 1.5 * longest_silence(settings, True, step) + 10
 
 
 def _has_stacks(file: Path) -> bool:

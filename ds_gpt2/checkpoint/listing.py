@@ -1,4 +1,4 @@
-"""The table of ``list``: what a run's checkpoints are, hold and cost."""
+"""List the checkpoints in a directory: their contents, sizes and states."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
 from ds_gpt2.checkpoint.verify import Verdict, examine, wrong_size
 from ds_gpt2.common.errors import reason_of
-from ds_gpt2.common.formatting import duration, size
 
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """One checkpoint, or what is left of one, as ``list --json`` prints it."""
+    """One checkpoint, possibly unfinished, as ``list --json`` prints it."""
 
     tag: str
     kind: Literal["full", "weights", "unknown", "unfinished"]
@@ -32,16 +31,16 @@ class CheckpointRow:
     created: str | None
     age_seconds: float | None
     bytes: int
-    freed_bytes: int  # if it is deleted and nothing else
+    freed_bytes: int  # by deleting this checkpoint only
     roles: list[str]  # other tags of the same files
     val_loss: float | None
-    pointers: list[str]  # of latest and latest_backup those that name it
+    pointers: list[str]  # those of latest and latest_backup that point to it
     resumable: bool
     problem: str | None
 
 
 def rows_of(directory: Path, found: Sequence[Generation]) -> list[CheckpointRow]:
-    """One row a checkpoint; what vanishes meanwhile is left out."""
+    """Return one row per checkpoint; checkpoints that are deleted meanwhile are omitted."""
     inodes = {generation.tag: _inodes(generation.path) for generation in found}
     pointers = {name: commit.read_pointer(directory, name) for name in (LATEST, LATEST_BACKUP)}
     rows = []
@@ -73,7 +72,7 @@ def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> CheckpointR
 
 
 def unfinished(directory: Path) -> dict[Path, str]:
-    """Directories with the name of a checkpoint that are none, or cannot be read; and what they are."""
+    """Return directories with the name of a checkpoint that are incomplete or unreadable, each with the reason."""
     found = {}
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         partial = path.name.endswith(PARTIAL)
@@ -87,7 +86,8 @@ def unfinished(directory: Path) -> dict[Path, str]:
     return found
 
 
-def unfinished_row(path: Path, what: str) -> CheckpointRow:
+def unfinished_row(path: Path, problem: str) -> CheckpointRow:
+    """Return the row of an unfinished checkpoint."""
     return CheckpointRow(
         tag=path.name,
         kind="unfinished",
@@ -101,7 +101,7 @@ def unfinished_row(path: Path, what: str) -> CheckpointRow:
         val_loss=None,
         pointers=[],
         resumable=False,
-        problem=what,
+        problem=problem,
     )
 
 
@@ -114,7 +114,7 @@ def _inodes(directory: Path) -> set[tuple[int, int]]:
 
 
 def freed_by(directories: Iterable[Path]) -> int:
-    """The bytes that deleting ``directories`` gives back: a file goes with the last of its names."""
+    """Return the bytes that deleting ``directories`` frees; a hard-linked file is freed with its last link."""
     files = _files_in(directories)
     names = Counter((file.st_dev, file.st_ino) for file in files)
     sizes = {
@@ -124,7 +124,7 @@ def freed_by(directories: Iterable[Path]) -> int:
 
 
 def _files_in(directories: Iterable[Path]) -> list[os.stat_result]:
-    """The status of every file, once for each of its names; one that vanishes meanwhile is left out."""
+    """Return the status of each directory entry that is a file; files deleted meanwhile are omitted."""
     found = []
     for directory in directories:
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -136,6 +136,7 @@ def _files_in(directories: Iterable[Path]) -> list[os.stat_result]:
 
 
 def step_of(generation: Generation) -> int | None:
+    """Return the step of a checkpoint; None if neither its manifest nor its name tells."""
     return generation.step if generation.step >= 0 else None
 
 
@@ -144,41 +145,7 @@ def _finite(number: object) -> float | None:
 
 
 def _age(created: str) -> float | None:
-    """Seconds since then; None where the text is no time."""
+    """Return the seconds since an ISO 8601 time; None if the text is not a time."""
     with contextlib.suppress(ValueError, OverflowError):
         return round(time.time() - datetime.fromisoformat(created).timestamp(), 1)
     return None
-
-
-def as_table(rows: Sequence[CheckpointRow]) -> str:
-    cells = [("tag", "step", "epoch", "age", "size", "frees", "val loss", "state"), *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    first, *middle, last = range(len(widths))
-    return "\n".join(
-        "  ".join([line[first].ljust(widths[first]), *(line[i].rjust(widths[i]) for i in middle), line[last]])
-        for line in cells
-    )
-
-
-def _cells(row: CheckpointRow) -> tuple[str, ...]:
-    return (
-        row.tag,
-        "" if row.step is None else str(row.step),
-        "" if row.epoch is None else _fixed(row.epoch, 2),
-        "" if row.age_seconds is None else duration(row.age_seconds),
-        size(row.bytes),
-        size(row.freed_bytes),
-        "" if row.val_loss is None else _fixed(row.val_loss, 4),
-        "; ".join([_state(row), *row.pointers, *([f"same files as {', '.join(row.roles)}"] if row.roles else [])]),
-    )
-
-
-def _fixed(number: float, digits: int) -> str:
-    """So many digits after the point; of a number that a damaged file claims, three significant ones."""
-    return f"{number:.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
-
-
-def _state(row: CheckpointRow) -> str:
-    if row.problem is not None:
-        return row.problem if row.kind == "unfinished" else f"BAD: {row.problem}"
-    return "weights only" if row.kind == "weights" else "resumable"

@@ -1,8 +1,9 @@
-"""Runs by what a person calls them."""
+"""Find runs and settings files by the names that users type."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 from pathlib import Path
@@ -13,12 +14,16 @@ from ds_gpt2.config.settings import PROJECT_DIR
 
 
 def started_runs() -> list[Path]:
-    """The directories of all runs, the one started last at the end."""
+    """Return the directories of all runs in ``runs/``, ordered by the time of their last start."""
     return sorted((config.parent for config in (PROJECT_DIR / "runs").glob(f"*/{CONFIG}")), key=last_started)
 
 
 def find_run(name: str | None) -> Path:
-    """The directory of a run by name, by path, by the path of its checkpoints, or of the one started last.
+    """Return the directory of a run.
+
+    Args:
+        name: the name of a run in ``runs/``, the path of a run, or the path of its checkpoints; None: the run that was
+            started last.
 
     Raises:
         UserError: there is no such run.
@@ -40,3 +45,24 @@ def find_run(name: str | None) -> Path:
             return run_dir
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}: known in {runs} are {known}")
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a settings file.
+
+    Args:
+        name: a path, or the name of a file in ``ds_configs/`` with or without ``.yaml``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    shipped = PROJECT_DIR / "ds_configs"
+    for path in (Path(name), PROJECT_DIR / name, shipped / name, shipped / f"{name}.yaml"):
+        with contextlib.suppress(OSError):  # a name that is too long
+            if path.is_file():
+                return path
+    known = [path.stem for path in sorted(shipped.glob("*.yaml"))]
+    problem = f"{name} is not a settings file" if os.path.exists(name) else f"config not found: {name}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(f"{problem}{hint}; give the path of a YAML file, or one of {', '.join(known)}")

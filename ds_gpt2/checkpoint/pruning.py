@@ -1,0 +1,96 @@
+"""Delete the checkpoints that no retention policy keeps, as the command ``prune`` does.
+
+A run may train meanwhile: checkpoints that the run deletes first are not errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_gpt2.checkpoint import commit, retention
+from ds_gpt2.checkpoint import directory as housekeeping
+from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.listing import freed_by
+from ds_gpt2.checkpoint.verify import examine, hashing, identity
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.settings import CheckpointSettings
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of pruning, as ``prune --json`` prints it."""
+
+    deleted: list[str]  # tags
+    freed_bytes: int
+    failures: list[str]  # messages
+
+
+def to_prune(directory: Path, found: Sequence[Generation], settings: CheckpointSettings) -> list[Path]:
+    """Return the checkpoints that no policy keeps.
+
+    The newest checkpoints that verify are protected, whatever the settings are.
+
+    Args:
+        found: all checkpoints in ``directory``, newest first.
+
+    Raises:
+        UserError: there are damaged checkpoints and too few good ones.
+    """
+    known = housekeeping.retention_candidates(directory, _newest_good(directory, found))
+    return [directory / kept.tag for kept in retention.to_delete(known, housekeeping.policies(settings))]
+
+
+def preview(paths: Sequence[Path]) -> Pruned:
+    """Return the result that deleting ``paths`` would have."""
+    return Pruned([path.name for path in paths], freed_by(paths), [])
+
+
+def delete(paths: Iterable[Path]) -> Pruned:
+    """Delete checkpoints, each atomically."""
+    disk, freed = Disk(), 0
+    deleted: list[str] = []
+    failures: list[str] = []
+    for path in paths:
+        if identity(path) is None:
+            continue  # deleted by the run
+        size = freed_by([path])
+        try:
+            commit.remove(disk, path.parent, path.name)
+        except FileNotFoundError:
+            pass  # deleted by the run at the same time
+        except OSError as error:
+            failures.append(f"could not delete {path.name}: {error}")
+            continue
+        deleted.append(path.name)
+        freed += size
+    return Pruned(deleted, freed, failures)
+
+
+def _newest_good(directory: Path, found: Sequence[Generation]) -> set[str]:
+    """Return the tags of the newest checkpoints that verify, for as many steps as retention protects.
+
+    Raises:
+        UserError: damaged checkpoints leave fewer good ones than that.
+    """
+    steps: set[int] = set()
+    good, damaged = set(), set()
+    history = [each for each in found if each.role in ("rolling", "epoch") and not each.weights_only]
+    with hashing([]) as hashes:  # the number of bytes to read is not known in advance
+        for generation in history:
+            if len(steps) == retention.PROTECTED and generation.step not in steps:
+                break
+            verdict = examine(generation.path, [hashes.problem_of])
+            if verdict is not None and verdict.problem is None:
+                steps.add(generation.step)
+                good.add(generation.tag)
+            elif verdict is not None:
+                damaged.add(generation.tag)
+    if damaged and len(steps) < retention.PROTECTED:
+        raise UserError(
+            f"{len(damaged)} checkpoints in {directory} are damaged and only {len(steps)} good: nothing is deleted;"
+            " `./launch.sh verify --all` lists the problems"
+        )
+    return good

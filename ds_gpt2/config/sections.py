@@ -1,0 +1,274 @@
+"""The sections of a run's settings: the type, default and limits of each setting.
+
+Add a setting here as a field of its section. docs/settings.md documents each field.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from ds_gpt2.run_dir.journal import INCIDENTS, KINDS
+
+
+def _whole_number(value: object) -> object:
+    """Parse text as a decimal integer without leading zeros; ``_`` may separate groups of digits."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)", value, re.ASCII):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("must be a whole number, such as 250 or 524_288")
+    return value
+
+
+def _decimal_number(value: object) -> object:
+    """Parse text as a number: ``0.1``, ``1e-4``, ``.5`` or an integer."""
+    number = r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?"
+    if isinstance(value, str) and re.search("[0-9]", value) and re.fullmatch(number, value, re.ASCII):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number, such as 0.1 or 6e-4")
+    return value
+
+
+_Int = Annotated[int, BeforeValidator(_whole_number)]
+_Float = Annotated[float, BeforeValidator(_decimal_number)]
+
+# Limits beyond what any run needs; within them no arithmetic overflows and no memory is exhausted.
+_LARGEST, _SMALLEST = 10**9, 1e-12
+_SMALLEST_RATE = 0.001  # MB/s
+_MAX_WINDOWS = 10**7  # per step: their indices take 80 MB on each rank
+
+PositiveInt = Annotated[_Int, Field(gt=0, le=_LARGEST)]
+Count = Annotated[_Int, Field(ge=0, le=_LARGEST)]
+Seed = Annotated[_Int, Field(ge=0, le=10**15)]
+Size = Annotated[_Int, Field(gt=0, le=10**6)]  # one dimension of a tensor
+PositiveFloat = Annotated[_Float, Field(ge=_SMALLEST, le=_LARGEST, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[_Float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
+AboveOne = Annotated[_Float, Field(gt=1, le=_LARGEST, allow_inf_nan=False)]
+Fraction = Annotated[_Float, Field(ge=0, lt=1)]
+
+# (layers, heads, width). 124M to 1558M: OpenAI's GPT-2 checkpoints, Radford et al. 2019 table 2.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "7M": (4, 4, 128),
+    "30M": (6, 6, 384),
+    "124M": (12, 12, 768),
+    "350M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+DEFAULT_ALERTS = (*sorted(INCIDENTS), "backup_ok", "done", "launch", "stop")
+
+
+class Section(BaseModel):
+    """A group of settings, immutable; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(Section):
+    name: str = "run"  # directory below run.dir and checkpoint.dir
+    seed: Seed = 1337  # initial weights, data order, dropout
+    dir: Path = Path("runs")
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    compile: bool | Literal["auto"] = "auto"  # use torch.compile; auto: on a GPU only
+    deterministic: bool = False  # bitwise reproducible steps on a GPU too
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("must be letters, digits, '.', '_' or '-' (at most 100), the first a letter or digit")
+        return name
+
+
+class ModelSettings(Section):
+    preset: str | None = None  # one of PRESETS, or give layers, heads and width
+    layers: Size | None = None
+    heads: Size | None = None
+    width: Size | None = None
+    dropout: Fraction = 0.0
+    init_from: str | None = None  # initial weights: a directory, an exported file or a name on the Hugging Face hub
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ModelSettings:
+        own = (self.layers, self.heads, self.width)
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"model.preset is {self.preset!r}: known are {', '.join(PRESETS)}")
+            if any(value is not None for value in own):
+                raise ValueError("model.preset and model.layers/heads/width exclude each other: remove one")
+        elif any(value is None for value in own):
+            raise ValueError(f"give model.preset ({', '.join(PRESETS)}) or all of model.layers, heads and width")
+        _, heads, width = self.shape
+        if width % heads:
+            raise ValueError(f"model.width {width} is not divisible by model.heads {heads}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, heads, width)."""
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        assert self.layers and self.heads and self.width
+        return self.layers, self.heads, self.width
+
+
+class DataSettings(Section):
+    dir: Path  # shards written by `prepare`, by llm.c or by build-nanogpt
+
+
+class BatchSettings(Section):
+    tokens_per_step: PositiveInt = 524_288  # over all ranks; gradient accumulation is derived from it
+    micro_batch: Size = 16  # windows per forward/backward on one rank
+    sequence_length: Size = 1024
+
+    @model_validator(mode="after")
+    def _not_too_many_windows(self) -> BatchSettings:
+        if self.tokens_per_step // self.sequence_length > _MAX_WINDOWS:
+            raise ValueError(f"batch.tokens_per_step is more than {_MAX_WINDOWS:,} windows of batch.sequence_length")
+        return self
+
+
+class ScheduleSettings(Section):
+    steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # give steps or epochs
+    epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None
+    warmup_steps: Count = 715
+    max_lr: PositiveFloat = 6e-4
+    min_lr: NonNegativeFloat = 6e-5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of schedule.steps and schedule.epochs")
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"schedule.min_lr {self.min_lr} is above schedule.max_lr {self.max_lr}")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must be below schedule.steps {self.steps}")
+        return self
+
+
+class OptimizerSettings(Section):
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[_Float, Field(ge=1e-38, le=1)] = 1e-8  # fp32
+    weight_decay: Annotated[NonNegativeFloat, Field(le=1000)] = 0.1  # on 2-D tensors only
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
+
+
+class BackupSettings(Section):
+    to: str | None = None  # a directory, or a URL such as s3://bucket/folder; None: no backups
+    roles: tuple[Literal["latest", "epoch", "best"], ...] = ("latest", "epoch", "best")
+    every: PositiveInt = 1000  # least number of steps between two copies of the newest checkpoint
+    best_every_hours: NonNegativeFloat = 168.0  # least time between two copies of the best checkpoint
+    keep: PositiveInt = 3  # newest copies of rolling checkpoints; copies of epochs and of the best are not deleted
+
+    @field_validator("to")
+    @classmethod
+    def _no_secrets(cls, to: str | None) -> str | None:
+        """Refuse a password or key: settings are written to files and logs."""
+        if to is not None and to.startswith("memory:"):
+            raise ValueError("copies in memory are lost when the process ends: give a directory or a URL")
+        if to is not None and "://" in to and re.search(r"://[^/]*@|[?&;]", to):
+            raise ValueError("must not hold a password or key: give it in the environment (FSSPEC_..., AWS_..., ...)")
+        return to
+
+
+class CheckpointSettings(Section):
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    dir: Path = Path("checkpoints")
+    every: Count = 250  # steps; 0 saves at the end only
+    keep_last: PositiveInt = 10  # newest rolling checkpoints
+    keep_every: Count = 0  # steps; rolling checkpoints at multiples of it are never deleted; 0: none
+    keep_epochs: PositiveInt | Literal["all"] = "all"  # number of newest epoch checkpoints to keep
+    keep_best: bool = True  # by validation loss
+    epochs_as: Literal["full", "weights"] = "full"  # "weights": fp32, 4 bytes per parameter; not resumable
+    best_as: Literal["full", "weights"] = "full"
+    min_free_gb: NonNegativeFloat = 1.0  # free disk space that must remain after a save
+    in_background: bool = Field(default=True, alias="async")  # write while training continues
+    write_mb_per_s: NonNegativeFloat = 0.0  # limit of each rank, to spare a shared disk; 0: no limit
+    backup: BackupSettings = BackupSettings()
+
+    @field_validator("write_mb_per_s")
+    @classmethod
+    def _not_too_slow(cls, rate: float) -> float:
+        if 0 < rate < _SMALLEST_RATE:
+            raise ValueError(f"must be 0 (no limit) or at least {_SMALLEST_RATE}")
+        return rate
+
+
+class ValidationSettings(Section):
+    every: Count = 250
+    tokens: PositiveInt = 2_097_152  # size of the fixed validation set, rounded down to whole windows
+
+
+class SamplesSettings(Section):
+    every: Count = 250
+    prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
+    per_prompt: Annotated[PositiveInt, Field(le=1000)] = 2  # continuations of each prompt
+    tokens: Annotated[PositiveInt, Field(le=100_000)] = 48  # per continuation
+    temperature: PositiveFloat = 0.8
+    top_k: PositiveInt = 50
+
+
+class HellaswagSettings(Section):
+    every: Count = 0  # steps; 0: never
+    path: Path = Path("data/hellaswag/hellaswag_val.jsonl")  # written by `prepare hellaswag`
+    items: PositiveInt | None = None  # number of items, from the first; None: all 10,042
+    text: Literal["original", "cleaned"] = "original"  # original: as in llm.c; cleaned: as in lm-evaluation-harness
+
+
+class HistogramsSettings(Section):
+    every: Count = 0  # steps; 0: never
+    norms: bool = False  # also write the norms of parameters and gradients as scalars
+    layers: PositiveInt = 12  # at most this many layers, evenly spaced, including the first and the last
+
+
+class MonitorSettings(Section):
+    tensorboard: bool = True
+    dir: Path | None = None  # parent directory of the event files; None: the run's directory
+
+
+class GuardSettings(Section):
+    """What to do when the training itself misbehaves."""
+
+    spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent losses
+    spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent losses
+    divergence: Literal["off", "alert", "rollback"] = "rollback"  # `divergence_steps` such losses in a row
+    divergence_steps: PositiveInt = 20
+    skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # `skipped_run_steps` skipped updates in a row
+    skipped_run_steps: PositiveInt = 10
+    frozen: Literal["off", "alert", "rollback"] = "alert"  # no weight changed between two saves
+    drift: Literal["off", "alert", "rollback"] = "rollback"  # the ranks' weights differ at a save
+    stuck_data: Literal["off", "alert", "rollback"] = "alert"  # a step received the data of the previous step
+
+
+class SupervisorSettings(Section):
+    restarts: Count = 8  # in a row without progress; 0: never restart
+    backoff_seconds: NonNegativeFloat = 5.0  # before the first restart; doubled before each further restart
+    longest_backoff_seconds: NonNegativeFloat = 600.0
+    hang_factor: AboveOne = 20.0  # a step may take this many times the usual step time
+    hang_seconds: PositiveFloat = 300.0  # a step may always take this long
+    patience_minutes: PositiveFloat = 45.0  # longest silence while starting, evaluating or saving
+    stop_seconds: PositiveFloat = 120.0  # time to exit after a stop request; then processes are killed
+    skip_data: bool = False  # skip the data of a step at which the run crashed repeatedly
+
+
+class AlertSettings(Section):
+    """Addresses come from the environment or from a file, never from here: see docs/operations.md."""
+
+    kinds: tuple[str, ...] = DEFAULT_ALERTS  # kinds of journal events that are sent
+    per_hour: PositiveInt = 12  # messages; further messages are summarized in the next one
+    command: str | None = None  # shell command run for each message, which it receives on stdin
+    urls_file: Path | None = None  # Apprise URLs, one per line; readable by the owner only
+    disk_days: NonNegativeFloat = 3.0  # alert when the disk will be full within this many days
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ValueError(f"{', '.join(unknown)} is not a kind of event: known kinds are {', '.join(KINDS)}")
+        return kinds

@@ -1,0 +1,89 @@
+"""Errors in settings as one line each: which setting, where it was set, what is wrong, and a hint."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ds_gpt2.common.formatting import uncapitalized
+
+_MAY_BE_SECRET = frozenset({"checkpoint.backup.to", "alerts.command"})  # values that errors must not show
+_PLAIN_MESSAGES = {  # by pydantic's error types, for those whose own message is in terms of Python
+    "tuple_type": "must be a list, such as [0.9, 0.95] or [first, second]",
+    "model_type": "must be a section of settings, not a value",
+    "string_type": "must be one text",
+    "path_type": "must be one path",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+}
+
+
+def explain(
+    error: ValidationError, path: Path, overrides: Mapping[str, str], keys: Sequence[str], sections: Sequence[str]
+) -> str:
+    """Return one line that explains all findings of a failed validation.
+
+    Args:
+        path: the settings file.
+        overrides: the overrides from the command line.
+        keys: every dotted setting.
+        sections: the names of the sections.
+    """
+    findings = [(dict(item), _setting_at(item["loc"], keys)) for item in error.errors()]
+    sources = dict.fromkeys(_source(item, key, path, overrides) for item, key in findings)
+    messages = dict.fromkeys(_message(item, key, [*keys, *sections]) for item, key in findings)
+    return f"{' and '.join(sources)}: {'; '.join(messages)}"
+
+
+def _source(item: dict[str, Any], key: str, path: Path, overrides: Mapping[str, str]) -> str:
+    """Return where the setting ``key`` was set: in the file, on the command line, or in both."""
+    given = [name for name in overrides if name == key or name.startswith(f"{key}.")]
+    if not given:
+        return str(path)
+    if key in overrides or item["type"] == "extra_forbidden":
+        return "command line"
+    return f"{path} with {', '.join(given)}"
+
+
+def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
+    if item["type"] == "extra_forbidden":
+        return _unknown_setting(key, names)
+    if item["type"] == "missing":
+        too_short = isinstance(item["loc"][-1], int)
+        return f"{key} has too few values" if too_short else f"{key} is not set"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.")):
+        return message
+    message = _PLAIN_MESSAGES.get(item["type"], message)
+    value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
+    return f"{key}{value}: {message if item['type'] == 'value_error' else uncapitalized(message)}"
+
+
+def _unknown_setting(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "docs/settings.md lists all settings"
+    if near and near[0] == key:
+        section, _, name = key.partition(".")
+        hint = f"in a file it is `{name}` below `{section}:`"
+    return f"unknown setting {key}: {hint}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) < 100:
+        return value
+    return reprlib.repr(value)
+
+
+def _setting_at(location: tuple[int | str, ...], keys: Sequence[str]) -> str:
+    """Return the dotted setting at an error's location, without the type names that pydantic appends for a union."""
+    parts = [str(part) for part in location if isinstance(part, str)]
+    for known in keys:
+        names = known.split(".")
+        if parts[: len(names)] == names:
+            return known
+    return ".".join(str(part) for part in location)

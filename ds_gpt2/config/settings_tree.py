@@ -1,0 +1,170 @@
+"""Settings before they are checked: nested dicts of sections, whose leaves are the text of the file or command line.
+
+``settings.load_settings`` builds one tree from the file and the overrides, and validates it into ``Settings``.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, TypeGuard, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from ds_gpt2.common import strict_yaml
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.paths import expanded
+from ds_gpt2.config.model_names import resolve
+
+_MAX_FILE_BYTES = 1_000_000
+_SHAPE = ("layers", "heads", "width")
+# A setting in an override removes the settings that it excludes from the file.
+_EXCLUDED = {"steps": ("epochs",), "epochs": ("steps",), "preset": _SHAPE, **dict.fromkeys(_SHAPE, ("preset",))}
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the sections of a settings file as nested dicts whose leaves are text.
+
+    Raises:
+        UserError: the file does not exist or is not a settings file.
+    """
+    try:
+        with open(path, "rb", opener=regular_only) as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES or b"\0" in content:
+            raise UserError(f"{path} is not a settings file: give a YAML file such as those in ds_configs/")
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"config not found: {path}; examples are in ds_configs/") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    tree = strict_yaml.parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be a mapping of sections (run:, model:, data:, ...)")
+    return tree
+
+
+def parse_override(settings: type[BaseModel], key: str, text: str) -> Any:
+    """Return the value in an override ``key=text``.
+
+    Text for a name, a path or a command is taken literally. Lists and quoted text are parsed as YAML.
+    """
+    if _is_plain_text(_annotation(settings, key)) and text[:1] not in ("'", '"'):
+        return text
+    return strict_yaml.parse(text, f"{key}={text[:100]}: the value")
+
+
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the setting ``key``, a dotted name, in ``tree``; missing sections are created.
+
+    Raises:
+        UserError: a section on the path already has a value of its own.
+    """
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: {section} is already set to a value; remove one of the two")
+    tree[name] = value
+
+
+def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """Return the section of ``tree`` that holds the setting ``dotted``, and the last part of its name.
+
+    The section is {} if the tree does not have it.
+    """
+    *sections, name = dotted.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else {}), name
+
+
+def set_default(tree: dict[str, Any], section: str, name: str, value: Path | str) -> None:
+    """Set a setting unless it is set; a section that is not a mapping is left for the validation to refuse."""
+    node = tree.setdefault(section, {})
+    if isinstance(node, dict):
+        node.setdefault(name, str(value))
+
+
+def without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with None for each null that its setting allows, and {} for each empty section."""
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    result = dict(tree)
+    for key, value in tree.items():
+        if key not in fields:
+            continue
+        inner: Any = fields[key].annotation
+        if is_section(inner):
+            value = {} if strict_yaml.is_null(value) else value
+            result[key] = without_nulls(inner, value) if isinstance(value, dict) else value
+        elif strict_yaml.is_null(value) and type(None) in get_args(inner):
+            result[key] = None
+    return result
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` updated with ``over``, section by section.
+
+    Settings of ``base`` that exclude a setting of ``over`` are removed: steps and epochs, preset and shape.
+    """
+    result = dict(base)
+    for key, value in over.items():
+        both_sections = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(_without_excluded(result[key], value), value) if both_sections else value
+    return result
+
+
+def make_absolute(tree: dict[str, Any], keys: tuple[str, ...], base: Path, expand: bool = True) -> None:
+    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are left as they are.
+
+    Args:
+        keys: the dotted settings that are paths.
+        base: the directory that relative paths are relative to.
+        expand: expand ``~`` and ``$VARIABLE`` first.
+
+    Raises:
+        UserError: an empty path, or a variable that is not set.
+    """
+    for key in keys:
+        section, name = section_of(tree, key)
+        if isinstance(text := section.get(name), str):
+            section[name] = _absolute(key, expanded(key, text) if expand else text, base)
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Return whether the type of a field is a section of settings."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _annotation(settings: type[BaseModel], key: str) -> Any:
+    """Return the type of the setting ``key``; None if there is no such setting."""
+    found: Any = settings
+    for name in key.split("."):
+        if not is_section(found):
+            return None
+        fields = {field.alias or own: field for own, field in found.model_fields.items()}
+        found = fields[name].annotation if name in fields else None
+    return found
+
+
+def _is_plain_text(annotation: Any) -> bool:
+    """Return whether a setting of this type is text or a path, possibly None."""
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return {str, Path} >= set(alternatives) - {type(None)}
+
+
+def _without_excluded(section: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    excluded = {other for key, value in over.items() if value is not None for other in _EXCLUDED.get(key, ())}
+    return {key: value for key, value in section.items() if key not in excluded or key in over}
+
+
+def _absolute(key: str, text: str, base: Path) -> str:
+    if "://" in text:
+        return text
+    if not text or "\0" in text:
+        raise UserError(f"{key} is an empty path or not a path: give a path")
+    return resolve(text, base) if key == "model.init_from" else str(base / text)

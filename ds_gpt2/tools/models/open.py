@@ -1,0 +1,156 @@
+"""Open a model by name: of a run, of one of its checkpoints, or from outside of runs."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ds_gpt2.checkpoint.catalog import open_generation
+from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
+from ds_gpt2.checkpoint.verify import examine, hashing, identity
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import size
+from ds_gpt2.config.model_names import hub_name, resolve
+from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
+from ds_gpt2.pretrained import load
+from ds_gpt2.pretrained.huggingface import check_shapes, shapes_of
+from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint, find_run_checkpoints
+
+_BYTES_PER_WEIGHT = 5  # one fp32 copy, and the part of one rank's file that is read at a time
+_TRIES = 3  # a run may replace best_model while it is read: files of two checkpoints must not be mixed
+_PROCESS_BYTES = 300_000_000  # memory of the process besides the weights
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """The weights of a model in fp32, under this project's names; the vocabulary may be padded."""
+
+    title: str  # for messages
+    shape: ModelShape
+    weights: dict[str, torch.Tensor]
+    path: Path
+    manifest: Manifest | None  # of the checkpoint; None for a model from outside of runs
+    note: str | None = None  # what users must know about the model
+
+
+def open_model(name: str | None, tag: str | None) -> OpenedModel:
+    """Return a model with its weights; every byte of a checkpoint is verified first.
+
+    Args:
+        name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory, an exported file, or a name on
+            the hub; None: the newest run.
+        tag: which checkpoint, see ``catalog.candidates``; None: the newest.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it does not fit into memory.
+    """
+    outside = find_outside(name, tag)
+    if outside is not None:
+        check_memory(load.shape_at(outside))
+        found = load.read(outside)
+        return OpenedModel(str(name), found.shape, found.weights, outside, None, load.padding_note(found))
+    path = find_checkpoint(name, tag).path
+    for _ in range(_TRIES):
+        before = identity(path)
+        try:
+            opened = _open_checkpoint(path)
+        except UserError:
+            if identity(path) == before:
+                raise
+            continue
+        if identity(path) == before:
+            return opened
+    raise UserError(f"{path} was replaced repeatedly while it was read: choose another with --tag")
+
+
+def find_outside(name: str | None, tag: str | None) -> Path | None:
+    """Return the path of a model from outside of runs, downloaded if it is on the hub; None for a model of a run.
+
+    A run takes precedence over a model on the hub with the same name.
+
+    Raises:
+        UserError: it cannot be downloaded, or a tag is given, which such a model does not have.
+    """
+    if name is None:
+        return None
+    path = Path(name)
+    if not load.is_pretrained(path):
+        resolved = resolve(name, Path.cwd())
+        if hub_name(resolved) is None or _is_run(name):
+            return None
+        _refuse_tag(name, tag)
+        return load.locate(resolved)
+    _refuse_tag(name, tag)
+    return path
+
+
+def shape_of(manifest: Manifest) -> ModelShape:
+    """Return the shape of the model in a checkpoint.
+
+    Raises:
+        UserError: the manifest does not have it.
+    """
+    try:
+        layers, heads, width = (int(manifest.identity[f"model.{name}"]) for name in ("layers", "heads", "width"))
+        return ModelShape(layers, heads, width, int(manifest.identity["batch.sequence_length"]))
+    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"the checkpoint's manifest does not have the model's shape: {error!r}") from None
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Return the number of parameters, without the padding of the vocabulary."""
+    return sum(int(torch.Size(each).numel()) for each in shapes_of(shape).values())
+
+
+def check_memory(shape: ModelShape) -> None:
+    """Check that one fp32 copy of the weights fits into the available memory.
+
+    Raises:
+        UserError: it does not.
+    """
+    needed = _BYTES_PER_WEIGHT * count_parameters(shape) + _PROCESS_BYTES
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise UserError(f"the weights need {size(needed)} of memory, {size(free)} are free: stop other processes")
+
+
+def _open_checkpoint(path: Path) -> OpenedModel:
+    manifest = _verified(path)
+    shape = shape_of(manifest)
+    check_memory(shape)
+    try:
+        from ds_gpt2.checkpoint.weights import fp32_weights  # imports DeepSpeed
+
+        weights = fp32_weights(path)
+    except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    check_shapes(path, shape, PADDED_VOCABULARY, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    return OpenedModel(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
+
+
+def _refuse_tag(name: str, tag: str | None) -> None:
+    if tag is not None:
+        raise UserError(f"--tag {tag}: {name} is one model and has no checkpoints")
+
+
+def _is_run(name: str) -> bool:
+    try:
+        find_run_checkpoints(name)
+    except UserError:
+        return False
+    return True
+
+
+def _verified(path: Path) -> Manifest:
+    generation = open_generation(path)
+    with hashing([generation]) as hashes:
+        verdict = examine(path, [hashes.problem_of])
+    if verdict is None:
+        raise UserError(f"{path} was deleted while it was read: try again, or choose another with --tag")
+    if verdict.problem is not None or verdict.generation.manifest is None:
+        raise UserError(f"{path} is damaged ({verdict.problem}): choose another with --tag, see `list`")
+    return verdict.generation.manifest

@@ -1,0 +1,64 @@
+"""Runs and settings files are found by name, by path and by default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.config import lookup, run_location
+from ds_gpt2.config.lookup import find_config, find_run, started_runs
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with two runs, started in 2025 and 2026, and two settings files."""
+    for module in (lookup, run_location):
+        monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
+    for name, year in (("newer", 2026), ("older", 2025)):
+        run_dir = tmp_path / "runs" / name
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(f"run: {{name: {name}}}\n")
+        start = {"time": f"{year}-01-01T00:00:00+0000", "run_dir": str(run_dir)}
+        (run_dir / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    (tmp_path / "ds_configs").mkdir()
+    for name in ("large.yaml", "small.yaml"):
+        (tmp_path / "ds_configs" / name).write_text("model: {preset: 7M}\n")
+    return tmp_path
+
+
+def test_runs_are_found_by_name_and_path_and_the_newest_by_default(project: Path) -> None:
+    runs = project / "runs"
+    assert started_runs() == [runs / "older", runs / "newer"]
+    assert find_run("older") == find_run(str(runs / "older")) == runs / "older"
+    assert find_run(None) == runs / "newer"
+
+
+def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
+    with pytest.raises(UserError, match=r"no run other: known in .*/runs are older, newer$"):
+        find_run("other")
+
+
+def test_the_first_run_is_suggested_if_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "PROJECT_DIR", tmp_path)
+    with pytest.raises(UserError, match=r"no runs in .*: start one with `\./launch\.sh quickstart`"):
+        find_run(None)
+
+
+def test_settings_files_are_found_by_name_and_path(project: Path) -> None:
+    small = project / "ds_configs" / "small.yaml"
+    assert find_config("small") == find_config("small.yaml") == find_config(str(small)) == small
+    assert find_config("ds_configs/small.yaml") == small
+
+
+def test_an_unknown_settings_file_lists_the_shipped_ones(project: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"config not found: smal \(did you mean small\?\); give .*, or one of large, small$"
+    ):
+        find_config("smal")
+    with pytest.raises(UserError, match=r"runs is not a settings file; give the path"):
+        find_config(str(project / "runs"))
+    with pytest.raises(UserError, match=r"config not found: 99; give the path"):
+        find_config("99")
