@@ -122,7 +122,7 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
     assert "rank 0: RuntimeError: a fault of the drill" in crashed.text and crashed.step == 19
     record = read_supervisor_record(disturbed.run_dir)
-    assert record is not None and (record.state, record.code, record.alive) == ("ended", exit_report.DONE, False)
+    assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_report.DONE, False)
     assert _processes(disturbed) == []
 
 
@@ -208,7 +208,7 @@ def test_the_run_survives_a_kill_of_the_launcher_and_saves_after_a_kill_of_the_s
     try:
         _until(lambda: "save" in _kinds(settings))
         record = read_supervisor_record(settings.run_dir)
-        assert record is not None and record.alive and record.group is not None
+        assert record is not None and record.is_alive and record.group is not None
         psutil.Process(record.group).kill()  # DeepSpeed's launcher: its ranks save and are restarted
         _until(lambda: _kinds(settings).count("launch") == 2)
         assert "DeepSpeed's launcher was killed" in [event.text for event in _events(settings)]

@@ -14,7 +14,7 @@ import psutil
 
 from ds_gpt2.common.files import lock
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.run_dir.supervisor_record import Supervised
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.tools.doctor import processes
 
 
@@ -43,7 +43,7 @@ def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings
         assert (this.status, f"kill -TERM {mine}`" in this.fix) == ("fail", True)
         assert (others.status, f"processes {other} train other" in others.found) == ("warn", True)
         settings.run_dir.mkdir(parents=True)
-        Supervised(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
+        SupervisorRecord(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
         assert "still run without a supervisor" in processes.this_run(settings, found).found
         assert processes.this_run(settings, found).status == "warn"
     assert processes.find_ranks(script) == []
@@ -59,7 +59,7 @@ def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
         assert (row.status, f"process {os.getpid()} on" in row.found) == ("fail", True)
     assert processes.this_run(settings, []).status == "ok"
     process = psutil.Process()
-    Supervised(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
+    SupervisorRecord(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "fail"
-    Supervised(process.pid, process.create_time(), "another host", "running", 4).write(settings.run_dir)
+    SupervisorRecord(process.pid, process.create_time(), "another host", "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "warn"
