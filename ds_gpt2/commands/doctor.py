@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> int:
 def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
     """Return the checks of a run; if its ranks cannot be chosen, that is the first finding and no rank is started."""
     try:
-        place = choose_ranks(settings, num_gpus)
+        layout = choose_ranks(settings, num_gpus)
     except UserError as error:
         reason = str(error)
         first = Check("settings", "device", lambda: Finding("device", "fail", reason), quick=True)
         return [first, *(check for check in checks(settings, "cuda", num_gpus or 1) if check.group != "ranks")]
-    return checks(settings, place.accelerator, place.ranks)
+    return checks(settings, layout.accelerator, layout.ranks)
 
 
 def _shown(selected: list[Check]) -> Iterator[tuple[str, Finding]]:
@@ -100,5 +100,5 @@ def _summary(rows: list[Finding]) -> str:
     if counts["fail"]:
         return f"{found}: not ready; fix what says FAIL, then run the doctor again"
     if counts["warn"]:
-        return f"{found}: ready, as far as can be told; read the warnings"
-    return f"{found}: ready, as far as can be told"
+        return f"{found}: ready, as far as can be checked; read the warnings"
+    return f"{found}: ready, as far as can be checked"

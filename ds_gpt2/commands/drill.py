@@ -62,15 +62,15 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
     settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
     load_deepspeed_file(settings.deepspeed)
     open_dataset(settings.data.dir)
-    place = choose_ranks(settings, options.num_gpus)
+    layout = choose_ranks(settings, options.num_gpus)
     if options.whole:
         batch = settings.batch
-        plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, place.ranks)
+        plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
     names = options.only.split(",") if options.only else NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--only {','.join(unknown)}: no such scene; known are {', '.join(NAMES)}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    return DrillPlan(settings, place, names, options.whole, seed, options.keep)
+    return DrillPlan(settings, layout, names, options.whole, seed, options.keep)
 
 
 def _show(row: SceneResult) -> None:

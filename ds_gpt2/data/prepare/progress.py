@@ -24,7 +24,7 @@ _READER = 2  # version of the text readers; the notes of earlier versions lack i
 
 
 @dataclass
-class Progress:
+class PreparationProgress:
     """How far a preparation has come. What was written after it is discarded when the preparation continues."""
 
     position: Position = field(default_factory=Position)
@@ -45,7 +45,7 @@ def identity_of(source: Source, recipe: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps({"source": source.identity(), "recipe": recipe})))
 
 
-def write_note(directory: Path, identity: dict[str, Any], progress: Progress) -> None:
+def write_note(directory: Path, identity: dict[str, Any], progress: PreparationProgress) -> None:
     """Write the note of ``progress`` durably. The shards must have been synchronized before."""
     note = {
         "format": _FORMAT,
@@ -61,7 +61,7 @@ def write_note(directory: Path, identity: dict[str, Any], progress: Progress) ->
     replace_file(directory / NOTE, json.dumps(note), durable=True)
 
 
-def read_note(directory: Path, identity: dict[str, Any]) -> Progress:
+def read_note(directory: Path, identity: dict[str, Any]) -> PreparationProgress:
     """Return the progress to continue from; without a note, the beginning.
 
     Raises:
@@ -72,7 +72,7 @@ def read_note(directory: Path, identity: dict[str, Any]) -> Progress:
         is_ours = note["format"] == _FORMAT and _is_same(note, identity)
         progress = _progress_of(note)
     except FileNotFoundError:
-        return Progress()
+        return PreparationProgress()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{directory / NOTE} is damaged: remove {directory} to start again, or give another --out DIR"
@@ -85,7 +85,7 @@ def read_note(directory: Path, identity: dict[str, Any]) -> Progress:
     if "reader" not in note and _is_read_differently(identity):
         log.warning(f"{directory} was started by an earlier version, which reads text differently: starting again")
         (directory / NOTE).unlink()
-        return Progress()
+        return PreparationProgress()
     _check_written(directory, progress)
     return progress
 
@@ -103,15 +103,15 @@ def _is_read_differently(identity: dict[str, Any]) -> bool:
     return any(not reading.startswith("column ") for reading in readings)
 
 
-def _progress_of(note: dict[str, Any]) -> Progress:
+def _progress_of(note: dict[str, Any]) -> PreparationProgress:
     """Parse a note.
 
     Raises:
         LookupError, TypeError, AttributeError: it is not valid.
     """
     # In the order of a new preparation, which determines the order of the shards in the index.
-    splits = {split: Written.from_dict(note["splits"][split]) for split in Progress().splits}
-    return Progress(
+    splits = {split: Written.from_dict(note["splits"][split]) for split in PreparationProgress().splits}
+    return PreparationProgress(
         Position(**note["place"]),
         note["pieces"],
         note["previous"],
@@ -121,7 +121,7 @@ def _progress_of(note: dict[str, Any]) -> Progress:
     )
 
 
-def _check_written(directory: Path, progress: Progress) -> None:
+def _check_written(directory: Path, progress: PreparationProgress) -> None:
     """Check the sizes of the shards.
 
     Raises:

@@ -16,7 +16,7 @@ from ds_gpt2.common.formatting import size
 from ds_gpt2.tools.doctor.file_system import MOUNTS, mount_of, read_mounts
 from ds_gpt2.tools.doctor.finding import Finding
 from ds_gpt2.tools.resources.machine import existing
-from ds_gpt2.tools.resources.requirements import Storage
+from ds_gpt2.tools.resources.requirements import DiskRequirement
 
 _FEW_FILES, _TOO_FEW_FILES = 10_000, 500  # a run creates some hundreds
 _LOG_BYTES = 1_000_000_000  # logs and event files of some weeks
@@ -31,7 +31,7 @@ def directories(paths: Iterable[Path]) -> list[Finding]:
     return [Finding("directories", "ok", f"{len(unique)} directories are writable by {_user()}")]
 
 
-def free_space(directory: Path, need: Storage) -> Finding:
+def free_space(directory: Path, need: DiskRequirement) -> Finding:
     """Check the free space against all retained checkpoints; the run's own checkpoints count as free."""
     free = shutil.disk_usage(existing(directory)).free
     own = _bytes_in(directory)
@@ -73,7 +73,7 @@ def inodes(directory: Path) -> Finding:
     return Finding("inodes", "ok", found)
 
 
-def quota(directory: Path, need: Storage, mounts: Path = MOUNTS) -> Finding:
+def quota(directory: Path, need: DiskRequirement, mounts: Path = MOUNTS) -> Finding:
     """Check what this user's quota on a local disk still allows to write."""
     mount = mount_of(existing(directory), read_mounts(mounts))
     left = _left_of_quota(mount.device)

@@ -16,7 +16,7 @@ from ds_gpt2.distributed import torch_compile
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.tools.plan import timing
 from ds_gpt2.tools.plan.fit import Option, calibrate, micro_batches, other_ranks
-from ds_gpt2.tools.plan.plan import Hardware, PlanRow, Section, Subject
+from ds_gpt2.tools.plan.plan import Hardware, PlanRow, PlanSection, Subject
 from ds_gpt2.tools.plan.sections import (
     batch_section,
     cost_section,
@@ -38,7 +38,7 @@ class Plan:
     """The estimates for a run."""
 
     subject: Subject
-    sections: Sequence[Section]
+    sections: Sequence[PlanSection]
     options: Sequence[Option]
     problems: Sequence[str]
 
@@ -111,8 +111,8 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
     return len(Windows(dataset, "train", settings.batch.sequence_length)), None
 
 
-def _options_section(subject: Subject, options: Sequence[Option]) -> Section:
-    return Section("other divisions of the same budget", [_option_row(subject, option) for option in options])
+def _options_section(subject: Subject, options: Sequence[Option]) -> PlanSection:
+    return PlanSection("other divisions of the same budget", [_option_row(subject, option) for option in options])
 
 
 def _option_row(subject: Subject, option: Option) -> PlanRow:

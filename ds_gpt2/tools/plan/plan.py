@@ -59,6 +59,6 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Section:
+class PlanSection:
     title: str
     rows: Sequence[PlanRow]

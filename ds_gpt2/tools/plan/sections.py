@@ -9,7 +9,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
-from ds_gpt2.tools.plan.plan import Basis, PlanRow, Section, Subject, Value
+from ds_gpt2.tools.plan.plan import Basis, PlanRow, PlanSection, Subject, Value
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import memory_model
@@ -21,7 +21,7 @@ from ds_gpt2.tools.resources.run_schedule import RunSchedule, occasions
 _NO_STEPS = "not known without the number of steps"
 
 
-def batch_section(subject: Subject) -> Section:
+def batch_section(subject: Subject) -> PlanSection:
     """Return the division of the token budget, the steps and the parameters."""
     batch, schedule, model = subject.batch, subject.schedule, subject.model
     shared = (
@@ -36,7 +36,7 @@ def batch_section(subject: Subject) -> Section:
         "micro_batches_per_step": batch.accumulation,
         "ranks": batch.world_size,
     }
-    return Section(
+    return PlanSection(
         "batch",
         [
             PlanRow("tokens per step", shared, "exact", arithmetic),
@@ -66,7 +66,7 @@ def _steps_row(subject: Subject, schedule: RunSchedule | None) -> PlanRow:
     return PlanRow("steps", text, "exact", {"steps": schedule.steps, "tokens": total, "epochs": epochs})
 
 
-def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> Section:
+def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanSection:
     """Return the tensors at their peak by kind, then the memory that a rank needs in total."""
     most = memory_model.peak(subject.model, subject.batch, subject.zero, subject.layout.accelerator)
     ranks = subject.batch.world_size
@@ -88,7 +88,7 @@ def memory_section(subject: Subject, traces: Traces | None, calibration: Calibra
         off = percent(most.total / allocated - 1)
         text = f"{size(allocated):>9}  peak of allocated memory: the prediction is off by {off}"
         rows.append(PlanRow("", text, "measured", {"allocated_bytes": allocated}))
-    return Section("memory of a rank", [*rows, _rank_row(subject, traces, calibration)])
+    return PlanSection("memory of a rank", [*rows, _rank_row(subject, traces, calibration)])
 
 
 def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanRow:
@@ -106,19 +106,19 @@ def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration)
     return PlanRow("rank total", text, calibration.basis, figures)
 
 
-def time_section(subject: Subject, timing: Timing | None, now: float) -> Section:
+def time_section(subject: Subject, timing: Timing | None, now: float) -> PlanSection:
     """Return the durations of the parts and of the whole run.
 
     Args:
         now: seconds since 1970.
     """
     if timing is None:
-        return Section(
+        return PlanSection(
             "time", [PlanRow("a step", "not measured: no step was run", "not known", {"step_seconds": None})]
         )
     if subject.schedule is None:
         rows = [_step_row(subject, timing)]
-        return Section("time", [*rows, PlanRow("whole run", _NO_STEPS, "not known", {"run_seconds": None})])
+        return PlanSection("time", [*rows, PlanRow("whole run", _NO_STEPS, "not known", {"run_seconds": None})])
     schedule = subject.schedule
     rows = [
         _step_row(subject, timing),
@@ -132,7 +132,7 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> Section
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
     rows.append(PlanRow("whole run", span, basis, {"run_seconds": total}))
     rows.append(PlanRow("finished on", date, basis, {"finish_time": ends}))
-    return Section("time", rows)
+    return PlanSection("time", rows)
 
 
 def _step_row(subject: Subject, timing: Timing) -> PlanRow:
@@ -224,10 +224,10 @@ def disk_need(subject: Subject, traces: Traces | None) -> DiskNeed | None:
     )
 
 
-def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None) -> Section:
+def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None) -> PlanSection:
     """Return the sizes of checkpoints and logs, and the space that the run needs."""
     if found is None:
-        return Section("disk", _disk_rows_without_steps(subject))
+        return PlanSection("disk", _disk_rows_without_steps(subject))
     free_gb = subject.settings.checkpoint.min_free_gb
     basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
     most = f"{size(found.most):>9}  {found.most_of}, including one being written"
@@ -250,7 +250,7 @@ def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None
     ]
     if subject.settings.checkpoint.backup.to is not None:
         rows.append(_backup_row(subject.settings, found))
-    return Section("disk", rows)
+    return PlanSection("disk", rows)
 
 
 def _disk_rows_without_steps(subject: Subject) -> list[PlanRow]:
@@ -283,12 +283,12 @@ def _backup_row(settings: Settings, found: DiskNeed) -> PlanRow:
     return PlanRow("backups", text, "predicted", {"backup_bytes": count})
 
 
-def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Section:
+def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> PlanSection:
     """Return energy and cost of the whole run; the cost is in the currency of the prices."""
     if timing is None:
-        return Section("cost", [PlanRow("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
+        return PlanSection("cost", [PlanRow("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
     if subject.schedule is None:
-        return Section("cost", [PlanRow("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
+        return PlanSection("cost", [PlanRow("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
     hours = run_seconds(subject, subject.schedule, timing).times(1 / 3600)
     watts = prices.watts if prices.watts is not None else timing.watts
@@ -307,7 +307,7 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Sec
     if prices.per_hour is not None:
         money = hours.times(prices.per_hour)
         rows.append(PlanRow("cost of machine", _range(money), basis, {"hours_money": money}))
-    return Section("cost", rows)
+    return PlanSection("cost", rows)
 
 
 def problems_of(subject: Subject, traces: Traces | None, calibration: Calibration) -> list[str]:

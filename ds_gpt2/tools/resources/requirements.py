@@ -18,7 +18,7 @@ _LIBRARIES = 250_000_000  # bytes of torch and DeepSpeed in each rank: benchmark
 
 
 @dataclass(frozen=True)
-class Storage:
+class DiskRequirement:
     """Bytes required on the disk of the checkpoints, and the number of rolling checkpoints."""
 
     checkpoint: int  # bytes of one full checkpoint
@@ -32,7 +32,7 @@ def parameters(settings: Settings) -> int:
     return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
 
 
-def storage(settings: Settings, steps: int | None, epochs: float | None) -> Storage:
+def storage(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
     """
     Args:
         steps: steps of the whole run; None if they follow from data that cannot be read.
@@ -47,7 +47,7 @@ def storage(settings: Settings, steps: int | None, epochs: float | None) -> Stor
     kept = most_kept(checkpoint, steps or 0, rolling, int(epochs or 0), has_best)
     total, reserve = kept.bytes(full, weights) + full, reserved_bytes(checkpoint)
     least = min(total, (PROTECTED + has_best + 1) * full)
-    return Storage(full, min(rolling, checkpoint.keep_last), total + reserve, least + reserve)
+    return DiskRequirement(full, min(rolling, checkpoint.keep_last), total + reserve, least + reserve)
 
 
 def checkpoint_bytes(settings: Settings) -> int:

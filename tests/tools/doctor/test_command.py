@@ -49,7 +49,7 @@ def test_printed_rows_and_summary(
     assert run(config, "--quick") == exit_report.DONE
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines) <= doctor.WIDTH
-    assert re.fullmatch(r"\d+ ok.*: ready, as far as can be told.*", lines[-1])
+    assert re.fullmatch(r"\d+ ok.*: ready, as far as can be checked.*", lines[-1])
     assert "memory" in lines and not any(line.startswith("  FAIL") for line in lines)
     assert run(config, "--quick", "checkpoint.min_free_gb=1e9") == exit_report.MISTAKE
     lines = capsys.readouterr().out.splitlines()

@@ -21,12 +21,12 @@ from ds_gpt2.tools.resources import requirements
 def test_free_space_is_compared_with_the_requirement(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     gigabyte = 10**9
-    assert disk.free_space(tmp_path, requirements.Storage(gigabyte, 3, gigabyte, gigabyte)).status == "ok"
-    early = disk.free_space(tmp_path, requirements.Storage(gigabyte, 9, free + 2 * gigabyte, gigabyte))
+    assert disk.free_space(tmp_path, requirements.DiskRequirement(gigabyte, 3, gigabyte, gigabyte)).status == "ok"
+    early = disk.free_space(tmp_path, requirements.DiskRequirement(gigabyte, 9, free + 2 * gigabyte, gigabyte))
     assert (early.status, "set checkpoint.keep_last=" in early.fix) == ("warn", True)
     assert int(early.fix.split("keep_last=")[1]) in (5, 6, 7)  # other processes also write to this disk
     full = disk.free_space(
-        tmp_path / "not" / "yet", requirements.Storage(gigabyte, 9, free + gigabyte, free + gigabyte)
+        tmp_path / "not" / "yet", requirements.DiskRequirement(gigabyte, 9, free + gigabyte, free + gigabyte)
     )
     assert full.status == "fail"
     assert "free some space" in full.fix
@@ -36,9 +36,9 @@ def test_checkpoints_of_the_run_count_as_free_space(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_bytes(bytes(3_000_000))
     os.link(tmp_path / "file", tmp_path / "linked")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    row = disk.free_space(tmp_path, requirements.Storage(1_000_000, 3, 4_000_000, 4_000_000))
+    row = disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_000, 4_000_000))
     assert (row.status, "1.0 MB free, 3.0 MB used by this run already" in row.found) == ("ok", True)
-    assert disk.free_space(tmp_path, requirements.Storage(1_000_000, 3, 4_000_001, 4_000_001)).status == "fail"
+    assert disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_001, 4_000_001)).status == "fail"
 
 
 def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
@@ -82,6 +82,6 @@ def test_missing_permissions_are_reported(settings: Settings, tmp_path: Path) ->
 
 
 def test_quota_and_inodes_of_this_disk(tmp_path: Path) -> None:
-    assert disk.quota(tmp_path, requirements.Storage(1, 1, 1, 1)).status == "ok"
+    assert disk.quota(tmp_path, requirements.DiskRequirement(1, 1, 1, 1)).status == "ok"
     assert disk.inodes(tmp_path).status == "ok"
     assert list(tmp_path.iterdir()) == []

@@ -90,6 +90,7 @@ def test_healthy_gpus(name: str) -> None:
         ("temperature", "nvmlDeviceGetTemperature", lambda gpu, sensor: 80, "warn", "80 C of 90"),
         ("persistence", "nvmlDeviceGetPersistenceMode", lambda gpu: 0, "warn", "reloads the driver"),
     ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
 def test_faulty_gpus(name: str, function: str, answer: Any, status: str, word: str) -> None:
     answers = {
