@@ -45,7 +45,7 @@ from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import MANIFEST
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
-from ds_gpt2.config.run_location import OWNER
+from ds_gpt2.config.output_owner import OWNER
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.data.prepare.holdout import EveryPiece

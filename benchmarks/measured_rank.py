@@ -13,6 +13,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.distributed import collectives
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.plan import trial_rank
@@ -29,19 +30,6 @@ def request(checkpoints: Path, directory: Path) -> dict[str, str]:
 def most_bytes(directory: Path, ranks: int) -> int:
     """Return the largest size in bytes that any rank recorded."""
     return max(int(_file(directory, rank).read_text(encoding="ascii")) for rank in range(ranks))
-
-
-def bytes_below(directory: Path) -> int:
-    """Return the bytes of all files below ``directory``; hard links count once. Files may vanish meanwhile."""
-    sizes: dict[int, int] = {}
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            try:
-                status = os.stat(os.path.join(folder, name))
-            except FileNotFoundError:
-                continue
-            sizes[status.st_ino] = status.st_size
-    return sum(sizes.values())
 
 
 def _file(directory: Path, rank: int) -> Path:

@@ -133,6 +133,7 @@ def main() -> None:
 
 
 def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
+    from ds_gpt2.config.interval import Every
     from ds_gpt2.model.gpt2 import flops_per_token
     from ds_gpt2.monitoring.monitor import Monitor
     from ds_gpt2.monitoring.pace import Cadence, Pace
@@ -142,7 +143,6 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     from ds_gpt2.training.evaluator import Evaluator
     from ds_gpt2.training.guards import Guard
     from ds_gpt2.training.hooks import Health
-    from ds_gpt2.training.lr_schedule import Every
     from ds_gpt2.training.trainer import Trainer as TrainingLoop
     from ds_gpt2.training.trainer import TrainingSchedule
 

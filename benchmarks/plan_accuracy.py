@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks import measured_rank
 from benchmarks.machine import describe
-from benchmarks.measured_rank import bytes_below
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout, Ranks, start_command

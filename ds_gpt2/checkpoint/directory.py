@@ -16,9 +16,10 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.filesystem import Disk, write_file
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_of, rolling_tag
 from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
+from ds_gpt2.checkpoint.space import bytes_for_next_save, newest_full_bytes
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.config.run_location import OWNER
+from ds_gpt2.config.output_owner import OWNER
 from ds_gpt2.config.settings import CheckpointSettings
 from ds_gpt2.engine.train_state import TrainState
 
@@ -70,7 +71,7 @@ class CheckpointDirectory:
         Raises:
             UserError: there is no checkpoint yet, and not enough free space for one.
         """
-        needed = estimate + int(self.settings.min_free_gb * 1e9)
+        needed = bytes_for_next_save(estimate, self.settings)
         free = self.disk.free_bytes(self.directory)
         if free < needed and not scan(self.directory):
             raise UserError(
@@ -142,8 +143,7 @@ class CheckpointDirectory:
 
     def _free_space(self, estimate: int) -> bool:
         """Delete old checkpoints until the next one fits; return whether it does."""
-        sizes = [found.manifest.bytes for found in scan(self.directory) if found.manifest and not found.weights_only]
-        needed = (sizes[0] if sizes else estimate) + int(self.settings.min_free_gb * 1e9)
+        needed = bytes_for_next_save(newest_full_bytes(self.directory) or estimate, self.settings)
         if self.disk.free_bytes(self.directory) >= needed:
             return True
         for candidate in retention.deletion_order(self._candidates()):

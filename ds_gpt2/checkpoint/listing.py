@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
 from ds_gpt2.checkpoint.verify import Verdict, examine, wrong_size
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.errors import reason_of
 
 
@@ -61,7 +62,7 @@ def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> CheckpointR
         epoch=_finite(known.epoch) if known else None,
         created=known.created if known else None,
         age_seconds=_age(known.created) if known else None,
-        bytes=_bytes_in(generation.path),
+        bytes=bytes_below(generation.path),
         freed_bytes=freed_by([generation.path]),
         roles=roles,
         val_loss=_finite(known.val_loss) if known else None,
@@ -95,7 +96,7 @@ def unfinished_row(path: Path, problem: str) -> CheckpointRow:
         epoch=None,
         created=None,
         age_seconds=None,
-        bytes=_bytes_in(path),
+        bytes=bytes_below(path),
         freed_bytes=freed_by([path]),
         roles=[],
         val_loss=None,
@@ -103,10 +104,6 @@ def unfinished_row(path: Path, problem: str) -> CheckpointRow:
         resumable=False,
         problem=problem,
     )
-
-
-def _bytes_in(directory: Path) -> int:
-    return sum({(file.st_dev, file.st_ino): file.st_size for file in _files_in([directory])}.values())
 
 
 def _inodes(directory: Path) -> set[tuple[int, int]]:

@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        housekeeping: CheckpointDirectory,
+        checkpoint_dir: CheckpointDirectory,
         engine: Engine,
         identity: dict[str, Any],
         run_settings: dict[str, Any],
@@ -73,7 +73,7 @@ class Checkpoints:
     ) -> None:
         """
         Args:
-            housekeeping: of the run's directory; started.
+            checkpoint_dir: the run's directory of checkpoints; started.
             identity: what must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: the run's backups, if it has any.
@@ -83,9 +83,9 @@ class Checkpoints:
             UserError: on every rank: the disk has no space for a single checkpoint.
         """
         self.waited_seconds = 0.0  # time that training waited for slow saves
-        self._housekeeping = housekeeping
+        self._checkpoint_dir = checkpoint_dir
         self._engine = engine
-        self._settings = settings = housekeeping.settings
+        self._settings = settings = checkpoint_dir.settings
         self._identity = identity
         self._run_settings = run_settings
         self._journal = journal if collectives.is_main() else None
@@ -96,13 +96,13 @@ class Checkpoints:
         self._saved: _Saved | None = None
         self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
         self._queue: BackupQueue | None = None
-        self._news: BackupReporter | None = None
+        self._backup_reporter: BackupReporter | None = None
         collectives.call_on_all_ranks(lambda: self._start(backup))
 
     @property
     def directory(self) -> Path:
         """The current path of ``checkpoints/<run>/``."""
-        return self._housekeeping.directory
+        return self._checkpoint_dir.directory
 
     def save(self, state: TrainState, epoch: float, roles: Sequence[str] = ()) -> None:
         """Start saving a rolling checkpoint of ``state``. In the background it is copied and written while training
@@ -124,7 +124,7 @@ class Checkpoints:
         contents[partition_file(collectives.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
         self._saved = _Saved.of(state)
         self._save = Save(
-            self._housekeeping.disk,
+            self._checkpoint_dir.disk,
             self.directory,
             tag,
             collectives.rank(),
@@ -170,8 +170,10 @@ class Checkpoints:
             if complete and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
             left = self._queue.finish(_LAST_COPY_SECONDS if complete else _STOP_COPY_SECONDS)
-            if left and complete and self._news is not None:  # after a stop, the next start copies them
-                self._news.failed(f"{', '.join(left)} could not be copied before the end of the run", state.step)
+            if left and complete and self._backup_reporter is not None:  # after a stop, the next start copies them
+                self._backup_reporter.failed(
+                    f"{', '.join(left)} could not be copied before the end of the run", state.step
+                )
         return saved
 
     def load(self, restored: Restored) -> TrainState:
@@ -199,19 +201,21 @@ class Checkpoints:
 
     def _start(self, backup: Backup | None) -> None:
         if collectives.is_main():
-            self._housekeeping.check_free_space(self._estimate())
+            self._checkpoint_dir.check_free_space(self._estimate())
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
             latest = time.time() + _CLOCK_AHEAD_SECONDS
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
-            self._news = BackupReporter(self._journal) if self._journal is not None else None
-            disk = self._housekeeping.disk
-            self._queue = BackupQueue(backup, lambda: self.directory, disk, reporter=self._news) if backup else None
+            self._backup_reporter = BackupReporter(self._journal) if self._journal is not None else None
+            disk = self._checkpoint_dir.disk
+            self._queue = (
+                BackupQueue(backup, lambda: self.directory, disk, reporter=self._backup_reporter) if backup else None
+            )
 
     def _continue_from(self, generation: Generation) -> None:
         if not collectives.is_main():
             return
         try:
-            self._housekeeping.resume_from(generation)
+            self._checkpoint_dir.resume_from(generation)
         except OSError as error:
             raise UserError(
                 f"cannot make {generation.tag} the newest in {self.directory} ({error}): check its permissions and disk"
@@ -255,12 +259,12 @@ class Checkpoints:
             self._journal.write("save", f"saved {tag}", step, taken=taken)
             if BEST_TAG in roles:
                 self._journal.write("best", f"best validation loss so far, {val_loss:.4f}", step, val_loss=val_loss)
-        self._housekeeping.after_commit(tag, roles)
+        self._checkpoint_dir.after_commit(tag, roles)
         if self._queue is not None:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        ready = collectives.is_main() and self._housekeeping.prepare_for(tag, self._estimate())
+        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(tag, self._estimate())
         return collectives.any_rank(ready, self._engine.device)
 
     def _estimate(self) -> int:

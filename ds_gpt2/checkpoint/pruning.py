@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
-from ds_gpt2.checkpoint import directory as housekeeping
 from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.directory import policies, retention_candidates
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.listing import freed_by
 from ds_gpt2.checkpoint.verify import examine, hashing, identity
@@ -39,8 +39,8 @@ def to_prune(directory: Path, found: Sequence[Generation], settings: CheckpointS
     Raises:
         UserError: there are damaged checkpoints and too few good ones.
     """
-    known = housekeeping.retention_candidates(directory, _newest_good(directory, found))
-    return [directory / kept.tag for kept in retention.to_delete(known, housekeeping.policies(settings))]
+    known = retention_candidates(directory, _newest_good(directory, found))
+    return [directory / kept.tag for kept in retention.to_delete(known, policies(settings))]
 
 
 def preview(paths: Sequence[Path]) -> Pruned:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_gpt2.checkpoint import contents as contents_of
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, problem_of, step_limit
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.common.errors import UserError
@@ -71,7 +71,7 @@ def _warn_if_too_new(generation: Generation, selector: str) -> None:
     step = step_limit(selector)
     if step is not None and generation.step >= step:
         log.warning(
-            f"no usable checkpoint precedes step {step:,}, where the incident began: rolling back to step"
+            f"no usable checkpoint precedes step {step:,}, where the anomaly began: rolling back to step"
             f" {generation.step:,}, which may already be affected"
         )
 
@@ -89,7 +89,7 @@ def _copies(backup: Backup) -> list[str]:
     try:
         return [copy.tag for copy in backup.copies() if copy.manifest.kind == "full"]
     except OSError as error:
-        log.warning(f"backups in {backup.where()} cannot be listed: {reason_of(error)}")
+        log.warning(f"backups in {backup.where()} cannot be listed: {redacted_reason(error)}")
         return []
 
 
@@ -98,7 +98,7 @@ def _fetched(backup: Backup, tag: str, directory: Path) -> list[Generation]:
     try:
         return [backup.fetch(tag, directory)]
     except (OSError, DamagedError) as error:
-        log.warning(f"{tag} cannot be fetched: {reason_of(error)}")
+        log.warning(f"{tag} cannot be fetched: {redacted_reason(error)}")
         return []
 
 

@@ -18,7 +18,7 @@ class RetentionCandidate:
     role: Role
     step: int
     verified: bool  # written or verified by this process, or recorded as such by an earlier one
-    healthy: bool = False  # the guards had found no incident when it was saved, see ``TrainState.is_healthy``
+    healthy: bool = False  # the guards had found no anomaly when it was saved, see ``TrainState.is_healthy``
 
 
 # From all checkpoints, newest first, selects those to retain.

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual copy to {backup.where()}")
         return copied
     except OSError as error:
-        print(f"error: {reason_of(error)}", file=sys.stderr)
+        print(f"error: {redacted_reason(error)}", file=sys.stderr)
         return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.tools import tensorboard_server as server
+from ds_gpt2.tools.tensorboard import server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,9 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
         help="which checkpoint (default: the newest good checkpoint)",
     )
-    parser.add_argument("--leave_out", metavar="BATCHES", help="skip these batches of the data: 1200-1210,1250")
+    parser.add_argument(
+        "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"
+    )
     add_start_arguments(parser)
 
 
@@ -96,7 +98,7 @@ def start(
 
     Args:
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
-        leave_out: batches of the data to skip.
+        leave_out: batches of the data to exclude from training.
     """
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
+from ds_gpt2.config.sections import ScheduleSettings
 
 _MAX_RANGE = 100_000
 
@@ -30,16 +31,23 @@ class BatchPlan:
     def tokens_per_step(self) -> int:
         return self.windows_per_step * self.sequence_length
 
-    def steps_for(self, epochs: float, windows: int) -> int:
-        """Return the steps of ``epochs`` epochs of ``windows`` windows; the next epoch fills up the last step."""
-        return math.ceil(epochs * windows / self.windows_per_step)
-
     def __str__(self) -> str:
         return (
             f"{self.tokens_per_step:,} tokens a step = {counted(self.micro_batch, 'window')}"
             f" x {counted(self.sequence_length, 'token')}"
             f" x {counted(self.accumulation, 'micro-batch', 'micro-batches')} x {counted(self.world_size, 'rank')}"
         )
+
+
+def steps_of(schedule: ScheduleSettings, windows: int, windows_per_step: int) -> int:
+    """Return the number of steps of a whole run; a following epoch fills up the last step.
+
+    Args:
+        windows: of one epoch.
+    """
+    if schedule.steps is not None:
+        return schedule.steps
+    return math.ceil((schedule.epochs or 0) * windows / windows_per_step)
 
 
 def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, world_size: int) -> BatchPlan:

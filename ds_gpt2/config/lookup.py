@@ -44,7 +44,7 @@ def find_run(name: str | None) -> Path:
         if (run_dir := run_of(Path(name))) is not None:
             return run_dir
     known = ", ".join(run_dir.name for run_dir in started) or "none"
-    raise UserError(f"no run {name}: known in {runs} are {known}")
+    raise UserError(f"no run {name}; runs in {runs}: {known}")
 
 
 def find_config(name: str) -> Path:

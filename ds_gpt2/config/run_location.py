@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
 from ds_gpt2.config.model_names import hub_name
+from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
     PATH_KEYS,
     PROJECT_DIR,
@@ -35,7 +35,6 @@ from ds_gpt2.run_dir.metrics import STARTS, TIME
 
 CONFIG = "config.yaml"
 HIDDEN = "(not shown)"
-OWNER = "run.json"  # in an output directory: the run that writes there
 
 _RUN_DIR = "$RUN_DIR"
 _OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never taken from a previous location of the run
@@ -215,35 +214,6 @@ def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
     inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
     then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
     return [then / before.name, then / run_dir.name]
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The run that writes into an output directory, as recorded in ``run.json`` there."""
-
-    run_dir: Path
-    directory: Path  # the output directory when the run wrote this record
-
-
-def read_owner(directory: Path) -> Owner | None:
-    """Return the owner of an output directory; None if there is no valid record."""
-    try:
-        content = safe_json.read(directory / OWNER)
-        return Owner(Path(content["run_dir"]), Path(content["directory"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_owner(directory: Path, run_dir: Path) -> None:
-    """Record that the run in ``run_dir`` writes into ``directory``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    owner = Owner(run_dir.resolve(), directory.resolve())
-    if read_owner(directory) != owner:
-        content = {"run_dir": str(owner.run_dir), "directory": str(owner.directory)}
-        replace_file(directory / OWNER, json.dumps(content) + "\n")
 
 
 def _without_run(key: str, text: str) -> str | None:

@@ -78,10 +78,6 @@ class TrainingData:
         """Return the number of epochs completed after ``batch``."""
         return batch * self.plan.windows_per_step / len(self.windows)
 
-    def steps_for(self, epochs: float) -> int:
-        """Return the steps that complete ``epochs`` epochs; the next epoch completes the last step."""
-        return self.plan.steps_for(epochs, len(self.windows))
-
 
 def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Copy window rows (n, sequence_length + 1) int64 to ``device``; the copy to a GPU is asynchronous.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
+import deepspeed
 from torch import nn
 
 from ds_gpt2.common.errors import UserError
@@ -54,6 +55,19 @@ def check(engine: Any, model: nn.Module) -> None:
     missing += [f"parameter.{name}" for name in _OF_PARAMETER if not hasattr(parameter, name)]
     if mapping is not None:  # None on ranks whose partition has no element of this parameter
         missing += [f"parameter._hp_mapping.{name}" for name in _OF_MAPPING if not hasattr(mapping, name)]
+    _require_none(missing)
+
+
+def check_operators() -> None:
+    """Check that DeepSpeed has the table of its compiled operators, which is replaced on a CPU.
+
+    Raises:
+        UserError: it has not.
+    """
+    _require_none([] if hasattr(deepspeed.ops, "__compatible_ops__") else ["deepspeed.ops.__compatible_ops__"])
+
+
+def _require_none(missing: list[str]) -> None:
     if missing:
         raise UserError(
             f"DeepSpeed {metadata.version('deepspeed')} has no {', '.join(missing)}: install the version that was"

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed import collectives, launch_environment
+from ds_gpt2.engine import internals
 from ds_gpt2.run_dir import exit_report
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def open_process_group(device: torch.device) -> None:
     if device.type == "cpu":
         # DeepSpeed's shared-memory all-reduce needs g++ and half a minute at its first use, and was not faster where
         # ranks share cores (benchmarks/LOG.md). Without this line DeepSpeed runs g++ to check for other operators.
+        internals.check_operators()
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         if collectives.local_world_size() == collectives.world_size() and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a single machine: its name need not resolve

@@ -45,7 +45,7 @@ StepMetrics = dict[str, float | str | Histogram]  # of one step: scalars, texts 
 
 
 def to_plain(metrics: StepMetrics) -> dict[str, Any]:
-    """Return ``metrics`` as values that JSON can represent; NaN and infinity become Nentry."""
+    """Return ``metrics`` as values that JSON can represent; NaN and infinity become None."""
     return {tag: _plain(value) for tag, value in metrics.items()}
 
 
@@ -95,7 +95,7 @@ class Monitor:
         metrics_file: Path,
         recorded_step: int,
         trackers: Mapping[str, Tracker] | None = None,
-        reserve: Callable[[], Path] | None = None,
+        fallback_file: Callable[[], Path] | None = None,
     ) -> None:
         """
         Args:
@@ -114,8 +114,8 @@ class Monitor:
         self._failing: set[str] = set()
         self._records: MetricsFile | None = None
         if collectives.is_main():
-            drop_after(metrics_file, recorded_step, reserve() if reserve is not None else None)
-            self._records = MetricsFile(metrics_file, reserve, recorded_step)
+            drop_after(metrics_file, recorded_step, fallback_file() if fallback_file is not None else None)
+            self._records = MetricsFile(metrics_file, fallback_file, recorded_step)
             monitors.continue_csv()
             if self.tensorboard is not None:
                 _silence_writer_thread()

@@ -92,7 +92,7 @@ class Cadence:
         return cls({name: every for name, every in found.items() if every}, settings.checkpoint.every)
 
     def due(self, step: int) -> _Kinds:
-        """Return the kinds of evaluation that follow ``step``, unless it is the last timed."""
+        """Return the kinds of evaluation that are due after ``step``; after the last step all kinds are."""
         return frozenset(name for name, every in self.evaluations.items() if step % every == 0)
 
     def evaluations_left(self, step: int, steps: int) -> dict[_Kinds, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ds_gpt2.config.settings import Settings
+
 # Validation loss of llm.c's GPT-2 124M on FineWeb, 524,288 tokens a step (its published log, karpathy/llm.c
 # discussion 481): not on one scale with FineWeb-Edu, but of the same shape.
 REFERENCE = "llm.c-124M-on-FineWeb"
@@ -18,3 +20,8 @@ REFERENCE_CURVE = {
 
 # HellaSwag, length-normalised accuracy, as llm.c measures it (discussion 481): OpenAI's weights, and its own.
 REFERENCE_HELLASWAG = {"OpenAI GPT-2 124M": 0.2945, "llm.c 124M": 0.299}
+
+
+def is_comparable_to_reference(settings: Settings) -> bool:
+    """Return whether a run has the model and the batch size of the reference run."""
+    return settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP

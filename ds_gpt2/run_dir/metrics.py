@@ -32,30 +32,32 @@ Record = dict[str, Any]
 class MetricsFile:
     """Appends to ``metrics.jsonl``, also after the run is moved. If a write fails, the records wait for the next flush.
 
-    If the disk is full, a durable flush writes them to a second file, the reserve, on another disk.
+    If the disk is full, a durable flush writes them to a second file, the fallback file, on another disk.
     """
 
-    def __init__(self, file: Path, reserve: Callable[[], Path] | None = None, step: int = 0) -> None:
+    def __init__(self, file: Path, fallback_file: Callable[[], Path] | None = None, step: int = 0) -> None:
         """Open ``file`` for appending.
 
         Args:
-            reserve: returns the path of the reserve; None for no reserve.
-            step: the step that training resumes from. Records up to it that an earlier process has left in the reserve
-                are written first.
+            fallback_file: returns the path of that file; None for none.
+            step: the step that training resumes from. Records up to it that an earlier process has left in the fallback
+                file are written first.
 
         Raises:
             OSError: the file cannot be opened.
         """
         self._name = file.name
         self._directory = OpenDirectory(file.parent)
-        self._reserve = reserve
+        self._fallback_file = fallback_file
         self._open = open_for_writing(file, "a+b", buffering=0)
         self._waiting = bytearray()
         self._not_durable = bytearray()  # written since the last durable flush
-        self._reserved: int | None = None  # bytes of ``_waiting`` that are in the reserve; None: there is no reserve
-        if reserve is not None and reserve().exists():
-            self._waiting += _unwritten(file, reserve(), step)
-            self._reserved = len(self._waiting)
+        self._fallback_bytes: int | None = (
+            None  # bytes of ``_waiting`` that are in the fallback file; None: there is none
+        )
+        if fallback_file is not None and fallback_file().exists():
+            self._waiting += _unwritten(file, fallback_file(), step)
+            self._fallback_bytes = len(self._waiting)
 
     @property
     def file(self) -> Path:
@@ -65,7 +67,7 @@ class MetricsFile:
     @property
     def unsaved(self) -> int:
         """The number of records that are only in memory."""
-        return self._waiting[self._reserved or 0 :].count(b"\n")
+        return self._waiting[self._fallback_bytes or 0 :].count(b"\n")
 
     def append(self, record: Record) -> None:
         """Add a record to those to be written by the next flush."""
@@ -75,7 +77,7 @@ class MetricsFile:
         """Write the waiting records.
 
         Args:
-            durable: sync the file; if it cannot be written, write the records to the reserve and sync that.
+            durable: sync the file; if it cannot be written, write the records to the fallback file and sync that.
 
         Raises:
             OSError: not all records are written to the file. It ends with a complete line; the others wait.
@@ -83,12 +85,12 @@ class MetricsFile:
         try:
             self._write(durable)
         except OSError:
-            if durable and self._reserve is not None and (self._not_durable or self._waiting):
-                self._write_reserve(self._reserve())
+            if durable and self._fallback_file is not None and (self._not_durable or self._waiting):
+                self._write_fallback_file(self._fallback_file())
             raise
-        if durable and self._reserved is not None and self._reserve is not None:
-            self._reserve().unlink(missing_ok=True)
-            self._reserved = None
+        if durable and self._fallback_bytes is not None and self._fallback_file is not None:
+            self._fallback_file().unlink(missing_ok=True)
+            self._fallback_bytes = None
 
     def close(self) -> None:
         """Close the file without a flush."""
@@ -107,7 +109,7 @@ class MetricsFile:
             raise
         self._not_durable += self._waiting
         self._waiting.clear()
-        self._reserved = None if self._reserved is None else 0
+        self._fallback_bytes = None if self._fallback_bytes is None else 0
         if durable:
             self._not_durable.clear()
 
@@ -129,18 +131,18 @@ class MetricsFile:
         self._open.close()
         self._open = written
 
-    def _write_reserve(self, reserve: Path) -> None:
-        """Write the records that are not durable to the reserve on another disk, so that a crash does not lose them."""
-        replace_file(reserve, bytes(self._not_durable + self._waiting), durable=True)
-        if self._reserved is None:
-            log.warning(f"records are written to {reserve} until {self.file} is writable")
-        self._reserved = len(self._waiting)
+    def _write_fallback_file(self, fallback_file: Path) -> None:
+        """Write the records that are not durable to the fallback file, so that a crash does not lose them."""
+        replace_file(fallback_file, bytes(self._not_durable + self._waiting), durable=True)
+        if self._fallback_bytes is None:
+            log.warning(f"records are written to {fallback_file} until {self.file} is writable")
+        self._fallback_bytes = len(self._waiting)
 
 
-def _unwritten(file: Path, reserve: Path, step: int) -> bytes:
-    """Return the lines in ``reserve`` that follow the last step of ``file``, up to ``step``."""
+def _unwritten(file: Path, fallback_file: Path, step: int) -> bytes:
+    """Return the lines in ``fallback_file`` that follow the last step of ``file``, up to ``step``."""
     last = max((record["step"] for record in read_metrics(file)), default=0)
-    return b"".join(_line(record) for record in read_metrics(reserve) if last < record["step"] <= step)
+    return b"".join(_line(record) for record in read_metrics(fallback_file) if last < record["step"] <= step)
 
 
 def _line(record: Record) -> bytes:
@@ -157,22 +159,22 @@ def read_metrics(file: Path) -> Iterator[Record]:
                 yield record
 
 
-def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
+def drop_after(file: Path, step: int, fallback_file: Path | None = None) -> None:
     """Move the records after ``step`` to ``REPLACED``: these steps are trained again, and curves must not overlap.
 
     A crash during the move may duplicate records in ``REPLACED``. Damaged lines after the last remaining record are
     deleted.
 
     Args:
-        reserve: see ``MetricsFile``. Its records after ``step`` are moved too. If the disk of ``file`` is full, the
-            records are moved to the directory of ``reserve``.
+        fallback_file: see ``MetricsFile``. Its records after ``step`` are moved too. If the disk of ``file`` is full,
+            the records are moved to the directory of ``fallback_file``.
 
     Raises:
         OSError: the records cannot be moved.
     """
     moved = b""
-    if reserve is not None and reserve.exists():
-        moved = b"".join(_line(record) for record in read_metrics(reserve) if record["step"] > step)
+    if fallback_file is not None and fallback_file.exists():
+        moved = b"".join(_line(record) for record in read_metrics(fallback_file) if record["step"] > step)
     if file.is_symlink() and file.exists():
         with open(file, "rb", opener=regular_only) as source:
             replace_file(file, source, durable=True)  # the target of the link is not truncated
@@ -180,7 +182,7 @@ def drop_after(file: Path, step: int, reserve: Path | None = None) -> None:
     if found is not None:
         moved = found.moved + moved
     if moved:
-        _append_to_any([file.parent, *([reserve.parent] if reserve is not None else [])], REPLACED, moved)
+        _append_to_any([file.parent, *([fallback_file.parent] if fallback_file is not None else [])], REPLACED, moved)
     if found is not None and (found.rest or found.end < file.stat().st_size):
         with open_for_writing(file, "r+b") as opened:
             opened.truncate(found.end)

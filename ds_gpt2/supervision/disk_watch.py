@@ -7,8 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ds_gpt2.checkpoint.catalog import scan
-from ds_gpt2.checkpoint.space import bytes_for_next_save
+from ds_gpt2.checkpoint.space import bytes_for_next_save, newest_full_bytes
 from ds_gpt2.common.files import write_problem
 from ds_gpt2.common.formatting import duration, size
 from ds_gpt2.common.open_directory import OpenDirectory
@@ -68,7 +67,7 @@ class DiskWatch:
         return None
 
     def _needed(self) -> int:
-        newest = next((found.manifest.bytes for found in scan(self._settings.checkpoint_dir) if found.manifest), 0)
+        newest = newest_full_bytes(self._settings.checkpoint_dir) or 0
         return bytes_for_next_save(newest, self._settings.checkpoint)
 
     def _days_left(self, spare: int) -> float | None:

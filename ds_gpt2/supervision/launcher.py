@@ -110,8 +110,8 @@ class Ranks:
             OSError: the launcher cannot be started.
         """
         command = start_command(layout, script, arguments)
-        self._last_words = ExitReports(outcome_file)
-        inherited = {**without_ranks(os.environ), **environment, **self._last_words.request()}
+        self._exit_reports = ExitReports(outcome_file)
+        inherited = {**without_ranks(os.environ), **environment, **self._exit_reports.request()}
         inherited["DS_ACCELERATOR"] = layout.accelerator
         self._oom_kills_before = out_of_memory_kills()
         self._process = subprocess.Popen(command, env=inherited, start_new_session=True)
@@ -135,7 +135,7 @@ class Ranks:
     def launcher_was_killed(self) -> bool:
         """Whether the launcher was killed and left the ranks running; it ends them itself if one of them fails."""
         code = self._process.poll()
-        return code is not None and code < 0 and self._last_words.outcome() is None
+        return code is not None and code < 0 and self._exit_reports.outcome() is None
 
     @property
     def exit_status(self) -> str:
@@ -154,11 +154,11 @@ class Ranks:
 
     def outcome(self) -> Outcome:
         """Return what rank 0 reported about the end of the run; a crash if it reported nothing."""
-        return self._last_words.outcome() or Outcome(CRASHED)
+        return self._exit_reports.outcome() or Outcome(CRASHED)
 
     def failures(self) -> dict[int, str]:
         """Return the error of each rank that reported one, the first to fail first."""
-        return self._last_words.failures()
+        return self._exit_reports.failures()
 
     def request_stop(self) -> None:
         rank_processes.request_stop(self.group)

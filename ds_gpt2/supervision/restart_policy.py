@@ -100,7 +100,7 @@ class RestartPolicy:
             before = min(before, from_step)
         text = f"from the newest checkpoint before step {before}"
         if leave_out:
-            text += f", skipping batches {format_batches(leave_out)} of the data"
+            text += f", excluding batches {format_batches(leave_out)} of the data"
         return Restart(seconds, f"before:{before}", leave_out, text)
 
     def _avoid_step(self, result: LaunchResult, seconds: float) -> Restart:
@@ -108,10 +108,10 @@ class RestartPolicy:
         if self._at_same_step == 2:
             return Restart(seconds, f"before:{result.from_step}", (), "from an older checkpoint")
         if self._settings.skip_data:
-            text = f"from the newest checkpoint, skipping batch {result.batch} of the data"
+            text = f"from the newest checkpoint, excluding batch {result.batch} of the data"
             return Restart(seconds, "auto", (result.batch,), text)
         text = (
             f"from the newest checkpoint; batch {result.batch} of the data may be the cause of the crashes:"
-            " supervisor.skip_data=true would skip it"
+            " supervisor.skip_data=true would exclude it"
         )
         return Restart(seconds, "auto", (), text)

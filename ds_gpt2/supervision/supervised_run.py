@@ -18,7 +18,7 @@ class SupervisedRun:
     arguments: tuple[str, ...]  # of train.py, without --resume and --leave_out
     layout: RankLayout
     resume: str | None = None  # see ``catalog.candidates``; None: a new run
-    leave_out: tuple[int, ...] = ()  # batches of the data to skip
+    leave_out: tuple[int, ...] = ()  # batches of the data to exclude
     script: Path = TRAIN
     environment: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
 
@@ -34,7 +34,7 @@ class SupervisedRun:
         return ["resume", str(run_dir), "--num_gpus", ranks, "--from", source, *self._leave_out_arguments()]
 
     def after(self, restart: Restart) -> SupervisedRun:
-        """Return the next launch. It skips all batches skipped so far: an older checkpoint does not list them."""
+        """Return the next launch. It excludes all batches excluded so far: an older checkpoint does not list them."""
         leave_out = tuple(sorted({*self.leave_out, *restart.leave_out}))
         return replace(self, resume=restart.resume, leave_out=leave_out)
 
@@ -43,7 +43,7 @@ class SupervisedRun:
         text = _ORIGINS.get(self.resume, f"resuming from {self.resume}")
         if self.resume and self.resume.startswith("before:"):
             text = f"resuming from the newest checkpoint before step {self.resume.removeprefix('before:')}"
-        return f"{text}, skipping batches {format_batches(self.leave_out)}" if self.leave_out else text
+        return f"{text}, excluding batches {format_batches(self.leave_out)}" if self.leave_out else text
 
     def _leave_out_arguments(self) -> list[str]:
         return ["--leave_out", format_batches(self.leave_out)] if self.leave_out else []

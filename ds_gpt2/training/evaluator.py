@@ -26,7 +26,7 @@ class Evaluator:
         return [hook for hook in self.hooks if hook.every.due(step, last_step)]
 
     def due_again(self, step: int, last_step: int) -> list[Hook]:
-        """Return those of them that can run again after a resume."""
+        """Return the hooks due at ``step`` that can run again after a resume."""
         return [hook for hook in self.due(step, last_step) if hook.can_be_repeated]
 
     def before_update(self, due: Sequence[Hook], engine: Engine) -> None:

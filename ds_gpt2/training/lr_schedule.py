@@ -1,20 +1,8 @@
-"""When an event is due, and the learning rate: pure functions of the step."""
+"""The learning rate, a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Every:
-    """An interval in steps; 0 means never."""
-
-    steps: int
-
-    def due(self, step: int, last_step: int) -> bool:
-        """Return True at every multiple of ``steps`` and at the last step of the run."""
-        return self.steps > 0 and (step % self.steps == 0 or step == last_step)
 
 
 def learning_rate(step: int, *, steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:

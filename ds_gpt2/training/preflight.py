@@ -14,10 +14,11 @@ from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
-from ds_gpt2.config.batch_plan import BatchPlan
+from ds_gpt2.config.batch_plan import BatchPlan, steps_of
 from ds_gpt2.config.model_names import hub_name
-from ds_gpt2.config.run_location import CONFIG, OWNER, is_run_dir, load_run_settings, read_owner
-from ds_gpt2.config.settings import ScheduleSettings, Settings
+from ds_gpt2.config.output_owner import OWNER, read_owner
+from ds_gpt2.config.run_location import CONFIG, is_run_dir, load_run_settings
+from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.run_dir.journal import JOURNAL
@@ -41,7 +42,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     if commit.has_unfinished_commit(settings.checkpoint_dir):
         source = None  # the ranks complete or remove interrupted saves first
     dataset = dataset_of(settings, source)
-    steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan)
+    steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
             f"schedule.warmup_steps {settings.schedule.warmup_steps} must be below the {steps} steps of the run"
@@ -82,17 +83,6 @@ def dataset_of(settings: Settings, source: str | None) -> Dataset:
     found = candidates(settings.checkpoint_dir, source) if source is not None else []
     known = [one.manifest.identity.get("data") for one in found if one.manifest is not None]
     return as_first_read(dataset, str(known[0])) if known else dataset
-
-
-def steps_of(schedule: ScheduleSettings, windows: int, plan: BatchPlan) -> int:
-    """Return the number of steps of a whole run.
-
-    Args:
-        windows: of one epoch.
-    """
-    if schedule.steps is not None:
-        return schedule.steps
-    return plan.steps_for(schedule.epochs or 0, windows)
 
 
 def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:

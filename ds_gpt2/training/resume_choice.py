@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG
@@ -99,7 +99,7 @@ def has_backups(settings: Settings) -> bool:
     try:
         return backup is not None and bool(backup.copies())
     except OSError as error:
-        raise UserError(f"cannot determine whether {settings.run.name} has backups: {reason_of(error)}") from None
+        raise UserError(f"cannot determine whether {settings.run.name} has backups: {redacted_reason(error)}") from None
 
 
 def backup_of(settings: Settings) -> Backup | None:

@@ -16,6 +16,8 @@ from ds_gpt2.training.trainer import Ending
 
 log = logging.getLogger(__name__)
 
+_NOT_FINITE_HINT = "resume from an earlier checkpoint with a lower schedule.max_lr"
+
 
 def run(spec: RunSpec) -> Outcome:
     """Train one rank's part of a run.
@@ -72,7 +74,7 @@ def _outcome(built: BuiltRun, ending: Ending) -> Outcome:
         )
         return Outcome(ROLLBACK, before=rollback.first_step, leave_out=rollback.batches)
     if ending is Ending.NOT_FINITE:
-        log.error("losses or weights are not finite: resume from an earlier checkpoint with a lower schedule.max_lr")
+        log.error(f"losses or weights are not finite: {_NOT_FINITE_HINT}")
     code = {Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED)
     return Outcome(code, alone=built.trainer.stop.supervisor_lost)
 
@@ -81,7 +83,9 @@ def _record_end(built: BuiltRun, ending: Ending, outcome: Outcome) -> None:
     """Write the end to the journal. The supervisor records crashes, and the rollbacks that it makes."""
     journal, step, steps = built.journal, built.state.step, built.trainer.schedule.steps
     if ending is Ending.UNSAVED:
-        journal.write("save_failed", "ended, but the last state could not be saved", step, ended=True)
+        journal.write("save_failed", ending.value, step, ended=True)
+    elif ending is Ending.NOT_FINITE:
+        journal.write("not_finite", f"{ending.value}: {_NOT_FINITE_HINT}", step, ended=True)
     if outcome.code == DONE:
         journal.write("done", f"done, {steps:,} steps", step)
     elif outcome.code == STOPPED:

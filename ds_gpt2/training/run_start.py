@@ -13,11 +13,12 @@ from ds_gpt2.checkpoint.manager import library_versions
 from ds_gpt2.checkpoint.resume import Restored
 from ds_gpt2.common.files import append_lines
 from ds_gpt2.config.batch_plan import BatchPlan, format_batches
-from ds_gpt2.config.run_location import HIDDEN, public_tree, write_owner, write_settings
+from ds_gpt2.config.output_owner import write_owner
+from ds_gpt2.config.run_location import HIDDEN, public_tree, write_settings
 from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, Settings, flat, to_yaml
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import Monitor
-from ds_gpt2.monitoring.reference_curves import REFERENCE_TOKENS_PER_STEP
+from ds_gpt2.monitoring.reference_curves import is_comparable_to_reference
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
 from ds_gpt2.run_dir.metrics import STARTS, TIME
 
@@ -43,7 +44,7 @@ def start_text(plan: BatchPlan, restored: Restored | None, excluded: tuple[int, 
     """
     text = f"resumed from {restored.generation.tag}" if restored else "started"
     if excluded:
-        text += f" without batches {format_batches(excluded)} of the data"
+        text += f", excluding batches {format_batches(excluded)} of the data"
     return f"{text}, {plan}"
 
 
@@ -77,8 +78,7 @@ def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan:
         "data": settings.data.dir.name,
         **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
-    compare = settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
-    open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, compare)
+    open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, is_comparable_to_reference(settings))
 
 
 def log_resume(restored: Restored, settings: Settings, steps: int) -> None:

@@ -25,8 +25,10 @@ from ds_gpt2.checkpoint.resume import Restored, choose_checkpoint
 from ds_gpt2.common import files
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config import deepspeed_config
-from ds_gpt2.config.batch_plan import BatchPlan
-from ds_gpt2.config.run_location import public_tree, write_first_settings, write_owner
+from ds_gpt2.config.batch_plan import BatchPlan, steps_of
+from ds_gpt2.config.interval import Every
+from ds_gpt2.config.output_owner import write_owner
+from ds_gpt2.config.run_location import public_tree, write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
@@ -60,8 +62,8 @@ from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Anomaly, Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Interrupted, Samples, Validation, open_hellaswag
-from ds_gpt2.training.lr_schedule import Every, learning_rate
-from ds_gpt2.training.preflight import check_initial_model, dataset_of, identity_of, steps_of
+from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.preflight import check_initial_model, dataset_of, identity_of
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
@@ -263,7 +265,7 @@ def _new_state(settings: Settings, engine: Engine) -> TrainState:
 
 def _schedule(settings: Settings, data: TrainingData) -> TrainingSchedule:
     schedule = settings.schedule
-    steps = steps_of(schedule, len(data.windows), data.plan)
+    steps = steps_of(schedule, len(data.windows), data.plan.windows_per_step)
     rate = functools.partial(
         learning_rate,
         steps=steps,
@@ -285,7 +287,7 @@ def _open_monitor(
         settings.run_dir / METRICS,
         state.recorded_step,
         trackers,
-        reserve=lambda: checkpoints.directory / UNWRITTEN,
+        fallback_file=lambda: checkpoints.directory / UNWRITTEN,
     )
     cleanup.push(lambda kind, error, trace: monitor.close(failed=kind is not None))
     return monitor

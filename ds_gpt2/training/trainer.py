@@ -13,6 +13,7 @@ import torch
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag
 from ds_gpt2.common.formatting import duration
+from ds_gpt2.config.interval import Every
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine, Update
@@ -24,7 +25,6 @@ from ds_gpt2.run_dir.stop_request import StopRequest
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Hook
-from ds_gpt2.training.lr_schedule import Every
 
 _LAST_SAVE_SECONDS = 1800.0  # the last state is saved again and again for so long: a user may free disk space
 

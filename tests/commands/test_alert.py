@@ -85,5 +85,5 @@ def test_missing_channels_and_unknown_runs_are_errors(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(CONFIG.replace("RUNS", str(run_dir.parent)), encoding="utf-8")
     with pytest.raises(UserError, match=r"no alert channel is configured: .*alert_urls or DS_GPT2_ALERT_URLS"):
         command(run_dir, "--list")
-    with pytest.raises(UserError, match="no run nowhere: known in "):
+    with pytest.raises(UserError, match="no run nowhere; runs in "):
         command("nowhere", "--test")

@@ -152,7 +152,7 @@ def test_the_loss_equals_the_validation_loss_of_training(dataset_dir: Path) -> N
 
 def test_answers_equal_those_scored_one_at_a_time(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(1)
-    monkeypatch.setattr(evaluation, "_ITEMS_AT_ONCE", 7)
+    monkeypatch.setattr(evaluation, "_ITEMS_PER_CALL", 7)
     done: list[int] = []
     right = right_answers(model, items, done.append)
     assert right[:2].tolist() == plain_right(model, items)

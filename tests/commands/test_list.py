@@ -189,7 +189,7 @@ def test_errors_are_one_line(run_with: Callable[..., Path], command: Command) ->
     run_with()
     assert command("list", "nothing")[::2] == (
         exit_report.MISTAKE,
-        f"error: no run nothing: known in {checkpoints.PROJECT_DIR}/runs are test\n",
+        f"error: no run nothing; runs in {checkpoints.PROJECT_DIR}/runs: test\n",
     )
     assert command("list", "test") == (
         exit_report.MISTAKE,

@@ -137,7 +137,7 @@ def test_json_contains_all_figures(folder: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gone"], "no run gone: known in .*runs are old, new"),
+        (["gone"], "no run gone; runs in .*runs: old, new"),
         (["old", "--all"], "--all includes every run: remove old or --all"),
     ],
 )

@@ -30,8 +30,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import event_directory
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.run_dir.notes import Note, show_in_tensorboard
-from ds_gpt2.tools import tensorboard_server
-from ds_gpt2.tools.tensorboard_server import link_runs, ssh_command, tmux_command
+from ds_gpt2.tools.tensorboard import server
+from ds_gpt2.tools.tensorboard.server import link_runs, ssh_command, tmux_command
 
 CONFIG = """
 run: {name: NAME, dir: RUNS}
@@ -148,7 +148,7 @@ def test_the_server_is_open_to_the_network_only_on_request(
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorboard_server, "launch", launch)
+    monkeypatch.setattr(server, "launch", launch)
     monkeypatch.setattr(tensorboard.time, "sleep", interrupt)
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
@@ -221,7 +221,7 @@ def test_a_broken_tensorboard_is_a_one_line_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tensorboard.program", None)
     monkeypatch.delattr("tensorboard.program", raising=False)
     with pytest.raises(UserError, match=r"^TensorBoard cannot be imported \(.*\): reinstall it with `.*`$"):
-        tensorboard_server._import_tensorboard()
+        server._import_tensorboard()
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "x"])

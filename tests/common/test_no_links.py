@@ -67,7 +67,7 @@ def reserved(file: Path, reserve: Path) -> None:
     """Write a record while ``file`` is not writable."""
     records = MetricsFile(file, lambda: reserve)
     records.append({"step": 1})
-    records._write_reserve(reserve)
+    records._write_fallback_file(reserve)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -37,7 +37,7 @@ def test_runs_are_found_by_name_and_path_and_the_newest_by_default(project: Path
 
 
 def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
-    with pytest.raises(UserError, match=r"no run other: known in .*/runs are older, newer$"):
+    with pytest.raises(UserError, match=r"no run other; runs in .*/runs: older, newer$"):
         find_run("other")
 
 

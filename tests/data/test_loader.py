@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.batch_plan import BatchPlan
+from ds_gpt2.config.batch_plan import BatchPlan, steps_of
+from ds_gpt2.config.sections import ScheduleSettings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData, on_device
 from ds_gpt2.model.shape import VOCABULARY
@@ -55,7 +56,7 @@ def test_every_window_occurs_exactly_once_per_epoch(windows_count: int, plan: Ba
 
     data = TrainingData(Windows(), plan, 0, seed, CPU)  # only the length is used
     epochs = 3
-    steps = data.steps_for(epochs)
+    steps = steps_of(ScheduleSettings.model_construct(steps=None, epochs=epochs), windows_count, plan.windows_per_step)
     stream = np.concatenate([data.windows_of(step) for step in range(1, steps + 1)])
     for epoch in range(epochs):
         rows_read = Counter(stream[epoch * windows_count : (epoch + 1) * windows_count].tolist())
@@ -84,7 +85,7 @@ def test_every_window_is_read_once_per_epoch_for_any_shards_and_ranks(
             first += length
         assume(expected)
         windows = Windows(open_dataset(Path(name)), "train", sequence)
-        steps = TrainingData(windows, BatchPlan(4, sequence, accumulation, 1), 0, seed, CPU).steps_for(2)
+        steps = steps_of(ScheduleSettings.model_construct(steps=None, epochs=2), len(windows), 4 * accumulation)
         rows_read = []
         for world_size in (1, 2, 4):  # 4 windows per micro-step in total
             plan = BatchPlan(4 // world_size, sequence, accumulation, world_size)

@@ -35,7 +35,7 @@ from ds_gpt2.evaluation.hellaswag_scoring import (
 )
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag, share
+from ds_gpt2.training.hooks.hellaswag import HellaSwag, items_of_rank, open_hellaswag
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
@@ -172,7 +172,7 @@ def test_the_order_of_items_does_not_change_answers(items: list[Item]) -> None:
 
 def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> None:
     model, items = make_model(torch.bfloat16), items[::2]
-    shares = [share(items, rank, 3) for rank in range(3)]
+    shares = [items_of_rank(items, rank, 3) for rank in range(3)]
     assert sum(map(len, shares)) == len({id(item) for mine in shares for item in mine}) == len(items)
     sizes = [sum(row_length(item) for item in mine) for mine in shares]
     assert max(sizes) < 1.1 * min(sizes)
@@ -224,9 +224,9 @@ def test_the_hook_reports_shares_of_right_answers(tmp_path: Path, caplog: pytest
     scores = score(model.eval(), load_items(settings.path, "original", tmp_path / "cache"))
     assert list(seen) == [f"hellaswag/{measure}{end}" for measure in MEASURES for end in ("", "_stderr")]
     for measure, count in zip(MEASURES, scores.correct().tolist(), strict=True):
-        share = count / 30
-        assert seen[f"hellaswag/{measure}"] == share
-        assert seen[f"hellaswag/{measure}_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 30))
+        items_of_rank = count / 30
+        assert seen[f"hellaswag/{measure}"] == items_of_rank
+        assert seen[f"hellaswag/{measure}_stderr"] == pytest.approx(math.sqrt(items_of_rank * (1 - items_of_rank) / 30))
     (line,) = caplog.messages
     assert line.startswith(f"step 10: HellaSwag acc {seen['hellaswag/acc']:.4f}, acc_norm ")
 

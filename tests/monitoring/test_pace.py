@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_gpt2.config.interval import Every
 from ds_gpt2.monitoring.pace import RECENT, WINDOW, Cadence, Pace, Timed, recent, timed_of
-from ds_gpt2.tools.resources.run_schedule import due
 
 NEVER = Cadence({}, 0)
 
@@ -149,12 +149,12 @@ def test_saves_off_the_interval_are_expected_at_their_recent_rate() -> None:
 def test_the_remaining_events_equal_those_of_training(every: dict[str, int], save: int, step: int, more: int) -> None:
     steps, cadence = step + more, Cadence(every, save)
     together = [
-        frozenset(name for name, each in every.items() if place in due(each, steps))
+        frozenset(name for name, each in every.items() if place in Every(each).due_steps(steps))
         for place in range(step + 1, steps + 1)
     ]
     expected = {kinds: together.count(kinds) for kinds in together if kinds}
     assert cadence.evaluations_left(step, steps) == expected
-    saves = {*due(save, steps), steps} if steps else set()
+    saves = {*Every(save).due_steps(steps), steps} if steps else set()
     assert cadence.saves_left(step, steps) == sum(place > step for place in saves)
 
 

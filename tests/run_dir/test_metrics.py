@@ -129,38 +129,40 @@ def unable_to_write(records: MetricsFile, monkeypatch: pytest.MonkeyPatch) -> No
 def test_records_that_cannot_be_written_are_saved_beside_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
-    reserve.parent.mkdir()
-    records = MetricsFile(file, lambda: reserve)
+    file, fallback_file = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "unwritten.jsonl"
+    fallback_file.parent.mkdir()
+    records = MetricsFile(file, lambda: fallback_file)
     records.append({"step": 1})
     records.flush(durable=True)
-    assert not reserve.exists()
+    assert not fallback_file.exists()
     unable_to_write(records, monkeypatch)
     for step in (2, 3):
         records.append({"step": step})
     with pytest.raises(OSError, match="No space left"):
         records.flush()
-    assert records.unsaved == 2 and not reserve.exists()  # the reserve is written only at a checkpoint and at the end
+    assert (
+        records.unsaved == 2 and not fallback_file.exists()
+    )  # the reserve is written only at a checkpoint and at the end
     with pytest.raises(OSError, match="No space left"):
         records.flush(durable=True)
-    assert records.unsaved == 0 and steps_in(reserve) == [2, 3]
+    assert records.unsaved == 0 and steps_in(fallback_file) == [2, 3]
     records.append({"step": 4})
     assert records.unsaved == 1
     records.close()
 
-    after = MetricsFile(file, lambda: reserve, step=2)  # resumes from step 2
+    after = MetricsFile(file, lambda: fallback_file, step=2)  # resumes from step 2
     assert after.unsaved == 0
     after.append({"step": 3})
     after.flush(durable=True)
-    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+    assert steps_in(file) == [1, 2, 3] and not fallback_file.exists()
 
 
 def test_records_that_are_not_durable_are_saved_beside_the_checkpoints_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Network file systems may report a full disk only at fsync."""
-    file, reserve = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
-    records = MetricsFile(file, lambda: reserve)
+    file, fallback_file = tmp_path / "metrics.jsonl", tmp_path / "unwritten.jsonl"
+    records = MetricsFile(file, lambda: fallback_file)
     records.append({"step": 1})
     records.flush()
     records.append({"step": 2})
@@ -173,13 +175,13 @@ def test_records_that_are_not_durable_are_saved_beside_the_checkpoints_too(
         patch.setattr("ds_gpt2.run_dir.metrics.os.fsync", fail)
         with pytest.raises(OSError, match="quota"):
             records.flush(durable=True)
-    assert steps_in(reserve) == [1, 2] and steps_in(file) == [1] and records.unsaved == 0
+    assert steps_in(fallback_file) == [1, 2] and steps_in(file) == [1] and records.unsaved == 0
     records.flush()
-    assert reserve.exists()  # until all records are durable
+    assert fallback_file.exists()  # until all records are durable
     records.append({"step": 3})
     assert records.unsaved == 1
     records.flush(durable=True)
-    assert steps_in(file) == [1, 2, 3] and not reserve.exists()
+    assert steps_in(file) == [1, 2, 3] and not fallback_file.exists()
 
 
 def test_metrics_that_are_deleted_on_a_full_disk_are_restored_when_there_is_space(tmp_path: Path) -> None:
@@ -208,13 +210,13 @@ def test_a_last_line_without_a_line_end_is_a_record(tmp_path: Path) -> None:
 
 
 def test_replaced_records_are_moved_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
-    reserve = tmp_path / "checkpoints" / "unwritten.jsonl"
-    reserve.parent.mkdir()
+    fallback_file = tmp_path / "checkpoints" / "unwritten.jsonl"
+    fallback_file.parent.mkdir()
     replaced = file.with_name("metrics_replaced.jsonl")
     replaced.mkdir()  # simulates a disk that is not writable
-    reserve.write_text('{"step": 2}\n{"step": 5}\n')
-    drop_after(file, 2, reserve)
-    assert steps_in(file) == [1, 2] and steps_in(reserve.with_name(replaced.name)) == [3, 4, 5]
+    fallback_file.write_text('{"step": 2}\n{"step": 5}\n')
+    drop_after(file, 2, fallback_file)
+    assert steps_in(file) == [1, 2] and steps_in(fallback_file.with_name(replaced.name)) == [3, 4, 5]
     with pytest.raises(OSError, match="Is a directory"):
         drop_after(file, 1)
     assert steps_in(file) == [1, 2]  # no record is deleted before it is moved

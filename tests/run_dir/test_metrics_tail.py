@@ -38,7 +38,7 @@ def test_newest_returns_the_last_records_of_the_file(
 
 def test_newest_reads_a_limited_number_of_bytes(files: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_tail, "_BLOCK", 1000)
-    monkeypatch.setattr(metrics_tail, "_MOST", 3000)
+    monkeypatch.setattr(metrics_tail, "_MAX_BYTES", 3000)
     files.train(1000)
     assert 10 < len(metrics_tail.newest(files.run_dir, 1000)) < 100
 

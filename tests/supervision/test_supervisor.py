@@ -136,8 +136,8 @@ def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(co
         "from the beginning",
         "resuming from the newest checkpoint, if there is one",
         "resuming from the newest checkpoint before step 8",
-        "resuming from the newest checkpoint, if there is one, skipping batches 9",
-        "resuming from the newest checkpoint before step 15, skipping batches 9,16-17",
+        "resuming from the newest checkpoint, if there is one, excluding batches 9",
+        "resuming from the newest checkpoint before step 15, excluding batches 9,16-17",
     ]
     end = open_generation(settings.checkpoint_dir / str(newest_tag(settings.checkpoint_dir))).manifest
     assert end is not None

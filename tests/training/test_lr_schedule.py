@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from ds_gpt2.training.lr_schedule import Every, learning_rate
+from ds_gpt2.config.interval import Every
+from ds_gpt2.training.lr_schedule import learning_rate
 
 MISSION = {"steps": 95_365, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import GuardSettings
 from ds_gpt2.engine.engine import Update
 from ds_gpt2.engine.train_state import TrainState
@@ -22,7 +23,6 @@ from ds_gpt2.monitoring.step_reporter import StepReporter
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Hook, Interrupted
-from ds_gpt2.training.lr_schedule import Every
 from ds_gpt2.training.trainer import Ending, Trainer, TrainingSchedule
 
 OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="off", drift="off", stuck_data="off")

@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.schedule import BackupSchedule
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import open_generation, scan
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import COPYING, role_of
@@ -224,7 +224,7 @@ class BackupQueue:
         except StoppedError:
             return False
         except Exception as error:  # of any storage library; no failure of a backup may end the run
-            text = f"could not {what}: {reason_of(error)}"
+            text = f"could not {what}: {redacted_reason(error)}"
             self._report(f"{text} (copies go to {self._backup.where()})")
             log.warning(f"backup: {text}; it is tried again after the next checkpoint")
             return False

@@ -32,7 +32,7 @@ def redact(text: str) -> str:
     return re.sub(r"([?&;][^\s=&;?]+=)[^\s&;'\"]+", r"\1***", text)
 
 
-def reason_of(error: BaseException) -> str:
+def redacted_reason(error: BaseException) -> str:
     """Return the message of an exception in one line, without secrets, at most 500 characters."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -59,7 +59,7 @@ def check_protocol(url: str) -> None:
     try:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0])
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot copy to {redact(url)}: {reason_of(error)}") from None
+        raise UserError(f"cannot copy to {redact(url)}: {redacted_reason(error)}") from None
 
 
 def local_directory(url: str) -> Path | None:
@@ -95,7 +95,7 @@ def only_os_errors() -> Iterator[None]:
     except (OSError, DamagedError):
         raise
     except Exception as error:
-        raise OSError(reason_of(error)) from None
+        raise OSError(redacted_reason(error)) from None
 
 
 class Storage:

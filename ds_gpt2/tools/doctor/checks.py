@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
@@ -60,7 +60,7 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
     """Return all checks without running them; arguments as for ``quick``."""
     dataset = _opened(settings)
     steps, epochs = _schedule(dataset, settings)
-    storage = requirements.storage(settings, steps, epochs)
+    storage = requirements.disk_requirement(settings, steps, epochs)
     directory, shards = settings.checkpoint_dir, _shards(dataset)
     environment = os.environ
     return [
@@ -227,7 +227,7 @@ def _problem_of(backup: Backup) -> str | None:
             backup.probe()
             found.append("")
         except Exception as error:  # each storage library has its own exceptions
-            found.append(reason_of(error))
+            found.append(redacted_reason(error))
 
     thread = threading.Thread(target=probe, daemon=True)  # a server or a mounted disk may never answer
     thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import size, tokens
 from ds_gpt2.common.host import usable_cores
+from ds_gpt2.config.batch_plan import steps_of
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
 from ds_gpt2.data.shards import sha256
@@ -47,9 +47,7 @@ def schedule(dataset: Dataset, settings: Settings) -> tuple[int, float]:
     """
     count = len(Windows(dataset, "train", settings.batch.sequence_length))
     per_step = max(1, settings.batch.tokens_per_step // settings.batch.sequence_length)
-    steps = settings.schedule.steps
-    if steps is None:
-        steps = math.ceil((settings.schedule.epochs or 0) * count / per_step)
+    steps = steps_of(settings.schedule, count, per_step)
     return steps, steps * per_step / count
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.formatting import size
 from ds_gpt2.tools.doctor.file_system import MOUNTS, mount_of, read_mounts
 from ds_gpt2.tools.doctor.finding import Finding
@@ -34,7 +35,7 @@ def directories(paths: Iterable[Path]) -> list[Finding]:
 def free_space(directory: Path, need: DiskRequirement) -> Finding:
     """Check the free space against all retained checkpoints; the run's own checkpoints count as free."""
     free = shutil.disk_usage(existing(directory)).free
-    own = _bytes_in(directory)
+    own = bytes_below(directory)
     found = f"{size(free)} free" + (f", {size(own)} used by this run already" if own else "")
     found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.most)}"
     if free + own < need.least:
@@ -79,7 +80,7 @@ def quota(directory: Path, need: DiskRequirement, mounts: Path = MOUNTS) -> Find
     left = _left_of_quota(mount.device)
     if left is None:
         return Finding("quota", "ok", f"none for {_user()} on {mount.point}")
-    own = _bytes_in(directory)
+    own = bytes_below(directory)
     if left + own < need.least:
         fix = f"{size(need.least)} are needed: request a larger quota"
         return Finding("quota", "fail", f"{size(left)} left", fix)
@@ -138,17 +139,6 @@ def _left_of_quota(device: str) -> int | None:
         raise OSError(number, os.strerror(number))
     limits = [limit * 1024 for limit in (block.hard_blocks, block.soft_blocks) if limit]
     return max(0, min(limits) - block.space) if limits else None
-
-
-def _bytes_in(directory: Path) -> int:
-    """Return the bytes of all files below ``directory``; hard links to the same file count once."""
-    sizes: dict[tuple[int, int], int] = {}
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                status = os.lstat(os.path.join(folder, name))
-                sizes[status.st_dev, status.st_ino] = status.st_size
-    return sum(sizes.values())
 
 
 def _user() -> str:

@@ -19,6 +19,7 @@ import yaml
 
 from ds_gpt2 import __version__
 from ds_gpt2.checkpoint.manifest import DamagedError
+from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common import files, host
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file, without_trackers
@@ -172,7 +173,7 @@ def _check_space(drill: Settings, users: Settings) -> None:
         UserError: there is not enough space.
     """
     free = shutil.disk_usage(drill.checkpoint.dir).free
-    needed = _CHECKPOINTS * checkpoint_bytes(drill) + int(users.checkpoint.min_free_gb * 1e9)
+    needed = _CHECKPOINTS * checkpoint_bytes(drill) + reserved_bytes(users.checkpoint)
     if free < needed:
         raise UserError(
             f"{users.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill temporarily needs {needed / 1e9:.1f} GB:"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
@@ -14,8 +15,8 @@ from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import memory_model
 from ds_gpt2.tools.resources.checkpoint_space import Count, simulate
-from ds_gpt2.tools.resources.prices import Prices
-from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, storage
+from ds_gpt2.tools.resources.prices import Prices, cost_of
+from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, disk_requirement
 from ds_gpt2.tools.resources.run_schedule import RunSchedule, occasions
 
 _NO_STEPS = "not known without the number of steps"
@@ -195,9 +196,9 @@ class DiskNeed:
     logs: int | None
     tensorboard: int | None  # the part of ``logs`` that event files take
 
-    def needed(self, free_gb: float) -> int:
-        """Return the bytes that the run needs, including ``free_gb`` that must remain free."""
-        return self.most + (self.logs or 0) + int(free_gb * 1e9)
+    def needed(self, settings: CheckpointSettings) -> int:
+        """Return the bytes that the run needs, including those that must remain free."""
+        return self.most + (self.logs or 0) + reserved_bytes(settings)
 
 
 def disk_need(subject: Subject, traces: Traces | None) -> DiskNeed | None:
@@ -232,7 +233,7 @@ def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None
     basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
     most = f"{size(found.most):>9}  {found.most_of}, including one being written"
     most += "" if found.schedule.windows_per_epoch else "; without epoch checkpoints, whose number is not known yet"
-    needed = found.needed(free_gb)
+    needed = found.needed(subject.settings.checkpoint)
     needed_text = f"{size(needed):>9}  including {free_gb:g} GB to remain free; {size(subject.disk_free)} are free"
     rows = [
         PlanRow("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
@@ -255,7 +256,7 @@ def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None
 
 def _disk_rows_without_steps(subject: Subject) -> list[PlanRow]:
     checkpoint = CHECKPOINT_BYTES * subject.model.parameters
-    least = storage(subject.settings, None, None).least
+    least = disk_requirement(subject.settings, None, None).least
     text = f"{size(least):>9}  at least; the total is {_NO_STEPS}; {size(subject.disk_free)} are free"
     figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": subject.disk_free}
     return [
@@ -290,23 +291,19 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Pla
     if subject.schedule is None:
         return PlanSection("cost", [PlanRow("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    hours = run_seconds(subject, subject.schedule, timing).times(1 / 3600)
-    watts = prices.watts if prices.watts is not None else timing.watts
+    cost = cost_of(run_seconds(subject, subject.schedule, timing), timing.watts, prices)
     rows = []
-    if watts is None:
+    if cost is None or cost.energy_kwh is None:
         text = "not known: no power was measured, give --watts"
         rows.append(PlanRow("energy", text, "not known", {"energy_kwh": None}))
     else:
-        source = "--watts" if prices.watts is not None else "of the GPUs alone, measured"
-        energy = hours.times(watts / 1000)
-        text = f"{_range(energy)} kWh, at {watts:,.0f} W ({source})"
-        rows.append(PlanRow("energy", text, basis, {"power_watts": watts, "energy_kwh": energy}))
-        if prices.per_kwh is not None:
-            money = energy.times(prices.per_kwh)
-            rows.append(PlanRow("cost of energy", _range(money), basis, {"energy_money": money}))
-    if prices.per_hour is not None:
-        money = hours.times(prices.per_hour)
-        rows.append(PlanRow("cost of machine", _range(money), basis, {"hours_money": money}))
+        source = "of the GPUs alone, measured" if cost.watts_recorded else "--watts"
+        text = f"{_range(cost.energy_kwh)} kWh, at {cost.watts:,.0f} W ({source})"
+        rows.append(PlanRow("energy", text, basis, {"power_watts": cost.watts, "energy_kwh": cost.energy_kwh}))
+    if cost is not None and cost.energy_money is not None:
+        rows.append(PlanRow("cost of energy", _range(cost.energy_money), basis, {"energy_money": cost.energy_money}))
+    if cost is not None and cost.hours_money is not None:
+        rows.append(PlanRow("cost of machine", _range(cost.hours_money), basis, {"hours_money": cost.hours_money}))
     return PlanSection("cost", rows)
 
 
@@ -331,8 +328,8 @@ def _disk_needed(subject: Subject, traces: Traces | None) -> int:
     """Return the bytes for the whole run; if its number of steps is not known, the least that it needs."""
     found = disk_need(subject, traces)
     if found is None:
-        return storage(subject.settings, None, None).least
-    return found.needed(subject.settings.checkpoint.min_free_gb)
+        return disk_requirement(subject.settings, None, None).least
+    return found.needed(subject.settings.checkpoint)
 
 
 def _smaller_batch(subject: Subject, calibration: Calibration) -> str:

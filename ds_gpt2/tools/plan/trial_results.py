@@ -7,20 +7,19 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.files import read_small
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import Event, read_journal
-from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.run_dir.metrics import METRICS, Record, read_metrics
 from ds_gpt2.tools.plan.trial_rank import RankMemory, read_record
 from ds_gpt2.tools.resources.checkpoint_space import Logs
 
 _WARM_UP = 2  # steps that are not measured: buffers, caches, the optimizer's first update
 
-Record = dict[str, Any]
 Piece = tuple[int, float]  # a step, or 0 for what is written once; bytes written for it
 
 
@@ -151,7 +150,7 @@ def _logs(trial: FinishedTrial, records: Sequence[Record]) -> tuple[Logs, Logs]:
     metrics = [(record["step"], size) for record, size in zip(records, _line_sizes(run_dir / METRICS), strict=True)]
     samples = [(_number(file.stem), file.stat().st_size) for file in (run_dir / "samples").glob("step_*.md")]
     pieces = [*metrics, *samples, *_log_growth(trial.log_sizes), *events]
-    rest = _bytes_below(run_dir) - sum(size for _, size in pieces)  # includes the log before the first step
+    rest = bytes_below(run_dir) - sum(size for _, size in pieces)  # includes the log before the first step
     return _shares([*pieces, (0, rest)], steps, due), _shares(events, steps, due)
 
 
@@ -170,10 +169,10 @@ def read_events(file: Path) -> Iterator[Piece]:
     A record has 16 bytes beside the event: its length and two checksums.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
 
     for record in RawEventFileLoader(str(file)).Load():
-        yield int(Event.FromString(record).step), len(record) + 16
+        yield int(TensorBoardEvent.FromString(record).step), len(record) + 16
 
 
 def _log_growth(sizes: Mapping[int, int]) -> Iterator[Piece]:
@@ -193,10 +192,6 @@ def _line_sizes(file: Path) -> list[int]:
 
 def _number(stem: str) -> int:
     return int(stem.rsplit("_", 1)[-1])
-
-
-def _bytes_below(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -13,9 +13,9 @@ from ds_gpt2.monitoring.reference_curves import (
     REFERENCE_CURVE,
     REFERENCE_HELLASWAG,
     REFERENCE_TOKENS_PER_STEP,
+    is_comparable_to_reference,
 )
 from ds_gpt2.tools.report.curves import Curve, Curves, mean_per_step, smoothed, thinned
-from ds_gpt2.tools.resources.losses import is_comparable_to_reference
 
 Trace = dict[str, Any]
 

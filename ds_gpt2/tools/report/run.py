@@ -20,8 +20,6 @@ from ds_gpt2.tools.report.curves import Curves, read_records
 from ds_gpt2.tools.resources.history import lost_by_start, newest_events, restarts_of
 from ds_gpt2.tools.resources.run_steps import total_steps
 
-CONFIG = "config.yaml"
-
 _SAME_START_SECONDS = 60.0  # largest difference between the two records of a start
 
 

@@ -42,7 +42,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Store:
+class SimulatedCheckpoints:
     """Checkpoints of a whole run."""
 
     saves: int  # number of saves in the run
@@ -90,7 +90,7 @@ def most_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends:
     return Count(full, epoch_weights + best_weights)
 
 
-def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> Store:
+def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> SimulatedCheckpoints:
     """Replay all saves and deletions of a run with its own retention rules.
 
     Args:
@@ -118,7 +118,7 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
         simulated.add(new)
         most = max(most, simulated.count(), key=_size)
         simulated.apply_retention()
-    return Store(len(saves), most, simulated.count())
+    return SimulatedCheckpoints(len(saves), most, simulated.count())
 
 
 class _SimulatedDirectory:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.space import bytes_for_next_save
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.tools.resources.checkpoint_space import most_kept
@@ -146,14 +147,3 @@ def growth_of_checkpoints(
 
 def _completed_epochs(progress: RunProgress, step: int) -> int:
     return int(step * progress.epochs_per_step + 1e-6)
-
-
-def bytes_below(directory: Path) -> int:
-    """Return the bytes of all files below ``directory``; files with several hard links count once."""
-    sizes = {}
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):  # deleted in the meantime
-                status = os.lstat(os.path.join(folder, name))
-                sizes[status.st_dev, status.st_ino] = status.st_size
-    return sum(sizes.values())

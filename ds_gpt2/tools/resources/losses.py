@@ -6,12 +6,7 @@ import bisect
 import math
 
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.monitoring.reference_curves import REFERENCE_CURVE, REFERENCE_TOKENS_PER_STEP
-
-
-def is_comparable_to_reference(settings: Settings) -> bool:
-    """Return whether a run has the model and the batch size of the reference run."""
-    return settings.model.preset == "124M" and settings.batch.tokens_per_step == REFERENCE_TOKENS_PER_STEP
+from ds_gpt2.monitoring.reference_curves import REFERENCE_CURVE, is_comparable_to_reference
 
 
 def reference_loss(settings: Settings, step: int) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,6 @@ def existing(path: Path) -> Path:
     return next(directory for directory in (path.absolute(), *path.absolute().parents) if os.path.isdir(directory))
 
 
-def disk_free(directory: Path, own: Iterable[int] = ()) -> int:
-    """Return the bytes available to checkpoints in ``directory``.
-
-    Args:
-        own: sizes in bytes of the run's existing checkpoints, which count as free.
-    """
-    return shutil.disk_usage(existing(directory)).free + sum(own)
+def disk_free(directory: Path) -> int:
+    """Return the free bytes on the disk of ``directory``, which need not exist."""
+    return shutil.disk_usage(existing(directory)).free

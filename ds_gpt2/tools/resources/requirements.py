@@ -32,7 +32,7 @@ def parameters(settings: Settings) -> int:
     return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
 
 
-def storage(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
+def disk_requirement(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
     """
     Args:
         steps: steps of the whole run; None if they follow from data that cannot be read.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ds_gpt2.config.batch_plan import steps_of
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.monitoring.pace import EVALUATIONS
 
@@ -35,7 +37,7 @@ class RunSchedule:
     @property
     def validations(self) -> list[int]:
         """The steps that are followed by a validation."""
-        return due(self.validation_every, self.steps)
+        return Every(self.validation_every).due_steps(self.steps)
 
     def saves(self, best: Collection[int]) -> list[int]:
         """Return the steps that are followed by a save.
@@ -43,7 +45,7 @@ class RunSchedule:
         Args:
             best: the steps whose validation loss is the best so far.
         """
-        return sorted({*due(self.save_every, self.steps), *self.epoch_ends, *best})
+        return sorted({*Every(self.save_every).due_steps(self.steps), *self.epoch_ends, *best})
 
 
 def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch: int | None) -> RunSchedule | None:
@@ -55,16 +57,11 @@ def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch
     schedule = settings.schedule
     if schedule.steps is None and windows_per_epoch is None:
         return None
-    steps = schedule.steps or math.ceil((schedule.epochs or 0) * (windows_per_epoch or 0) / windows_per_step)
+    steps = steps_of(schedule, windows_per_epoch or 0, windows_per_step)
     every = settings.checkpoint.every or steps
     return RunSchedule(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
 
 
 def occasions(settings: Settings, steps: int) -> dict[str, int]:
     """Return the number of evaluations of each kind in ``EVALUATIONS``."""
-    return {name: len(due(getattr(settings, name).every, steps)) for name in EVALUATIONS}
-
-
-def due(every: int, steps: int) -> list[int]:
-    """Return the multiples of ``every`` up to ``steps``, and ``steps``; none for 0. As ``lr_schedule.Every``."""
-    return sorted({*range(every, steps + 1, every), steps}) if every else []
+    return {name: len(Every(getattr(settings, name).every).due_steps(steps)) for name in EVALUATIONS}

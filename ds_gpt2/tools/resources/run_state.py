@@ -86,7 +86,7 @@ def read_run_state(
     """
     supervisor = read_supervisor_record(run_dir)
     is_here = _host(supervisor, settings.checkpoint_dir / LOCK) in (socket.gethostname(), None)
-    relevant = [event for event in events if event.kind in _STATE_EVENTS]
+    relevant = [event for event in events if event.kind in _STATE_EVENTS or _is_failed_end(event)]
     observed = _Observed(run_dir, settings.supervisor, supervisor, relevant, step_seconds, now)
     return replace(_state_of(observed, is_here), is_here=is_here)
 
@@ -207,7 +207,13 @@ def _of_ended_run(observed: _Observed) -> RunState:
         if last is None or last.kind == "launch":  # stopped before there was anything to save
             return RunState("stopped")
         return RunState("dead", "it exited without saving its last state")
-    return RunState("dead", last.text if last is not None and last.kind in ("crash", "hang") else None)
+    explains = last is not None and (last.kind in ("crash", "hang") or _is_failed_end(last))
+    return RunState("dead", last.text if last is not None and explains else None)
+
+
+def _is_failed_end(event: Event) -> bool:
+    """Return whether the ranks recorded with this event that they ended without success."""
+    return event.facts.get("ended") is True
 
 
 def _is_older(event: Event, file: Path) -> bool:

@@ -20,7 +20,7 @@ def total_steps(schedule: ScheduleSettings, planned: int | None, epochs_per_step
         return planned
     if schedule.steps is not None or epochs_per_step is None or schedule.epochs is None:
         return schedule.steps
-    return math.ceil(schedule.epochs / epochs_per_step - 1e-6)  # as BatchPlan.steps_for; recorded epochs are rounded
+    return math.ceil(schedule.epochs / epochs_per_step - 1e-6)  # as batch_plan.steps_of; recorded epochs are rounded
 
 
 def epochs_per_step(records: Sequence[Record]) -> float | None:

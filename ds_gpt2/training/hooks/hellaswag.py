@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
 from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
 from ds_gpt2.distributed import collectives
@@ -19,7 +20,6 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
-from ds_gpt2.training.lr_schedule import Every
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class HellaSwag(Hook):
         self.every = Every(settings.every)
         chosen = items[: settings.items]
         self._items = len(chosen)
-        self._mine = share(chosen, collectives.rank(), collectives.world_size())
+        self._mine = items_of_rank(chosen, collectives.rank(), collectives.world_size())
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         start = time.monotonic()
@@ -96,7 +96,7 @@ def _provide(settings: HellaswagSettings, cache_dir: Path) -> int:
     return len(load_items(settings.path, settings.text, cache_dir))
 
 
-def share(items: list[Item], rank: int, world_size: int) -> list[Item]:
+def items_of_rank(items: list[Item], rank: int, world_size: int) -> list[Item]:
     """Return a rank's items: every ``world_size``-th one, in the order of their rows' lengths."""
     order = np.argsort([row_length(item) for item in items], kind="stable")
     return [items[number] for number in order[rank::world_size]]

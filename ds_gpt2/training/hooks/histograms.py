@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HistogramsSettings
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
@@ -17,7 +18,6 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import Histogram, StepMetrics
 from ds_gpt2.training.hooks.hook import Hook
-from ds_gpt2.training.lr_schedule import Every
 
 _CHUNK = 1 << 22  # elements counted at a time
 _PER_DECADE, _SMALLEST, _LARGEST = 12, -9, 3  # buckets per decade; range of magnitudes, as powers of ten

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
+from ds_gpt2.config.interval import Every
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import StepMetrics
-from ds_gpt2.training.lr_schedule import Every
 
 T = TypeVar("T")
 

@@ -9,12 +9,12 @@ from typing import Any
 import psutil
 import torch
 
+from ds_gpt2.config.interval import Every
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook
-from ds_gpt2.training.lr_schedule import Every
 
 log = logging.getLogger(__name__)
 

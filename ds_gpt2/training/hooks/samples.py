@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import SamplesSettings
 from ds_gpt2.data.tokenizer import gpt2
 from ds_gpt2.distributed import collectives
@@ -20,7 +21,6 @@ from ds_gpt2.evaluation.sampling import Sampling, derived_seed, encode_prompt, g
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
-from ds_gpt2.training.lr_schedule import Every
 
 log = logging.getLogger(__name__)
 

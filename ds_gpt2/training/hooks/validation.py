@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import ValidationSettings
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import on_device, with_targets
@@ -19,7 +20,6 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
-from ds_gpt2.training.lr_schedule import Every
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ds_gpt2.checkpoint.backup import queue as backup_queue
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
-from ds_gpt2.checkpoint.backup.storage import reason_of
+from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
@@ -201,7 +201,7 @@ def test_keys_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(
         "Signature of hunter2hunter2 for me-and-my-key with swordfish and tttttt at http://me:pass@host/ is wrong"
     )
-    assert reason_of(error) == "Signature of *** for *** with *** and *** at http://***@host/ is wrong"
+    assert redacted_reason(error) == "Signature of *** for *** with *** and *** at http://***@host/ is wrong"
 
 
 def test_a_read_only_storage_is_reported_before_the_first_copy_is_due(

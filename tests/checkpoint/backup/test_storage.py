@@ -19,7 +19,7 @@ from small_backup import (
 )
 
 from ds_gpt2.checkpoint.backup.backup import Backup
-from ds_gpt2.checkpoint.backup.storage import reason_of, redact
+from ds_gpt2.checkpoint.backup.storage import redact, redacted_reason
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import MANIFEST, rolling_tag
 from ds_gpt2.common.errors import UserError
@@ -154,11 +154,11 @@ def test_no_secret_is_shown(text: str, shown: str) -> None:
 )
 def test_no_secret_of_any_shape_is_shown(user: str, secret: str, where: str) -> None:
     url = where.format(u=user, s=secret)
-    assert secret not in reason_of(OSError(2, "No such file", url))
-    assert secret not in reason_of(ValueError("x" * 480 + url))
+    assert secret not in redacted_reason(OSError(2, "No such file", url))
+    assert secret not in redacted_reason(ValueError("x" * 480 + url))
 
 
 def test_an_error_without_a_message_is_described_by_its_type() -> None:
-    assert reason_of(NotImplementedError()) == "NotImplementedError"
-    assert reason_of(OSError("two\nlines")) == "two lines"
-    assert len(reason_of(OSError("x" * 10_000))) == 500
+    assert redacted_reason(NotImplementedError()) == "NotImplementedError"
+    assert redacted_reason(OSError("two\nlines")) == "two lines"
+    assert len(redacted_reason(OSError("x" * 10_000))) == 500

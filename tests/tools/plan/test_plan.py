@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from launched import PROJECT, Launched, launch, run, start
 from small_run import MODEL
 
-from benchmarks.measured_rank import bytes_below
 from benchmarks.plan_accuracy import train_to_the_end
 from ds_gpt2.checkpoint.directory import policies
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
@@ -31,7 +30,9 @@ from ds_gpt2.checkpoint.retention import RetentionCandidate, to_delete
 from ds_gpt2.cli import main
 from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
+from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.process_start import start_of
+from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
@@ -41,9 +42,8 @@ from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_rank import RankMemory
 from ds_gpt2.tools.plan.trial_results import SaveCost
 from ds_gpt2.tools.resources import memory_model
-from ds_gpt2.tools.resources.checkpoint_space import Count, Logs, Store, simulate
-from ds_gpt2.tools.resources.run_schedule import RunSchedule, due
-from ds_gpt2.training.lr_schedule import Every
+from ds_gpt2.tools.resources.checkpoint_space import Count, Logs, SimulatedCheckpoints, simulate
+from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 RANKS, STEPS = 2, 24
 CHECKPOINT = {"every": 6, "keep_last": 2, "min_free_gb": 0, "best_as": "weights"}
@@ -301,7 +301,7 @@ def test_a_user_error_of_the_ranks_is_one_line(
 
 @given(every=st.integers(0, 12), steps=st.integers(1, 60))
 def test_due_agrees_with_the_cadence_of_training(every: int, steps: int) -> None:
-    assert due(every, steps) == [step for step in range(1, steps + 1) if Every(every).due(step, steps)]
+    assert Every(every).due_steps(steps) == [step for step in range(1, steps + 1) if Every(every).due(step, steps)]
 
 
 @property_settings(max_examples=150)
@@ -325,7 +325,7 @@ def test_simulation_of_the_disk_agrees_with_retention(data: st.DataObject) -> No
     assert simulate(settings, schedule, improving) == _keep_all_in_a_list(settings, schedule, improving)
 
 
-def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> Store:
+def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> SimulatedCheckpoints:
     def count() -> Count:
         alone = [one for one in kept if reduced.get(one.role)]
         return Count(len({one.step for one in kept if one not in alone}), len(alone))
@@ -347,7 +347,7 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
             kept = [one for one in kept if one not in before]
         gone = to_delete(kept, policies(settings))
         kept = [one for one in kept if one not in gone]
-    return Store(len(schedule.saves(best)), most, count())
+    return SimulatedCheckpoints(len(schedule.saves(best)), most, count())
 
 
 def test_simulation_of_thousands_of_epochs_is_fast() -> None:

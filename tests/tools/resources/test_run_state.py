@@ -37,7 +37,7 @@ def test_state_follows_the_phase_of_the_ranks(healthy_run: RunFiles, phase: Phas
     [
         (10.0, "training", 300.0),  # supervisor.hang_seconds
         (60.0, "training", 1200.0),  # 20 times a step: supervisor.hang_factor
-        (10.0, "evaluating", 2700.0),  # supervisor.timeout_minutes
+        (10.0, "evaluating", 2700.0),  # supervisor.patience_minutes
     ],
 )
 def test_hung_after_the_timeout_of_the_watchdog(
