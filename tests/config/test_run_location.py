@@ -14,7 +14,8 @@ import yaml
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
-from ds_gpt2.config.run_location import load_run_settings, stored_settings, write_owner
+from ds_gpt2.config.output_owner import write_owner
+from ds_gpt2.config.run_location import load_run_settings, stored_settings
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.tools.report import diff
 from ds_gpt2.training import preflight, run_start

@@ -23,7 +23,8 @@ from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
-from ds_gpt2.config.run_location import last_started, read_owner
+from ds_gpt2.config.output_owner import read_owner
+from ds_gpt2.config.run_location import last_started
 from ds_gpt2.config.settings_tree import read_tree
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.data.hellaswag import load_items
