@@ -207,7 +207,7 @@ def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
     }
     middle = observed["param/wte.weight"]
     assert isinstance(middle, Histogram)
-    return {"told": shown, "expected": expected, "counts": middle.counts, "limits": middle.limits,
+    return {"measured": shown, "expected": expected, "counts": middle.counts, "limits": middle.limits,
             "counted": _counted(after["wte.weight"], middle.limits)}  # fmt: skip
 
 

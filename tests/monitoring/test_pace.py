@@ -96,18 +96,18 @@ def test_evaluations_and_saves_are_counted_separately() -> None:
         kinds = ((record["step"] - 1) % 20 == 0, (record["step"] - 1) % 10 == 0)
         record |= {"perf/eval_ms": 1000 * costs[kinds]} if any(kinds) else {}
         record |= {"perf/save_ms": 3000.0} if (record["step"] - 1) % 25 == 0 else {}
-    pace, told = Pace(cadence, [0]), []
+    pace, estimates = Pace(cadence, [0]), []
     for timed in timed_of(records):
         pace.add(timed)
-        told.append(pace.mean_left(timed.step, 200))
-    for (step, before), (_, now) in itertools.pairwise(enumerate(told, start=1)):
+        estimates.append(pace.mean_left(timed.step, 200))
+    for (step, before), (_, now) in itertools.pairwise(enumerate(estimates, start=1)):
         if step > 51:  # each kind has been seen
             passed = (costs[(step + 1) % 20 == 0, True] if (step + 1) % 10 == 0 else 0) + 3 * ((step + 1) % 25 == 0)
             assert before - now == pytest.approx(1 + passed)
     # 100 steps; 110, 130, ... 190 validate, 120, ... 180 and the last do both; 125, 150, 175 and the last save
-    assert told[-1] == pytest.approx(100 + 5 * 7 + 5 * 50 + 4 * 3)
+    assert estimates[-1] == pytest.approx(100 + 5 * 7 + 5 * 50 + 4 * 3)
     whole = pace.left(100, 200)
-    assert whole is not None and whole.mean == pytest.approx(told[-1])
+    assert whole is not None and whole.mean == pytest.approx(estimates[-1])
     assert pace.mean_left(200, 200) == 0
 
 

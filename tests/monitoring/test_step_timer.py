@@ -77,27 +77,27 @@ def test_the_eta_counts_steps_evaluations_and_saves_separately(clock: list[float
     """Steps of 1 s; an evaluation of 30 s every 10 steps, a save of 4 s every 20: no jump after either."""
     timed = StepTimer(1000, 2e9, None, earlier(cadence=Cadence({"validation": 10}, 20)))
     assert timed.eta(0, 100) == 0
-    told, records = [], []
+    estimates, records = [], []
     for step in range(1, 61):
         timed.begin()
         clock[0] += 1
         records.append({"step": step, **timed.end(step)})
-        told.append(timed.eta(step, 100))
+        estimates.append(timed.eta(step, 100))
         if step % 10 == 0:
             clock[0] += 30
             timed.mark("eval")
         if step % 20 == 0:
             clock[0] += 4
             timed.mark("save")
-    assert told[0] == 99  # nothing else is known yet
-    assert told[10] == 89 + 9 * 30
-    assert told[20] == 79 + 8 * 30 + 4 * 4
-    assert told[40:50] == [59 - step + 6 * 30 + 3 * 4 for step in range(9)] + [50 + 5 * 30 + 3 * 4]
+    assert estimates[0] == 99  # nothing else is known yet
+    assert estimates[10] == 89 + 9 * 30
+    assert estimates[20] == 79 + 8 * 30 + 4 * 4
+    assert estimates[40:50] == [59 - step + 6 * 30 + 3 * 4 for step in range(9)] + [50 + 5 * 30 + 3 * 4]
     assert timed.eta(100, 100) == 0
     recorded = Pace(Cadence({"validation": 10}, 20), [0])  # as status and report have it
     for each in timed_of(records):
         recorded.add(each)
-    assert recorded.mean_left(60, 100) == pytest.approx(told[-1])
+    assert recorded.mean_left(60, 100) == pytest.approx(estimates[-1])
 
 
 class Event:

@@ -20,7 +20,7 @@ from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
 from ds_gpt2.run_dir.metrics import read_metrics
 
-# The writer's thread ends when its disk is full; whose test that is told to depends on when it is collected.
+# The writer's thread ends when its disk is full; which test reports it depends on garbage collection.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 HYPER_PARAMETERS = {"schedule.max_lr": 6e-4, "model.preset": "124M", "run.seed": 1337, "model.layers": None}
 

@@ -168,7 +168,7 @@ os._exit(0)
 
 
 def rank(folder: Path, first: int, last: int, start: int = 0, ending: str = "finished") -> str:
-    """Hand over the steps from ``first`` to ``last``; what was said."""
+    """Send the steps from ``first`` to ``last``; return the output."""
     words = [str(word) for word in (folder, first, last, start, ending)]
     result = subprocess.run(
         [sys.executable, "-c", RANK, *words],
@@ -256,17 +256,17 @@ def test_an_unavailable_service_is_recorded_offline_and_ends_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline(tmp_path, monkeypatch)
-    nobody = "http://127.0.0.1:9"
+    unused_address = "http://127.0.0.1:9"
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", nobody)
+    monkeypatch.setenv("WANDB_BASE_URL", unused_address)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("COMET_API_KEY", SECRET)
-    monkeypatch.setenv("COMET_URL_OVERRIDE", nobody)
+    monkeypatch.setenv("COMET_URL_OVERRIDE", unused_address)
     (tmp_path / "ds.json").write_text(json.dumps({"wandb": {"enabled": True}, "comet": {"enabled": True}}))
-    said = rank(tmp_path, 1, 30)
-    assert "W&B cannot be reached (" in said and "this start is recorded offline" in said
-    assert "Comet cannot be reached (" in said
-    assert SECRET not in said
+    output = rank(tmp_path, 1, 30)
+    assert "W&B cannot be reached (" in output and "this start is recorded offline" in output
+    assert "Comet cannot be reached (" in output
+    assert SECRET not in output
     assert [row["step"] for row in one(wandb_rows(tmp_path))] == list(range(1, 31))
     assert len(comet_values(tmp_path, "x")[0]) == 30
 

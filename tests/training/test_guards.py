@@ -1,4 +1,4 @@
-"""What the guard takes for an incident, and what it leaves alone."""
+"""Which anomalies the guard reports, and what it does about them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Run:
     """Steps as the loop takes them, without a model."""
 
     def __init__(self, **settings: object) -> None:
-        self.told: list[Anomaly] = []
-        self.guard = Guard(GuardSettings.model_validate(settings), self.told.append)
+        self.reported: list[Anomaly] = []
+        self.guard = Guard(GuardSettings.model_validate(settings), self.reported.append)
         self.state = TrainState()
         self.applied: list[bool] = []
 
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def kinds(self) -> list[str]:
-        return [incident.kind for incident in self.told]
+        return [anomaly.kind for anomaly in self.reported]
 
 
 def test_a_normal_run_raises_no_anomaly() -> None:
@@ -46,14 +46,14 @@ def test_a_normal_run_raises_no_anomaly() -> None:
         run = Run()
         for loss in _losses(3000, seed):
             run.step(loss)
-        assert run.told == [] and all(run.applied)
+        assert run.reported == [] and all(run.applied)
 
 
 def test_a_spike_is_reported_and_not_added_to_the_recent_losses() -> None:
     run = Run()
     for loss in [*_losses(1000), 6.0, *_losses(1000)[900:]]:
         run.step(loss)
-    (spike,) = run.told
+    (spike,) = run.reported
     assert (spike.kind, spike.step, spike.batches, spike.policy) == ("spike", 1001, (1001,), "alert")
     assert all(run.applied) and run.guard.rollback is None
     assert max(run.state.recent_losses) < 4
@@ -115,7 +115,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(loss: float) -> None:
     for value in [*_losses(100), loss]:
         run.step(value)
     assert run.applied[-1] is False
-    assert run.kinds == ["not_finite"] and "the loss" in run.told[0].text
+    assert run.kinds == ["not_finite"] and "the loss" in run.reported[0].text
     assert all(map(math.isfinite, run.state.recent_losses))
 
 
@@ -132,14 +132,14 @@ def test_repeated_windows_are_reported() -> None:
     run = Run()
     for windows in [b"1", b"2", b"2", b"3"]:
         run.step(3.0, windows=windows)
-    assert [(incident.kind, incident.step) for incident in run.told] == [("stuck_data", 3)]
+    assert [(anomaly.kind, anomaly.step) for anomaly in run.reported] == [("stuck_data", 3)]
 
 
 def test_differing_weights_name_the_rank_and_cause_a_rollback() -> None:
     run = Run()
     run.step(3.0)
     run.guard.check_weights(run.state, ["a", "a", "b", "a"])
-    assert run.kinds == ["drift"] and "rank 2" in run.told[0].text
+    assert run.kinds == ["drift"] and "rank 2" in run.reported[0].text
     assert run.guard.rollback is not None and run.guard.rollback.first_step == 1
 
 
@@ -152,7 +152,7 @@ def test_frozen_weights_are_reported_unless_no_update_was_applied() -> None:
     assert run.kinds == ["not_finite"]
     run.step(3.0)
     run.guard.check_weights(run.state, ["a", "a"])
-    assert run.kinds == ["not_finite", "frozen"] and "1 updates" in run.told[1].text
+    assert run.kinds == ["not_finite", "frozen"] and "1 updates" in run.reported[1].text
 
 
 def test_a_disabled_guard_reports_nothing() -> None:
@@ -160,7 +160,7 @@ def test_a_disabled_guard_reports_nothing() -> None:
     for loss in [*_losses(100), *[50.0] * 30]:
         run.step(loss, windows=b"")
     run.guard.check_weights(run.state, ["a", "b"])
-    assert run.told == []
+    assert run.reported == []
 
 
 def test_a_resume_does_not_change_what_is_reported() -> None:
@@ -168,15 +168,15 @@ def test_a_resume_does_not_change_what_is_reported() -> None:
     whole = Run()
     for loss in losses:
         whole.step(loss)
-    parts, told = Run(), []
+    parts, reported = Run(), []
     for place, loss in enumerate(losses):
         if place % 37 == 0:
-            told += parts.told
+            reported += parts.reported
             resumed = Run()
             resumed.state = TrainState.from_dict(parts.state.to_dict())
             parts = resumed
         parts.step(loss)
-    assert told + parts.told == whole.told
+    assert reported + parts.reported == whole.reported
     assert parts.state == whole.state
 
 

@@ -31,7 +31,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(*words: str) -> str:
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.setattr(launches, "Ranks", None)  # whoever starts ranks fails
+        monkeypatch.setattr(launches, "Ranks", None)  # a start of ranks fails
         capfd.readouterr()
         assert cli.main([*words, "--num_gpus", "4"]) == exit_report.MISTAKE
         out, err = capfd.readouterr()
