@@ -213,17 +213,6 @@ def test_heartbeats_determine_the_state_on_another_host(
     assert healthy_run.status(later=400).state == "dead"
 
 
-@pytest.mark.parametrize("kind", ["save_failed", "not_finite"])
-def test_a_failed_end_explains_the_state(files: RunFiles, kind: str) -> None:
-    files.train(1000)
-    files.journal("start", 10_000, 0)
-    files.journal(kind, 600, 900, "this one did not end the run")
-    assert files.status().state_text is None
-    files.journal(kind, 0, 1000, "the last state could not be saved", {"ended": True})
-    status = files.status()
-    assert (status.state, status.state_text) == ("dead", "the last state could not be saved")
-
-
 @pytest.mark.parametrize(
     ("kind", "state", "healthy"),
     [
