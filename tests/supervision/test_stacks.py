@@ -16,7 +16,7 @@ from ds_gpt2.supervision.stacks import write_stacks
 STOPPED = """
 import os, signal, sys, threading
 from pathlib import Path
-from ds_gpt2.run_dir.heartbeat import Heartbeat, open_stacks
+from ds_gpt2.run_dir.heartbeat import Heartbeat, enable_stack_dumps
 
 def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -28,7 +28,7 @@ def run_on():
     while True: pass
 
 Heartbeat(Path(sys.argv[1]), 0).begin_step(1, 1)
-open_stacks(Path(sys.argv[1]), 0)
+enable_stack_dumps(Path(sys.argv[1]), 0)
 for _ in range(3):
     threading.Thread(target=run_on, daemon=True).start()
     running.acquire()
@@ -45,6 +45,7 @@ def test_the_stack_of_a_stopped_rank_shows_where_it_was_stopped(tmp_path: Path) 
         process = start([sys.executable, "-c", STOPPED, str(run_dir)])
         try:
             while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                assert process.poll() is None, process.communicate()
                 time.sleep(0.01)
             write_stacks(run_dir, 1, process.pid, directory)
             stacks = (directory / "rank_00000.txt").read_text(encoding="utf-8")
