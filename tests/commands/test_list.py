@@ -107,7 +107,7 @@ def test_list_shows_damaged_and_unfinished_checkpoints(history: Path, in_json: I
         assert not rows[tag]["resumable"]
     damaged = rows[rolling_tag(100)]
     assert (damaged["kind"], damaged["step"], damaged["epoch"]) == ("unknown", 100, None)
-    assert damaged["problem"] == "manifest.json is damaged: not what was written"
+    assert damaged["problem"] == "manifest.json is damaged: it cannot be parsed"
     partial = rows["rolling_step_000500.tmp"]
     assert (partial["kind"], partial["bytes"], partial["freed_bytes"], partial["resumable"]) == (
         "unfinished",
@@ -181,7 +181,7 @@ def test_the_path_of_a_missing_backup_does_not_denote_a_run(history: Path, comma
     for verb in ("list", "verify", "prune"):
         code, _, err = command(verb, tmp_path / "mounted" / "test")
         assert (code, err.count("\n")) == (exit_report.MISTAKE, 1)
-        assert f"no run {tmp_path}/mounted/test: known in" in err
+        assert f"no run {tmp_path}/mounted/test; runs in" in err
     assert (history / rolling_tag(100)).exists()
 
 

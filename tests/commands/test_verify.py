@@ -61,7 +61,7 @@ def test_an_unknown_tag_lists_similar_tags(history: Path, command: Command) -> N
 def test_verify_reports_damage_with_exit_code_one(history: Path, command: Command, in_json: InJson) -> None:
     name = next(iter(FILES))
     (history / rolling_tag(100) / name).write_bytes(b"W" + FILES[name][1:])
-    problem = f"{name} is damaged: its sha256 is not the one written"
+    problem = f"{name} is damaged: sha256 mismatch"
     assert command("verify", "test", "100")[:2] == (exit_report.CRASHED, f"{rolling_tag(100)}: {problem}\n")
     code, verdicts = in_json("verify", "test", "--all")
     assert code == exit_report.CRASHED
@@ -186,7 +186,7 @@ def _add_a_tensor(module: dict[str, Any], moments: dict[str, Any]) -> None:
             "optimizer_state_dict: base_optimizer_state: state: 0: exp_avg has numbers that are not finite",
         ),
         (_spoil_a_weight, "mp_rank_00_model_states.pt: module: ln_f.weight has numbers that are not finite"),
-        (_spoil_a_shape, "wte.weight has the shape (50257, 8), (50304, 8) fits manifest.json"),
+        (_spoil_a_shape, "wte.weight has shape (50257, 8), expected (50304, 8) according to manifest.json"),
         (_lose_a_tensor, "h.0.mlp.c_fc.bias is missing"),
         (_add_a_tensor, "h.1.mlp.c_fc.bias is not a tensor of this model"),
     ],

@@ -330,7 +330,7 @@ def test_local_tracker_files_are_in_the_runs_directory(tmp_path: Path, monkeypat
 def test_a_directory_with_the_packages_name_is_not_the_package(tmp_path: Path, block: str, package: str) -> None:
     (tmp_path / package).mkdir()
     path, arguments = [str(tmp_path)], f"{block!r}, {package!r}"
-    code = f"import sys, ds_gpt2.monitoring.trackers as t; sys.path = {path!r}; t._check_package({arguments})"
+    code = f"import sys, ds_gpt2.monitoring.tracker_checks as t; sys.path = {path!r}; t._check_package({arguments})"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True)
     assert f'enables "{block}", but {package} is not installed: {sys.executable} -m pip install' in result.stderr
 

@@ -242,11 +242,11 @@ def test_a_run_with_checkpoints_in_another_directory_is_not_started_anew(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --config YAML"),
+        ([], "--config YAML is required"),
         (["--resume", "schedule.steps=bad"], r"schedule\.steps=bad: must be a whole number"),
         (["--resume", "nowhere.step=5"], "unknown setting nowhere"),
         (["--no-such-flag"], "not of the form key=value"),
-        (["run=5", "run.seed=1"], "run was given a value of its own"),
+        (["run=5", "run.seed=1"], "run is already set to a value"),
     ],
 )
 def test_an_invalid_command_line_of_the_ranks_is_one_line(

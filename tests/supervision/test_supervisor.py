@@ -112,7 +112,7 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
     expected = ["launch", "start", "crash", *again, "data_error", "hang", *again, "crash", *again, "done"]
     assert _kinds(disturbed, "save", "best") == expected
     (unreadable,) = [event.text for event in _events(disturbed) if event.kind == "data_error"]
-    assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; again in 0.5 s" in unreadable
+    assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; retrying in 0.5 s" in unreadable
     killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
     # The signal is in the text, too, if the launcher notices this exit before those of other ranks.
     assert "rank 1 exited without an error message" in killed.text
@@ -181,7 +181,7 @@ def test_an_error_in_a_configuration_that_has_worked_before_is_retried(
     finally:
         end_session(process.pid)
     crashed = [event.text for event in _events(settings) if event.kind == "crash"]
-    assert "a fault of the drill" in crashed[0]
+    assert "a fault injected by the drill" in crashed[0]
     assert f"no data: {data} does not exist" in crashed[1]
     assert "mistake" not in _kinds(settings)
 

@@ -71,7 +71,7 @@ def test_the_console_shows_every_step_and_no_other_output(four_ranks: Run) -> No
     number = r"[\d.,e+-]+"
     shape = rf"step +\d+/12  loss {number}  lr {number}  grad {number}  {number} ms  {number} tok/s  eta [\d hms]+"
     assert all(re.fullmatch(shape, line) for line in steps)
-    expected = ("run ", "checking ", "model ", "step ", "done at step 12 of 12; checkpoint ")
+    expected = ("run ", "verifying ", "model ", "step ", "done at step 12 of 12; checkpoint ")
     assert [line for line in lines if not line.startswith(expected)] == []
     logged = (folder / "runs" / "test" / "train.log").read_text()
     assert all(line in logged for line in lines)

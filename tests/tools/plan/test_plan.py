@@ -263,7 +263,7 @@ def test_a_disk_that_is_too_small_is_reported_for_other_gpus(config: Path, capsy
     assert re.search(
         r"40,000: 40.96 M tokens, [1-9]\d\d epochs of [\d,]+ windows: the model will memorize", " ".join(out.split())
     )
-    assert "plan of test: 1 rank on GPUs" in out and "x 1 rank\n" in out and "1 ranks" not in out
+    assert "plan of test: 1 rank on other GPUs" in out and "x 1 rank\n" in out and "1 ranks" not in out
     code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.5)
     assert code == exit_report.MISTAKE
     assert err.startswith("error: disk: the run needs up to ") and "500.0 MB are free" in err
