@@ -230,7 +230,7 @@ def test_steps_and_sizes_are_known_without_data(
         assert figures["checkpoints_most_bytes"] > 2 * figures["checkpoint_bytes"] > 0
         assert (figures.get("run_seconds") is not None) is bool(hardware)
     code, out, _ = _plan(config, capsys, *hardware, f"data.dir={tmp_path / 'missing'}")
-    assert f"{tmp_path / 'missing'} does not exist" in "".join(out.split("\n")).replace(" " * plan._TEXT, " ")
+    assert f"{tmp_path / 'missing'}doesnotexist" in "".join(out.split())  # long paths are wrapped
     assert not list(config.parent.glob("**/.plan-*"))
 
 
