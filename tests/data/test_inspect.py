@@ -114,7 +114,10 @@ def test_verify_reports_shards_of_a_test_split(tmp_path: Path, capsys: pytest.Ca
         (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
     assert main(["verify", str(tmp_path)]) == 0
     output = capsys.readouterr().out
-    assert "skipped, because their names mark them as test data: x_test_0.bin" in output and "2 of 2 shards are good" in output
+    assert (
+        "skipped, because their names mark them as test data: x_test_0.bin" in output
+        and "2 of 2 shards are good" in output
+    )
 
 
 def test_verify_names_subdirectories_with_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,6 @@ from ds_gpt2.checkpoint.directory import policies
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.retention import RetentionCandidate, to_delete
 from ds_gpt2.cli import main
-from ds_gpt2.commands import plan
 from ds_gpt2.commands.plan import WIDTH
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.process_start import start_of
