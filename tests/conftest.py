@@ -31,7 +31,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; commands then wrap their output
 
 
+_RANK_FIXTURES = {
+    "four_ranks",
+    "planned",
+    "trained",
+    "trained_run",
+    "drilled",
+    "by_deepspeed",
+}  # their first use starts real ranks
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not _RANK_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -36,6 +36,7 @@ def test_an_intact_checkpoint_has_no_problem(checkpoint: Path) -> None:
     assert open_generation(checkpoint).step == 7
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_and_its_file_is_named(checkpoint: Path) -> None:
     """Random bits of all files of the checkpoint, including the manifest."""
     draw = random.Random(2)
@@ -57,6 +58,7 @@ def test_any_flipped_bit_is_found_and_its_file_is_named(checkpoint: Path) -> Non
     assert problem_in(checkpoint) is None
 
 
+@pytest.mark.slow
 def test_every_truncation_is_found(checkpoint: Path) -> None:
     for path in sorted(checkpoint.iterdir()):
         content = path.read_bytes()
@@ -68,6 +70,7 @@ def test_every_truncation_is_found(checkpoint: Path) -> None:
     assert problem_in(checkpoint) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filled", [False, True], ids=["cut", "zeros"])
 def test_a_larger_file_cut_at_any_page_is_found(tmp_path: Path, filled: bool) -> None:
     """The file is cut, or has zeros because the last pages were not written to the disk."""

@@ -80,6 +80,7 @@ def examined(laboratory: Laboratory) -> Callable[[Scenario], Examined]:
     return examine_once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_after_a_power_failure_at_any_time_a_run_resumes_from_the_old_or_the_new_checkpoint(
     scenario: Scenario, examined: Callable[[Scenario], Examined]
@@ -94,6 +95,7 @@ def test_at_least_ten_thousand_states_are_examined(
     assert laboratory.distinct >= 2_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", [scenario for scenario in SCENARIOS if len(scenario.roles) != 1], ids=str)
 def test_a_run_killed_at_any_time_and_started_again_retains_the_checkpoint_it_resumes_from(
     scenario: Scenario, laboratory: Laboratory
@@ -159,6 +161,7 @@ def _kills(stages: dict[Scenario, Stage]) -> tuple[Scenario, range]:
     return scenario, range(stages[scenario].settled, len(stages[scenario].disk.operations) + 1)
 
 
+@pytest.mark.slow
 def test_every_step_of_the_protocol_is_required(
     laboratory: Laboratory,
     stages: dict[Scenario, Stage],
@@ -327,6 +330,7 @@ def _good_tags(directory: Path) -> set[str]:
     return {found.tag for found in scan(directory) if catalog.problem_of(found) is None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["second, as best_model", "the same step again", "the same step again, evaluated"])
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_failing_disk_costs_at_most_one_checkpoint(
@@ -431,6 +435,7 @@ def test_a_start_finishes_a_commit_that_replaces_a_damaged_checkpoint(tmp_path: 
     assert found[rolling_tag(10)] is None and found[superseded_tag(10)] == "optim_0.pt is missing"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_back_does_not_end_the_run(
     ranks: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,8 @@ from launched import PROJECT, launch
 
 from ds_gpt2.checkpoint import manager
 
+pytestmark = pytest.mark.ranks
+
 Seen = dict[str, dict[str, Any]]
 
 

@@ -77,6 +77,7 @@ _manifests = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(_manifests)
 @settings(max_examples=200)
 def test_any_manifest_survives_the_round_trip(written: Manifest) -> None:

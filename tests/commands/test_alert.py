@@ -48,6 +48,7 @@ def command(run: Path | str, *words: str) -> int:
     return alert.run(parser.parse_args([str(run), *words]))
 
 
+@pytest.mark.slow
 def test_a_channel_is_named_by_where_it_is_written_and_shows_no_part_of_the_address(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_channel_is_named_by_where_it_is_written_and_shows_no_part_of_the_addr
     assert [part for part in parts if part in shown.replace(str(file), "").lower()] == []
 
 
+@pytest.mark.slow
 def test_a_test_message_is_sent_through_every_channel_and_the_results_are_shown(
     run_dir: Path, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:

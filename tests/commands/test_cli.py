@@ -36,6 +36,7 @@ def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
 
 
+@pytest.mark.ranks
 def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "PROJECT_DIR", tmp_path)
     for name in ("my corpus.txt", "essays/a.txt", "sample.txt", "x.jsonl.txt"):
@@ -58,6 +59,7 @@ def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.C
     assert "the text contains <|endoftext|> 1 times, tokenized as ordinary characters: see --separator" in printed
 
 
+@pytest.mark.ranks
 def test_prepare_sample_reuses_an_existing_dataset(tmp_path: Path) -> None:
     arguments = ["prepare", "sample", "--out", str(tmp_path / "sample")]
     assert cli.main(arguments) == exit_report.DONE
@@ -89,6 +91,7 @@ def test_quickstart_works_on_any_number_of_gpus(ranks: int) -> None:
         assert fitted == settings.batch
 
 
+@pytest.mark.ranks
 def test_train_refuses_an_existing_run(four_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(four_ranks[1] / "run.yaml")]) == exit_report.MISTAKE
     printed = capsys.readouterr().err
@@ -96,6 +99,7 @@ def test_train_refuses_an_existing_run(four_ranks: Run, capsys: pytest.CaptureFi
     assert "the newest is rolling_step_000012: resume it" in printed
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -115,6 +119,7 @@ def test_a_checkpoint_of_other_settings_is_refused(four_ranks: Run, extra: list[
     assert "Traceback" not in result.output
 
 
+@pytest.mark.ranks
 def test_resume_by_directory_trains_to_the_new_end(four_ranks: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(four_ranks[1], tmp_path / "copy"))
     directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
@@ -202,6 +207,7 @@ def test_ci_runs_the_tests_only() -> None:
     assert os.access(PROJECT / ".ci" / "run", os.X_OK)
 
 
+@pytest.mark.ranks
 def test_deepspeed_starts_train_py_as_a_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     """From another directory, with the package not on the module search path."""
     config = write_config(tmp_path, schedule={"steps": 1, "warmup_steps": 0}, monitor={"tensorboard": False})

@@ -123,6 +123,7 @@ def rows(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, A
     return content["rows"]
 
 
+@pytest.mark.slow
 def test_the_loss_equals_cross_entropy_of_pytorch(
     models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_the_loss_equals_cross_entropy_of_pytorch(
     assert row["hellaswag"] is row["less_first"] is row["step"] is row["tokens"] is None
 
 
+@pytest.mark.slow
 def test_the_loss_equals_the_validation_loss_of_training(dataset_dir: Path) -> None:
     from ds_gpt2.training.hooks.validation import Validation
 
@@ -171,6 +173,7 @@ def test_standard_errors() -> None:
     assert difference(right, other) == Estimate(pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
+@pytest.mark.slow
 def test_models_are_compared_over_the_same_windows_and_items(
     models: dict[str, Path], dataset_dir: Path, items_file: Path, items: list[Item], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +257,7 @@ def test_a_broken_model_has_null_figures_in_valid_json(
     assert row["perplexity"] is None
 
 
+@pytest.mark.slow
 def test_checkpoints_are_measured_on_the_data_of_their_run(
     four_ranks: tuple[object, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

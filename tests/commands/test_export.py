@@ -40,6 +40,7 @@ def _tokens(dataset_dir: Path) -> torch.Tensor:
     return torch.from_numpy(Windows(open_dataset(dataset_dir), "val", 64).read(np.arange(8)))
 
 
+@pytest.mark.ranks
 def test_engine_file_and_transformers_compute_the_same_logits(
     exported: Exported, model: GPT2, dataset_dir: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_bf16_halves_the_size(exported: Exported, tmp_path: Path) -> None:
     assert sizes[0] < 0.51 * sizes[1]
 
 
+@pytest.mark.ranks
 def test_zero_to_fp32_works_in_the_checkpoint_directory(exported: Exported, tmp_path: Path) -> None:
     checkpoints = exported[0] / "checkpoints" / "test"
     script = checkpoints / "zero_to_fp32.py"
@@ -128,6 +130,7 @@ def test_the_model_card_has_the_facts_of_the_run(exported: Exported) -> None:
     assert str(folder) not in card.replace(f"export {folder}", "").split("exported by")[0], "no path of this machine"
 
 
+@pytest.mark.ranks
 def test_a_run_starts_from_an_export_exactly(
     exported: Exported, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -144,6 +147,7 @@ def test_a_run_starts_from_an_export_exactly(
     assert (rounded - rounded.bfloat16()).abs().max() > 1e-6, "otherwise the test proves nothing"
 
 
+@pytest.mark.ranks
 def test_a_model_of_another_shape_is_refused_on_all_ranks(
     exported: Exported, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -158,6 +162,7 @@ def test_a_model_of_another_shape_is_refused_on_all_ranks(
     assert "Traceback" not in launched.output
 
 
+@pytest.mark.ranks
 def test_force_replaces_exports_only(exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run, out = str(exported[0] / "runs" / "test"), tmp_path / "out"
     out.mkdir()
@@ -208,6 +213,7 @@ def test_weights_that_are_not_finite_are_not_exported(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ranks
 def test_the_next_export_cleans_up_after_a_killed_one(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -232,6 +238,7 @@ def test_the_next_export_cleans_up_after_a_killed_one(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", ["hf", "fp32"])
 def test_a_full_disk_is_a_one_line_error(exported: Exported, tmp_path: Path, kind: str) -> None:
     """A limit on the file size simulates a disk that becomes full during the export."""

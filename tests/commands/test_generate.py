@@ -35,6 +35,7 @@ def test_a_run_and_its_export_generate_the_same_text(
     assert texts == [f"The statement{greedy}\n"] * 3
 
 
+@pytest.mark.slow
 def test_samples_differ_and_are_reproducible_with_a_seed(
     exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_samples_differ_and_are_reproducible_with_a_seed(
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 def test_interactive_reads_prompts_until_the_end_of_input(exported: Exported) -> None:
     command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "generate", str(exported[1])]
     words = ["--interactive", "--tokens", "3", "--temperature", "0", "--device", "cpu"]

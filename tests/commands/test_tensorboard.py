@@ -82,6 +82,7 @@ def query(url: str, is_complete: Callable[[Any], bool], seconds: float = 60) -> 
     raise AssertionError(f"{url} answers {answer}")
 
 
+@pytest.mark.slow
 def test_all_runs_are_served_including_later_ones(tmp_path: Path) -> None:
     shown = make_run(tmp_path, "shown")
     elsewhere = make_run(tmp_path, "elsewhere", f"monitor: {{dir: {tmp_path / 'other disk'}}}\n")
@@ -113,6 +114,7 @@ def test_all_runs_are_served_including_later_ones(tmp_path: Path) -> None:
     assert [path.name for path in temporary.iterdir() if path.name.startswith("ds_gpt2")] == []
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_a_one_line_error(tmp_path: Path) -> None:
     make_run(tmp_path, "test")
     with socket.socket() as taken:

@@ -34,7 +34,7 @@ def shell(
 
 
 @pytest.fixture(scope="module")
-def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_run(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose supervisor has an ASCII terminal, resumed with closed standard output."""
     folder = tmp_path_factory.mktemp("terminals") / "naïve…"
     config = write_config(folder, samples={"every": 6, "prompts": ["naïve … 日本"], "tokens": 8})
@@ -51,17 +51,18 @@ def run_dir(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return folder / "runs" / "test"
 
 
-def test_a_run_ends_successfully_if_its_output_fails(run_dir: Path) -> None:
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+@pytest.mark.ranks
+def test_a_run_ends_successfully_if_its_output_fails(trained_run: Path) -> None:
+    steps = [json.loads(line)["step"] for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 17))
-    shown = (run_dir.parents[1] / "out").read_bytes()
+    shown = (trained_run.parents[1] / "out").read_bytes()
     assert shown.isascii() and rb"na\xefve" in shown
-    assert "naïve" in (run_dir / "train.log").read_text(encoding="utf-8")
+    assert "naïve" in (trained_run / "train.log").read_text(encoding="utf-8")
 
 
-def test_no_file_of_the_run_gets_a_closed_standard_descriptor(run_dir: Path) -> None:
+def test_no_file_of_the_run_gets_a_closed_standard_descriptor(trained_run: Path) -> None:
     for name in ("metrics.jsonl", "journal.jsonl", "starts.jsonl"):
-        for line in (run_dir / name).read_text(encoding="utf-8").splitlines():
+        for line in (trained_run / name).read_text(encoding="utf-8").splitlines():
             json.loads(line)
 
 
@@ -69,8 +70,8 @@ def test_no_file_of_the_run_gets_a_closed_standard_descriptor(run_dir: Path) -> 
 @pytest.mark.parametrize(
     "words", [["notes", "RUN", "naïve … 日本"], ["notes", "RUN"], ["list", "RUN"], ["status", "RUN"], ["report", "RUN"]]
 )
-def test_commands_print_on_any_terminal(run_dir: Path, words: list[str], encoding: str, tmp_path: Path) -> None:
-    words = [str(run_dir) if word == "RUN" else word for word in words]
+def test_commands_print_on_any_terminal(trained_run: Path, words: list[str], encoding: str, tmp_path: Path) -> None:
+    words = [str(trained_run) if word == "RUN" else word for word in words]
     extra = ["--out", str(tmp_path / "report.html")] if words[0] == "report" else []
     done = shell("", *words, *extra, environment=ENCODINGS[encoding])
     assert done.returncode in (0, 1), done.stderr  # 1: status says that the run needs attention
@@ -79,23 +80,23 @@ def test_commands_print_on_any_terminal(run_dir: Path, words: list[str], encodin
 
 
 @pytest.mark.parametrize("redirected", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
-def test_a_closed_descriptor_is_not_an_error(run_dir: Path, redirected: str) -> None:
-    done = shell(redirected, "list", str(run_dir))
+def test_a_closed_descriptor_is_not_an_error(trained_run: Path, redirected: str) -> None:
+    done = shell(redirected, "list", str(trained_run))
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_output_on_a_full_disk_is_one_line(run_dir: Path) -> None:
-    done = shell(">/dev/full", "list", str(run_dir))
+def test_output_on_a_full_disk_is_one_line(trained_run: Path) -> None:
+    done = shell(">/dev/full", "list", str(trained_run))
     assert done.returncode == 1
     assert done.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
-def test_undecodable_bytes_in_a_note_are_replaced(run_dir: Path) -> None:
-    words = [*map(os.fsencode, COMMAND), b"notes", os.fsencode(run_dir), b"caf\xe9 \xff"]
+def test_undecodable_bytes_in_a_note_are_replaced(trained_run: Path) -> None:
+    words = [*map(os.fsencode, COMMAND), b"notes", os.fsencode(trained_run), b"caf\xe9 \xff"]
     assert subprocess.run(words, capture_output=True).returncode == 0
     piped = subprocess.run([*words[:-1], b"-"], input=b"\xfe piped", capture_output=True)
     assert piped.returncode == 0, piped.stderr
-    noted = (run_dir / "NOTES.md").read_text(encoding="utf-8")
+    noted = (trained_run / "NOTES.md").read_text(encoding="utf-8")
     assert "caf\ufffd \ufffd" in noted and "\ufffd piped" in noted
 
 

@@ -65,6 +65,7 @@ def test_every_window_occurs_exactly_once_per_epoch(windows_count: int, plan: Ba
     assert data.epoch(steps - 1) < epochs
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5),

@@ -150,6 +150,7 @@ def test_without_ranks_removes_the_variables_of_every_launcher() -> None:
     assert without_ranks(environment) == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "left_over",
     [{"WORLD_SIZE": "8"}, {"RANK": "3", "WORLD_SIZE": "8"}, {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n1"}],
@@ -204,6 +205,7 @@ def torchrun(*flags: str) -> list[str]:
     return [str(Path(sys.executable).with_name("torchrun")), *flags, "--nproc_per_node", "2", str(TRAIN)]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("flags", [["--standalone"], ["--master_port", "PORT"]], ids=" ".join)
 def test_torchrun_and_deepspeed_give_equal_losses(by_deepspeed: Path, flags: list[str]) -> None:
     name = "standalone" if "--standalone" in flags else "port"
@@ -250,6 +252,7 @@ def with_free_port(variables: dict[str, str]) -> dict[str, str]:
     raise AssertionError
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("variables", [SRUN, MPIRUN], ids=["srun", "mpirun"])
 def test_slurm_and_mpi_tasks_give_the_losses_of_deepspeed(by_deepspeed: Path, variables: dict[str, str]) -> None:
     name = next(iter(variables)).partition("_")[0].lower()
@@ -259,6 +262,7 @@ def test_slurm_and_mpi_tasks_give_the_losses_of_deepspeed(by_deepspeed: Path, va
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
 
 
+@pytest.mark.ranks
 def test_torchrun_resumes_a_run_of_deepspeed(by_deepspeed: Path) -> None:
     """Must be the last test of this run, because it adds steps to it."""
     command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]

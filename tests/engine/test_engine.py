@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from launched import PROJECT, launch
 
+pytestmark = pytest.mark.ranks
+
 Seen = dict[int, dict[str, Any]]
 
 

@@ -117,12 +117,14 @@ def test_score_one_equals_the_definition() -> None:
     np.testing.assert_allclose(score_one(model, item), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_batched_sums_equal_those_of_the_reference(items: list[Item], plain_fp32: Any) -> None:
     assert len(items) >= 200
     fast = score_batched(make_model(torch.float32), items)
     np.testing.assert_allclose(fast.sums, plain_fp32, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_bf16_answer_equals_that_of_the_reference(items: list[Item], plain_bf16: Any) -> None:
     model = make_model(torch.bfloat16)
     fast, scores = score_batched(model, items), score(model, items)
@@ -135,6 +137,7 @@ def test_every_bf16_answer_equals_that_of_the_reference(items: list[Item], plain
     assert (scores.answers() == answers(plain_bf16, items)).all()
 
 
+@pytest.mark.slow
 def test_answers_stay_correct_at_the_largest_rounding_error(
     items: list[Item], plain_bf16: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def test_in_fp32_only_equal_endings_are_scored_again(
     assert all(item.endings[1].tolist() == item.endings[3].tolist() for item in scored_again)
 
 
+@pytest.mark.slow
 def test_the_order_of_items_does_not_change_answers(items: list[Item]) -> None:
     model, items = make_model(torch.bfloat16), items[::2]
     order = np.random.default_rng(0).permutation(len(items))
@@ -170,6 +174,7 @@ def test_the_order_of_items_does_not_change_answers(items: list[Item]) -> None:
     assert shuffled.labels.tolist() == [items[number].label for number in order]
 
 
+@pytest.mark.slow
 def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> None:
     model, items = make_model(torch.bfloat16), items[::2]
     shares = [items_of_rank(items, rank, 3) for rank in range(3)]

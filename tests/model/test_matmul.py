@@ -98,6 +98,7 @@ def test_all_products_of_a_model_except_attention_use_tiles(monkeypatch: pytest.
     assert shapes == [*[(4, 32, 96), (4, 32, 32), (4, 32, 128), (4, 128, 32)] * 2, (4, 32, 50_257)]
 
 
+@pytest.mark.slow
 def test_a_processor_without_bf16_instructions_is_detected() -> None:
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # oneDNN's documentation, "CPU Dispatcher Control"
     program = "from ds_gpt2.model.matmul import BF16_IS_SLOW; print(BF16_IS_SLOW)"

@@ -109,6 +109,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {one["step"]: one["train/loss"] for one in read_metrics(folder / "runs" / "test" / "metrics.jsonl")}
 
 
+@pytest.mark.ranks
 def test_every_step_reaches_every_tracker_across_a_resume(
     tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def rank(folder: Path, first: int, last: int, start: int = 0, ending: str = "fin
     return result.stdout
 
 
+@pytest.mark.ranks
 def test_a_kill_loses_no_row_and_repeated_steps_are_retained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     rank(tmp_path, 1, 30, ending="killed")
@@ -197,6 +199,7 @@ def test_a_kill_loses_no_row_and_repeated_steps_are_retained(tmp_path: Path, mon
     assert list(wandb_exit_codes(tmp_path).values()) == [1, 1, 0]
 
 
+@pytest.mark.ranks
 def test_a_copied_run_is_another_run_at_the_tracker_and_a_moved_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +222,7 @@ def test_a_copied_run_is_another_run_at_the_tracker_and_a_moved_one_is_not(
     assert wandb_id(copied_again) != before
 
 
+@pytest.mark.ranks
 def test_wandb_accepts_repeated_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     process = subprocess.Popen(
@@ -243,6 +247,7 @@ def wandb_id(folder: Path) -> str:
     return str(json.loads((folder / trackers.IDS).read_text())["wandb"])
 
 
+@pytest.mark.ranks
 def test_comet_values_are_thinned_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = offline(tmp_path, monkeypatch)
     comet = {"enabled": True, "online": False, "samples_log_interval": 20}
@@ -252,6 +257,7 @@ def test_comet_values_are_thinned_as_configured(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "wandb_dir" / "wandb").exists()
 
 
+@pytest.mark.ranks
 def test_an_unavailable_service_is_recorded_offline_and_ends_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +321,7 @@ def test_an_invalid_environment_variable_is_named(
     assert message in str(error.value) and "API key" not in str(error.value)
 
 
+@pytest.mark.ranks
 def test_local_tracker_files_are_in_the_runs_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     for name in ("WANDB_DIR", "COMET_OFFLINE_DIRECTORY"):
@@ -335,6 +342,7 @@ def test_a_directory_with_the_packages_name_is_not_the_package(tmp_path: Path, b
     assert f'enables "{block}", but {package} is not installed: {sys.executable} -m pip install' in result.stderr
 
 
+@pytest.mark.ranks
 def test_a_valid_setup_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(tmp_path, monkeypatch)
     tracker_checks.check(json.loads((tmp_path / "ds.json").read_text()))

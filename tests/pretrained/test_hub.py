@@ -247,6 +247,7 @@ def test_errors_are_one_line_and_precede_the_download_of_weights(
     assert served.requests[WEIGHTS] == served.requests["pytorch_model.bin"] == 0
 
 
+@pytest.mark.ranks
 def test_a_missing_network_is_an_error_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:  # accepts connections and never answers
         silent.bind(("127.0.0.1", 0))
@@ -330,6 +331,7 @@ def run(folder: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -349,6 +351,7 @@ def test_an_unknown_name_is_an_error_before_anything_is_written(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.ranks
 def test_a_run_downloads_once_and_resumes_without_the_network(
     served: Hub, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

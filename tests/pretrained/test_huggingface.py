@@ -49,6 +49,7 @@ def directory(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported
 
 
+@pytest.mark.slow
 def test_names_and_shapes_equal_those_of_transformers(directory: Path) -> None:
     """Converters such as that of llama.cpp depend on them."""
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(directory)).state_dict()

@@ -18,6 +18,7 @@ from ds_gpt2.pretrained.tokenizer_files import write_tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
@@ -60,6 +61,7 @@ def test_another_tokenizer_or_tokens_in_the_padding_are_errors(
             function(directory)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_file_without_added_tokens_is_accepted(plain: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(plain, tmp_path / "copy"))
     write_tokenizer(directory, 48)

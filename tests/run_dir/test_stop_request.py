@@ -46,6 +46,7 @@ def test_a_file_that_cannot_be_deleted_is_reported_without_an_error(
     assert request.requested and "STOP cannot be removed" in caplog.text and (tmp_path / STOP_FILE / "mine").is_dir()
 
 
+@pytest.mark.ranks
 def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:

@@ -64,6 +64,7 @@ def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
         end_session(process.pid)
 
 
+@pytest.mark.ranks
 def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PATH has Python only: neither a compiler nor git is needed."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
@@ -80,6 +81,7 @@ def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeyp
     assert _ranks_of(endless) == []
 
 
+@pytest.mark.ranks
 def test_a_stop_during_the_start_ends_the_ranks_and_leaves_no_process(endless: Path) -> None:
     process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
     _read_until(process, "^starting 2 ranks")
@@ -91,6 +93,7 @@ def test_a_stop_during_the_start_ends_the_ranks_and_leaves_no_process(endless: P
     assert _ranks_of(endless) == []
 
 
+@pytest.mark.ranks
 def test_ctrl_c_saves_also_with_the_deepspeed_command(endless: Path) -> None:
     """On a terminal, SIGINT reaches every process of the group."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
@@ -104,6 +107,7 @@ def test_ctrl_c_saves_also_with_the_deepspeed_command(endless: Path) -> None:
     assert _ranks_of(endless) == []
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("request_by", ["a STOP file", "SIGUSR1 to one rank"])
 def test_one_stop_request_stops_all_ranks_within_the_step(
     tmp_path: Path, write_config: Callable[..., Path], request_by: str
@@ -149,6 +153,7 @@ def _ranks_of(config: Path) -> list[list[str]]:
     return [words for words in listed if str(config) in words]
 
 
+@pytest.mark.ranks
 def test_the_exit_status_names_the_signal_that_killed_a_rank(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGKILL)\n", encoding="utf-8")
@@ -314,6 +319,7 @@ def test_visible_devices_are_used(visible: str, used: list[str], monkeypatch: py
     assert launcher._devices(RankLayout("cpu", 2)) == ["0", "1"]
 
 
+@pytest.mark.ranks
 def test_ranks_inherit_devices_that_are_named_by_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-89,GPU-f3")
     script = tmp_path / "devices.py"

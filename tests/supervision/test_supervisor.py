@@ -29,6 +29,8 @@ from ds_gpt2.tools.drill.compare import curve_differences
 from ds_gpt2.tools.drill.fault_injection import Fault
 from ds_gpt2.tools.status.status import read_status
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 24
 SAVES = (
     "checkpoint.every=4",

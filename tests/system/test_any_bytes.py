@@ -84,6 +84,7 @@ def check(directory: Path, reader: str, data: bytes) -> None:
     assert files_in(directory) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("data", [*DEEP, *LONG, *ODD], ids=lambda data: repr(data[:12]))
 def test_unusual_content(tmp_path: Path, reader: str, data: bytes) -> None:

@@ -13,6 +13,8 @@ from small_run import hellaswag_item
 
 from benchmarks.run import Goal
 
+pytestmark = pytest.mark.ranks
+
 
 def start(program: str, *words: object) -> str:
     done = run([sys.executable, str(PROJECT / "benchmarks" / program), *map(str, words)], timeout=1200)

@@ -8,6 +8,7 @@ import pytest
 from launched import PROJECT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kill_soak import soak
+
+pytestmark = pytest.mark.ranks
 
 
 def test_a_run_with_six_kills_has_the_same_result_as_a_run_without(tmp_path: Path) -> None:

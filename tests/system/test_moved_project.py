@@ -17,6 +17,8 @@ from file_tree import tree
 from launched import PROJECT, Launched, end_session, run, start
 from small_run import SEQUENCE
 
+pytestmark = pytest.mark.ranks
+
 
 def command(project: Path, *words: str, cwd: Path | None = None) -> Launched:
     """Run ``./launch.sh WORDS`` of ``project`` with this Python."""

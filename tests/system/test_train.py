@@ -28,6 +28,8 @@ from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences, differences
 from ds_gpt2.training.lr_schedule import learning_rate
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 12
 
 

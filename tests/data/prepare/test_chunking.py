@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from prepare_helpers import END, joined, prepared, tokens_of
@@ -41,6 +42,7 @@ def test_a_document_in_blocks_has_the_pieces_of_the_whole_document(text: str, ch
     assert list(cut(blocks, characters)) == list(cut(text, characters))
 
 
+@pytest.mark.slow
 def test_a_document_without_lines_or_spaces_is_one_piece(tmp_path: Path) -> None:
     document = "".join(random.Random(1).choices("abcdefghij", k=3_000_000))
     prepared([document, "another"], tmp_path / "out", Recipe(EveryPiece(2)))

@@ -102,6 +102,7 @@ def expected(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
     return [each.sha256 for each in dataset.shards]
 
 
+@pytest.mark.slow
 def test_a_sample_is_downloaded_despite_errors_of_the_hub(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
     faults = {(0, 1): 429, (1, 1): "drop", (2, 1): 503, (2, 2): "drop", (3, 1): "lie"}
     hub.fault = lambda path, time: faults.get((int(Path(path).name[:3]), time))
@@ -116,6 +117,7 @@ def test_a_sample_is_downloaded_despite_errors_of_the_hub(hub: Hub, tmp_path: Pa
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".bin", ".bin", ".json"]
 
 
+@pytest.mark.slow
 def test_a_preparation_killed_during_downloads_continues(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
     hub.fault = lambda path, time: "drop" if time == 1 else None
     for _ in range(3):
@@ -132,6 +134,7 @@ def test_a_preparation_killed_during_downloads_continues(hub: Hub, tmp_path: Pat
     assert [each.sha256 for each in open_dataset(tmp_path / "out").shards] == expected
 
 
+@pytest.mark.slow
 def test_no_more_files_are_downloaded_than_needed(hub: Hub, tmp_path: Path) -> None:
     finish(start(hub, tmp_path, "fineweb-edu", "--tokens", "50000", "--workers", "1"))
     dataset = open_dataset(tmp_path / "out")
@@ -139,6 +142,7 @@ def test_no_more_files_are_downloaded_than_needed(hub: Hub, tmp_path: Path) -> N
     assert sum(hub.requests.values()) <= 2
 
 
+@pytest.mark.slow
 def test_token_shards_are_downloaded_and_verified(hub: Hub, tmp_path: Path) -> None:
     hub.fault = lambda path, time: "drop" if "train_000002" in path and time == 1 else None
     finish(start(hub, tmp_path, "pretokenized", "fineweb-edu100B", "--tokens", "1500"))
@@ -149,6 +153,7 @@ def test_token_shards_are_downloaded_and_verified(hub: Hub, tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "dataset.json"])
 
 
+@pytest.mark.slow
 def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
     names = [
         "data/train-00000-of-00002.parquet",
@@ -162,6 +167,7 @@ def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
     assert not any("test-00000" in path for path in hub.requests)
 
 
+@pytest.mark.slow
 def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> None:
     shards = hub.datasets["karpathy/fineweb-edu-100B-gpt2-token-shards"]
     shards["edu_fineweb_test_000000.bin"] = shard([tokenizer.END_OF_TEXT, *range(300)])
@@ -173,6 +179,7 @@ def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> 
     assert "has shards of the same name in several directories" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -195,6 +202,7 @@ def test_an_error_is_one_line(hub: Hub, tmp_path: Path, words: list[str], line: 
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_an_error_within_seconds(tmp_path: Path) -> None:
     start_time = time.monotonic()
     output = finish(start("http://127.0.0.1:9", tmp_path, "fineweb"), code=2)

@@ -190,6 +190,7 @@ def test_an_interrupted_move_is_completed_by_the_same_command(
     assert content(out) == expected and sorted(path.name for path in out.iterdir()) == NAMES
 
 
+@pytest.mark.slow
 def test_an_error_at_the_end_of_the_text_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_invalid_utf8_in_parquet_is_replaced(tmp_path: Path) -> None:
     assert list(LocalFile(tmp_path / "x.parquet").documents(0)) == ["good", "b\ufffdd", None]
 
 
+@pytest.mark.slow
 def test_a_parquet_file_is_read_in_small_parts(tmp_path: Path) -> None:
     """Not by row groups, because some files have only one."""
     generator = random.Random(0)

@@ -132,6 +132,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_command_killed_many_times_writes_the_same_bytes(tmp_path: Path, text: Path) -> None:
     """The command or one of its workers is killed by SIGKILL."""
     whole = subprocess.run(command(text, tmp_path / "whole"), cwd=PROJECT, capture_output=True, text=True)
@@ -191,6 +192,7 @@ def test_a_second_process_is_refused(tmp_path: Path, text: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_a_document_of_50_megabytes_is_prepared(tmp_path: Path, kind: str) -> None:
     text = "".join(f"Line {number} of a very long document.\n" for number in range(1_500_000))

@@ -61,6 +61,7 @@ def test_a_file_name_may_have_any_bytes(tmp_path: Path) -> None:
     assert local_source([path]).name == "n\\udce4me.txt"
 
 
+@pytest.mark.slow
 def test_the_sample_is_indented_by_one_space_per_level() -> None:
     sources = [text for text in python_documents() if "class Random(" in text]
     assert len(sources) == 1
@@ -69,6 +70,7 @@ def test_the_sample_is_indented_by_one_space_per_level() -> None:
     assert "\n    def " not in sources[0]
 
 
+@pytest.mark.slow
 def test_the_sample_has_three_million_tokens() -> None:
     encoding = tokenizer.gpt2()
     assert sum(map(len, encoding.encode_ordinary_batch(list(python_documents()), num_threads=2))) > 3_000_000

@@ -44,6 +44,7 @@ def test_tokens_equal_those_of_tiktoken(text: str) -> None:
     assert tokenize(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
+@pytest.mark.slow
 def test_both_classify_every_character_given_to_gigatoken_equally(tmp_path: Path) -> None:
     """The tokens are pairs of a letter, digit or mark with any byte, so splits show the class of a character."""
     leads = [bytes([byte]) for byte in range(256)]

@@ -34,6 +34,7 @@ def test_a_command_gets_the_text_on_stdin_and_no_addresses(run_dir: Path, servic
     assert out.read_text(encoding="utf-8") == "12\n"
 
 
+@pytest.mark.slow
 def test_a_hanging_command_is_killed_with_its_children_and_delays_no_other_channel(run_dir: Path) -> None:
     file = run_dir / "pid"
     hangs, works = channels.Command(f"sleep 60 & echo $! > {file}; wait"), channels.Command("exit 0")
@@ -45,6 +46,7 @@ def test_a_hanging_command_is_killed_with_its_children_and_delays_no_other_chann
     wait_for(lambda: not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 def test_an_address_that_never_answers_times_out(service: Service) -> None:
     service.answers.clear()
     message = channels.Message("mine", "crash", "mine: crash", "exit status 1", time.time())

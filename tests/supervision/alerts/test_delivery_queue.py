@@ -16,6 +16,7 @@ from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.alerts.channels import ADDRESSES
 
 
+@pytest.mark.slow
 def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     run_dir: Path,
     service: Service,
@@ -47,6 +48,7 @@ def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     assert SECRET not in everything and "127.0.0.1" not in everything
 
 
+@pytest.mark.slow
 def test_undelivered_messages_are_reported_at_the_end_and_old_ones_are_dropped(
     run_dir: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

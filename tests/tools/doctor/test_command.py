@@ -26,6 +26,7 @@ def run(*words: str | Path) -> int:
     return doctor.run(options)
 
 
+@pytest.mark.slow
 def test_all_checks_and_the_exit_code_of_a_failed_one(
     tmp_path: Path, copied: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

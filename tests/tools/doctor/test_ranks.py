@@ -12,6 +12,7 @@ from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import ranks
 
 
+@pytest.mark.ranks
 def test_hanging_ranks_are_killed(script: Path) -> None:
     script.write_text(
         "import json, os, pathlib, sys, time\n"
@@ -26,6 +27,7 @@ def test_hanging_ranks_are_killed(script: Path) -> None:
     assert not any(str(script) in command for command in commands)
 
 
+@pytest.mark.ranks
 def test_ranks_that_cannot_connect_report_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     rows = ranks.check_ranks(RankLayout("cpu", 1))

@@ -67,6 +67,7 @@ def _command(config: Path) -> list[str]:
     return [sys.executable, "-m", "ds_gpt2", "drill", str(config), "--num_gpus=2"]
 
 
+@pytest.mark.ranks
 def test_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
     folder, code, output = drilled
     assert code == exit_report.DONE, output
@@ -93,6 +94,7 @@ def test_drill_leaves_only_its_record(drilled: tuple[Path, int, str]) -> None:
     assert marked(str(folder / "checkpoints" / f".drill-{drill_dir.name}")) == []
 
 
+@pytest.mark.ranks
 def test_ctrl_c_ends_a_drill_and_its_processes(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     process = start(_command(write_config(tmp_path)))
     deadline = time.monotonic() + 200
@@ -232,6 +234,7 @@ def test_expected_ledger_equals_that_of_training(tmp_path: Path, write_config: C
     assert expected_ledger(settings, 4, [1, 2, 3]) != state.ledger
 
 
+@pytest.mark.ranks
 def test_waiting_fails_if_the_run_ends_first(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     run = RunProcess(tmp_path / "no.yaml", settings, RankLayout("cpu", 2), tmp_path / "output", "a mark", timeout=60)

@@ -83,6 +83,7 @@ def figure(planned: tuple[Launched, dict[str, Any]], name: str) -> Any:
     return planned[1]["figures"][name]["value"]
 
 
+@pytest.mark.ranks
 def test_plan_leaves_no_process_and_no_file(config: Path, planned: tuple[Launched, dict[str, Any]]) -> None:
     assert planned[0].left_over == []
     assert {path.name for path in config.parent.iterdir()} <= {"run.yaml", "runs", "checkpoints", "outcome"} | {
@@ -91,6 +92,7 @@ def test_plan_leaves_no_process_and_no_file(config: Path, planned: tuple[Launche
     assert not list(config.parent.glob("**/.plan-*"))
 
 
+@pytest.mark.ranks
 def test_predicted_memory_and_disk_agree_with_the_run(
     planned: tuple[Launched, dict[str, Any]], trained: dict[str, float]
 ) -> None:
@@ -121,6 +123,7 @@ def test_energy_and_its_cost_follow_from_the_time(planned: tuple[Launched, dict[
 DEEP = ("model.preset=null", "model.layers=32", "model.heads=4", "model.width=256")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("ranks", "windows", "settings", "moment"),
     [
@@ -163,6 +166,7 @@ def test_memory_beside_tensors_does_not_grow_with_the_batch(config: Path, factor
     assert more > 1.1 * passing and other - own == pytest.approx(min(factor, 1.9) * (more - passing), abs=2)
 
 
+@pytest.mark.ranks
 def test_quick_plan_starts_no_process(config: Path) -> None:
     start_time = time.monotonic()
     done = run(command(config, "--num_gpus=2", "--quick"))
@@ -172,6 +176,7 @@ def test_quick_plan_starts_no_process(config: Path) -> None:
     assert re.search(r"exact +tokens per step +1,024 = 2 windows x 64 tokens x 4 micro-batches x 2 ranks", done.output)
 
 
+@pytest.mark.ranks
 def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
     other = ["--tflops", 989, "--gpu-memory-gb", 24, "--num_gpus", 4, "--disk-free-gb", 1000, "--json"]
     large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
@@ -188,6 +193,7 @@ def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
     assert run(command(config, *other, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_report.DONE
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -269,6 +275,7 @@ def test_a_disk_that_is_too_small_is_reported_for_other_gpus(config: Path, capsy
     assert "--disk-free-gb" not in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.ranks
 def test_an_interrupted_trial_leaves_no_process_and_no_file(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     process = start(command(write_config(tmp_path), "--num_gpus=2"))
     deadline = time.monotonic() + 100
@@ -283,6 +290,7 @@ def test_an_interrupted_trial_leaves_no_process_and_no_file(tmp_path: Path, writ
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
+@pytest.mark.ranks
 def test_a_user_error_of_the_ranks_is_one_line(
     tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path]
 ) -> None:

@@ -48,6 +48,7 @@ def test_status_of_a_real_run_on_four_ranks(four_ranks: Run) -> None:
     assert all(found.needed_bytes is not None for found in status.disks)
 
 
+@pytest.mark.slow
 def test_real_rank_is_running_until_it_is_killed(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     schedule = {"steps": 1_000_000, "warmup_steps": 3}
     config = write_config(tmp_path, schedule=schedule, samples={"every": 0}, validation={"every": 0})
