@@ -120,9 +120,9 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
     assert "rank 1 exited without an error message" in killed.text
     assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (13, True, True)
     stacks = Path(hung.facts["stacks"])
-    assert "in _strike" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")
+    assert "in _inject" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
-    assert "rank 0: RuntimeError: a fault of the drill" in crashed.text and crashed.step == 19
+    assert "rank 0: RuntimeError: a fault injected by the drill" in crashed.text and crashed.step == 19
     record = read_supervisor_record(disturbed.run_dir)
     assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_report.DONE, False)
     assert _processes(disturbed) == []
