@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 64)  # seconds, two minutes in total, less than a silent rank is allowed
 _POLL_SECONDS = 0.2  # between two checks for a stop
-_MOST_OPEN = 200  # files; a common limit of a process is 1,024
+MAX_OPEN_FILES = 200  # of one reader; a common limit of a process is 1,024
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ShardReader:
             left, position = left[count:], position + count
 
     def _open(self, number: int) -> _OpenShard:
-        while len(self._opened) >= _MOST_OPEN:
+        while len(self._opened) >= MAX_OPEN_FILES:
             self._close(next(iter(self._opened)))
         path = self._paths[number]
         path = self._directories[path.parent].path / path.name

@@ -102,7 +102,7 @@ class Monitor:
             recorded_step: the newest step whose record is retained. Later steps are about to be trained and recorded
                 again: their records are dropped, so that curves do not overlap.
             trackers: by the name of the DeepSpeed monitor that each replaces.
-            reserve: see ``MetricsFile``.
+            fallback_file: see ``MetricsFile``.
         """
         self._monitors = monitors
         self._trackers = dict(trackers or {})

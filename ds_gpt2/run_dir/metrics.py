@@ -39,7 +39,7 @@ class MetricsFile:
         """Open ``file`` for appending.
 
         Args:
-            fallback_file: returns the path of that file; None for none.
+            fallback_file: a function that returns the path of the fallback file; None: there is none.
             step: the step that training resumes from. Records up to it that an earlier process has left in the fallback
                 file are written first.
 

@@ -144,7 +144,7 @@ def test_a_modified_shard_is_an_error(shards: list[Path]) -> None:
 
 
 def test_the_number_of_open_files_is_limited(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_OPEN", 2)
+    monkeypatch.setattr(module, "MAX_OPEN_FILES", 2)
     gc.collect()  # closes files of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(shards)

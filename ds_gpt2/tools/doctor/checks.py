@@ -255,7 +255,7 @@ def _memory(settings: Settings, accelerator: str, count: int) -> Finding:
 
 
 def _time(settings: Settings) -> Finding:
-    files = [*PROJECT_DIR.glob("*"), *PROJECT_DIR.glob("ds_gpt2/*.py"), settings.run_dir / METRICS]
+    files = [*PROJECT_DIR.glob("*"), *PROJECT_DIR.glob("ds_gpt2/**/*.py"), settings.run_dir / METRICS]
     return clock.not_behind(files, time.time())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.common.formatting import clock, counted, duration, size
+from ds_gpt2.data.shard_reader import MAX_OPEN_FILES
 from ds_gpt2.tools.doctor.finding import Finding
 from ds_gpt2.tools.doctor.program_output import output_of
 
@@ -24,8 +25,8 @@ _SLURM_TIMEOUT = 1.0  # seconds
 
 
 def open_files(ranks: int, shards: int) -> Finding:
-    """Check the limit on open files; each memory-mapped shard remains open."""
-    need = shards + _OWN_FILES + _FILES_PER_RANK * ranks
+    """Check the limit on open files. A rank has two readers of shards, for training and validation data."""
+    need = min(shards, 2 * MAX_OPEN_FILES) + _OWN_FILES + _FILES_PER_RANK * ranks
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{_word(soft)} allowed; a rank may open {need:,} ({shards:,} shards)"
     if soft == _INFINITY or soft >= need:

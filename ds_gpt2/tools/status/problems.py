@@ -85,7 +85,8 @@ def _of_state(run: Snapshot) -> list[Problem]:
     state = run.state
     if state.state in _BY_STATE:
         kind, text = _BY_STATE[state.state]
-        fix = "" if state.state == "hung?" else f"; resume with ./launch.sh resume {run.settings.run.name}"
+        first = "correct it, then resume" if state.state == "mistake" else "resume"
+        fix = "" if state.state == "hung?" else f"; {first} with ./launch.sh resume {run.settings.run.name}"
         return [Problem(kind, (state.why or text) + fix)]
     if state.overdue and state.next_start is not None:
         return [Problem("hang", f"the supervisor's restart is overdue by {duration(run.now - state.next_start)}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from launched import PROJECT
 
 from ds_gpt2.config.settings import Settings
+from ds_gpt2.tools.doctor import checks as checks_module
 from ds_gpt2.tools.doctor.checks import checks, quick
 from ds_gpt2.tools.doctor.finding import Finding, run_check
 
@@ -26,6 +28,7 @@ def backup_row(settings: Settings, to: str) -> Finding:
 
 
 def test_a_backup_is_probed_with_a_small_file(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "store", {})  # other tests of this process may have left files
     row = backup_row(settings, "memory://nas")
     assert (row.status, row.found) == ("ok", "memory://nas/test: a file was written, read back and deleted")
     assert MemoryFileSystem.store == {}
@@ -82,3 +85,16 @@ def test_quick_checks_are_fast_and_do_not_import_torch(settings: Settings, tmp_p
     seconds, modules = result.stdout.split(maxsplit=1)
     assert float(seconds) < 1.0
     assert modules == "set()\n"
+
+
+def test_a_clock_behind_a_file_in_any_folder_of_the_project_is_found(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ds_gpt2" / "tools" / "doctor" / "new.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(checks_module, "PROJECT_DIR", tmp_path)
+    assert checks_module._time(settings).status == "ok"
+    os.utime(file, (time.time() + 7200,) * 2)
+    finding = checks_module._time(settings)
+    assert finding.status != "ok" and str(file) in finding.found

@@ -39,6 +39,7 @@ def under_limits(code: str, *limit: str) -> list[dict[str, str]]:
     [
         ("limits.open_files(4, 100)", "RLIMIT_NOFILE=200", {"open files": "fail"}),
         ("limits.open_files(4, 100)", "RLIMIT_NOFILE=300", {"open files": "ok"}),
+        ("limits.open_files(4, 1000)", "RLIMIT_NOFILE=1024", {"open files": "ok"}),  # readers close some of so many
         ("limits.cpu_time()", "RLIMIT_CPU=3600", {"CPU time": "warn"}),
         ("limits.cpu_time()", "RLIMIT_CPU=300", {"CPU time": "fail"}),
         ("limits.processes(4)", "RLIMIT_NPROC=400", {"processes": "fail"}),
