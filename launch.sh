@@ -143,11 +143,10 @@ fi
 if [ "$verb" = test ]; then
   shift
   cd "$project"
-  parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile)
-  case "${1:-}" in
-    '') set -- "${parallel[@]}" ;;
-    --fast) shift && set -- -m 'not ranks and not slow' "${parallel[@]}" "$@" ;;
-  esac
+  if [ "${1:-}" = --fast ]; then
+    shift
+    set -- -m 'not ranks and not slow' --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+  fi
   exec "$python" -m pytest "$@"
 fi
 # By path, not with -m: a directory named ds_gpt2 in the working directory would be imported instead of the package.
