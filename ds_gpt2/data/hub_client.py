@@ -7,7 +7,7 @@ from typing import Any
 _LONGEST_LINE = 300  # characters
 
 
-def library() -> Any:
+def huggingface_hub() -> Any:
     """Return the module ``huggingface_hub``. Its import takes a fraction of a second."""
     import huggingface_hub.constants
     import huggingface_hub.errors
@@ -17,7 +17,7 @@ def library() -> Any:
 
 def endpoint() -> str:
     """Return the URL of the hub, which ``HF_ENDPOINT`` can change."""
-    return str(library().constants.ENDPOINT)
+    return str(huggingface_hub().constants.ENDPOINT)
 
 
 def first_line(error: Exception) -> str:

@@ -91,7 +91,7 @@ def fetch(name: HubName, report: Callable[[str], None]) -> Path:
 
 
 def _in_cache(name: HubName, file: str, revision: str) -> Path | None:
-    found = hub_client.library().try_to_load_from_cache(name.repository, file, revision=revision)
+    found = hub_client.huggingface_hub().try_to_load_from_cache(name.repository, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -101,10 +101,10 @@ def _contact(name: HubName) -> None:
     Raises:
         UserError: there is no such model, or the hub cannot be reached.
     """
-    library = hub_client.library()
-    url = library.hf_hub_url(name.repository, gpt2_config.CONFIG, revision=name.revision)
+    hub = hub_client.huggingface_hub()
+    url = hub.hf_hub_url(name.repository, gpt2_config.CONFIG, revision=name.revision)
     try:
-        library.get_hf_file_metadata(url, timeout=_CONTACT_SECONDS)
+        hub.get_hf_file_metadata(url, timeout=_CONTACT_SECONDS)
     except Exception as error:  # the HTTP library differs between versions of huggingface_hub
         raise _user_error(name, gpt2_config.CONFIG, error) from None
 
@@ -115,7 +115,7 @@ def _download_if_present(name: HubName, file: str, revision: str) -> bool:
     Raises:
         UserError: it cannot be downloaded.
     """
-    errors = hub_client.library().errors
+    errors = hub_client.huggingface_hub().errors
     try:
         _download(name, file, revision)
     except errors.EntryNotFoundError:
@@ -130,14 +130,14 @@ def _download(name: HubName, file: str, revision: str) -> Path:
         UserError: it cannot be downloaded.
         EntryNotFoundError: the repository has no such file.
     """
-    library = hub_client.library()
+    hub = hub_client.huggingface_hub()
     for attempt in range(_ATTEMPTS):
         try:
-            path = Path(library.hf_hub_download(name.repository, file, revision=revision))
+            path = Path(hub.hf_hub_download(name.repository, file, revision=revision))
             _verify(path)
             return path
-        except library.errors.EntryNotFoundError as error:
-            if not isinstance(error, library.errors.LocalEntryNotFoundError):  # raised without network
+        except hub.errors.EntryNotFoundError as error:
+            if not isinstance(error, hub.errors.LocalEntryNotFoundError):  # raised without network
                 raise
             problem: Exception = error
         except Exception as error:  # the HTTP library differs between versions of huggingface_hub
@@ -165,7 +165,7 @@ def _verify(path: Path) -> None:
 
 def _user_error(name: HubName, file: str, error: Exception) -> UserError:
     """Return the error message for a failed download."""
-    errors, where = hub_client.library().errors, f"{name.repository} on {endpoint()}"
+    errors, where = hub_client.huggingface_hub().errors, f"{name.repository} on {endpoint()}"
     if isinstance(error, errors.GatedRepoError):
         return UserError(f"{where} is gated: request access on its page, then set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -175,7 +175,7 @@ def _user_error(name: HubName, file: str, error: Exception) -> UserError:
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return UserError(f"{where} has no {file}")
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        cache = hub_client.library().constants.HF_HUB_CACHE
+        cache = hub_client.huggingface_hub().constants.HF_HUB_CACHE
         return UserError(f"{file} of {where} cannot be stored in {cache}: {error.strerror}; HF_HOME moves the cache")
     return UserError(
         f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"

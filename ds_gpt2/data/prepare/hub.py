@@ -56,8 +56,8 @@ def list_files(repository: Repository, suffixes: Sequence[str]) -> list[HubFile]
     Raises:
         UserError: there is no such dataset, or the hub cannot be reached.
     """
-    library = hub_client.library()
-    api = library.HfApi()
+    hub = hub_client.huggingface_hub()
+    api = hub.HfApi()
 
     def request() -> list[HubFile]:
         commit = api.dataset_info(repository.name, revision=repository.revision).sha
@@ -87,11 +87,11 @@ def fetch(file: HubFile, directory: Path) -> Path:
     Raises:
         UserError: it cannot be downloaded, or its size or checksum does not match.
     """
-    library = hub_client.library()
+    hub = hub_client.huggingface_hub()
 
     def download() -> Path:
         path = Path(
-            library.hf_hub_download(
+            hub.hf_hub_download(
                 file.repository, file.path, repo_type="dataset", revision=file.revision, local_dir=directory
             )
         )
@@ -200,7 +200,7 @@ def _with_retries(request: Callable[[], Result], what: str, attempts: int) -> Re
     Raises:
         UserError: ``what`` does not exist or access is denied, or all attempts failed.
     """
-    errors = hub_client.library().errors
+    errors = hub_client.huggingface_hub().errors
     for attempt in range(attempts):
         try:
             return request()
