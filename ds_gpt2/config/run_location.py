@@ -66,15 +66,18 @@ def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None,
     return settings_of(tree, run_dir / CONFIG, overrides, cwd=cwd, expand=False)
 
 
-def load(config: Path, overrides: Mapping[str, str] | None = None) -> Settings:
+def load(config: Path, overrides: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
     """Return the settings in ``config``, which may be the stored settings of a run.
+
+    Args:
+        overrides, cwd: see ``load_settings``.
 
     Raises:
         UserError: see ``load_settings``.
     """
     if config.name == CONFIG and is_run_dir(config.parent):
-        return load_run_settings(config.parent, overrides)
-    return load_settings(config, overrides)
+        return load_run_settings(config.parent, overrides, cwd)
+    return load_settings(config, overrides, cwd=cwd)
 
 
 def event_directory(run_dir: Path) -> Path:

@@ -12,7 +12,10 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.checkpoint.naming import LOCK
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only
+from ds_gpt2.config import train_arguments
+from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.tools.doctor.finding import Finding
@@ -27,7 +30,14 @@ class Rank:
     """A training process."""
 
     pid: int
-    run: str  # name of its run, from the command line
+    run: str  # name of its run
+    run_dir: Path | None = None  # None if the settings on its command line cannot be read
+
+    def trains(self, settings: Settings) -> bool:
+        """Return whether this process trains the run with these settings: runs of one name may be elsewhere."""
+        if self.run_dir is None:
+            return self.run == settings.run.name
+        return self.run_dir.resolve() == settings.run_dir.resolve()
 
 
 def runs(settings: Settings) -> list[Finding]:
@@ -42,7 +52,7 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     Ranks that a dead supervisor has left are only a warning: the next start stops them.
     """
     name = settings.run.name
-    mine = [rank.pid for rank in ranks if rank.run == name]
+    mine = [rank.pid for rank in ranks if rank.trains(settings)]
     supervised = read_supervisor_record(settings.run_dir)
     holder = _holder(settings.checkpoint_dir / LOCK)
     if supervised is not None and supervised.is_alive:
@@ -60,10 +70,10 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
 
 def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:
     """Check whether ranks of other runs of this project and user are on this machine."""
-    others = [rank for rank in ranks if rank.run != settings.run.name]
+    others = [rank for rank in ranks if not rank.trains(settings)]
     if not others:
         return Finding("other runs", "ok", "no other run of this project")
-    runs = ", ".join(sorted({rank.run for rank in others}))
+    runs = ", ".join(sorted({str(rank.run_dir or rank.run) for rank in others}))
     pids = _list([rank.pid for rank in others])
     return Finding("other runs", "warn", f"processes {pids} train {runs}", f"{_FIX}{pids}`")
 
@@ -73,34 +83,39 @@ def find_ranks(script: Path = TRAIN) -> list[Rank]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            command = process.cmdline()
-            if process.uids().real == os.getuid() and _runs(script, process, command):
-                found.append(Rank(process.pid, run_of(command)))
+            command, cwd = process.cmdline(), Path(process.cwd())
+            if process.uids().real == os.getuid() and (after := _after(script, command, cwd)) is not None:
+                found.append(rank_of(process.pid, after, cwd))
     return sorted(found, key=lambda rank: rank.pid)
 
 
-def run_of(command: list[str]) -> str:
-    """Return the run's name: from a setting or flag, else from the name of the config file."""
-    name = ""
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word.startswith("run.name="):
-            return word.removeprefix("run.name=")
-        if word == "--run_name":
-            return following
-        if word == "--config":
-            file = Path(following)
-            # A resume uses the config.yaml in the directory of the run.
-            name = file.parent.name if file.name == "config.yaml" else file.stem
-    return name or "an unknown run"
+def rank_of(pid: int, arguments: list[str], cwd: Path) -> Rank:
+    """Return the rank whose process ``pid`` was started in ``cwd`` with ``arguments``."""
+    try:
+        command = train_arguments.parse([word for word in arguments if word not in ("-h", "--help")])
+    except UserError:
+        return Rank(pid, "an unknown run")
+    try:
+        run_dir = command.settings(cwd).run_dir
+        return Rank(pid, run_dir.name, run_dir)
+    except UserError:  # changed or removed since the start
+        return Rank(pid, command.overrides.get("run.name", _name_of(command.config)))
 
 
-def _runs(script: Path, process: psutil.Process, command: list[str]) -> bool:
-    """Return whether ``process`` is Python running ``script``.
+def _name_of(config: Path) -> str:
+    """Return the default name of a run: a resume uses the config.yaml in the directory of the run."""
+    return config.parent.name if config.name == CONFIG else config.stem
 
-    Only the first arguments count: DeepSpeed's launcher has the script further back in its command line.
+
+def _after(script: Path, command: list[str], cwd: Path) -> list[str] | None:
+    """Return the arguments of ``script``, or None if ``command`` is not Python running it.
+
+    Only the first words count: DeepSpeed's launcher has the script further back in its command line.
     """
-    words = [word for word in command[1:3] if word.endswith(script.name)]
-    return any((Path(process.cwd()) / word).resolve() == script.resolve() for word in words)
+    for position, word in enumerate(command[1:3], start=2):
+        if word.endswith(script.name) and (cwd / word).resolve() == script.resolve():
+            return command[position:]
+    return None
 
 
 def _holder(lock: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.common.files import lock
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import Settings, dump_settings
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.tools.doctor import processes
 
@@ -47,7 +47,27 @@ def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings
         assert "still run without a supervisor" in processes.this_run(settings, found).found
         assert processes.this_run(settings, found).status == "warn"
     assert processes.find_ranks(script) == []
-    assert processes.run_of(["python", "train.py", "--run_name", "n", "--config", "a.yaml"]) == "n"
+
+
+def test_a_run_of_the_same_name_in_another_directory_is_another_run(
+    script: Path, settings: Settings, tmp_path: Path
+) -> None:
+    config, run = tmp_path / "test.yaml", settings.run_dir
+    config.write_text(dump_settings(settings), encoding="utf-8")
+    folder = run.parent.relative_to(run.parents[1])
+    with (
+        waiting(script, "--config", "test.yaml", "run.dir=elsewhere", cwd=tmp_path) as other,
+        waiting(script, "--config", "moved/test.yaml", cwd=tmp_path) as missing,
+        waiting(script, "--config", config, f"run.dir={folder}", cwd=run.parents[1]) as mine,
+        waiting(script, "--run_name", "test", "--config") as unknown,
+    ):
+        ranks = {rank.pid: rank for rank in processes.find_ranks(script)}
+        assert ranks[other].run_dir == tmp_path / "elsewhere" / "test" and not ranks[other].trains(settings)
+        assert ranks[mine].run_dir == run and ranks[mine].trains(settings)
+        assert ranks[missing] == processes.Rank(missing, "test") and ranks[missing].trains(settings)
+        assert ranks[unknown] == processes.Rank(unknown, "an unknown run")
+        assert f"train {tmp_path}/elsewhere/test" in processes.other_runs(settings, [ranks[other]]).found
+        assert processes.this_run(settings, [ranks[other]]).status == "ok"
 
 
 def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
