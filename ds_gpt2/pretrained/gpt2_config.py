@@ -157,12 +157,18 @@ def read_config(file: Path) -> GPT2Config:
 def _fields(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is not that of a GPT-2")
+            raise UserError(
+                f"{file} is larger than {_LARGEST_BYTES:,} bytes, so it is not the config of a GPT-2 model: download"
+                " the model again, or give another one"
+            )
         fields = safe_json.read(file)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a very long number
         raise UserError(f"{file} cannot be read: {reason_of(error)}") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{file} is not a JSON object: it is not that of a GPT-2")
+        raise UserError(
+            f"{file} is not a JSON object, so it is not the config of a GPT-2 model: download the model again, or give"
+            " another one"
+        )
     return _with_own_names(file, fields)
 
 
@@ -172,7 +178,8 @@ def _with_own_names(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
     for alias, name in _ALIASES.items():
         if alias in fields and fields.get(name, fields[alias]) != fields[alias]:
             raise UserError(
-                f"{file}: {name} is {fields[name]!r} and {alias} is {fields[alias]!r}: they are the same field"
+                f"{file}: {name} is {fields[name]!r} and {alias} is {fields[alias]!r}: they are the same field, so"
+                " remove one of them"
             )
         if alias in fields:
             renamed[name] = renamed.pop(alias)
@@ -185,5 +192,5 @@ def _first_problem(error: ValidationError, fields: dict[str, Any]) -> str:
     is_ours = first["type"] == "value_error"
     reason = first["msg"].removeprefix("Value error, ") if is_ours else uncapitalized(first["msg"])
     if name not in fields:
-        return f"{name} is missing: it is not that of a GPT-2"
+        return f'{name} is missing; if this is a GPT-2 model, add "model_type": "gpt2" to this file'
     return f"{name} is {json.dumps(fields[name])[:100]}; {reason}"

@@ -176,7 +176,9 @@ def _user_error(name: HubName, file: str, error: Exception) -> UserError:
         return UserError(f"{where} has no {file}")
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         cache = hub_client.huggingface_hub().constants.HF_HUB_CACHE
-        return UserError(f"{file} of {where} cannot be stored in {cache}: {error.strerror}; HF_HOME moves the cache")
+        return UserError(
+            f"{file} of {where} cannot be stored in {cache}: {error.strerror}; set HF_HOME to move the cache"
+        )
     return UserError(
         f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"
         " cache: check the network, or give a local directory"

@@ -92,7 +92,7 @@ def padding_note(found: Pretrained) -> str | None:
         return None
     return (
         f"vocabulary of {VOCABULARY + found.padding:,}: the {found.padding:,} rows beyond GPT-2's {VOCABULARY:,} tokens"
-        " are padding and removed; losses are over the tokens only"
+        " are padding and are removed; losses are computed without them"
     )
 
 

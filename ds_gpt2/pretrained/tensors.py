@@ -104,39 +104,52 @@ def _headers_of_index(index: Path) -> dict[str, Stored]:
     for name in index_files(index):
         file = index.with_name(name)
         if not file.is_file():
-            raise UserError(f"{index} lists {name}, which does not exist: the download or copy is incomplete")
+            raise UserError(
+                f"{index} lists {name}, which does not exist: the download or copy is incomplete, repeat it"
+            )
         for tensor, stored in _header(file).items():
             if tensor in found:
                 raise UserError(
-                    f"{printable(tensor)} is in {found[tensor].file.name} and in {name}: {index.parent} is damaged"
+                    f"{printable(tensor)} is in {found[tensor].file.name} and in {name}: {index.parent} is damaged,"
+                    " download the model again"
                 )
             if listed.get(tensor) != name:
-                raise UserError(f"{file} has {printable(tensor)}, which {index.name} does not list for this file")
+                raise UserError(
+                    f"{file} has {printable(tensor)}, which {index.name} does not list for this file: download the"
+                    " model again"
+                )
             found[tensor] = stored
     if absent := sorted(listed.keys() - found.keys()):
-        raise UserError(f"{index} lists {printable(absent[0])} in {listed[absent[0]]}, which does not have it")
+        raise UserError(
+            f"{index} lists {printable(absent[0])} in {listed[absent[0]]}, which does not have it: download the model"
+            " again"
+        )
     return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > _LARGEST_INDEX:
-            raise UserError(f"{index} is larger than {_LARGEST_INDEX:,} bytes: it is not that of a GPT-2")
+            raise UserError(
+                f"{index} is larger than {_LARGEST_INDEX:,} bytes, so it is not the index of a GPT-2 model: download"
+                " the model again, or give another one"
+            )
         content = safe_json.read(index)
     except (OSError, ValueError) as error:
         raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{index} has no weight_map with the files of the tensors")
+        raise UserError(f"{index} does not have a weight_map with the file of each tensor: download the model again")
     for tensor, name in listed.items():
-        if not isinstance(name, str) or not _is_beside(name):
+        if not isinstance(name, str) or not _is_plain_name(name):
             raise UserError(
-                f"{index} lists {ascii(name)[:100]} for {printable(tensor)}: only safetensors files beside it are read"
+                f"{index} lists {ascii(name)[:100]} for {printable(tensor)}: only safetensors files in its directory"
+                " are read"
             )
     return listed
 
 
-def _is_beside(name: str) -> bool:
+def _is_plain_name(name: str) -> bool:
     return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:") and name[0] != "."
 
 

@@ -19,7 +19,7 @@ from ds_gpt2.data import tokenizer
 _LARGEST_BYTES = 50_000_000  # of one file; those of GPT-2 have at most 4 MB
 _END = "<|endoftext|>"
 
-
+WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 VOCABULARY_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json")
 _CONFIG = "tokenizer_config.json"
 # Accepted classes of transformers; PreTrainedTokenizerFast and TokenizersBackend are defined by tokenizer.json.
@@ -49,12 +49,14 @@ def check_tokenizer(directory: Path, rows: int) -> None:
 def _check_class(file: Path) -> None:
     content = _json(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object: it is not that of a GPT-2")
+        raise UserError(
+            f"{file} is not a JSON object: download the model again, or delete this file if it is not needed"
+        )
     name = content.get("tokenizer_class")
     if name is not None and name not in _CLASSES:
         raise UserError(
-            f"{file}: tokenizer_class is {json.dumps(name)[:100]}, GPT-2's is {_CLASSES[0]}: the model has another"
-            " tokenizer"
+            f"{file}: tokenizer_class is {json.dumps(name)[:100]}, GPT-2's is {_CLASSES[0]}: only models"
+            " with GPT-2's tokenizer are supported"
         )
 
 
@@ -62,12 +64,12 @@ def _compare(file: Path, theirs: dict[str, int], tokens: dict[int, str], rows: i
     for token, number in theirs.items():
         if number < len(tokens) and tokens.get(number) != token:
             raise UserError(
-                f"{file}: token {number:,} is {ascii(token)[:60]}, GPT-2's is {tokens.get(number)!a}: the model has"
-                " another tokenizer"
+                f"{file}: token {number:,} is {ascii(token)[:60]}, GPT-2's is {tokens.get(number)!a}: only models"
+                " with GPT-2's tokenizer are supported"
             )
         if len(tokens) <= number < rows:
             raise UserError(
-                f"{file}: token {number:,}, {ascii(token)[:60]}, is added to GPT-2's {len(tokens):,}: remove it with"
+                f"{file}: token {number:,}, {ascii(token)[:60]}, is not one of GPT-2's {len(tokens):,}: remove it with"
                 f" transformers' resize_token_embeddings({len(tokens)}) and save GPT-2's own tokenizer"
             )
 
@@ -84,17 +86,17 @@ def _numbered(file: Path) -> dict[str, int]:
                 f"{file} cannot be read: model.vocab and added_tokens are not in the format of the tokenizers library"
             ) from None
     if not isinstance(content, dict) or any(type(number) is not int for number in content.values()):
-        raise UserError(f"{file} does not contain tokens and their ids")
+        raise UserError(f"{file} is not a JSON object of tokens and their integer ids: download the model again")
     return content
-
-
-WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST_BYTES:
-            raise UserError(f"{file} is larger than {_LARGEST_BYTES:,} bytes: it is not that of a GPT-2")
+            raise UserError(
+                f"{file} is larger than {_LARGEST_BYTES:,} bytes, so it is not of GPT-2's tokenizer: only models with"
+                " that tokenizer are supported"
+            )
         return safe_json.read(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None

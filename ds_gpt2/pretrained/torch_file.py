@@ -102,4 +102,4 @@ def _check_tensor(file: Path, name: Any, tensor: Any) -> None:
 
 def _refused(file: Path, reason: object) -> UserError:
     text = "".join(each if each.isprintable() else " " for each in " ".join(str(reason).split()))[:200]
-    return UserError(f"{file} is not a file that `export --format fp32` has written: {text or type(reason).__name__}")
+    return UserError(f"{file} is not a valid file of `export --format fp32`: {text or type(reason).__name__}")

@@ -179,7 +179,7 @@ def test_sharded_weights_are_downloaded(served: Hub, one: dict[str, bytes], tmp_
     found = load.weights_for(SHAPE, "some/parts")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     served.models["some/outside"] = content | {INDEX: json.dumps({"weight_map": {"x": "../../secret"}}).encode()}
-    with pytest.raises(UserError, match="only safetensors files beside it"):
+    with pytest.raises(UserError, match="only safetensors files in its directory"):
         load.locate("some/outside")
     assert not [path for path in [*served.requests, *served.heads] if "secret" in path]
 
@@ -269,7 +269,7 @@ def test_a_missing_network_is_an_error_within_seconds(tmp_path: Path, monkeypatc
 
 def test_a_cache_that_cannot_be_written_is_an_error(served: Hub, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=rf"cannot be stored in {tmp_path}/cache: .*; HF_HOME moves the cache"):
+    with pytest.raises(UserError, match=rf"cannot be stored in {tmp_path}/cache: .*; set HF_HOME to move the cache"):
         load.prepare(SHAPE, "some/gpt2")
 
 

@@ -198,7 +198,7 @@ def test_code_in_a_forged_file_is_not_run(tmp_path: Path, monkeypatch: pytest.Mo
         Path("model.pt").write_bytes(content)
     else:
         torch.save(content, "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt is not a file that `export --format fp32` has written") as raised:
+    with pytest.raises(UserError, match=r"model\.pt is not a valid file of `export --format fp32`") as raised:
         read(Path("model.pt"))
     assert "\n" not in str(raised.value)
     assert not Path("code was run").exists()

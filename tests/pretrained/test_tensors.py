@@ -53,7 +53,9 @@ def _index(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_an_index_with_files_elsewhere_is_an_error(sharded: Path, name: Any) -> None:
     _index(sharded, lambda listed: listed.update({"transformer.ln_f.bias": name}))
-    with pytest.raises(UserError, match=r"for transformer\.ln_f\.bias: only safetensors files beside it") as raised:
+    with pytest.raises(
+        UserError, match=r"for transformer\.ln_f\.bias: only safetensors files in its directory"
+    ) as raised:
         read(sharded)
     assert "\n" not in str(raised.value)
 

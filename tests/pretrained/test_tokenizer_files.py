@@ -24,13 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ("vocab.json", {"der": 50_256}, r"vocab\.json: token 50,256 is 'der', GPT-2's is '<\|endoftext\|>'"),
         ("vocab.json", {"der": 7}, r"vocab\.json: token 7 is 'der', GPT-2's is '\('"),
-        ("vocab.json", {"[PAD]": 50_257}, r"vocab\.json: token 50,257, '\[PAD\]', is added to GPT-2's 50,257"),
+        ("vocab.json", {"[PAD]": 50_257}, r"vocab\.json: token 50,257, '\[PAD\]', is not one of GPT-2's 50,257"),
         (
             "added_tokens.json",
             {"<x>": 50_303},
-            r"added_tokens\.json: token 50,303, '<x>', is added .*embeddings\(50257\)",
+            r"added_tokens\.json: token 50,303, '<x>', is not one .*embeddings\(50257\)",
         ),
-        ("added_tokens.json", {"<x>": "3"}, r"added_tokens\.json does not contain tokens and their ids"),
+        ("added_tokens.json", {"<x>": "3"}, r"added_tokens\.json is not a JSON object of tokens and their integer ids"),
         ("tokenizer.json", {"der": 7}, r"tokenizer\.json: token 7 is 'der'"),
         ("tokenizer.json", b"{}", r"tokenizer\.json cannot be read: model\.vocab and added_tokens are not"),
         (

@@ -85,9 +85,7 @@ def test_an_export_of_another_float_dtype_is_read(plain: Path, tmp_path: Path, d
 def test_a_truncated_export_is_an_error(plain: Path, tmp_path: Path, size: int) -> None:
     path = _export(tmp_path / "model.pt", lambda content: None, plain)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        UserError, match=r"model\.pt is not a file that `export --format fp32` has written: ."
-    ) as raised:
+    with pytest.raises(UserError, match=r"model\.pt is not a valid file of `export --format fp32`: .") as raised:
         read(path)
     assert "\n" not in str(raised.value)
 
@@ -114,4 +112,4 @@ def test_a_file_of_another_format_is_an_error(tmp_path: Path, content: Any, mess
         torch.save(content, path)
     with pytest.raises(UserError) as raised:
         read(path)
-    assert str(raised.value) == f"{path} is not a file that `export --format fp32` has written: {message}"
+    assert str(raised.value) == f"{path} is not a valid file of `export --format fp32`: {message}"
