@@ -7,10 +7,7 @@ library's file locks let one process per machine download a file. An interrupted
 
 from __future__ import annotations
 
-import errno
-import logging
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +19,9 @@ from ds_gpt2.data.shards import sha256
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
 
-log = logging.getLogger(__name__)
-
 _CONTACT_SECONDS = 5.0  # timeout of the first request, for which the user waits
 _ATTEMPTS = 6  # to download one file
 _LONGEST_PAUSE = 30.0  # seconds
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -131,23 +125,18 @@ def _download(name: HubName, file: str, revision: str) -> Path:
         EntryNotFoundError: the repository has no such file.
     """
     hub = hub_client.huggingface_hub()
-    for attempt in range(_ATTEMPTS):
-        try:
-            path = Path(hub.hf_hub_download(name.repository, file, revision=revision))
-            _verify(path)
-            return path
-        except hub.errors.EntryNotFoundError as error:
-            if not isinstance(error, hub.errors.LocalEntryNotFoundError):  # raised without network
-                raise
-            problem: Exception = error
-        except Exception as error:  # the HTTP library differs between versions of huggingface_hub
-            problem = error
-        if attempt == _ATTEMPTS - 1 or not _is_temporary(problem):
-            raise _user_error(name, file, problem) from None
-        pause = min(_LONGEST_PAUSE, 2.0**attempt)
-        log.warning(f"{file} of {name.repository}: {first_line(problem)}; retrying in {pause:.0f} s")
-        time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
+
+    def download() -> Path:
+        path = Path(hub.hf_hub_download(name.repository, file, revision=revision))
+        _verify(path)
+        return path
+
+    try:
+        return hub_client.with_retries(download, f"{file} of {name.repository}", _ATTEMPTS, _LONGEST_PAUSE)
+    except Exception as error:  # the HTTP library differs between versions of huggingface_hub
+        if isinstance(error, hub.errors.EntryNotFoundError) and hub_client.is_not_found(error):
+            raise
+        raise _user_error(name, file, error) from None
 
 
 def _verify(path: Path) -> None:
@@ -172,24 +161,12 @@ def _user_error(name: HubName, file: str, error: Exception) -> UserError:
         return UserError(f"there is no model {where} and no path {name.repository}; a private model needs HF_TOKEN")
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{where} has no revision {name.revision}")
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+    if hub_client.is_not_found(error):
         return UserError(f"{where} has no {file}")
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if (problem := hub_client.disk_problem(error)) is not None:
         cache = hub_client.huggingface_hub().constants.HF_HUB_CACHE
-        return UserError(
-            f"{file} of {where} cannot be stored in {cache}: {error.strerror}; set HF_HOME to move the cache"
-        )
+        return UserError(f"{file} of {where} cannot be stored in {cache}: {problem}; set HF_HOME to move the cache")
     return UserError(
         f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"
         " cache: check the network, or give a local directory"
     )
-
-
-def _is_temporary(error: Exception) -> bool:
-    """Return whether a retry may succeed."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return False
-    return isinstance(error, (OSError, RuntimeError)) or "http" in type(error).__module__

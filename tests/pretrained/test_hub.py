@@ -22,9 +22,10 @@ from safetensors.torch import save, save_file
 from ds_gpt2.cli import main
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.model_names import HubName, hub_name, resolve
+from ds_gpt2.data import hub_client
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.pretrained import hub, huggingface, load
+from ds_gpt2.pretrained import huggingface, load
 from ds_gpt2.run_dir import exit_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +73,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
 
 
 # Names

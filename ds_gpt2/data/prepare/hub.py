@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +76,7 @@ def list_files(repository: Repository, suffixes: Sequence[str]) -> list[HubFile]
             if getattr(each, "size", None) is not None and each.path.endswith(tuple(suffixes))
         ]
 
-    files = _with_retries(request, f"{repository.name} on {endpoint()}", _LIST_ATTEMPTS)
+    files = _requested(request, f"{repository.name} on {endpoint()}", _LIST_ATTEMPTS)
     return sorted(files, key=lambda file: file.path)
 
 
@@ -100,7 +99,7 @@ def fetch(file: HubFile, directory: Path) -> Path:
             raise OSError("checksum mismatch")
         return path
 
-    return _with_retries(download, f"{file.path} of {file.repository}", _FILE_ATTEMPTS)
+    return _requested(download, f"{file.path} of {file.repository}", _FILE_ATTEMPTS)
 
 
 @dataclass
@@ -194,32 +193,22 @@ def _converted(repository: Repository) -> list[HubFile]:
     return files
 
 
-def _with_retries(request: Callable[[], Result], what: str, attempts: int) -> Result:
-    """Return the result of ``request``; after temporary errors retry it with growing pauses.
+def _requested(request: Callable[[], Result], what: str, attempts: int) -> Result:
+    """Return the result of ``request``, which is retried after temporary errors.
 
     Raises:
-        UserError: ``what`` does not exist or access is denied, or all attempts failed.
+        UserError: ``what`` does not exist or access is denied, the disk is full, or all attempts failed.
     """
-    errors = hub_client.huggingface_hub().errors
-    for attempt in range(attempts):
-        try:
-            return request()
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-            if isinstance(error, errors.GatedRepoError):
-                raise UserError(f"{what} is gated: request access on its page, then set HF_TOKEN") from None
+    try:
+        return hub_client.with_retries(request, what, attempts, _LONGEST_PAUSE)
+    except Exception as error:  # the HTTP library differs between versions of huggingface_hub
+        if isinstance(error, hub_client.huggingface_hub().errors.GatedRepoError):
+            raise UserError(f"{what} is gated: request access on its page, then set HF_TOKEN") from None
+        if hub_client.is_not_found(error):
             raise UserError(f"{what}: there is no such dataset, or it requires an HF_TOKEN") from None
-        except Exception as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if not _is_temporary(error, status) or attempt == attempts - 1:
-                raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from None
-            pause = min(_LONGEST_PAUSE, 2.0**attempt)
-            log.warning(f"{what}: {first_line(error)}; retrying in {pause:.0f} s")
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _is_temporary(error: Exception, status: int | None) -> bool:
-    """Return whether a retry may succeed."""
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return isinstance(error, OSError) or "httpx" in type(error).__module__
+        if (problem := hub_client.disk_problem(error)) is not None:
+            raise UserError(
+                f"{what} cannot be stored: {problem}; free some space or check the permissions, then run the same"
+                " command again to continue"
+            ) from None
+        raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from None

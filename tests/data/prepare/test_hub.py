@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -11,16 +12,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
 from hub_server import Hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from launched import PROJECT
 from pyarrow import parquet
 
-from ds_gpt2.data import tokenizer
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.data import hub_client, tokenizer
 from ds_gpt2.data.dataset import UNFINISHED, open_dataset
 from ds_gpt2.data.prepare.holdout import FirstTokens
+from ds_gpt2.data.prepare.hub import HubFile, fetch
 from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import local_source
 from ds_gpt2.data.shards import header_of
@@ -210,3 +215,30 @@ def test_an_unreachable_hub_is_an_error_within_seconds(tmp_path: Path) -> None:
         "error: HuggingFaceFW/fineweb on http://127.0.0.1:9 cannot be downloaded: "
     )
     assert time.monotonic() - start_time < 30
+
+
+@pytest.mark.parametrize(
+    ("error", "requests", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be stored: No space left on device; free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "cannot be stored: No space left on"),
+        (PermissionError(errno.EACCES, "Permission denied"), 1, "cannot be stored: Permission denied"),
+        (OSError(errno.ECONNRESET, "Connection reset"), 12, "cannot be downloaded: .*Connection reset"),
+        (LocalEntryNotFoundError("no network"), 12, "cannot be downloaded: no network"),
+    ],
+    ids=str,
+)
+def test_only_errors_of_the_network_are_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, requests: int, message: str
+) -> None:
+    calls = []
+
+    def fail(*words: object, **options: object) -> None:
+        calls.append(words)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(HubFile("some/data", "0" * 40, "a.parquet", 1, "mark", None), tmp_path)
+    assert len(calls) == requests and "\n" not in str(raised.value)
