@@ -73,7 +73,6 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
     from ds_gpt2.checkpoint.directory import CheckpointDirectory
     from ds_gpt2.checkpoint.filesystem import Disk
     from ds_gpt2.checkpoint.manager import Checkpoints
-    from ds_gpt2.model.gpt2 import count_parameters
 
     engine, state = trainer.engine, trainer.state
     house = CheckpointDirectory(Disk(), folder, CheckpointSettings(keep_last=1))
@@ -107,7 +106,7 @@ def _measure(trainer: Trainer, folder: Path, rounds: int, steps: int) -> dict[st
                 still_writing.append(1000 * (time.perf_counter() - start_time))
     engine.close()
     size = sum(path.stat().st_size for path in next(folder.glob("rolling_step_*")).glob("*.pt"))
-    parameters = count_parameters(engine.model)
+    parameters = engine.model.shape.parameters
     baseline = statistics.median(blocks["none"])
     return {
         "setting": f"{trainer.settings.model.preset}, {collectives.world_size()} ranks on {engine.device.type}",

@@ -54,7 +54,6 @@ def main() -> None:
     from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
-    from ds_gpt2.model.gpt2 import count_parameters
 
     counted = _count_collectives()
     open_process_group(torch_device)
@@ -62,7 +61,7 @@ def main() -> None:
     trainer.step(1)
     counted.clear()
     trainer.step(2)
-    ranks, parameters = collectives.world_size(), count_parameters(trainer.engine.model)
+    ranks, parameters = collectives.world_size(), trainer.engine.model.shape.parameters
     sent = sum(size * _ring(name, ranks) for name, size in counted.items())
     predicted = zero_2(parameters, ranks)
     result = {

@@ -16,7 +16,7 @@ from ds_gpt2.distributed import collectives, torch_compile
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 
 
@@ -36,7 +36,7 @@ class Trainer:
         model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)
         if torch_compile.decide(settings.run.compile, device):
             model.compile_blocks()
-        completed = deepspeed_config.complete(content, settings, self.plan, count_parameters(model))
+        completed = deepspeed_config.complete(content, settings, self.plan, model.shape.parameters)
         self.engine = Engine(model, completed, 0.1)
         self.state = TrainState()
 

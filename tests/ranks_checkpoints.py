@@ -32,7 +32,7 @@ from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir import exit_report
 
@@ -55,7 +55,7 @@ class Bench:
         torch.manual_seed(5)
         content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64), 0.1)
-        complete = deepspeed_config.complete(content, settings, self.plan, count_parameters(model))
+        complete = deepspeed_config.complete(content, settings, self.plan, model.shape.parameters)
         engine = Engine(model, complete, settings.optimizer.weight_decay)
         seed_everything(7 + collectives.rank())
         return engine

@@ -28,7 +28,7 @@ from ds_gpt2.engine import zero2_gradients
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.gpt2 import GPT2, count_parameters
+from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
 from ds_gpt2.monitoring.monitor import Histogram
 from ds_gpt2.run_dir import exit_report
@@ -65,7 +65,7 @@ def main(config: Path, out: Path) -> None:
         torch.manual_seed(5)
         content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         model = GPT2(ModelShape(2, 2, 32, 64))
-        return Engine(model, deepspeed_config.complete(content, settings, plan, count_parameters(model)), 0.1)
+        return Engine(model, deepspeed_config.complete(content, settings, plan, model.shape.parameters), 0.1)
 
     norm_errors: list[float] = []
 

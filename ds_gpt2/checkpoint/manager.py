@@ -35,7 +35,6 @@ from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.host_copy import HostMemory
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.gpt2 import count_parameters
 from ds_gpt2.model.shape import CHECKPOINT_BYTES
 from ds_gpt2.run_dir.journal import Journal
 
@@ -269,7 +268,7 @@ class Checkpoints:
 
     def _estimate(self) -> int:
         """Return the bytes of a checkpoint."""
-        return CHECKPOINT_BYTES * count_parameters(self._engine.model)
+        return CHECKPOINT_BYTES * self._engine.model.shape.parameters
 
     def _repartitioned(self, restored: Restored) -> dict[str, Any]:
         """Return the files as the present number of ranks would have saved them."""

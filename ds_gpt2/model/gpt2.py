@@ -212,11 +212,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, including the padding rows of the vocabulary."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def flops_per_token(model: GPT2) -> float:
     """Return the training FLOPs per token, forward and backward: 6N + 12 L H Q T.
 
@@ -224,5 +219,5 @@ def flops_per_token(model: GPT2) -> float:
     ``estimate_mfu``; L is layers, H heads, Q the head width and T the sequence length.
     """
     shape = model.shape
-    weights = count_parameters(model) - model.wpe.weight.numel()
+    weights = shape.parameters - shape.sequence_length * shape.width
     return 6.0 * weights + 12.0 * shape.layers * shape.width * shape.sequence_length

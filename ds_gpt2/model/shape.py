@@ -37,3 +37,8 @@ class ModelShape:
         """Number of parameters of ``gpt2.GPT2``, including the padding rows of the vocabulary."""
         embeddings = (PADDED_VOCABULARY + self.sequence_length) * self.width
         return embeddings + self.layers * (12 * self.width**2 + 13 * self.width) + 2 * self.width
+
+    @property
+    def unpadded_parameters(self) -> int:
+        """Number of parameters without the padding rows of the vocabulary."""
+        return self.parameters - (PADDED_VOCABULARY - VOCABULARY) * self.width

@@ -207,12 +207,8 @@ def _to_theirs(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.t() if _TRANSPOSED.fullmatch(name) and tensor.dim() == 2 else tensor
 
 
-def shapes_of(shape: ModelShape, vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
-    """Return the size of every parameter of a model by our names."""
-    return dict(_shapes(shape, vocabulary))
-
-
 def _shapes(shape: ModelShape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and size of every parameter of a model by our names."""
     width = shape.width
     layer = {
         "ln_1.weight": (width,),

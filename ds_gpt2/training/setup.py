@@ -37,7 +37,7 @@ from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.gpt2 import GPT2, count_parameters, flops_per_token
+from ds_gpt2.model.gpt2 import GPT2, flops_per_token
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.monitoring import console
 from ds_gpt2.monitoring.monitor import Monitor
@@ -156,7 +156,7 @@ def _record_start(
 ) -> None:
     """Record the start in the run's directory, its journal, TensorBoard and the log."""
     settings, plan, steps = spec.settings, spec.plan, trainer.schedule.steps
-    parameters = count_parameters(trainer.engine.model)
+    parameters = trainer.engine.model.shape.parameters
     collectives.barrier()  # once the start is recorded, any rank must accept a stop
     if collectives.is_main():
         record_start(settings, state, plan, steps)
@@ -249,7 +249,7 @@ def _build_engine(spec: RunSpec) -> Engine:
     model = GPT2(ModelShape(*settings.model.shape, plan.sequence_length), settings.model.dropout)
     if spec.is_compiled:
         model.compile_blocks()
-    completed = deepspeed_config.complete(spec.deepspeed_settings, settings, plan, count_parameters(model))
+    completed = deepspeed_config.complete(spec.deepspeed_settings, settings, plan, model.shape.parameters)
     engine = Engine(model, completed, settings.optimizer.weight_decay)
     seed_everything(settings.run.seed + collectives.rank())  # dropout differs between ranks
     return engine

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ds_gpt2.config.sections import PRESETS
-from ds_gpt2.model.gpt2 import GPT2, count_parameters, flops_per_token, parameter_groups
+from ds_gpt2.model.gpt2 import GPT2, flops_per_token, parameter_groups
 from ds_gpt2.model.shape import PADDED_VOCABULARY, VOCABULARY, ModelShape
 
 SHAPE = ModelShape(layers=3, heads=4, width=32, sequence_length=48)
@@ -62,8 +62,10 @@ def test_loss_and_gradients_equal_those_of_transformers(pair: tuple[GPT2, GPT2LM
 def test_presets_have_the_parameter_counts_of_openai(preset: str, millions: float) -> None:
     with torch.device("meta"):
         model = GPT2(ModelShape(*PRESETS[preset], sequence_length=1024))
+    counted = sum(parameter.numel() for parameter in model.parameters())
     padding = (PADDED_VOCABULARY - VOCABULARY) * model.shape.width
-    assert (count_parameters(model) - padding) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert (model.shape.parameters, model.shape.unpadded_parameters) == (counted, counted - padding)
+    assert model.shape.unpadded_parameters / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_flops_per_token_equal_those_of_nanogpt() -> None:

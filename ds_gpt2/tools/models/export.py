@@ -21,7 +21,7 @@ from ds_gpt2.pretrained.model_card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.models.export_output import atomic_output
-from ds_gpt2.tools.models.open import OpenedModel, count_parameters, open_model, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, open_model, shape_of
 
 Format = Literal["hf", "bf16", "fp32"]
 
@@ -54,7 +54,7 @@ def export(generation: Generation, out: Path | None, kind: Format, force: bool, 
     settings = current_settings(generation.path, generation.manifest.settings)
     out = Path(os.path.abspath(out or _default_out(settings, generation.tag, kind)))
     _check_replaceable(out, force)
-    needed = (2 if kind == "bf16" else 4) * count_parameters(shape_of(generation.manifest)) + _OTHER_BYTES
+    needed = (2 if kind == "bf16" else 4) * shape_of(generation.manifest).unpadded_parameters + _OTHER_BYTES
     with atomic_output(out, needed) as unfinished:
         opened = open_model(str(generation.path), None)
         for name, weight in opened.weights.items():
@@ -109,7 +109,7 @@ def _write_directory(opened: OpenedModel, manifest: Manifest, directory: Path, k
     _write_text(directory / "generation_config.json", json.dumps(end, indent=2) + "\n")
     facts = [*_facts(opened, manifest), ("exported by", f"`{command}`")]
     _write_text(
-        directory / "README.md", card(opened.title, opened.shape, count_parameters(opened.shape), facts, settings)
+        directory / "README.md", card(opened.title, opened.shape, opened.shape.unpadded_parameters, facts, settings)
     )
     write_tokenizer(directory, opened.shape.sequence_length)
     huggingface.write_weights(opened.weights, directory / huggingface.WEIGHTS, getattr(torch, name))

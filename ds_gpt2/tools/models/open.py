@@ -17,7 +17,7 @@ from ds_gpt2.common.formatting import size
 from ds_gpt2.config.model_names import hub_name, resolve
 from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
 from ds_gpt2.pretrained import load
-from ds_gpt2.pretrained.huggingface import check_shapes, shapes_of
+from ds_gpt2.pretrained.huggingface import check_shapes
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint, find_run_checkpoints
 
 _BYTES_PER_WEIGHT = 5  # one fp32 copy, and the part of one rank's file that is read at a time
@@ -101,18 +101,13 @@ def shape_of(manifest: Manifest) -> ModelShape:
         raise UserError(f"the checkpoint's manifest does not have the model's shape: {error!r}") from None
 
 
-def count_parameters(shape: ModelShape) -> int:
-    """Return the number of parameters, without the padding of the vocabulary."""
-    return sum(int(torch.Size(each).numel()) for each in shapes_of(shape).values())
-
-
 def check_memory(shape: ModelShape) -> None:
     """Check that one fp32 copy of the weights fits into the available memory.
 
     Raises:
         UserError: it does not.
     """
-    needed = _BYTES_PER_WEIGHT * count_parameters(shape) + _PROCESS_BYTES
+    needed = _BYTES_PER_WEIGHT * shape.unpadded_parameters + _PROCESS_BYTES
     free = psutil.virtual_memory().available
     if free < needed:
         raise UserError(f"the weights need {size(needed)} of memory, {size(free)} are free: stop other processes")

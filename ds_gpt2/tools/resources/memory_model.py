@@ -35,7 +35,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        return sum(self.groups)
+        return self.shape.parameters
 
     @property
     def head(self) -> int:

@@ -27,11 +27,6 @@ class DiskRequirement:
     least: int  # bytes that retention requires at least
 
 
-def parameters(settings: Settings) -> int:
-    """Return the number of parameters of the model, the padding rows of the vocabulary included."""
-    return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
-
-
 def disk_requirement(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
     """
     Args:
@@ -39,7 +34,7 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
         epochs: the same in epochs; None likewise.
     """
     checkpoint = settings.checkpoint
-    full, weights = checkpoint_bytes(settings), WEIGHT_BYTES * parameters(settings)
+    full, weights = checkpoint_bytes(settings), WEIGHT_BYTES * _parameters(settings)
     has_best = checkpoint.keep_best and settings.validation.every > 0
     rolling = checkpoint.keep_last
     if steps is not None:
@@ -52,17 +47,17 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
 
 def checkpoint_bytes(settings: Settings) -> int:
     """Return the bytes of one full checkpoint."""
-    return CHECKPOINT_BYTES * parameters(settings)
+    return CHECKPOINT_BYTES * _parameters(settings)
 
 
 def largest_file(settings: Settings, ranks: int) -> int:
     """Return the bytes of the largest file of a checkpoint: the partition of a rank, or all bf16 weights."""
-    return parameters(settings) * max(2, -(-12 // ranks))
+    return _parameters(settings) * max(2, -(-12 // ranks))
 
 
 def gpu_memory(settings: Settings, ranks: int) -> int:
     """Return the bytes on each GPU without activations; a run requires more."""
-    return parameters(settings) * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
+    return _parameters(settings) * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
 
 
 def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
@@ -74,5 +69,9 @@ def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
     if settings.checkpoint.in_background:
         needed += checkpoint_bytes(settings)
     if accelerator == "cpu":
-        needed += parameters(settings) * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
+        needed += _parameters(settings) * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
     return needed
+
+
+def _parameters(settings: Settings) -> int:
+    return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
