@@ -16,8 +16,9 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import percent, tokens
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
-from ds_gpt2.data.inspect import ShardReport, examples, lengths, verify_shards
+from ds_gpt2.data.inspect import examples, lengths
 from ds_gpt2.data.shards import is_shard
+from ds_gpt2.data.verify import ShardReport, verify_shards
 from ds_gpt2.run_dir import exit_report
 
 _EXAMPLE_TOKENS = 80

@@ -1,35 +1,20 @@
-"""Verify the shards of a dataset, measure its documents and show examples of them."""
+"""Measure the documents of a dataset and show examples of them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ds_gpt2.common.errors import UserError, reason_of
-from ds_gpt2.common.host import usable_cores
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
-from ds_gpt2.data.dataset import Dataset, Shard, Split
-from ds_gpt2.data.shards import Tokens, open_shard, sha256
+from ds_gpt2.data.dataset import Dataset, Split
+from ds_gpt2.data.shards import Tokens, open_shard, token_problem
 
 _BLOCK = 1 << 24  # tokens processed together
-_MOST_END_OF_TEXT = 0.5  # share of <|endoftext|> tokens above which a shard is not text
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """The result of reading a whole shard."""
-
-    file: str
-    split: Split
-    tokens: int
-    end_of_text: int  # number of <|endoftext|> tokens, which begin documents
-    sha256: str | None  # None if the shard cannot be read
-    problem: str | None  # None if the shard is good
 
 
 @dataclass(frozen=True)
@@ -40,28 +25,6 @@ class Lengths:
     mean: float
     median: float
     longest: int
-
-
-def verify_shards(dataset: Dataset, on_read: Callable[[ShardReport], object] = lambda _: None) -> list[ShardReport]:
-    """Compare every shard with the index and with the other shards, one thread per core.
-
-    Args:
-        on_read: called with the report of each shard when it has been read.
-
-    Returns:
-        one report per shard, in the order of the dataset.
-    """
-    file_by_hash: dict[str, str] = {}
-    reports = []
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for report in pool.map(lambda shard: read_shard(dataset.dir, shard), dataset.shards):
-            if report.problem is None and report.sha256 in file_by_hash:
-                report = replace(report, problem=f"has the same content as {file_by_hash[report.sha256]}")
-            if report.sha256 is not None:
-                file_by_hash.setdefault(report.sha256, report.file)
-            on_read(report)
-            reports.append(report)
-    return reports
 
 
 def lengths(dataset: Dataset, split: Split) -> Lengths:
@@ -94,37 +57,6 @@ def examples(dataset: Dataset, split: Split, count: int, tokens: int, seed: int)
         yield shard.file, start, _text(dataset.dir / shard.file, content[start:end]).removeprefix("<|endoftext|>")
 
 
-def read_shard(directory: Path, shard: Shard) -> ShardReport:
-    """Read a whole shard and compare it with its entry in the index. Errors become the report's ``problem``."""
-    path = directory / shard.file
-    try:
-        content, digest = open_shard(path), sha256(path)
-        blocks = [content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK)]
-        highest = max((int(block.max()) for block in blocks), default=0)
-        ends = sum(int(np.count_nonzero(block == tokenizer.END_OF_TEXT)) for block in blocks)
-    except UserError as error:
-        return ShardReport(shard.file, shard.split, 0, 0, None, str(error))
-    except OSError as error:
-        return ShardReport(shard.file, shard.split, 0, 0, None, f"shard {path} cannot be read: {reason_of(error)}")
-    return ShardReport(
-        shard.file, shard.split, len(content), ends, digest, _problem(shard, len(content), digest, highest, ends)
-    )
-
-
-def _problem(shard: Shard, tokens: int, digest: str, highest: int, ends: int) -> str | None:
-    if tokens != shard.tokens:
-        return f"has {tokens:,} tokens, dataset.json records {shard.tokens:,}"
-    if shard.sha256 is not None and digest != shard.sha256:
-        return "has a checksum mismatch: its sha256 is not the one in dataset.json"
-    if highest > tokenizer.END_OF_TEXT:
-        return f"has token id {highest}, GPT-2's highest is {tokenizer.END_OF_TEXT}: not encoded by GPT-2's tokenizer"
-    if not tokens:
-        return "is empty"
-    if ends > _MOST_END_OF_TEXT * tokens:
-        return f"is not text: {ends:,} of its {tokens:,} tokens are <|endoftext|>"
-    return None
-
-
 def _document_lengths(content: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return the numbers of tokens from each <|endoftext|> to the next, (documents,) int64."""
     starts = np.flatnonzero(np.asarray(content) == tokenizer.END_OF_TEXT)
@@ -133,11 +65,8 @@ def _document_lengths(content: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int
 
 
 def _text(path: Path, tokens: Tokens) -> str:
-    if int(tokens.max()) > tokenizer.END_OF_TEXT:
-        raise UserError(
-            f"shard {path} has token id {int(tokens.max())}, GPT-2's highest is {tokenizer.END_OF_TEXT}: encoded by"
-            " another tokenizer, or damaged; `verify` checks all shards"
-        )
+    if (problem := token_problem(int(tokens.max()))) is not None:
+        raise UserError(f"shard {path} {problem}; `verify` checks all shards")
     return tokenizer.gpt2().decode(tokens.tolist())
 
 

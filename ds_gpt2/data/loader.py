@@ -13,8 +13,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.prefetch import Prefetcher
+from ds_gpt2.data.shards import token_problem
 from ds_gpt2.data.shuffle import permute
-from ds_gpt2.model.shape import VOCABULARY
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # tokens and targets, (micro_batch, sequence_length) int64
 
@@ -85,8 +85,8 @@ def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor
     Raises:
         UserError: a token id is outside GPT-2's vocabulary.
     """
-    if int(rows.max()) >= VOCABULARY:
-        raise UserError(f"token id {int(rows.max())} is out of GPT-2's range (0 to {VOCABULARY - 1}): check the shards")
+    if (problem := token_problem(int(rows.max()))) is not None:
+        raise UserError(f"a window of the data {problem}; find its shard with ./launch.sh verify")
     tensor = torch.from_numpy(rows)
     if device.type != "cuda":
         return tensor

@@ -74,6 +74,21 @@ def start_of(path: Path) -> int:
     return int(getattr(_open(path), "offset", HEADER_BYTES))  # a shard without tokens is not a memory map
 
 
+def token_problem(token: int, position: int | None = None) -> str | None:
+    """Return what is wrong with a token id, to follow the name of what has it; None if GPT-2 has the token.
+
+    Args:
+        position: of the token in its shard, for the message.
+    """
+    if token <= END_OF_TEXT:
+        return None
+    where = "" if position is None else f" at position {position}"
+    return (
+        f"has token id {token}{where}, GPT-2's highest is {END_OF_TEXT}: it is damaged, or was encoded by another"
+        " tokenizer"
+    )
+
+
 def header_of(tokens: int) -> bytes:
     """Return the header of a .bin shard with this number of tokens."""
     header = np.zeros(256, "<i4")
@@ -127,7 +142,7 @@ def _open_headerless(path: Path, size: int) -> Tokens:
     if (problem := _problem_of_headerless(path, size)) is not None:
         raise UserError(
             f"{path} is not a token shard: it lacks llm.c's header (magic {_MAGIC}, version 1), and as a shard of"
-            f" nanoGPT it {problem}: copy or prepare it again"
+            f" nanoGPT it {problem}; copy or prepare it again"
         )
     return _mapped(path, 0, size // TOKEN_BYTES)
 
@@ -139,8 +154,8 @@ def _problem_of_headerless(path: Path, size: int) -> str | None:
         return "is empty" if size == 0 else f"is truncated ({size} bytes, 2 per token)"
     first, last = _both_ends(path)
     highest = max(int(first.max()), int(last.max()))
-    if highest > END_OF_TEXT:
-        return f"has token id {highest}, GPT-2's highest is {END_OF_TEXT}"
+    if (problem := token_problem(highest)) is not None:
+        return problem
     header = first[: HEADER_BYTES // TOKEN_BYTES]
     if max(_share_of_zeros(header), _share_of_zeros(first), _share_of_zeros(last)) > _MOST_ZEROS:
         return "has too many zeros: a damaged header, or tokens of 4 bytes"

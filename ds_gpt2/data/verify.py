@@ -1,105 +1,119 @@
-"""Verify the shards before training: checksums and token ids. Each shard is read once; results are recorded."""
+"""Verify shards by reading them completely: checksums, token ids, duplicates."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError, reason_of
-from ds_gpt2.common.files import regular_only, replace_file
-from ds_gpt2.data.dataset import Dataset
-from ds_gpt2.data.shards import TOKEN_BYTES, Tokens, start_of
-from ds_gpt2.distributed import collectives
-from ds_gpt2.model.shape import VOCABULARY
-
-log = logging.getLogger(__name__)
+from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.host import usable_cores
+from ds_gpt2.data import tokenizer
+from ds_gpt2.data.dataset import Dataset, Shard, Split
+from ds_gpt2.data.shards import TOKEN_BYTES, count_tokens, start_of, token_problem
 
 _BLOCK_BYTES = 1 << 25
+_MOST_END_OF_TEXT = 0.5  # share of <|endoftext|> tokens above which a shard is not text
 
-_Record = dict[str, dict[str, Any]]  # by shard: "stamp" (size, modification time in ns) and "sha256" when verified
+
+@dataclass(frozen=True)
+class ShardContent:
+    """The result of reading a whole shard, without its entry in the index."""
+
+    tokens: int
+    end_of_text: int  # number of <|endoftext|> tokens, which begin documents
+    sha256: str  # of the whole file
+    problem: str | None  # a token id that GPT-2 does not have, with its position; None if there is none
 
 
-def check_shards(dataset: Dataset, memory: Path) -> None:
-    """Read all shards that changed since this run last read them. The ranks share the work.
+@dataclass(frozen=True)
+class ShardReport:
+    """The result of comparing a shard with its entry in the index."""
+
+    file: str
+    split: Split
+    tokens: int
+    end_of_text: int  # number of <|endoftext|> tokens, which begin documents
+    sha256: str | None  # None if the shard cannot be read
+    problem: str | None  # None if the shard is good
+
+
+def verify_shards(dataset: Dataset, on_read: Callable[[ShardReport], object] = lambda _: None) -> list[ShardReport]:
+    """Compare every shard with the index and with the other shards, one thread per core.
 
     Args:
-        memory: JSON file with the record of earlier calls; written by rank 0.
+        on_read: called with the report of each shard when it has been read.
 
-    Raises:
-        UserError: on every rank, if a shard does not have the checksum of the index or, without an index, of the
-            record; or if a token id is out of range.
+    Returns:
+        One report per shard, in the order of the dataset.
     """
-    record: _Record = collectives.gather_objects(_read_record(memory))[0]  # rank 0's, the same on all ranks
-    changed = [shard for shard in dataset.shards if not _is_verified(dataset.dir, shard.file, record)]
-    if changed:
-        log.info(f"verifying {sum(shard.tokens for shard in changed):,} tokens ...")
-    mine = changed[collectives.rank() :: collectives.world_size()]
-    expected = {shard.file: shard.sha256 or record.get(shard.file, {}).get("sha256") for shard in mine}
-    for found in collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, expected))):
-        record |= found
-    if changed and collectives.is_main():
-        replace_file(memory, json.dumps(record, indent=1) + "\n")
+    file_by_hash: dict[str, str] = {}
+    reports = []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for report in pool.map(lambda shard: verify_shard(dataset.dir, shard), dataset.shards):
+            if report.problem is None and report.sha256 in file_by_hash:
+                report = replace(report, problem=f"has the same content as {file_by_hash[report.sha256]}")
+            if report.sha256 is not None:
+                file_by_hash.setdefault(report.sha256, report.file)
+            on_read(report)
+            reports.append(report)
+    return reports
 
 
-def _check(directory: Path, expected: dict[str, str | None]) -> _Record:
-    """Return the record of the shards in ``directory`` whose hashes are ``expected``; None if no hash is known.
-
-    Raises:
-        UserError: see ``check_shards``, or a shard cannot be read.
-    """
-    found: _Record = {}
-    for name, sha256 in expected.items():
-        path = directory / name
-        stamp, digest = _stamp(path), _read(path)
-        if sha256 not in (None, digest):
-            raise UserError(f"shard {path} was changed (checksum mismatch): restore it or prepare the data again")
-        found[name] = {"stamp": stamp, "sha256": digest}
-    return found
-
-
-def _read(path: Path) -> str:
-    """Read a whole shard and check its token ids; return its sha256."""
+def verify_shard(directory: Path, shard: Shard) -> ShardReport:
+    """Read a whole shard and compare it with its entry in the index. Errors become the report's ``problem``."""
     try:
-        position, start, digest = 0, start_of(path), hashlib.sha256()
+        content = read_content(directory / shard.file)
+    except UserError as error:
+        return ShardReport(shard.file, shard.split, 0, 0, None, str(error))
+    return ShardReport(
+        shard.file, shard.split, content.tokens, content.end_of_text, content.sha256, _problem(shard, content)
+    )
+
+
+def read_content(path: Path) -> ShardContent:
+    """Read a whole shard once.
+
+    No memory map is used: an I/O error in one is a SIGBUS, which ends the process without an error message.
+
+    Raises:
+        UserError: the file is missing, truncated, unreadable or not a shard.
+    """
+    count, digest = count_tokens(path), hashlib.sha256()
+    position, ends, problem = 0, 0, None
+    try:
+        start = start_of(path)
         with open(path, "rb", opener=regular_only) as file:
             digest.update(file.read(start))
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
-                _check_tokens(path, np.frombuffer(block, "<u2"), position)
-                position += len(block) // TOKEN_BYTES
+                tokens = np.frombuffer(block, "<u2", len(block) // TOKEN_BYTES)[: count - position]
+                if problem is None and len(tokens):
+                    index = int(tokens.argmax())
+                    problem = token_problem(int(tokens[index]), position + index)
+                ends += int(np.count_nonzero(tokens == tokenizer.END_OF_TEXT))
+                position += len(tokens)
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {reason_of(error)}") from None
-    return digest.hexdigest()
+    if position < count:
+        raise UserError(f"shard {path} was truncated while it was read: restore it or prepare the data again")
+    return ShardContent(count, ends, digest.hexdigest(), problem)
 
 
-def _check_tokens(path: Path, tokens: Tokens, position: int) -> None:
-    index = int(tokens.argmax())
-    if tokens[index] >= VOCABULARY:
-        raise UserError(
-            f"shard {path} has token id {tokens[index]} at position {position + index}: GPT-2's ids are 0 to"
-            f" {VOCABULARY - 1}; the file is damaged or was encoded by another tokenizer"
-        )
-
-
-def _is_verified(directory: Path, name: str, record: _Record) -> bool:
-    return name in record and record[name]["stamp"] == _stamp(directory / name)
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _read_record(memory: Path) -> _Record:
-    try:
-        content = safe_json.read(memory)
-        # Earlier versions recorded absolute paths.
-        return {Path(path).name: {"stamp": each["stamp"], "sha256": each["sha256"]} for path, each in content.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}  # no record, or a damaged one: all shards are read again
+def _problem(shard: Shard, content: ShardContent) -> str | None:
+    if content.tokens != shard.tokens:
+        return f"has {content.tokens:,} tokens, dataset.json records {shard.tokens:,}"
+    if shard.sha256 is not None and content.sha256 != shard.sha256:
+        return "has a checksum mismatch: its sha256 is not the one in dataset.json"
+    if content.problem is not None:
+        return content.problem
+    if not content.tokens:
+        return "is empty"
+    if content.end_of_text > _MOST_END_OF_TEXT * content.tokens:
+        return f"is not text: {content.end_of_text:,} of its {content.tokens:,} tokens are <|endoftext|>"
+    return None

@@ -32,7 +32,7 @@ from ds_gpt2.config.run_location import public_tree, write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
-from ds_gpt2.data.verify import check_shards
+from ds_gpt2.data.verify_on_ranks import check_shards
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.rng_state import seed_everything

@@ -1,3 +1,7 @@
+"""Verification of datasets: every shard is compared with the index and with the other shards."""
+
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path
@@ -5,74 +9,98 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_gpt2.common.errors import UserError
-from ds_gpt2.data import verify
-from ds_gpt2.data.dataset import open_dataset
-from ds_gpt2.data.verify import check_shards
+from ds_gpt2.cli import main
+from ds_gpt2.data import tokenizer
+from ds_gpt2.data.dataset import open_dataset, read_dataset
+from ds_gpt2.data.prepare.holdout import EveryPiece
+from ds_gpt2.data.prepare.pipeline import Recipe, prepare
+from ds_gpt2.data.prepare.sources import Listed, Source
+from ds_gpt2.data.shards import HEADER_BYTES, header_of
+from ds_gpt2.data.verify import verify_shards
+
+END = tokenizer.END_OF_TEXT
+DOCUMENTS = [f"This is document number {number}, " + "and it goes on " * (number % 5) for number in range(100)]
 
 
 @pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    path = tmp_path / "data" / "x_train_000001.npy"
-    path.parent.mkdir()
-    np.save(path, np.full(5000, 50_256, np.uint16))
-    return path
+def data(tmp_path: Path) -> Path:
+    source = Source("test", [Listed("documents", lambda: [None, *DOCUMENTS])])
+    return prepare(source, tmp_path / "data", Recipe(EveryPiece(10), shard_tokens=400), workers=1).dir
 
 
-def _damage(shard: Path) -> None:
-    tokens = np.load(shard)
-    tokens[4321] = 50_257
-    np.save(shard, tokens)
+def problems(directory: Path) -> dict[str, str]:
+    return {report.file: report.problem for report in verify_shards(read_dataset(directory)) if report.problem}
 
 
-def test_a_good_dataset_passes_and_is_read_once(shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = tmp_path / "record.json"
-    check_shards(open_dataset(shard.parent), record)
-    assert list(json.loads(record.read_text())) == [shard.name]
-    monkeypatch.setattr(verify, "_read", lambda path: pytest.fail(f"{path} was read a second time"))
-    check_shards(open_dataset(shard.parent), record)
+def test_a_prepared_dataset_passes_verification(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = verify_shards(open_dataset(data))
+    assert len(reports) > 4 and all(report.problem is None for report in reports)
+    assert sum(report.end_of_text for report in reports) == 100
+    assert main(["verify", str(data)]) == 0
+    assert f"{len(reports)} of {len(reports)} shards are good" in capsys.readouterr().out
 
 
-def test_a_token_out_of_range_is_an_error_with_its_position(shard: Path, tmp_path: Path) -> None:
-    _damage(shard)
-    with pytest.raises(UserError, match=rf"{shard.name} has token id 50257 at position 4321"):
-        check_shards(open_dataset(shard.parent), tmp_path / "record.json")
-    assert not (tmp_path / "record.json").exists()
+def test_verification_reports_the_problem_of_each_shard(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = sorted(data.glob("train_*.bin"))
+    shutil.copy(shards[0], shards[1])  # a duplicate has a wrong hash, too
+    with shards[2].open("r+b") as file:
+        file.truncate(HEADER_BYTES + 100)
+    content = bytearray(shards[3].read_bytes())
+    content[HEADER_BYTES + 9] ^= 4
+    shards[3].write_bytes(content)
+    (data / "val_000000.bin").unlink()
+    found = problems(data)
+    assert sorted(found) == [shards[1].name, shards[2].name, shards[3].name, "val_000000.bin"]
+    assert "sha256" in found[shards[1].name] and "sha256" in found[shards[3].name]
+    assert "its header requires" in found[shards[2].name] and "is missing" in found["val_000000.bin"]
+    assert main(["verify", str(data), "--json"]) == 1
+    output = json.loads(capsys.readouterr().out)
+    assert {report["file"] for report in output if report["problem"]} == set(found)
 
 
-def test_a_shard_changed_since_it_was_recorded_is_an_error(shard: Path, tmp_path: Path) -> None:
-    """Without an index the run records checksums; a new modification time alone is no change."""
-    record = tmp_path / "record.json"
-    check_shards(open_dataset(shard.parent), record)
-    np.save(shard, np.load(shard))
-    check_shards(open_dataset(shard.parent), record)
-    np.save(shard, np.full(5000, 7, np.uint16))
-    with pytest.raises(UserError, match=rf"{shard.name} was changed \(checksum mismatch\)"):
-        check_shards(open_dataset(shard.parent), record)
-    check_shards(open_dataset(shard.parent), tmp_path / "another run.json")
+def test_shards_without_an_index_are_verified_by_content(tmp_path: Path) -> None:
+    def write(name: str, tokens: list[int]) -> None:
+        (tmp_path / name).write_bytes(header_of(len(tokens)) + np.array(tokens, "<u2").tobytes())
+
+    write("x_val_000000.bin", [END, 1, 2, 3])
+    write("x_train_000001.bin", [END, 4, 5, 6])
+    write("x_train_000002.bin", [END, 1, 2, 3])
+    write("x_train_000003.bin", [END, 1, 2, 60_000])
+    write("x_train_000004.bin", [END] * 50)
+    write("x_train_000005.bin", [])
+    found = problems(tmp_path)
+    assert found.pop("x_val_000000.bin", None) or found.pop("x_train_000002.bin")  # duplicates
+    assert "token id 60000" in found["x_train_000003.bin"] and "is not text" in found["x_train_000004.bin"]
+    assert found["x_train_000005.bin"] == "is empty" and len(found) == 3
 
 
-def test_a_shard_that_differs_from_the_index_is_an_error(dataset_dir: Path, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
-    file = directory / open_dataset(directory).split("train")[0].file
-    content = bytearray(file.read_bytes())
-    content[5000] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{file.name} was changed \(checksum mismatch\)"):
-        check_shards(open_dataset(directory), tmp_path / "record.json")
+def test_verify_reports_shards_of_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("x_train_0.bin", "x_validation_0.bin", "x_test_0.bin")):
+        content = np.arange(number, number + 500, dtype="<u2")
+        (tmp_path / name).write_bytes(header_of(500) + content.tobytes())
+    assert main(["verify", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert (
+        "skipped, because their names mark them as test data: x_test_0.bin" in output
+        and "2 of 2 shards are good" in output
+    )
 
 
-def test_a_changed_shard_is_read_again(shard: Path, tmp_path: Path) -> None:
-    record = tmp_path / "record.json"
-    check_shards(open_dataset(shard.parent), record)
-    _damage(shard)
-    with pytest.raises(UserError, match="position 4321"):
-        check_shards(open_dataset(shard.parent), record)
+def test_verify_names_subdirectories_with_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "top" / "deep").mkdir(parents=True)
+    (tmp_path / "top" / "deep" / "x_train_0.bin").write_bytes(header_of(5) + bytes(10))
+    for name, expected in (("empty", "has neither"), ("top", "its subdirectories deep have shards: give one of them")):
+        assert main(["verify", str(tmp_path / name)]) == 2
+        output = capsys.readouterr().err
+        assert output.startswith(f"error: no data: {tmp_path / name} ") and expected in output
+        assert output.count("\n") == 1
 
 
-def test_a_damaged_record_is_ignored(shard: Path, tmp_path: Path) -> None:
-    record = tmp_path / "record.json"
-    record.write_text("{")
-    _damage(shard)
-    with pytest.raises(UserError, match="position 4321"):
-        check_shards(open_dataset(shard.parent), record)
+def test_verify_reports_every_shard_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("a_train_0.bin", "b_train_1.bin", "x_val_0.bin")):
+        content = np.arange(number, number + 500, dtype="<u2").tobytes()
+        (tmp_path / name).write_bytes(header_of(500) + content[: 999 if number == 0 else None])
+    assert main(["verify", str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert output.startswith("BAD   a_train_0.bin") and "2 of 3 shards are good" in output

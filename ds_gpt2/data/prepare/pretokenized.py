@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data.dataset import Dataset, Shard, index_content, open_dataset
-from ds_gpt2.data.inspect import read_shard
 from ds_gpt2.data.prepare.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.output import check_free_space, publish, unfinished
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens, sha256
 from ds_gpt2.data.split_names import split_of
+from ds_gpt2.data.verify import verify_shard
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,6 @@ def _checked(path: Path, directory: Path, file: HubFile) -> Shard:
     split = split_of(path)
     assert split is not None  # see _chosen
     shard = Shard(path.name, split, count_tokens(path), file.size, file.sha256 or sha256(path))
-    if (problem := read_shard(directory, shard).problem) is not None:
+    if (problem := verify_shard(directory, shard).problem) is not None:
         raise UserError(f"{file.path} of {file.repository} {problem}")
     return shard

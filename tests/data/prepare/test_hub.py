@@ -196,7 +196,7 @@ def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> 
         (["pretokenized", "some/text"], "error: some/text has no .bin shards for both training and validation"),
         (
             ["pretokenized", "some/wrong"],
-            "error: x_train_1.bin of some/wrong has token id 60000, GPT-2's highest is 50256",
+            "error: x_train_1.bin of some/wrong has token id 60000 at position 1, GPT-2's highest is 50256",
         ),
         (["hub", "HuggingFaceFW/fineweb-edu", "--column", "body"], "error: {out}"),
     ],
