@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.formatting import size
 from ds_gpt2.tools.doctor.file_system import MOUNTS, mount_of, read_mounts
 from ds_gpt2.tools.doctor.finding import Finding
+from ds_gpt2.tools.resources.checkpoint_space import own_bytes
 from ds_gpt2.tools.resources.machine import existing
 from ds_gpt2.tools.resources.requirements import DiskRequirement
 
@@ -35,7 +35,7 @@ def directories(paths: Iterable[Path]) -> list[Finding]:
 def free_space(directory: Path, need: DiskRequirement) -> Finding:
     """Check the free space against all retained checkpoints; the run's own checkpoints count as free."""
     free = shutil.disk_usage(existing(directory)).free
-    own = bytes_below(directory)
+    own = own_bytes(directory)
     found = f"{size(free)} free" + (f", {size(own)} used by this run already" if own else "")
     found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.most)}"
     if free + own < need.least:
@@ -80,7 +80,7 @@ def quota(directory: Path, need: DiskRequirement, mounts: Path = MOUNTS) -> Find
     left = _left_of_quota(mount.device)
     if left is None:
         return Finding("quota", "ok", f"none for {_user()} on {mount.point}")
-    own = bytes_below(directory)
+    own = own_bytes(directory)
     if left + own < need.least:
         fix = f"{size(need.least)} are needed: request a larger quota"
         return Finding("quota", "fail", f"{size(left)} left", fix)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ds_gpt2.checkpoint.catalog import scan
-from ds_gpt2.checkpoint.listing import freed_by
 from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
@@ -28,6 +27,7 @@ from ds_gpt2.tools.plan.sections import (
 )
 from ds_gpt2.tools.plan.trial_results import Traces
 from ds_gpt2.tools.resources import machine
+from ds_gpt2.tools.resources.checkpoint_space import own_bytes
 from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
 from ds_gpt2.tools.resources.prices import Prices
 from ds_gpt2.tools.resources.run_schedule import run_schedule_of
@@ -60,7 +60,6 @@ def subject_of(
     shared = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
     windows, no_data = _windows(settings)
     compiled = torch_compile.is_enabled(settings.run.compile, layout.accelerator)
-    own = freed_by([found.path for found in scan(settings.checkpoint_dir)])
     return Subject(
         settings,
         shared,
@@ -68,7 +67,7 @@ def subject_of(
         describe_model(settings.model, batch.sequence_length, compiled),
         zero,
         run_schedule_of(settings, shared.windows_per_step, windows),
-        disk_free=machine.disk_free(settings.checkpoint_dir) + own if disk_free is None else disk_free,
+        disk_free=_free_for_run(settings.checkpoint_dir) if disk_free is None else disk_free,
         memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(layout),
         elsewhere=hardware,
         disk_given=disk_free is not None,
@@ -109,6 +108,11 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
         return None, f"{settings.data.dir} does not exist yet, or is empty"
     dataset = open_dataset(settings.data.dir)
     return len(Windows(dataset, "train", settings.batch.sequence_length)), None
+
+
+def _free_for_run(checkpoint_dir: Path) -> int:
+    """Return the free bytes on the disk of the checkpoints, including those that the run already has."""
+    return machine.disk_free(checkpoint_dir) + own_bytes(checkpoint_dir)
 
 
 def _options_section(subject: Subject, options: Sequence[Option]) -> PlanSection:

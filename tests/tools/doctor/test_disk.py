@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoint_files import write_checkpoint
 from doctor_helpers import changed, unprivileged
 
+from ds_gpt2.checkpoint.naming import BEST_TAG, rolling_tag
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.tools.doctor import disk
 from ds_gpt2.tools.doctor.checks import checks
@@ -33,12 +35,14 @@ def test_free_space_is_compared_with_the_requirement(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_the_run_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(bytes(3_000_000))
-    os.link(tmp_path / "file", tmp_path / "linked")
+    newest = write_checkpoint(tmp_path, rolling_tag(2), 2, {"file": bytes(3_000_000)})
+    best = write_checkpoint(tmp_path, BEST_TAG, 2, {"file": b""})  # shares the file of the newest one
+    (best / "file").unlink()
+    os.link(newest / "file", best / "file")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     row = disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_000, 4_000_000))
     assert (row.status, "1.0 MB free, 3.0 MB used by this run already" in row.found) == ("ok", True)
-    assert disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_001, 4_000_001)).status == "fail"
+    assert disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_010_000, 4_010_000)).status == "fail"
 
 
 def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
