@@ -51,8 +51,13 @@ class Curve:
 
     def last(self) -> float | None:
         """Return the newest finite value; None if there is none."""
-        values = self.finite().values
-        return float(values[-1]) if len(values) else None
+        newest = self.newest()
+        return None if newest is None else newest[1]
+
+    def newest(self) -> tuple[int, float] | None:
+        """Return (step, value) of the newest finite value; None if there is none."""
+        finite = self.finite()
+        return (int(finite.steps[-1]), float(finite.values[-1])) if len(finite) else None
 
     def not_finite_at_end(self) -> int | None:
         """Return the step of the newest value if that is NaN or infinite; else None."""

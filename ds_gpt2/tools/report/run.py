@@ -18,7 +18,7 @@ from ds_gpt2.run_dir.metrics import METRICS, STARTS, TIME, planned_steps, read_s
 from ds_gpt2.run_dir.notes import NOTES
 from ds_gpt2.tools.report.curves import Curves, read_records
 from ds_gpt2.tools.resources.history import lost_by_start, newest_events, restarts_of
-from ds_gpt2.tools.resources.run_steps import total_steps
+from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 
 _SAME_START_SECONDS = 60.0  # largest difference between the two records of a start
 
@@ -53,8 +53,9 @@ class Run:
     @property
     def steps(self) -> int | None:
         """Planned steps; None if they follow from the data and nothing is recorded yet."""
-        epoch, step = self.records.curve("train/epoch").last(), self.records.newest
-        return total_steps(self.settings.schedule, self.planned, epoch / step if epoch else None)
+        newest = self.records.curve("train/epoch").newest()
+        records = [] if newest is None else [{"step": newest[0], "train/epoch": newest[1]}]
+        return total_steps(self.settings.schedule, self.planned, epochs_per_step(records))
 
     def since(self, time: float) -> Run:
         """Return the run reduced to ``time`` (seconds since 1970) and later; settings and notes are unchanged."""
