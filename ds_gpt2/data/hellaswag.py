@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import os
+import io
 import re
-import shutil
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import no_links, read_small, regular_only
+from ds_gpt2.common.files import read_small, regular_only, replace_file
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.shards import Tokens, sha256
 
@@ -73,13 +73,16 @@ def fetch(path: Path, url: str, digest: str) -> None:
         UserError: the file cannot be downloaded or written, or its checksum differs.
     """
     try:
-        with _replacing(path) as partial:
-            found = _download(url, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as content:
+            found = _download(url, content, path.stem)
             if found != digest:
                 raise UserError(
                     f"checksum mismatch: {url} has sha256 {found[:12]}..., not {digest[:12]}..., perhaps because the"
                     f" download was cut short: {_FIX}"
                 )
+            content.seek(0)
+            replace_file(path, content)
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{url} cannot be downloaded to {path.parent}: {reason}; {_FIX}") from None
@@ -94,8 +97,9 @@ def copy(source: Path, path: Path) -> None:
     for _ in read_questions(source):
         pass  # each line is checked
     try:
-        with _replacing(path) as partial:
-            shutil.copyfile(source, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb", opener=regular_only) as file:
+            replace_file(path, file)
     except OSError as error:
         raise UserError(f"cannot copy {source} to {path.parent}: {error.strerror or error}") from None
 
@@ -217,29 +221,21 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _download(url: str, partial: Path) -> str:
-    """Download ``url`` to ``partial``; return the sha256 of its content."""
+def _download(url: str, file: IO[bytes], title: str) -> str:
+    """Download ``url`` to ``file``; return the sha256 of its content.
+
+    Args:
+        title: of the progress bar.
+    """
     digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, partial.open("wb") as file:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
         size = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, desc=partial.stem, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        with tqdm(total=size, desc=title, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             while block := response.read(_BLOCK_BYTES):
                 file.write(block)
                 digest.update(block)
                 bar.update(len(block))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, and replace ``path`` by it unless an exception is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_cache(cache: Path, items: list[Item]) -> None:
@@ -251,8 +247,11 @@ def _write_cache(cache: Path, items: list[Item]) -> None:
         "characters": np.stack([item.characters for item in items]),
         "bytes": np.stack([item.bytes for item in items]),
     }
-    with contextlib.suppress(OSError), _replacing(cache) as partial, open(partial, "wb", opener=no_links) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(cache, content.getvalue())
 
 
 def _read_cache(cache: Path) -> list[Item] | None:
