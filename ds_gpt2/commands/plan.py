@@ -22,10 +22,11 @@ from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
-from ds_gpt2.tools.plan.estimate import Plan, make_plan, subject_of
-from ds_gpt2.tools.plan.plan import Hardware, Subject, Value
+from ds_gpt2.tools.plan.estimate import inputs_of, make_plan
+from ds_gpt2.tools.plan.inputs import Hardware, PlanInputs
+from ds_gpt2.tools.plan.plan import Plan, Value
 from ds_gpt2.tools.plan.trial import LEAST_STEPS, Limits, Trial, TrialError, run_trial
-from ds_gpt2.tools.plan.trial_results import Traces
+from ds_gpt2.tools.plan.trial_results import TrialResults
 from ds_gpt2.tools.resources.prices import Prices
 
 WIDTH = 100  # columns
@@ -67,15 +68,15 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
     disk_free = None if options.disk_free_gb is None else int(options.disk_free_gb * 1e9)
-    subject = subject_of(settings, options.num_gpus, _hardware(options), disk_free)
-    traces = None
-    if not options.quick and subject.elsewhere is None and subject.no_data is None:
+    inputs = inputs_of(settings, options.num_gpus, _hardware(options), disk_free)
+    results = None
+    if not options.quick and inputs.other_hardware is None and inputs.no_data is None:
         try:
-            traces = _trial(config, overrides, subject, Limits(options.steps, options.seconds))
+            results = _trial(config, overrides, inputs, Limits(options.steps, options.seconds))
         except TrialError as error:
             print(f"error: {error}", file=sys.stderr)
             return exit_report.CRASHED
-    plan = make_plan(subject, traces, prices, time.time())
+    plan = make_plan(inputs, results, prices, time.time())
     if options.json:
         print(json.dumps(as_json(plan)))
     else:
@@ -87,9 +88,9 @@ def run(options: argparse.Namespace) -> int:
 
 def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
     """Yield the lines of a plan, at most ``width`` columns wide."""
-    subject = plan.subject
-    where = "the CPU" if subject.on_cpu else "other GPUs" if subject.elsewhere else "GPUs"
-    yield f"plan of {subject.settings.run.name}: {counted(subject.layout.ranks, 'rank')} on {where}"
+    inputs = plan.inputs
+    where = "the CPU" if inputs.on_cpu else "other GPUs" if inputs.other_hardware else "GPUs"
+    yield f"plan of {inputs.settings.run.name}: {counted(inputs.layout.ranks, 'rank')} on {where}"
     for section in plan.sections:
         yield f"\n{section.title}"
         for row in section.rows:
@@ -106,7 +107,7 @@ def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return a plan for JSON: every figure by name, with its basis."""
-    subject = plan.subject
+    inputs = plan.inputs
     figures = {
         name: {**_plain(value), "basis": row.basis}
         for section in plan.sections
@@ -114,8 +115,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         for name, value in row.figures.items()
     }
     return {
-        "run": subject.settings.run.name,
-        "accelerator": subject.layout.accelerator,
+        "run": inputs.settings.run.name,
+        "accelerator": inputs.layout.accelerator,
         "fits": not plan.problems,
         "problems": list(plan.problems),
         "figures": figures,
@@ -146,11 +147,9 @@ def _hardware(options: argparse.Namespace) -> Hardware | None:
     return Hardware(options.tflops * 1e12, int(options.gpu_memory_gb * 1e9))
 
 
-def _trial(config: Path, overrides: dict[str, str], subject: Subject, limits: Limits) -> Traces:
+def _trial(config: Path, overrides: dict[str, str], inputs: PlanInputs, limits: Limits) -> TrialResults:
     try:
-        return run_trial(
-            Trial(config, overrides, subject.settings, subject.batch, subject.layout, limits, _show_progress)
-        )
+        return run_trial(Trial(config, overrides, inputs.settings, inputs.batch, inputs.layout, limits, _show_progress))
     finally:
         _show_progress("")
 

@@ -37,12 +37,12 @@ def free_space(directory: Path, need: DiskRequirement) -> Finding:
     free = shutil.disk_usage(existing(directory)).free
     own = own_bytes(directory)
     found = f"{size(free)} free" + (f", {size(own)} used by this run already" if own else "")
-    found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.most)}"
-    if free + own < need.least:
-        fix = f"at least {size(need.least)} are needed: free some space, or set checkpoint.dir to a larger disk"
+    found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.maximum)}"
+    if free + own < need.minimum:
+        fix = f"at least {size(need.minimum)} are needed: free some space, or set checkpoint.dir to a larger disk"
         return Finding("free space", "fail", found, fix)
-    if free + own < need.most:
-        fewer = need.last - -(-(need.most - free - own) // need.checkpoint)
+    if free + own < need.maximum:
+        fewer = need.rolling - -(-(need.maximum - free - own) // need.checkpoint)
         less = f"set checkpoint.keep_last={fewer}" if fewer >= 2 else "set checkpoint.epochs_as=weights, keep_epochs"
         fix = f"older checkpoints would be deleted early: free some space, or {less}"
         return Finding("free space", "warn", found, fix)
@@ -81,11 +81,11 @@ def quota(directory: Path, need: DiskRequirement, mounts: Path = MOUNTS) -> Find
     if left is None:
         return Finding("quota", "ok", f"none for {_user()} on {mount.point}")
     own = own_bytes(directory)
-    if left + own < need.least:
-        fix = f"{size(need.least)} are needed: request a larger quota"
+    if left + own < need.minimum:
+        fix = f"{size(need.minimum)} are needed: request a larger quota"
         return Finding("quota", "fail", f"{size(left)} left", fix)
-    if left + own < need.most:
-        fix = f"the settings keep up to {size(need.most)}: keep fewer checkpoints"
+    if left + own < need.maximum:
+        fix = f"the settings keep up to {size(need.maximum)}: keep fewer checkpoints"
         return Finding("quota", "warn", f"{size(left)} left", fix)
     return Finding("quota", "ok", f"{size(left)} left")
 

@@ -1,4 +1,4 @@
-"""The subject of a plan, and the rows of which a plan consists: text, figures, and the basis of the figures."""
+"""A plan: rows of text and figures in sections, each with the basis of its figures."""
 
 from __future__ import annotations
 
@@ -6,46 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ds_gpt2.config.batch_plan import BatchPlan
-from ds_gpt2.config.settings import Settings
 from ds_gpt2.monitoring.pace import Range
-from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.tools.resources.memory_model import Model, Zero
-from ds_gpt2.tools.resources.run_schedule import RunSchedule
+from ds_gpt2.tools.plan.inputs import PlanInputs
 
 # exact: arithmetic on the settings; measured: on this machine, by the trial; predicted: by formulas, or extrapolated
 # from measurements; estimated: from figures of another machine or run.
 Basis = Literal["exact", "measured", "predicted", "estimated", "not known"]
 Value = int | float | str | Range | None
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The GPUs of another machine."""
-
-    flops: float  # peak of one GPU per second, dense bf16
-    memory: int  # bytes of one GPU
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The run that is planned, and the resources that are available."""
-
-    settings: Settings
-    batch: BatchPlan
-    layout: RankLayout
-    model: Model
-    zero: Zero
-    schedule: RunSchedule | None  # None: the steps follow from data that does not exist yet
-    disk_free: int  # bytes for checkpoints, including those that the run already has
-    memory_free: int | None  # bytes for one rank: of its GPU, or its share of the host; None if not known
-    elsewhere: Hardware | None = None  # the run is planned for the GPUs of another machine
-    disk_given: bool = False  # the free disk space was given on the command line
-    no_data: str | None = None  # why the data cannot be read yet
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.layout.accelerator == "cpu"
 
 
 @dataclass(frozen=True)
@@ -62,3 +29,24 @@ class PlanRow:
 class PlanSection:
     title: str
     rows: Sequence[PlanRow]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A division of the token budget into micro-batches and ranks."""
+
+    micro_batch: int
+    accumulation: int
+    ranks: int
+    rank_bytes: int
+    fits: bool | None  # None: not known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The estimates for a run."""
+
+    inputs: PlanInputs
+    sections: Sequence[PlanSection]
+    options: Sequence[Option]
+    problems: Sequence[str]  # reasons why the run is not possible, each with a fix

@@ -10,9 +10,10 @@ from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
-from ds_gpt2.tools.plan.plan import Basis, PlanRow, PlanSection, Subject, Value
+from ds_gpt2.tools.plan.inputs import PlanInputs
+from ds_gpt2.tools.plan.plan import Basis, PlanRow, PlanSection, Value
 from ds_gpt2.tools.plan.timing import Timing
-from ds_gpt2.tools.plan.trial_results import Traces
+from ds_gpt2.tools.plan.trial_results import TrialResults
 from ds_gpt2.tools.resources import memory_model
 from ds_gpt2.tools.resources.checkpoint_space import Count, simulate
 from ds_gpt2.tools.resources.prices import Prices, cost_of
@@ -22,10 +23,10 @@ from ds_gpt2.tools.resources.run_schedule import RunSchedule, occasions
 _NO_STEPS = "not known without the number of steps"
 
 
-def batch_section(subject: Subject) -> PlanSection:
+def batch_section(inputs: PlanInputs) -> PlanSection:
     """Return the division of the token budget, the steps and the parameters."""
-    batch, schedule, model = subject.batch, subject.schedule, subject.model
-    shared = (
+    batch, schedule, model = inputs.batch, inputs.schedule, inputs.model
+    division = (
         f"{batch.tokens_per_step:,} = {counted(batch.micro_batch, 'window')} x {batch.sequence_length:,} tokens"
         f" x {counted(batch.accumulation, 'micro-batch', 'micro-batches')} x {counted(batch.world_size, 'rank')}"
     )
@@ -40,25 +41,25 @@ def batch_section(subject: Subject) -> PlanSection:
     return PlanSection(
         "batch",
         [
-            PlanRow("tokens per step", shared, "exact", arithmetic),
-            _steps_row(subject, schedule),
-            *_data_rows(subject),
+            PlanRow("tokens per step", division, "exact", arithmetic),
+            _steps_row(inputs, schedule),
+            *_data_rows(inputs),
             PlanRow("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
         ],
     )
 
 
-def _data_rows(subject: Subject) -> list[PlanRow]:
-    if subject.no_data is None:
+def _data_rows(inputs: PlanInputs) -> list[PlanRow]:
+    if inputs.no_data is None:
         return []
-    return [PlanRow("data", f"no epochs and no trial: {subject.no_data}", "not known")]
+    return [PlanRow("data", f"no epochs and no trial: {inputs.no_data}", "not known")]
 
 
-def _steps_row(subject: Subject, schedule: RunSchedule | None) -> PlanRow:
+def _steps_row(inputs: PlanInputs, schedule: RunSchedule | None) -> PlanRow:
     if schedule is None:
-        text = f"not known: schedule.epochs={subject.settings.schedule.epochs:g} of data that does not exist yet"
+        text = f"not known: schedule.epochs={inputs.settings.schedule.epochs:g} of data that does not exist yet"
         return PlanRow("steps", text, "not known", {"steps": None, "tokens": None, "epochs": None})
-    total, epochs = subject.batch.tokens_per_step * schedule.steps, schedule.epochs
+    total, epochs = inputs.batch.tokens_per_step * schedule.steps, schedule.epochs
     text = f"{schedule.steps:,}: {tokens(total)} tokens"
     if epochs is not None and schedule.windows_per_epoch is not None:
         digits = 2 if epochs < MANY_EPOCHS else 0
@@ -67,47 +68,47 @@ def _steps_row(subject: Subject, schedule: RunSchedule | None) -> PlanRow:
     return PlanRow("steps", text, "exact", {"steps": schedule.steps, "tokens": total, "epochs": epochs})
 
 
-def memory_section(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanSection:
+def memory_section(inputs: PlanInputs, results: TrialResults | None, calibration: Calibration) -> PlanSection:
     """Return the tensors at their peak by kind, then the memory that a rank needs in total."""
-    most = memory_model.peak(subject.model, subject.batch, subject.zero, subject.layout.accelerator)
-    ranks = subject.batch.world_size
+    peak = memory_model.peak(inputs.model, inputs.batch, inputs.zero, inputs.layout.accelerator)
+    ranks = inputs.batch.world_size
     parts = (
-        ("weights", most.weights, "in bf16, on every rank"),
-        ("partition", most.optimizer, f"fp32 masters and two moments, divided among {counted(ranks, 'rank')}"),
-        ("gradients", most.gradients, "fp32 sums on every rank, and reduce buckets"),
-        ("activations", most.activations, "of one micro-batch"),
-        ("logits", most.logits, "and the temporary tensors of the loss"),
+        ("weights", peak.weights, "in bf16, on every rank"),
+        ("partition", peak.optimizer, f"fp32 masters and two moments, divided among {counted(ranks, 'rank')}"),
+        ("gradients", peak.gradients, "fp32 sums on every rank, and reduce buckets"),
+        ("activations", peak.activations, "of one micro-batch"),
+        ("logits", peak.logits, "and the temporary tensors of the loss"),
     )
     rows = [
         PlanRow(label, f"{size(count):>9}  {what}", "predicted", {f"{label}_bytes": count})
         for label, count, what in parts
     ]
-    text = f"{size(most.total):>9}  peak, in this part of a step: {most.moment}"
-    rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": most.total}))
-    if traces is not None and not subject.on_cpu:
-        allocated = max(rank.device_allocated or 0 for rank in traces.ranks)
-        off = percent(most.total / allocated - 1)
+    text = f"{size(peak.total):>9}  peak, in this part of a step: {peak.moment}"
+    rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": peak.total}))
+    if results is not None and not inputs.on_cpu:
+        allocated = max(rank.device_allocated or 0 for rank in results.ranks)
+        off = percent(peak.total / allocated - 1)
         text = f"{size(allocated):>9}  peak of allocated memory: the prediction is off by {off}"
         rows.append(PlanRow("", text, "measured", {"allocated_bytes": allocated}))
-    return PlanSection("memory of a rank", [*rows, _rank_row(subject, traces, calibration)])
+    return PlanSection("memory of a rank", [*rows, _rank_row(inputs, results, calibration)])
 
 
-def _rank_row(subject: Subject, traces: Traces | None, calibration: Calibration) -> PlanRow:
+def _rank_row(inputs: PlanInputs, results: TrialResults | None, calibration: Calibration) -> PlanRow:
     """Return the total memory of a rank and what is available."""
-    needed, available = calibration.rank_bytes(subject, subject.batch), subject.memory_free
+    needed, available = calibration.rank_bytes(inputs, inputs.batch), inputs.memory_free
     text = f"{size(needed):>9}"
     if available is not None:
-        kind = "free for each rank" if subject.on_cpu else "of its GPU"
+        kind = "free for each rank" if inputs.on_cpu else "of its GPU"
         text += f"  of {size(available)} {kind}"
     figures: dict[str, Value] = {"rank_memory_bytes": needed, "rank_memory_free_bytes": available}
-    if traces is not None and subject.on_cpu:
-        least = min(rank.resident for rank in traces.ranks)
-        text += f"; the smallest rank used {size(least)}"
-        figures["least_rank_memory_bytes"] = least
+    if results is not None and inputs.on_cpu:
+        minimum = min(rank.resident for rank in results.ranks)
+        text += f"; the smallest rank used {size(minimum)}"
+        figures["least_rank_memory_bytes"] = minimum
     return PlanRow("rank total", text, calibration.basis, figures)
 
 
-def time_section(subject: Subject, timing: Timing | None, now: float) -> PlanSection:
+def time_section(inputs: PlanInputs, timing: Timing | None, now: float) -> PlanSection:
     """Return the durations of the parts and of the whole run.
 
     Args:
@@ -117,16 +118,16 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> PlanSec
         return PlanSection(
             "time", [PlanRow("a step", "not measured: no step was run", "not known", {"step_seconds": None})]
         )
-    if subject.schedule is None:
-        rows = [_step_row(subject, timing)]
+    if inputs.schedule is None:
+        rows = [_step_row(inputs, timing)]
         return PlanSection("time", [*rows, PlanRow("whole run", _NO_STEPS, "not known", {"run_seconds": None})])
-    schedule = subject.schedule
+    schedule = inputs.schedule
     rows = [
-        _step_row(subject, timing),
-        *_evaluation_rows(subject, schedule, timing),
+        _step_row(inputs, timing),
+        *_evaluation_rows(inputs, schedule, timing),
         *_save_rows(schedule, timing),
     ]
-    total = run_seconds(subject, schedule, timing)
+    total = run_seconds(inputs, schedule, timing)
     span = f"{duration(total.mean)} ({duration(total.low)} to {duration(total.high)})"
     ends = Range(now + total.mean, now + total.low, now + total.high)
     date = f"{clock(ends.mean)} {zone(ends.mean)} ({clock(ends.low)} to {clock(ends.high)}), if started now"
@@ -136,8 +137,8 @@ def time_section(subject: Subject, timing: Timing | None, now: float) -> PlanSec
     return PlanSection("time", rows)
 
 
-def _step_row(subject: Subject, timing: Timing) -> PlanRow:
-    step, speed = timing.step, subject.batch.tokens_per_step / timing.step.mean
+def _step_row(inputs: PlanInputs, timing: Timing) -> PlanRow:
+    step, speed = timing.step, inputs.batch.tokens_per_step / timing.step.mean
     text = f"{_seconds(step.mean)} ({_seconds(step.low)} to {_seconds(step.high)}), {speed:,.0f} tokens/s"
     figures: dict[str, Value] = {"step_seconds": step, "tokens_per_second": speed}
     if timing.mfu is not None:
@@ -146,9 +147,9 @@ def _step_row(subject: Subject, timing: Timing) -> PlanRow:
     return PlanRow("a step", text, timing.basis, figures)
 
 
-def _evaluation_rows(subject: Subject, schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
+def _evaluation_rows(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
     rows = []
-    for name, count in occasions(subject.settings, schedule.steps).items():
+    for name, count in occasions(inputs.settings, schedule.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
@@ -176,9 +177,9 @@ def _saves(schedule: RunSchedule) -> int:
     return len(schedule.saves(schedule.validations))
 
 
-def run_seconds(subject: Subject, schedule: RunSchedule, timing: Timing) -> Range:
+def run_seconds(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) -> Range:
     """Return the seconds of the whole run, including evaluations and saves."""
-    times = occasions(subject.settings, schedule.steps)
+    times = occasions(inputs.settings, schedule.steps)
     return timing.run_seconds(schedule, times, _saves(schedule))
 
 
@@ -188,110 +189,108 @@ class DiskNeed:
 
     schedule: RunSchedule
     checkpoint: int  # one checkpoint
-    most: int  # the maximum of all checkpoints at the same time
-    most_of: Count  # the checkpoints of ``most``
+    peak: int  # largest size of all checkpoints at one time
+    peak_count: Count  # the checkpoints of ``peak``
     at_end: int  # if the best checkpoint is one of the newest, with which it shares its files
-    at_end_of: Count  # the checkpoints of ``at_end``
+    at_end_count: Count  # the checkpoints of ``at_end``
     saves: int  # at most
     logs: int | None
     tensorboard: int | None  # the part of ``logs`` that event files take
 
     def needed(self, settings: CheckpointSettings) -> int:
         """Return the bytes that the run needs, including those that must remain free."""
-        return self.most + (self.logs or 0) + reserved_bytes(settings)
+        return self.peak + (self.logs or 0) + reserved_bytes(settings)
 
 
-def disk_need(subject: Subject, traces: Traces | None) -> DiskNeed | None:
+def disk_need(inputs: PlanInputs, results: TrialResults | None) -> DiskNeed | None:
     """Simulate all saves of the run and return the disk space; None if the number of steps is not known."""
-    settings, schedule, parameters = subject.settings, subject.schedule, subject.model.parameters
+    settings, schedule, parameters = inputs.settings, inputs.schedule, inputs.model.parameters
     if schedule is None:
         return None
-    full = traces.checkpoint_bytes if traces is not None else None
-    weights = traces.weights_bytes if traces is not None else None
+    full = results.checkpoint_bytes if results is not None else None
+    weights = results.weights_bytes if results is not None else None
     full, weights = full or CHECKPOINT_BYTES * parameters, weights or WEIGHT_BYTES * parameters
-    alone, shared = (simulate(settings.checkpoint, schedule, improving) for improving in (False, True))
-    most_of = max((alone.most, shared.most), key=lambda count: count.bytes(full, weights))
+    not_improving, improving = (simulate(settings.checkpoint, schedule, each) for each in (False, True))
+    peak_count = max((not_improving.peak, improving.peak), key=lambda count: count.bytes(full, weights))
     times = occasions(settings, schedule.steps)
     return DiskNeed(
         schedule=schedule,
         checkpoint=full,
-        most=most_of.bytes(full, weights),
-        most_of=most_of,
-        at_end=shared.at_end.bytes(full, weights),
-        at_end_of=shared.at_end,
-        saves=shared.saves,
-        logs=None if traces is None else round(traces.logs.total(schedule.steps, times)),
-        tensorboard=None if traces is None else round(traces.tensorboard.total(schedule.steps, times)),
+        peak=peak_count.bytes(full, weights),
+        peak_count=peak_count,
+        at_end=improving.at_end.bytes(full, weights),
+        at_end_count=improving.at_end,
+        saves=improving.saves,
+        logs=None if results is None else round(results.logs.total(schedule.steps, times)),
+        tensorboard=None if results is None else round(results.tensorboard.total(schedule.steps, times)),
     )
 
 
-def disk_section(subject: Subject, traces: Traces | None, found: DiskNeed | None) -> PlanSection:
+def disk_section(inputs: PlanInputs, results: TrialResults | None, need: DiskNeed | None) -> PlanSection:
     """Return the sizes of checkpoints and logs, and the space that the run needs."""
-    if found is None:
-        return PlanSection("disk", _disk_rows_without_steps(subject))
-    free_gb = subject.settings.checkpoint.min_free_gb
-    basis: Basis = "measured" if traces is not None and traces.checkpoint_bytes else "predicted"
-    most = f"{size(found.most):>9}  {found.most_of}, including one being written"
-    most += "" if found.schedule.windows_per_epoch else "; without epoch checkpoints, whose number is not known yet"
-    needed = found.needed(subject.settings.checkpoint)
-    needed_text = f"{size(needed):>9}  including {free_gb:g} GB to remain free; {size(subject.disk_free)} are free"
+    if need is None:
+        return PlanSection("disk", _disk_rows_without_steps(inputs))
+    free_gb = inputs.settings.checkpoint.min_free_gb
+    basis: Basis = "measured" if results is not None and results.checkpoint_bytes else "predicted"
+    peak = f"{size(need.peak):>9}  {need.peak_count}, including one being written"
+    peak += "" if need.schedule.windows_per_epoch else "; without epoch checkpoints, whose number is not known yet"
+    needed = need.needed(inputs.settings.checkpoint)
+    needed_text = f"{size(needed):>9}  including {free_gb:g} GB to remain free; {size(inputs.disk_free)} are free"
     rows = [
-        PlanRow("a checkpoint", f"{size(found.checkpoint):>9}", basis, {"checkpoint_bytes": found.checkpoint}),
-        PlanRow("maximum", most, "predicted", {"checkpoints_most_bytes": found.most}),
+        PlanRow("a checkpoint", f"{size(need.checkpoint):>9}", basis, {"checkpoint_bytes": need.checkpoint}),
+        PlanRow("maximum", peak, "predicted", {"checkpoints_most_bytes": need.peak}),
         PlanRow(
             "at the end",
-            f"{size(found.at_end):>9}  {found.at_end_of}, if the best checkpoint is one of the newest",
+            f"{size(need.at_end):>9}  {need.at_end_count}, if the best checkpoint is one of the newest",
             "predicted",
-            {"checkpoints_at_end_bytes": found.at_end},
+            {"checkpoints_at_end_bytes": need.at_end},
         ),
-        _logs_row(found),
-        PlanRow(
-            "needed", needed_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": subject.disk_free}
-        ),
+        _logs_row(need),
+        PlanRow("needed", needed_text, "predicted", {"disk_needed_bytes": needed, "disk_free_bytes": inputs.disk_free}),
     ]
-    if subject.settings.checkpoint.backup.to is not None:
-        rows.append(_backup_row(subject.settings, found))
+    if inputs.settings.checkpoint.backup.to is not None:
+        rows.append(_backup_row(inputs.settings, need))
     return PlanSection("disk", rows)
 
 
-def _disk_rows_without_steps(subject: Subject) -> list[PlanRow]:
-    checkpoint = CHECKPOINT_BYTES * subject.model.parameters
-    least = disk_requirement(subject.settings, None, None).least
-    text = f"{size(least):>9}  at least; the total is {_NO_STEPS}; {size(subject.disk_free)} are free"
-    figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": subject.disk_free}
+def _disk_rows_without_steps(inputs: PlanInputs) -> list[PlanRow]:
+    checkpoint = CHECKPOINT_BYTES * inputs.model.parameters
+    minimum = disk_requirement(inputs.settings, None, None).minimum
+    text = f"{size(minimum):>9}  at least; the total is {_NO_STEPS}; {size(inputs.disk_free)} are free"
+    figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": inputs.disk_free}
     return [
         PlanRow("a checkpoint", f"{size(checkpoint):>9}", "predicted", {"checkpoint_bytes": checkpoint}),
         PlanRow("needed", text, "predicted", figures),
     ]
 
 
-def _logs_row(found: DiskNeed) -> PlanRow:
-    figures: dict[str, Value] = {"logs_bytes": found.logs, "tensorboard_bytes": found.tensorboard}
-    if found.logs is None or found.tensorboard is None:
+def _logs_row(need: DiskNeed) -> PlanRow:
+    figures: dict[str, Value] = {"logs_bytes": need.logs, "tensorboard_bytes": need.tensorboard}
+    if need.logs is None or need.tensorboard is None:
         return PlanRow("logs", "not measured", "not known", figures)
-    text = f"{size(found.logs):>9}  including {size(found.tensorboard)} of TensorBoard's event files"
+    text = f"{size(need.logs):>9}  including {size(need.tensorboard)} of TensorBoard's event files"
     return PlanRow("logs", text, "predicted", figures)
 
 
-def _backup_row(settings: Settings, found: DiskNeed) -> PlanRow:
+def _backup_row(settings: Settings, need: DiskNeed) -> PlanRow:
     """Return the size of the backups, which are full copies without hard links."""
-    backup, schedule = settings.checkpoint.backup, found.schedule
-    rolling = min(backup.keep, found.saves) if "latest" in backup.roles else 0
+    backup, schedule = settings.checkpoint.backup, need.schedule
+    rolling = min(backup.keep, need.saves) if "latest" in backup.roles else 0
     epochs = len(schedule.epoch_ends) if "epoch" in backup.roles else 0
     best = int("best" in backup.roles and bool(schedule.validations))
-    count = (rolling + epochs + best) * found.checkpoint
+    count = (rolling + epochs + best) * need.checkpoint
     text = f"{size(count):>9}  at most, in the backup storage: {rolling} newest, {epochs} of epochs, {best} best"
     return PlanRow("backups", text, "predicted", {"backup_bytes": count})
 
 
-def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> PlanSection:
+def cost_section(inputs: PlanInputs, timing: Timing | None, prices: Prices) -> PlanSection:
     """Return energy and cost of the whole run; the cost is in the currency of the prices."""
     if timing is None:
         return PlanSection("cost", [PlanRow("energy", "not known: no step was run", "not known", {"energy_kwh": None})])
-    if subject.schedule is None:
+    if inputs.schedule is None:
         return PlanSection("cost", [PlanRow("energy", _NO_STEPS, "not known", {"energy_kwh": None})])
     basis: Basis = "predicted" if timing.basis == "measured" else timing.basis
-    cost = cost_of(run_seconds(subject, subject.schedule, timing), timing.watts, prices)
+    cost = cost_of(run_seconds(inputs, inputs.schedule, timing), timing.watts, prices)
     rows = []
     if cost is None or cost.energy_kwh is None:
         text = "not known: no power was measured, give --watts"
@@ -307,47 +306,47 @@ def cost_section(subject: Subject, timing: Timing | None, prices: Prices) -> Pla
     return PlanSection("cost", rows)
 
 
-def problems_of(subject: Subject, traces: Traces | None, calibration: Calibration) -> list[str]:
+def problems_of(inputs: PlanInputs, results: TrialResults | None, calibration: Calibration) -> list[str]:
     """Return the reasons why the run is not possible, each with a fix."""
     problems = []
-    memory, available = calibration.rank_bytes(subject, subject.batch), subject.memory_free
+    memory, available = calibration.rank_bytes(inputs, inputs.batch), inputs.memory_free
     if available is not None and memory > available:
-        fix = _smaller_batch(subject, calibration)
+        fix = _smaller_batch(inputs, calibration)
         problems.append(f"memory: a rank needs {size(memory)}, {size(available)} are available: {fix}")
-    disk = _disk_needed(subject, traces)
-    if disk > subject.disk_free:
-        fix = _fewer_checkpoints(subject, traces)
-        if subject.elsewhere is not None and not subject.disk_given:
+    disk = _disk_needed(inputs, results)
+    if disk > inputs.disk_free:
+        fix = _fewer_checkpoints(inputs, results)
+        if inputs.other_hardware is not None and not inputs.disk_given:
             fix += "; if that machine has another disk, give --disk-free-gb"
-        bound = "up to" if subject.schedule is not None else "at least"
-        problems.append(f"disk: the run needs {bound} {size(disk)}, {size(subject.disk_free)} are free: {fix}")
+        bound = "up to" if inputs.schedule is not None else "at least"
+        problems.append(f"disk: the run needs {bound} {size(disk)}, {size(inputs.disk_free)} are free: {fix}")
     return problems
 
 
-def _disk_needed(subject: Subject, traces: Traces | None) -> int:
+def _disk_needed(inputs: PlanInputs, results: TrialResults | None) -> int:
     """Return the bytes for the whole run; if its number of steps is not known, the least that it needs."""
-    found = disk_need(subject, traces)
-    if found is None:
-        return disk_requirement(subject.settings, None, None).least
-    return found.needed(subject.settings.checkpoint)
+    need = disk_need(inputs, results)
+    if need is None:
+        return disk_requirement(inputs.settings, None, None).minimum
+    return need.needed(inputs.settings.checkpoint)
 
 
-def _smaller_batch(subject: Subject, calibration: Calibration) -> str:
+def _smaller_batch(inputs: PlanInputs, calibration: Calibration) -> str:
     """Return a fix with the largest micro-batch that fits."""
-    fitting = [each.micro_batch for each in micro_batches(subject, calibration) if each.fits]
+    fitting = [each.micro_batch for each in micro_batches(inputs, calibration) if each.fits]
     if fitting:
         return f"set batch.micro_batch={max(fitting)}"
-    return "set a smaller model.preset or batch.sequence_length" + (", or use fewer ranks" if subject.on_cpu else "")
+    return "set a smaller model.preset or batch.sequence_length" + (", or use fewer ranks" if inputs.on_cpu else "")
 
 
-def _fewer_checkpoints(subject: Subject, traces: Traces | None) -> str:
+def _fewer_checkpoints(inputs: PlanInputs, results: TrialResults | None) -> str:
     """Return a fix with the largest number of rolling checkpoints that fit."""
-    checkpoint = subject.settings.checkpoint
+    checkpoint = inputs.settings.checkpoint
     for keep_last in range(checkpoint.keep_last - 1, 0, -1):
-        changed = subject.settings.model_copy(
+        changed = inputs.settings.model_copy(
             update={"checkpoint": checkpoint.model_copy(update={"keep_last": keep_last})}
         )
-        if _disk_needed(replace(subject, settings=changed), traces) <= subject.disk_free:
+        if _disk_needed(replace(inputs, settings=changed), results) <= inputs.disk_free:
             return f"set checkpoint.keep_last={keep_last}, or free some space"
     return "set checkpoint.keep_epochs or epochs_as=weights, or checkpoint.dir to a larger disk"
 

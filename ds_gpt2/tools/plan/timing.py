@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_gpt2.monitoring.pace import Range
-from ds_gpt2.tools.plan.plan import Basis, Hardware, Subject
-from ds_gpt2.tools.plan.trial_results import SaveCost, Traces
+from ds_gpt2.tools.plan.inputs import Hardware, PlanInputs
+from ds_gpt2.tools.plan.plan import Basis
+from ds_gpt2.tools.plan.trial_results import SaveCost, TrialResults
 from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 _MFU = Range(0.35, 0.5, 0.25)  # assumed for other GPUs; nanoGPT and llm.c have reported such values for GPT-2
@@ -36,7 +37,7 @@ class Timing:
         if self.save is None:
             return 0.0
         waiting = max(0.0, self.save.write_seconds - every * self.step.mean)
-        return self.save.held_seconds + self.save.slower_seconds + waiting
+        return self.save.blocked_seconds + self.save.slowdown_seconds + waiting
 
     def run_seconds(self, schedule: RunSchedule, occasions: Mapping[str, int], saves: int) -> Range:
         """Return the seconds of the whole run. What was not measured counts as 0 s.
@@ -46,22 +47,22 @@ class Timing:
             saves: number of saves.
         """
         costs = self.costs or {}
-        aside = self.start + saves * self.save_seconds(schedule.save_every)
-        aside += sum(count * costs.get(name, 0.0) for name, count in occasions.items())
+        other_seconds = self.start + saves * self.save_seconds(schedule.save_every)
+        other_seconds += sum(count * costs.get(name, 0.0) for name, count in occasions.items())
         steps = self.step.times(schedule.steps)
-        return Range(steps.mean + aside, steps.low + aside, steps.high + aside)
+        return Range(steps.mean + other_seconds, steps.low + other_seconds, steps.high + other_seconds)
 
 
-def measured(traces: Traces) -> Timing:
+def measured(results: TrialResults) -> Timing:
     """Return the durations that a trial has measured."""
-    low, high = np.percentile(traces.step_seconds, [10, 90])
-    step = Range(float(np.mean(traces.step_seconds)), float(low), float(high))
-    return Timing(step, "measured", traces.start_seconds, traces.costs, traces.save, traces.watts, traces.mfu)
+    low, high = np.percentile(results.step_seconds, [10, 90])
+    step = Range(float(np.mean(results.step_seconds)), float(low), float(high))
+    return Timing(step, "measured", results.start_seconds, results.costs, results.save, results.watts, results.mfu)
 
 
-def estimated(subject: Subject, hardware: Hardware) -> Timing:
+def estimated(inputs: PlanInputs, hardware: Hardware) -> Timing:
     """Return the durations for other GPUs, from the FLOPs of a step and an assumed model FLOPs utilization (MFU)."""
-    flops = subject.model.flops_per_token * subject.batch.tokens_per_step
-    ideal = flops / (hardware.flops * subject.batch.world_size)
+    flops = inputs.model.flops_per_token * inputs.batch.tokens_per_step
+    ideal = flops / (hardware.flops * inputs.batch.world_size)
     step = Range(ideal / _MFU.mean, ideal / _MFU.low, ideal / _MFU.high)
     return Timing(step, "estimated", mfu=_MFU.mean)

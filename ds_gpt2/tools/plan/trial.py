@@ -22,7 +22,7 @@ from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.tools.plan import trial_rank
 from ds_gpt2.tools.plan.trial_directory import trial_directory
-from ds_gpt2.tools.plan.trial_results import FinishedTrial, Traces, read_traces
+from ds_gpt2.tools.plan.trial_results import FinishedTrial, TrialResults, read_results
 
 LEAST_STEPS = 10  # some steps to warm up, one for each evaluation, and some during a save
 
@@ -71,7 +71,7 @@ class TrialSchedule:
         return self.due.get("validation", max(self.due.values(), default=self.steps // 2) + 1)
 
 
-def run_trial(trial: Trial) -> Traces:
+def run_trial(trial: Trial) -> TrialResults:
     """Train some steps of the run with every kind of evaluation and a save, and return what was measured.
 
     If the first step takes long, the trial starts again with two micro-batches per step. Ctrl+C and SIGTERM stop it.
@@ -87,7 +87,7 @@ def run_trial(trial: Trial) -> Traces:
     with _sigterm_interrupts(), trial_directory(settings.checkpoint.dir) as directory:
         finished = _train(trial, planned, directory) or _train(trial, shortened, directory)
         assert finished is not None  # the shortened trial is always finished
-        return read_traces(finished)
+        return read_results(finished)
 
 
 def plan_trial(settings: Settings, steps: int, accumulation: int) -> TrialSchedule:

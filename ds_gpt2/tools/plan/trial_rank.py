@@ -31,7 +31,7 @@ class RankMemory:
     resident: int  # peak
     device_allocated: int | None = None  # peak of the tensors on its GPU; None on a CPU
     device_reserved: int | None = None  # peak that PyTorch's allocator has reserved for tensors
-    device_beside: int | None = None  # of CUDA's context and other programs on that GPU, after the training
+    device_outside_allocator: int | None = None  # of CUDA's context and other programs on that GPU, after the training
 
 
 def request(directory: Path) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _device_bytes() -> dict[str, int]:
     return {
         "device_allocated": torch.cuda.max_memory_allocated(),
         "device_reserved": torch.cuda.max_memory_reserved(),
-        "device_beside": total - free - torch.cuda.memory_reserved(),
+        "device_outside_allocator": total - free - torch.cuda.memory_reserved(),
     }
 
 

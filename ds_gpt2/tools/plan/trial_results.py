@@ -20,7 +20,7 @@ from ds_gpt2.tools.resources.checkpoint_space import Logs
 
 _WARM_UP = 2  # steps that are not measured: buffers, caches, the optimizer's first update
 
-Piece = tuple[int, float]  # a step, or 0 for what is written once; bytes written for it
+StepBytes = tuple[int, float]  # a step, or 0 for what is written once; bytes written for it
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class FinishedTrial:
 class SaveCost:
     """The cost of one save."""
 
-    held_seconds: float  # that training was blocked
-    slower_seconds: float  # that the steps during the save took longer
+    blocked_seconds: float  # that training was blocked
+    slowdown_seconds: float  # that the steps during the save took longer
     write_seconds: float  # until the checkpoint was committed
 
 
 @dataclass(frozen=True)
-class Traces:
+class TrialResults:
     """The measurements of a trial."""
 
     steps: int
@@ -65,23 +65,24 @@ class Traces:
     mfu: float | None  # of the steps of the trial
 
 
-def read_traces(trial: FinishedTrial) -> Traces:
+def read_results(trial: FinishedTrial) -> TrialResults:
     """Return the measurements of a trial."""
     settings = trial.settings
     records = list(read_metrics(settings.run_dir / METRICS))
     seconds = {record["step"]: _step_seconds(record, trial.run_accumulation / trial.accumulation) for record in records}
     saved = next((event for event in read_journal(settings.run_dir) if event.kind == "save"), None)
-    beside = _steps_during_save(saved, records)
-    alone = [took for step, took in seconds.items() if step > _WARM_UP and step not in beside] or list(seconds.values())
+    during_save = _steps_during_save(saved, records)
+    without_save = [took for step, took in seconds.items() if step > _WARM_UP and step not in during_save]
+    without_save = without_save or list(seconds.values())
     logs, tensorboard = _logs(trial, records)
     full, weights = _checkpoint_sizes(settings.checkpoint_dir)
-    return Traces(
+    return TrialResults(
         steps=len(records),
         accumulation=trial.accumulation,
         start_seconds=records[0]["time"] - trial.start_time,
-        step_seconds=alone,
+        step_seconds=without_save,
         costs=_costs(records, trial.due),
-        save=_save_cost(saved, records, [seconds[step] for step in beside], statistics.fmean(alone)),
+        save=_save_cost(saved, records, [seconds[step] for step in during_save], statistics.fmean(without_save)),
         ranks=[read_record(trial.directory, rank) for rank in range(trial.ranks)],
         checkpoint_bytes=full,
         weights_bytes=weights,
@@ -117,19 +118,19 @@ def _steps_during_save(saved: Event | None, records: Sequence[Record]) -> list[i
 
 
 def _save_cost(
-    saved: Event | None, records: Sequence[Record], beside: Sequence[float], usual: float
+    saved: Event | None, records: Sequence[Record], during_save: Sequence[float], typical: float
 ) -> SaveCost | None:
     """Return the cost of the save.
 
     Args:
-        beside: seconds of the steps during the save.
-        usual: seconds of a step without a save.
+        during_save: seconds of the steps during the save.
+        typical: mean seconds of a step without a save.
     """
     if saved is None or saved.step is None:
         return None
-    held = next((each.get("perf/save_ms") or 0.0 for each in records if each["step"] == saved.step + 1), 0.0)
-    slower = max(0.0, sum(beside) - len(beside) * usual)
-    return SaveCost(held / 1000, slower, saved.time - saved.time_in("taken"))
+    blocked_ms = next((each.get("perf/save_ms") or 0.0 for each in records if each["step"] == saved.step + 1), 0.0)
+    slowdown = max(0.0, sum(during_save) - len(during_save) * typical)
+    return SaveCost(blocked_ms / 1000, slowdown, saved.time - saved.time_in("taken"))
 
 
 def _checkpoint_sizes(directory: Path) -> tuple[int | None, int | None]:
@@ -154,16 +155,18 @@ def _logs(trial: FinishedTrial, records: Sequence[Record]) -> tuple[Logs, Logs]:
     return _shares([*pieces, (0, rest)], steps, due), _shares(events, steps, due)
 
 
-def _shares(pieces: Sequence[Piece], steps: int, due: Mapping[str, int]) -> Logs:
+def _shares(pieces: Sequence[StepBytes], steps: int, due: Mapping[str, int]) -> Logs:
     """Return what is written once, at every step, and additionally for each evaluation."""
     by_step = [sum(size for at, size in pieces if at == step) for step in range(steps + 1)]
     plain = [size for step, size in enumerate(by_step) if step > 1 and step not in due.values()]
-    usual = statistics.fmean(plain[:-1]) if len(plain) > 1 else 0.0  # the last step of a run writes more
-    first = by_step[0] + (max(0.0, by_step[1] - usual) if steps else 0.0)
-    return Logs(first, usual, {name: max(0.0, by_step[step] - usual) for name, step in due.items() if step <= steps})
+    typical = statistics.fmean(plain[:-1]) if len(plain) > 1 else 0.0  # the last step of a run writes more
+    first = by_step[0] + (max(0.0, by_step[1] - typical) if steps else 0.0)
+    return Logs(
+        first, typical, {name: max(0.0, by_step[step] - typical) for name, step in due.items() if step <= steps}
+    )
 
 
-def read_events(file: Path) -> Iterator[Piece]:
+def read_events(file: Path) -> Iterator[StepBytes]:
     """Yield the step and size of each event in a TensorBoard file.
 
     A record has 16 bytes beside the event: its length and two checksums.
@@ -175,7 +178,7 @@ def read_events(file: Path) -> Iterator[Piece]:
         yield int(TensorBoardEvent.FromString(record).step), len(record) + 16
 
 
-def _log_growth(sizes: Mapping[int, int]) -> Iterator[Piece]:
+def _log_growth(sizes: Mapping[int, int]) -> Iterator[StepBytes]:
     """Yield the growth of a log from each step to the next.
 
     Args:

@@ -1,6 +1,6 @@
 """Disk space of a whole run: checkpoints as retention keeps them, logs by the bytes that a step writes.
 
-``simulate`` replays every save of a run whose schedule is known. ``most_kept`` is a closed formula: an upper bound for
+``simulate`` replays every save of a run whose schedule is known. ``max_kept`` is a closed formula: an upper bound for
 callers that know counts only, or need an answer within milliseconds.
 """
 
@@ -49,7 +49,7 @@ class SimulatedCheckpoints:
     """Checkpoints of a whole run."""
 
     saves: int  # number of saves in the run
-    most: Count  # peak on disk, the checkpoint being written included
+    peak: Count  # largest size on disk, the checkpoint being written included
     at_end: Count
 
 
@@ -82,7 +82,7 @@ def own_bytes(directory: Path) -> int:
         return 0
 
 
-def most_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends: int, has_best: bool) -> Count:
+def max_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends: int, has_best: bool) -> Count:
     """Return an upper bound of the checkpoints that retention keeps, as if no two of them shared files.
 
     A checkpoint that is being written comes on top.
@@ -123,7 +123,7 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
     best = set(schedule.validations if improving else schedule.validations[:1])
     ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
     saves, simulated = schedule.saves(best), _SimulatedDirectory(settings)
-    most = Count(0, 0)
+    peak = Count(0, 0)
     for step in saves:
         new = [RetentionCandidate(rolling_tag(step), "rolling", step, verified=True)]
         if step in ends:
@@ -131,9 +131,9 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
         if step in best and settings.keep_best:
             new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
         simulated.add(new)
-        most = max(most, simulated.count(), key=_size)
+        peak = max(peak, simulated.count(), key=_size)
         simulated.apply_retention()
-    return SimulatedCheckpoints(len(saves), most, simulated.count())
+    return SimulatedCheckpoints(len(saves), peak, simulated.count())
 
 
 class _SimulatedDirectory:

@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint.space import bytes_for_next_save
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
-from ds_gpt2.tools.resources.checkpoint_space import most_kept
+from ds_gpt2.tools.resources.checkpoint_space import max_kept
 
 _DAY = 86_400.0
 
@@ -125,7 +125,7 @@ def growth_of_checkpoints(
     present: int,
     progress: RunProgress,
 ) -> Growth:
-    """Return an upper bound of the growth, see ``checkpoint_space.most_kept``.
+    """Return an upper bound of the growth, see ``checkpoint_space.max_kept``.
 
     Args:
         checkpoint_bytes: bytes of a full checkpoint.
@@ -139,7 +139,7 @@ def growth_of_checkpoints(
     def growth(step: int) -> float:
         rolling = counts["rolling"] + counts["superseded"] + step // every - progress.step // every
         epochs = counts["epoch"] + _completed_epochs(progress, step) - _completed_epochs(progress, progress.step)
-        kept = most_kept(settings, step, rolling, epochs, has_best=True)
+        kept = max_kept(settings, step, rolling, epochs, has_best=True)
         return max(0, kept.bytes(checkpoint_bytes, weights_bytes) - present) + next_save
 
     return growth

@@ -66,15 +66,15 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.lasting + self.passing
+        return self.persistent + self.transient
 
     @property
-    def lasting(self) -> int:
+    def persistent(self) -> int:
         """Bytes allocated during the whole run."""
         return self.weights + self.optimizer
 
     @property
-    def passing(self) -> int:
+    def transient(self) -> int:
         """Bytes allocated and freed within a step."""
         return self.gradients + self.activations + self.logits
 
@@ -110,32 +110,36 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     tokens = plan.micro_batch * plan.sequence_length
     partition = _partition(model, ranks)
     weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * model.parameters
-    kept = activations(model, plan.micro_batch, accelerator)
+    saved = activations(model, plan.micro_batch, accelerator)
     hidden = 2 * tokens * width
     chunk = _chunk(plan, accelerator)
-    several = tokens > chunk
+    is_chunked = tokens > chunk
     logits = 2 * chunk * PADDED_VOCABULARY
     # Softmax allocates an fp32 copy and the result for some tokens of a chunk; compiled, it reuses the logits' memory.
     softmax = 8 * rows_at_once(chunk, torch.device(accelerator)) * PADDED_VOCABULARY
-    losing = logits + (0 if model.compiled else softmax) + (4 * head if several else 0)
+    loss_bytes = logits + (0 if model.compiled else softmax) + (4 * head if is_chunked else 0)
     # Gradient of the head: a chunk's part in bf16, the sum of several in fp32; a CPU adds an fp32 copy of the part.
-    sharing = logits + ((10 if accelerator == "cpu" else 6) * head if several else 2 * head)
-    held = sums if plan.accumulation > 1 else 0  # gradient sums of previous micro-batches
+    head_gradient_bytes = logits + ((10 if accelerator == "cpu" else 6) * head if is_chunked else 2 * head)
+    previous_sums = sums if plan.accumulation > 1 else 0  # gradient sums of previous micro-batches
     return (
-        Memory("loss", weights, optimizer, held, kept + hidden, hidden + max(losing, sharing)),
+        Memory(
+            "loss", weights, optimizer, previous_sums, saved + hidden, hidden + max(loss_bytes, head_gradient_bytes)
+        ),
         # The backward pass of the loss scales both gradients and rounds the head's.
         Memory(
             "loss, backward",
             weights,
             optimizer,
-            held,
-            kept + hidden,
-            2 * hidden + (10 * head if several else 4 * head),
+            previous_sums,
+            saved + hidden,
+            2 * hidden + (10 * head if is_chunked else 4 * head),
         ),
         # The last layer: the head's gradient, which is kept until the embedding's, and those inside the MLP.
-        Memory("backward", weights, optimizer, held + 2 * head + 5 * hidden + 16 * width * width, kept + hidden),
+        Memory(
+            "backward", weights, optimizer, previous_sums + 2 * head + 5 * hidden + 16 * width * width, saved + hidden
+        ),
         # The embedding's gradient in bf16 and fp32, while it is added to that of previous micro-batches.
-        Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if held else 0), 2 * hidden),
+        Memory("embedding", weights, optimizer, sums + 6 * head + (4 * head if previous_sums else 0), 2 * hidden),
         Memory("reduction", weights, optimizer, sums + _reduction(model, zero, ranks)),
         Memory("validation", weights, optimizer, 0, 6 * hidden, logits + softmax),  # no gradients
         # On a CPU the fp32 model and its first bf16 matrix; then the flat copies.

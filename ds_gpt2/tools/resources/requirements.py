@@ -8,7 +8,7 @@ from ds_gpt2.checkpoint.retention import PROTECTED
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelShape
-from ds_gpt2.tools.resources.checkpoint_space import most_kept
+from ds_gpt2.tools.resources.checkpoint_space import max_kept
 
 MANY_EPOCHS = 20  # a model memorizes its data from about this number on
 
@@ -22,9 +22,9 @@ class DiskRequirement:
     """Bytes required on the disk of the checkpoints, and the number of rolling checkpoints."""
 
     checkpoint: int  # bytes of one full checkpoint
-    last: int  # number of rolling checkpoints that ``checkpoint.keep_last`` keeps
-    most: int  # bytes of all that the settings keep, of the checkpoint being written, and of the reserve
-    least: int  # bytes that retention requires at least
+    rolling: int  # number of rolling checkpoints that ``checkpoint.keep_last`` keeps
+    maximum: int  # bytes of all that the settings keep, of the checkpoint being written, and of the reserve
+    minimum: int  # bytes that retention requires at least
 
 
 def disk_requirement(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
@@ -39,10 +39,10 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
     rolling = checkpoint.keep_last
     if steps is not None:
         rolling = -(-steps // checkpoint.every) if checkpoint.every else 1
-    kept = most_kept(checkpoint, steps or 0, rolling, int(epochs or 0), has_best)
+    kept = max_kept(checkpoint, steps or 0, rolling, int(epochs or 0), has_best)
     total, reserve = kept.bytes(full, weights) + full, reserved_bytes(checkpoint)
-    least = min(total, (PROTECTED + has_best + 1) * full)
-    return DiskRequirement(full, min(rolling, checkpoint.keep_last), total + reserve, least + reserve)
+    minimum = min(total, (PROTECTED + has_best + 1) * full)
+    return DiskRequirement(full, min(rolling, checkpoint.keep_last), total + reserve, minimum + reserve)
 
 
 def checkpoint_bytes(settings: Settings) -> int:

@@ -25,11 +25,11 @@ def test_disk_space_that_the_settings_require() -> None:
     full = requirements.checkpoint_bytes(chosen)
     parameters = ModelShape(*chosen.model.shape, chosen.batch.sequence_length).parameters
     need = requirements.disk_requirement(chosen, steps=95_365, epochs=5.0)
-    assert (need.checkpoint, need.most, need.least) == (full, (3 + 5 + 1 + 1) * full, 4 * full)
-    assert requirements.disk_requirement(chosen, steps=500, epochs=0.02).most == (2 + 1 + 1) * full  # two saves only
+    assert (need.checkpoint, need.maximum, need.minimum) == (full, (3 + 5 + 1 + 1) * full, 4 * full)
+    assert requirements.disk_requirement(chosen, steps=500, epochs=0.02).maximum == (2 + 1 + 1) * full  # two saves only
     few = {"checkpoint__keep_last": 3, "checkpoint__min_free_gb": 0, "checkpoint__keep_epochs": 2}
     weights = requirements.disk_requirement(preset("gpt2_124m", checkpoint__epochs_as="weights", **few), 95_365, 5.0)
-    assert weights.most == (3 + 1 + 1) * full + 2 * 4 * parameters
+    assert weights.maximum == (3 + 1 + 1) * full + 2 * 4 * parameters
     keep_every = preset("gpt2_124m", checkpoint__keep_every=10_000, **few)
     with_keep_every = requirements.disk_requirement(keep_every, 95_365, 0.0)
-    assert with_keep_every.most == (3 + 9 + 1 + 1) * full
+    assert with_keep_every.maximum == (3 + 9 + 1 + 1) * full

@@ -36,7 +36,7 @@ from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.run_dir import exit_report
 from ds_gpt2.tools.plan import fit, trial_directory, trial_results
-from ds_gpt2.tools.plan.estimate import subject_of
+from ds_gpt2.tools.plan.estimate import inputs_of
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_rank import RankMemory
 from ds_gpt2.tools.plan.trial_results import SaveCost
@@ -151,19 +151,19 @@ def test_predicted_tensors_agree_with_the_allocator(
 @pytest.mark.parametrize("factor", [1.2, 10.0])
 def test_memory_beside_tensors_does_not_grow_with_the_batch(config: Path, factor: float) -> None:
     """A trial used ``factor`` bytes per byte of tensors; a larger micro-batch uses at most 1.9 per additional byte."""
-    subject = subject_of(load_settings(config), RANKS, None)
-    batch, libraries = subject.batch, 300_000_000
+    inputs = inputs_of(load_settings(config), RANKS, None)
+    batch, libraries = inputs.batch, 300_000_000
     larger = replace(batch, micro_batch=8 * batch.micro_batch)
-    (lasting, passing), (_, more) = (fit.tensor_bytes(subject, each) for each in (batch, larger))
-    resident = round(libraries + lasting + factor * passing)
-    traces: Any = SimpleNamespace(ranks=[RankMemory(libraries, resident)], accumulation=batch.accumulation)
-    calibration = fit.calibrate(subject, traces)
+    (persistent, transient), (_, more) = (fit.tensor_bytes(inputs, each) for each in (batch, larger))
+    resident = round(libraries + persistent + factor * transient)
+    results: Any = SimpleNamespace(ranks=[RankMemory(libraries, resident)], accumulation=batch.accumulation)
+    calibration = fit.calibrate(inputs, results)
     own, other = (
-        calibration.rank_bytes(subject, each) - memory_model.largest_block(subject.model, each, "cpu")
+        calibration.rank_bytes(inputs, each) - memory_model.largest_block(inputs.model, each, "cpu")
         for each in (batch, larger)
     )
     assert own == pytest.approx(resident, abs=2)
-    assert more > 1.1 * passing and other - own == pytest.approx(min(factor, 1.9) * (more - passing), abs=2)
+    assert more > 1.1 * transient and other - own == pytest.approx(min(factor, 1.9) * (more - transient), abs=2)
 
 
 @pytest.mark.ranks
@@ -341,7 +341,7 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
     ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
     reduced = {"epoch": settings.epochs_as == "weights", "best": settings.best_as == "weights"}
     kept: list[RetentionCandidate] = []
-    most = Count(0, 0)
+    peak = Count(0, 0)
     for step in schedule.saves(best):
         kept.append(RetentionCandidate(rolling_tag(step), "rolling", step, True))
         if step in ends:
@@ -349,12 +349,12 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
         before = [one for one in kept if one.role == "best"]
         if step in best and settings.keep_best:
             kept.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
-        most = max(most, count(), key=lambda found: found.bytes(14, 4))
+        peak = max(peak, count(), key=lambda found: found.bytes(14, 4))
         if step in best and settings.keep_best:
             kept = [one for one in kept if one not in before]
         gone = to_delete(kept, policies(settings))
         kept = [one for one in kept if one not in gone]
-    return SimulatedCheckpoints(len(schedule.saves(best)), most, count())
+    return SimulatedCheckpoints(len(schedule.saves(best)), peak, count())
 
 
 def test_simulation_of_thousands_of_epochs_is_fast() -> None:
@@ -365,7 +365,7 @@ def test_simulation_of_thousands_of_epochs_is_fast() -> None:
 
 
 def test_duration_of_a_run_is_the_sum_of_its_parts() -> None:
-    save = SaveCost(held_seconds=1.0, slower_seconds=2.0, write_seconds=50.0)
+    save = SaveCost(blocked_seconds=1.0, slowdown_seconds=2.0, write_seconds=50.0)
     timing = Timing(Range(4.0, 3.0, 6.0), "measured", start=30.0, costs={"validation": 10.0}, save=save)
     schedule = RunSchedule(steps=100, windows_per_step=4, windows_per_epoch=1000, validation_every=50, save_every=10)
     assert timing.save_seconds(10) == 1 + 2 + (50 - 40)  # the next save waits for the previous one

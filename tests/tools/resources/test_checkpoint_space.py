@@ -14,12 +14,12 @@ from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.retention import PROTECTED
 from ds_gpt2.checkpoint.space import bytes_for_next_save, reserved_bytes
 from ds_gpt2.config.settings import CheckpointSettings
-from ds_gpt2.tools.resources.checkpoint_space import Count, most_kept, own_bytes, simulate
+from ds_gpt2.tools.resources.checkpoint_space import Count, max_kept, own_bytes, simulate
 from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 
 @given(data=st.data())
-def test_most_kept_is_an_upper_bound_of_the_simulation(data: st.DataObject) -> None:
+def test_max_kept_is_an_upper_bound_of_the_simulation(data: st.DataObject) -> None:
     """The saves are due at multiples of checkpoint.every; the checkpoint being written comes on top."""
     kind = st.sampled_from(["full", "weights"])
     every = data.draw(st.integers(1, 12))
@@ -36,17 +36,17 @@ def test_most_kept_is_an_upper_bound_of_the_simulation(data: st.DataObject) -> N
     epoch, validation = every * data.draw(st.integers(1, 5)), every * data.draw(st.integers(0, 3))
     schedule = RunSchedule(every * data.draw(st.integers(1, 30)), 4, 4 * epoch, validation, every)
     found = simulate(settings, schedule, improving=data.draw(st.booleans()))
-    bound = most_kept(settings, schedule.steps, found.saves, len(schedule.epoch_ends), validation > 0)
+    bound = max_kept(settings, schedule.steps, found.saves, len(schedule.epoch_ends), validation > 0)
     assert found.at_end.full <= bound.full and found.at_end.weights <= bound.weights
-    assert found.most.full <= bound.full + 1
+    assert found.peak.full <= bound.full + 1
 
 
-def test_most_kept_follows_the_retention_settings() -> None:
+def test_max_kept_follows_the_retention_settings() -> None:
     settings = CheckpointSettings(dir=Path("unused"), every=100, keep_last=3, keep_every=250, epochs_as="weights")
-    assert most_kept(settings, 1000, 10, 4, has_best=True) == Count(3 + 2 + 1, 4)  # keep_every: steps 500 and 1000
-    assert most_kept(settings, 200, 2, 0, has_best=False) == Count(2, 0)
+    assert max_kept(settings, 1000, 10, 4, has_best=True) == Count(3 + 2 + 1, 4)  # keep_every: steps 500 and 1000
+    assert max_kept(settings, 200, 2, 0, has_best=False) == Count(2, 0)
     fewer = settings.model_copy(update={"keep_epochs": 1, "keep_best": False})
-    assert most_kept(fewer, 1000, 10, 4, has_best=True) == Count(3 + 2, 1)
+    assert max_kept(fewer, 1000, 10, 4, has_best=True) == Count(3 + 2, 1)
 
 
 def test_next_save_requires_its_size_and_the_reserve() -> None:
