@@ -15,9 +15,9 @@ from pathlib import Path
 from ds_gpt2.common.formatting import size
 from ds_gpt2.tools.doctor.file_system import MOUNTS, mount_of, read_mounts
 from ds_gpt2.tools.doctor.finding import Finding
-from ds_gpt2.tools.resources.checkpoint_space import own_bytes
 from ds_gpt2.tools.resources.machine import existing
 from ds_gpt2.tools.resources.requirements import DiskRequirement
+from ds_gpt2.tools.resources.run_checkpoints import own_bytes
 
 _FEW_FILES, _TOO_FEW_FILES = 10_000, 500  # a run creates some hundreds
 _LOG_BYTES = 1_000_000_000  # logs and event files of some weeks

@@ -27,9 +27,9 @@ from ds_gpt2.tools.plan.sections import (
 )
 from ds_gpt2.tools.plan.trial_results import TrialResults
 from ds_gpt2.tools.resources import machine
-from ds_gpt2.tools.resources.checkpoint_space import own_bytes
 from ds_gpt2.tools.resources.memory_model import describe_model, read_zero
 from ds_gpt2.tools.resources.prices import Prices
+from ds_gpt2.tools.resources.run_checkpoints import own_bytes
 from ds_gpt2.tools.resources.run_schedule import run_schedule_of
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.checkpoint.directory import policies
-from ds_gpt2.checkpoint.listing import freed_by, unfinished
 from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.checkpoint.retention import PROTECTED, RetentionCandidate, to_delete
 from ds_gpt2.common.errors import UserError
@@ -68,18 +65,6 @@ class Logs:
         """
         evaluations = sum(count * self.occasion.get(name, 0.0) for name, count in times.items())
         return self.start + self.step * steps + evaluations
-
-
-def own_bytes(directory: Path) -> int:
-    """Return the bytes that deleting all checkpoints of a run would free. The run replaces them, so they count as free.
-
-    Args:
-        directory: of the run's checkpoints; 0 bytes if it does not exist or cannot be read.
-    """
-    try:
-        return freed_by([*(generation.path for generation in scan(directory)), *unfinished(directory)])
-    except OSError:
-        return 0
 
 
 def max_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends: int, has_best: bool) -> Count:

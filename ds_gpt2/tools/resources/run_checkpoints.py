@@ -1,4 +1,4 @@
-"""Find the checkpoints of a run, or one checkpoint, by the names that users type."""
+"""Find the checkpoints of a run, or one checkpoint, by the names that users type; bytes of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, scan
-from ds_gpt2.checkpoint.listing import unfinished
+from ds_gpt2.checkpoint.listing import freed_by, unfinished
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.config.lookup import find_run
@@ -82,6 +82,18 @@ def find_checkpoint(name: str | None, tag: str | None) -> Generation:
     if not history:
         raise UserError(f"no checkpoints in {checkpoints.directory} yet")
     return history[0] if tag in (None, LATEST) else candidates(checkpoints.directory, str(tag))[0]
+
+
+def own_bytes(directory: Path) -> int:
+    """Return the bytes that deleting all checkpoints of a run would free. The run replaces them, so they count as free.
+
+    Args:
+        directory: of the run's checkpoints; 0 bytes if it does not exist or cannot be read.
+    """
+    try:
+        return freed_by([*(generation.path for generation in scan(directory)), *unfinished(directory)])
+    except OSError:
+        return 0
 
 
 def bare_directory(name: str | None) -> Path | None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
-from checkpoint_files import size_of, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.retention import PROTECTED
 from ds_gpt2.checkpoint.space import bytes_for_next_save, reserved_bytes
 from ds_gpt2.config.settings import CheckpointSettings
-from ds_gpt2.tools.resources.checkpoint_space import Count, max_kept, own_bytes, simulate
+from ds_gpt2.tools.resources.checkpoint_space import Count, max_kept, simulate
 from ds_gpt2.tools.resources.run_schedule import RunSchedule
 
 
@@ -53,13 +49,3 @@ def test_next_save_requires_its_size_and_the_reserve() -> None:
     settings = CheckpointSettings(dir=Path("unused"), min_free_gb=1.5)
     assert reserved_bytes(settings) == 1_500_000_000
     assert bytes_for_next_save(1000, settings) == 1_500_001_000
-
-
-def test_own_bytes_are_those_of_the_checkpoints(tmp_path: Path) -> None:
-    assert own_bytes(tmp_path / "none") == 0
-    (tmp_path / "another file").write_bytes(bytes(1000))
-    newest, older = (write_checkpoint(tmp_path, rolling_tag(step), step) for step in (20, 10))
-    partial = write_checkpoint(tmp_path, f"{rolling_tag(30)}{PARTIAL}", 30)
-    assert own_bytes(tmp_path) == sum(map(size_of, (newest, older, partial)))
-    shutil.copytree(older, tmp_path.parent / f"{tmp_path.name}-copy", copy_function=os.link)  # deleting frees nothing
-    assert own_bytes(tmp_path) == sum(map(size_of, (newest, partial)))
