@@ -58,7 +58,7 @@ def find_files(paths: Iterable[Path]) -> list[FoundFile]:
     search = _Search()
     for path in paths:
         _add(search, path)
-    for line in _remarks(search):
+    for line in _warnings(search):
         log.warning(line)
     if not search.files:
         raise UserError(f"no text found. Supported files: {formats.READABLE}")
@@ -158,7 +158,7 @@ def _is_dataset(directory: Path, entries: list[os.DirEntry[str]]) -> bool:
     return directory.name.endswith(UNFINISHED) or (INDEX in names and any(name.endswith(SUFFIXES) for name in names))
 
 
-def _remarks(search: _Search) -> Iterator[str]:
+def _warnings(search: _Search) -> Iterator[str]:
     if search.unreadable:
         yield f"left out because they cannot be read: {_listed(search.unreadable)}"
     if search.duplicates:

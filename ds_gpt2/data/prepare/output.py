@@ -19,7 +19,7 @@ from ds_gpt2.common.files import remove_tree, replace_file
 from ds_gpt2.common.formatting import size
 from ds_gpt2.data.dataset import INDEX, UNFINISHED, Shard
 
-NOTE, _LOCK = "progress.json", "lock"
+PROGRESS_FILE, _LOCK = "progress.json", "lock"
 _NEW_DISK = "lost+found"  # directory of an empty file system
 
 
@@ -64,7 +64,7 @@ def publish(directory: Path, out: Path, shards: list[Shard], index: str) -> None
     """
     target = _target(out)
     replace_file(directory / INDEX, index, durable=True)
-    retained = {INDEX, NOTE, _LOCK, *(shard.file for shard in shards)}
+    retained = {INDEX, PROGRESS_FILE, _LOCK, *(shard.file for shard in shards)}
     for other in directory.iterdir():
         if other.name not in retained:
             remove_tree(other)
@@ -116,7 +116,7 @@ def _is_new_disk(path: Path) -> bool:
 
 
 def _is_useful(name: str) -> bool:
-    """Return whether a preparation can continue from this file. An unfinished shard is useless without a note."""
+    """Return whether a preparation can continue from this file; an unfinished shard does not suffice."""
     return name != _LOCK and not name.endswith(f".bin{UNFINISHED}")
 
 
@@ -124,7 +124,7 @@ def _rename(directory: Path, target: Path) -> None:
     if target.exists():  # empty
         target.rmdir()
     directory.rename(target)
-    for name in (NOTE, _LOCK):
+    for name in (PROGRESS_FILE, _LOCK):
         (target / name).unlink(missing_ok=True)
 
 

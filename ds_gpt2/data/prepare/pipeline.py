@@ -1,6 +1,6 @@
 """Prepare a dataset: cut a source into pieces, tokenize them on all cores, split them, write shards and an index.
 
-Until the dataset is complete, it is in an unfinished directory (see ``output``) with a note of its progress (see
+Until the dataset is complete, it is in an unfinished directory (see ``output``) with a record of its progress (see
 ``progress``). After an interruption the same command continues from there; the result is identical, byte for byte.
 """
 
@@ -25,7 +25,7 @@ from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_content, op
 from ds_gpt2.data.prepare.chunking import Counts, Piece, pieces_of, with_next
 from ds_gpt2.data.prepare.holdout import EveryPiece, Holdout
 from ds_gpt2.data.prepare.output import check_free_space, publish, unfinished
-from ds_gpt2.data.prepare.progress import identity_of, read_note, write_note
+from ds_gpt2.data.prepare.progress import identity_of, read_progress, write_progress
 from ds_gpt2.data.prepare.shard_writer import SplitWriter
 from ds_gpt2.data.prepare.sources import Source
 from ds_gpt2.data.prepare.worker_pool import Encoder
@@ -33,7 +33,9 @@ from ds_gpt2.data.shards import TOKEN_BYTES, Tokens
 
 log = logging.getLogger(__name__)
 
-_NOTE_SECONDS = 0.2  # shortest interval of notes; longer if writing them takes more than 5 % of the time
+_RECORD_SECONDS = (
+    0.2  # shortest interval of records of progress; longer if writing them takes more than 5 % of the time
+)
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,19 @@ def is_prepared(out: Path) -> bool:
 
 
 class _Preparation:
-    """One preparation, continued from its note if there is one."""
+    """One preparation, continued from the recorded progress if there is any."""
 
     def __init__(self, source: Source, directory: Path, recipe: Recipe) -> None:
         self._source, self._directory, self._recipe = source, directory, recipe
         self._identity = identity_of(source, asdict(recipe))
-        self._progress = read_note(directory, self._identity)
+        self._progress = read_progress(directory, self._identity)
         remaining = max(0.0, self._expected_tokens() - self._progress.tokens)
         check_free_space(directory, TOKEN_BYTES * remaining, f"{format_tokens(remaining)} tokens")
         self._writers: dict[Split, SplitWriter] = {
             split: SplitWriter(directory, split, recipe.shard_tokens, written)
             for split, written in self._progress.splits.items()
         }
-        self._next_note = time.monotonic() + _NOTE_SECONDS
+        self._next_record = time.monotonic() + _RECORD_SECONDS
 
     def run(self, workers: int, progress: bool) -> tuple[list[Shard], str] | None:
         """Write all shards; return them and the index, or None if a split has no tokens."""
@@ -101,7 +103,7 @@ class _Preparation:
                     bar.update(self._write_piece(piece, counts, tokens, is_last))
                     if self._is_full():
                         break
-                    self._write_note_if_due()
+                    self._record_progress_if_due()
             self._record_separator()
             if self._source.separator is not None and not self._progress.separated:
                 log.warning(_unused_separator(self._source.separator.text))
@@ -161,17 +163,17 @@ class _Preparation:
         """Return whether a piece, with an <|endoftext|>, reaches the limit of tokens."""
         return self._recipe.tokens is not None and self._progress.tokens + 1 + len(tokens) >= self._recipe.tokens
 
-    def _write_note_if_due(self) -> None:
+    def _record_progress_if_due(self) -> None:
         start = time.monotonic()
-        if start < self._next_note:
+        if start < self._next_record:
             return
         self._record_separator()
         for writer in self._writers.values():
             writer.sync()
         files.sync_directory(self._directory)
-        write_note(self._directory, self._identity, self._progress)
+        write_progress(self._directory, self._identity, self._progress)
         end = time.monotonic()
-        self._next_note = end + max(_NOTE_SECONDS, 20 * (end - start))
+        self._next_record = end + max(_RECORD_SECONDS, 20 * (end - start))
 
     def _record_separator(self) -> None:
         self._progress.separated |= self._source.separator is not None and self._source.separator.found

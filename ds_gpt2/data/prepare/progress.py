@@ -1,4 +1,4 @@
-"""The progress of a preparation, and the note from which the same command continues after an interruption."""
+"""The progress of a preparation, and the file from which the same command continues after an interruption."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.data.dataset import Split
 from ds_gpt2.data.prepare.chunking import Counts, Position
-from ds_gpt2.data.prepare.output import NOTE
+from ds_gpt2.data.prepare.output import PROGRESS_FILE
 from ds_gpt2.data.prepare.shard_writer import Written, is_complete
 from ds_gpt2.data.prepare.sources import Source
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 2
-_READER = 2  # version of the text readers; the notes of earlier versions lack it
+_READER = 2  # version of the text readers; the progress files of earlier versions lack it
 
 
 @dataclass
@@ -45,9 +45,9 @@ def identity_of(source: Source, recipe: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps({"source": source.identity(), "recipe": recipe})))
 
 
-def write_note(directory: Path, identity: dict[str, Any], progress: PreparationProgress) -> None:
-    """Write the note of ``progress`` durably. The shards must have been synchronized before."""
-    note = {
+def write_progress(directory: Path, identity: dict[str, Any], progress: PreparationProgress) -> None:
+    """Write ``progress`` durably. The shards must have been synced before."""
+    content = {
         "format": _FORMAT,
         "reader": _READER,
         "identity": identity,
@@ -58,43 +58,43 @@ def write_note(directory: Path, identity: dict[str, Any], progress: PreparationP
         "splits": {split: written.to_dict() for split, written in progress.splits.items()},
         "separated": progress.separated,
     }
-    replace_file(directory / NOTE, json.dumps(note), durable=True)
+    replace_file(directory / PROGRESS_FILE, json.dumps(content), durable=True)
 
 
-def read_note(directory: Path, identity: dict[str, Any]) -> PreparationProgress:
-    """Return the progress to continue from; without a note, the beginning.
+def read_progress(directory: Path, identity: dict[str, Any]) -> PreparationProgress:
+    """Return the progress to continue from; without a progress file, the beginning.
 
     Raises:
-        UserError: the note is damaged or of another identity, or shards are missing.
+        UserError: the progress file is damaged or of another identity, or shards are missing.
     """
     try:
-        note = safe_json.read(directory / NOTE)
-        is_ours = note["format"] == _FORMAT and _is_same(note, identity)
-        progress = _progress_of(note)
+        content = safe_json.read(directory / PROGRESS_FILE)
+        is_ours = content["format"] == _FORMAT and _is_same(content, identity)
+        progress = _progress_of(content)
     except FileNotFoundError:
         return PreparationProgress()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
-            f"{directory / NOTE} is damaged: remove {directory} to start again, or give another --out DIR"
+            f"{directory / PROGRESS_FILE} is damaged: remove {directory} to start again, or give another --out DIR"
         ) from None
     if not is_ours:
         raise UserError(
             f"{directory} is an unfinished dataset of other text or options: remove it to start again, or give another"
             " --out DIR"
         )
-    if "reader" not in note and _is_read_differently(identity):
+    if "reader" not in content and _is_read_differently(identity):
         log.warning(f"{directory} was started by an earlier version, which reads text differently: starting again")
-        (directory / NOTE).unlink()
+        (directory / PROGRESS_FILE).unlink()
         return PreparationProgress()
     _check_written(directory, progress)
     return progress
 
 
-def _is_same(note: dict[str, Any], identity: dict[str, Any]) -> bool:
-    if "reader" in note:
-        return bool(note["identity"] == identity)
+def _is_same(content: dict[str, Any], identity: dict[str, Any]) -> bool:
+    if "reader" in content:
+        return bool(content["identity"] == identity)
     source = [row[:3] for row in identity["source"]]  # earlier versions did not record how a part is read
-    return bool(note["identity"] == {**identity, "source": source})
+    return bool(content["identity"] == {**identity, "source": source})
 
 
 def _is_read_differently(identity: dict[str, Any]) -> bool:
@@ -103,21 +103,21 @@ def _is_read_differently(identity: dict[str, Any]) -> bool:
     return any(not reading.startswith("column ") for reading in readings)
 
 
-def _progress_of(note: dict[str, Any]) -> PreparationProgress:
-    """Parse a note.
+def _progress_of(content: dict[str, Any]) -> PreparationProgress:
+    """Parse the content of a progress file.
 
     Raises:
         LookupError, TypeError, AttributeError: it is not valid.
     """
     # In the order of a new preparation, which determines the order of the shards in the index.
-    splits = {split: Written.from_dict(note["splits"][split]) for split in PreparationProgress().splits}
+    splits = {split: Written.from_dict(content["splits"][split]) for split in PreparationProgress().splits}
     return PreparationProgress(
-        Position(**note["place"]),
-        note["pieces"],
-        note["previous"],
-        Counts(**note["counts"]),
+        Position(**content["place"]),
+        content["pieces"],
+        content["previous"],
+        Counts(**content["counts"]),
         splits,
-        note.get("separated") is True,
+        content.get("separated") is True,
     )
 
 
@@ -130,6 +130,6 @@ def _check_written(directory: Path, progress: PreparationProgress) -> None:
     for split, written in progress.splits.items():
         if not is_complete(directory, split, written):
             raise UserError(
-                f"{directory} lacks tokens that {NOTE} records as written: remove it to start again, or give another"
-                " --out DIR"
+                f"{directory} lacks tokens that {PROGRESS_FILE} records as written: remove it to start again, or give"
+                " another --out DIR"
             )

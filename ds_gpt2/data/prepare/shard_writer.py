@@ -108,9 +108,9 @@ class SplitWriter:
         return _unfinished(self._path)
 
     def _continue_shard(self) -> None:
-        """Open the unfinished shard and discard what was written after the last note."""
+        """Open the unfinished shard and discard what was written after the last record of progress."""
         if not self._unfinished.exists():
-            self._path.rename(self._unfinished)  # it was finished after the last note
+            self._path.rename(self._unfinished)  # it was finished after the last record of progress
         self._file = self._unfinished.open("r+b")
         self._file.truncate(HEADER_BYTES + TOKEN_BYTES * self.written.tokens)
         self._file.seek(0, os.SEEK_END)

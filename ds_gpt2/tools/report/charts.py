@@ -19,8 +19,8 @@ from ds_gpt2.tools.report.curves import Curve, Curves, mean_per_step, smoothed, 
 
 Trace = dict[str, Any]
 
-_COLOURS = ("#3987e5", "#e07b39", "#2f9e6e", "#b06bd6", "#c9a227", "#d9486e")  # visible on white and on black
-_GREY = "#8a8f98"
+_COLORS = ("#3987e5", "#e07b39", "#2f9e6e", "#b06bd6", "#c9a227", "#d9486e")  # visible on white and on black
+_GRAY = "#8a8f98"
 _FEW = 60  # curves of at most this many points are drawn with markers
 _DESCENT = 0.05  # first share of a run, in which the loss is far above all later values
 
@@ -32,7 +32,7 @@ class View:
     name: str
     settings: Settings
     records: Curves
-    colour: str = _COLOURS[0]
+    color: str = _COLORS[0]
 
     def curve(self, tag: str) -> Curve:
         return self.records.curve(tag)
@@ -49,8 +49,8 @@ class Chart:
 
 
 def views_of(runs: list[tuple[str, Settings, Curves]]) -> list[View]:
-    """Return one view per run, each in its own colour."""
-    return [View(*run, colour=_COLOURS[number % len(_COLOURS)]) for number, run in enumerate(runs)]
+    """Return one view per run, each in its own color."""
+    return [View(*run, color=_COLORS[number % len(_COLORS)]) for number, run in enumerate(runs)]
 
 
 def charts_of(views: list[View], reference: bool = False) -> list[Chart]:
@@ -86,7 +86,7 @@ def _loss(views: list[View], reference: bool) -> Chart:
     for view in views:
         train, validation = view.curve("train/loss"), view.curve("val/loss")
         if alone:
-            traces += _line(view, train, "train", line={"color": view.colour, "width": 1}, opacity=0.45)
+            traces += _line(view, train, "train", line={"color": view.color, "width": 1}, opacity=0.45)
         traces += _first(views, view, smoothed(train), f"train, mean of {train.smoothing} steps")
         traces += _second(views, view, validation, "validation", "solid" if alone else "dash")
     if traces and (reference or any(is_comparable_to_reference(view.settings) for view in views)):
@@ -126,7 +126,7 @@ def _reference(views: list[View]) -> list[Trace]:
         "name": REFERENCE.replace("-", " "),
         "x": list(shown),
         "y": list(shown.values()),
-        "line": {"color": _GREY, "dash": "dot"},
+        "line": {"color": _GRAY, "dash": "dot"},
         "hovertemplate": "%{y:.3f} · step %{x:,}",
     }
     return [trace] if shown else []
@@ -151,11 +151,11 @@ def _has_hellaswag(views: list[View]) -> bool:
 def _hellaswag(views: list[View]) -> Chart:
     traces = []
     for view in views:
-        normalised = view.curve("hellaswag/acc_norm")
-        traces += _band(view, normalised, view.curve("hellaswag/acc_norm_stderr"))
-        traces += _first(views, view, normalised, "acc_norm")
+        normalized = view.curve("hellaswag/acc_norm")
+        traces += _band(view, normalized, view.curve("hellaswag/acc_norm_stderr"))
+        traces += _first(views, view, normalized, "acc_norm")
         if len(views) == 1:
-            traces += _line(view, view.curve("hellaswag/acc"), "acc", line={"color": _COLOURS[1], "dash": "dot"})
+            traces += _line(view, view.curve("hellaswag/acc"), "acc", line={"color": _COLORS[1], "dash": "dot"})
     layout: dict[str, Any] = {"yaxis": {"tickformat": ".1%"}}
     if any(view.settings.model.preset == "124M" for view in views):
         layout |= {"shapes": [], "annotations": []}
@@ -172,7 +172,7 @@ def _band(view: View, curve: Curve, error: Curve) -> list[Trace]:
         return []
     low, high = curve.values[here] - error.values[there], curve.values[here] + error.values[there]
     edge = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-    fill = {"fill": "tonexty", "fillcolor": view.colour + "33"}
+    fill = {"fill": "tonexty", "fillcolor": view.color + "33"}
     return [
         {**edge, "name": "low", "x": steps.tolist(), "y": _plain(low)},
         {**edge, "name": "high", "x": steps.tolist(), "y": _plain(high), **fill},
@@ -180,7 +180,7 @@ def _band(view: View, curve: Curve, error: Curve) -> list[Trace]:
 
 
 def _level(height: float) -> dict[str, Any]:
-    line = {"color": _GREY, "dash": "dot", "width": 1}
+    line = {"color": _GRAY, "dash": "dot", "width": 1}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "line": line}
 
 
@@ -190,7 +190,7 @@ def _level_text(name: str, height: float, side: str) -> dict[str, Any]:
         side: vertical anchor of the text, "top" or "bottom", so that the texts of close levels do not overlap.
     """
     position = {"xref": "paper", "x": 0, "xanchor": "left", "y": height, "yanchor": side}
-    return {"text": f"{name} {height:.2%}", "showarrow": False, "font": {"size": 11, "color": _GREY}, **position}
+    return {"text": f"{name} {height:.2%}", "showarrow": False, "font": {"size": 11, "color": _GRAY}, **position}
 
 
 def _phases(view: View, named: bool) -> Chart:
@@ -199,11 +199,11 @@ def _phases(view: View, named: bool) -> Chart:
     names = ("forward and backward", "update", "evaluation", "saving")
     tags = ("perf/forward_backward_ms", "perf/update_ms", "perf/eval_ms", "perf/save_ms")
     traces = []
-    for name, tag, colour in zip(names, tags, _COLOURS, strict=False):
-        area = {"stackgroup": "step", "line": {"color": colour, "width": 0.5}}
+    for name, tag, color in zip(names, tags, _COLORS, strict=False):
+        area = {"stackgroup": "step", "line": {"color": color, "width": 0.5}}
         traces += _line(view, mean_per_step(view.curve(tag), steps), name, **area)
     waiting = mean_per_step(view.curve("perf/data_ms"), steps)
-    traces += _line(view, waiting, "of which waiting for data", line={"color": _GREY, "dash": "dot"})
+    traces += _line(view, waiting, "of which waiting for data", line={"color": _GRAY, "dash": "dot"})
     title = "ms per step, by phase" + (f": {view.name}" if named else "")
     return Chart(title, traces, {"yaxis": {"rangemode": "tozero"}})
 
@@ -218,24 +218,24 @@ def _simple(title: str, views: list[View], tag: str, layout: dict[str, Any] | No
     for view in views:
         curve = view.curve(tag)
         if mean and len(views) == 1:
-            traces += _line(view, curve, "each step", line={"color": view.colour, "width": 1}, opacity=0.45)
+            traces += _line(view, curve, "each step", line={"color": view.color, "width": 1}, opacity=0.45)
         shown, name = (smoothed(curve), f"mean of {curve.smoothing}") if mean else (curve, view.name)
         traces += _first(views, view, shown, name)
     return Chart(title, traces, {"showlegend": len(views) > 1, **(layout or {})})
 
 
 def _first(views: list[View], view: View, curve: Curve, name: str, width: float = 2) -> list[Trace]:
-    """Return the main curve of a chart, in the run's colour; with several runs, it has the run's name."""
+    """Return the main curve of a chart, in the run's color; with several runs, it has the run's name."""
     name = name if len(views) == 1 else view.name
-    return _line(view, curve, name, line={"color": view.colour, "width": width}, legendgroup=view.name)
+    return _line(view, curve, name, line={"color": view.color, "width": width}, legendgroup=view.name)
 
 
 def _second(views: list[View], view: View, curve: Curve, name: str, dash: str, **style: Any) -> list[Trace]:
-    """Return the second curve of a chart, in another colour; with several runs, in the run's colour."""
+    """Return the second curve of a chart, in another color; with several runs, in the run's color."""
     if len(views) == 1:
-        return _line(view, curve, name, line={"color": _COLOURS[1], "dash": dash}, **style)
+        return _line(view, curve, name, line={"color": _COLORS[1], "dash": dash}, **style)
     style |= {"legendgroup": view.name, "showlegend": False}
-    return _line(view, curve, f"{view.name}: {name}", line={"color": view.colour, "dash": dash}, **style)
+    return _line(view, curve, f"{view.name}: {name}", line={"color": view.color, "dash": dash}, **style)
 
 
 def _line(view: View, curve: Curve, name: str, **style: Any) -> list[Trace]:

@@ -21,17 +21,17 @@ _LABEL = 12  # columns of a label
 _RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 
-def screen(status: Status, coloured: bool = False) -> str:
+def screen(status: Status, colored: bool = False) -> str:
     """Return the complete status, about twenty lines."""
-    lines = [_header(status, coloured), *(_cut(line, WIDTH) for line in _lines(status))]
+    lines = [_header(status, colored), *(_cut(line, WIDTH) for line in _lines(status))]
     problems = [line for problem in status.problems for line in _problem(problem)]
-    return "\n".join([*lines, *(_painted(line, _RED, coloured) for line in problems)])
+    return "\n".join([*lines, *(_painted(line, _RED, colored) for line in problems)])
 
 
-def line(status: Status, coloured: bool = False) -> str:
+def line(status: Status, colored: bool = False) -> str:
     """Return the status in one line, for a list of runs."""
     progress = status.progress
-    mark = _painted(" " if status.healthy else "!", _RED, coloured and not status.healthy)
+    mark = _painted(" " if status.healthy else "!", _RED, colored and not status.healthy)
     done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
     left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
     cells = f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {_short(status.loss):>6} {left:>7}"
@@ -45,10 +45,10 @@ def _short(loss: Loss) -> str:
     return "" if loss.train is None else f"{loss.train:.3f}"
 
 
-def _header(status: Status, coloured: bool) -> str:
+def _header(status: Status, colored: bool) -> str:
     now, state = clock(status.time), status.state
     name = _cut(status.run, WIDTH - len(now) - len(state) - 4)
-    text = f"{name}: {_painted(state, _GREEN if status.healthy else _RED, coloured)}"
+    text = f"{name}: {_painted(state, _GREEN if status.healthy else _RED, colored)}"
     return f"{text}{now:>{WIDTH - len(name) - len(state) - 2}}"
 
 
@@ -59,87 +59,87 @@ def _lines(status: Status) -> Iterator[str]:
     yield from _history(status.history, status.time)
     for disk in status.disks:
         where = Path(disk.directories[0]).parent.name  # runs, checkpoints
-        yield _labelled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _free_space(disk))
+        yield _labeled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _free_space(disk))
     if status.gpus is not None:
         throttled = f", {status.gpus.throttled} throttled" if status.gpus.throttled else ""
-        yield _labelled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
+        yield _labeled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
 
 
 def _progress_of(status: Status) -> Iterator[str]:
     progress = status.progress
     of = "" if progress.steps is None else f" of {progress.steps:,}"
     done = f", {done_share(progress.step, progress.steps)}" if progress.steps else ""
-    yield _labelled("step", f"{progress.step:,}{of}{done}")
+    yield _labeled("step", f"{progress.step:,}{of}{done}")
     if status.beat_age_seconds is not None:
-        yield _labelled("alive", f"{duration(status.beat_age_seconds)} ago")
+        yield _labeled("alive", f"{duration(status.beat_age_seconds)} ago")
     if status.next_start_time is not None:
-        yield _labelled("next start", f"in {duration(status.next_start_time - status.time)}")
+        yield _labeled("next start", f"in {duration(status.next_start_time - status.time)}")
     step_seconds = progress.step_seconds or progress.seconds_per_step
     if progress.tokens_per_second is not None and step_seconds is not None:
-        yield _labelled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {step_seconds:.3g} s/step")
+        yield _labeled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {step_seconds:.3g} s/step")
     if progress.left_seconds:
         low, high = duration(progress.left_seconds_low or 0.0), duration(progress.left_seconds_high or 0.0)
         between = "" if low == high else f" ({low} to {high})"
-        yield _labelled("left", f"{duration(progress.left_seconds)}{between}")
+        yield _labeled("left", f"{duration(progress.left_seconds)}{between}")
     if status.finish_time is not None and progress.left_seconds:
-        yield _labelled("done by", clock(status.finish_time))
+        yield _labeled("done by", clock(status.finish_time))
 
 
 def _losses(status: Status) -> Iterator[str]:
     loss = status.loss
     if loss.train_not_finite_step is not None:
-        yield _labelled("loss", f"not finite at step {loss.train_not_finite_step:,}")
+        yield _labeled("loss", f"not finite at step {loss.train_not_finite_step:,}")
         if loss.train is not None:
-            yield _labelled("  finite", f"{loss.train:.4f} ({RECENT_LABEL})")
+            yield _labeled("  finite", f"{loss.train:.4f} ({RECENT_LABEL})")
     elif loss.train is not None:
-        yield _labelled("loss", f"{loss.train:.4f} ({RECENT_LABEL})")
+        yield _labeled("loss", f"{loss.train:.4f} ({RECENT_LABEL})")
     if loss.train_day_before is not None:
-        yield _labelled("  a day ago", f"{loss.train_day_before:.4f}")
+        yield _labeled("  a day ago", f"{loss.train_day_before:.4f}")
     if loss.val_not_finite_step is not None:
-        yield _labelled("validation", f"not finite at step {loss.val_not_finite_step:,}")
+        yield _labeled("validation", f"not finite at step {loss.val_not_finite_step:,}")
     if loss.val is not None and loss.val_step is not None:
         label = "validation" if loss.val_not_finite_step is None else "  finite"
-        yield _labelled(label, f"{loss.val:.4f} at step {loss.val_step:,}")
+        yield _labeled(label, f"{loss.val:.4f} at step {loss.val_step:,}")
         if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
-            yield _labelled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
+            yield _labeled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
         if loss.reference is not None:
             difference = f"{loss.val - loss.reference:+.4f}"
-            yield _labelled(REFERENCE.split("-")[0], f"{loss.reference:.4f} at that step: {difference}")
+            yield _labeled(REFERENCE.split("-")[0], f"{loss.reference:.4f} at that step: {difference}")
 
 
 def _checkpoint(status: Status) -> Iterator[str]:
     newest, history = status.checkpoint, status.history
     if newest is None:
-        yield _labelled("checkpoint", "none yet")
+        yield _labeled("checkpoint", "none yet")
         return
     age = "" if newest.age_seconds is None else f", {duration(newest.age_seconds)} ago"
-    yield _labelled("checkpoint", f"{newest.tag}{age}")
+    yield _labeled("checkpoint", f"{newest.tag}{age}")
     if newest.damage is None:
-        yield _labelled("", "hashed when written, sizes match")
+        yield _labeled("", "hashed when written, sizes match")
     if history.read_back_step is not None and history.read_back_time is not None:
         ago = duration(status.time - history.read_back_time)
-        yield _labelled("", f"step {history.read_back_step:,} verified {ago} ago")
+        yield _labeled("", f"step {history.read_back_step:,} verified {ago} ago")
 
 
 def _history(history: History, now: float) -> Iterator[str]:
     if history.last_start_time is not None:
-        yield _labelled("restarts", f"{history.restarts} by the supervisor, {history.resumes} by hand")
-        yield _labelled("last start", f"{duration(now - history.last_start_time)} ago")
+        yield _labeled("restarts", f"{history.restarts} by the supervisor, {history.resumes} by hand")
+        yield _labeled("last start", f"{duration(now - history.last_start_time)} ago")
     if history.kept_share is not None:
-        yield _labelled("lost", _lost(history.lost_seconds, history.kept_share))
+        yield _labeled("lost", _lost(history.lost_seconds, history.kept_share))
     if history.kept_share_24h is not None and history.kept_share_24h != history.kept_share:
-        yield _labelled("  in 24 h", _lost(history.lost_seconds_24h, history.kept_share_24h))
+        yield _labeled("  in 24 h", _lost(history.lost_seconds_24h, history.kept_share_24h))
     if history.goodput is not None:
         day = "" if history.goodput_24h is None else f", in 24 h {100 * history.goodput_24h:.1f}%"
-        yield _labelled("goodput", f"{100 * history.goodput:.1f}%{day}")
+        yield _labeled("goodput", f"{100 * history.goodput:.1f}%{day}")
     in_24h = ", ".join(f"{count} {kind}" for kind, count in history.incidents_24h.items()) or "none"
     if history.last_incident is not None:
-        yield _labelled("incidents", f"{history.incidents}, in 24 h {in_24h}")
+        yield _labeled("incidents", f"{history.incidents}, in 24 h {in_24h}")
         last = f"{duration(now - history.last_incident.time)} ago: {history.last_incident.text}"
         for part in textwrap.wrap(last, WIDTH - _LABEL, max_lines=2, placeholder="..."):
-            yield _labelled("", part)
+            yield _labeled("", part)
     else:
-        yield _labelled("incidents", "none")
+        yield _labeled("incidents", "none")
 
 
 def _lost(seconds: float, kept_share: float) -> str:
@@ -155,7 +155,7 @@ def _free_space(disk: DiskSpace) -> str:
     return f"{disk.days_left:.1f} days left, {free}"
 
 
-def _labelled(label: str, text: str) -> str:
+def _labeled(label: str, text: str) -> str:
     return f"{label:<{_LABEL}}{text}"
 
 
@@ -169,5 +169,5 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _painted(text: str, colour: str, coloured: bool) -> str:
-    return f"{colour}{text}{_PLAIN}" if coloured else text
+def _painted(text: str, color: str, colored: bool) -> str:
+    return f"{color}{text}{_PLAIN}" if colored else text

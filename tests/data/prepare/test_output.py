@@ -155,7 +155,7 @@ def test_a_failed_move_loses_nothing_and_can_be_repeated(
     capsys: pytest.CaptureFixture[str],
     exists: bool,
 ) -> None:
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     out = tmp_path / "out"
     if exists:
         out.mkdir()
@@ -176,7 +176,7 @@ def test_a_failed_move_loses_nothing_and_can_be_repeated(
 def test_an_interrupted_move_is_completed_by_the_same_command(
     corpus: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     out = tmp_path / "out"
     out.mkdir()
     with monkeypatch.context() as killed:
@@ -195,7 +195,7 @@ def test_an_error_at_the_end_of_the_text_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The error occurs after the directory was created."""
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 99)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 99)
     packed = tmp_path / "x.jsonl.gz"
     packed.write_bytes(gzip.compress(b'{"text": "a document"}\n' * 20_000) + b"garbage")
     (tmp_path / "empty").mkdir()

@@ -162,11 +162,11 @@ def test_a_command_killed_many_times_writes_the_same_bytes(tmp_path: Path, text:
 def _wait_for_progress(
     process: subprocess.Popen[str], unfinished: Path, generator: random.Random, worker: bool
 ) -> Callable[[], None]:
-    """Wait for a new note; return the function that kills the process or a worker."""
-    note = unfinished / "progress.json"
-    before = note.read_text() if note.exists() else None
+    """Wait for a new record of progress; return the function that kills the process or a worker."""
+    file = unfinished / "progress.json"
+    before = file.read_text() if file.exists() else None
     deadline = time.monotonic() + 60
-    while not note.exists() or note.read_text() == before:
+    while not file.exists() or file.read_text() == before:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     time.sleep(generator.uniform(0, 0.2))

@@ -27,7 +27,7 @@ from ds_gpt2.data.prepare.sources import Reading, local_source
 def test_a_preparation_interrupted_many_times_has_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: Any, seed: int
 ) -> None:
-    """Notes are written at random moments, and data are written after the last note."""
+    """Progress is recorded at random moments, and data are written after the last record."""
     generator = random.Random(seed)
     monkeypatch.setattr("ds_gpt2.data.prepare.chunking.PIECE_CHARACTERS", 50)
     lengths = [generator.choice([0, 1, 5, 30, 200]) for _ in range(120)]
@@ -36,7 +36,7 @@ def test_a_preparation_interrupted_many_times_has_the_same_result(
     recipe = Recipe(holdout, shard_tokens=700)
     prepare(source, tmp_path / "whole", recipe, workers=1)
     for _ in range(500):
-        monkeypatch.setattr(pipeline, "_NOTE_SECONDS", generator.choice([0, 0.001, 99]))
+        monkeypatch.setattr(pipeline, "_RECORD_SECONDS", generator.choice([0, 0.001, 99]))
         try:
             prepare(interrupting(source, generator.randrange(200)), tmp_path / "broken", recipe, workers=1)
             break
@@ -48,7 +48,7 @@ def test_a_preparation_interrupted_many_times_has_the_same_result(
 def test_a_preparation_continues_only_with_the_same_text_and_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     source = listed(f"document {number}" for number in range(100))
     with pytest.raises(InterruptError):
         prepare(interrupting(source, 50), tmp_path / "out", workers=1)
@@ -63,7 +63,7 @@ def test_interruptions_with_damaged_documents_and_separators_do_not_change_the_r
 ) -> None:
     generator = random.Random(seed)
     monkeypatch.setattr("ds_gpt2.data.prepare.chunking.PIECE_CHARACTERS", 50)
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     texts = ["|".join("word " * generator.randrange(30) for _ in range(generator.randrange(1, 4))) for _ in range(40)]
     lines = [generator.choice([json.dumps({"text": text}), json.dumps({"text": text}), "{}"]) for text in texts]
     (tmp_path / "x.jsonl").write_text('{"text": "first"}\n' * 5 + "\n".join(lines))
@@ -91,25 +91,25 @@ def test_interruptions_with_damaged_documents_and_separators_do_not_change_the_r
 
 
 @pytest.mark.parametrize(
-    "note",
+    "content",
     [b"", b"\xff", b"[]", b"{}", b"[" * 30_000, b'{"format": 2}', b'{"format": 2, "identity": []}'],
     ids=range(7),
 )
-def test_a_damaged_note_is_an_error(tmp_path: Path, note: bytes) -> None:
+def test_a_damaged_progress_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     directory = tmp_path / f"out{UNFINISHED}"
     directory.mkdir()
-    (directory / "progress.json").write_bytes(note)
+    (directory / "progress.json").write_bytes(content)
     with pytest.raises(UserError, match=r"progress\.json is damaged: remove .*out\.unfinished to start again"):
         prepared(["one", "two"], tmp_path / "out")
-    assert (directory / "progress.json").read_bytes() == note
+    assert (directory / "progress.json").read_bytes() == content
 
 
 @pytest.fixture
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    """Prepare a file of 100 documents into ``out``, interrupt it at the 60th, and return the path of the note."""
+    """Prepare a file of 100 documents into ``out``, interrupt it at the 60th, return its progress file."""
 
     def run(file: Path, **options: Any) -> Path:
-        monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+        monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
         source = local_source([file], reading=Reading(**options))
         (part,) = source.parts
         real = type(part).documents
@@ -136,11 +136,11 @@ def write_hundred_documents(path: Path) -> Path:
     return path
 
 
-def convert_to_an_earlier_version(note: Path) -> None:
-    content = json.loads(note.read_text())
+def convert_to_an_earlier_version(file: Path) -> None:
+    content = json.loads(file.read_text())
     del content["reader"], content["counts"]["unreadable"], content["counts"]["endoftext"]
     content["identity"]["source"] = [row[:3] for row in content["identity"]["source"]]
-    note.write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
@@ -184,7 +184,7 @@ def test_unusual_characters_are_counted_correctly_after_interruptions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
     monkeypatch.setattr("ds_gpt2.data.prepare.chunking.PIECE_CHARACTERS", 50)
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     documents = [
         f"line {number} of it\n" * 9 + "\ufffd\0\x01 and \x7f \t\x1b" * (number % 9 == 8) for number in range(60)
     ]
@@ -200,7 +200,7 @@ def test_unusual_characters_are_counted_correctly_after_interruptions(
 
 
 def test_an_error_late_in_a_file_retains_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_NOTE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
     path = tmp_path / "x.txt"
     path.write_bytes(b"a good line of text\n" * 150_000 + "Les élèves là. ".encode("latin-1") * 60_000)
     for _ in range(2):
