@@ -282,8 +282,11 @@ def _count_tokens(path: Path, may_be_bad: bool) -> int:
 def as_first_read(dataset: Dataset, fingerprint: str) -> Dataset:
     """Return ``dataset``, or the dataset as version 0.1.0 split it if ``fingerprint`` is that of the old split.
 
-    In a directory without an index, version 0.1.0 used every shard for training whose name lacks the word ``val``. A
-    run that started with such a split keeps it, even if its training data include shards of a test split.
+    In a directory without an index, version 0.1.0 trained on every shard whose name lacks the word ``val``. A run
+    that started with such a split keeps it, even if its training data include shards of a test split.
+
+    Raises:
+        UserError: a shard is missing, truncated or unreadable.
     """
     if fingerprint == dataset.fingerprint or (dataset.dir / INDEX).exists():
         return dataset

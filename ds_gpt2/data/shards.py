@@ -75,7 +75,7 @@ def start_of(path: Path) -> int:
 
 
 def token_problem(token: int, position: int | None = None) -> str | None:
-    """Return what is wrong with a token id, to follow the name of what has it; None if GPT-2 has the token.
+    """Return the problem of a token id, as the end of an error message; None if GPT-2 has the token.
 
     Args:
         position: of the token in its shard, for the message.
@@ -149,7 +149,7 @@ def _open_headerless(path: Path, size: int) -> Tokens:
 
 def _problem_of_headerless(path: Path, size: int) -> str | None:
     if path.with_name("meta.pkl").exists():
-        return "has characters as tokens (there is a meta.pkl beside it), not GPT-2's tokens"
+        return "has characters as tokens (its directory has a meta.pkl), not GPT-2's tokens"
     if size == 0 or size % TOKEN_BYTES:
         return "is empty" if size == 0 else f"is truncated ({size} bytes, 2 per token)"
     first, last = _both_ends(path)

@@ -65,7 +65,7 @@ class Scores:
 
 
 def score(model: GPT2, items: Sequence[Item], progress: Callable[[], None] = lambda: None) -> Scores:
-    """Return the scores of ``items``. Every answer equals that of ``score_one``, whatever else is in the batch.
+    """Return the scores of ``items``. Every answer equals that of ``score_one``; it does not depend on the other items.
 
     Args:
         model: in eval mode. The contexts of items that are too long for it are truncated at the start.

@@ -26,7 +26,11 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cached(name: HubName) -> Path | None:
-    """Return the directory of a model that is completely in the cache, or None."""
+    """Return the directory of a model that is completely in the cache, or None.
+
+    Raises:
+        UserError: the index of its weights cannot be read.
+    """
     config = _in_cache(name, gpt2_config.CONFIG, name.revision)
     if config is None:
         return None

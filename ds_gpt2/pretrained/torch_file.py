@@ -68,7 +68,7 @@ def _load(file: Path) -> tuple[ModelShape, dict[str, torch.Tensor]]:
 
 
 def _describe(file: Path, error: Exception) -> str:
-    """Return what is wrong with a file that torch.load cannot read."""
+    """Return the reason why torch.load cannot read a file."""
     with open(file, "rb", opener=regular_only) as opened:
         is_archive = opened.read(4) == b"PK\x03\x04"
     if not is_archive:

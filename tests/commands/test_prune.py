@@ -112,7 +112,7 @@ def test_prune_requires_readable_settings(tmp_path: Path, project: Path, command
     for step in range(1, 5):
         write_checkpoint(tmp_path / "bare", rolling_tag(step), step, settings={"checkpoint": {"keep_lots": 5}})
     code, _, err = command("prune", tmp_path / "bare")
-    assert code == exit_report.MISTAKE and f"cannot tell what to keep in {tmp_path}/bare" in err
+    assert code == exit_report.MISTAKE and f"retention settings of {tmp_path}/bare not found" in err
     assert len(list((tmp_path / "bare").iterdir())) == 4
 
 

@@ -152,7 +152,7 @@ def test_headerless_tokens_of_another_tokenizer_are_an_error(tmp_path: Path) -> 
             open_shard(path)
     nanogpt(path)
     (tmp_path / "meta.pkl").touch()
-    with pytest.raises(UserError, match=r"characters as tokens \(there is a meta\.pkl"):
+    with pytest.raises(UserError, match=r"characters as tokens \(its directory has a meta\.pkl"):
         open_shard(path)
 
 

@@ -236,7 +236,7 @@ def test_the_hook_reports_shares_of_right_answers(tmp_path: Path, caplog: pytest
     assert line.startswith(f"step 10: HellaSwag acc {seen['hellaswag/acc']:.4f}, acc_norm ")
 
 
-def test_the_hook_asks_as_many_items_as_it_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_hook_scores_the_configured_number_of_items(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = write(tmp_path).model_copy(update={"items": 7})
     hook = open_hellaswag(settings, tmp_path / "cache")
     assert hook is not None
@@ -247,7 +247,7 @@ def test_the_hook_asks_as_many_items_as_it_is_told(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("content", ["{}\n", ""])
-def test_without_items_there_is_no_hook_and_one_line(
+def test_without_items_there_is_no_hook_and_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
     settings = write(tmp_path)
@@ -257,7 +257,7 @@ def test_without_items_there_is_no_hook_and_one_line(
     assert line.startswith(f"training continues without HellaSwag: {settings.path}")
 
 
-def test_a_file_that_is_not_there_is_fetched_and_its_absence_ends_nothing(
+def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_stop_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = write(tmp_path)
@@ -275,7 +275,7 @@ def test_a_file_that_is_not_there_is_fetched_and_its_absence_ends_nothing(
     assert settings.path.read_bytes() == content
 
 
-def test_a_failure_is_one_rank_s_line_and_no_number(
+def test_a_failed_rank_logs_one_line_and_no_accuracy_is_recorded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook, model = open_hellaswag(write(tmp_path), tmp_path / "cache"), make_model(torch.bfloat16).train()

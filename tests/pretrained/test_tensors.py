@@ -51,7 +51,7 @@ def _index(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         "a\n.safetensors",
     ],
 )
-def test_an_index_with_files_elsewhere_is_an_error(sharded: Path, name: Any) -> None:
+def test_an_index_with_files_outside_its_directory_is_an_error(sharded: Path, name: Any) -> None:
     _index(sharded, lambda listed: listed.update({"transformer.ln_f.bias": name}))
     with pytest.raises(
         UserError, match=r"for transformer\.ln_f\.bias: only safetensors files in its directory"

@@ -86,6 +86,9 @@ def pieces_of(source: Source, start: Position) -> Iterator[tuple[Piece, Counts]]
 
     The last one is an empty piece with the counts after the last document. The first damaged documents are logged, and
     the first <|endoftext|>, U+FFFD and control character in the text.
+
+    Raises:
+        UserError: a part cannot be read, or has another format or encoding.
     """
     counts, position, damaged, warned = Counts(), start, 0, False
     unusual = _UnusualCharacters()

@@ -44,7 +44,11 @@ class Destination:
 
 
 def prepare_sample(out: Path = SAMPLE_DIR, workers: int | None = None) -> Dataset:
-    """Return the sample dataset, text of the Python installation; it is prepared unless it exists."""
+    """Return the sample dataset, text of the Python installation; it is prepared unless it exists.
+
+    Raises:
+        UserError: it cannot be written, or the existing dataset is damaged.
+    """
     if is_prepared(out):
         return open_dataset(out)
     return prepare(python_source(), out.absolute(), workers=workers)

@@ -84,6 +84,7 @@ def open_text(path: Path, packing: str, encoding: str | None) -> IO[str]:
     """Open a text file without its byte order mark; invalid bytes are replaced by U+FFFD.
 
     Raises:
+        UserError: the library for its compression is not installed.
         OSError, EOFError, zlib.error: it cannot be read; see ``naming_errors``.
     """
     with open_bytes(path, packing) as file:
@@ -127,11 +128,17 @@ class _Check:
         self._replaced = _replaced.count
 
     def add(self, text: str) -> None:
+        """Add text to the window; check the window if it is full. Raises as ``end``."""
         self._characters += len(text)
         if self._characters >= _WINDOW:
             self.end()
 
     def add_block(self, block: str) -> None:
+        """Check a block as a window.
+
+        Raises:
+            UserError: too many of its characters are control characters, or as ``end``.
+        """
         control = count_control_characters(block) if "\0" in block else 0  # binary data has NULs
         if control > _MOST_CONTROL * max(len(block), _HEAD_BYTES):
             where = f"characters {self._before + 1:,} to {self._before + len(block):,}"
@@ -143,7 +150,11 @@ class _Check:
         self.end()
 
     def end(self) -> None:
-        """Check the window that ends here."""
+        """Check the window that ends here.
+
+        Raises:
+            UserError: too many of its characters are not valid in the detected encoding.
+        """
         replaced = _replaced.count - self._replaced
         if self._encoding is None and replaced > _MOST_INVALID * max(self._characters, _HEAD_BYTES):
             where = f"characters {self._before + 1:,} to {self._before + self._characters:,}"

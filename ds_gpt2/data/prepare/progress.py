@@ -25,7 +25,7 @@ _READER = 2  # version of the text readers; the progress files of earlier versio
 
 @dataclass
 class PreparationProgress:
-    """How far a preparation has come. What was written after it is discarded when the preparation continues."""
+    """The progress of a preparation. Tokens that were written later are discarded when the preparation continues."""
 
     position: Position = field(default_factory=Position)
     pieces: int = 0

@@ -264,7 +264,7 @@ def python_documents() -> Iterator[str]:
 def _part(found: FoundFile, reading: Reading, separator: Separator | None) -> LocalFile:
     form = reading.form if found.is_named else None
     part = LocalFile(found.path, reading.column, reading.separator, reading.encoding, form, separator)
-    format_of(found.path, form)  # refuses what is not text
+    format_of(found.path, form)  # raises an error if it is not text
     return part
 
 

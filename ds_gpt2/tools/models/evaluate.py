@@ -159,7 +159,7 @@ def measure(model: OpenedModel, data: EvalData, device: torch.device, open_bar: 
     """Evaluate one model.
 
     Raises:
-        UserError: the memory of the GPU is too small.
+        UserError: the memory of the GPU is too small, or the data cannot be read.
     """
     losses = right = None
     try:

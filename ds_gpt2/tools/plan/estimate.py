@@ -69,8 +69,11 @@ def make_plan(inputs: PlanInputs, results: TrialResults | None, prices: Prices, 
     """Return the estimates for a run.
 
     Args:
-        results: results of the trial; None without a trial.
+        results: of the trial; None without a trial.
         now: seconds since 1970.
+
+    Raises:
+        UserError: the run has too many checkpoints to simulate.
     """
     calibration = calibrate(inputs, results)
     pace = timing.measured(results) if results is not None else None

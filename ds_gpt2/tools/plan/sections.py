@@ -203,7 +203,11 @@ class DiskNeed:
 
 
 def disk_need(inputs: PlanInputs, results: TrialResults | None) -> DiskNeed | None:
-    """Simulate all saves of the run and return the disk space; None if the number of steps is not known."""
+    """Simulate all saves of the run and return the disk space; None if the number of steps is not known.
+
+    Raises:
+        UserError: the run has too many checkpoints to simulate.
+    """
     settings, schedule, parameters = inputs.settings, inputs.schedule, inputs.model.parameters
     if schedule is None:
         return None
@@ -307,7 +311,11 @@ def cost_section(inputs: PlanInputs, timing: Timing | None, prices: Prices) -> P
 
 
 def problems_of(inputs: PlanInputs, results: TrialResults | None, calibration: Calibration) -> list[str]:
-    """Return the reasons why the run is not possible, each with a fix."""
+    """Return the reasons why the run is not possible, each with a fix.
+
+    Raises:
+        UserError: the run has too many checkpoints to simulate.
+    """
     problems = []
     memory, available = calibration.rank_bytes(inputs, inputs.batch), inputs.memory_free
     if available is not None and memory > available:

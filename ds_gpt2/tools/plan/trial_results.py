@@ -169,7 +169,7 @@ def _shares(pieces: Sequence[StepBytes], steps: int, due: Mapping[str, int]) -> 
 def read_events(file: Path) -> Iterator[StepBytes]:
     """Yield the step and size of each event in a TensorBoard file.
 
-    A record has 16 bytes beside the event: its length and two checksums.
+    A record has 16 bytes in addition to the event: its length and two checksums.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent

@@ -38,7 +38,7 @@ class RunCheckpoints:
             with contextlib.suppress(KeyError, ValidationError):
                 if generation.manifest is not None:
                     return CheckpointSettings.model_validate(generation.manifest.settings["checkpoint"])
-        raise UserError(f"cannot tell what to keep in {self.directory}: no checkpoint in it has readable settings")
+        raise UserError(f"retention settings of {self.directory} not found: no checkpoint in it has readable settings")
 
 
 def find_run_checkpoints(run: str | None) -> RunCheckpoints:

@@ -25,7 +25,7 @@ _NOT_LOGGED_SECONDS, _NOT_LOGGED_STEPS = 300.0, 2  # records reach the file with
 
 # Incidents of the guards that may persist. A spike or a skipped update is over immediately; several in a row are
 # reported as a divergence or a skipped_run.
-_LASTING: tuple[Kind, ...] = ("divergence", "skipped_run", "frozen", "drift", "stuck_data", "rollback")
+_PERSISTENT: tuple[Kind, ...] = ("divergence", "skipped_run", "frozen", "drift", "stuck_data", "rollback")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is known of a run when its problems are determined."""
+    """The facts from which the problems of a run are determined."""
 
     settings: Settings
     state: RunState
@@ -164,7 +164,7 @@ def _of_late_saves(run: Snapshot) -> list[Problem]:
 
 
 def damage_of(generation: Generation) -> str | None:
-    """Return what is damaged according to the manifest and the sizes of the files; their content is not read."""
+    """Return the damage according to the manifest and the sizes of the files, whose content is not read; else None."""
     if generation.manifest is None:
         return generation.problem
     files = generation.manifest.files.items()
@@ -175,14 +175,14 @@ def damage_of(generation: Generation) -> str | None:
 def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
     """Return the newest incident of each kind in the last day, unless a later step has been saved since."""
     saves = [(event.time, event.step) for event in events if event.kind == "save" and event.step is not None]
-    lasting: dict[Kind, Event] = {}
+    persistent: dict[Kind, Event] = {}
     for event in events:
-        for kind in _LASTING:
+        for kind in _PERSISTENT:
             if event.kind == kind and event.time >= now - _DAY:
-                lasting[kind] = event
+                persistent[kind] = event
     return [
         Problem(kind, f"{event.text}; no later step has been saved")
-        for kind, event in lasting.items()
+        for kind, event in persistent.items()
         if not any(time > event.time and step > (event.step or 0) for time, step in saves)
     ]
 
