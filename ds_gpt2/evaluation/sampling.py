@@ -1,6 +1,6 @@
 """Generate text: greedy, or sampled with temperature, top-k and top-p, with a key-value cache.
 
-The model has ``sequence_length`` positions. Of a longer prompt, only the last ``sequence_length`` tokens are used. When
+The model has ``sequence_length`` positions. Only the last ``sequence_length`` tokens of a longer prompt are used. When
 the context is full, its newest three quarters are computed again from position 0 and generation continues: positions
 are learned, so cached keys and values are not valid at other positions. The context of a long text is therefore never
 shorter than 3/4 of ``sequence_length``, and is recomputed about every ``sequence_length / 4`` tokens.

@@ -113,7 +113,7 @@ def as_model(shape: ModelShape, weights: dict[str, torch.Tensor]) -> GPT2:
 def check(shape: ModelShape, name: str) -> None:
     """Check that a new run of ``shape`` can be initialized from the model ``name``; read and download no weights.
 
-    Of a model on the hub, only ``config.json`` is checked unless its weights are in the cache.
+    For a model on the hub, only ``config.json`` is checked unless its weights are in the cache.
 
     Raises:
         UserError: there is no such model, it has another shape, or its files are damaged.
@@ -143,7 +143,7 @@ def prepare(shape: ModelShape, name: str) -> Path:
 def weights_for(shape: ModelShape, name: str) -> dict[str, torch.Tensor]:
     """Return the initial weights of a new run of ``shape`` from the model ``name``, fp32, by our names.
 
-    Of a model with a longer context, the first positions are used.
+    If the model has a longer context, its first positions are used.
 
     Raises:
         UserError: there is no such model, it has another shape, or its files are damaged.

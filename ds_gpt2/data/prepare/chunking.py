@@ -152,8 +152,8 @@ class _UnusualCharacters:
 def cut(document: str | Iterable[str], characters: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Cut a long document before newlines between two printing characters; very long lines before a space.
 
-    GPT-2's pre-tokenizer splits the text there, so the tokens of the pieces are those of the whole document. Of a
-    document in blocks, only the current piece is in memory; the pieces are the same.
+    GPT-2's pre-tokenizer splits the text there, so the tokens of the pieces are those of the whole document. A
+    document in blocks gives the same pieces, and only the current piece is in memory.
 
     Args:
         characters: shortest length of a piece, except the last.

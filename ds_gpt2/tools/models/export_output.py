@@ -73,8 +73,8 @@ def sync(path: Path) -> None:
 def _clean_up_after_dead_processes(out: Path) -> None:
     """Remove temporary paths of processes of this host that no longer exist."""
     pattern = f".{glob.escape(out.name)}.*-{glob.escape(socket.gethostname())}-*"
-    for left in list(out.parent.glob(pattern)):
-        pid = left.name.rpartition("-")[2]
+    for leftover in list(out.parent.glob(pattern)):
+        pid = leftover.name.rpartition("-")[2]
         if re.fullmatch(r"[0-9]{1,9}", pid) and not psutil.pid_exists(int(pid)):
             _clean_up(out, *temporary_paths(out, int(pid)))
 
@@ -84,5 +84,5 @@ def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:
     with contextlib.suppress(OSError):
         if os.path.lexists(replaced) and not os.path.lexists(out):
             replaced.rename(out)
-        for left in (unfinished, replaced):
-            remove_tree(left)
+        for leftover in (unfinished, replaced):
+            remove_tree(leftover)

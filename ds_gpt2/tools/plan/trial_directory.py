@@ -30,9 +30,9 @@ def trial_directory(checkpoints: Path) -> Iterator[Path]:
         UserError: the directory cannot be created.
     """
     parent = existing(checkpoints)
-    for left in parent.glob(f"{_PREFIX}*"):
-        if is_abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in parent.glob(f"{_PREFIX}*"):
+        if is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     owner = f"{os.getpid()}-{start_of(os.getpid())}-{host_name()}-"
     try:
         directory = tempfile.mkdtemp(prefix=_PREFIX + owner, dir=parent)

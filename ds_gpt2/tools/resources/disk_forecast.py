@@ -46,7 +46,7 @@ class RunProgress:
 def forecast_disks(
     run_dir: Path, settings: Settings, found: Sequence[Generation], progress: RunProgress | None
 ) -> list[DiskSpace]:
-    """Return the disks of a run's directories, the disk that is full first in front.
+    """Return the disks of a run's directories, in the order in which they become full.
 
     Args:
         found: the run's checkpoints.

@@ -1,4 +1,4 @@
-"""Memory of a rank: a model of the tensors that ZeRO-2 of DeepSpeed 0.19.8, the model and its loss hold at a time.
+"""Memory model of a rank: the tensors that ZeRO-2 of DeepSpeed 0.19.8, the model and its loss hold at the same time.
 
 Symbols below: P parameters, N ranks, n tokens of a micro-batch, C width, L layers, H heads, V rows of the padded
 vocabulary, R elements of a reduce bucket, c tokens of a chunk of logits. Weights and activations are bf16.

@@ -1,4 +1,4 @@
-"""Prices of energy and of machine time, set by the user, and the costs of a time."""
+"""Prices of energy and of machine time, set by the user, and the cost of a duration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of a time. Money is in the currency of the prices."""
+    """Cost of a duration. Money is in the currency of the prices."""
 
     watts: float | None
     watts_recorded: bool  # by the GPUs, without the rest of the machine
@@ -28,7 +28,7 @@ class Cost:
 
 
 def cost_of(seconds: Range, recorded_watts: float | None, prices: Prices) -> Cost | None:
-    """Return the costs of ``seconds``; None if neither the power nor the price of an hour is known.
+    """Return the cost of ``seconds``; None if neither the power nor the price of an hour is known.
 
     Args:
         recorded_watts: power of the GPUs, used if the prices do not include the power.
