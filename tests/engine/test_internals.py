@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 
@@ -37,3 +38,13 @@ def test_every_missing_internal_is_named_with_the_tested_version() -> None:
     for name in ("DeepSpeedEngine.was_step_applied", "SimpleNamespace.has_overflow", "_hp_mapping.lp_fragment_address"):
         assert name in str(error.value)
     assert "pip install deepspeed==0.19.8" in str(error.value)
+
+
+def test_the_table_of_operators_is_checked_without_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building it starts compilers in every rank."""
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("the table was built"))
+    internals.check_operators()
+    monkeypatch.delattr(deepspeed.ops, "_probe_compatible_ops")
+    with pytest.raises(UserError, match=r"DeepSpeed \S+ has no deepspeed\.ops\.__compatible_ops__"):
+        internals.check_operators()
