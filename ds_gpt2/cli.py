@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ds_gpt2 import __version__
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError, is_wrong_path
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,26 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, such as ``head``, has closed the pipe; discard buffered output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
     except OSError as error:
         if terminal.is_stdout_broken():
             terminal.ignore_write_errors()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-            return exit_report.CRASHED
+            return exit_codes.CRASHED
         print(f"error: {terminal.one_line(_describe(error))}", file=sys.stderr)
-        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
+        return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
     except UserError as error:
         print(f"error: {terminal.one_line(error)}", file=sys.stderr)
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr)
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
 
 
 def _describe(error: OSError) -> str:

@@ -23,7 +23,7 @@ from ds_gpt2.common.formatting import table
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.training.preflight import check_outputs
 
@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> int:
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
-        if copied == exit_report.DONE and options.to is None:
+        if copied == exit_codes.DONE and options.to is None:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual copy to {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {redacted_reason(error)}", file=sys.stderr)
-        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
+        return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
 
 
 def _storage(settings: Settings, requested: str | None) -> str:
@@ -98,13 +98,13 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
             print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
-            return exit_report.CRASHED
+            return exit_codes.CRASHED
     if as_json:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
         print(f"fetched {fetched.path}, step {fetched.step:,}, every file verified")
         print(f"resume from it with `./launch.sh resume {settings.run.name} --from {tag}`")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
@@ -115,9 +115,9 @@ def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
             print(f"checkpoint {generation.path} was not copied: {error}", file=sys.stderr)
             continue
         _report(backup, generation, sent, as_json)
-        return exit_report.DONE
+        return exit_codes.DONE
     print("error: no good checkpoint to copy", file=sys.stderr)
-    return exit_report.CRASHED
+    return exit_codes.CRASHED
 
 
 def _copy_with_bar(backup: Backup, generation: Generation) -> int:
@@ -154,4 +154,4 @@ def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
         head = ["tag", "step", "bytes", "created"]
         cells = [[str(row["tag"]), f"{row['step']:,}", f"{row['bytes']:,}", str(row["created"])] for row in rows]
         print(table([head, *cells], indent="  "))
-    return exit_report.DONE
+    return exit_codes.DONE

@@ -25,7 +25,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import duration, size, table
 from ds_gpt2.config.run_location import CONFIG, run_of
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.resources.run_checkpoints import bare_directory, find_run_checkpoints
 
 
@@ -72,7 +72,7 @@ def show(options: argparse.Namespace) -> int:
         raise UserError(f"no checkpoints in {checkpoints.directory}")
     if not options.json:
         print(f"{checkpoints.directory}\n\n{as_table(rows)}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def verify(options: argparse.Namespace) -> int:
                 tqdm.write(f"{generation.tag}: {problem or 'ok'}")
     if options.json:
         _print_json(verdicts)
-    return exit_report.DONE if all(verdict["ok"] for verdict in verdicts) else exit_report.CRASHED
+    return exit_codes.DONE if all(verdict["ok"] for verdict in verdicts) else exit_codes.CRASHED
 
 
 def prune(options: argparse.Namespace) -> int:
@@ -110,7 +110,7 @@ def prune(options: argparse.Namespace) -> int:
         would_be = "would be " if options.dry_run else ""
         lines = [f"{tag} {would_be}deleted" for tag in pruned.deleted] + pruned.failures
         print("\n".join([*lines, f"{size(pruned.freed_bytes)} {would_be}freed"]))
-    return exit_report.CRASHED if pruned.failures else exit_report.DONE
+    return exit_codes.CRASHED if pruned.failures else exit_codes.DONE
 
 
 def as_table(rows: Sequence[CheckpointRow]) -> str:

@@ -18,7 +18,7 @@ from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
 from ds_gpt2.data.inspect import ShardReport, examples, lengths, verify_shards
 from ds_gpt2.data.shards import is_shard
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 _EXAMPLE_TOKENS = 80
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     for file, position, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
         print(f"\n{file}, token {position:,}:\n{printable_lines(text)}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def is_data(name: str) -> bool:
@@ -67,7 +67,7 @@ def verify(directory: Path, as_json: bool) -> int:
         print(json.dumps([dataclasses.asdict(report) for report in reports]))
     else:
         _show(dataset, reports)
-    return exit_report.CRASHED if bad or not reports else exit_report.DONE
+    return exit_codes.CRASHED if bad or not reports else exit_codes.DONE
 
 
 def _show(dataset: Dataset, reports: list[ShardReport]) -> None:

@@ -17,7 +17,7 @@ from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -114,7 +114,7 @@ def start(
         if starts_new_run(settings, resume):
             check_initial_model(settings)
     if not _is_ready(settings, layout):
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     where = "GPUs" if layout.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))

@@ -18,7 +18,7 @@ from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed import collectives, launch_environment
 from ds_gpt2.engine import internals
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None
 
     def give_up() -> None:  # the main thread waits in C++ and cannot be interrupted
         print(f"error: {text.format(_LEFTOVER_SECONDS)}", file=sys.stderr, flush=True)
-        os._exit(exit_report.MISTAKE)
+        os._exit(exit_codes.MISTAKE)
 
     timers = [threading.Timer(_NOTICE_SECONDS, lambda: log.warning(text.format(_NOTICE_SECONDS)))]
     timers += [threading.Timer(_LEFTOVER_SECONDS, give_up)] if may_be_leftover else []

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ds_gpt2.config.batch_plan import format_batches
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir.exit_report import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED
+from ds_gpt2.run_dir.exit_report import Outcome
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from launched import Run
 
 from ds_gpt2.cli import main
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.metrics import TIME, read_metrics
 
 NOW = time.time()
@@ -26,7 +26,7 @@ def json_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
     def run(*words: object) -> Any:
         code = main([*map(str, words), "--json"])
-        assert code in (exit_report.DONE, exit_report.CRASHED)  # status: not healthy
+        assert code in (exit_codes.DONE, exit_codes.CRASHED)  # status: not healthy
         return json.loads(capsys.readouterr().out)
 
     return run

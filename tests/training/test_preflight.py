@@ -18,7 +18,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import launches
 from ds_gpt2.training.preflight import check_start
@@ -33,7 +33,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
         monkeypatch.setattr(launches, "Ranks", None)  # a start of ranks fails
         capfd.readouterr()
-        assert cli.main([*words, "--num_gpus", "4"]) == exit_report.MISTAKE
+        assert cli.main([*words, "--num_gpus", "4"]) == exit_codes.MISTAKE
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         return err

@@ -18,7 +18,7 @@ from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import Settings, SupervisorSettings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord, read_supervisor_record
@@ -51,9 +51,9 @@ _BY_PHASE: dict[str, State] = {
 }
 _FINAL: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
 _BY_CODE: dict[int, State] = {
-    exit_report.DONE: "finished",
-    exit_report.STOPPED: "stopped",
-    exit_report.MISTAKE: "mistake",
+    exit_codes.DONE: "finished",
+    exit_codes.STOPPED: "stopped",
+    exit_codes.MISTAKE: "mistake",
 }
 _RANKS_ENDED = frozenset({"crash", "hang", "restart", *_FINAL})  # no rank of that start exists any more
 _STATE_EVENTS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_FINAL})
