@@ -17,7 +17,7 @@ from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.commands.arguments import path_text
-from ds_gpt2.common import files
+from ds_gpt2.common import files, locks
 from ds_gpt2.common.errors import UserError, is_wrong_path
 from ds_gpt2.common.formatting import table
 from ds_gpt2.config.lookup import find_run
@@ -91,7 +91,7 @@ def _candidates(directory: Path, tag: str) -> list[Generation]:
 def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
     files.check_writable(directory)
-    with files.lock(directory / LOCK, f"run {settings.run.name}"):
+    with locks.lock(directory / LOCK, f"run {settings.run.name}"):
         size = next((copy.manifest.bytes for copy in backup.copies() if copy.tag == tag), None)
         try:
             with _bar(tag, size) as bar:

@@ -12,13 +12,11 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
@@ -31,7 +29,7 @@ from ds_gpt2.config.settings import (
 )
 from ds_gpt2.config.settings_tree import read_tree, section_of
 from ds_gpt2.run_dir.journal import JOURNAL
-from ds_gpt2.run_dir.metrics import STARTS, TIME
+from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
 
 CONFIG = "config.yaml"
 HIDDEN = "(not shown)"
@@ -157,8 +155,8 @@ def last_seen(run_dir: Path) -> Path:
 
 def last_started(run_dir: Path) -> float:
     """Return when the run was last started, in seconds since 1970, or when its settings were written if unknown."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        return datetime.strptime(_last_start(run_dir)["time"], TIME).timestamp()
+    if (started := time_of(last_start(run_dir))) is not None:
+        return started
     with contextlib.suppress(OSError):
         return (run_dir / CONFIG).stat().st_mtime
     return 0.0
@@ -237,16 +235,8 @@ def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
     run, _ = section_of(tree, "run.dir")
     if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # stored by an earlier version
         return Path(run["dir"]) / str(run.get("name", run_dir.name))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        return Path(_last_start(run_dir)["run_dir"])
-    return run_dir
-
-
-def _last_start(run_dir: Path) -> dict[str, Any]:
-    """Return the last line of ``starts.jsonl``."""
-    with open(run_dir / STARTS, "rb", opener=regular_only) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
-        return dict(safe_json.parse(file.read().splitlines()[-1]))
+    recorded = last_start(run_dir).get("run_dir")
+    return Path(recorded) if isinstance(recorded, str) else run_dir
 
 
 def _portable(key: str, text: str, run_dir: Path) -> str:

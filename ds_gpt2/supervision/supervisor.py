@@ -12,7 +12,7 @@ import shlex
 import sys
 from dataclasses import replace
 
-from ds_gpt2.common import files
+from ds_gpt2.common import locks
 from ds_gpt2.config.run_location import write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
@@ -39,7 +39,7 @@ def supervise(run: SupervisedRun, settings: Settings) -> int:
     """
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
-    with files.lock(directory / _LOCK, f"run {settings.run.name}"), StopSignals() as stop:
+    with locks.lock(directory / _LOCK, f"run {settings.run.name}"), StopSignals() as stop:
         supervisor = _Supervisor(run, settings, stop)
         code = supervisor.run_to_end()
     if supervisor.next_command and not stop.requested:

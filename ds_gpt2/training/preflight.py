@@ -22,7 +22,8 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.run_dir.journal import JOURNAL
-from ds_gpt2.run_dir.metrics import METRICS, REPLACED, STARTS
+from ds_gpt2.run_dir.metrics import METRICS, REPLACED
+from ds_gpt2.run_dir.starts import STARTS
 from ds_gpt2.run_dir.supervisor_record import RECORD
 from ds_gpt2.training.resume_choice import backup_of, check_never_saved, choose_source, has_backups, starts_new_run
 

@@ -22,7 +22,7 @@ from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.commands import backup
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import lock
+from ds_gpt2.common.locks import lock
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal, read_journal
 

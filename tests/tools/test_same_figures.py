@@ -14,7 +14,8 @@ from launched import Run
 
 from ds_gpt2.cli import main
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.metrics import TIME, read_metrics
+from ds_gpt2.run_dir.metrics import read_metrics
+from ds_gpt2.run_dir.starts import TIME
 
 NOW = time.time()
 STEPS = 5200

@@ -14,7 +14,8 @@ from ds_gpt2.checkpoint.backup.storage import Storage
 from ds_gpt2.checkpoint.naming import role_of
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import open_for_writing, read_small, try_lock
+from ds_gpt2.common.files import open_for_writing, read_small
+from ds_gpt2.common.locks import try_lock
 from ds_gpt2.config.run_address import RunAddress, address_of, read_address
 from ds_gpt2.config.run_location import CONFIG, last_seen
 

@@ -7,7 +7,6 @@ The count is in a file, so that it survives a restart of the supervisor, and so 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import no_links, regular_only, write_all
+from ds_gpt2.common.locks import wait_for_lock
 from ds_gpt2.supervision.alerts.message import FINAL_KINDS, count_more
 
 _HOUR = 3600.0
@@ -76,8 +76,7 @@ class HourlyLimit:
             file: BinaryIO | None = None
             with contextlib.suppress(OSError):
                 file = stack.enter_context(open(self._file, "a+b", buffering=0, opener=no_links))
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                wait_for_lock(file)
                 if self._is_stored:
                     self._count = _read(file)
             yield self._count

@@ -14,8 +14,8 @@ import psutil
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
-from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.locks import last_host
 from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_codes
@@ -254,8 +254,4 @@ def _process_exists(beat: Beat) -> bool:
 
 def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:
     """Return the host of the ranks, from the lock of the checkpoints or the supervisor's record; None if not known."""
-    with contextlib.suppress(OSError):
-        _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")
-        if host:
-            return host
-    return supervisor.host if supervisor is not None else None
+    return last_host(lock) or (supervisor.host if supervisor is not None else None)
