@@ -165,20 +165,29 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: str | bytes | BinaryIO, *, durable: bool = False, mode: int = 0o666) -> None:
+def replace_file(
+    path: Path,
+    content: str | bytes | BinaryIO,
+    *,
+    durable: bool = False,
+    mode: int = 0o666,
+    temporary: Path | None = None,
+) -> None:
     """Replace the file ``path`` atomically: a reader sees either the old or the new content.
 
     Args:
         content: text, written as UTF-8 with lone surrogates escaped; bytes; or an open file, copied from its position.
         durable: sync the content before the rename, so that the replacement is atomic also at a power failure.
         mode: permissions of the file, restricted by the umask.
+        temporary: the file that is written and then renamed, in the same directory; default: ``path`` with ``.tmp``
+            appended.
 
     Raises:
         OSError: the new content cannot be written; the old content is unchanged.
     """
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    partial = path.with_name(path.name + ".tmp")
+    partial = temporary or path.with_name(path.name + ".tmp")
     try:
         partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
         with open(partial, "wb", opener=functools.partial(no_links, mode=mode)) as file:

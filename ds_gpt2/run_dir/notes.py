@@ -107,11 +107,11 @@ def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
     """
     directory.mkdir(exist_ok=True)
     earlier = list(directory.glob("*tfevents*"))
-    partial = directory / f".{os.getpid()}.tmp"
-    partial.write_bytes(_events(notes))
-    partial.replace(directory / f"events.out.tfevents.{time.time_ns():020d}.notes")
-    for file in earlier:
-        file.unlink(missing_ok=True)
+    file = directory / f"events.out.tfevents.{time.time_ns():020d}.notes"
+    hidden = directory / f".{os.getpid()}.tmp"  # TensorBoard reads every file with "tfevents" in its name
+    files.replace_file(file, _events(notes), temporary=hidden)
+    for old in earlier:
+        old.unlink(missing_ok=True)
 
 
 def _events(notes: list[Note]) -> bytes:

@@ -172,6 +172,19 @@ def test_a_new_event_file_is_read_after_older_ones(tmp_path: Path) -> None:
     assert names == sorted(names)
 
 
+def test_tensorboard_never_sees_an_incomplete_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, target: Path) -> None:
+        renamed.append((source.name, target.name))
+        rename(source, target)
+
+    rename, renamed = os.replace, list[tuple[str, str]]()
+    monkeypatch.setattr("os.replace", replace)
+    show_in_tensorboard([Note("2026-01-01 00:00:00 +0000", 1, "x")], tmp_path / "notes")
+    ((source, target),) = renamed
+    assert "tfevents" not in source and "tfevents" in target
+    assert os.listdir(tmp_path / "notes") == [target]
+
+
 @pytest.mark.parametrize("words", [[""], [" ", "\n"]])
 def test_an_empty_note_is_refused(run_dir: Path, words: list[str]) -> None:
     with pytest.raises(UserError, match="the note is empty: give a text"):
