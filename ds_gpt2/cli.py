@@ -48,7 +48,7 @@ _VERBS = {
     "prune": _Verb(
         "delete the checkpoints that no retention policy keeps", "checkpoints", "prune", "add_prune_arguments"
     ),
-    "backup": _Verb("copy a checkpoint to another storage and verify the copy", "backup"),
+    "backup": _Verb("copy a checkpoint to a backup storage and verify it", "backup"),
     "export": _Verb("export a run's model for transformers or plain PyTorch", "export"),
     "generate": _Verb("generate text with the model of a run or an exported one", "generate"),
     "eval": _Verb("evaluate models: loss on held-out text, HellaSwag", "eval"),

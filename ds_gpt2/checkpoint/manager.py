@@ -170,9 +170,9 @@ class Checkpoints:
             if complete and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
             left = self._queue.finish(_LAST_COPY_SECONDS if complete else _STOP_COPY_SECONDS)
-            if left and complete and self._backup_reporter is not None:  # after a stop, the next start copies them
+            if left and complete and self._backup_reporter is not None:  # after a stop, the next start backs them up
                 self._backup_reporter.failed(
-                    f"{', '.join(left)} could not be copied before the end of the run", state.step
+                    f"{', '.join(left)} could not be backed up before the end of the run", state.step
                 )
         return saved
 

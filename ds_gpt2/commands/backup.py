@@ -1,4 +1,4 @@
-"""``backup``: copy a checkpoint to a backup storage and verify it, list the copies, or fetch a copy."""
+"""``backup``: copy a checkpoint to a backup storage and verify it, list the backups, or fetch a backup."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good checkpoint)"
     )
-    parser.add_argument("--fetch", metavar="TAG", help="fetch the copy TAG into the run's checkpoints")
-    parser.add_argument("--list", action="store_true", help="list the existing copies, copy nothing")
+    parser.add_argument("--fetch", metavar="TAG", help="fetch the backup TAG into the run's checkpoints")
+    parser.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
         if copied == exit_codes.DONE and options.to is None:
-            BackupReporter(Journal(settings.run_dir)).recovered(f"manual copy to {backup.where()}")
+            BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {redacted_reason(error)}", file=sys.stderr)
@@ -75,14 +75,14 @@ def _storage(settings: Settings, requested: str | None) -> str:
 
 
 def _candidates(directory: Path, tag: str) -> list[Generation]:
-    """Return the checkpoints to try to copy, in order.
+    """Return the checkpoints to try to back up, in order.
 
     Raises:
         UserError: there is none, or ``tag`` is a checkpoint in another directory.
     """
     found = candidates(directory, tag)
     if not found:
-        raise UserError(f"nothing to copy: {directory} has no checkpoint")
+        raise UserError(f"nothing to back up: {directory} has no checkpoint")
     if any(generation.path.parent.resolve() != directory.resolve() for generation in found):
         raise UserError(f"--tag {tag}: give the name of a checkpoint in {directory}")
     return found
@@ -116,7 +116,7 @@ def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
             continue
         _report(backup, generation, sent, as_json)
         return exit_codes.DONE
-    print("error: no good checkpoint to copy", file=sys.stderr)
+    print("error: no good checkpoint to back up", file=sys.stderr)
     return exit_codes.CRASHED
 
 
@@ -148,9 +148,9 @@ def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows))
     elif not rows:
-        print(f"no copies in {backup.where()}")
+        print(f"no backups in {backup.where()}")
     else:
-        print(f"copies in {backup.where()}, newest first:")
+        print(f"backups in {backup.where()}, newest first:")
         head = ["tag", "step", "bytes", "created"]
         cells = [[str(row["tag"]), f"{row['step']:,}", f"{row['bytes']:,}", str(row["created"])] for row in rows]
         print(table([head, *cells], indent="  "))

@@ -36,7 +36,12 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("tag", nargs="?", metavar="TAG", help="a tag, a step, best, latest_backup (default: the newest)")
+    which.add_argument(
+        "tag",
+        nargs="?",
+        metavar="TAG",
+        help="a tag, a step, best, or latest_backup: the checkpoint before the newest (default: the newest)",
+    )
     which.add_argument("--all", action="store_true", help="verify every checkpoint")
     parser.add_argument(
         "--deep", action="store_true", help="also load the files: check that numbers are finite and shapes are right"

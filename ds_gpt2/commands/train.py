@@ -41,7 +41,8 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         default="latest",
         metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
-        help="which checkpoint (default: the newest good checkpoint)",
+        help="which checkpoint (default: the newest good checkpoint); backup: the checkpoint before the newest, not one"
+        " from checkpoint.backup.to",
     )
     parser.add_argument(
         "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"

@@ -124,12 +124,12 @@ def test_an_older_checkpoint_is_copied_if_the_newest_is_damaged(
     assert f"checkpoint {newest} was not copied: model.pt is damaged" in printed.err
     assert printed.out.startswith("rolling_step_000010 is in ")
     assert run(folder, "--tag", "20") == exit_codes.CRASHED
-    assert "error: no good checkpoint to copy" in capsys.readouterr().err
+    assert "error: no good checkpoint to back up" in capsys.readouterr().err
 
 
 def test_copies_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--list") == exit_codes.DONE
-    assert capsys.readouterr().out == f"no copies in {folder / 'storage' / 'test'}\n"
+    assert capsys.readouterr().out == f"no backups in {folder / 'storage' / 'test'}\n"
     for tag in ("10", "20"):
         run(folder, "--tag", tag)
     capsys.readouterr()
@@ -185,7 +185,7 @@ def test_a_failing_storage_is_a_one_line_error(
         ([], "gone", "create it, or mount its disk"),
         ([], "checkpoints", "is where the checkpoints themselves are"),
         (["--tag", "30"], "storage", "no checkpoint '30'"),
-        (["--fetch", "30"], "storage", "no copy 30 in"),
+        (["--fetch", "30"], "storage", "no backup 30 in"),
         (["--tag", "STORAGE/test"], "storage", "is not a checkpoint of ds_gpt2"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path) -> None:
 def test_a_run_without_checkpoints_is_an_error(folder: Path) -> None:
     for step in (10, 20):
         commit.remove(Disk(), folder / "checkpoints" / "test", rolling_tag(step))
-    with pytest.raises(UserError, match="nothing to copy"):
+    with pytest.raises(UserError, match="nothing to back up"):
         run(folder)
 
 
