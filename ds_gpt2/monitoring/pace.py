@@ -41,6 +41,12 @@ def recent(values: Sequence[float | None]) -> float | None:
     return statistics.median(finite) if finite else None
 
 
+def recent_step_seconds(step_ms: Sequence[float | None]) -> float | None:
+    """Return ``recent`` of the step times ``perf/step_ms``, in seconds."""
+    milliseconds = recent(step_ms)
+    return None if milliseconds is None else milliseconds / 1000
+
+
 @dataclass(frozen=True)
 class Range:
     """A mean with the 10th and 90th percentile."""

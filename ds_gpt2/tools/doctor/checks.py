@@ -19,7 +19,7 @@ from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
-from ds_gpt2.monitoring.pace import recent
+from ds_gpt2.monitoring.pace import recent_step_seconds
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import (
@@ -251,10 +251,8 @@ def _speed(settings: Settings, count: int) -> list[Finding]:
 
 
 def _step_seconds(settings: Settings) -> float | None:
-    """Return ``pace.recent`` of the step times that this run has recorded; None if it has recorded none."""
-    times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)]
-    step_ms = recent(times)
-    return None if step_ms is None else step_ms / 1000
+    """Return the usual step time that this run has recorded; None if it has recorded none."""
+    return recent_step_seconds([record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)])
 
 
 def _memory(settings: Settings, accelerator: str, count: int) -> Finding:

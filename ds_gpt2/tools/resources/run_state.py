@@ -73,6 +73,15 @@ class RunState:
     overdue: bool = False  # that restart did not happen in time
     is_here: bool = True  # on this machine, or on an unknown one
 
+    def finish_time(self, now: float, left_seconds: float | None) -> float | None:
+        """Return when the run finishes, in seconds since 1970; None if it is not active or the time left is unknown.
+
+        Args:
+            now: seconds since 1970.
+            left_seconds: time left, see ``ds_gpt2.monitoring.pace``.
+        """
+        return now + left_seconds if self.state in ACTIVE and left_seconds is not None else None
+
 
 def read_run_state(
     run_dir: Path, settings: Settings, events: Sequence[Event], step_seconds: float | None, now: float
