@@ -65,7 +65,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def show(options: argparse.Namespace) -> int:
-    """``list``: print a table of the checkpoints, newest first, and of unfinished checkpoints."""
+    """``list``: print a table of the checkpoints, newest first, and of unfinished checkpoints.
+
+    Raises:
+        UserError: there is no such run, or it has no checkpoints.
+    """
     checkpoints = find_run_checkpoints(options.run)
     rows = [
         *rows_of(checkpoints.directory, checkpoints.found),
@@ -81,7 +85,11 @@ def show(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """``verify``: print one line per checkpoint, or per shard of a dataset; exit code 1 if any is damaged."""
+    """``verify``: print one line per checkpoint, or per shard of a dataset; exit code 1 if any is damaged.
+
+    Raises:
+        UserError: there is no such run, checkpoint or dataset.
+    """
     if options.run is not None and (inspect.is_data(options.run) or _is_unknown_directory(options.run)):
         return inspect.verify(Path(options.run), options.json)  # of an unknown directory: report that it has no shards
     generations = _chosen(options)
@@ -102,7 +110,11 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """``prune``: delete the checkpoints that the run's settings do not keep; exit code 1 if a deletion failed."""
+    """``prune``: delete the checkpoints that the run's settings do not keep; exit code 1 if a deletion failed.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoints, or too few of them are good.
+    """
     checkpoints = find_run_checkpoints(options.run)
     if not checkpoints.found:
         raise UserError(f"no checkpoints in {checkpoints.directory}")

@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def is_data(name: str) -> bool:
-    """Return whether this is a directory of shards, not of checkpoints."""
+    """Return whether this is a directory of shards, not of checkpoints.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
     directory = Path(name)
     try:
         return directory.is_dir() and any(path.name == INDEX or is_shard(path.name) for path in directory.iterdir())
@@ -58,7 +62,11 @@ def is_data(name: str) -> bool:
 
 
 def verify(directory: Path, as_json: bool) -> int:
-    """Read all shards and verify their checksums; return exit code 1 if any is damaged."""
+    """Read all shards and verify their checksums; return exit code 1 if any is damaged.
+
+    Raises:
+        UserError: the directory is not a dataset, or has no shards.
+    """
     dataset = read_dataset(directory, bad_shards=True)
     with tqdm(total=len(dataset.shards), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
         reports = verify_shards(dataset, lambda report: bar.update())

@@ -100,6 +100,9 @@ def start(
     Args:
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
         leave_out: batches of the data to exclude from training.
+
+    Raises:
+        UserError: the settings or the machine do not allow the run.
     """
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)

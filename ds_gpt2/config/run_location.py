@@ -91,7 +91,11 @@ def event_directory(run_dir: Path) -> Path:
 
 
 def absolute_run_dir(run_dir: Path) -> Path:
-    """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name."""
+    """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name.
+
+    Raises:
+        UserError: the settings in the target of a symbolic link cannot be read.
+    """
     path = Path(os.path.abspath(run_dir))
     if not path.is_symlink():
         return path
@@ -128,7 +132,11 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
 
 
 def write_first_settings(settings: Settings) -> None:
-    """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there."""
+    """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     config = settings.run_dir / CONFIG
     if not config.exists():
         write_settings(settings)
@@ -185,6 +193,9 @@ def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]
 
     Returns:
         Nested dicts. If the run is not found, paths into its directory are None and ``run.dir`` is missing.
+
+    Raises:
+        UserError: the stored settings of the run cannot be read.
     """
     run_dir = run_of(checkpoint.resolve().parent)
     now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}

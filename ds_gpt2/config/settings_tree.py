@@ -51,6 +51,9 @@ def parse_override(settings: type[BaseModel], key: str, text: str) -> Any:
     """Return the value in an override ``key=text``.
 
     Text for a name, a path or a command is taken literally. Lists and quoted text are parsed as YAML.
+
+    Raises:
+        UserError: the text is not valid YAML.
     """
     if _is_plain_text(_annotation(settings, key)) and text[:1] not in ("'", '"'):
         return text

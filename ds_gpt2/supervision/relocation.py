@@ -31,6 +31,9 @@ def command_to_resume(context: Context, run: SupervisedRun, step: int | None, ha
 
     Returns:
         The command that resumes the run where it is now; empty if it cannot be resumed.
+
+    Raises:
+        UserError: the settings in the new directory cannot be read.
     """
     directories, report = context.directories, context.reporter.report
     before, now = context.settings.run_dir, directories.run_dir

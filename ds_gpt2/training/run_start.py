@@ -47,7 +47,11 @@ def start_text(plan: BatchPlan, restored: Restored | None, excluded: tuple[int, 
 
 
 def record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
-    """Write the settings in force to the run's directory, and append a line to ``starts.jsonl``. For rank 0."""
+    """Write the settings in force to the run's directory, and append a line to ``starts.jsonl``. For rank 0.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     write_settings(settings)
     for directory in settings.shared_output_dirs:
         write_owner(directory, settings.run_dir)
