@@ -31,7 +31,7 @@ _PATIENCE_SECONDS = 20.0
 
 
 def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
-    """Parse, check, train; returns the exit code.
+    """Parse the command line, check the settings and train; return the exit code.
 
     Args:
         prepare: called once DeepSpeed may be imported, before anything is built.
@@ -92,7 +92,7 @@ def _run(settings: Settings, command: TrainArguments, prepare: Callable[[], None
     torch_compile.set_up(is_compiled)
     if settings.run.deterministic:
         device.be_deterministic()
-    from ds_gpt2.training.run import run  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.training.run import run  # imported late: DeepSpeed selects its accelerator at import
     from ds_gpt2.training.setup import RunSpec
 
     prepare()

@@ -74,7 +74,7 @@ class Checkpoints:
         """
         Args:
             checkpoint_dir: the run's directory of checkpoints; started.
-            identity: what must not change between saving and resuming (model, data, token budget, ...).
+            identity: the settings that must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: the run's backups, if it has any.
             journal: rank 0 records saves and failures in it.
@@ -187,7 +187,7 @@ class Checkpoints:
         try:
             client_state = self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
             state = TrainState.from_dict(client_state[CLIENT_KEY]["state"])
-        except Exception as error:  # DeepSpeed raises many kinds
+        except Exception as error:  # DeepSpeed raises exceptions of many types
             raise UserError(f"checkpoint {generation.path} cannot be loaded: {error!r}") from error
         if restored.manifest.world_size == collectives.world_size():
             set_rng_state(contents[partition_file(collectives.rank())][CLIENT_KEY]["rng"])

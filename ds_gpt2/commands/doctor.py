@@ -98,7 +98,7 @@ def _summary(rows: list[Finding]) -> str:
     words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
     found = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
     if counts["fail"]:
-        return f"{found}: not ready; fix what says FAIL, then run the doctor again"
+        return f"{found}: not ready; fix the checks marked FAIL, then run the doctor again"
     if counts["warn"]:
         return f"{found}: ready, as far as can be checked; read the warnings"
     return f"{found}: ready, as far as can be checked"

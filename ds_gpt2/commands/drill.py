@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         size = "full size" if plan.whole else "scaled down"
         ranks = counted(plan.layout.ranks, "rank")
         print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.layout.accelerator})")
-        print(f"to repeat it with the same moments and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
+        print(f"to repeat it with the same fault times and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
     record, folder = run_drill(plan, _quiet if options.json else _show)
     if options.json:
         print(record.to_json(), end="")

@@ -1,4 +1,4 @@
-"""``status``: print the status of runs; the exit code tells cron whether they are healthy."""
+"""``status``: print the status of runs; the exit code shows whether they are healthy, for cron."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ def _as_json(statuses: Sequence[Status | _Unreadable], several: bool) -> str:
 
 
 def _as_text(statuses: Sequence[Status | _Unreadable], several: bool) -> str:
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     if not several and isinstance(statuses[0], Status):
-        return screen.screen(statuses[0], coloured)
+        return screen.screen(statuses[0], colored)
     return "\n".join(
-        screen.line(each, coloured) if isinstance(each, Status) else terminal.one_line(f"{each.run}: {each.error}")
+        screen.line(each, colored) if isinstance(each, Status) else terminal.one_line(f"{each.run}: {each.error}")
         for each in statuses
     )
 

@@ -66,7 +66,10 @@ def resume(options: argparse.Namespace) -> int:
     settings = load_run_settings(run_dir, overrides)
     if settings.run_dir != run_dir:
         named = next(key for key in ("run.name", "run.dir") if key in overrides)
-        raise UserError(f"{named} of a run is where it is found: move {run_dir}, or start another run with `train`")
+        raise UserError(
+            f"{named} of an existing run is determined by its location: move {run_dir}, or start another run with"
+            " `train`"
+        )
     ranks = options.num_gpus
     if ranks is None:
         ranks, overrides = _fit_ranks(settings, overrides)

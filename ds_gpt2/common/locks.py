@@ -31,7 +31,7 @@ def lock(path: Path, what: str) -> BinaryIO:
         file = open_for_writing(path, "a+b")
         if not try_lock(file):
             file.seek(0)
-            raise UserError(f"{what} is in use by process {_read(file)}: wait for its end, or end it first") from None
+            raise UserError(f"{what} is in use by process {_read(file)}: wait until it ends, or stop it first")
         file.truncate(0)
         file.write(f"{os.getpid()}{_SEPARATOR}{socket.gethostname()}\n".encode())
         file.flush()

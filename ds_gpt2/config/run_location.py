@@ -3,7 +3,7 @@
 A run is located by the directory in which it is found; its stored settings never refer to a previous location.
 ``config.yaml`` in a run's directory has paths of three forms: ``$RUN_DIR/...`` is relative to the run's directory, a
 relative path is relative to the project's directory, and an absolute path is outside of both. Earlier versions stored
-absolute paths only, including ``run.dir``, which tells the previous location.
+absolute paths only, including ``run.dir``, which is the previous location.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set the setting ``key``, a dotted name, in ``tree``; missing sections are created.
 
     Raises:
-        UserError: a section on the path already has a value of its own.
+        UserError: a section on the path is already set to a value.
     """
     *sections, name = key.split(".")
     for section in sections:
@@ -87,7 +87,7 @@ def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
 
 
 def set_default(tree: dict[str, Any], section: str, name: str, value: Path | str) -> None:
-    """Set a setting unless it is set; a section that is not a mapping is left for the validation to refuse."""
+    """Set a setting unless it is set; a section that is not a mapping is unchanged: the validation rejects it."""
     node = tree.setdefault(section, {})
     if isinstance(node, dict):
         node.setdefault(name, str(value))
@@ -122,7 +122,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_absolute(tree: dict[str, Any], keys: tuple[str, ...], base: Path, expand: bool = True) -> None:
-    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are left as they are.
+    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are unchanged.
 
     Args:
         keys: the dotted settings that are paths.

@@ -62,7 +62,7 @@ def check_operators() -> None:
     """Check that DeepSpeed has the table of its compiled operators, which is replaced on a CPU.
 
     Raises:
-        UserError: it has not.
+        UserError: it does not.
     """
     _require_none([] if hasattr(deepspeed.ops, "__compatible_ops__") else ["deepspeed.ops.__compatible_ops__"])
 

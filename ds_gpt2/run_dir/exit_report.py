@@ -116,7 +116,7 @@ def _report(report: dict[str, Any]) -> None:
     """Write a report with a single system call, so that reports of several ranks are not mixed."""
     line = json.dumps(report).encode() + b"\n"
     if not _write_to_pipe(line) and _FILE in os.environ:
-        with contextlib.suppress(OSError):  # the run's directory is missing or its disk full: taken for a crash
+        with contextlib.suppress(OSError):  # the run's directory is missing or its disk is full: counts as a crash
             append_lines(Path(os.environ[_FILE]), line)
 
 

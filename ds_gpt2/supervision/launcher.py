@@ -88,9 +88,10 @@ def _devices(layout: RankLayout) -> list[str]:
 
 
 class Ranks:
-    """One launch of ``train.py``: DeepSpeed's launcher and the ranks, in a session of their own.
+    """One launch of ``train.py``: DeepSpeed's launcher and the ranks, in a separate session.
 
-    The session keeps Ctrl+C away from the ranks, and its process group identifies all processes of the launch.
+    Ctrl+C in the terminal does not reach the ranks in that session, and its process group identifies all processes of
+    the launch.
     """
 
     def __init__(

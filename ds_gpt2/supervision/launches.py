@@ -19,7 +19,7 @@ _OUTCOME = "outcome"  # file in the supervisor's directory
 
 
 class Launches:
-    """The launches of one run, one after another. What earlier ones achieved decides how a later one is judged."""
+    """The launches of one run, one after another. The results of earlier launches affect how a later one is judged."""
 
     def __init__(self, context: Context, is_restart: bool) -> None:
         """
@@ -28,7 +28,7 @@ class Launches:
         """
         self._context = context
         self._is_restart = is_restart
-        self._has_trained = False  # a rank came as far as its first step or evaluation
+        self._has_trained = False  # a rank has reached its first step or evaluation
         self.has_started = False  # the ranks have recorded a start in the journal
 
     @property
@@ -50,7 +50,7 @@ class Launches:
         environment = {**run.environment, **stop_request.supervisor_environment()}
         try:
             ranks = Ranks(run.command(), run.layout, outcome_file, environment, run.script)
-        except OSError as error:  # such as too many processes, which may pass
+        except OSError as error:  # possibly temporary, such as too many processes
             reporter.report("crash", f"the ranks cannot be started: {error.strerror}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
             return LaunchResult(Outcome(exit_codes.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)

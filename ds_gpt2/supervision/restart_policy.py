@@ -1,4 +1,4 @@
-"""Decide what to do after a launch of the ranks has ended: the rules alone, without processes."""
+"""Decide what to do after a launch of the ranks has ended: only the rules, without processes."""
 
 from __future__ import annotations
 

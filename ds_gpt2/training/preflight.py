@@ -61,7 +61,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
 
 
 def check_initial_model(settings: Settings) -> None:
-    """Check the model that a new run is initialized from, if any; a model of the hub is downloaded.
+    """Check the model that a new run is initialized from, if any; a model on the hub is downloaded.
 
     Raises:
         UserError: there is no such model, its shape differs, or it cannot be downloaded.
@@ -154,7 +154,7 @@ def _check_none(directory: Path, is_forbidden: Callable[[str], object], setting:
     with contextlib.suppress(OSError):  # whether it can be written to is checked next
         for name in sorted(os.listdir(directory)):
             if is_forbidden(name):
-                raise UserError(f"{directory} has {name}, which is not of this run: choose another {setting}")
+                raise UserError(f"{directory} has {name}, which does not belong to this run: choose another {setting}")
 
 
 def _other_owner(directory: Path, settings: Settings) -> Path | None:

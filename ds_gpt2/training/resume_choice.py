@@ -1,4 +1,4 @@
-"""Decide what a start resumes from, or whether it begins a new run. Never begin a saved run again."""
+"""Decide what a start resumes from, or whether it begins a new run. A saved run never starts from the beginning."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Build the parts of a run and connect them to a ``Trainer``.
 
-Importing this module imports DeepSpeed, which then picks its accelerator: call ``device.choose`` first.
+Importing this module imports DeepSpeed, which then selects its accelerator: call ``device.choose`` first.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _record_start(
         trainer.reporter.monitor.mark_start(state.step, f"{time.strftime(TIME)}: {text}")
         journal.write("start", text, state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
-    log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows an epoch")
+    log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows per epoch")
     if restored:
         log_resume(restored, settings, steps)
 
@@ -168,7 +168,7 @@ def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
     if settings.model.init_from is not None and collectives.broadcast_from_main(
         lambda: starts_new_run(settings, spec.resume)
     ):
-        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model of the hub
+        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model from the hub
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
     enable_stack_dumps(settings.run_dir, collectives.rank())
@@ -335,7 +335,7 @@ def _build_hooks(
 
 
 class _Progress:
-    """Called often during an evaluation, on each rank on its own: ranks may be at different points of it."""
+    """Called often during an evaluation, independently on each rank: ranks may be at different points of it."""
 
     def __init__(self, heartbeat: Heartbeat, stop: StopRequest, stop_file: Path) -> None:
         self._heartbeat, self._stop, self._stop_file = heartbeat, stop, stop_file

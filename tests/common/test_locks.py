@@ -21,7 +21,7 @@ def test_a_process_holds_a_lock_until_it_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"{hold}; print(flush=True); time.sleep(60)", str(tmp_path / "lock")]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline()
-    with pytest.raises(UserError, match=rf"run x is in use by process {holder.pid} on .*: wait for its end"):
+    with pytest.raises(UserError, match=rf"run x is in use by process {holder.pid} on .*: wait until it ends"):
         lock(tmp_path / "lock", "run x")
     holder.kill()
     holder.wait()

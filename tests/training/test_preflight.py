@@ -55,7 +55,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         (["batch.micro_batch=3"], "cannot be divided"),
         (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
         (["alerts.urls_file=/nowhere"], "/nowhere cannot be read"),
-        (["run.name=other"], "run.name of a run is where it is found"),
+        (["run.name=other"], "run.name of an existing run is determined by its location"),
         (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it has some in"),
         (["schedule.warmup_steps=20", "schedule.epochs=0.0001"], "schedule.warmup_steps 20 must be below"),
     ],
@@ -208,7 +208,7 @@ def test_a_new_run_does_not_start_among_foreign_files(
     (tmp_path / file).write_text("of another program")
     before = tree(tmp_path)
     name = Path(file).parts[2]
-    assert f"has {name}, which is not of this run: choose another {setting}" in refused("train", str(config))
+    assert f"has {name}, which does not belong to this run: choose another {setting}" in refused("train", str(config))
     assert tree(tmp_path) == before
 
 

@@ -128,7 +128,7 @@ class Backup:
         """Check that the backups are not in the directory of the checkpoints.
 
         Raises:
-            UserError: they are: a checkpoint would be taken for its own backup.
+            UserError: they are: a checkpoint would be mistaken for its own backup.
         """
         if isinstance(self._storage, LocalStorage) and self._storage.root.resolve() == checkpoints.resolve():
             raise self._checkpoint_directory_error()

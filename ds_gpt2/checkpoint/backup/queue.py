@@ -226,7 +226,7 @@ class BackupQueue:
         except Exception as error:  # of any storage library; no failure of a backup may end the run
             text = f"could not {what}: {redacted_reason(error)}"
             self._report(f"{text} (backups go to {self._backup.where()})")
-            log.warning(f"backup: {text}; it is tried again after the next checkpoint")
+            log.warning(f"backup: {text}; it is retried after the next checkpoint")
             return False
         return True
 

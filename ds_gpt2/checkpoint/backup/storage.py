@@ -260,7 +260,8 @@ class LocalStorage(Storage):
     def _check_exists(self) -> None:
         """Raise OSError if the directory does not exist.
 
-        An unmounted disk must not be taken for an empty one, nor be created: that would fill the disk below it.
+        An unmounted disk must not be mistaken for an empty one. Its directory is not created: that would fill the disk
+        of the mount point.
         """
         if (file := file_instead_of(self.root)) is not None:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory (set checkpoint.backup.to to one)", str(file))

@@ -1,4 +1,4 @@
-"""Limit the number of messages an hour. Events over the limit are counted; the next message has the count.
+"""Limit the number of messages per hour. Events over the limit are counted; the next message has the count.
 
 The count is in a file, so that it survives a restart of the supervisor, and so that the supervisor and
 ``status --alert``, which cron starts, share it.
@@ -20,7 +20,7 @@ from ds_gpt2.common.locks import wait_for_lock
 from ds_gpt2.supervision.alerts.message import FINAL_KINDS, count_more
 
 _HOUR = 3600.0
-_EXTRA_FOR_FINAL_KINDS = 4  # messages an hour over the limit
+_EXTRA_FOR_FINAL_KINDS = 4  # messages per hour over the limit
 
 
 @dataclass
@@ -71,7 +71,7 @@ class HourlyLimit:
 
     @contextlib.contextmanager
     def _stored_count(self) -> Iterator[_Count]:
-        """Read the count from the file and write it back after a change; use memory alone if the file fails."""
+        """Read the count from the file and write it back after a change; use memory only if the file fails."""
         with contextlib.ExitStack() as stack:
             file: BinaryIO | None = None
             with contextlib.suppress(OSError):

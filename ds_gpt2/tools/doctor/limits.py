@@ -101,7 +101,7 @@ def time_limit(environment: Mapping[str, str], now: float) -> Finding:
 
 
 def has_time_limit(environment: Mapping[str, str]) -> bool:
-    """Return whether the environment tells when the Slurm job ends, or that this is not in a Slurm job."""
+    """Return whether the environment contains the end of the Slurm job, or this is not in a Slurm job."""
     return "SLURM_JOB_ID" not in environment or environment.get("SLURM_JOB_END_TIME", "").isdigit()
 
 

@@ -78,13 +78,11 @@ def test_a_failed_copy_is_one_line_in_the_log(
     queue = open_queue(nas, run_dir)
     settle(queue)
     reason = reason.replace("LOCATION", str(nas))
-    assert caplog.messages == [
-        f"backup: could not list the backups: {reason}; it is tried again after the next checkpoint"
-    ]
+    assert caplog.messages == [f"backup: could not list the backups: {reason}; it is retried after the next checkpoint"]
     caplog.clear()
     train(queue, run_dir, 100)
     tag = rolling_tag(100)
-    assert caplog.messages == [f"backup: could not copy {tag}: {reason}; it is tried again after the next checkpoint"]
+    assert caplog.messages == [f"backup: could not copy {tag}: {reason}; it is retried after the next checkpoint"]
     queue.finish(10)
 
 

@@ -57,7 +57,7 @@ def test_printed_rows_and_summary(
     at = next(number for number, line in enumerate(lines) if line.startswith("  FAIL free space "))
     assert any(line.strip().startswith("-> at least") for line in lines[at : at + 3])
     # The clock is "not known" in most containers.
-    assert re.search(r", 1 FAIL(, 1 not known)?: not ready; fix what says FAIL", lines[-1])
+    assert re.search(r", 1 FAIL(, 1 not known)?: not ready; fix the checks marked FAIL", lines[-1])
 
 
 def test_ranks_that_cannot_be_chosen_are_a_finding(
