@@ -40,7 +40,7 @@ _VERBS = {
     "train": _Verb("start a run and restart it after failures", "train"),
     "resume": _Verb("resume a run", "train", "resume", "add_resume_arguments"),
     "status": _Verb("show the state of a run on one screen; exit code 1 if it is unhealthy", "status"),
-    "alert": _Verb("list the alert channels of a run and send a test message", "alert"),
+    "alert": _Verb("list the alert channels of a run, or send a test message", "alert"),
     "list": _Verb("list the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
     "verify": _Verb(
         "verify the checksums of checkpoints or of a dataset", "checkpoints", "verify", "add_verify_arguments"

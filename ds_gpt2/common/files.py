@@ -260,7 +260,7 @@ def _check_path(directory: Path) -> None:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"cannot write to {str(directory)[:200]}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"cannot write to {str(directory)[:200]!r}: a path has no null character") from None
+        raise UserError(f"cannot write to {str(directory)[:200]!r}: a path cannot contain a null character") from None
 
 
 def sync_directory(path: Path) -> None:

@@ -241,7 +241,7 @@ class _Ids:
         except (OSError, ValueError, AttributeError):
             return
         if address is not None and not address.is_of(self._file.parent) and address.is_in_use():
-            log.warning(f"this is a copy of {address}: it is another run at its trackers")
+            log.warning(f"this run is a copy of {address}: its trackers start a new run")
             return
         self._written = written
         self._known = {**written, **self._known}

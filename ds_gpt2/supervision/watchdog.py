@@ -100,7 +100,7 @@ class Watchdog:
     def _suspend(self) -> None:
         """Do not judge ranks that cannot write heartbeats; their time starts again when they can."""
         if not self._is_blind:
-            log.warning("the ranks' heartbeats cannot be written: hangs are not detected until they can")
+            log.warning("heartbeats cannot be written: hangs are not detected until this is fixed")
         self._is_blind = True
         self._changed = [self._now] * len(self._changed)
 

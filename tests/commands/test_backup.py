@@ -183,7 +183,7 @@ def test_a_failing_storage_is_a_one_line_error(
     [
         ([], None, "give --to STORAGE"),
         ([], "gone", "create it, or mount its disk"),
-        ([], "checkpoints", "is where the checkpoints themselves are"),
+        ([], "checkpoints", "overlaps the directory of the checkpoints"),
         (["--tag", "30"], "storage", "no checkpoint '30'"),
         (["--fetch", "30"], "storage", "no backup 30 in"),
         (["--tag", "STORAGE/test"], "storage", "is not a checkpoint of ds_gpt2"),

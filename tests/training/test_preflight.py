@@ -91,8 +91,8 @@ def test_an_invalid_resume_changes_no_file_of_the_run(
         ("checkpoint.backup.to=file:///dev/null", "cannot back up to file:///dev/null: /dev/null is not a directory"),
         ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot back up to foo://x: Protocol not known: foo"),
         ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot back up to nowhere://x: Install nowhere_fs"),
-        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another location"),
-        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another location"),
+        ("checkpoint.backup.to=CHECKPOINTS", "overlaps the directory of the checkpoints: give another location"),
+        ("checkpoint.backup.to=CHECKPOINTS/new", "overlaps the directory of the checkpoints: give another location"),
     ],
 )
 def test_an_invalid_start_creates_no_run(

@@ -134,7 +134,7 @@ class Backup:
             raise self._checkpoint_directory_error()
 
     def _checkpoint_directory_error(self) -> UserError:
-        return UserError(f"{self.where()} is where the checkpoints themselves are: give another location for backups")
+        return UserError(f"{self.where()} overlaps the directory of the checkpoints: give another location for backups")
 
     def probe(self) -> None:
         """Write, read and delete a small file in the storage; nothing remains.

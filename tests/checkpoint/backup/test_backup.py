@@ -239,7 +239,7 @@ def test_a_new_copy_does_not_change_hard_links_to_the_old_one(
 
 def test_copies_in_the_directory_of_the_checkpoints_are_refused(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(run_dir.parent)
-    with pytest.raises(UserError, match="is where the checkpoints themselves are"):
+    with pytest.raises(UserError, match="overlaps the directory of the checkpoints"):
         Backup(str(tmp_path / "alias"), "run", SETTINGS).check_apart_from(run_dir)
     Backup(str(run_dir.parent), "other", SETTINGS).check_apart_from(run_dir)
     Backup("memory://nas", "run", SETTINGS).check_apart_from(run_dir)

@@ -225,7 +225,7 @@ def test_the_queue_does_not_copy_into_the_directory_of_the_checkpoints(
         settle(queue)
     queue.finish(60)
     assert [found.step for found in scan(run_dir)] == [300, 200, 100]
-    assert "is where the checkpoints themselves are" in caplog.text
+    assert "overlaps the directory of the checkpoints" in caplog.text
 
 
 def test_a_location_on_the_disk_of_the_checkpoints_is_reported(
