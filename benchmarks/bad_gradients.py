@@ -20,7 +20,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 if TYPE_CHECKING:
     from ds_gpt2.data.loader import TrainingData
@@ -130,4 +130,4 @@ def _state(engine: Engine) -> str:
 
 if __name__ == "__main__":
     main()
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

@@ -27,7 +27,7 @@ if not __package__:
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import CheckpointSettings
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 if TYPE_CHECKING:
     from benchmarks.trainer import Trainer
@@ -149,4 +149,4 @@ def _remove(folder: Path) -> None:
 
 if __name__ == "__main__":
     main()
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

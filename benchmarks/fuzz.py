@@ -52,7 +52,7 @@ from ds_gpt2.data.prepare.holdout import EveryPiece
 from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.pretrained import load
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.supervisor_record import RECORD
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ def _command(*words: str) -> Callable[[], object]:
         ours = errors.getvalue().splitlines() if words[0] == "generate" else shown
         if any(ord(each) < 32 and each != "\t" for line in ours for each in line):
             raise FailureError("it prints control characters")
-        if code == exit_report.MISTAKE:
+        if code == exit_codes.MISTAKE:
             raise UserError(errors.getvalue().strip("\n"))
 
     return run

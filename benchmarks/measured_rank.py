@@ -15,7 +15,7 @@ if not __package__:
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.distributed import collectives
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import process_end
 from ds_gpt2.tools.plan import trial_rank
 
 SCRIPT = Path(__file__)
@@ -52,4 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_report.end_process(main())
+    process_end.end_process(main())

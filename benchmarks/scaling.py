@@ -22,7 +22,7 @@ if not __package__:
 
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 PRESETS = ("124M", "350M", "774M", "1558M")
 RANKS = (1, 4, 8, 64)
@@ -156,4 +156,4 @@ def _describe(preset: str) -> Any:
 
 if __name__ == "__main__":
     main()
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

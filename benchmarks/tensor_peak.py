@@ -20,7 +20,7 @@ if not __package__:
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.distributed import collectives, device, torch_compile
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 _STEPS = 4
 
@@ -97,4 +97,4 @@ def _predicted(settings: Any, torch_device: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

@@ -31,7 +31,7 @@ if not __package__:
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 Step = Callable[[int], float]  # step number -> loss
 ARMS = ("engine", "engine, eager", "bare", "plain", "plain, eager")
@@ -176,4 +176,4 @@ def _differences(curves: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     main()
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

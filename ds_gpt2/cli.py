@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ds_gpt2 import __version__
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError, is_wrong_path
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ _VERBS = {
     "train": _Verb("start a run and restart it after failures", "train"),
     "resume": _Verb("resume a run", "train", "resume", "add_resume_arguments"),
     "status": _Verb("show the state of a run on one screen; exit code 1 if it is unhealthy", "status"),
-    "alert": _Verb("list the alert channels of a run and send a test message", "alert"),
+    "alert": _Verb("list the alert channels of a run, or send a test message", "alert"),
     "list": _Verb("list the checkpoints of a run", "checkpoints", "show", "add_list_arguments"),
     "verify": _Verb(
         "verify the checksums of checkpoints or of a dataset", "checkpoints", "verify", "add_verify_arguments"
@@ -48,7 +48,7 @@ _VERBS = {
     "prune": _Verb(
         "delete the checkpoints that no retention policy keeps", "checkpoints", "prune", "add_prune_arguments"
     ),
-    "backup": _Verb("copy a checkpoint to another storage and verify the copy", "backup"),
+    "backup": _Verb("copy a checkpoint to a backup storage and verify it", "backup"),
     "export": _Verb("export a run's model for transformers or plain PyTorch", "export"),
     "generate": _Verb("generate text with the model of a run or an exported one", "generate"),
     "eval": _Verb("evaluate models: loss on held-out text, HellaSwag", "eval"),
@@ -79,26 +79,26 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, such as ``head``, has closed the pipe; discard buffered output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
     except OSError as error:
         if terminal.is_stdout_broken():
             terminal.ignore_write_errors()
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-            return exit_report.CRASHED
+            return exit_codes.CRASHED
         print(f"error: {terminal.one_line(_describe(error))}", file=sys.stderr)
-        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
+        return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
     except UserError as error:
         print(f"error: {terminal.one_line(error)}", file=sys.stderr)
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr)
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
 
 
 def _describe(error: OSError) -> str:

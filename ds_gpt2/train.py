@@ -22,7 +22,7 @@ from ds_gpt2.config.settings import Settings, dump_settings
 from ds_gpt2.config.train_arguments import TrainArguments
 from ds_gpt2.distributed import collectives, device, launch_environment, torch_compile
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, exit_report, process_end
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.stop_request import restore_default_handlers
 from ds_gpt2.training import preflight
@@ -31,7 +31,7 @@ _PATIENCE_SECONDS = 20.0
 
 
 def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
-    """Parse, check, train; returns the exit code.
+    """Parse the command line, check the settings and train; return the exit code.
 
     Args:
         prepare: called once DeepSpeed may be imported, before anything is built.
@@ -43,32 +43,32 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
         launch_environment.adopt()
     except UserError as error:  # the rank is unknown
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     try:
         command = train_arguments.parse(arguments)
         settings = command.settings()
         if command.print_config:
             if collectives.is_main():
                 print(dump_settings(settings), end="")
-            return exit_report.DONE
+            return exit_codes.DONE
         result = _run(settings, command, prepare)
     except UserError as error:
         if not collectives.is_main():
             _let_rank_0_report()
         print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
         exit_report.report_failure(collectives.rank(), error)
-        exit_report.report_outcome(Outcome(exit_report.MISTAKE))
-        return exit_report.MISTAKE
+        exit_report.report_outcome(Outcome(exit_codes.MISTAKE))
+        return exit_codes.MISTAKE
     except UnicodeEncodeError as error:
         print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr, flush=True)
-        exit_report.report_outcome(Outcome(exit_report.MISTAKE))
-        return exit_report.MISTAKE
+        exit_report.report_outcome(Outcome(exit_codes.MISTAKE))
+        return exit_codes.MISTAKE
     except Exception as error:
         exit_report.report_failure(collectives.rank(), error)
         raise
     if collectives.is_main():
         exit_report.report_outcome(result)
-    return exit_report.CRASHED if result.code == exit_report.ROLLBACK else result.code
+    return exit_codes.CRASHED if result.code == exit_codes.ROLLBACK else result.code
 
 
 def _let_rank_0_report() -> None:
@@ -92,7 +92,7 @@ def _run(settings: Settings, command: TrainArguments, prepare: Callable[[], None
     torch_compile.set_up(is_compiled)
     if settings.run.deterministic:
         device.be_deterministic()
-    from ds_gpt2.training.run import run  # only now: DeepSpeed picks its accelerator when it is imported
+    from ds_gpt2.training.run import run  # imported late: DeepSpeed selects its accelerator at import
     from ds_gpt2.training.setup import RunSpec
 
     prepare()
@@ -101,4 +101,4 @@ def _run(settings: Settings, command: TrainArguments, prepare: Callable[[], None
 
 
 if __name__ == "__main__":
-    exit_report.run_process(main)
+    process_end.run_process(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_gpt2.cli import main
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 TAG = "rolling_step_000012"
 
@@ -16,7 +16,7 @@ Exported = tuple[Path, Path]  # a run's folder, a Hugging Face directory exporte
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Run a command that must fail with a one-line error; return that line."""
-    assert main([str(word) for word in words]) == exit_report.MISTAKE
+    assert main([str(word) for word in words]) == exit_codes.MISTAKE
     *before, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ") and not [line for line in before if not line.endswith(" on cpu")]
     return error

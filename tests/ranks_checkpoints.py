@@ -34,7 +34,7 @@ from ds_gpt2.engine.rng_state import get_rng_state, seed_everything
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 IDENTITY = {"model.width": 32}
 
@@ -240,4 +240,4 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
 
 
 main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-exit_report.end_process(exit_report.DONE)
+process_end.end_process(exit_codes.DONE)

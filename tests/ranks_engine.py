@@ -31,7 +31,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
 from ds_gpt2.monitoring.monitor import Histogram
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 from ds_gpt2.training.hooks import Histograms, Validation
 
 LR = 1e-3
@@ -259,4 +259,4 @@ def _complaint_of(guilty: int) -> list[str | None]:
 
 
 main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-exit_report.end_process(exit_report.DONE)
+process_end.end_process(exit_codes.DONE)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.distributed import device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 
 def waits(work: Callable[[], object]) -> list[str]:
@@ -46,4 +46,4 @@ def main(data: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[-2]), Path(sys.argv[-1]))
-    exit_report.end_process(exit_report.DONE)
+    process_end.end_process(exit_codes.DONE)

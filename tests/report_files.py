@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.run_dir.metrics import TIME
+from ds_gpt2.run_dir.starts import TIME
 from ds_gpt2.tools.report.charts import charts_of, views_of
 from ds_gpt2.tools.report.page import RunSection, render
 from ds_gpt2.tools.report.run import load_run

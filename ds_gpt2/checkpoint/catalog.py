@@ -196,7 +196,7 @@ def _at_path(path: Path) -> list[Generation]:
 
 
 def _made_at(generation: Generation) -> float:
-    """Return the sort key of copies: after a rollback, the highest step among them is not always the newest."""
+    """Return the sort key of backups: after a rollback, the highest step among them is not always the newest."""
     return generation.manifest.made_at if generation.manifest is not None else math.inf
 
 

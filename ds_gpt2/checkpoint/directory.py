@@ -135,7 +135,8 @@ class CheckpointDirectory:
                 self._open.recreate()
                 self._attempt(f"provide {RECOVERY_SCRIPT}", self._provide_recovery_script)
                 self._on_recreated(f"{self.directory} was deleted while the run trained: it is recreated for {tag}")
-            commit.remove(self.disk, self.directory, tag + PARTIAL)  # its records would be taken for those of this save
+            # The records in it would be mistaken for those of this save.
+            commit.remove(self.disk, self.directory, tag + PARTIAL)
             return self._free_space(estimate)
         except OSError as error:
             log.error(f"NO CHECKPOINT IS SAVED: {error}")
@@ -204,7 +205,7 @@ class CheckpointDirectory:
         return retention_candidates(self.directory, self._verified)
 
     def _provide_recovery_script(self) -> None:
-        """Copy DeepSpeed's script that extracts fp32 weights beside the checkpoints, as DeepSpeed does."""
+        """Copy DeepSpeed's script that extracts fp32 weights next to the checkpoints, as DeepSpeed does."""
         from ds_gpt2.engine.checkpoint_io import recovery_script  # imports DeepSpeed
 
         content, target = recovery_script(), self.directory / RECOVERY_SCRIPT
@@ -217,7 +218,7 @@ class CheckpointDirectory:
         try:
             action(*arguments)
         except Exception as error:  # no failure here may end the run
-            log.warning(f"could not {what}: {error!r}; it is tried again after the next checkpoint")
+            log.warning(f"could not {what}: {error!r}; it is retried after the next checkpoint")
 
 
 def policies(settings: CheckpointSettings) -> list[Policy]:

@@ -133,7 +133,7 @@ def _files_in(directories: Iterable[Path]) -> list[os.stat_result]:
 
 
 def step_of(generation: Generation) -> int | None:
-    """Return the step of a checkpoint; None if neither its manifest nor its name tells."""
+    """Return the step of a checkpoint; None if neither its manifest nor its name contains it."""
     return generation.step if generation.step >= 0 else None
 
 

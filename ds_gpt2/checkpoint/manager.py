@@ -73,7 +73,7 @@ class Checkpoints:
         """
         Args:
             checkpoint_dir: the run's directory of checkpoints; started.
-            identity: what must not change between saving and resuming (model, data, token budget, ...).
+            identity: the settings that must not change between saving and resuming (model, data, token budget, ...).
             run_settings: recorded with every checkpoint.
             backup: the run's backups, if it has any.
             journal: rank 0 records saves and failures in it.
@@ -169,9 +169,9 @@ class Checkpoints:
             if complete and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
             left = self._queue.finish(_LAST_COPY_SECONDS if complete else _STOP_COPY_SECONDS)
-            if left and complete and self._backup_reporter is not None:  # after a stop, the next start copies them
+            if left and complete and self._backup_reporter is not None:  # after a stop, the next start backs them up
                 self._backup_reporter.failed(
-                    f"{', '.join(left)} could not be copied before the end of the run", state.step
+                    f"{', '.join(left)} could not be backed up before the end of the run", state.step
                 )
         return saved
 
@@ -186,7 +186,7 @@ class Checkpoints:
         try:
             client_state = self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
             state = TrainState.from_dict(client_state[CLIENT_KEY]["state"])
-        except Exception as error:  # DeepSpeed raises many kinds
+        except Exception as error:  # DeepSpeed raises exceptions of many types
             raise UserError(f"checkpoint {generation.path} cannot be loaded: {error!r}") from error
         if restored.manifest.world_size == collectives.world_size():
             set_rng_state(contents[partition_file(collectives.rank())][CLIENT_KEY]["rng"])

@@ -20,7 +20,7 @@ from ds_gpt2.common.safe_json import LARGEST
 from ds_gpt2.common.terminal import one_line
 
 FORMAT = 2
-_MAX_BYTES = 64 * 2**20  # of a manifest; a typical manifest has some ten thousand
+_MAX_BYTES = 64 * 2**20  # of a manifest; a typical manifest has about ten thousand
 
 
 class DamagedError(Exception):

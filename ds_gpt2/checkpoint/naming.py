@@ -8,13 +8,13 @@ from typing import Literal
 Role = Literal["rolling", "epoch", "best", "superseded"]
 
 MANIFEST = "manifest.json"  # the commit marker: a directory that contains it is a checkpoint
-LATEST = "latest"
-LATEST_BACKUP = "latest_backup"
+LATEST = "latest"  # a file with the tag of the newest checkpoint
+LATEST_BACKUP = "latest_backup"  # a file with the tag of the checkpoint before it; not one of ``checkpoint.backup``
 BEST_TAG = "best_model"
 LOCK = "lock"  # held by the process that trains the run
 PARTIAL = ".tmp"  # suffix of a checkpoint that is being written, or that a crash has left incomplete
 
-COPYING = "backup_in_progress.tmp"  # hard links to checkpoints that are being copied: retention may delete those
+COPYING = "backup_in_progress.tmp"  # hard links to checkpoints that are being backed up: retention may delete those
 
 _PATTERNS: dict[Role, str] = {
     "rolling": r"rolling_step_\d{6,}",

@@ -31,7 +31,7 @@ class Pruned:
 def to_prune(directory: Path, found: Sequence[Generation], settings: CheckpointSettings) -> list[Path]:
     """Return the checkpoints that no policy keeps.
 
-    The newest checkpoints that verify are protected, whatever the settings are.
+    The newest checkpoints that verify are protected, regardless of the settings.
 
     Args:
         found: all checkpoints in ``directory``, newest first.

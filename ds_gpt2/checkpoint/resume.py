@@ -36,13 +36,13 @@ def choose_checkpoint(
     """Return the first intact checkpoint among the candidates for ``selector``; every rank must call this.
 
     The ranks share the work: each verifies a part of the files and unpickles those it needs. If a candidate is damaged
-    on any rank, the reason is logged and all ranks try the next one. If none is left, copies are fetched from the
-    backup (for ``latest`` and ``auto``).
+    on any rank, the reason is logged and all ranks try the next one. If none is left, backups are fetched (for
+    ``latest`` and ``auto``).
 
     Args:
         selector: see ``catalog.candidates``.
         identity: the settings that the checkpoint must share with the run.
-        backup: the copies of the run's checkpoints, if it has any.
+        backup: the run's backups, if it has any.
 
     Raises:
         UserError: on every rank: there is no candidate, all are damaged, or one was saved with another ``identity``.
@@ -77,7 +77,7 @@ def _warn_if_too_new(generation: Generation, selector: str) -> None:
 
 
 def _to_try(directory: Path, selector: str, backup: Backup | None) -> Iterator[Generation]:
-    """Yield the candidates, the same on every rank. Copies are fetched only if all others are damaged."""
+    """Yield the candidates, the same on every rank. Backups are fetched only if all others are damaged."""
     yield from collectives.broadcast_from_main(lambda: candidates(directory, selector))
     if backup is None or selector not in ("latest", "auto"):
         return

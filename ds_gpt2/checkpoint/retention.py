@@ -46,7 +46,7 @@ def keep_best(found: Sequence[RetentionCandidate]) -> Iterable[RetentionCandidat
 
 
 def protect(found: Sequence[RetentionCandidate]) -> list[RetentionCandidate]:
-    """Return the checkpoints that are never deleted, whatever the policies and the free space.
+    """Return the checkpoints that are never deleted, regardless of the policies and the free space.
 
     These are the newest two verified checkpoints, the best, and those that a rollback needs: the newest two healthy
     ones, and the newest two that are healthy and verified. The last rule matters if a process resumes during a

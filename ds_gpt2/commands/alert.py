@@ -13,7 +13,7 @@ from ds_gpt2.common.formatting import clock
 from ds_gpt2.config import run_location
 from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.settings import Settings, parse_overrides
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address, Channel, channels_of, check, deliver
 from ds_gpt2.supervision.alerts.message import Message
 
@@ -59,7 +59,7 @@ def _show(kinds: dict[Channel, str], as_json: bool) -> int:
     else:
         for channel, kind in kinds.items():
             print(f"{channel.name}: {kind}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
@@ -73,7 +73,7 @@ def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
     else:
         for channel, reason in reasons.items():
             print(f"{channel.name}: {'delivered' if reason is None else f'NOT delivered: {reason}'}")
-    return exit_report.CRASHED if any(reasons.values()) else exit_report.DONE
+    return exit_codes.CRASHED if any(reasons.values()) else exit_codes.DONE
 
 
 def _test_message(run: str) -> Message:

@@ -1,4 +1,4 @@
-"""``backup``: copy a checkpoint to a backup storage and verify it, list the copies, or fetch a copy."""
+"""``backup``: copy a checkpoint to a backup storage and verify it, list the backups, or fetch a backup."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.commands.arguments import path_text
-from ds_gpt2.common import files
+from ds_gpt2.common import files, locks
 from ds_gpt2.common.errors import UserError, is_wrong_path
 from ds_gpt2.common.formatting import table
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.training.preflight import check_outputs
 
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good checkpoint)"
     )
-    parser.add_argument("--fetch", metavar="TAG", help="fetch the copy TAG into the run's checkpoints")
-    parser.add_argument("--list", action="store_true", help="list the existing copies, copy nothing")
+    parser.add_argument("--fetch", metavar="TAG", help="fetch the backup TAG into the run's checkpoints")
+    parser.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> int:
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
         copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
-        if copied == exit_report.DONE and options.to is None:
-            BackupReporter(Journal(settings.run_dir)).recovered(f"manual copy to {backup.where()}")
+        if copied == exit_codes.DONE and options.to is None:
+            BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
     except OSError as error:
         print(f"error: {redacted_reason(error)}", file=sys.stderr)
-        return exit_report.MISTAKE if is_wrong_path(error) else exit_report.CRASHED
+        return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
 
 
 def _storage(settings: Settings, requested: str | None) -> str:
@@ -75,14 +75,14 @@ def _storage(settings: Settings, requested: str | None) -> str:
 
 
 def _candidates(directory: Path, tag: str) -> list[Generation]:
-    """Return the checkpoints to try to copy, in order.
+    """Return the checkpoints to try to back up, in order.
 
     Raises:
         UserError: there is none, or ``tag`` is a checkpoint in another directory.
     """
     found = candidates(directory, tag)
     if not found:
-        raise UserError(f"nothing to copy: {directory} has no checkpoint")
+        raise UserError(f"nothing to back up: {directory} has no checkpoint")
     if any(generation.path.parent.resolve() != directory.resolve() for generation in found):
         raise UserError(f"--tag {tag}: give the name of a checkpoint in {directory}")
     return found
@@ -91,20 +91,20 @@ def _candidates(directory: Path, tag: str) -> list[Generation]:
 def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
     files.check_writable(directory)
-    with files.lock(directory / LOCK, f"run {settings.run.name}"):
+    with locks.lock(directory / LOCK, f"run {settings.run.name}"):
         size = next((copy.manifest.bytes for copy in backup.copies() if copy.tag == tag), None)
         try:
             with _bar(tag, size) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
             print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
-            return exit_report.CRASHED
+            return exit_codes.CRASHED
     if as_json:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
         print(f"fetched {fetched.path}, step {fetched.step:,}, every file verified")
         print(f"resume from it with `./launch.sh resume {settings.run.name} --from {tag}`")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
@@ -115,9 +115,9 @@ def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
             print(f"checkpoint {generation.path} was not copied: {error}", file=sys.stderr)
             continue
         _report(backup, generation, sent, as_json)
-        return exit_report.DONE
-    print("error: no good checkpoint to copy", file=sys.stderr)
-    return exit_report.CRASHED
+        return exit_codes.DONE
+    print("error: no good checkpoint to back up", file=sys.stderr)
+    return exit_codes.CRASHED
 
 
 def _copy_with_bar(backup: Backup, generation: Generation) -> int:
@@ -148,10 +148,10 @@ def _show(held: list[Copy], backup: Backup, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows))
     elif not rows:
-        print(f"no copies in {backup.where()}")
+        print(f"no backups in {backup.where()}")
     else:
-        print(f"copies in {backup.where()}, newest first:")
+        print(f"backups in {backup.where()}, newest first:")
         head = ["tag", "step", "bytes", "created"]
         cells = [[str(row["tag"]), f"{row['step']:,}", f"{row['bytes']:,}", str(row["created"])] for row in rows]
         print(table([head, *cells], indent="  "))
-    return exit_report.DONE
+    return exit_codes.DONE

@@ -25,7 +25,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import duration, size, table
 from ds_gpt2.config.run_location import CONFIG, run_of
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.resources.run_checkpoints import bare_directory, find_run_checkpoints
 
 
@@ -36,7 +36,12 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("tag", nargs="?", metavar="TAG", help="a tag, a step, best, latest_backup (default: the newest)")
+    which.add_argument(
+        "tag",
+        nargs="?",
+        metavar="TAG",
+        help="a tag, a step, best, or latest_backup: the checkpoint before the newest (default: the newest)",
+    )
     which.add_argument("--all", action="store_true", help="verify every checkpoint")
     parser.add_argument(
         "--deep", action="store_true", help="also load the files: check that numbers are finite and shapes are right"
@@ -60,7 +65,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def show(options: argparse.Namespace) -> int:
-    """``list``: print a table of the checkpoints, newest first, and of unfinished checkpoints."""
+    """``list``: print a table of the checkpoints, newest first, and of unfinished checkpoints.
+
+    Raises:
+        UserError: there is no such run, or it has no checkpoints.
+    """
     checkpoints = find_run_checkpoints(options.run)
     rows = [
         *rows_of(checkpoints.directory, checkpoints.found),
@@ -72,11 +81,15 @@ def show(options: argparse.Namespace) -> int:
         raise UserError(f"no checkpoints in {checkpoints.directory}")
     if not options.json:
         print(f"{checkpoints.directory}\n\n{as_table(rows)}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def verify(options: argparse.Namespace) -> int:
-    """``verify``: print one line per checkpoint, or per shard of a dataset; exit code 1 if any is damaged."""
+    """``verify``: print one line per checkpoint, or per shard of a dataset; exit code 1 if any is damaged.
+
+    Raises:
+        UserError: there is no such run, checkpoint or dataset.
+    """
     if options.run is not None and (inspect.is_data(options.run) or _is_unknown_directory(options.run)):
         return inspect.verify(Path(options.run), options.json)  # of an unknown directory: report that it has no shards
     generations = _chosen(options)
@@ -93,11 +106,15 @@ def verify(options: argparse.Namespace) -> int:
                 tqdm.write(f"{generation.tag}: {problem or 'ok'}")
     if options.json:
         _print_json(verdicts)
-    return exit_report.DONE if all(verdict["ok"] for verdict in verdicts) else exit_report.CRASHED
+    return exit_codes.DONE if all(verdict["ok"] for verdict in verdicts) else exit_codes.CRASHED
 
 
 def prune(options: argparse.Namespace) -> int:
-    """``prune``: delete the checkpoints that the run's settings do not keep; exit code 1 if a deletion failed."""
+    """``prune``: delete the checkpoints that the run's settings do not keep; exit code 1 if a deletion failed.
+
+    Raises:
+        UserError: there is no such run, it has no checkpoints, or too few of them are good.
+    """
     checkpoints = find_run_checkpoints(options.run)
     if not checkpoints.found:
         raise UserError(f"no checkpoints in {checkpoints.directory}")
@@ -110,7 +127,7 @@ def prune(options: argparse.Namespace) -> int:
         would_be = "would be " if options.dry_run else ""
         lines = [f"{tag} {would_be}deleted" for tag in pruned.deleted] + pruned.failures
         print("\n".join([*lines, f"{size(pruned.freed_bytes)} {would_be}freed"]))
-    return exit_report.CRASHED if pruned.failures else exit_report.DONE
+    return exit_codes.CRASHED if pruned.failures else exit_codes.DONE
 
 
 def as_table(rows: Sequence[CheckpointRow]) -> str:

@@ -12,7 +12,7 @@ from ds_gpt2.commands.report import load
 from ds_gpt2.common.formatting import table, tokens
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.diff import Pair, final_metrics, losses_at_equal_tokens, settings_that_differ
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
             "ends": {name: asdict(pair) for name, pair in reached.items()},
         }
         print(json.dumps(content, indent=1))
-        return exit_report.DONE
+        return exit_codes.DONE
     names = [a.name, b.name]
     if settings:
         rows = [[name, *(_short(value) for value in values)] for name, values in settings.items()]
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         _print(f"losses at equal tokens (train: {RECENT_LABEL}; val: measured at that point)", head, rows)
     rows = [[_LABELS.get(name, name), *_cells(pair)] for name, pair in reached.items()]
     _print("latest metrics", ["", *names, "difference"], rows)
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import Settings, parse_overrides
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.doctor.checks import checks
 from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"checks of this machine for the run {settings.run.name}:")
         found = list(_shown(selected))
         print(f"\n{_summary([row for _, row in found])}")
-    return exit_report.MISTAKE if any(row.status == "fail" for _, row in found) else exit_report.DONE
+    return exit_codes.MISTAKE if any(row.status == "fail" for _, row in found) else exit_codes.DONE
 
 
 def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
@@ -98,7 +98,7 @@ def _summary(rows: list[Finding]) -> str:
     words = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "not known"}
     found = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
     if counts["fail"]:
-        return f"{found}: not ready; fix what says FAIL, then run the doctor again"
+        return f"{found}: not ready; fix the checks marked FAIL, then run the doctor again"
     if counts["warn"]:
         return f"{found}: ready, as far as can be checked; read the warnings"
     return f"{found}: ready, as far as can be checked"

@@ -15,7 +15,7 @@ from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.drill.plan import NAMES, DrillPlan
 from ds_gpt2.tools.drill.record import SceneResult, header, lines_of, summary
@@ -44,13 +44,13 @@ def run(options: argparse.Namespace) -> int:
         size = "full size" if plan.whole else "scaled down"
         ranks = counted(plan.layout.ranks, "rank")
         print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.layout.accelerator})")
-        print(f"to repeat it with the same moments and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
+        print(f"to repeat it with the same fault times and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
     record, folder = run_drill(plan, _quiet if options.json else _show)
     if options.json:
         print(record.to_json(), end="")
     else:
         print(f"\n{summary(record)}\nrecord: {folder / 'drill.md'}")
-    return exit_report.DONE if record.passed else exit_report.CRASHED
+    return exit_codes.DONE if record.passed else exit_codes.CRASHED
 
 
 def _plan(options: argparse.Namespace) -> DrillPlan:

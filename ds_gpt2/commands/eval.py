@@ -18,7 +18,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import MISSING, fixed, table, tokens
 from ds_gpt2.distributed import device
 from ds_gpt2.evaluation.loss import Estimate
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models import evaluate
 from ds_gpt2.tools.models.evaluate import DEFAULT_TOKENS, EvalData, EvalRow, EvalSources, EvaluatedModel, Measurements
 from ds_gpt2.tools.models.open import open_model
@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps({"rows": [_plain(dataclasses.asdict(row)) for row in rows]}) if options.json else _report(rows))
     if broken := [row.title for row in rows if row.loss is not None and not math.isfinite(row.loss.value)]:
         print(f"the loss of {', '.join(broken)} is not finite: the weights are broken", file=sys.stderr)
-        return exit_report.CRASHED
-    return exit_report.DONE
+        return exit_codes.CRASHED
+    return exit_codes.DONE
 
 
 def _choose_device(requested: str) -> torch.device:

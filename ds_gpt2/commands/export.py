@@ -10,7 +10,7 @@ from typing import get_args
 from ds_gpt2.commands.arguments import path
 from ds_gpt2.common.formatting import size
 from ds_gpt2.distributed import device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models.export import Format, export
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
@@ -37,4 +37,4 @@ def run(options: argparse.Namespace) -> int:
     command = shlex.join(["./launch.sh", *sys.argv[1:]])
     exported = export(find_checkpoint(options.run, options.tag), options.out, options.format, options.force, command)
     print(f"{exported.title}: {exported.path}, {size(exported.bytes)}")
-    return exit_report.DONE
+    return exit_codes.DONE

@@ -16,7 +16,7 @@ from ds_gpt2.distributed import device
 from ds_gpt2.evaluation.sampling import Sampling, derived_seed, stream
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained.load import as_model
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models.open import open_model
 
 _RULE = "\n" + "-" * 8 + "\n"
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             if sample:
                 print(_RULE)
             _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample))
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[str]:

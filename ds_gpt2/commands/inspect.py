@@ -19,7 +19,7 @@ from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_data
 from ds_gpt2.data.inspect import examples, lengths
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.data.verify import ShardReport, verify_shards
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 _EXAMPLE_TOKENS = 80
 
@@ -46,11 +46,15 @@ def run(options: argparse.Namespace) -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     for file, position, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
         print(f"\n{file}, token {position:,}:\n{printable_lines(text)}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def is_data(name: str) -> bool:
-    """Return whether this is a directory of shards, not of checkpoints."""
+    """Return whether this is a directory of shards, not of checkpoints.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
     directory = Path(name)
     try:
         return directory.is_dir() and any(path.name == INDEX or is_shard(path.name) for path in directory.iterdir())
@@ -59,7 +63,11 @@ def is_data(name: str) -> bool:
 
 
 def verify(directory: Path, as_json: bool) -> int:
-    """Read all shards and verify their checksums; return exit code 1 if any is damaged."""
+    """Read all shards and verify their checksums; return exit code 1 if any is damaged.
+
+    Raises:
+        UserError: the directory is not a dataset, or has no shards.
+    """
     dataset = read_dataset(directory, bad_shards=True)
     with tqdm(total=len(dataset.shards), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
         reports = verify_shards(dataset, lambda report: bar.update())
@@ -68,7 +76,7 @@ def verify(directory: Path, as_json: bool) -> int:
         print(json.dumps([dataclasses.asdict(report) for report in reports]))
     else:
         _show(dataset, reports)
-    return exit_report.CRASHED if bad or not reports else exit_report.DONE
+    return exit_codes.CRASHED if bad or not reports else exit_codes.DONE
 
 
 def _show(dataset: Dataset, reports: list[ShardReport]) -> None:

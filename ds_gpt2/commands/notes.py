@@ -13,7 +13,7 @@ from ds_gpt2.common.files import read_small
 from ds_gpt2.common.terminal import printable, printable_lines
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import event_directory
-from ds_gpt2.run_dir import exit_report, notes
+from ds_gpt2.run_dir import exit_codes, notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
             print(f'no notes in {file} yet: add one with `./launch.sh notes {options.run} "TEXT"`')
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check its permissions and its disk") from None
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
@@ -61,7 +61,7 @@ def _add(run_dir: Path, note: notes.Note, as_json: bool) -> int:
         print(json.dumps(report, ensure_ascii=False))
     else:
         print(f"noted at step {note.step:,} in {file}{' and in TensorBoard' if shown else ''}")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _show_in_tensorboard(run_dir: Path) -> bool:

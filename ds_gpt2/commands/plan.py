@@ -21,7 +21,7 @@ from ds_gpt2.config import run_location
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.monitoring.pace import Range
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.plan.estimate import inputs_of, make_plan
 from ds_gpt2.tools.plan.inputs import Hardware, PlanInputs
 from ds_gpt2.tools.plan.plan import Plan, Value
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
             results = _trial(config, overrides, inputs, Limits(options.steps, options.seconds))
         except TrialError as error:
             print(f"error: {error}", file=sys.stderr)
-            return exit_report.CRASHED
+            return exit_codes.CRASHED
     plan = make_plan(inputs, results, prices, time.time())
     if options.json:
         print(json.dumps(as_json(plan)))
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(lines_of(plan, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))))
     for problem in plan.problems:
         print(f"error: {problem}", file=sys.stderr)
-    return exit_report.MISTAKE if plan.problems else exit_report.DONE
+    return exit_codes.MISTAKE if plan.problems else exit_codes.DONE
 
 
 def lines_of(plan: Plan, width: int = WIDTH) -> Iterator[str]:

@@ -14,7 +14,7 @@ from ds_gpt2.data.prepare.documents import COLUMN
 from ds_gpt2.data.prepare.formats import FORMS
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.sources import Reading
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{prepared.items:,} items in {prepared.path}: {kind}")
     else:
         report(_prepare(options))
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _prepare(options: argparse.Namespace) -> Dataset:

@@ -12,7 +12,7 @@ from ds_gpt2.commands.train import start
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, load_settings, parse_overrides
 from ds_gpt2.data.prepare import datasets
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.launcher import choose_ranks
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if settings.data.dir == datasets.SAMPLE_DIR:
         prepare.report(datasets.prepare_sample())
     code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
-    if code in (exit_report.DONE, exit_report.STOPPED):
+    if code in (exit_codes.DONE, exit_codes.STOPPED):
         name = settings.run.name if settings.run.dir == PROJECT_DIR / "runs" else settings.run_dir
         print("\nNext steps:")
         print(f"  ./launch.sh tensorboard {name}                 show the curves and samples in a browser")

@@ -15,7 +15,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.charts import charts_of, views_of
 from ds_gpt2.tools.report.page import RunSection, render
 from ds_gpt2.tools.report.run import Run, load_run
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         _check_power_known(summaries)
     if options.json:
         print(json.dumps([dataclasses.asdict(summary) for summary in summaries]))
-        return exit_report.DONE
+        return exit_codes.DONE
     if seconds is not None:
         runs = [each.since(now - seconds) for each in runs]
     views = views_of([(each.name, each.settings, each.records) for each in runs])
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or _default_out(directories)
     _write(out, render(parts, charts_of(views, options.reference), now))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def load(directory: Path) -> Run:

@@ -1,4 +1,4 @@
-"""``status``: print the status of runs; the exit code tells cron whether they are healthy."""
+"""``status``: print the status of runs; the exit code shows whether they are healthy, for cron."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_gpt2.commands import status_news
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.lookup import find_run, started_runs
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.status import screen
 from ds_gpt2.tools.status.status import Status, read_status
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         while True:
             _show(directories, options, redrawn=sys.stdout.isatty() and not options.json)
             time.sleep(options.watch)
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _directories(options: argparse.Namespace) -> list[Path]:
@@ -74,7 +74,7 @@ def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: boo
             if isinstance(status, Status):
                 status_news.send_news(directory, status)
     is_healthy = all(isinstance(status, Status) and status.healthy for status in statuses)
-    return exit_report.DONE if is_healthy else exit_report.CRASHED
+    return exit_codes.DONE if is_healthy else exit_codes.CRASHED
 
 
 @dataclass(frozen=True)

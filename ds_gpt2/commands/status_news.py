@@ -27,7 +27,11 @@ class News:
 
 
 def send_news(run_dir: Path, status: Status) -> None:
-    """Send a message if the problems changed since the last message; each kind of problem is reported once."""
+    """Send a message if the problems changed since the last message; each kind of problem is reported once.
+
+    Raises:
+        UserError: the settings of the run cannot be read.
+    """
     reported = _reported(run_dir)
     current: set[str] = {problem.kind for problem in status.problems}
     news = news_of(status, reported)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.tensorboard import server
 
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         while True:
             time.sleep(server.REFRESH_SECONDS)
             server.link_runs(directory, links)
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def _port(text: str) -> int:

@@ -17,7 +17,7 @@ from ds_gpt2.config.lookup import find_config, find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings
 from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -41,7 +41,8 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         default="latest",
         metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
-        help="which checkpoint (default: the newest good checkpoint)",
+        help="which checkpoint (default: the newest good checkpoint); backup: the checkpoint before the newest, not one"
+        " from checkpoint.backup.to",
     )
     parser.add_argument(
         "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"
@@ -65,7 +66,10 @@ def resume(options: argparse.Namespace) -> int:
     settings = load_run_settings(run_dir, overrides)
     if settings.run_dir != run_dir:
         named = next(key for key in ("run.name", "run.dir") if key in overrides)
-        raise UserError(f"{named} of a run is where it is found: move {run_dir}, or start another run with `train`")
+        raise UserError(
+            f"{named} of an existing run is determined by its location: move {run_dir}, or start another run with"
+            " `train`"
+        )
     ranks = options.num_gpus
     if ranks is None:
         ranks, overrides = _fit_ranks(settings, overrides)
@@ -99,6 +103,9 @@ def start(
     Args:
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
         leave_out: batches of the data to exclude from training.
+
+    Raises:
+        UserError: the settings or the machine do not allow the run.
     """
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
@@ -114,7 +121,7 @@ def start(
         if starts_new_run(settings, resume):
             check_initial_model(settings)
     if not _is_ready(settings, layout):
-        return exit_report.MISTAKE
+        return exit_codes.MISTAKE
     where = "GPUs" if layout.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))

@@ -1,4 +1,4 @@
-"""Bytes that directories take on the disk."""
+"""Disk usage of directories."""
 
 from __future__ import annotations
 

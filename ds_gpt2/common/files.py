@@ -1,4 +1,4 @@
-"""Read, write, replace and lock files safely, and check that directories are writable.
+"""Read, write and replace files safely, and check that directories are writable.
 
 Files are never written through a symbolic link, which may refer to any file of the user: the link is replaced and its
 target is unchanged. Only regular files are read: reading a pipe or a device could block forever.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import os
 import shutil
-import socket
 import stat
 import tempfile
 from collections.abc import Callable
@@ -24,7 +22,6 @@ from ds_gpt2.common.errors import UserError
 LARGEST = 256 << 20  # bytes of a file that is read as a whole
 _NEWLINE = b"\n"
 _PROBE, _PROBE_BYTES = ".write_probe", 160
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 class NotDurableError(OSError):
@@ -168,20 +165,29 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: str | bytes | BinaryIO, *, durable: bool = False, mode: int = 0o666) -> None:
+def replace_file(
+    path: Path,
+    content: str | bytes | BinaryIO,
+    *,
+    durable: bool = False,
+    mode: int = 0o666,
+    temporary: Path | None = None,
+) -> None:
     """Replace the file ``path`` atomically: a reader sees either the old or the new content.
 
     Args:
         content: text, written as UTF-8 with lone surrogates escaped; bytes; or an open file, copied from its position.
         durable: sync the content before the rename, so that the replacement is atomic also at a power failure.
         mode: permissions of the file, restricted by the umask.
+        temporary: the file that is written and then renamed, in the same directory; default: ``path`` with ``.tmp``
+            appended.
 
     Raises:
         OSError: the new content cannot be written; the old content is unchanged.
     """
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    partial = path.with_name(path.name + ".tmp")
+    partial = temporary or path.with_name(path.name + ".tmp")
     try:
         partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
         with open(partial, "wb", opener=functools.partial(no_links, mode=mode)) as file:
@@ -254,48 +260,7 @@ def _check_path(directory: Path) -> None:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"cannot write to {str(directory)[:200]}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"cannot write to {str(directory)[:200]!r}: a path has no null character") from None
-
-
-def lock(path: Path, what: str) -> BinaryIO:
-    """Create and lock the file ``path``. The lock is held until the returned file is closed or the process ends.
-
-    Args:
-        what: the locked object, for the message.
-
-    Raises:
-        UserError: another process holds the lock, or the file cannot be created.
-    """
-    try:
-        file = open_for_writing(path, "a+b")
-        if not try_lock(file):
-            file.seek(0)
-            holder = file.read(100).decode(errors="replace").strip() or "unknown"
-            raise UserError(f"{what} is in use by process {holder}: wait for its end, or end it first") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
-    except OSError as error:
-        raise UserError(f"cannot lock {path}: {error.strerror}; check its permissions and its disk") from None
-    return file
-
-
-def try_lock(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed. Return False if another process has locked it.
-
-    On a file system without locks, return True without a lock.
-
-    Raises:
-        OSError: another error.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
+        raise UserError(f"cannot write to {str(directory)[:200]!r}: a path cannot contain a null character") from None
 
 
 def sync_directory(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Restrict the module search path of a program that is started by the path of its file.
 
-A file such as ``random.py`` in the working directory, or beside the project, must not shadow Python's own module.
+A file such as ``random.py`` in the working directory, or next to the project, must not shadow Python's own module.
 """
 
 from __future__ import annotations

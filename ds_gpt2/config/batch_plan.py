@@ -33,14 +33,14 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_step:,} tokens a step = {counted(self.micro_batch, 'window')}"
+            f"{self.tokens_per_step:,} tokens per step = {counted(self.micro_batch, 'window')}"
             f" x {counted(self.sequence_length, 'token')}"
             f" x {counted(self.accumulation, 'micro-batch', 'micro-batches')} x {counted(self.world_size, 'rank')}"
         )
 
 
 def steps_of(schedule: ScheduleSettings, windows: int, windows_per_step: int) -> int:
-    """Return the number of steps of a whole run; a following epoch fills up the last step.
+    """Return the number of steps of a whole run; the last step is completed with windows of the next epoch.
 
     Args:
         windows: of one epoch.

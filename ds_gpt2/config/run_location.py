@@ -3,7 +3,7 @@
 A run is located by the directory in which it is found; its stored settings never refer to a previous location.
 ``config.yaml`` in a run's directory has paths of three forms: ``$RUN_DIR/...`` is relative to the run's directory, a
 relative path is relative to the project's directory, and an absolute path is outside of both. Earlier versions stored
-absolute paths only, including ``run.dir``, which tells the previous location.
+absolute paths only, including ``run.dir``, which is the previous location.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
@@ -31,7 +29,7 @@ from ds_gpt2.config.settings import (
 )
 from ds_gpt2.config.settings_tree import read_tree, section_of
 from ds_gpt2.run_dir.journal import JOURNAL
-from ds_gpt2.run_dir.metrics import STARTS, TIME
+from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
 
 CONFIG = "config.yaml"
 HIDDEN = "(not shown)"
@@ -93,7 +91,11 @@ def event_directory(run_dir: Path) -> Path:
 
 
 def absolute_run_dir(run_dir: Path) -> Path:
-    """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name."""
+    """Return ``run_dir`` as an absolute path; a symbolic link is resolved if only its target has the run's name.
+
+    Raises:
+        UserError: the settings in the target of a symbolic link cannot be read.
+    """
     path = Path(os.path.abspath(run_dir))
     if not path.is_symlink():
         return path
@@ -130,7 +132,11 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
 
 
 def write_first_settings(settings: Settings) -> None:
-    """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there."""
+    """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     config = settings.run_dir / CONFIG
     if not config.exists():
         write_settings(settings)
@@ -157,8 +163,8 @@ def last_seen(run_dir: Path) -> Path:
 
 def last_started(run_dir: Path) -> float:
     """Return when the run was last started, in seconds since 1970, or when its settings were written if unknown."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        return datetime.strptime(_last_start(run_dir)["time"], TIME).timestamp()
+    if (started := time_of(last_start(run_dir))) is not None:
+        return started
     with contextlib.suppress(OSError):
         return (run_dir / CONFIG).stat().st_mtime
     return 0.0
@@ -187,6 +193,9 @@ def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]
 
     Returns:
         Nested dicts. If the run is not found, paths into its directory are None and ``run.dir`` is missing.
+
+    Raises:
+        UserError: the stored settings of the run cannot be read.
     """
     run_dir = run_of(checkpoint.resolve().parent)
     now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
@@ -237,16 +246,8 @@ def _last_seen(run_dir: Path, tree: dict[str, Any]) -> Path:
     run, _ = section_of(tree, "run.dir")
     if isinstance(run.get("dir"), str) and os.path.isabs(run["dir"]):  # stored by an earlier version
         return Path(run["dir"]) / str(run.get("name", run_dir.name))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        return Path(_last_start(run_dir)["run_dir"])
-    return run_dir
-
-
-def _last_start(run_dir: Path) -> dict[str, Any]:
-    """Return the last line of ``starts.jsonl``."""
-    with open(run_dir / STARTS, "rb", opener=regular_only) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
-        return dict(safe_json.parse(file.read().splitlines()[-1]))
+    recorded = last_start(run_dir).get("run_dir")
+    return Path(recorded) if isinstance(recorded, str) else run_dir
 
 
 def _portable(key: str, text: str, run_dir: Path) -> str:

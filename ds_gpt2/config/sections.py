@@ -70,10 +70,12 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
+    """The name, location, seed and device of a run."""
+
     name: str = "run"  # directory below run.dir and checkpoint.dir
     seed: Seed = 1337  # initial weights, data order, dropout
-    dir: Path = Path("runs")
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dir: Path = Path("runs")  # parent of the run's directory
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: GPUs if there are any
     compile: bool | Literal["auto"] = "auto"  # use torch.compile; auto: on a GPU only
     deterministic: bool = False  # bitwise reproducible steps on a GPU too
 
@@ -86,11 +88,13 @@ class RunSettings(Section):
 
 
 class ModelSettings(Section):
+    """The shape of the model, its dropout, and the weights it starts from."""
+
     preset: str | None = None  # one of PRESETS, or give layers, heads and width
-    layers: Size | None = None
-    heads: Size | None = None
-    width: Size | None = None
-    dropout: Fraction = 0.0
+    layers: Size | None = None  # transformer blocks
+    heads: Size | None = None  # attention heads per layer
+    width: Size | None = None  # of the residual stream; a multiple of heads
+    dropout: Fraction = 0.0  # probability
     init_from: str | None = None  # initial weights: a directory, an exported file or a name on the Hugging Face hub
 
     @model_validator(mode="after")
@@ -118,13 +122,17 @@ class ModelSettings(Section):
 
 
 class DataSettings(Section):
+    """The data to train on."""
+
     dir: Path  # shards written by `prepare`, by llm.c or by build-nanogpt
 
 
 class BatchSettings(Section):
+    """The number of tokens of a step, and how they are divided into windows and micro-batches."""
+
     tokens_per_step: PositiveInt = 524_288  # over all ranks; gradient accumulation is derived from it
     micro_batch: Size = 16  # windows per forward/backward on one rank
-    sequence_length: Size = 1024
+    sequence_length: Size = 1024  # tokens per window
 
     @model_validator(mode="after")
     def _not_too_many_windows(self) -> BatchSettings:
@@ -134,11 +142,13 @@ class BatchSettings(Section):
 
 
 class ScheduleSettings(Section):
-    steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # give steps or epochs
-    epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None
-    warmup_steps: Count = 715
-    max_lr: PositiveFloat = 6e-4
-    min_lr: NonNegativeFloat = 6e-5
+    """The length of the run, and the learning rate at each step: linear warm-up, then cosine decay."""
+
+    steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # of the whole run; give steps or epochs
+    epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None  # passes over the data
+    warmup_steps: Count = 715  # steps of linear warm-up
+    max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up
+    min_lr: NonNegativeFloat = 6e-5  # learning rate at the last step
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
@@ -152,44 +162,50 @@ class ScheduleSettings(Section):
 
 
 class OptimizerSettings(Section):
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[_Float, Field(ge=1e-38, le=1)] = 1e-8  # fp32
+    """The constants of AdamW, and gradient clipping."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # decay rates of the first and second moment
+    eps: Annotated[_Float, Field(ge=1e-38, le=1)] = 1e-8  # added to the denominator, fp32
     weight_decay: Annotated[NonNegativeFloat, Field(le=1000)] = 0.1  # on 2-D tensors only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
 
 
 class BackupSettings(Section):
+    """Which checkpoints are copied to a backup storage, how often, and how many of these backups are kept."""
+
     to: str | None = None  # a directory, or a URL such as s3://bucket/folder; None: no backups
-    roles: tuple[Literal["latest", "epoch", "best"], ...] = ("latest", "epoch", "best")
-    every: PositiveInt = 1000  # least number of steps between two copies of the newest checkpoint
-    best_every_hours: NonNegativeFloat = 168.0  # least time between two copies of the best checkpoint
-    keep: PositiveInt = 3  # newest copies of rolling checkpoints; copies of epochs and of the best are not deleted
+    roles: tuple[Literal["latest", "epoch", "best"], ...] = ("latest", "epoch", "best")  # of the checkpoints
+    every: PositiveInt = 1000  # minimum number of steps between two backups of the newest checkpoint
+    best_every_hours: NonNegativeFloat = 168.0  # minimum time between two backups of the best checkpoint
+    keep: PositiveInt = 3  # newest backups of rolling checkpoints; those of epochs and of the best are not deleted
 
     @field_validator("to")
     @classmethod
     def _no_secrets(cls, to: str | None) -> str | None:
         """Refuse a password or key: settings are written to files and logs."""
         if to is not None and to.startswith("memory:"):
-            raise ValueError("copies in memory are lost when the process ends: give a directory or a URL")
+            raise ValueError("backups in memory are lost when the process ends: give a directory or a URL")
         if to is not None and "://" in to and re.search(r"://[^/]*@|[?&;]", to):
             raise ValueError("must not hold a password or key: give it in the environment (FSSPEC_..., AWS_..., ...)")
         return to
 
 
 class CheckpointSettings(Section):
+    """When checkpoints are saved, what they contain, and which ones are kept."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    dir: Path = Path("checkpoints")
+    dir: Path = Path("checkpoints")  # parent of the directory of the run's checkpoints
     every: Count = 250  # steps; 0 saves at the end only
-    keep_last: PositiveInt = 10  # newest rolling checkpoints
+    keep_last: PositiveInt = 10  # number of newest rolling checkpoints to keep
     keep_every: Count = 0  # steps; rolling checkpoints at multiples of it are never deleted; 0: none
     keep_epochs: PositiveInt | Literal["all"] = "all"  # number of newest epoch checkpoints to keep
-    keep_best: bool = True  # by validation loss
+    keep_best: bool = True  # keep the checkpoint with the lowest validation loss
     epochs_as: Literal["full", "weights"] = "full"  # "weights": fp32, 4 bytes per parameter; not resumable
-    best_as: Literal["full", "weights"] = "full"
-    min_free_gb: NonNegativeFloat = 1.0  # free disk space that must remain after a save
+    best_as: Literal["full", "weights"] = "full"  # the same for the best checkpoint
+    min_free_gb: NonNegativeFloat = 1.0  # GB (1e9 bytes) of disk space that must remain free after a save
     in_background: bool = Field(default=True, alias="async")  # write while training continues
-    write_mb_per_s: NonNegativeFloat = 0.0  # limit of each rank, to spare a shared disk; 0: no limit
+    write_mb_per_s: NonNegativeFloat = 0.0  # MB/s (1e6 bytes); limit of each rank, to spare a shared disk; 0: no limit
     backup: BackupSettings = BackupSettings()
 
     @field_validator("write_mb_per_s")
@@ -201,20 +217,26 @@ class CheckpointSettings(Section):
 
 
 class ValidationSettings(Section):
-    every: Count = 250
-    tokens: PositiveInt = 2_097_152  # size of the fixed validation set, rounded down to whole windows
+    """The validation loss during training."""
+
+    every: Count = 250  # steps; 0: never
+    tokens: PositiveInt = 2_097_152  # of the fixed validation set, rounded down to whole windows
 
 
 class SamplesSettings(Section):
-    every: Count = 250
-    prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
+    """The text that is generated during training."""
+
+    every: Count = 250  # steps; 0: never
+    prompts: tuple[str, ...] = ("Hello, I'm a language model,",)  # texts to continue
     per_prompt: Annotated[PositiveInt, Field(le=1000)] = 2  # continuations of each prompt
-    tokens: Annotated[PositiveInt, Field(le=100_000)] = 48  # per continuation
-    temperature: PositiveFloat = 0.8
-    top_k: PositiveInt = 50
+    tokens: Annotated[PositiveInt, Field(le=100_000)] = 48  # new tokens per continuation
+    temperature: PositiveFloat = 0.8  # of the sampling
+    top_k: PositiveInt = 50  # sample from this many most probable tokens
 
 
 class HellaswagSettings(Section):
+    """The HellaSwag evaluation during training."""
+
     every: Count = 0  # steps; 0: never
     path: Path = Path("data/hellaswag/hellaswag_val.jsonl")  # written by `prepare hellaswag`
     items: PositiveInt | None = None  # number of items, from the first; None: all 10,042
@@ -222,46 +244,52 @@ class HellaswagSettings(Section):
 
 
 class HistogramsSettings(Section):
+    """The histograms of weights and gradients in TensorBoard."""
+
     every: Count = 0  # steps; 0: never
     norms: bool = False  # also write the norms of parameters and gradients as scalars
     layers: PositiveInt = 12  # at most this many layers, evenly spaced, including the first and the last
 
 
 class MonitorSettings(Section):
-    tensorboard: bool = True
+    """TensorBoard's event files."""
+
+    tensorboard: bool = True  # write event files
     dir: Path | None = None  # parent directory of the event files; None: the run's directory
 
 
 class GuardSettings(Section):
-    """What to do when the training itself misbehaves."""
+    """Which anomalies of training are detected, and what follows: an alert, a skipped update or a rollback."""
 
     spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent losses
     spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent losses
     divergence: Literal["off", "alert", "rollback"] = "rollback"  # `divergence_steps` such losses in a row
-    divergence_steps: PositiveInt = 20
+    divergence_steps: PositiveInt = 20  # spikes in a row that count as divergence
     skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # `skipped_run_steps` skipped updates in a row
-    skipped_run_steps: PositiveInt = 10
+    skipped_run_steps: PositiveInt = 10  # skipped updates in a row
     frozen: Literal["off", "alert", "rollback"] = "alert"  # no weight changed between two saves
     drift: Literal["off", "alert", "rollback"] = "rollback"  # the ranks' weights differ at a save
     stuck_data: Literal["off", "alert", "rollback"] = "alert"  # a step received the data of the previous step
 
 
 class SupervisorSettings(Section):
-    restarts: Count = 8  # in a row without progress; 0: never restart
+    """When a run is restarted, when a rank counts as hung, and how long a stop may take."""
+
+    restarts: Count = 8  # number in a row without progress; 0: never restart
     backoff_seconds: NonNegativeFloat = 5.0  # before the first restart; doubled before each further restart
-    longest_backoff_seconds: NonNegativeFloat = 600.0
-    hang_factor: AboveOne = 20.0  # a step may take this many times the usual step time
-    hang_seconds: PositiveFloat = 300.0  # a step may always take this long
+    longest_backoff_seconds: NonNegativeFloat = 600.0  # limit of the doubled time
+    hang_factor: AboveOne = 20.0  # a rank counts as hung after this many times the usual step time ...
+    hang_seconds: PositiveFloat = 300.0  # ... but not earlier than this
     patience_minutes: PositiveFloat = 45.0  # longest silence while starting, evaluating or saving
     stop_seconds: PositiveFloat = 120.0  # time to exit after a stop request; then processes are killed
     skip_data: bool = False  # skip the data of a step at which the run crashed repeatedly
 
 
 class AlertSettings(Section):
-    """Addresses come from the environment or from a file, never from here: see docs/operations.md."""
+    """Which events are sent as messages, and how. Addresses are in the environment or in ``urls_file``, never here."""
 
     kinds: tuple[str, ...] = DEFAULT_ALERTS  # kinds of journal events that are sent
-    per_hour: PositiveInt = 12  # messages; further messages are summarized in the next one
+    per_hour: PositiveInt = 12  # maximum number of messages; further events are summarized in the next one
     command: str | None = None  # shell command run for each message, which it receives on stdin
     urls_file: Path | None = None  # Apprise URLs, one per line; readable by the owner only
     disk_days: NonNegativeFloat = 3.0  # alert when the disk will be full within this many days

@@ -170,6 +170,9 @@ def settings_of(
         tree: nested sections of text, see ``settings_tree.read_tree``.
         path: the file that the tree was read from, for errors and the default name of the run.
         expand: expand ``~`` and variables in the paths of ``tree``.
+
+    Raises:
+        UserError: see ``load_settings``.
     """
     tree = without_nulls(Settings, tree)
     make_absolute(tree, PATH_KEYS, project_dir, expand)

@@ -51,6 +51,9 @@ def parse_override(settings: type[BaseModel], key: str, text: str) -> Any:
     """Return the value in an override ``key=text``.
 
     Text for a name, a path or a command is taken literally. Lists and quoted text are parsed as YAML.
+
+    Raises:
+        UserError: the text is not valid YAML.
     """
     if _is_plain_text(_annotation(settings, key)) and text[:1] not in ("'", '"'):
         return text
@@ -61,7 +64,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set the setting ``key``, a dotted name, in ``tree``; missing sections are created.
 
     Raises:
-        UserError: a section on the path already has a value of its own.
+        UserError: a section on the path is already set to a value.
     """
     *sections, name = key.split(".")
     for section in sections:
@@ -84,7 +87,7 @@ def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
 
 
 def set_default(tree: dict[str, Any], section: str, name: str, value: Path | str) -> None:
-    """Set a setting unless it is set; a section that is not a mapping is left for the validation to refuse."""
+    """Set a setting unless it is set; a section that is not a mapping is unchanged: the validation rejects it."""
     node = tree.setdefault(section, {})
     if isinstance(node, dict):
         node.setdefault(name, str(value))
@@ -119,7 +122,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_absolute(tree: dict[str, Any], keys: tuple[str, ...], base: Path, expand: bool = True) -> None:
-    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are left as they are.
+    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are unchanged.
 
     Args:
         keys: the dotted settings that are paths.

@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="latest",
         metavar="WHERE",
-        help="resume from latest, auto (latest, or a new run), backup (the previous one), best, step, tag or path",
+        help="resume from latest, auto (latest, or a new run), backup (the checkpoint before the newest; it is not"
+        " related to checkpoint.backup), best, a step, a tag or a path",
     )
     result.add_argument(
         "--leave_out", metavar="BATCHES", help="batches of the data to exclude from training, such as 1200-1210,1250"

@@ -111,9 +111,12 @@ def broadcast_from_main(action: Callable[[], T]) -> T:
 
 
 def broadcast_slow_from_main(action: Callable[[], T]) -> T:
-    """Do as ``broadcast_from_main`` for an action that may exceed the timeout of a collective, such as a download.
+    """Call ``broadcast_from_main`` for an action that may exceed the timeout of a collective, such as a download.
 
     While rank 0 works, all ranks exchange a short message every second.
+
+    Raises:
+        UserError: on every rank, if ``action`` raises it on rank 0.
     """
 
     def on_main() -> T:

@@ -97,7 +97,7 @@ def _check_cuda() -> None:
         )
     ranks, gpus = collectives.local_world_size(), torch.cuda.device_count()
     if ranks > gpus:
-        raise UserError(f"{ranks} ranks but this machine shows {gpus} GPU(s): start with --num_gpus {gpus}")
+        raise UserError(f"{ranks} ranks, but this machine has {gpus} GPU(s): start with --num_gpus {gpus}")
 
 
 def _prepare_cpu() -> None:

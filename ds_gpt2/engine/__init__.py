@@ -1,1 +1,1 @@
-"""The DeepSpeed engine, and all of a run's state that is not in a file."""
+"""The DeepSpeed engine, and all state of a run that is not in a file."""

@@ -19,7 +19,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_gpt2.engine.host_copy import freeze
 
-# All that DeepSpeed's optimizer files hold besides tensors and plain containers.
+# The classes that DeepSpeed's optimizer files contain in addition to tensors and plain containers.
 _ALLOWED = [ZeroStageEnum, fragment_address, LossScaler]
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -35,7 +35,7 @@ def partition_file(rank: int) -> str:
 
 
 def recovery_script() -> bytes:
-    """Return DeepSpeed's script ``zero_to_fp32.py``, which it puts beside checkpoints."""
+    """Return DeepSpeed's script ``zero_to_fp32.py``, which it copies next to checkpoints."""
     return Path(zero_to_fp32.__file__).read_bytes()
 
 

@@ -148,7 +148,7 @@ class Engine:
         Clipping and optimizer constants stay those of the settings. Every rank calls this; nothing is read from disk.
 
         Raises:
-            Exception: whatever DeepSpeed raises if it does not accept the contents.
+            Exception: any exception that DeepSpeed raises if it rejects the contents.
         """
         self._serializer.offer(contents)
         try:
@@ -177,7 +177,7 @@ class Engine:
 
     def masters(self) -> dict[str, torch.Tensor]:
         """Return this rank's part of each parameter's fp32 master weight, flat, by name; parameters without one are
-        left out."""
+        omitted."""
         mappings = ((name, parameter._hp_mapping) for name, parameter in self.model.named_parameters())  # type: ignore[attr-defined]  # DeepSpeed's
         return {name: mapping.get_hp_fragment() for name, mapping in mappings if mapping is not None}
 

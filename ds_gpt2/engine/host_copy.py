@@ -24,8 +24,8 @@ class HostMemory:
     def copy(self, state: Any, after: torch.cuda.Event | None) -> Any:
         """Return ``state`` with every tensor copied to host memory, when all copies are complete.
 
-        Overwrites the result of the previous call. Call it in a separate thread: on a GPU the copies run on a stream
-        of their own and do not delay the computation of gradients.
+        Overwrites the result of the previous call. Call it in a separate thread: on a GPU the copies run on a separate
+        stream and do not delay the computation of gradients.
 
         Args:
             after: on a GPU, the event after which the tensors have the values to copy.
@@ -59,7 +59,10 @@ class HostMemory:
 
 
 def _rebuilt(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return a deep copy of nested containers with each tensor replaced by ``change(tensor)``, called once a tensor."""
+    """Return a deep copy of nested containers with each tensor replaced by ``change(tensor)``.
+
+    ``change`` is called once per tensor.
+    """
     changed: dict[int, torch.Tensor] = {}
 
     def visit(value: Any) -> Any:

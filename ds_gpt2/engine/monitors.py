@@ -22,12 +22,12 @@ class Monitors:
         self._master.enabled = False
 
     def replace(self, name: str, backend: Any) -> None:
-        """Put ``backend``, which has ``write_events``, in the place of the monitor ``name``."""
+        """Replace the monitor ``name`` by ``backend``, which has ``write_events``."""
         setattr(self._master, name, backend)
 
     @property
     def services(self) -> dict[str, Any]:
-        """The open monitors besides TensorBoard, by DeepSpeed's name; each has ``write_events``."""
+        """The open monitors other than TensorBoard, by DeepSpeed's name; each has ``write_events``."""
         found = {name: getattr(self._master, name, None) for name in _SERVICES}
         return {name: backend for name, backend in found.items() if backend is not None}
 

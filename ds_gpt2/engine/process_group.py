@@ -18,7 +18,7 @@ from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed import collectives, launch_environment
 from ds_gpt2.engine import internals
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def open_process_group(device: torch.device) -> None:
     # torchrun's agent listens on the port itself, and the ranks are its clients.
     if collectives.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         host.check_port_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    # DeepSpeed's own calls raise it: one line per rank would hide all else.
+    # DeepSpeed's own calls raise it: one line per rank would hide everything else.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with _waiting_for_ranks(started_by):
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
@@ -61,14 +61,14 @@ def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     ranks = collectives.world_size()
-    text = f"rank {collectives.rank()} has waited {{:.0f}} s for all {ranks} ranks to meet at {address}"
+    text = f"rank {collectives.rank()} has waited {{:.0f}} s for all {ranks} ranks to connect at {address}"
     if started_by == "environment":
         text += "; RANK and WORLD_SIZE come from the environment: unset them if they are left over from another job"
     may_be_leftover = started_by == "environment" and os.environ["MASTER_ADDR"] in launch_environment.LOOPBACK
 
     def give_up() -> None:  # the main thread waits in C++ and cannot be interrupted
         print(f"error: {text.format(_LEFTOVER_SECONDS)}", file=sys.stderr, flush=True)
-        os._exit(exit_report.MISTAKE)
+        os._exit(exit_codes.MISTAKE)
 
     timers = [threading.Timer(_NOTICE_SECONDS, lambda: log.warning(text.format(_NOTICE_SECONDS)))]
     timers += [threading.Timer(_LEFTOVER_SECONDS, give_up)] if may_be_leftover else []
@@ -78,7 +78,7 @@ def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None
     try:
         yield
     except torch.distributed.DistError as error:
-        raise UserError(f"the ranks cannot meet at {address}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"the ranks cannot connect at {address}: {' '.join(str(error).split())[:300]}") from None
     finally:
         for timer in timers:
             timer.cancel()

@@ -1,4 +1,4 @@
-"""The progress of a run: together with weights, optimizer and random state, all that a resume needs."""
+"""The progress of a run: together with weights, optimizer and random state, everything that a resume needs."""
 
 from __future__ import annotations
 

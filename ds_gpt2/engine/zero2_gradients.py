@@ -20,7 +20,7 @@ _BLOCK = 4096  # squares summed in fp32 on a CPU: as fast as one fp32 sum, relat
 def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
     """Accumulate the gradients of micro-batches in fp32 on each rank, and reduce them over ranks in fp32.
 
-    DeepSpeed's ``coalesce_grad_reduction`` reduces once a step, but accumulates in the weights' bf16, where a small
+    DeepSpeed's ``coalesce_grad_reduction`` reduces once per step, but accumulates in the weights' bf16, where a small
     gradient vanishes beside a large one. PyTorch accumulates in ``parameter.grad_dtype``.
     """
     for parameter in model.parameters():
@@ -29,9 +29,9 @@ def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
 
 
 def compute_norm_once(optimizer: Any) -> None:
-    """Compute the gradients' norm with a few kernels and read it once, instead of some ten kernels per parameter.
+    """Compute the gradients' norm with a few kernels and read it once, instead of about ten kernels per parameter.
 
-    The overflow check needs no pass of its own: the norm is Inf or NaN if a gradient is, or if one exceeds 1e19, the
+    The overflow check needs no separate pass: the norm is Inf or NaN if a gradient is, or if one exceeds 1e19, the
     square of which is Inf in fp32.
     """
     norms: list[torch.Tensor] = []

@@ -31,7 +31,7 @@ def open_log(file: Path | None) -> None:
     if file is not None and collectives.is_main():
         try:
             to_file = _LogFile(file)
-        except OSError as error:  # a run does not end for its log
+        except OSError as error:  # a failing log must not end the run
             log.warning(f"cannot write {file}: {error.strerror}; training continues")
             return
         to_file.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
@@ -96,7 +96,7 @@ _BAR = "{n_fmt}/{total_fmt} |{bar:16}| {desc}"
 
 
 class _Terminal(logging.Handler):
-    """Prints above a progress bar if there is one; a step that the bar shows gets no line of its own."""
+    """Prints above a progress bar if there is one; a step that the bar shows is not printed."""
 
     closed = False
 

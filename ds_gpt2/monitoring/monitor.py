@@ -125,7 +125,7 @@ class Monitor:
 
     @property
     def tensorboard(self) -> Any:
-        """torch's SummaryWriter; None where TensorBoard is off, and on ranks other than 0."""
+        """torch's SummaryWriter; None if TensorBoard is off, and on ranks other than 0."""
         return self._monitors.tensorboard if self._records is not None else None
 
     def write(self, step: int, metrics: StepMetrics) -> None:
@@ -142,7 +142,11 @@ class Monitor:
             self.flush()
 
     def flush(self, durable: bool = False) -> None:
-        """Write everything that waits; ``durable``: sync the records to the disk, like a checkpoint."""
+        """Write all pending values.
+
+        Args:
+            durable: sync the records to the disk, like a checkpoint.
+        """
         records = self._records
         if records is None:
             return
@@ -172,10 +176,10 @@ class Monitor:
         """
         try:
             action()
-        except Exception as error:  # libraries raise many kinds; none may stop training
+        except Exception as error:  # libraries raise exceptions of many types; none may stop training
             if what not in self._failing:
                 self._failing.add(what)
-                log.warning(f"cannot {what}: {error}; training continues and will try again")
+                log.warning(f"cannot {what}: {error}; training continues and retries")
             return False
         if what in self._failing:
             self._failing.discard(what)
@@ -183,7 +187,7 @@ class Monitor:
         return True
 
     def close(self, failed: bool = False) -> None:
-        """Write what waits and finish all trackers, in limited time; a second call does nothing.
+        """Write all pending values and finish all trackers, within a time limit; a second call does nothing.
 
         Args:
             failed: the run ends with an error; W&B shows it.

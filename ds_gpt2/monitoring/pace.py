@@ -35,10 +35,16 @@ _Kinds = frozenset[str]
 def recent(values: Sequence[float | None]) -> float | None:
     """Return the median of the finite values among the newest ``RECENT`` of a metric; None if there is none.
 
-    Wherever one figure is shown for training loss, tokens/s, gradient norm or step time, it is this one.
+    All commands show this figure for training loss, tokens/s, gradient norm and step time.
     """
     finite = [value for value in values[-RECENT:] if value is not None and math.isfinite(value)]
     return statistics.median(finite) if finite else None
+
+
+def recent_step_seconds(step_ms: Sequence[float | None]) -> float | None:
+    """Return ``recent`` of the step times ``perf/step_ms``, in seconds."""
+    milliseconds = recent(step_ms)
+    return None if milliseconds is None else milliseconds / 1000
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Timed(NamedTuple):
 def timed_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Timed]:
     """Yield the times of records, which are in ascending order of steps.
 
-    Where a record has no ``perf/step_ms``, the time since the previous record counts.
+    If a record has no ``perf/step_ms``, the time since the previous record is used.
     """
     before: tuple[int, float] | None = None
     for record in records:
@@ -178,7 +184,7 @@ class Pace:
 
     @property
     def step_seconds(self) -> Range | None:
-        """Seconds of a training step without evaluation and saving; None where no step is known."""
+        """Seconds of a training step without evaluation and saving; None if no step is known."""
         counted = self._counted()
         if not counted:
             return None if self._first is None else Range(self._first, self._first, self._first)
@@ -196,7 +202,7 @@ class Pace:
         return counted.seconds / counted.steps if counted.steps else self._first
 
     def left(self, step: int, steps: int) -> Range | None:
-        """Return the seconds from the end of ``step`` to the end of ``steps``; None where no step is known."""
+        """Return the seconds from the end of ``step`` to the end of ``steps``; None if no step is known."""
         pace, between = self.step_seconds, self._between_left(step, steps)
         if pace is None:
             return None

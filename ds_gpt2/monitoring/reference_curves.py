@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ds_gpt2.config.settings import Settings
 
-# Validation loss of llm.c's GPT-2 124M on FineWeb, 524,288 tokens a step (its published log, karpathy/llm.c
-# discussion 481): not on one scale with FineWeb-Edu, but of the same shape.
+# Validation loss of llm.c's GPT-2 124M on FineWeb, 524,288 tokens per step (its published log, karpathy/llm.c
+# discussion 481). On FineWeb-Edu the values differ, but the curve has the same shape.
 REFERENCE = "llm.c-124M-on-FineWeb"
 REFERENCE_TOKENS_PER_STEP = 524_288
 REFERENCE_CURVE = {
@@ -18,7 +18,7 @@ REFERENCE_CURVE = {
     18_000: 3.275,
 }
 
-# HellaSwag, length-normalised accuracy, as llm.c measures it (discussion 481): OpenAI's weights, and its own.
+# HellaSwag, length-normalized accuracy, as llm.c measures it (discussion 481): OpenAI's weights, and its own.
 REFERENCE_HELLASWAG = {"OpenAI GPT-2 124M": 0.2945, "llm.c 124M": 0.299}
 
 

@@ -12,7 +12,7 @@ from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase
 
 @dataclass(frozen=True)
 class StepReporter:
-    """What reports the steps of a run of ``steps`` steps."""
+    """The parts that report the steps of a run of ``steps`` steps."""
 
     heartbeat: Heartbeat
     timer: StepTimer

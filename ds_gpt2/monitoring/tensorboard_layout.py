@@ -1,4 +1,4 @@
-"""TensorBoard pages besides the curves: layout, hyper-parameters, settings, and a reference curve."""
+"""TensorBoard pages other than the curves: layout, hyper-parameters, settings, and a reference curve."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
 
 # The CUSTOM SCALARS page.
 _LAYOUT = {
-    "is it healthy?": {
+    "health": {
         "loss": ["Multiline", [r"train/loss$", r"val/loss$"]],
         "gradient norm before clipping": ["Multiline", [r"train/grad_norm$"]],
         "updates clipped (share) and skipped": ["Multiline", [r"train/clipped_share$", r"train/skipped_steps$"]],
-        "tokens a second": ["Multiline", [r"perf/tokens_per_s$"]],
-        "share of the time that trained": ["Multiline", [r"perf/goodput$"]],
+        "tokens per second": ["Multiline", [r"perf/tokens_per_s$"]],
+        "goodput: share of the time spent training": ["Multiline", [r"perf/goodput$"]],
     },
-    "does it learn?": {
+    "learning": {
         "HellaSwag": ["Multiline", [r"hellaswag/acc$", r"hellaswag/acc_norm$"]],
         "perplexity": ["Multiline", [r"val/perplexity$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
-        "how far an update moves each part": ["Multiline", [r"update_ratio/"]],
+        "update size relative to the weights": ["Multiline", [r"update_ratio/"]],
     },
-    "where does the time go?": {
-        "ms of a step": [
+    "time": {
+        "ms per step": [
             "Multiline",
             [r"perf/step_ms$", r"perf/forward_backward_ms$", r"perf/update_ms$", r"perf/data_ms$"],
         ],
-        "ms beside steps": ["Multiline", [r"perf/eval_ms$", r"perf/save_ms$"]],
+        "ms of evaluation and saving": ["Multiline", [r"perf/eval_ms$", r"perf/save_ms$"]],
         "GPUs": ["Multiline", [r"perf/gpu_temperature_c$", r"perf/gpu_power_w$", r"perf/gpu_throttled$"]],
     },
 }
@@ -45,7 +45,7 @@ def open_dashboard(monitor: Monitor, settings_text: str, hyper_parameters: dict[
     Args:
         hyper_parameters: name to number, text or bool, for the HPARAMS page, whose results are the newest values of
             the run's curves.
-        compare: show the reference curve beside the run's.
+        compare: show the reference curve next to the run's.
     """
     if monitor.tensorboard is not None:
         write = functools.partial(_write_pages, monitor.tensorboard, settings_text, hyper_parameters, compare)
@@ -74,7 +74,7 @@ def _write_hyper_parameters(writer: Any, hyper_parameters: dict[str, Any]) -> No
 
 
 def _write_reference(writer_type: Any, directory: Path) -> None:
-    """Write the reference as a run of its own, which TensorBoard draws into the same chart in another colour."""
+    """Write the reference as a separate run, which TensorBoard draws into the same chart in another color."""
     if directory.exists():
         return
     writer = writer_type(log_dir=str(directory))

@@ -1,4 +1,4 @@
-"""Check W&B and Comet as the DeepSpeed file sets them up, before a run starts; nothing is sent."""
+"""Check W&B and Comet as the DeepSpeed file configures them, before a run starts; nothing is sent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WandbBlock(BaseModel):
 
 
 class CometBlock(BaseModel):
-    """``comet`` in the DeepSpeed file, with DeepSpeed's defaults, but for the interval: every step."""
+    """``comet`` in the DeepSpeed file, with DeepSpeed's defaults, except the interval: every step."""
 
     enabled: bool = False
     samples_log_interval: int = 1
@@ -44,7 +44,7 @@ class CometBlock(BaseModel):
 def check(content: dict[str, Any]) -> None:
     """Check that the enabled trackers can be used; nothing is started and nothing is sent.
 
-    Takes some seconds if one is enabled: the packages are loaded in a child process.
+    Takes a few seconds if one is enabled: the packages are loaded in a child process.
 
     Args:
         content: of the DeepSpeed file.
@@ -91,7 +91,7 @@ def read_blocks(content: dict[str, Any]) -> tuple[WandbBlock, CometBlock]:
 def _check_package(block: str, package: str) -> None:
     """
     Raises:
-        UserError: the package is not installed. A directory of its name, such as the one W&B writes to, is no package.
+        UserError: the package is not installed. A directory of its name, as W&B writes, is not a package.
     """
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
@@ -162,7 +162,7 @@ except (wandb.errors.UsageError, ValueError) as error:
     sys.exit(2)
 except wandb.errors.AuthenticationError as error:
     if re.search(r"invalid|error 40[13]", str(error)):
-        print("W&B refuses the API key")
+        print("W&B rejects the API key")
         sys.exit(2)
 """
 _COMET_KEY = """

@@ -1,10 +1,10 @@
-"""The process that sends a run's metrics to W&B or Comet, and finishes the run there however the rank ends.
+"""The process that sends a run's metrics to W&B or Comet, and finishes the run there, however the rank ends.
 
 A rank ends by ``os._exit``, by an error, or by SIGKILL: the libraries would lose their last rows, and W&B's own service
 process dies with the rank that started it. This process leaves the rank's session and process tree, reads lines of
 JSON from stdin, and finishes the run when stdin ends. It imports nothing of the project and not torch.
 
-Lines in: the request, then ``{"rows": {step: {tag: value}}}``, at last ``{"failed": bool}``.
+Lines in: the request, then ``{"rows": {step: {tag: value}}}``, finally ``{"failed": bool}``.
 Lines out: ``{"opened": text}`` or ``{"error": text, "mistake": bool}``; ``{"warning": text}``; ``{"finished": true}``.
 """
 
@@ -124,7 +124,7 @@ def main() -> None:
     _secrets.extend(filter(None, [request["arguments"].get("api_key")]))
     try:
         run: TrackerRun = _KINDS[request["tracker"]](request)
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise exceptions of many types
         mistake = isinstance(error, ImportError | ValueError) or type(error).__name__ == "UsageError"
         answer(error=one_line(error), mistake=mistake)
         return
@@ -157,7 +157,7 @@ def _log_rows(run: TrackerRun) -> bool:
 
 
 def answer(**message: object) -> None:
-    with contextlib.suppress(OSError):  # the rank is gone
+    with contextlib.suppress(OSError):  # the rank has exited
         _answers.write(json.dumps(message) + "\n")
         _answers.flush()
 

@@ -1,7 +1,7 @@
 """Experiment trackers: W&B and Comet, enabled in the DeepSpeed file.
 
-They replace DeepSpeed's own monitors, which never finish a run and so lose its last rows, start another W&B run at
-each resume, and send only every hundredth step to Comet. Each tracker has a process of its own, see
+They replace DeepSpeed's own monitors, which never finish a run and therefore lose its last rows, start another W&B run
+at each resume, and send only every hundredth step to Comet. Each tracker has a separate process, see
 ``tracker_process``.
 """
 
@@ -31,7 +31,7 @@ from ds_gpt2.monitoring.tracker_checks import read_blocks
 IDS = "trackers.json"  # in the run's directory: the run's ids at the trackers
 _ADDRESS = "run"  # a key in it: the run that the ids belong to
 FINISH_SECONDS = 30  # for all trackers together
-_OPEN_SECONDS = 180.0  # W&B's library gives up after some 70 s and then opens an offline run
+_OPEN_SECONDS = 180.0  # W&B's library gives up after about 70 s and then opens an offline run
 _MAX_WAITING = 10_000  # flushes whose rows the process has not read yet
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Tracker:
     def _receive(self) -> None:
         """Read the answers of the process, in a thread, until it exits."""
         assert self._process.stdout is not None
-        self._process.wait()  # it forks and exits at once; this removes the zombie
+        self._process.wait()  # it forks and exits immediately; this removes the zombie
         for line in self._process.stdout:
             try:
                 answer = safe_json.parse(line)
@@ -241,7 +241,7 @@ class _Ids:
         except (OSError, ValueError, AttributeError):
             return
         if address is not None and not address.is_of(self._file.parent) and address.is_in_use():
-            log.warning(f"this is a copy of {address}: it is another run at its trackers")
+            log.warning(f"this run is a copy of {address}: its trackers start a new run")
             return
         self._written = written
         self._known = {**written, **self._known}

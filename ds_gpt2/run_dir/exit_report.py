@@ -1,34 +1,31 @@
-"""Report how a run ended, as an exit code and a message: DeepSpeed's launcher exits with 1 even after a clean stop."""
+"""Report how a run ended to the process that launched its ranks, as an exit code and a message.
+
+The exit code of DeepSpeed's launcher is not sufficient: it is 1 even after a clean stop.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import sys
 import weakref
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import append_lines
-
-DONE, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 3
-ROLLBACK = 4  # only from the ranks to the supervisor; without a supervisor it is a crash
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The end of a run, as rank 0 reports it."""
 
-    code: int
+    code: int  # see ``exit_codes``
     before: int | None = None  # of a rollback: resume from a checkpoint of an earlier step than this
     leave_out: tuple[int, ...] = ()  # of a rollback: skip these batches
-    alone: bool = False  # the run stopped because its supervisor had died
+    supervisor_lost: bool = False  # the run stopped because its supervisor had died
 
 
 _MAX_FAILURE = 160  # characters
@@ -64,8 +61,7 @@ class ExitReports:
         """Return the outcome that rank 0 has reported; None if it has not reported."""
         for report in reversed(self._reports()):
             with contextlib.suppress(KeyError, TypeError):
-                values = report["outcome"]
-                return Outcome(values["code"], values["before"], tuple(values["leave_out"]), values["alone"])
+                return _outcome_from(report["outcome"])
         return None
 
     def failures(self) -> dict[int, str]:
@@ -84,7 +80,7 @@ class ExitReports:
 
 def report_outcome(outcome: Outcome) -> None:
     """Report ``outcome`` to the process that has launched this rank, if it reads exit reports."""
-    _report({"outcome": asdict(outcome)})
+    _report({"outcome": _as_values(outcome)})
 
 
 def report_failure(rank: int, error: BaseException) -> None:
@@ -94,11 +90,33 @@ def report_failure(rank: int, error: BaseException) -> None:
     _report({"rank": rank, "failure": text[:_MAX_FAILURE]})
 
 
+def _as_values(outcome: Outcome) -> dict[str, Any]:
+    """Return ``outcome`` as JSON values.
+
+    The keys must not change: a supervisor that was started before an update of the code reads what new ranks report.
+    """
+    return {
+        "code": outcome.code,
+        "before": outcome.before,
+        "leave_out": outcome.leave_out,
+        "alone": outcome.supervisor_lost,
+    }
+
+
+def _outcome_from(values: dict[str, Any]) -> Outcome:
+    """Return the outcome of the JSON values ``values``.
+
+    Raises:
+        KeyError, TypeError: the values are not those of an outcome.
+    """
+    return Outcome(values["code"], values["before"], tuple(values["leave_out"]), supervisor_lost=values["alone"])
+
+
 def _report(report: dict[str, Any]) -> None:
     """Write a report with a single system call, so that reports of several ranks are not mixed."""
     line = json.dumps(report).encode() + b"\n"
     if not _write_to_pipe(line) and _FILE in os.environ:
-        with contextlib.suppress(OSError):  # the run's directory is missing or its disk full: taken for a crash
+        with contextlib.suppress(OSError):  # the run's directory is missing or its disk is full: counts as a crash
             append_lines(Path(os.environ[_FILE]), line)
 
 
@@ -120,26 +138,3 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return report if isinstance(report, dict) else None
     except ValueError:
         return None
-
-
-def run_process(main: Callable[[], int]) -> NoReturn:
-    """Run a rank and end its process, also after an error: the exit handler of a library could block."""
-    try:
-        code = main()
-    except Exception:  # print the traceback and end the process in the same way
-        sys.excepthook(*sys.exc_info())
-        code = CRASHED
-    end_process(code)
-
-
-def end_process(code: int) -> NoReturn:
-    """End a rank that has finished all its work, without Python's finalization.
-
-    During finalization, a thread of a C++ library that still needs the interpreter can abort the process ("terminate
-    called without an active exception"): a rank would fail although the run is saved and complete.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal or a broken pipe
-            stream.flush()
-    os._exit(code)

@@ -36,7 +36,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the heartbeats of one rank. A heartbeat is one write of 160 bytes to an open file: some microseconds."""
+    """Writes the heartbeats of one rank. A heartbeat is one write of 160 bytes to an open file: a few microseconds."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         """Open the file of ``rank`` and write the first heartbeat. If the file cannot be opened, nothing is written."""

@@ -52,8 +52,8 @@ Kind = Literal[
     "disk_low",
     "not_logged",  # the run's directory was not writable
     "no_checkpoints",  # the saved checkpoints are missing: the supervisor waits for them
-    "backup_failed",  # a copy failed; repeated once a day while copies fail
-    "backup_ok",  # a copy succeeded after a failure
+    "backup_failed",  # a backup failed; repeated once a day while backups fail
+    "backup_ok",  # a backup succeeded after a failure
     "alert",  # a message was sent, or its delivery failed
 ]
 _MAX_PENDING = 1000  # events

@@ -1,7 +1,7 @@
-"""The records of metrics and starts in a run's directory, one JSON object per line.
+"""The records of metrics in a run's directory, one JSON object per line.
 
 ``metrics.jsonl`` has one record per step, in the order of the steps, also after restarts and rollbacks;
-``starts.jsonl`` has one per start; ``metrics_replaced.jsonl`` has the old records of steps that were trained again.
+``metrics_replaced.jsonl`` has the old records of steps that were trained again.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.files import append_lines, open_for_writing, read_small, regular_only, replace_file, write_all
+from ds_gpt2.common.files import append_lines, open_for_writing, regular_only, replace_file, write_all
 from ds_gpt2.common.open_directory import OpenDirectory
 
-METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+METRICS = "metrics.jsonl"
 REPLACED = "metrics_replaced.jsonl"  # records of steps that were trained again
 UNWRITTEN = "metrics_unwritten.jsonl"  # beside the checkpoints: records while the disk of METRICS is full
-TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 log = logging.getLogger(__name__)
 
@@ -230,43 +228,6 @@ def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> No
         except OSError:
             if directory == directories[-1]:
                 raise
-
-
-def first_start(file: Path) -> float | None:
-    """Return the time of the first start in ``starts.jsonl``, in seconds since 1970; None if it is not recorded."""
-    try:
-        with open(file, encoding="utf-8", opener=regular_only) as lines:
-            return datetime.strptime(safe_json.parse(lines.readline())["time"], TIME).timestamp()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def read_starts(file: Path) -> list[dict[str, Any]]:
-    """Return the records of ``starts.jsonl``, oldest first, without damaged lines; empty if there is no file."""
-    try:
-        lines = read_small(file).decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    return [start for line in lines if (start := _object(line)) is not None]
-
-
-def started_from(starts: Iterable[dict[str, Any]]) -> list[int]:
-    """Return the step that each start resumed from, oldest first; 0 for a new run."""
-    return [step if isinstance(step := start.get("from_step"), int) else 0 for start in starts]
-
-
-def planned_steps(starts: Sequence[dict[str, Any]]) -> int | None:
-    """Return the planned number of steps of the newest start; None if an earlier version did not record it."""
-    steps = starts[-1].get("steps") if starts else None
-    return steps if isinstance(steps, int) else None
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        found = safe_json.parse(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def parse_record(line: str | bytes) -> Record | None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from ds_gpt2.common.files import regular_only
 from ds_gpt2.run_dir.metrics import METRICS, Record, parse_record
 
-_BLOCK = 1 << 18  # bytes per read, some hundred records
+_BLOCK = 1 << 18  # bytes per read, a few hundred records
 _MAX_BYTES = 1 << 24  # limit of what is read, however large the records are
 _MAX_SKIPPED = 100  # lines skipped in the search for one that can be compared
 

@@ -7,7 +7,6 @@ file of the training process is unchanged.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import itertools
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from ds_gpt2.common import files, safe_json
 from ds_gpt2.common.files import append_lines, no_links, read_small, regular_only
+from ds_gpt2.common.locks import wait_for_lock
 from ds_gpt2.run_dir import metrics
 
 NOTES = "NOTES.md"
@@ -79,8 +79,7 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
         OSError: ``NOTES.md`` cannot be opened or created.
     """
     with open(run_dir / NOTES, "ab", opener=no_links) as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         yield
 
 
@@ -108,11 +107,11 @@ def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
     """
     directory.mkdir(exist_ok=True)
     earlier = list(directory.glob("*tfevents*"))
-    partial = directory / f".{os.getpid()}.tmp"
-    partial.write_bytes(_events(notes))
-    partial.replace(directory / f"events.out.tfevents.{time.time_ns():020d}.notes")
-    for file in earlier:
-        file.unlink(missing_ok=True)
+    file = directory / f"events.out.tfevents.{time.time_ns():020d}.notes"
+    hidden = directory / f".{os.getpid()}.tmp"  # TensorBoard reads every file with "tfevents" in its name
+    files.replace_file(file, _events(notes), temporary=hidden)
+    for old in earlier:
+        old.unlink(missing_ok=True)
 
 
 def _events(notes: list[Note]) -> bytes:

@@ -76,7 +76,7 @@ class StopRequest:
                 file.rmdir() if is_real_directory(file) else file.unlink(missing_ok=True)
             except OSError as error:
                 log.warning(
-                    f"{file} cannot be removed ({error.strerror}): the next start stops again while it is there"
+                    f"{file} cannot be removed ({error.strerror}): the next start stops again unless it is deleted"
                 )
 
     def _check_supervisor_lost(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the parts of one run's supervisor share, and the checks that they repeat."""
+"""The objects that the parts of a run's supervisor share, and their periodic checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check at intervals whether the disk of checkpoints gets full, and whether the run's directory can be written."""
+"""Check at intervals whether the disk of the checkpoints is filling up, and whether the run's directory is writable."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class DiskWatch:
             return f"{directory} has {size(free)} free, the next checkpoint needs {size(needed)}: free some space"
         days = self._days_left(free - needed)
         if days is not None and days < self._settings.alerts.disk_days:
-            return f"{directory} has {size(free)} free, enough for {days:.1f} days at the present rate: free some space"
+            return f"{directory} has {size(free)} free, enough for {days:.1f} days at the current rate: free some space"
         return None
 
     def _needed(self) -> int:

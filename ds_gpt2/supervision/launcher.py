@@ -17,7 +17,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed.launch_environment import without_ranks
-from ds_gpt2.run_dir.exit_report import CRASHED, ExitReports, Outcome
+from ds_gpt2.run_dir.exit_codes import CRASHED
+from ds_gpt2.run_dir.exit_report import ExitReports, Outcome
 from ds_gpt2.supervision import rank_processes, stacks
 from ds_gpt2.supervision.oom_kills import out_of_memory_kills
 
@@ -87,9 +88,10 @@ def _devices(layout: RankLayout) -> list[str]:
 
 
 class Ranks:
-    """One launch of ``train.py``: DeepSpeed's launcher and the ranks, in a session of their own.
+    """One launch of ``train.py``: DeepSpeed's launcher and the ranks, in a separate session.
 
-    The session keeps Ctrl+C away from the ranks, and its process group identifies all processes of the launch.
+    Ctrl+C in the terminal does not reach the ranks in that session, and its process group identifies all processes of
+    the launch.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from ds_gpt2.common.formatting import counted
-from ds_gpt2.run_dir import exit_report, stop_request
+from ds_gpt2.run_dir import exit_codes, stop_request
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
@@ -19,7 +19,7 @@ _OUTCOME = "outcome"  # file in the supervisor's directory
 
 
 class Launches:
-    """The launches of one run, one after another. What earlier ones achieved decides how a later one is judged."""
+    """The launches of one run, one after another. The results of earlier launches affect how a later one is judged."""
 
     def __init__(self, context: Context, is_restart: bool) -> None:
         """
@@ -28,7 +28,7 @@ class Launches:
         """
         self._context = context
         self._is_restart = is_restart
-        self._has_trained = False  # a rank came as far as its first step or evaluation
+        self._has_trained = False  # a rank has reached its first step or evaluation
         self.has_started = False  # the ranks have recorded a start in the journal
 
     @property
@@ -50,10 +50,10 @@ class Launches:
         environment = {**run.environment, **stop_request.supervisor_environment()}
         try:
             ranks = Ranks(run.command(), run.layout, outcome_file, environment, run.script)
-        except OSError as error:  # such as too many processes, which may pass
+        except OSError as error:  # possibly temporary, such as too many processes
             reporter.report("crash", f"the ranks cannot be started: {error.strerror}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
-            return LaunchResult(Outcome(exit_report.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)
+            return LaunchResult(Outcome(exit_codes.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)
         reporter.record_running(ranks.group)
         watch = RankWatch(self._context, ranks)
         exit_kind = watch.wait()
@@ -69,13 +69,13 @@ class Launches:
         """
         stop, reporter = self._context.stop, self._context.reporter
         outcome = self._judge(ranks.outcome(), exit_kind, beat)
-        if not stop.requested and exit_kind != "hung" and outcome.code == exit_report.CRASHED:
+        if not stop.requested and exit_kind != "hung" and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
         self.has_started |= bool(starts)
-        if stop.requested and outcome.code == exit_report.CRASHED and not starts:
+        if stop.requested and outcome.code == exit_codes.CRASHED and not starts:
             reporter.report("stop", "stopped before the first step of this start: nothing to save")
-            outcome = Outcome(exit_report.STOPPED)
+            outcome = Outcome(exit_codes.STOPPED)
         return LaunchResult(
             outcome,
             stop_requested=stop.requested,
@@ -88,16 +88,17 @@ class Launches:
     def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
         self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
-        if outcome.code == exit_report.MISTAKE and self._has_trained:  # the same command has trained before
-            return Outcome(exit_report.CRASHED)
-        if outcome.code == exit_report.STOPPED and (exit_kind == "launcher killed" or outcome.alone):  # not on request
-            return Outcome(exit_report.CRASHED, alone=outcome.alone)
+        if outcome.code == exit_codes.MISTAKE and self._has_trained:  # the same command has trained before
+            return Outcome(exit_codes.CRASHED)
+        on_request = exit_kind != "launcher killed" and not outcome.supervisor_lost
+        if outcome.code == exit_codes.STOPPED and not on_request:
+            return Outcome(exit_codes.CRASHED, supervisor_lost=outcome.supervisor_lost)
         return outcome
 
 
 def _crash_text(ranks: Ranks, exit_kind: ExitKind, outcome: Outcome) -> str:
     """Return the most likely cause of a crash."""
-    if outcome.alone:
+    if outcome.supervisor_lost:
         return "the ranks stopped because they found no supervisor process"
     if exit_kind == "launcher killed":
         return "DeepSpeed's launcher was killed"

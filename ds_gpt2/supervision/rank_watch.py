@@ -31,7 +31,7 @@ class RankWatch:
         return self._watchdog.newest
 
     def wait(self) -> ExitKind:
-        """Wait until no process of the launch is left; return how that happened."""
+        """Wait until all processes of the launch have exited; return how they ended."""
         context, ranks = self._context, self._ranks
         exit_kind: ExitKind = "exited"
         deadline: float | None = None  # after it, processes that are left are killed

@@ -1,4 +1,4 @@
-"""Resume a run whose directory was moved, from where it is now."""
+"""Resume a run whose directory was moved, in its new location."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def command_to_resume(context: Context, run: SupervisedRun, step: int | None, ha
         has_started: whether the ranks have started to train under this supervisor.
 
     Returns:
-        The command that resumes the run where it is now; empty if it cannot be resumed.
+        The command that resumes the run in its new location; empty if it cannot be resumed.
+
+    Raises:
+        UserError: the settings in the new directory cannot be read.
     """
     directories, report = context.directories, context.reporter.report
     before, now = context.settings.run_dir, directories.run_dir

@@ -57,7 +57,7 @@ class Reporter:
         return read_journal(self._run_dir.path, size)
 
     def catch_up(self) -> None:
-        """Send alerts of new events, and write events that the journal could not take before."""
+        """Send alerts of new events, and write events whose earlier write to the journal failed."""
         self._alerts.send_news()
         with contextlib.suppress(OSError):
             self._journal.write_pending()
@@ -79,7 +79,7 @@ class Reporter:
         self._write(replace(self._record, state="ended", code=code))
 
     def close(self) -> None:
-        """Send the alerts that are left."""
+        """Send the remaining alerts."""
         self._alerts.send_news()
         self._alerts.close()
 

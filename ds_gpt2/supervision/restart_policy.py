@@ -1,4 +1,4 @@
-"""Decide what to do after a launch of the ranks has ended: the rules alone, without processes."""
+"""Decide what to do after a launch of the ranks has ended: only the rules, without processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ds_gpt2.config.batch_plan import format_batches
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir.exit_report import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED
+from ds_gpt2.run_dir.exit_report import Outcome
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ def _request_stacks(process: psutil.Process) -> None:
     """Send SIGUSR2, on which a rank writes its stacks, to the main thread of ``process``.
 
     Any thread may handle a signal that is sent to a whole process. If another thread than the main one does and the
-    process was stopped, the main thread runs on before its stack is written. Python cannot send a signal to one thread
-    of another process (``signal.pthread_kill`` is for the own process; pidfds of threads need Linux 6.9), hence tgkill.
+    process was stopped, the main thread continues before its stack is written. tgkill is used because Python cannot
+    send a signal to one thread of another process (``signal.pthread_kill`` is for the calling process only; pidfds of
+    threads need Linux 6.9).
     """
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # since glibc 2.30
     if tgkill is None or tgkill(process.pid, process.pid, signal.SIGUSR2):

@@ -1,4 +1,4 @@
-"""Signals that ask the supervisor to stop the run."""
+"""Signals that request the supervisor to stop the run."""
 
 from __future__ import annotations
 

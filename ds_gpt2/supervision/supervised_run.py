@@ -1,4 +1,4 @@
-"""What a supervisor runs: the arguments of the ranks, their layout, and what they resume from."""
+"""A launch of a supervised run: the arguments of the ranks, their layout, and what they resume from."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import shlex
 import sys
 from dataclasses import replace
 
-from ds_gpt2.common import files
+from ds_gpt2.common import locks
 from ds_gpt2.config.run_location import write_first_settings
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
 from ds_gpt2.supervision import relocation, waiting
 from ds_gpt2.supervision.context import Context
@@ -32,14 +32,14 @@ def supervise(run: SupervisedRun, settings: Settings) -> int:
     """Supervise ``run`` until it ends.
 
     Returns:
-        The exit code, see ``exit_report``.
+        The exit code, see ``exit_codes``.
 
     Raises:
         UserError: the run has a supervisor already.
     """
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
-    with files.lock(directory / _LOCK, f"run {settings.run.name}"), StopSignals() as stop:
+    with locks.lock(directory / _LOCK, f"run {settings.run.name}"), StopSignals() as stop:
         supervisor = _Supervisor(run, settings, stop)
         code = supervisor.run_to_end()
     if supervisor.next_command and not stop.requested:
@@ -69,7 +69,7 @@ class _Supervisor:
         run = self._run
         while True:
             if not self._wait_until_ready(run):
-                return self._end(exit_report.STOPPED, None)
+                return self._end(exit_codes.STOPPED, None)
             if directories.run_was_relocated():
                 return self._move_on(run, None)
             result = self._launches.run(run)
@@ -77,15 +77,15 @@ class _Supervisor:
             if directories.run_was_relocated() and not context.stop.requested:
                 if isinstance(decision, Restart):
                     return self._move_on(run.after(decision), result)
-                if decision == Finish(exit_report.STOPPED):
+                if decision == Finish(exit_codes.STOPPED):
                     return self._move_on(replace(run, resume="latest"), result)
             if isinstance(decision, Finish):
                 return self._end(decision.code, result)
             if isinstance(decision, GiveUp):
                 context.reporter.report("gave_up", decision.text, result.step)
-                return self._end(exit_report.CRASHED, result)
+                return self._end(exit_codes.CRASHED, result)
             if not waiting.wait_for_restart(context, decision):
-                return self._end(exit_report.STOPPED if directories.saved_step() >= 0 else exit_report.CRASHED, result)
+                return self._end(exit_codes.STOPPED if directories.saved_step() >= 0 else exit_codes.CRASHED, result)
             run = run.after(decision)
 
     def _wait_until_ready(self, run: SupervisedRun) -> bool:
@@ -96,13 +96,13 @@ class _Supervisor:
 
     def _move_on(self, run: SupervisedRun, result: LaunchResult | None) -> int:
         """End this supervisor because the run's directory was moved; ``next_command`` resumes the run there."""
-        step, code = (result.step, result.outcome.code) if result is not None else (None, exit_report.STOPPED)
+        step, code = (result.step, result.outcome.code) if result is not None else (None, exit_codes.STOPPED)
         has_started = self._launches.has_started
         self.next_command = relocation.command_to_resume(self._context, run, step, has_started)
         return self._close(code)
 
     def _end(self, code: int, result: LaunchResult | None) -> int:
-        if code == exit_report.MISTAKE:
+        if code == exit_codes.MISTAKE:
             text = "stopped by a configuration error that a restart does not fix: see the terminal"
             self._context.reporter.add_event("mistake", text, result.step if result is not None else None)
         return self._close(code)

@@ -32,7 +32,7 @@ def wait_for_writable_logs(context: Context) -> bool:
 
 
 def wait_for_checkpoints(context: Context, resume: str | None) -> bool:
-    """Wait until the checkpoints to resume from are there; return False if a stop is requested first."""
+    """Wait until the checkpoints to resume from are available; return False if a stop is requested first."""
     limits, directories, reported = context.settings.supervisor, context.directories, ""
     seconds = limits.backoff_seconds
     while (problem := _missing_checkpoints(context, resume)) is not None and not directories.run_was_relocated():

@@ -98,9 +98,9 @@ class Watchdog:
         return longest_silence(self._settings, in_step, usual)
 
     def _suspend(self) -> None:
-        """Do not judge ranks that cannot write heartbeats; their time starts anew when they can."""
+        """Do not judge ranks that cannot write heartbeats; their time starts again when they can."""
         if not self._is_blind:
-            log.warning("the ranks' heartbeats cannot be written: hangs are not detected until they can")
+            log.warning("heartbeats cannot be written: hangs are not detected until this is fixed")
         self._is_blind = True
         self._changed = [self._now] * len(self._changed)
 
@@ -113,7 +113,7 @@ class Watchdog:
         beat = self._beats[rank]
         if beat is None:
             return Hang(rank, 0, f"rank {rank} has written no heartbeat for {silent[rank]:.0f} s since its start")
-        usual = f", usually {statistics.median(self._step_seconds):.1f} s a step" if self._step_seconds else ""
+        usual = f", usually {statistics.median(self._step_seconds):.1f} s per step" if self._step_seconds else ""
         state = ", its process is stopped" if _is_stopped(beat) else ""
         where = f"in step {beat.step} ({beat.phase}{usual}{state})"
         return Hang(rank, beat.step, f"rank {rank} has made no progress for {silent[rank]:.0f} s {where}")

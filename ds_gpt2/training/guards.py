@@ -16,7 +16,7 @@ from ds_gpt2.run_dir.journal import Kind
 
 _WINDOW = 100  # recent losses that a new one is compared with
 _SIGMA = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
-_MIN_SPREAD = 0.002  # relative to the median: with nearly equal losses, a small increase is no spike
+_MIN_SPREAD = 0.002  # relative to the median: with nearly equal losses, a small increase is not a spike
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.run_dir.journal import JOURNAL
-from ds_gpt2.run_dir.metrics import METRICS, REPLACED, STARTS
+from ds_gpt2.run_dir.metrics import METRICS, REPLACED
+from ds_gpt2.run_dir.starts import STARTS
 from ds_gpt2.run_dir.supervisor_record import RECORD
 from ds_gpt2.training.resume_choice import backup_of, check_never_saved, choose_source, has_backups, starts_new_run
 
@@ -60,7 +61,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
 
 
 def check_initial_model(settings: Settings) -> None:
-    """Check the model that a new run is initialized from, if any; a model of the hub is downloaded.
+    """Check the model that a new run is initialized from, if any; a model on the hub is downloaded.
 
     Raises:
         UserError: there is no such model, its shape differs, or it cannot be downloaded.
@@ -153,7 +154,7 @@ def _check_none(directory: Path, is_forbidden: Callable[[str], object], setting:
     with contextlib.suppress(OSError):  # whether it can be written to is checked next
         for name in sorted(os.listdir(directory)):
             if is_forbidden(name):
-                raise UserError(f"{directory} has {name}, which is not of this run: choose another {setting}")
+                raise UserError(f"{directory} has {name}, which does not belong to this run: choose another {setting}")
 
 
 def _other_owner(directory: Path, settings: Settings) -> Path | None:

@@ -1,4 +1,4 @@
-"""Decide what a start resumes from, or whether it begins a new run. Never begin a saved run again."""
+"""Decide what a start resumes from, or whether it begins a new run. A saved run never starts from the beginning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
-from ds_gpt2.run_dir.metrics import METRICS, STARTS, read_metrics, read_starts, started_from
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.run_dir.starts import read_starts, started_from
 
 
 class CheckpointsGoneError(UserError):
@@ -82,7 +83,7 @@ def saved_step(settings: Settings) -> int | None:
 def _saved_step(settings: Settings) -> int | None:
     if (step := last_saved_step(settings.run_dir)) is not None:
         return step
-    if (steps := started_from(read_starts(settings.run_dir / STARTS))) and steps[-1] > 0:
+    if (steps := started_from(read_starts(settings.run_dir))) and steps[-1] > 0:
         return steps[-1]
     if (settings.run_dir / JOURNAL).exists():
         return None  # it was never saved

@@ -10,7 +10,8 @@ from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import format_batches
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
-from ds_gpt2.run_dir.exit_report import CRASHED, DONE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, ROLLBACK, STOPPED
+from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.training.setup import BuiltRun, RunSpec, build_run
 from ds_gpt2.training.trainer import Ending
 
@@ -76,7 +77,7 @@ def _outcome(built: BuiltRun, ending: Ending) -> Outcome:
     if ending is Ending.NOT_FINITE:
         log.error(f"losses or weights are not finite: {_NOT_FINITE_HINT}")
     code = {Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED)
-    return Outcome(code, alone=built.trainer.stop.supervisor_lost)
+    return Outcome(code, supervisor_lost=built.trainer.stop.supervisor_lost)
 
 
 def _record_end(built: BuiltRun, ending: Ending, outcome: Outcome) -> None:

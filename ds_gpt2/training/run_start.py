@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 
 from ds_gpt2.checkpoint.manager import library_versions
 from ds_gpt2.checkpoint.resume import Restored
-from ds_gpt2.common.files import append_lines
 from ds_gpt2.config.batch_plan import BatchPlan, format_batches
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import HIDDEN, public_tree, write_settings
@@ -20,7 +18,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import Monitor
 from ds_gpt2.monitoring.reference_curves import is_comparable_to_reference
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
-from ds_gpt2.run_dir.metrics import STARTS, TIME
+from ds_gpt2.run_dir.starts import TIME, append_start
 
 _COMMAND = "alerts.command"  # may contain a password
 
@@ -49,7 +47,11 @@ def start_text(plan: BatchPlan, restored: Restored | None, excluded: tuple[int, 
 
 
 def record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: int) -> None:
-    """Write the settings in force to the run's directory, and append a line to ``starts.jsonl``. For rank 0."""
+    """Write the settings in force to the run's directory, and append a line to ``starts.jsonl``. For rank 0.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     write_settings(settings)
     for directory in settings.shared_output_dirs:
         write_owner(directory, settings.run_dir)
@@ -63,7 +65,7 @@ def record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: 
         "versions": library_versions(),
         "git_commit": _git_commit(),
     }
-    append_lines(settings.run_dir / STARTS, json.dumps(start).encode() + b"\n")
+    append_start(settings.run_dir, start)
 
 
 def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan: BatchPlan) -> None:

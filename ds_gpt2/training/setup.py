@@ -1,6 +1,6 @@
 """Build the parts of a run and connect them to a ``Trainer``.
 
-Importing this module imports DeepSpeed, which then picks its accelerator: call ``device.choose`` first.
+Importing this module imports DeepSpeed, which then selects its accelerator: call ``device.choose`` first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.checkpoint.resume import Restored, choose_checkpoint
-from ds_gpt2.common import files
+from ds_gpt2.common import files, locks
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import BatchPlan, steps_of
@@ -48,16 +48,8 @@ from ds_gpt2.monitoring.trackers import Tracker, open_trackers
 from ds_gpt2.pretrained.load import weights_for
 from ds_gpt2.run_dir.heartbeat import Heartbeat, enable_stack_dumps
 from ds_gpt2.run_dir.journal import Journal
-from ds_gpt2.run_dir.metrics import (
-    METRICS,
-    STARTS,
-    TIME,
-    UNWRITTEN,
-    first_start,
-    read_metrics,
-    read_starts,
-    started_from,
-)
+from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
+from ds_gpt2.run_dir.starts import TIME, first_start, read_starts, started_from
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Anomaly, Guard
@@ -165,7 +157,7 @@ def _record_start(
         trainer.reporter.monitor.mark_start(state.step, f"{time.strftime(TIME)}: {text}")
         journal.write("start", text, state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
-    log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows an epoch")
+    log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows per epoch")
     if restored:
         log_resume(restored, settings, steps)
 
@@ -176,7 +168,7 @@ def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
     if settings.model.init_from is not None and collectives.broadcast_from_main(
         lambda: starts_new_run(settings, spec.resume)
     ):
-        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model of the hub
+        collectives.broadcast_slow_from_main(lambda: check_initial_model(settings))  # downloads a model from the hub
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
     enable_stack_dumps(settings.run_dir, collectives.rank())
@@ -198,7 +190,7 @@ def _lock_checkpoints(settings: Settings, checkpoints: CheckpointDirectory) -> B
     """On rank 0, lock the run's checkpoints, and complete or remove interrupted saves."""
     if not collectives.is_main():
         return None
-    lock = files.lock(checkpoints.directory / LOCK, f"run {settings.run.name}")
+    lock = locks.lock(checkpoints.directory / LOCK, f"run {settings.run.name}")
     checkpoints.start()
     return lock
 
@@ -208,7 +200,7 @@ def _restore_checkpoint_dir(settings: Settings, journal: Journal, cleanup: conte
     log.error(text)
     journal.write("no_checkpoints", text)
     write_owner(settings.checkpoint_dir, settings.run_dir)
-    cleanup.enter_context(files.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
+    cleanup.enter_context(locks.lock(settings.checkpoint_dir / LOCK, f"run {settings.run.name}"))
 
 
 def _stop_request(settings: Settings) -> StopRequest:
@@ -311,9 +303,9 @@ def _build_timer(spec: RunSpec, engine: Engine, step: int) -> StepTimer:
 
 def _earlier_time(settings: Settings, step: int) -> EarlierTime:
     """Return the times of earlier starts, for a start at ``step``; only rank 0 reports them."""
-    starts = started_from(read_starts(settings.run_dir / STARTS)) if collectives.is_main() else []
+    starts = started_from(read_starts(settings.run_dir)) if collectives.is_main() else []
     pace = Pace(Cadence.of(settings), [*starts, step])
-    started = first_start(settings.run_dir / STARTS) if collectives.is_main() else None
+    started = first_start(settings.run_dir) if collectives.is_main() else None
     if started is None:
         return EarlierTime(trained_seconds=0.0, first_start=time.time(), pace=pace)
     trained = 0.0
@@ -343,7 +335,7 @@ def _build_hooks(
 
 
 class _Progress:
-    """Called often during an evaluation, on each rank on its own: ranks may be at different points of it."""
+    """Called often during an evaluation, independently on each rank: ranks may be at different points of it."""
 
     def __init__(self, heartbeat: Heartbeat, stop: StopRequest, stop_file: Path) -> None:
         self._heartbeat, self._stop, self._stop_file = heartbeat, stop, stop_file

@@ -26,7 +26,7 @@ from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Hook
 
-_LAST_SAVE_SECONDS = 1800.0  # the last state is saved again and again for so long: a user may free disk space
+_LAST_SAVE_SECONDS = 1800.0  # how long saving the last state is retried: a user may free disk space
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Trainer:
         return state.step < self.schedule.steps and state.is_evaluated and not self.guard.rollback
 
     def _agree(self, loss: torch.Tensor) -> tuple[float, bool, bool]:
-        """One small all-reduce: the mean loss of all ranks, whether a stop is requested, and whether all have read."""
+        """Return the mean loss of all ranks, whether a stop is requested, and whether all have read their data."""
         flags = loss.new_tensor([float(self.stop.requested), float(self.data.problem is not None)])
         total_loss, requests, unread = collectives.sum_over_ranks(torch.cat([loss.reshape(1), flags])).tolist()
         return total_loss / collectives.world_size(), requests > 0, unread == 0
@@ -144,13 +144,13 @@ class Trainer:
         return problem
 
     def _roles(self, state: TrainState) -> list[str]:
-        """The tags besides its rolling one under which the checkpoint of this step is retained."""
+        """Return the tags other than its rolling one under which the checkpoint of this step is retained."""
         epochs_done = int(self.data.epoch(state.batch))
         roles = [epoch_tag(epochs_done)] if epochs_done > int(self.data.epoch(state.previous_batch)) else []
         return [*roles, BEST_TAG] if state.best_step == state.step else roles
 
     def _save(self, state: TrainState, roles: Sequence[str] = ()) -> None:
-        """Save ``state`` unless the guard requests a rollback, before or because of the weights."""
+        """Save ``state`` unless the guard has requested a rollback, or requests one after checking the weights."""
         self.reporter.enter("saving")
         if not self.guard.rollback:
             self.guard.check_weights(state, collectives.gather_objects(self.engine.fingerprint()))
@@ -196,7 +196,7 @@ class Trainer:
             self._save(state)
 
     def _is_finite(self, state: TrainState) -> bool:
-        """Whether, on all ranks, updates were applied to the end and the weights are finite."""
+        """Return whether, on all ranks, updates were applied to the end and the weights are finite."""
         unhealthy = collectives.any_rank(not self.engine.has_finite_weights(), self.engine.device)
         return self.guard.is_healthy_end(state) and not unhealthy
 

@@ -21,7 +21,7 @@ from ds_gpt2.commands import checkpoints
 from ds_gpt2.config import lookup, run_location
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained.load import as_model
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models.open import open_model
 from ds_gpt2.tools.resources import run_checkpoints
 
@@ -96,7 +96,7 @@ def in_json(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple
 def exported(four_ranks: tuple[Launched, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folder of a run on four ranks, and a Hugging Face directory exported from it."""
     out = tmp_path_factory.mktemp("export") / "hf"
-    assert cli.main(["export", str(four_ranks[1] / "runs" / "test"), "--out", str(out)]) == exit_report.DONE
+    assert cli.main(["export", str(four_ranks[1] / "runs" / "test"), "--out", str(out)]) == exit_codes.DONE
     return four_ranks[1], out
 
 

@@ -11,7 +11,7 @@ from alert_service import SECRET, Service, write_addresses
 
 from ds_gpt2.commands import alert
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts.channels import ADDRESSES
 
 pytestmark = pytest.mark.usefixtures("alert_home")
@@ -54,7 +54,7 @@ def test_a_channel_is_named_by_where_it_is_written_and_shows_no_part_of_the_addr
 ) -> None:
     file = write_addresses(run_dir.parent / "urls", "\n".join(PRIVATE))
     (run_dir / "config.yaml").write_text(CONFIG.replace("RUNS", str(run_dir.parent)), encoding="utf-8")
-    assert command(run_dir, f"alerts.urls_file={file}", "--list") == exit_report.DONE
+    assert command(run_dir, f"alerts.urls_file={file}", "--list") == exit_codes.DONE
     shown = capsys.readouterr().out
     services = ["JSON", "Slack", "Telegram", "E-Mail", "ntfy", "Discord", "Slack"]
     assert shown.splitlines() == [f"line {number} of {file}: {name}" for number, name in enumerate(services, 1)]
@@ -69,16 +69,16 @@ def test_a_test_message_is_sent_through_every_channel_and_the_results_are_shown(
 ) -> None:
     config = run_dir.parent / "own.yaml"
     config.write_text(CONFIG.replace("RUNS", str(run_dir.parent)), encoding="utf-8")
-    assert command(config, "--test") == exit_report.DONE
+    assert command(config, "--test") == exit_codes.DONE
     assert capsys.readouterr().out == f"address 1 of {ADDRESSES}: delivered\n"
     assert service.titles == ["mine: test"] and list(run_dir.iterdir()) == []
-    assert command(config, "alerts.command='exit 7'", "--test") == exit_report.CRASHED
+    assert command(config, "alerts.command='exit 7'", "--test") == exit_codes.CRASHED
     first = "the command: NOT delivered: exit status 7\n"
     assert capsys.readouterr().out == f"{first}address 1 of {ADDRESSES}: delivered\n"
-    assert command(config, "--list", "--json") == exit_report.DONE
+    assert command(config, "--list", "--json") == exit_codes.DONE
     assert json.loads(capsys.readouterr().out) == [{"way": f"address 1 of {ADDRESSES}", "kind": "JSON"}]
     service.status = 401
-    assert command(config, "--test", "--json") == exit_report.CRASHED
+    assert command(config, "--test", "--json") == exit_codes.CRASHED
     why = {"way": f"address 1 of {ADDRESSES}", "taken": False, "why": "the service answered 401"}
     assert json.loads(capsys.readouterr().out) == [why]
 

@@ -22,8 +22,8 @@ from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.commands import backup
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import lock
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.common.locks import lock
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal, read_journal
 
 CONFIG = """
@@ -75,20 +75,20 @@ def run(folder: Path, *words: str, to: str | None = "storage") -> int:
 
 
 def test_the_newest_checkpoint_is_copied(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder) == exit_report.DONE
+    assert run(folder) == exit_codes.DONE
     where = folder / "storage" / "test" / "rolling_step_000020"
     size = "13 bytes"
     expected = f"rolling_step_000020 is in {where}: {size}, {size} sent, every file read back and verified\n"
     assert capsys.readouterr().out == expected
     assert [problem_of(found) for found in candidates(folder, str(where.parent))] == [None]
-    assert run(folder) == exit_report.DONE
+    assert run(folder) == exit_codes.DONE
     assert "13 bytes, already present, every file read back" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tag", ["10", "rolling_step_000010", "CHECKPOINTS/rolling_step_000010"])
 def test_another_checkpoint_can_be_selected(folder: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
     tag = tag.replace("CHECKPOINTS", str(folder / "checkpoints" / "test"))
-    assert run(folder, "--tag", tag, "--json") == exit_report.DONE
+    assert run(folder, "--tag", tag, "--json") == exit_codes.DONE
     assert json.loads(capsys.readouterr().out) == {
         "tag": "rolling_step_000010",
         "place": str(folder / "storage" / "test" / "rolling_step_000010"),
@@ -105,12 +105,12 @@ def test_a_manual_copy_ends_a_failure(folder: Path) -> None:
         config.replace("checkpoint: {", f"checkpoint: {{backup: {{to: {folder}/nas}}, ")
     )
     BackupReporter(Journal(run_dir)).failed("no such directory")
-    assert run(folder) == exit_report.DONE  # to another storage: no information about the configured one
+    assert run(folder) == exit_codes.DONE  # to another storage: no information about the configured one
     assert [event.kind for event in read_journal(run_dir)] == ["backup_failed"]
     (folder / "nas").mkdir()
-    assert run(folder, to=None) == exit_report.DONE
+    assert run(folder, to=None) == exit_codes.DONE
     assert [event.kind for event in read_journal(run_dir)] == ["backup_failed", "backup_ok"]
-    assert run(folder, to=None) == exit_report.DONE
+    assert run(folder, to=None) == exit_codes.DONE
     assert len(list(read_journal(run_dir))) == 2
 
 
@@ -119,24 +119,24 @@ def test_an_older_checkpoint_is_copied_if_the_newest_is_damaged(
 ) -> None:
     newest = folder / "checkpoints" / "test" / "rolling_step_000020"
     (newest / "model.pt").write_bytes(b"Weights of 20")
-    assert run(folder) == exit_report.DONE
+    assert run(folder) == exit_codes.DONE
     printed = capsys.readouterr()
     assert f"checkpoint {newest} was not copied: model.pt is damaged" in printed.err
     assert printed.out.startswith("rolling_step_000010 is in ")
-    assert run(folder, "--tag", "20") == exit_report.CRASHED
-    assert "error: no good checkpoint to copy" in capsys.readouterr().err
+    assert run(folder, "--tag", "20") == exit_codes.CRASHED
+    assert "error: no good checkpoint to back up" in capsys.readouterr().err
 
 
 def test_copies_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, "--list") == exit_report.DONE
-    assert capsys.readouterr().out == f"no copies in {folder / 'storage' / 'test'}\n"
+    assert run(folder, "--list") == exit_codes.DONE
+    assert capsys.readouterr().out == f"no backups in {folder / 'storage' / 'test'}\n"
     for tag in ("10", "20"):
         run(folder, "--tag", tag)
     capsys.readouterr()
-    assert run(folder, "--list") == exit_report.DONE
+    assert run(folder, "--list") == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["tag", "rolling_step_000020", "rolling_step_000010"]
-    assert run(folder, "--list", "--json") == exit_report.DONE
+    assert run(folder, "--list", "--json") == exit_codes.DONE
     newest = {"tag": "rolling_step_000020", "step": 20, "bytes": 13, "created": "2026-01-01T00:00:20+00:00"}
     assert json.loads(capsys.readouterr().out)[0] == newest
 
@@ -146,14 +146,14 @@ def test_a_copy_is_fetched(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     directory = folder / "checkpoints" / "test"
     commit.remove(Disk(), directory, rolling_tag(10))
     capsys.readouterr()
-    assert run(folder, "--fetch", rolling_tag(10)) == exit_report.DONE
+    assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"fetched {directory / rolling_tag(10)}, step 10, every file verified"
     assert lines[1] == "resume from it with `./launch.sh resume test --from rolling_step_000010`"
     assert [problem_of(found) for found in candidates(directory, "10")] == [None]
     (folder / "storage" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
     commit.remove(Disk(), directory, rolling_tag(10))
-    assert run(folder, "--fetch", rolling_tag(10)) == exit_report.CRASHED
+    assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.CRASHED
     assert "was not fetched: " in capsys.readouterr().err
     assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
 
@@ -164,7 +164,7 @@ def test_fetch_is_refused_while_the_run_trains(folder: Path) -> None:
         run(folder, "--fetch", rolling_tag(10))
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, exit_report.CRASHED), (errno.EACCES, exit_report.MISTAKE)])
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, exit_codes.CRASHED), (errno.EACCES, exit_codes.MISTAKE)])
 def test_a_failing_storage_is_a_one_line_error(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
@@ -183,9 +183,9 @@ def test_a_failing_storage_is_a_one_line_error(
     [
         ([], None, "give --to STORAGE"),
         ([], "gone", "create it, or mount its disk"),
-        ([], "checkpoints", "is where the checkpoints themselves are"),
+        ([], "checkpoints", "overlaps the directory of the checkpoints"),
         (["--tag", "30"], "storage", "no checkpoint '30'"),
-        (["--fetch", "30"], "storage", "no copy 30 in"),
+        (["--fetch", "30"], "storage", "no backup 30 in"),
         (["--tag", "STORAGE/test"], "storage", "is not a checkpoint of ds_gpt2"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path) -> None:
 def test_a_run_without_checkpoints_is_an_error(folder: Path) -> None:
     for step in (10, 20):
         commit.remove(Disk(), folder / "checkpoints" / "test", rolling_tag(step))
-    with pytest.raises(UserError, match="nothing to copy"):
+    with pytest.raises(UserError, match="nothing to back up"):
         run(folder)
 
 

@@ -19,12 +19,12 @@ from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import known_keys, load_settings
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.data.prepare import datasets
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 
 def test_prepare_text_writes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("A line of text.\n" * 5000)
-    assert cli.main(["prepare", "text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == exit_report.DONE
+    assert cli.main(["prepare", "text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]) == exit_codes.DONE
     dataset = open_dataset(tmp_path / "out")
     assert dataset.source == "a.txt"
     printed = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_prepare_text_writes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prepare", "text", str(tmp_path / "gone.txt")]) == exit_report.MISTAKE
+    assert cli.main(["prepare", "text", str(tmp_path / "gone.txt")]) == exit_codes.MISTAKE
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
 
 
@@ -44,8 +44,8 @@ def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_text("A line of text.\n" * 5000)
     monkeypatch.chdir(tmp_path / "essays")
     for words in (["my corpus.txt"], ["essays"], ["sample.txt"], ["x.jsonl.txt", "essays"]):
-        assert cli.main(["prepare", "text", *(str(tmp_path / word) for word in words)]) == exit_report.DONE
-    assert cli.main(["prepare", "text", "."]) == exit_report.MISTAKE  # resolves to essays, which exists
+        assert cli.main(["prepare", "text", *(str(tmp_path / word) for word in words)]) == exit_codes.DONE
+    assert cli.main(["prepare", "text", "."]) == exit_codes.MISTAKE  # resolves to essays, which exists
     names = ["essays", "my-corpus", "sample-text", "x.jsonl-and-1-more"]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == names
 
@@ -53,7 +53,7 @@ def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.M
 def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ['{"text": "some <|endoftext|> words"}', "{}", '{"text": "more words"}', '{"text": "and more"}']
     (tmp_path / "a.ndjson").write_text("\n".join(lines))
-    assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == exit_report.DONE
+    assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == exit_codes.DONE
     printed = capsys.readouterr().out
     assert "skipped 1 documents that are damaged or have no text" in printed
     assert "the text contains <|endoftext|> 1 times, tokenized as ordinary characters: see --separator" in printed
@@ -62,9 +62,9 @@ def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.C
 @pytest.mark.ranks
 def test_prepare_sample_reuses_an_existing_dataset(tmp_path: Path) -> None:
     arguments = ["prepare", "sample", "--out", str(tmp_path / "sample")]
-    assert cli.main(arguments) == exit_report.DONE
+    assert cli.main(arguments) == exit_codes.DONE
     written = (tmp_path / "sample" / "dataset.json").stat().st_mtime_ns
-    assert cli.main(arguments) == exit_report.DONE
+    assert cli.main(arguments) == exit_codes.DONE
     assert (tmp_path / "sample" / "dataset.json").stat().st_mtime_ns == written
     assert open_dataset(tmp_path / "sample").tokens("train") > 3_000_000
 
@@ -93,7 +93,7 @@ def test_quickstart_works_on_any_number_of_gpus(ranks: int) -> None:
 
 @pytest.mark.ranks
 def test_train_refuses_an_existing_run(four_ranks: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", str(four_ranks[1] / "run.yaml")]) == exit_report.MISTAKE
+    assert cli.main(["train", str(four_ranks[1] / "run.yaml")]) == exit_codes.MISTAKE
     printed = capsys.readouterr().err
     assert "run test already has checkpoints in " in printed
     assert "the newest is rolling_step_000012: resume it" in printed
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_settings_is_refused(four_ranks: Run, extra: list[
     result = run(
         [sys.executable, str(PROJECT / "ds_gpt2" / "train.py"), "--config", str(config), "--resume", "latest", *extra]
     )
-    assert result.code == exit_report.MISTAKE, result.output
+    assert result.code == exit_codes.MISTAKE, result.output
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
@@ -125,7 +125,7 @@ def test_resume_by_directory_trains_to_the_new_end(four_ranks: Run, tmp_path: Pa
     directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
     resume = [sys.executable, "-m", "ds_gpt2", "resume", str(folder / "runs" / "test")]
     result = run([*resume, "--from", "6", "schedule.steps=8", *directories])
-    assert result.code == exit_report.DONE, result.output
+    assert result.code == exit_codes.DONE, result.output
     assert "step 6 of 8" in result.output
     assert "done at step 8 of 8" in result.output
 
@@ -150,7 +150,7 @@ def test_launch_sh_works_through_a_link_and_in_a_path_with_spaces(tmp_path: Path
     environment = {"PATH": "/usr/bin:/bin", "DS_GPT2_PYTHON": sys.executable}
     command = [str(tmp_path / "link"), "train", "nothing"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == exit_report.MISTAKE
+    assert result.returncode == exit_codes.MISTAKE
     assert result.stderr.startswith("error: config not found: nothing")
 
 
@@ -176,7 +176,7 @@ def test_launch_sh_reports_a_missing_python(tmp_path: Path) -> None:
     result = subprocess.run(
         [str(project / "launch.sh"), "quickstart"], env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60
     )
-    assert result.returncode == exit_report.MISTAKE
+    assert result.returncode == exit_codes.MISTAKE
     assert result.stderr.startswith("error: no Python 3.10 to 3.13")
     assert not (project / ".venv").exists()
 
@@ -192,10 +192,10 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([verb, "--help"])
         assert exited.value.code == 0
     assert "usage: ./launch.sh quickstart" in capsys.readouterr().out
-    assert cli.main(["test"]) == exit_report.MISTAKE
+    assert cli.main(["test"]) == exit_codes.MISTAKE
     capsys.readouterr()
     for arguments in (["quickstart", "--num_gpus", "0"], ["prepare", "sample", "--workers", "-1"]):
-        assert cli.main(arguments) == exit_report.MISTAKE
+        assert cli.main(arguments) == exit_codes.MISTAKE
         printed = capsys.readouterr()
         assert printed.err.startswith("error: argument --") and printed.err.count("\n") == 1 and printed.out == ""
 
@@ -214,7 +214,7 @@ def test_deepspeed_starts_train_py_as_a_file(tmp_path: Path, write_config: Calla
     result = launch(
         1, "--config", str(config), "checkpoint.every=0", "samples.every=0", "validation.every=0", accelerator=""
     )
-    assert result.code == exit_report.DONE, result.output
+    assert result.code == exit_codes.DONE, result.output
     assert "done at step 1 of 1" in result.output
 
 
@@ -225,7 +225,7 @@ def test_a_closed_pipe_is_not_an_error(dataset_dir: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == exit_report.CRASHED
+    assert process.wait(timeout=60) == exit_codes.CRASHED
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_path_that_cannot_be_expanded_is_a_one_line_error(
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
     words = [str(tmp_path / "a.txt") if word == "FILE" else word for word in words]
-    assert cli.main([*words, f"--out={out}"]) == exit_report.MISTAKE
+    assert cli.main([*words, f"--out={out}"]) == exit_codes.MISTAKE
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
@@ -253,9 +253,9 @@ def test_paths_of_arguments_are_expanded(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "$b.txt"):
         (tmp_path / name).write_text("A line of text.\n" * 5000)
-    assert cli.main(["prepare", "text", "~/a.txt", "$b.txt", "--out=~/$HERE/data"]) == exit_report.DONE
+    assert cli.main(["prepare", "text", "~/a.txt", "$b.txt", "--out=~/$HERE/data"]) == exit_codes.DONE
     assert open_dataset(tmp_path / "my" / "data").source == "a.txt, $b.txt"
-    assert cli.main(["verify", "~/${HERE}/data"]) == cli.main(["inspect", "$HOME/my/data"]) == exit_report.DONE
+    assert cli.main(["verify", "~/${HERE}/data"]) == cli.main(["inspect", "$HOME/my/data"]) == exit_codes.DONE
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_paths_of_arguments_are_expanded(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     name = "/tmp/no\nsuch\x1b[31m\x07\u2028file"
-    assert cli.main([name if word == "NAME" else word for word in words]) == exit_report.MISTAKE
+    assert cli.main([name if word == "NAME" else word for word in words]) == exit_codes.MISTAKE
     error = capsys.readouterr().err
     assert error.endswith("\n") and error[:-1].isprintable()
 
@@ -286,11 +286,11 @@ def test_an_error_of_the_file_system_is_one_line(
 @pytest.mark.parametrize("verb", ["status", "list", "notes", "report", "tensorboard", "generate", "eval"])
 @pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x", "/dev/null/x"])
 def test_invalid_names_are_one_line_errors(verb: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([verb, name]) == exit_report.MISTAKE
+    assert cli.main([verb, name]) == exit_codes.MISTAKE
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and printed.out == ""
 
 
 def test_too_many_worker_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prepare", "text", "file.txt", "--workers", "100000"]) == exit_report.MISTAKE
+    assert cli.main(["prepare", "text", "file.txt", "--workers", "100000"]) == exit_codes.MISTAKE
     assert "argument --workers: 100000 processes on " in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ds_gpt2.cli import main
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 Made = Callable[..., str]
 
@@ -41,7 +41,7 @@ def make(tmp_path: Path, write_config: Callable[..., Path]) -> Made:
 def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     """The second run has twice the tokens per step, and a loss higher by 0.25 at the same tokens."""
     one, other = make("one", 400, 640, 0.0), make("other", 400, 1280, 0.25)
-    assert main(["diff", one, other, "--json"]) == exit_report.DONE
+    assert main(["diff", one, other, "--json"]) == exit_codes.DONE
     found = json.loads(capsys.readouterr().out)
     assert found["runs"] == ["one", "other"]
     assert found["settings"] == {"batch.tokens_per_step": [640, 1280]}
@@ -60,7 +60,7 @@ def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytes
 def test_the_output_has_tables(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = {"steps": 400, "warmup_steps": 3, "max_lr": 1e-3, "min_lr": 1e-4}
     one, other = make("one", 400, 640, 0.0), make("other", 100, 640, -0.5, schedule=schedule)
-    assert main(["diff", one, other]) == exit_report.DONE
+    assert main(["diff", one, other]) == exit_codes.DONE
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "schedule.max_lr 0.003 0.001" in lines
     assert "tokens train one train other train difference val one val other val difference" in lines
@@ -89,7 +89,7 @@ def test_equal_settings_are_reported(make: Made, capsys: pytest.CaptureFixture[s
 
 
 def test_an_unknown_run_is_an_error(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", make("one", 5, 640, 0.0), "unknown"]) == exit_report.MISTAKE
+    assert main(["diff", make("one", 5, 640, 0.0), "unknown"]) == exit_codes.MISTAKE
     assert "no run unknown" in capsys.readouterr().err
 
 
@@ -97,8 +97,8 @@ def test_training_losses_that_are_not_finite_are_counted(make: Made, capsys: pyt
     good, bad = make("good", 20, 64, 0.0), make("bad", 20, 64, 0.0)
     with (Path(bad) / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 21, "time": 21.0, "train/loss": None}) + "\n")
-    assert main(["diff", good, bad]) == exit_report.DONE
+    assert main(["diff", good, bad]) == exit_codes.DONE
     (row,) = [row for row in capsys.readouterr().out.splitlines() if "training losses that are not finite" in row]
     assert row.split()[-3:] == ["0", "1", "+1"]
-    assert main(["diff", good, good]) == exit_report.DONE
+    assert main(["diff", good, good]) == exit_codes.DONE
     assert "not finite" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import torch_file as exported
 from ds_gpt2.pretrained.huggingface import CONFIG, WEIGHTS, config_of, write_weights
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,7 +117,7 @@ def run(*words: object) -> int:
 
 def rows(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, Any]]:
     capsys.readouterr()
-    assert run(*words, "--json") == exit_report.DONE
+    assert run(*words, "--json") == exit_codes.DONE
     content = json.loads(capsys.readouterr().out)
     assert list(content) == ["rows"]
     return content["rows"]
@@ -200,7 +200,7 @@ def test_the_table_has_the_figures_of_the_json(
 ) -> None:
     words = ("--data", dataset_dir, "--tokens", 9 * SEQUENCE, "--hellaswag", items_file, "--items", 15)
     one, two = rows(capsys, models["one"], models["two"], *words)
-    assert run(models["one"], models["two"], *words) == exit_report.DONE
+    assert run(models["one"], models["two"], *words) == exit_codes.DONE
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert printed.err == ""  # no progress bar: this is not a terminal
@@ -226,7 +226,7 @@ def test_all_models_are_measured_at_the_shortest_context(
     first, second = rows(capsys, *words)
     assert first["window_tokens"] == second["window_tokens"] == SEQUENCE // 2
     assert first["windows"] == second["windows"] == 20
-    assert run(*words) == exit_report.DONE
+    assert run(*words) == exit_codes.DONE
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sequence lengths"))
     assert line == (
         "sequence lengths differ (32 and 64 tokens): losses at different lengths are not comparable; all models are"
@@ -249,7 +249,7 @@ def test_a_broken_model_has_null_figures_in_valid_json(
     model = make_model(1)
     model.ln_f.weight.data.fill_(3e38)  # finite, as a file's weights must be; the logits are not
     words = [write_model(model, tmp_path / "broken"), "--data", dataset_dir, "--tokens", 1, "--json"]
-    assert run(*words) == exit_report.CRASHED
+    assert run(*words) == exit_codes.CRASHED
     printed, errors = capsys.readouterr()
     assert "broken is not finite: the weights are broken" in errors
     (row,) = json.loads(printed)["rows"]
@@ -263,7 +263,7 @@ def test_checkpoints_are_measured_on_the_data_of_their_run(
 ) -> None:
     folder = four_ranks[1]
     run_dir = folder / "runs" / "test"
-    assert run(run_dir, "--tag", TAGS[0], "--tag", "12") == exit_report.DONE
+    assert run(run_dir, "--tag", TAGS[0], "--tag", "12") == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"loss: 40 validation windows of {SEQUENCE} tokens, {dataset_dir} (data.dir of the run)"
     assert lines[1] == f"HellaSwag: 30 items, text original, {folder / 'items.jsonl'} (hellaswag.path of the run)"
@@ -336,7 +336,7 @@ def test_a_progress_bar_is_shown_on_a_terminal(
     models: dict[str, Path], dataset_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert run(models["one"], "--data", dataset_dir, "--tokens", SEQUENCE) == exit_report.DONE
+    assert run(models["one"], "--data", dataset_dir, "--tokens", SEQUENCE) == exit_codes.DONE
     printed = capsys.readouterr()
     assert f"{models['one']}: loss:" in printed.err and "window" in printed.err
     assert "loss:   0%" not in printed.out

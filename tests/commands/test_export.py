@@ -27,7 +27,7 @@ from ds_gpt2.evaluation.hellaswag_scoring import score, score_one
 from ds_gpt2.evaluation.sampling import Sampling, generate
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained.load import as_model, read
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.models import export, export_output
 from ds_gpt2.tools.models import open as open_module
@@ -168,7 +168,7 @@ def test_force_replaces_exports_only(exported: Exported, capsys: pytest.CaptureF
     out.mkdir()
     (out / "README.md").write_text("of a previous export")
     assert "exists: give another --out PATH, or --force" in refused(capsys, "export", run, "--out", out)
-    assert main(["export", run, "--out", str(out), "--force"]) == exit_report.DONE
+    assert main(["export", run, "--out", str(out), "--force"]) == exit_codes.DONE
     assert (out / "README.md").read_text() != "of a previous export" and (out / "model.safetensors").exists()
     (out / "thesis.txt").write_text("mine")
     for kind in ("hf", "bf16", "fp32"):
@@ -234,7 +234,7 @@ def test_the_next_export_cleans_up_after_a_killed_one(
     assert out.read_text() == "an earlier export, moved aside"
     assert len(list(tmp_path.iterdir())) == 3  # the export, and the files of other processes
     out.unlink()
-    assert main(words) == exit_report.DONE
+    assert main(words) == exit_codes.DONE
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -246,7 +246,7 @@ def test_a_full_disk_is_a_one_line_error(exported: Exported, tmp_path: Path, kin
     program += "; import sys; sys.path.insert(0, sys.argv.pop(1)); from ds_gpt2.cli import main; sys.exit(main())"
     words = ["export", str(exported[0] / "runs" / "test"), "--format", kind, "--out", str(tmp_path / "out")]
     ran = subprocess.run([sys.executable, "-c", program, str(PROJECT), *words], capture_output=True, text=True)
-    assert ran.returncode == exit_report.MISTAKE and ran.stderr.startswith("error: ")
+    assert ran.returncode == exit_codes.MISTAKE and ran.stderr.startswith("error: ")
     assert "could not be written completely (is the disk full?)" in ran.stderr and ran.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -266,7 +266,7 @@ def test_too_little_disk_or_memory_is_an_error_before_writing(
 
 def test_the_default_directory_is_in_the_run(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     run = exported[0] / "runs" / "test"
-    assert main(["export", str(run), "--tag", "best_model", "--format", "bf16"]) == exit_report.DONE
+    assert main(["export", str(run), "--tag", "best_model", "--format", "bf16"]) == exit_codes.DONE
     assert (run / "exports" / "best_model-bf16" / "config.json").is_file()
     assert f"{run / 'exports' / 'best_model-bf16'}" in capsys.readouterr().out
     shutil.rmtree(run / "exports")

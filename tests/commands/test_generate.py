@@ -19,7 +19,7 @@ from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY
 from ds_gpt2.pretrained import huggingface
 from ds_gpt2.pretrained.load import read
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 
 def test_a_run_and_its_export_generate_the_same_text(
@@ -29,7 +29,7 @@ def test_a_run_and_its_export_generate_the_same_text(
     words = ["--prompt", "The statement", "--tokens", "30", "--temperature", "0"]
     texts = []
     for model_name in (folder / "runs" / "test", folder / "checkpoints" / "test" / TAG, directory):
-        assert main(["generate", str(model_name), *words]) == exit_report.DONE
+        assert main(["generate", str(model_name), *words]) == exit_codes.DONE
         texts.append(capsys.readouterr().out)
     greedy = generate(model, "The statement", 30, Sampling(temperature=0))[0]
     assert texts == [f"The statement{greedy}\n"] * 3

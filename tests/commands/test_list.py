@@ -19,7 +19,7 @@ from launched import PROJECT
 
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.commands import checkpoints
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 Command = Callable[..., tuple[int, str, str]]
 InJson = Callable[..., tuple[int, Any]]
@@ -27,7 +27,7 @@ InJson = Callable[..., tuple[int, Any]]
 
 def test_list_has_all_fields_of_each_checkpoint(history: Path, in_json: InJson) -> None:
     code, rows = in_json("list", "test")
-    assert code == exit_report.DONE
+    assert code == exit_codes.DONE
     assert [row["tag"] for row in rows] == [
         rolling_tag(300),
         "epoch_00001",
@@ -63,7 +63,7 @@ def test_list_has_all_fields_of_each_checkpoint(history: Path, in_json: InJson) 
 
 def test_the_table_has_one_line_per_checkpoint(history: Path, command: Command) -> None:
     code, out, _ = command("list", "test")
-    assert code == exit_report.DONE
+    assert code == exit_codes.DONE
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == [str(history)]
     assert " ".join(lines[3]) == (
@@ -129,7 +129,7 @@ def test_json_is_valid_for_any_manifest(run_with: Callable[..., Path], command: 
     rows = json.loads(command("list", "test", "--json")[1], parse_constant=lambda word: pytest.fail(word))
     assert rows[0]["val_loss"] is None
     assert rows[3]["age_seconds"] is None and rows[1]["age_seconds"] > 1e8
-    assert command("list", "test")[0] == exit_report.DONE
+    assert command("list", "test")[0] == exit_codes.DONE
 
 
 def test_the_table_is_narrow_for_any_manifest(run_with: Callable[..., Path], command: Command) -> None:
@@ -146,7 +146,7 @@ def test_settings_that_are_not_a_regular_file_are_an_error(run_with: Callable[..
     os.mkfifo(config)
     code, _, err = command("list", "other")
     assert (code, err) == (
-        exit_report.MISTAKE,
+        exit_codes.MISTAKE,
         f"error: {config} is not a regular file: restore it from a copy of the run\n",
     )
 
@@ -160,13 +160,13 @@ def test_a_run_is_found_by_name_and_directory_and_by_default(
     os.utime(history.parents[1] / "runs" / "older" / "config.yaml", (1, 1))
     named = {"test": "test", "RUN": run_dir, "CHECKPOINTS": history}
     code, rows = in_json("list", *([named[name]] if name else []))
-    assert (code, len(rows)) == (exit_report.DONE, 5)
+    assert (code, len(rows)) == (exit_codes.DONE, 5)
 
 
 def test_a_directory_of_checkpoints_needs_no_run(history: Path, in_json: InJson, tmp_path: Path) -> None:
     backup = shutil.copytree(history, tmp_path / "backup")
     assert len(in_json("list", backup)[1]) == 5
-    assert in_json("verify", backup, "--all")[0] == exit_report.DONE
+    assert in_json("verify", backup, "--all")[0] == exit_codes.DONE
     assert in_json("prune", backup)[1]["deleted"] == [rolling_tag(100)]  # by the settings in the manifests
     assert not (backup / rolling_tag(100)).exists() and (history / rolling_tag(100)).exists()
 
@@ -180,7 +180,7 @@ def test_the_path_of_a_missing_backup_does_not_denote_a_run(history: Path, comma
     (tmp_path / "mounted").mkdir()
     for verb in ("list", "verify", "prune"):
         code, _, err = command(verb, tmp_path / "mounted" / "test")
-        assert (code, err.count("\n")) == (exit_report.MISTAKE, 1)
+        assert (code, err.count("\n")) == (exit_codes.MISTAKE, 1)
         assert f"no run {tmp_path}/mounted/test; runs in" in err
     assert (history / rolling_tag(100)).exists()
 
@@ -188,17 +188,17 @@ def test_the_path_of_a_missing_backup_does_not_denote_a_run(history: Path, comma
 def test_errors_are_one_line(run_with: Callable[..., Path], command: Command) -> None:
     run_with()
     assert command("list", "nothing")[::2] == (
-        exit_report.MISTAKE,
+        exit_codes.MISTAKE,
         f"error: no run nothing; runs in {checkpoints.PROJECT_DIR}/runs: test\n",
     )
     assert command("list", "test") == (
-        exit_report.MISTAKE,
+        exit_codes.MISTAKE,
         "",
         f"error: no checkpoints in {checkpoints.PROJECT_DIR}/checkpoints/test\n",
     )
-    assert command("list", "test", "--json")[:2] == (exit_report.MISTAKE, "[]\n")
+    assert command("list", "test", "--json")[:2] == (exit_codes.MISTAKE, "[]\n")
     code, _, err = command("verify", "test")
-    assert code == exit_report.MISTAKE and err.startswith("error: no checkpoints in ") and err.count("\n") == 1
+    assert code == exit_codes.MISTAKE and err.startswith("error: no checkpoints in ") and err.count("\n") == 1
 
 
 def test_an_unreadable_directory_is_named(history: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_an_unreadable_directory_is_named(history: Path, command: Command, monke
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     code, _, err = command("list", "test")
-    assert code == exit_report.MISTAKE
+    assert code == exit_codes.MISTAKE
     assert err.startswith("error: the checkpoints of test cannot be read: ") and "Permission denied" in err
 
 
@@ -224,6 +224,6 @@ def test_the_commands_start_without_pytorch(tmp_path: Path, words: list[str]) ->
     command = [sys.executable, "-c", code, words[0], str(tmp_path), *words[1:]]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (result.returncode, result.stderr) == (exit_report.DONE, "")
+    assert (result.returncode, result.stderr) == (exit_codes.DONE, "")
     assert result.stdout.endswith("\n[]\n")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

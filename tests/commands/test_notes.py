@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ds_gpt2.commands import notes
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.notes import Note, read_notes, show_in_tensorboard
 
 CONFIG = """
@@ -60,7 +60,7 @@ def shown(run_dir: Path) -> list[tuple[int, str]]:
 
 
 def test_a_note_is_stored_with_time_and_step_and_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(run_dir, "halved", "the *rate*") == exit_report.DONE
+    assert run(run_dir, "halved", "the *rate*") == exit_codes.DONE
     assert capsys.readouterr().out == f"noted at step 20 in {run_dir / 'NOTES.md'} and in TensorBoard\n"
     entry = re.fullmatch(
         r"\n## (\S+ \S+ [+-]\d{4}), step 20\n\nhalved the \*rate\*\n", (run_dir / "NOTES.md").read_text()
@@ -115,22 +115,22 @@ def test_a_note_from_stdin_and_json(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines: ä\n"))
-    assert run(run_dir, "-", "--json") == exit_report.DONE
+    assert run(run_dir, "-", "--json") == exit_codes.DONE
     printed = json.loads(capsys.readouterr().out)
     (note,) = read_notes(run_dir)
     expected = {"time": note.time, "step": 20, "text": "two\nlines: ä"}
     assert printed == {**expected, "file": str(run_dir / "NOTES.md"), "tensorboard": True}
-    assert run(run_dir, "--json") == exit_report.DONE
+    assert run(run_dir, "--json") == exit_codes.DONE
     assert json.loads(capsys.readouterr().out) == [expected]
 
 
 def test_without_a_text_the_notes_are_shown(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(run_dir) == exit_report.DONE
+    assert run(run_dir) == exit_codes.DONE
     assert capsys.readouterr().out.startswith(f"no notes in {run_dir / 'NOTES.md'} yet: add one with ")
     (run_dir / "NOTES.md").write_text("Written by hand.\n")
     run(run_dir, "and by the command")
     capsys.readouterr()
-    assert run(run_dir) == exit_report.DONE
+    assert run(run_dir) == exit_codes.DONE
     printed = capsys.readouterr().out
     assert printed.startswith("Written by hand.\n\n## ") and printed.endswith(", step 20\n\nand by the command\n")
 
@@ -138,14 +138,14 @@ def test_without_a_text_the_notes_are_shown(run_dir: Path, capsys: pytest.Captur
 def test_notes_work_before_the_start_and_without_tensorboard(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "tensorboard").rmdir()
-    assert run(run_dir, "before the start") == exit_report.DONE
+    assert run(run_dir, "before the start") == exit_codes.DONE
     assert capsys.readouterr().out == f"noted at step 0 in {run_dir / 'NOTES.md'}\n"
     assert not (run_dir / "tensorboard").exists()
 
 
 def test_a_note_is_stored_if_tensorboard_fails(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "tensorboard" / "notes").write_text("in the way")
-    assert run(run_dir, "kept") == exit_report.DONE
+    assert run(run_dir, "kept") == exit_codes.DONE
     printed = capsys.readouterr()
     assert printed.err.startswith("warning: the note is saved, but TensorBoard does not show it: ")
     assert len(printed.err.splitlines()) == 1
@@ -170,6 +170,19 @@ def test_a_new_event_file_is_read_after_older_ones(tmp_path: Path) -> None:
         names += os.listdir(tmp_path / "notes")
     assert len(names) == len(set(names)) == 3
     assert names == sorted(names)
+
+
+def test_tensorboard_never_sees_an_incomplete_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, target: Path) -> None:
+        renamed.append((source.name, target.name))
+        rename(source, target)
+
+    rename, renamed = os.replace, list[tuple[str, str]]()
+    monkeypatch.setattr("os.replace", replace)
+    show_in_tensorboard([Note("2026-01-01 00:00:00 +0000", 1, "x")], tmp_path / "notes")
+    ((source, target),) = renamed
+    assert "tfevents" not in source and "tfevents" in target
+    assert os.listdir(tmp_path / "notes") == [target]
 
 
 @pytest.mark.parametrize("words", [[""], [" ", "\n"]])
@@ -198,7 +211,7 @@ def test_control_characters_are_escaped_and_the_notes_are_a_regular_file(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_dir / "NOTES.md").write_text("a\tb\n\x1b[2Jcleared\x07\r\x9b0m\n")
-    assert run(run_dir) == exit_report.DONE
+    assert run(run_dir) == exit_codes.DONE
     assert capsys.readouterr().out == "a\tb\n\\x1b[2Jcleared\\x07\\r\\x9b0m\n"
     (run_dir / "NOTES.md").unlink()
     os.mkfifo(run_dir / "NOTES.md")

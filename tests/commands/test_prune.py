@@ -13,7 +13,7 @@ from checkpoint_files import FILES, size_of, write_checkpoint
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import rolling_tag, superseded_tag
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 Command = Callable[..., tuple[int, str, str]]
 InJson = Callable[..., tuple[int, Any]]
@@ -23,11 +23,11 @@ def test_prune_deletes_the_checkpoints_that_no_policy_keeps(history: Path, in_js
     size = size_of(history / rolling_tag(100))
     (history / "rolling_step_000050.tmp").mkdir()
     expected = {"directory": str(history), "dry_run": True, "deleted": [rolling_tag(100)], "freed_bytes": size}
-    assert in_json("prune", "test", "--dry-run") == (exit_report.DONE, {**expected, "failures": []})
+    assert in_json("prune", "test", "--dry-run") == (exit_codes.DONE, {**expected, "failures": []})
     printed = command("prune", "test", "--dry-run")[1]
     assert printed == f"{rolling_tag(100)} would be deleted\n0.0 MB would be freed\n"
     assert (history / rolling_tag(100) / "manifest.json").exists()
-    assert in_json("prune", "test") == (exit_report.DONE, {**expected, "dry_run": False, "failures": []})
+    assert in_json("prune", "test") == (exit_codes.DONE, {**expected, "dry_run": False, "failures": []})
     left = {path.name for path in history.iterdir() if path.is_dir()}
     assert left == {rolling_tag(300), rolling_tag(200), "epoch_00001", "best_model", "rolling_step_000050.tmp"}
     assert command("prune", "test")[1] == "0.0 MB freed\n"
@@ -63,7 +63,7 @@ def test_prune_deletes_nothing_with_fewer_than_two_good_checkpoints(history: Pat
     for step in (200, 300):
         (history / rolling_tag(step) / "manifest.json").write_text("{}")
     code, _, err = command("prune", "test")
-    assert code == exit_report.MISTAKE
+    assert code == exit_codes.MISTAKE
     assert f"3 checkpoints in {history} are damaged and only 1 good: nothing is deleted" in err
     assert (history / rolling_tag(100)).exists() and (history / superseded_tag(250)).exists()
 
@@ -80,7 +80,7 @@ def test_prune_ignores_checkpoints_deleted_by_the_run(
 
     monkeypatch.setattr(commit, "remove", remove)
     code, result = in_json("prune", "test")
-    assert (code, result["deleted"], result["failures"]) == (exit_report.DONE, [rolling_tag(50)], [])
+    assert (code, result["deleted"], result["failures"]) == (exit_codes.DONE, [rolling_tag(50)], [])
 
 
 def test_prune_ignores_files_deleted_by_the_run(
@@ -94,7 +94,7 @@ def test_prune_ignores_files_deleted_by_the_run(
 
     monkeypatch.setattr(Disk, "unlink", unlink)
     code, result = in_json("prune", "test")
-    assert (code, result["deleted"], result["failures"]) == (exit_report.DONE, [rolling_tag(100)], [])
+    assert (code, result["deleted"], result["failures"]) == (exit_codes.DONE, [rolling_tag(100)], [])
 
 
 def test_prune_reports_failed_deletions(history: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_prune_reports_failed_deletions(history: Path, command: Command, monkeyp
 
     monkeypatch.setattr(Disk, "unlink", refuse)
     code, out, _ = command("prune", "test")
-    assert code == exit_report.CRASHED
+    assert code == exit_codes.CRASHED
     assert out.startswith(f"could not delete {rolling_tag(100)}: [Errno 30] Read-only file system")
     assert out.endswith("0.0 MB freed\n")
 
@@ -112,7 +112,7 @@ def test_prune_requires_readable_settings(tmp_path: Path, project: Path, command
     for step in range(1, 5):
         write_checkpoint(tmp_path / "bare", rolling_tag(step), step, settings={"checkpoint": {"keep_lots": 5}})
     code, _, err = command("prune", tmp_path / "bare")
-    assert code == exit_report.MISTAKE and f"retention settings of {tmp_path}/bare not found" in err
+    assert code == exit_codes.MISTAKE and f"retention settings of {tmp_path}/bare not found" in err
     assert len(list((tmp_path / "bare").iterdir())) == 4
 
 

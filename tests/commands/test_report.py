@@ -16,7 +16,7 @@ from launched import PROJECT
 
 from ds_gpt2.commands import report
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 
 CONFIG = """
@@ -51,14 +51,14 @@ def run(folder: Path, *words: str, runs: tuple[str, ...] = ("one",)) -> int:
 
 
 def figures(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **more: Any) -> list[dict[str, Any]]:
-    assert run(folder, "--json", *words, **more) == exit_report.DONE
+    assert run(folder, "--json", *words, **more) == exit_codes.DONE
     return json.loads(capsys.readouterr().out)
 
 
 def test_report_is_written_to_the_run_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "runs" / "one" / "report.html"
     for _ in range(2):  # the second one replaces the first
-        assert run(folder) == exit_report.DONE
+        assert run(folder) == exit_codes.DONE
         size = f"{file.stat().st_size / 1e6:.1f} MB"
         assert capsys.readouterr().out == f"{file}: {size}, opens in any browser without a network\n"
     assert file.read_text().startswith("<!DOCTYPE html>")
@@ -66,7 +66,7 @@ def test_report_is_written_to_the_run_directory(folder: Path, capsys: pytest.Cap
 
 
 def test_several_runs_share_one_file(folder: Path) -> None:
-    assert run(folder, "--out", str(folder / "both.html"), runs=("one", "two", "one")) == exit_report.DONE
+    assert run(folder, "--out", str(folder / "both.html"), runs=("one", "two", "one")) == exit_codes.DONE
     page = (folder / "both.html").read_text()
     assert "<h1>Runs one, two</h1>" in page
     assert not (folder / "runs" / "one" / "report.html").exists()
@@ -120,7 +120,7 @@ def test_report_of_a_run_with_settings_only(folder: Path, capsys: pytest.Capture
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "runs" / "one" / "heartbeat")
     assert figures(folder, capsys, "--since", "1h")[0]["state"] == "dead"
-    assert run(folder) == exit_report.DONE
+    assert run(folder) == exit_codes.DONE
     assert "No data yet: nothing is recorded." in (folder / "runs" / "one" / "report.html").read_text()
 
 

@@ -21,7 +21,7 @@ from launched import PROJECT
 from ds_gpt2 import cli
 from ds_gpt2.commands import status_news
 from ds_gpt2.config import lookup, run_location
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision.alerts import alerts
@@ -70,12 +70,12 @@ def status(*words: str) -> int:
 def test_newest_run_is_shown_and_the_exit_code_tells_whether_it_is_healthy(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status() == exit_report.DONE
+    assert status() == exit_codes.DONE
     output = capsys.readouterr().out
     assert output.startswith("new: running ")
     assert "\033" not in output
     remove_heartbeat(folder)
-    assert status() == exit_report.CRASHED == 1
+    assert status() == exit_codes.CRASHED == 1
     output = capsys.readouterr().out
     assert output.startswith("new: dead ")
     assert "! the run has no process" in output
@@ -144,27 +144,27 @@ def test_json_contains_all_figures(folder: Path, capsys: pytest.CaptureFixture[s
 def test_unknown_run_is_an_error(
     folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(*words) == exit_report.MISTAKE == 2
+    assert status(*words) == exit_codes.MISTAKE == 2
     assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
 def test_unreadable_file_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs" / "old" / "metrics.jsonl").unlink()
     (folder / "runs" / "old" / "metrics.jsonl").mkdir()
-    assert status("old") == exit_report.MISTAKE
+    assert status("old") == exit_codes.MISTAKE
     assert "old/metrics.jsonl cannot be read: Is a directory" in capsys.readouterr().err
 
 
 def test_no_runs_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "runs").rename(folder / "elsewhere")
     for words in ([], ["--all"]):
-        assert status(*words) == exit_report.MISTAKE
+        assert status(*words) == exit_codes.MISTAKE
         assert "start one with `./launch.sh quickstart`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--watch", "old"], ["--watch", "0"], ["--watch", "inf"]])
 def test_watch_requires_a_number_of_seconds(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert status(*words) == exit_report.MISTAKE
+    assert status(*words) == exit_codes.MISTAKE
     assert "is not a number of seconds up to 86,400; put RUN before --watch" in capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from ds_gpt2.commands import tensorboard
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import event_directory
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.notes import Note, show_in_tensorboard
 from ds_gpt2.tools.tensorboard import server
 from ds_gpt2.tools.tensorboard.server import link_runs, ssh_command, tmux_command
@@ -110,7 +110,7 @@ def test_all_runs_are_served_including_later_ones(tmp_path: Path) -> None:
         assert {run: list(names) for run, names in tags.items()} == {run: ["loss"] for run in runs}
         text = url + "data/plugin/text/text?run=shown%2Fnotes&tag=notes"
         assert "<p>note 0</p>" in query(text, lambda answer: len(answer) == 150)[0]["text"]
-    assert process.returncode == exit_report.DONE
+    assert process.returncode == exit_codes.DONE
     assert [path.name for path in temporary.iterdir() if path.name.startswith("ds_gpt2")] == []
 
 
@@ -123,7 +123,7 @@ def test_a_port_in_use_is_a_one_line_error(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "ds_gpt2", "tensorboard", str(tmp_path / "runs" / "test"), "--port", str(port)]
         result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (exit_report.MISTAKE, "")
+    assert (result.returncode, result.stdout) == (exit_codes.MISTAKE, "")
     error = rf"error: port {port} is in use: omit --port, or give another, such as \d+\n"
     assert re.fullmatch(error, result.stderr), result.stderr
 
@@ -154,9 +154,9 @@ def test_the_server_is_open_to_the_network_only_on_request(
     monkeypatch.setattr(tensorboard.time, "sleep", interrupt)
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
-    assert tensorboard.run(parser.parse_args([str(run_dir)])) == exit_report.DONE
+    assert tensorboard.run(parser.parse_args([str(run_dir)])) == exit_codes.DONE
     assert capsys.readouterr().err == ""
-    assert tensorboard.run(parser.parse_args([str(run_dir), "--open-to-network"])) == exit_report.DONE
+    assert tensorboard.run(parser.parse_args([str(run_dir), "--open-to-network"])) == exit_codes.DONE
     printed = capsys.readouterr()
     assert printed.err.startswith("WARNING: anyone who can reach port 6006 of this machine can read everything")
     assert "--port 6006 --open-to-network'\n" in printed.out and "ssh" not in printed.out

@@ -18,7 +18,7 @@ from ds_gpt2.checkpoint.manifest import FileEntry
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 Command = Callable[..., tuple[int, str, str]]
 InJson = Callable[..., tuple[int, Any]]
@@ -39,12 +39,12 @@ InJson = Callable[..., tuple[int, Any]]
     ],
 )
 def test_verify_selects_checkpoints(history: Path, command: Command, words: list[str], tags: list[str]) -> None:
-    assert command("verify", *words)[:2] == (exit_report.DONE, "".join(f"{tag}: ok\n" for tag in tags))
+    assert command("verify", *words)[:2] == (exit_codes.DONE, "".join(f"{tag}: ok\n" for tag in tags))
 
 
 def test_verify_accepts_the_path_of_a_checkpoint(history: Path, command: Command, tmp_path: Path) -> None:
     copy = shutil.copytree(history / rolling_tag(100), tmp_path / "copy for the paper")
-    assert command("verify", copy)[:2] == (exit_report.DONE, "copy for the paper: ok\n")
+    assert command("verify", copy)[:2] == (exit_codes.DONE, "copy for the paper: ok\n")
 
 
 def test_verify_skips_superseded_checkpoints_by_default(history: Path, command: Command) -> None:
@@ -54,7 +54,7 @@ def test_verify_skips_superseded_checkpoints_by_default(history: Path, command: 
 
 def test_an_unknown_tag_lists_similar_tags(history: Path, command: Command) -> None:
     code, _, err = command("verify", "test", "rolling_step_000101")
-    assert code == exit_report.MISTAKE
+    assert code == exit_codes.MISTAKE
     assert "no checkpoint 'rolling_step_000101' in" in err and rolling_tag(100) in err
 
 
@@ -62,12 +62,12 @@ def test_verify_reports_damage_with_exit_code_one(history: Path, command: Comman
     name = next(iter(FILES))
     (history / rolling_tag(100) / name).write_bytes(b"W" + FILES[name][1:])
     problem = f"{name} is damaged: sha256 mismatch"
-    assert command("verify", "test", "100")[:2] == (exit_report.CRASHED, f"{rolling_tag(100)}: {problem}\n")
+    assert command("verify", "test", "100")[:2] == (exit_codes.CRASHED, f"{rolling_tag(100)}: {problem}\n")
     code, verdicts = in_json("verify", "test", "--all")
-    assert code == exit_report.CRASHED
+    assert code == exit_codes.CRASHED
     assert [verdict["ok"] for verdict in verdicts] == [True, True, True, True, False]
     assert verdicts[-1] == {"tag": rolling_tag(100), "step": 100, "ok": False, "problem": problem}
-    assert command("verify", "test")[0] == exit_report.DONE  # the newest is good
+    assert command("verify", "test")[0] == exit_codes.DONE  # the newest is good
 
 
 def test_a_hard_linked_file_is_read_once(history: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_hard_linked_file_is_read_once(history: Path, command: Command, monkey
         return original(checkpoint, name, entry)
 
     monkeypatch.setattr(manifest_module, "problem_of", recording)
-    assert command("verify", "test", "--all")[0] == exit_report.DONE
+    assert command("verify", "test", "--all")[0] == exit_codes.DONE
     assert len(read) == 3 * len(FILES)
 
 
@@ -106,7 +106,7 @@ Meanwhile = Callable[[Callable[[], object]], None]
 def test_a_best_model_that_is_replaced_meanwhile_is_good(history: Path, command: Command, meanwhile: Meanwhile) -> None:
     newer = write_checkpoint(history, rolling_tag(400), 400, {name: content[::-1] for name, content in FILES.items()})
     meanwhile(lambda: commit.link(Disk(), newer, history, "best_model"))
-    assert command("verify", "test", "best")[:2] == (exit_report.DONE, "best_model: ok\n")
+    assert command("verify", "test", "best")[:2] == (exit_codes.DONE, "best_model: ok\n")
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_is_omitted_from_all(
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_omitted_from_all(
 ) -> None:
     meanwhile(lambda: commit.remove(Disk(), history, rolling_tag(100)))
     code, out, _ = command("verify", "test", "--all")
-    assert code == exit_report.DONE and rolling_tag(100) not in out and out.count(": ok\n") == 4
+    assert code == exit_codes.DONE and rolling_tag(100) not in out and out.count(": ok\n") == 4
 
 
 def test_a_requested_checkpoint_that_is_deleted_meanwhile_is_an_error(
@@ -122,7 +122,7 @@ def test_a_requested_checkpoint_that_is_deleted_meanwhile_is_an_error(
 ) -> None:
     meanwhile(lambda: commit.remove(Disk(), history, rolling_tag(100)))
     assert command("verify", "test", "100")[:2] == (
-        exit_report.CRASHED,
+        exit_codes.CRASHED,
         f"{rolling_tag(100)}: was deleted while it was read\n",
     )
 
@@ -200,9 +200,9 @@ def test_verify_deep_finds_damage_with_valid_checksums(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     path = write_checkpoint(tmp_path / "run", rolling_tag(1), 1, _real_files(tmp_path, spoil))
-    assert command("verify", path)[0] == exit_report.DONE
+    assert command("verify", path)[0] == exit_codes.DONE
     code, out, _ = command("verify", path, "--deep")
-    assert code == (exit_report.DONE if problem == "ok" else exit_report.CRASHED)
+    assert code == (exit_codes.DONE if problem == "ok" else exit_codes.CRASHED)
     assert out.startswith(f"{rolling_tag(1)}: ") and out.endswith(f"{problem}\n")
 
 
@@ -229,7 +229,7 @@ def test_verify_deep_runs_no_code_and_requires_all_files(
     torch.save({"step": _Code(tmp_path / "owned")}, tmp_path / "evil.pt")
     evil = write_checkpoint(tmp_path / "run", rolling_tag(1), 1, {**files, "a.pt": (tmp_path / "evil.pt").read_bytes()})
     code, out, _ = command("verify", evil, "--deep")
-    assert code == exit_report.CRASHED and out.startswith(f"{rolling_tag(1)}: a.pt cannot be loaded safely: ")
+    assert code == exit_codes.CRASHED and out.startswith(f"{rolling_tag(1)}: a.pt cannot be loaded safely: ")
     assert not (tmp_path / "owned").exists()
     short = write_checkpoint(tmp_path / "run", rolling_tag(2), 2, files, world_size=2)
     missing = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

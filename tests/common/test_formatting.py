@@ -24,7 +24,7 @@ def test_the_noun_of_one_is_singular() -> None:
     assert counted(1, "micro-batch", "micro-batches") == "1 micro-batch"
     assert counted(3, "micro-batch", "micro-batches") == "3 micro-batches"
     one = BatchPlan(micro_batch=1, sequence_length=64, accumulation=1, world_size=1)
-    assert str(one) == "64 tokens a step = 1 window x 64 tokens x 1 micro-batch x 1 rank"
+    assert str(one) == "64 tokens per step = 1 window x 64 tokens x 1 micro-batch x 1 rank"
 
 
 def test_a_share_is_rounded_down() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk, write_file
-from ds_gpt2.common import files
+from ds_gpt2.common import files, locks
 from ds_gpt2.common.files import NotDurableError, append_lines, no_links, remove_tree
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal, read_journal
@@ -39,7 +39,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "settings": ("config.yaml.tmp", lambda run: files.replace_file(run / "config.yaml", "a: 1\n")),
-    "lock": ("lock", lambda run: files.lock(run / "lock", "run").close()),
+    "lock": ("lock", lambda run: locks.lock(run / "lock", "run").close()),
     "a pointer": ("latest.tmp", lambda run: commit.point_to(Disk(), run, "rolling_step_000001")),
     "a file of a checkpoint": ("manifest.json", lambda run: write_file(Disk(), run / "manifest.json", b"{}")),
     "journal": ("journal.jsonl", lambda run: Journal(run).write("done", "done")),

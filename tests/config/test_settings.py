@@ -297,5 +297,5 @@ def test_a_step_with_too_many_windows_is_refused() -> None:
 
 
 def test_backups_to_memory_are_refused() -> None:
-    with pytest.raises(UserError, match="copies in memory are lost when the process ends"):
+    with pytest.raises(UserError, match="backups in memory are lost when the process ends"):
         load_settings(GPT2_124M, parse_overrides(["checkpoint.backup.to=memory://x"]))

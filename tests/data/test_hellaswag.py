@@ -18,7 +18,7 @@ from ds_gpt2.commands import prepare
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import hellaswag, tokenizer
 from ds_gpt2.data.hellaswag import Item, Question, fetch, load_items, prompt, read_questions, to_item
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 TEA = {
     "activity_label": "Making tea",
@@ -230,7 +230,7 @@ def run(*words: str) -> int:
 
 def test_prepare_copies_a_local_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = write(tmp_path / "mine.jsonl", TEA, BOAT), tmp_path / "out"
-    assert run("--from", str(source), "--out", str(out)) == exit_report.DONE
+    assert run("--from", str(source), "--out", str(out)) == exit_codes.DONE
     copied = out / "hellaswag_val.jsonl"
     assert copied.read_bytes() == source.read_bytes()
     assert capsys.readouterr().out == f"2 items in {copied}: not the original file byte for byte\n"
@@ -244,10 +244,10 @@ def test_prepare_downloads_a_missing_file(
 ) -> None:
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(Answers.content).hexdigest())
     monkeypatch.setattr(hellaswag, "URL", f"{server}/good")
-    assert run("--out", str(tmp_path)) == exit_report.DONE
+    assert run("--out", str(tmp_path)) == exit_codes.DONE
     assert capsys.readouterr().out == f"2,000 items in {tmp_path / 'hellaswag_val.jsonl'}: the original file\n"
     monkeypatch.setattr(hellaswag, "URL", f"{server}/gone")
-    assert run("--out", str(tmp_path)) == exit_report.DONE  # the file exists: nothing is downloaded
+    assert run("--out", str(tmp_path)) == exit_codes.DONE  # the file exists: nothing is downloaded
 
 
 @pytest.mark.parametrize(

@@ -287,5 +287,5 @@ def test_a_failed_rank_logs_one_line_and_no_accuracy_is_recorded(
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.score", fail)
     assert observe(hook, model) == {}
     assert caplog.messages[0] == "HellaSwag: CUDA out of memory. Tried to allocate"
-    assert caplog.messages[1] == "step 10: no HellaSwag: 1 rank(s) could not compute it"
+    assert caplog.messages[1] == "step 10: HellaSwag was not computed: 1 rank(s) failed"
     assert model.training

@@ -20,7 +20,7 @@ from ds_gpt2.tools.doctor import checks
         ({"output_path": "/dev/null"}, r"csv_monitor: cannot write to /dev/null/DeepSpeedJobName: .*Not a directory"),
         ({"output_path": "/proc/nope", "job_name": "mine"}, r"csv_monitor: cannot write to /proc/nope/mine: /proc: "),
         ({"output_path": "/tmp", "job_name": "n" * 300}, r"csv_monitor: cannot write to /tmp/nnn.*: File name too lo"),
-        ({"output_path": "/tmp\0"}, r"csv_monitor: cannot write to .*: a path has no null character"),
+        ({"output_path": "/tmp\0"}, r"csv_monitor: cannot write to .*: a path cannot contain a null character"),
         ({"output_path": 7}, r"csv_monitor\.output_path: Input should be a valid string"),
         ({"job_name": 7, "enabled": False}, r"csv_monitor\.job_name: Input should be a valid string"),
         ({"enabled": "perhaps"}, r"csv_monitor\.enabled: Input should be a valid boolean"),

@@ -95,7 +95,7 @@ def test_an_unavailable_service_misses_values_and_ends_nothing(tmp_path: Path, h
     monitor.close()
     assert service.batches == [[("x", float(step), step)] for step in (1, 4, 5)]
     assert heard == [
-        "cannot write to wandb_monitor: no route to host; training continues and will try again",
+        "cannot write to wandb_monitor: no route to host; training continues and retries",
         "recovered: can write to wandb_monitor again",
     ]
     assert [record["step"] for record in _records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]

@@ -111,7 +111,7 @@ def test_a_full_disk_delays_events_without_duplicates(
     monitor.write(4, {"train/loss": 2.6})
     monitor.close()
     assert heard == [
-        "cannot write TensorBoard's events: [Errno 28] No space left on device; training continues and will try again",
+        "cannot write TensorBoard's events: [Errno 28] No space left on device; training continues and retries",
         "recovered: can write TensorBoard's events again",
     ]
     events = _read(tmp_path / "events")

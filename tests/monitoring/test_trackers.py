@@ -212,7 +212,7 @@ def test_a_copied_run_is_another_run_at_the_tracker_and_a_moved_one_is_not(
     rank(original, 1, 2)
     before = wandb_id(original)
     copied = shutil.copytree(original, tmp_path / "copied", symlinks=True)
-    assert f"this is a copy of the run in {original}" in rank(copied, 3, 4, start=2)
+    assert f"this run is a copy of the run in {original}" in rank(copied, 3, 4, start=2)
     assert wandb_id(copied) != before == wandb_id(original)
     moved = original.rename(tmp_path / "moved")
     rank(moved, 3, 4, start=2)

@@ -26,7 +26,7 @@ from ds_gpt2.data import hub_client
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import huggingface, load
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -292,11 +292,11 @@ def test_eval_and_generate_accept_the_same_names(
     assert served.requests[WEIGHTS] == 2
 
     (tmp_path / "gpt2").mkdir()  # an existing path precedes the hub
-    assert main(["generate", "gpt2", "--device", "cpu"]) == exit_report.MISTAKE
+    assert main(["generate", "gpt2", "--device", "cpu"]) == exit_codes.MISTAKE
     assert "gpt2" in capsys.readouterr().err
-    assert main(["eval", "nowhere", "--data", str(dataset_dir)]) == exit_report.MISTAKE
+    assert main(["eval", "nowhere", "--data", str(dataset_dir)]) == exit_codes.MISTAKE
     assert "no run nowhere" in capsys.readouterr().err
-    assert main(["eval", "some/gpt2", "--tag", "best", "--data", str(dataset_dir)]) == exit_report.MISTAKE
+    assert main(["eval", "some/gpt2", "--tag", "best", "--data", str(dataset_dir)]) == exit_codes.MISTAKE
     assert "some/gpt2 is one model and has no checkpoints" in capsys.readouterr().err
 
 
@@ -311,12 +311,12 @@ def test_the_padding_is_reported_by_eval_and_generate(
     save_file({**theirs, "wte.weight": weights["wte.weight"]}, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(json.loads(one[CONFIG]) | {"vocab_size": 50_304}))
     options = ["--data", str(dataset_dir), "--tokens", "64", "--device", "cpu"]
-    assert main(["eval", str(directory), "some/gpt2", *options, "--json"]) == exit_report.DONE
+    assert main(["eval", str(directory), "some/gpt2", *options, "--json"]) == exit_codes.DONE
     output = capsys.readouterr()
     assert f"{directory}: vocabulary of 50,304: the 47 rows beyond GPT-2's 50,257 tokens are padding" in output.err
     first, second = json.loads(output.out)["rows"]
     assert first["loss"] == second["loss"]
-    assert main(["generate", str(directory), "--tokens", "2", "--device", "cpu"]) == exit_report.DONE
+    assert main(["generate", str(directory), "--tokens", "2", "--device", "cpu"]) == exit_codes.DONE
     assert "vocabulary of 50,304" in capsys.readouterr().err
 
 
@@ -347,7 +347,7 @@ def test_an_unknown_name_is_an_error_before_anything_is_written(
 ) -> None:
     config = write_config(tmp_path)
     ran = run(tmp_path, served.url, "train", str(config), f"model.init_from={name}", "run.name=x", "--num_gpus", "2")
-    assert ran.returncode == exit_report.MISTAKE
+    assert ran.returncode == exit_codes.MISTAKE
     assert ran.stderr.startswith("error: ") and problem in ran.stderr and ran.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists() and not (tmp_path / "checkpoints").exists()
 
@@ -360,7 +360,7 @@ def test_a_run_downloads_once_and_resumes_without_the_network(
     config = write_config(tmp_path, run=run_settings, samples={"every": 0}, validation={"every": 0})
     settings = ["model.init_from=some/gpt2", "schedule.steps=2", "schedule.warmup_steps=0", "checkpoint.every=1"]
     first = run(tmp_path, served.url, "train", str(config), *settings, "--num_gpus", "2")
-    assert first.returncode == exit_report.DONE, first.stdout + first.stderr
+    assert first.returncode == exit_codes.DONE, first.stdout + first.stderr
     assert served.requests == {CONFIG: 1, WEIGHTS: 1}
     assert first.stderr.count("downloading some/gpt2") == 1
     assert "initial weights from some/gpt2" in (tmp_path / "runs" / "test" / "train.log").read_text()
@@ -368,5 +368,5 @@ def test_a_run_downloads_once_and_resumes_without_the_network(
 
     served.__exit__()
     resumed = run(tmp_path, "http://127.0.0.1:9", "resume", str(tmp_path / "runs" / "test"), "schedule.steps=3")
-    assert resumed.returncode == exit_report.DONE, resumed.stdout + resumed.stderr
+    assert resumed.returncode == exit_codes.DONE, resumed.stdout + resumed.stderr
     assert "resumed from" in (tmp_path / "runs" / "test" / "train.log").read_text()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, exit_report
 from ds_gpt2.run_dir.exit_report import ExitReports, Outcome
 
-ROLLBACK = Outcome(exit_report.ROLLBACK, before=7, leave_out=(3, 4))
+ROLLBACK = Outcome(exit_codes.ROLLBACK, before=7, leave_out=(3, 4))
 
 
 @pytest.fixture
@@ -59,3 +60,13 @@ def test_without_a_reader_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("DS_GPT2_OUTCOME", raising=False)
     monkeypatch.delenv("DS_GPT2_OUTCOME_PIPE", raising=False)
     report_all()
+
+
+def test_the_keys_of_an_outcome_do_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor started before an update of the code must understand ranks started after it."""
+    monkeypatch.delenv("DS_GPT2_OUTCOME_PIPE", raising=False)
+    monkeypatch.setenv("DS_GPT2_OUTCOME", str(tmp_path / "outcome"))
+    exit_report.report_outcome(Outcome(exit_codes.STOPPED, supervisor_lost=True))
+    written = json.loads((tmp_path / "outcome").read_text())
+    assert written == {"outcome": {"code": 3, "before": None, "leave_out": [], "alone": True}}
+    assert ExitReports(tmp_path / "outcome").outcome() == Outcome(exit_codes.STOPPED, supervisor_lost=True)

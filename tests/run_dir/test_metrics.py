@@ -16,15 +16,7 @@ from pathlib import Path
 import pytest
 
 from ds_gpt2.monitoring.pace import timed_of
-from ds_gpt2.run_dir.metrics import (
-    MetricsFile,
-    drop_after,
-    first_start,
-    planned_steps,
-    read_metrics,
-    read_starts,
-    started_from,
-)
+from ds_gpt2.run_dir.metrics import MetricsFile, drop_after, read_metrics
 
 DAMAGED = ['{"step": 3, "x"', "[1]", '{"step": "3"}', "\0\0\0", "", '{"x": 1}', "\udcff"]
 
@@ -61,24 +53,6 @@ def test_records_after_a_step_are_moved(file: Path, tmp_path: Path) -> None:
 def test_no_file_is_created_if_no_record_is_moved(file: Path, tmp_path: Path) -> None:
     drop_after(file, 9)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_the_first_start_is_the_start_of_the_run(tmp_path: Path) -> None:
-    starts = tmp_path / "starts.jsonl"
-    assert first_start(starts) is None
-    starts.write_text('{"time": "2026-01-01T01:00:00+0100"}\n{"time": "2026-02-01T00:00:00+0000"}\n')
-    assert first_start(starts) == 1767225600
-    starts.write_text("{")
-    assert first_start(starts) is None
-
-
-def test_the_starts_have_their_first_step_and_the_planned_steps(tmp_path: Path) -> None:
-    file = tmp_path / "starts.jsonl"
-    assert (read_starts(file), planned_steps([])) == ([], None)
-    file.write_text('{"from_step": 0}\n[1]\n{"from_step": 250, "steps": 1000}\n{"from_step": 2')
-    assert started_from(read_starts(file)) == [0, 250]
-    assert planned_steps(read_starts(file)) == 1000
-    assert planned_steps(read_starts(file)[:1]) is None  # an earlier version
 
 
 def test_records_wait_for_free_space_and_an_incomplete_line_is_removed(tmp_path: Path) -> None:

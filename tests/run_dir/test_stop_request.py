@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.kill_soak import curve_problems
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.run_dir.exit_report import STOPPED
+from ds_gpt2.run_dir.exit_codes import STOPPED
 from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats, read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest

@@ -23,7 +23,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import dump_settings, load_settings
 from ds_gpt2.distributed import device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.launcher import RankLayout
 
@@ -73,7 +73,7 @@ def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeyp
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # a second Ctrl+C must not interrupt the save
     output += _end(process)
-    assert process.returncode == exit_report.STOPPED, output
+    assert process.returncode == exit_codes.STOPPED, output
     assert "Traceback" not in output
     last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
     assert newest_tag(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
@@ -88,7 +88,7 @@ def test_a_stop_during_the_start_ends_the_ranks_and_leaves_no_process(endless: P
     _wait_for_a_rank(endless)  # which imports modules now
     process.send_signal(signal.SIGTERM)
     output = _end(process, 60)
-    assert process.returncode == exit_report.STOPPED
+    assert process.returncode == exit_codes.STOPPED
     assert "Traceback" not in output and "stopped before the first step of this start" in output
     assert _ranks_of(endless) == []
 
@@ -128,7 +128,7 @@ def test_one_stop_request_stops_all_ranks_within_the_step(
         rank = next(found for found in psutil.process_iter(["environ", "cmdline"]) if _is_rank_one(found, config))
         rank.send_signal(signal.SIGUSR1)
     output += _end(process)
-    assert process.returncode == exit_report.STOPPED, output
+    assert process.returncode == exit_codes.STOPPED, output
     last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
     assert newest_tag(tmp_path / "checkpoints" / "test") == f"rolling_step_{last:06d}"
     assert not stop_file.exists()
@@ -186,7 +186,7 @@ def test_a_port_in_use_is_reported_with_a_free_one(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         as_rank_zero.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        assert train.main(["--config", str(endless)]) == exit_report.MISTAKE
+        assert train.main(["--config", str(endless)]) == exit_codes.MISTAKE
     assert re.fullmatch(r"error: port \d+ is in use, .* --master_port \d+ .*\n", capsys.readouterr().err)
 
 
@@ -212,7 +212,7 @@ def test_a_configuration_error_is_reported_before_any_rank_starts(
 ) -> None:
     monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, **__: pytest.fail("ranks were started"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert cli.main(["train", str(endless), *arguments]) == exit_report.MISTAKE
+    assert cli.main(["train", str(endless), *arguments]) == exit_codes.MISTAKE
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
 
 
@@ -223,7 +223,7 @@ def test_a_directory_that_cannot_be_written_is_reported(
     from ds_gpt2 import train
 
     as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
-    assert train.main(["--config", str(endless), f"{key}={endless}"]) == exit_report.MISTAKE  # a file, not a directory
+    assert train.main(["--config", str(endless), f"{key}={endless}"]) == exit_codes.MISTAKE  # a file, not a directory
     assert re.fullmatch(rf"error: cannot write to {endless}/\S+: .*\n", capsys.readouterr().err)
 
 
@@ -239,7 +239,7 @@ def test_a_run_with_checkpoints_in_another_directory_is_not_started_anew(
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(endless, {"checkpoint.dir": str(big)})))
     as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
-    assert train.main(["--config", str(endless)]) == exit_report.MISTAKE
+    assert train.main(["--config", str(endless)]) == exit_codes.MISTAKE
     error = capsys.readouterr().err
     assert f"it has some in {big}/test: move that directory" in error and f"or set checkpoint.dir={big}" in error
 
@@ -265,7 +265,7 @@ def test_an_invalid_command_line_of_the_ranks_is_one_line(
 
     del as_rank_zero
     config = ["--config", str(endless)] if arguments else []
-    assert train.main([*config, *arguments]) == exit_report.MISTAKE
+    assert train.main([*config, *arguments]) == exit_codes.MISTAKE
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
 
 
@@ -276,14 +276,14 @@ def test_a_run_shorter_than_its_warmup_is_refused(
 
     as_rank_zero.setattr("ds_gpt2.training.run.open_process_group", lambda _: None)
     arguments = ["schedule.epochs=0.1", "schedule.warmup_steps=9999"]
-    assert train.main(["--config", str(endless), *arguments]) == exit_report.MISTAKE
+    assert train.main(["--config", str(endless), *arguments]) == exit_codes.MISTAKE
     assert "must be below the" in capsys.readouterr().err
 
 
 def test_an_unknown_config_or_run_is_reported_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "gpt2_123m"]) == exit_report.MISTAKE
+    assert cli.main(["train", "gpt2_123m"]) == exit_codes.MISTAKE
     assert "gpt2_124m" in capsys.readouterr().err
-    assert cli.main(["resume", "no-such-run"]) == exit_report.MISTAKE
+    assert cli.main(["resume", "no-such-run"]) == exit_codes.MISTAKE
     assert "no run no-such-run" in capsys.readouterr().err
 
 
@@ -348,5 +348,5 @@ def test_the_ranks_report_if_there_are_more_ranks_than_gpus(monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"4 ranks but this machine shows 1 GPU\(s\): start with --num_gpus 1"):
+    with pytest.raises(UserError, match=r"4 ranks, but this machine has 1 GPU\(s\): start with --num_gpus 1"):
         device.choose("cuda")

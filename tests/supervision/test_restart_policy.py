@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir.exit_report import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED, Outcome
+from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, MISTAKE, ROLLBACK, STOPPED
+from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.supervision.restart_policy import Finish, GiveUp, LaunchResult, Restart, RestartPolicy
 
 SETTINGS = SupervisorSettings(restarts=4, backoff_seconds=5, longest_backoff_seconds=30)

@@ -15,7 +15,7 @@ from launched import PROJECT, end_session, start
 
 from ds_gpt2.checkpoint.catalog import newest_tag, open_generation, scan
 from ds_gpt2.config.settings import Settings, load_settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -97,7 +97,7 @@ def _until(condition: Callable[[], object], seconds: float = 300) -> None:
 
 def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path, configure: Configure) -> None:
     undisturbed, disturbed = configure("undisturbed"), configure("disturbed")
-    assert supervise(_run(undisturbed), undisturbed) == exit_report.DONE
+    assert supervise(_run(undisturbed), undisturbed) == exit_codes.DONE
     assert _kinds(undisturbed, "save", "best") == ["launch", "start", "done"]
     faults = [
         Fault("kill", step=6, rank=1, once=str(tmp_path / "killed")),
@@ -105,7 +105,7 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
         Fault("freeze", step=13, rank=1, once=str(tmp_path / "frozen")),
         Fault("crash", step=19, rank=0, micro_batch=1, once=str(tmp_path / "crashed")),
     ]
-    assert supervise(_run(disturbed, *faults), disturbed) == exit_report.DONE
+    assert supervise(_run(disturbed, *faults), disturbed) == exit_codes.DONE
     assert curve_differences(undisturbed.run_dir, disturbed.run_dir) == []
     ends = [generation.manifest for generation in (scan(each.checkpoint_dir)[0] for each in (undisturbed, disturbed))]
     assert ends[0] is not None and ends[1] is not None
@@ -124,7 +124,7 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
     assert "rank 0: RuntimeError: a fault injected by the drill" in crashed.text and crashed.step == 19
     record = read_supervisor_record(disturbed.run_dir)
-    assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_report.DONE, False)
+    assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_codes.DONE, False)
     assert _processes(disturbed) == []
 
 
@@ -132,7 +132,7 @@ def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(co
     """After the same crash an older checkpoint is tried, then the batch is skipped; skipped updates are rolled back."""
     settings = configure("bad", supervisor={"skip_data": True}, guards={"skipped_run_steps": 2})
     bad = [Fault("crash", batch=9, rank=1), *(Fault("nan", batch=batch, micro_batch=1) for batch in (16, 17))]
-    assert supervise(_run(settings, *bad), settings) == exit_report.DONE
+    assert supervise(_run(settings, *bad), settings) == exit_codes.DONE
     launches = [event.text for event in _events(settings) if event.kind == "launch"]
     assert [text.split(", ", 1)[1] for text in launches] == [
         "from the beginning",
@@ -150,7 +150,7 @@ def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(co
 
 def test_a_run_without_progress_is_given_up(configure: Configure) -> None:
     settings = configure("no_progress", supervisor={"restarts": 1})
-    assert supervise(_run(settings, Fault("crash", step=1)), settings) == exit_report.CRASHED
+    assert supervise(_run(settings, Fault("crash", step=1)), settings) == exit_codes.CRASHED
     assert _kinds(settings) == ["launch", "start", "crash", "restart", "launch", "start", "crash", "gave_up"]
     assert [event.facts["restart"] for event in _events(settings) if event.kind == "launch"] == [False, True]
     history = read_status(settings.run_dir, time.time()).history
@@ -159,7 +159,7 @@ def test_a_run_without_progress_is_given_up(configure: Configure) -> None:
 
 def test_a_configuration_error_is_not_retried(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     settings = configure("mistake")
-    assert supervise(_run(settings, resume="epoch_00009"), settings) == exit_report.MISTAKE
+    assert supervise(_run(settings, resume="epoch_00009"), settings) == exit_codes.MISTAKE
     assert _kinds(settings) == ["launch", "mistake"]
     assert read_status(settings.run_dir, time.time()).state == "mistake"  # although no rank has begun to train
     assert "epoch_00009" in capfd.readouterr().err
@@ -179,7 +179,7 @@ def test_an_error_in_a_configuration_that_has_worked_before_is_retried(
         _until(lambda: "crash" in _kinds(settings))
         _until(lambda: _kinds(settings).count("crash") == 2)
         away.rename(data)
-        assert process.wait(timeout=600) == exit_report.DONE
+        assert process.wait(timeout=600) == exit_codes.DONE
     finally:
         end_session(process.pid)
     crashed = [event.text for event in _events(settings) if event.kind == "crash"]
@@ -232,10 +232,10 @@ def test_a_stop_while_a_shard_cannot_be_read_saves_the_last_step(configure: Conf
         output, _ = process.communicate(timeout=600)
     finally:
         end_session(process.pid)
-    assert process.returncode == exit_report.STOPPED, output
+    assert process.returncode == exit_codes.STOPPED, output
     assert newest_tag(settings.checkpoint_dir) == "rolling_step_000009"
-    assert supervise(_run(settings, resume="auto"), settings) == exit_report.DONE
-    assert supervise(_run(undisturbed), undisturbed) == exit_report.DONE
+    assert supervise(_run(settings, resume="auto"), settings) == exit_codes.DONE
+    assert supervise(_run(undisturbed), undisturbed) == exit_codes.DONE
     assert curve_differences(undisturbed.run_dir, settings.run_dir) == []
 
 
@@ -248,12 +248,12 @@ def test_a_stop_file_stops_a_run_that_waits_or_starts(configure: Configure) -> N
         _until(lambda: "restart" in _kinds(settings))
         (settings.run_dir / STOP_FILE).touch()
         output, _ = process.communicate(timeout=600)
-        assert process.returncode == exit_report.STOPPED, output
+        assert process.returncode == exit_codes.STOPPED, output
         process = _supervisor(settings)
         _until(lambda: _kinds(settings).count("launch") == 2)
         (settings.run_dir / STOP_FILE).touch()
         output, _ = process.communicate(timeout=600)
-        assert process.returncode == exit_report.STOPPED, output
+        assert process.returncode == exit_codes.STOPPED, output
     finally:
         end_session(process.pid)
     assert not (settings.run_dir / STOP_FILE).exists()
@@ -263,7 +263,7 @@ def test_a_stop_file_stops_a_run_that_waits_or_starts(configure: Configure) -> N
 def test_a_run_with_nan_in_every_step_is_given_up(configure: Configure) -> None:
     settings = configure("nan", guards={"skipped_run": "off"}, supervisor={"restarts": 1})
     bad = [Fault("nan", batch=batch, micro_batch=1) for batch in range(1, STEPS + 1)]
-    assert supervise(_run(settings, *bad), settings) == exit_report.CRASHED
+    assert supervise(_run(settings, *bad), settings) == exit_codes.CRASHED
     assert "done" not in _kinds(settings) and _kinds(settings)[-1] == "gave_up"
 
 
@@ -307,7 +307,7 @@ def test_a_run_that_is_moved_while_it_waits_resumes_in_the_new_directory(tmp_pat
     finally:
         end_session(process.pid)
     moved = tmp_path / "moved" / "runs" / "test"
-    assert process.returncode == exit_report.DONE, output
+    assert process.returncode == exit_codes.DONE, output
     assert f"{settings.run_dir} was moved to {moved}: resuming there" in output
     kinds = [event.kind for event in read_journal(moved) if event.kind not in ("save", "best")]
     assert kinds == ["launch", "start", "crash", "restart", "restart", "launch", "start", "done"]
@@ -330,7 +330,7 @@ def test_the_next_supervisor_ends_ranks_that_cannot_exit(configure: Configure) -
         _until(lambda: _kinds(settings).count("start") == 2)
         assert "orphans" in _kinds(settings)
         (settings.run_dir / STOP_FILE).touch()  # after a signal the ranks would have stop_seconds only
-        assert after.wait(60) == exit_report.STOPPED
+        assert after.wait(60) == exit_codes.STOPPED
         assert _processes(settings) == []
     finally:
         end_session(after.pid)
@@ -342,7 +342,7 @@ def test_ranks_that_do_not_stop_in_time_are_killed_and_reported(configure: Confi
     try:
         _until(lambda: (beat := read_beat(settings.run_dir, 1)) and beat.step == 7)
         process.terminate()
-        assert process.wait(60) == exit_report.CRASHED
+        assert process.wait(60) == exit_codes.CRASHED
         (event,) = [event for event in _events(settings) if event.kind == "crash"]
         assert event.text == (
             "killing the ranks: they have not exited 3s after the stop request (supervisor.stop_seconds);"

@@ -34,8 +34,9 @@ from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained.gpt2_config import read_config
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import last_saved_step, parse_event, read_journal
-from ds_gpt2.run_dir.metrics import first_start, parse_record, read_metrics, read_starts
+from ds_gpt2.run_dir.metrics import parse_record, read_metrics
 from ds_gpt2.run_dir.notes import read_notes
+from ds_gpt2.run_dir.starts import first_start, last_start, read_starts
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -43,7 +44,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "DeepSpeed's file": ("ds.json", lambda d: load_deepspeed_file(d / "ds.json")),
     "journal": ("journal.jsonl", lambda d: (list(read_journal(d)), last_saved_step(d))),
     "metrics": ("metrics.jsonl", lambda d: list(read_metrics(d / "metrics.jsonl"))),
-    "starts": ("starts.jsonl", lambda d: (read_starts(d / "starts.jsonl"), first_start(d / "starts.jsonl"))),
+    "starts": ("starts.jsonl", lambda d: (read_starts(d), first_start(d), last_start(d))),
     "start of a run": ("starts.jsonl", last_started),
     "owner": ("run.json", read_owner),
     "supervisor": ("supervisor.json", read_supervisor_record),

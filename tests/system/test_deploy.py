@@ -17,7 +17,7 @@ import pytest
 from launched import PROJECT
 
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS
 
 DEPLOY = PROJECT / "deploy"
@@ -39,8 +39,8 @@ def test_the_unit_lets_the_run_save_and_restarts_it_only_after_a_crash() -> None
     assert (service["KillMode"], service["KillSignal"]) == ("mixed", "SIGTERM")  # the supervisor stops the ranks
     assert float(service["TimeoutStopSec"]) >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 10
     assert service["Restart"] == "on-failure" and float(service["RestartSec"]) >= 10
-    assert service["RestartPreventExitStatus"].split() == [str(exit_report.MISTAKE), str(exit_report.STOPPED)]
-    assert service["SuccessExitStatus"] == str(exit_report.STOPPED)
+    assert service["RestartPreventExitStatus"].split() == [str(exit_codes.MISTAKE), str(exit_codes.STOPPED)]
+    assert service["SuccessExitStatus"] == str(exit_codes.STOPPED)
     assert service["OOMPolicy"] == "continue"
     assert int(service["LimitNOFILE"]) >= 65536
     assert not {"RuntimeMaxSec", "LimitCPU", "CPUQuota", "MemoryMax", "Nice"} & set(service)
@@ -113,20 +113,20 @@ def test_only_the_time_limit_requeues_the_job(tmp_path: Path, signals: list[str]
     for name in signals:
         job.send_signal(signal.Signals[f"SIG{name}"])
         time.sleep(0.05)
-    assert job.wait(20) == exit_report.STOPPED
+    assert job.wait(20) == exit_codes.STOPPED
     assert (tmp_path / "arguments").read_text(encoding="utf-8") == "train quickstart run.name=my run --auto\n"
     assert (tmp_path / "requeued").exists() is requeued
     if requeued:
         assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 4711\n"
 
 
-@pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE, exit_report.STOPPED])
+@pytest.mark.parametrize("code", [exit_codes.DONE, exit_codes.CRASHED, exit_codes.MISTAKE, exit_codes.STOPPED])
 def test_a_job_whose_run_ends_is_not_requeued(tmp_path: Path, code: int) -> None:
     assert submit(tmp_path, f"exit {code}").wait(20) == code
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize("code", [exit_report.DONE, exit_report.CRASHED, exit_report.MISTAKE])
+@pytest.mark.parametrize("code", [exit_codes.DONE, exit_codes.CRASHED, exit_codes.MISTAKE])
 def test_a_job_whose_run_ends_without_a_stop_at_the_time_limit_is_not_requeued(tmp_path: Path, code: int) -> None:
     job = submit(tmp_path, TRAPS_SIGNALS.replace("exit 3", f"exit {code}"))
     while not (tmp_path / "ready").exists():

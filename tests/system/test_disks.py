@@ -17,7 +17,7 @@ from small_run import MODEL
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import load_settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
@@ -147,7 +147,7 @@ def test_a_run_finishes_while_its_disk_is_not_writable_and_completes_its_metrics
     if how == "full":  # statvfs does not report that ext4 is read-only after an error
         assert f"the disk of {run.settings.run_dir} is full" in run.problems()
     output = run.end()
-    assert run.process.returncode == exit_report.DONE, output
+    assert run.process.returncode == exit_codes.DONE, output
     assert "Traceback" not in output and "Logging error" not in output
     reserve, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
     assert steps_in(reserve) != [] and steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
@@ -155,7 +155,7 @@ def test_a_run_finishes_while_its_disk_is_not_writable_and_completes_its_metrics
     disk.free() if how == "full" else disk.repair()
     run = Started(config(42), "--auto")
     output = run.end()
-    assert run.process.returncode == exit_report.DONE, output
+    assert run.process.returncode == exit_codes.DONE, output
     assert steps_in(metrics) == list(range(1, 43)) and not reserve.exists()
 
 
@@ -170,12 +170,12 @@ def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(
     saved = run.saved
     run.wait_for(lambda: run.saved >= saved + 2 * EVERY)  # older checkpoints are deleted
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED and "Traceback" not in output, output
+    assert run.process.returncode == exit_codes.STOPPED and "Traceback" not in output, output
     last = run.saved
     disk.free()
     run = Started(config(last + 2, **directories), "--auto")
     output = run.end()
-    assert run.process.returncode == exit_report.DONE and f"step {last} of {last + 2}" in output, output
+    assert run.process.returncode == exit_codes.DONE and f"step {last} of {last + 2}" in output, output
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, last + 3))
 
 
@@ -195,7 +195,7 @@ def test_a_run_waits_for_checkpoints_on_an_unmounted_disk_and_writes_nothing_bel
     disk.mount()
     run.wait_for(lambda: len(run.events("start")) == 2)
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED, output
+    assert run.process.returncode == exit_codes.STOPPED, output
     assert run.events("start")[1].step >= saved and problem_of(scan(run.settings.checkpoint_dir)[0]) is None
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
 
@@ -217,7 +217,7 @@ def test_a_run_crashes_and_resumes_while_the_disk_of_its_checkpoints_is_full(
     step = run.step
     run.wait_for(lambda: run.saved > step)
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED, output
+    assert run.process.returncode == exit_codes.STOPPED, output
     assert sorted(path.name for path in run.settings.checkpoint_dir.iterdir() if ".probe" in path.name) == []
 
 
@@ -235,7 +235,7 @@ def test_a_run_on_an_unmounted_disk_continues_and_writes_its_records_when_the_di
     while_unmounted = run.saved
     run.wait_for(lambda: any((event.step or 0) > while_unmounted for event in run.events("save")))
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED and "Traceback" not in output, output
+    assert run.process.returncode == exit_codes.STOPPED and "Traceback" not in output, output
     assert steps_in(run.settings.run_dir / METRICS) == list(range(1, run.saved + 1))
     assert {saved + EVERY, saved + 2 * EVERY} <= {event.step for event in run.events("save")}
     assert run.problems() == []
@@ -256,7 +256,7 @@ def test_after_a_crash_the_run_restarts_when_its_full_disk_has_free_space_again(
     disk.free()
     run.wait_for(lambda: run.saved > saved + 2 * EVERY)
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED and "cannot be written" in output, output
+    assert run.process.returncode == exit_codes.STOPPED and "cannot be written" in output, output
     assert [event.kind for event in run.all_events() if event.kind in ("crash", "not_logged", "restart")] == [
         "crash",
         "restart",
@@ -281,4 +281,4 @@ def test_nothing_is_saved_on_the_mount_point_of_an_unmounted_disk(
     step = run.step
     run.wait_for(lambda: run.saved > step)
     output = run.stop()
-    assert run.process.returncode == exit_report.STOPPED and "mount the disk again" in output, output
+    assert run.process.returncode == exit_codes.STOPPED and "mount the disk again" in output, output

@@ -13,8 +13,9 @@ import pytest
 from launched import Run
 
 from ds_gpt2.cli import main
-from ds_gpt2.run_dir import exit_report
-from ds_gpt2.run_dir.metrics import TIME, read_metrics
+from ds_gpt2.run_dir import exit_codes
+from ds_gpt2.run_dir.metrics import read_metrics
+from ds_gpt2.run_dir.starts import TIME
 
 NOW = time.time()
 STEPS = 5200
@@ -26,7 +27,7 @@ def json_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
     def run(*words: object) -> Any:
         code = main([*map(str, words), "--json"])
-        assert code in (exit_report.DONE, exit_report.CRASHED)  # status: not healthy
+        assert code in (exit_codes.DONE, exit_codes.CRASHED)  # status: not healthy
         return json.loads(capsys.readouterr().out)
 
     return run

@@ -18,7 +18,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import launches
 from ds_gpt2.training.preflight import check_start
@@ -33,7 +33,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
         monkeypatch.setattr(launches, "Ranks", None)  # a start of ranks fails
         capfd.readouterr()
-        assert cli.main([*words, "--num_gpus", "4"]) == exit_report.MISTAKE
+        assert cli.main([*words, "--num_gpus", "4"]) == exit_codes.MISTAKE
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1
         return err
@@ -55,7 +55,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         (["batch.micro_batch=3"], "cannot be divided"),
         (["deepspeed=/nowhere.json"], "DeepSpeed file not found: /nowhere.json"),
         (["alerts.urls_file=/nowhere"], "/nowhere cannot be read"),
-        (["run.name=other"], "run.name of a run is where it is found"),
+        (["run.name=other"], "run.name of an existing run is determined by its location"),
         (["checkpoint.dir=/dev/null/x"], "no checkpoints in /dev/null/x/test, but it has some in"),
         (["schedule.warmup_steps=20", "schedule.epochs=0.0001"], "schedule.warmup_steps 20 must be below"),
     ],
@@ -80,13 +80,19 @@ def test_an_invalid_resume_changes_no_file_of_the_run(
         ("run.dir=/proc/x", "cannot write to /proc/x/new"),
         ("monitor.dir=/dev/full/x", "cannot write to /dev/full/x/new"),
         ("deepspeed=CSV", "csv_monitor: cannot write to /dev/null/DeepSpeedJobName: /dev/null: Not a directory"),
-        ("checkpoint.backup.to=/dev/null", "checkpoint.backup.to: cannot copy to /dev/null: /dev/null is not a direct"),
-        ("checkpoint.backup.to=/dev/null/x", "checkpoint.backup.to: cannot copy to /dev/null/x: /dev/null is not a "),
-        ("checkpoint.backup.to=file:///dev/null", "cannot copy to file:///dev/null: /dev/null is not a directory"),
-        ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot copy to foo://x: Protocol not known: foo"),
-        ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot copy to nowhere://x: Install nowhere_fs"),
-        ("checkpoint.backup.to=CHECKPOINTS", "is where the checkpoints themselves are: give another location"),
-        ("checkpoint.backup.to=CHECKPOINTS/new", "is where the checkpoints themselves are: give another location"),
+        (
+            "checkpoint.backup.to=/dev/null",
+            "checkpoint.backup.to: cannot back up to /dev/null: /dev/null is not a directory",
+        ),
+        (
+            "checkpoint.backup.to=/dev/null/x",
+            "checkpoint.backup.to: cannot back up to /dev/null/x: /dev/null is not a directory",
+        ),
+        ("checkpoint.backup.to=file:///dev/null", "cannot back up to file:///dev/null: /dev/null is not a directory"),
+        ("checkpoint.backup.to=foo://x", "checkpoint.backup.to: cannot back up to foo://x: Protocol not known: foo"),
+        ("checkpoint.backup.to=nowhere://x", "checkpoint.backup.to: cannot back up to nowhere://x: Install nowhere_fs"),
+        ("checkpoint.backup.to=CHECKPOINTS", "overlaps the directory of the checkpoints: give another location"),
+        ("checkpoint.backup.to=CHECKPOINTS/new", "overlaps the directory of the checkpoints: give another location"),
     ],
 )
 def test_an_invalid_start_creates_no_run(
@@ -202,7 +208,7 @@ def test_a_new_run_does_not_start_among_foreign_files(
     (tmp_path / file).write_text("of another program")
     before = tree(tmp_path)
     name = Path(file).parts[2]
-    assert f"has {name}, which is not of this run: choose another {setting}" in refused("train", str(config))
+    assert f"has {name}, which does not belong to this run: choose another {setting}" in refused("train", str(config))
     assert tree(tmp_path) == before
 
 

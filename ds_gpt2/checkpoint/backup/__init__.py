@@ -1,1 +1,1 @@
-"""Copies of checkpoints in another storage."""
+"""Backups: copies of checkpoints in another storage."""

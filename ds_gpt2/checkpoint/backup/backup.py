@@ -1,8 +1,10 @@
-"""Copies of checkpoints in another storage, safe from a failure of the disk of the originals.
+"""Backups: copies of checkpoints in another storage, safe from a failure of the disk of the originals.
 
-The copies are real copies, not hard links. Those of a run are in ``<url>/<run>/<tag>/``, with the same files as
-``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker there too: it is written
-last and deleted first. Only one process at a time may write the copies of a run; see ``ownership``.
+A backup has its own files, not hard links. The backup of a checkpoint is in ``<url>/<run>/<tag>/``, with the same files
+as ``checkpoints/<run>/<tag>/``. Object stores cannot rename, so the manifest is the commit marker there too: it is
+written last and deleted first. Only one process at a time may write the backups of a run; see ``ownership``.
+
+The pointer ``latest_backup`` and ``--resume backup`` are something else: the checkpoint before the newest.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Copy:
-    """A committed copy in the storage; its files are not verified."""
+    """A committed backup of one checkpoint; its files are not verified."""
 
     tag: str
     role: Role
@@ -52,7 +54,7 @@ class Copy:
 
 
 class Backup:
-    """The copies of the checkpoints of one run in one storage.
+    """The backups of one run in one storage.
 
     Methods raise OSError if the storage or the local disk fails.
     """
@@ -69,7 +71,7 @@ class Backup:
 
         Args:
             url: a local directory, or a URL that fsspec supports.
-            run_dir: the directory of the run, which must own the copies; None: ownership is not checked.
+            run_dir: the directory of the run, which must own the backups; None: ownership is not checked.
 
         Raises:
             UserError: the protocol of the URL is not supported.
@@ -84,7 +86,7 @@ class Backup:
         self._ownership = Ownership(run_dir, self.where())
 
     def where(self, tag: str = "") -> str:
-        """Return the address of the copy ``tag``, or of the directory of all copies, without secrets."""
+        """Return the address of the backup ``tag``, or of the directory of all backups, without secrets."""
         return redact("/".join(part for part in (self._url.rstrip("/"), self._run_name, tag) if part))
 
     def check_named(self, checkpoints: Path) -> None:
@@ -95,18 +97,18 @@ class Backup:
 
         Raises:
             UserError: a file is in the way, the location is within ``checkpoints`` or the run's directory, or it has
-                the copies of another run.
+                the backups of another run.
         """
         directory = local_directory(self._url)
         if directory is None:
             return
         root = directory / self._run_name
         if (file := file_instead_of(root)) is not None:
-            raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
+            raise UserError(f"cannot back up to {redact(self._url)}: {file} is not a directory: give a directory")
         if root.resolve().is_relative_to(checkpoints.resolve()):
             raise self._checkpoint_directory_error()
         if self._run_dir is not None and root.resolve().is_relative_to(self._run_dir.resolve()):
-            raise UserError(f"{self.where()} is in the run's directory: give another location for copies")
+            raise UserError(f"{self.where()} is in the run's directory: give another location for backups")
         self._ownership.check_directory(root)
 
     def check_exists(self) -> None:
@@ -118,21 +120,21 @@ class Backup:
         if not isinstance(self._storage, LocalStorage):
             return
         if (file := file_instead_of(self._storage.root)) is not None:
-            raise UserError(f"cannot copy to {redact(self._url)}: {file} is not a directory: give a directory")
+            raise UserError(f"cannot back up to {redact(self._url)}: {file} is not a directory: give a directory")
         if not self._storage.exists():
-            raise UserError(f"no directory {redact(self._url)} to copy to: create it, or mount its disk")
+            raise UserError(f"the backup directory {redact(self._url)} does not exist: create it, or mount its disk")
 
     def check_apart_from(self, checkpoints: Path) -> None:
-        """Check that the copies are not in the directory of the checkpoints.
+        """Check that the backups are not in the directory of the checkpoints.
 
         Raises:
-            UserError: they are: a checkpoint would be taken for a copy of itself.
+            UserError: they are: a checkpoint would be mistaken for its own backup.
         """
         if isinstance(self._storage, LocalStorage) and self._storage.root.resolve() == checkpoints.resolve():
             raise self._checkpoint_directory_error()
 
     def _checkpoint_directory_error(self) -> UserError:
-        return UserError(f"{self.where()} is where the checkpoints themselves are: give another location for copies")
+        return UserError(f"{self.where()} overlaps the directory of the checkpoints: give another location for backups")
 
     def probe(self) -> None:
         """Write, read and delete a small file in the storage; nothing remains.
@@ -143,7 +145,7 @@ class Backup:
         self._storage.probe()
 
     def claim(self) -> None:
-        """Record that this run owns the copies.
+        """Record that this run owns the backups.
 
         Raises:
             UserError: another run owns them, or has taken them over from this run.
@@ -151,7 +153,7 @@ class Backup:
         self._ownership.claim(self._storage)
 
     def shares_disk_with(self, checkpoints: Path) -> bool:
-        """Return whether the copies are on the same disk as ``checkpoints``: a disk failure would destroy both."""
+        """Return whether the backups are on the same disk as ``checkpoints``: a disk failure would destroy both."""
         storage = self._storage
         return isinstance(storage, LocalStorage) and os.stat(storage.root.parent).st_dev == os.stat(checkpoints).st_dev
 
@@ -163,8 +165,8 @@ class Backup:
                 another process; an exception ends the copy.
 
         Raises:
-            UserError: the directory does not have the name of a checkpoint, or another run owns the copies.
-            DamagedError: the checkpoint is damaged; there is no committed copy of it.
+            UserError: the directory does not have the name of a checkpoint, or another run owns the backups.
+            DamagedError: the checkpoint is damaged; there is no committed backup of it.
             OSError: the checkpoint cannot be read, or the storage not written, or it returns other data than written.
         """
         if generation.role is None:
@@ -189,18 +191,18 @@ class Backup:
         return sum(files[name].bytes for name in missing)
 
     def copies(self) -> list[Copy]:
-        """Return the committed copies, the last created first: after a rollback that is not the highest step."""
+        """Return the committed backups, the last created first: after a rollback that is not the highest step."""
         found = [copy for tag in self._storage.tags() if (copy := self._copy_of(tag)) is not None]
         return sorted(found, key=lambda copy: (copy.manifest.made_at, copy.manifest.step, copy.tag), reverse=True)
 
     def prune(self, step: int) -> list[str]:
-        """Delete the copies of rolling checkpoints except the newest ``keep``, and older incomplete ones.
+        """Delete the backups of rolling checkpoints except the newest ``keep``, and older incomplete ones.
 
-        Copies of later steps than ``step`` are neither deleted nor counted: the run was rolled back, or restarted
+        Backups of later steps than ``step`` are neither deleted nor counted: the run was rolled back, or restarted
         under the same name, and only the user can decide which history to retain.
 
         Returns:
-            The tags of the deleted copies.
+            The tags of the deleted backups.
         """
         steps = {copy.tag: copy.manifest.step for copy in self.copies() if copy.role == "rolling"}
         found = [RetentionCandidate(tag, "rolling", at, verified=False) for tag, at in steps.items() if at <= step]
@@ -212,19 +214,19 @@ class Backup:
         return deleted
 
     def fetch(self, tag: str, directory: Path, progress: Progress = lambda _: None) -> Generation:
-        """Restore the copy ``tag`` as a checkpoint in ``directory``, that is ``checkpoints/<run>/``.
+        """Restore the backup ``tag`` as a checkpoint in ``directory``, that is ``checkpoints/<run>/``.
 
-        A checkpoint of this tag is left unchanged if it equals the copy, and replaced if it is damaged. A different
+        A checkpoint of this tag is left unchanged if it equals the backup, and replaced if it is damaged. A different
         checkpoint of this tag is superseded, as by any commit.
 
         Raises:
-            UserError: there is no such copy.
-            DamagedError: the copy is damaged; ``directory`` is unchanged.
+            UserError: there is no such backup.
+            DamagedError: the backup is damaged; ``directory`` is unchanged.
         """
         copy = self._copy_of(tag)
         if copy is None:
             available = ", ".join(copy.tag for copy in self.copies()) or "none"
-            raise UserError(f"no copy {tag} in {self.where()}: there are {available}")
+            raise UserError(f"no backup {tag} in {self.where()}; available: {available}")
         local = open_generation(directory / tag)
         if local.manifest == copy.manifest and problem_of(local) is None:
             return local
@@ -239,7 +241,7 @@ class Backup:
         return open_storage(self._url, self._run_name, self._disk)
 
     def _has(self, tag: str, name: str, entry: FileEntry, progress: Progress) -> bool:
-        """Return whether the storage has an intact copy of the file."""
+        """Return whether the storage has the file, intact."""
         if self._storage.size(tag, name) != entry.bytes:
             return False
         digest = hashlib.sha256()
@@ -247,7 +249,7 @@ class Backup:
         return digest.hexdigest() == entry.sha256
 
     def _clear(self, tag: str, intact: set[str]) -> None:
-        """Delete all files of the copy except the intact ones, its manifest first."""
+        """Delete all files of the backup except the intact ones, its manifest first."""
         names = self._storage.names(tag)
         if MANIFEST in names:
             self._storage.remove_file(tag, MANIFEST)
@@ -278,7 +280,7 @@ class Backup:
         try:
             return Copy(tag, role, decode(marker))
         except DamagedError as error:
-            log.warning(f"{self.where(tag)} is not a valid copy: {error}")
+            log.warning(f"{self.where(tag)} is not a valid backup: {error}")
             return None
 
     def _download(self, copy: Copy, partial: Path, progress: Progress) -> None:

@@ -21,10 +21,10 @@ class BackupReporter:
         self._last = _newest(journal)
 
     def failed(self, text: str, step: int | None = None) -> None:
-        """Record that a copy failed.
+        """Record that a backup failed.
 
         Args:
-            text: which copy and why, in one line without secrets.
+            text: which backup and why, in one line without secrets.
         """
         with self._lock:
             since = failing_since(self._last)
@@ -35,10 +35,10 @@ class BackupReporter:
             self._last = Event(time.time(), "backup_failed", text, step, {"since": since})
 
     def recovered(self, text: str, step: int | None = None) -> None:
-        """Record that a copy succeeded, if the one before failed.
+        """Record that a backup succeeded, if the one before failed.
 
         Args:
-            text: which copy, and its address, in one line without secrets.
+            text: which backup, and its address, in one line without secrets.
         """
         with self._lock:
             if (since := failing_since(self._last)) is None:

@@ -1,4 +1,4 @@
-"""Which run owns a directory of copies: ``owner.json`` beside them names it, so that a copied run does not use them."""
+"""Which run owns a directory of backups: ``owner.json`` there names it, so that a copied run does not use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ds_gpt2.checkpoint.backup.storage import Storage
 from ds_gpt2.checkpoint.naming import role_of
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import open_for_writing, read_small, try_lock
+from ds_gpt2.common.files import open_for_writing, read_small
+from ds_gpt2.common.locks import try_lock
 from ds_gpt2.config.run_address import RunAddress, address_of, read_address
 from ds_gpt2.config.run_location import CONFIG, last_seen
 
@@ -25,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 class Ownership:
-    """The claim of one run on the directory of its copies."""
+    """The claim of one run on the directory of its backups."""
 
     def __init__(self, run_dir: Path | None, location: str) -> None:
         """Read where the run was last started.
 
         Args:
             run_dir: the directory of the run; None: nothing is checked, recorded or locked.
-            location: the address of the copies, for messages.
+            location: the address of the backups, for messages.
         """
         self._run_dir = run_dir
         self._location = location
@@ -40,7 +41,7 @@ class Ownership:
         self._is_claimed = False
 
     def check_directory(self, root: Path) -> None:
-        """Check the copies in the local directory ``root``; a directory that cannot be read passes.
+        """Check the backups in the local directory ``root``; a directory that cannot be read passes.
 
         Raises:
             UserError: they belong to another run.
@@ -51,7 +52,7 @@ class Ownership:
             self._check_owner(self._owner(content, any(map(role_of, names))))
 
     def claim(self, storage: Storage) -> None:
-        """Record that this run owns the copies in ``storage``.
+        """Record that this run owns the backups in ``storage``.
 
         Raises:
             UserError: another run owns them, or has taken them over from this run.
@@ -64,14 +65,14 @@ class Ownership:
         self._check_owner(owner)
         if content is None or owner is None or not owner.is_of(self._run_dir):
             if owner is not None and not owner.is_of(self._run_dir):
-                log.warning(f"{self._location} has the copies of {owner}: this run takes them over")
+                log.warning(f"{self._location} has the backups of {owner}: this run takes them over")
             storage.make("")
             storage.write("", OWNER, [json.dumps(address_of(self._run_dir).to_dict()).encode()])
         self._is_claimed = True
 
     @contextlib.contextmanager
     def exclusive(self, on_wait: Callable[[], object]) -> Iterator[None]:
-        """Wait until no other process copies this run: two copies would replace each other's files.
+        """Wait until no other process backs up this run: two processes would replace each other's files.
 
         Args:
             on_wait: called repeatedly while waiting; an exception ends the wait.
@@ -91,7 +92,7 @@ class Ownership:
             yield
 
     def _owner(self, content: bytes | None, has_copies: bool) -> RunAddress | None:
-        """Return the run that owns the copies; None if unknown.
+        """Return the run that owns the backups; None if unknown.
 
         Earlier versions wrote no ``owner.json``: then it is the address at which this run was last started, which for
         a copied run is the address of the original.
@@ -111,7 +112,9 @@ class Ownership:
         if owner is None or self._run_dir is None or owner.is_of(self._run_dir):
             return
         if self._is_claimed or owner.is_in_use():
-            raise UserError(f"{self._location} has the copies of {owner}: set checkpoint.backup.to to another location")
+            raise UserError(
+                f"{self._location} has the backups of {owner}: set checkpoint.backup.to to another location"
+            )
 
 
 def _last_address(run_dir: Path) -> RunAddress | None:

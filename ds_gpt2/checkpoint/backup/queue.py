@@ -1,4 +1,4 @@
-"""Copy checkpoints in a background thread while training continues."""
+"""Back up checkpoints in a background thread while training continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import COPYING, role_of
 from ds_gpt2.common.formatting import duration
 
-_STUCK_SECONDS = 1800.0  # a copy is reported as failed if no block has been sent or read for this time
+_STUCK_SECONDS = 1800.0  # a backup is reported as failed if no block has been sent or read for this time
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class StoppedError(OSError):
 
 
 class BackupQueue:
-    """Copies checkpoints in a background thread, on rank 0. Failures are logged and recorded, never raised.
+    """Backs up checkpoints in a background thread, on rank 0. Failures are logged and recorded, never raised.
 
     A checkpoint to copy is first hard-linked into a private directory, so that retention may delete the original.
     """
@@ -60,7 +60,7 @@ class BackupQueue:
         self._schedule = BackupSchedule(backup.settings, now)
         self._lock = threading.RLock()  # guards the schedule, the two collections below, and the private directory
         self._jobs: dict[str, Future[None]] = {}  # by tag: the current copy and the waiting ones
-        self._failed: set[str] = set()  # tags of copies that failed and were not superseded by a later one
+        self._failed: set[str] = set()  # tags whose backup failed and was not superseded by a later one
         self._is_schedule_loaded = False
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, "backup")
@@ -81,7 +81,7 @@ class BackupQueue:
             return self._schedule.due(tag, roles, step)
 
     def offer(self, tag: str, roles: Sequence[str], step: int) -> None:
-        """Queue the copies that are due after ``tag`` has been committed and saved as ``roles``. Does not block."""
+        """Queue the backups that are due after ``tag`` has been committed and saved as ``roles``. Does not block."""
         if self._stop.is_set():
             return
         self._check_stuck()
@@ -90,13 +90,13 @@ class BackupQueue:
                 self._submit(due)
 
     def offer_last(self, tag: str, step: int) -> None:
-        """Queue all outstanding copies at the end of the run, whose last checkpoint is ``tag``."""
+        """Queue all outstanding backups at the end of the run, whose last checkpoint is ``tag``."""
         with self._lock:
             for due in self._schedule.take_last(tag, step):
                 self._submit(due)
 
     def finish(self, timeout: float) -> list[str]:
-        """Wait at most ``timeout`` seconds for the copies, then stop. Return and log the tags that were not copied."""
+        """Wait at most ``timeout`` seconds for the backups, then stop. Return and log the tags without a backup."""
         with self._lock:
             jobs = list(self._jobs.values())
             waiting = ", ".join(self._jobs)
@@ -111,7 +111,7 @@ class BackupQueue:
         self._thread.shutdown(wait=False, cancel_futures=True)
         if left:
             log.warning(
-                f"backup: {', '.join(left)} not in {self._backup.where()}; `./launch.sh backup` continues the copy"
+                f"backup: {', '.join(left)} not in {self._backup.where()}; `./launch.sh backup` continues the backup"
             )
         return left
 
@@ -120,10 +120,10 @@ class BackupQueue:
             self._schedule.failed(tag)
             return
         if role_of(tag) == "epoch" and not (self._directory / tag).exists():
-            log.warning(f"backup: {tag} is not copied: retention has deleted it meanwhile")
+            log.warning(f"backup: {tag} is not backed up: retention has deleted it meanwhile")
             self._failed.discard(tag)
             return
-        if not self._attempt(f"prepare the copy of {tag}", lambda: self._link(tag)):
+        if not self._attempt(f"prepare the backup of {tag}", lambda: self._link(tag)):
             self._note_failure(tag)
             return
         if role_of(tag) == "rolling":  # if the storage is too slow for all of them, only the newest is copied
@@ -145,13 +145,13 @@ class BackupQueue:
         commit.link(self._disk, self._directory / tag, self._private, tag)
 
     def _run(self, tag: str) -> None:
-        """Copy ``tag`` and delete old copies. Runs in the thread."""
+        """Copy ``tag`` and delete old backups. Runs in the thread."""
         try:
             if not self._attempt(f"copy {tag}", lambda: self._copy(tag)):
                 self._note_failure(tag)
                 return
             step = self._step_of(tag)
-            is_pruned = self._attempt("delete old copies", lambda: self._backup.prune(step))
+            is_pruned = self._attempt("delete old backups", lambda: self._backup.prune(step))
             if is_pruned and self._reporter is not None:
                 self._reporter.recovered(f"{tag} is in {self._backup.where(tag)}", step)
         finally:
@@ -172,14 +172,14 @@ class BackupQueue:
         )
 
     def _check_storage(self) -> None:
-        """Check at the start that the storage is readable and writable, before the first copy. Runs in the thread."""
-        if not self._attempt("list the copies", self._load_schedule) or self._reporter is None:
+        """Check at the start that the storage is readable and writable, before the first backup. Runs in the thread."""
+        if not self._attempt("list the backups", self._load_schedule) or self._reporter is None:
             return
         if self._attempt("write a test file", self._backup.probe):
             self._attempt("claim the location", self._backup.claim)
 
     def _load_schedule(self) -> None:
-        """Read once which copies exist. Runs in the thread, and again if it fails: the storage may be slow or down."""
+        """Read once which backups exist. Runs in the thread, and again if it fails: the storage may be slow or down."""
         if self._is_schedule_loaded:
             return
         copies, local = self._backup.copies(), scan(self._directory)
@@ -201,10 +201,10 @@ class BackupQueue:
             raise StoppedError("the run has ended")
 
     def _check_stuck(self) -> None:
-        """Report a copy without progress: a mounted file system can hang without an error."""
+        """Report a backup without progress: a mounted file system can hang without an error."""
         silent = time.monotonic() - self._last_progress
         if silent > _STUCK_SECONDS and self._jobs:
-            self._report(f"a copy to {self._backup.where()} has made no progress for {duration(silent)}")
+            self._report(f"a backup to {self._backup.where()} has made no progress for {duration(silent)}")
 
     def _note_failure(self, tag: str) -> None:
         with self._lock:
@@ -225,8 +225,8 @@ class BackupQueue:
             return False
         except Exception as error:  # of any storage library; no failure of a backup may end the run
             text = f"could not {what}: {redacted_reason(error)}"
-            self._report(f"{text} (copies go to {self._backup.where()})")
-            log.warning(f"backup: {text}; it is tried again after the next checkpoint")
+            self._report(f"{text} (backups go to {self._backup.where()})")
+            log.warning(f"backup: {text}; it is retried after the next checkpoint")
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""The storage of copies: a local directory, or any file system that fsspec supports."""
+"""The storage of backups: a local directory, or any file system that fsspec supports."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_protocol(url: str) -> None:
     try:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0])
     except (ValueError, ImportError) as error:
-        raise UserError(f"cannot copy to {redact(url)}: {redacted_reason(error)}") from None
+        raise UserError(f"cannot back up to {redact(url)}: {redacted_reason(error)}") from None
 
 
 def local_directory(url: str) -> Path | None:
@@ -75,7 +75,7 @@ def file_instead_of(directory: Path) -> Path | None:
 
 
 def open_storage(url: str, run_name: str, disk: Disk) -> Storage:
-    """Return the directory of the run's copies at ``url``.
+    """Return the directory of the run's backups at ``url``.
 
     Raises:
         OSError: the storage is not accessible.
@@ -99,7 +99,7 @@ def only_os_errors() -> Iterator[None]:
 
 
 class Storage:
-    """The directory of a run's copies on a file system of fsspec. The tag "" stands for the directory itself.
+    """The directory of a run's backups on a file system of fsspec. The tag "" stands for the directory itself.
 
     Methods raise OSError.
     """
@@ -109,11 +109,11 @@ class Storage:
         self._root = root
 
     def tags(self) -> list[str]:
-        """Return the tags of all copies, complete or not."""
+        """Return the tags of all backups, complete or not."""
         return [name for name in self._names(self._root) if role_of(name)]
 
     def names(self, tag: str) -> list[str]:
-        """Return the names of the files of a copy."""
+        """Return the names of the files of a backup."""
         return [name for name in self._names(self._path(tag)) if name != tag]  # some stores list the directory itself
 
     @only_os_errors()
@@ -142,7 +142,10 @@ class Storage:
 
     @only_os_errors()
     def make(self, tag: str) -> None:
-        """Create the directory of a copy. The parent of the run's directory must exist: it may be a mistyped bucket."""
+        """Create the directory of a backup.
+
+        The parent of the run's directory is not created: it may be a mistyped bucket.
+        """
         for path in (self._root, self._path(tag)):
             with contextlib.suppress(FileExistsError):
                 self._system.mkdir(path, create_parents=False)
@@ -187,7 +190,7 @@ class Storage:
         return bool(self._fresh().isdir(path))
 
     def sync(self, tag: str) -> None:
-        """Make the names of a copy's files durable. Here it does nothing: remote file systems have no such call."""
+        """Make the names of a backup's files durable. Here it does nothing: remote file systems have no such call."""
 
     @only_os_errors()
     def remove_file(self, tag: str, name: str) -> None:
@@ -196,7 +199,7 @@ class Storage:
 
     @only_os_errors()
     def remove(self, tag: str) -> None:
-        """Delete all files of a copy, its manifest first."""
+        """Delete all files of a backup, its manifest first."""
         if self.size(tag, MANIFEST) is not None:
             self.remove_file(tag, MANIFEST)
         with contextlib.suppress(FileNotFoundError):  # in object stores, a directory without files does not exist
@@ -257,7 +260,8 @@ class LocalStorage(Storage):
     def _check_exists(self) -> None:
         """Raise OSError if the directory does not exist.
 
-        An unmounted disk must not be taken for an empty one, nor be created: that would fill the disk below it.
+        An unmounted disk must not be mistaken for an empty one. Its directory is not created: that would fill the disk
+        of the mount point.
         """
         if (file := file_instead_of(self.root)) is not None:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory (set checkpoint.backup.to to one)", str(file))

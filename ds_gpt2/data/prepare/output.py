@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_gpt2.common import files, safe_json
+from ds_gpt2.common import files, locks, safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import remove_tree, replace_file
 from ds_gpt2.common.formatting import size
@@ -46,7 +46,7 @@ def unfinished(out: Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    with files.lock(directory / _LOCK, f"{directory}"):
+    with locks.lock(directory / _LOCK, f"{directory}"):
         try:
             _move_back(directory, target)
             yield directory

@@ -1,7 +1,7 @@
 """Send alerts about the events of a run.
 
-The supervisor calls ``send_news`` all the time, ``status --alert`` calls ``send``. Neither raises, because alerts must
-not end a run.
+The supervisor calls ``send_news`` twice per second, ``status --alert`` calls ``send``. Neither raises, because alerts
+must not end a run.
 """
 
 from __future__ import annotations

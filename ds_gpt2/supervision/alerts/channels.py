@@ -133,7 +133,7 @@ def check(settings: AlertSettings) -> dict[Address, str]:
         for address, service in zip(found, threads.map(Address.service, found), strict=True):
             if service is None:
                 formats = "https://github.com/caronc/apprise/wiki"
-                raise UserError(f"apprise does not support {address.name}; {formats} has the formats of addresses")
+                raise UserError(f"apprise does not support {address.name}; see {formats} for the formats of addresses")
             services[address] = service
     return services
 
@@ -214,16 +214,18 @@ def _read_private(file: Path) -> str:
         with open(file, encoding="utf-8", opener=_open_without_blocking) as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{file} is not a regular file: write the alert addresses into one, one a line")
+                raise UserError(f"{file} is not a regular file: write the alert addresses to a file, one per line")
             if status.st_uid != os.geteuid():
                 raise UserError(f"{file} belongs to another user: write the alert addresses into a file of your own")
             if status.st_mode & 0o077:
                 raise UserError(f"{file} contains passwords and can be read by other users: chmod 600 {file}")
             return opened.read()
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; it has the alert addresses, one a line") from None
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; it must contain the alert addresses, one per line"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: it has the alert addresses, one a line") from None
+        raise UserError(f"{file} is not UTF-8 text: it must contain the alert addresses, one per line") from None
 
 
 def _open_without_blocking(file: str, flags: int) -> int:

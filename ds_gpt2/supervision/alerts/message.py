@@ -23,10 +23,10 @@ _NEXT_STEPS = {
     "gave_up": "read {log}, fix the cause, then run `./launch.sh resume {run}`",
     "mistake": "read {log}, fix the cause, then start the run again",
     "stop": "`./launch.sh resume {run}` continues the run",
-    "done": "`./launch.sh report {run}` draws the curves",
+    "done": "`./launch.sh report {run}` writes a report with the curves",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what can be deleted",
     "not_logged": "free space on the disk of the run's directory, or mount it again: training continues meanwhile",
-    "backup_failed": "`./launch.sh backup {run}` makes a copy now; training retries after its next checkpoint",
+    "backup_failed": "`./launch.sh backup {run}` makes a backup now; training retries after its next checkpoint",
     "no_checkpoints": "mount or restore the directory of the checkpoints: the run then resumes automatically",
     "save_failed": "if the disk is full, `./launch.sh prune {run} --dry-run` shows what can be deleted",
 }

@@ -1,4 +1,4 @@
-"""Limit the number of messages an hour. Events over the limit are counted; the next message has the count.
+"""Limit the number of messages per hour. Events over the limit are counted; the next message has the count.
 
 The count is in a file, so that it survives a restart of the supervisor, and so that the supervisor and
 ``status --alert``, which cron starts, share it.
@@ -7,7 +7,6 @@ The count is in a file, so that it survives a restart of the supervisor, and so 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,11 @@ from typing import BinaryIO
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import no_links, regular_only, write_all
+from ds_gpt2.common.locks import wait_for_lock
 from ds_gpt2.supervision.alerts.message import FINAL_KINDS, count_more
 
 _HOUR = 3600.0
-_EXTRA_FOR_FINAL_KINDS = 4  # messages an hour over the limit
+_EXTRA_FOR_FINAL_KINDS = 4  # messages per hour over the limit
 
 
 @dataclass
@@ -71,13 +71,12 @@ class HourlyLimit:
 
     @contextlib.contextmanager
     def _stored_count(self) -> Iterator[_Count]:
-        """Read the count from the file and write it back after a change; use memory alone if the file fails."""
+        """Read the count from the file and write it back after a change; use memory only if the file fails."""
         with contextlib.ExitStack() as stack:
             file: BinaryIO | None = None
             with contextlib.suppress(OSError):
                 file = stack.enter_context(open(self._file, "a+b", buffering=0, opener=no_links))
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                wait_for_lock(file)
                 if self._is_stored:
                     self._count = _read(file)
             yield self._count

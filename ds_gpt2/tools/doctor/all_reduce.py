@@ -25,7 +25,7 @@ import torch
 
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.distributed import collectives, device
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes, process_end
 
 SIZES = (4, 1 << 20, 16 << 20)  # bytes of fp32; the first measures the latency
 _SECONDS = 0.5  # at most, for each size
@@ -56,9 +56,9 @@ def main() -> int:
         close_process_group()
     except Exception as error:
         _write(record, {"phase": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
-        return exit_report.CRASHED
+        return exit_codes.CRASHED
     _write(record, {"phase": "done", "seconds": seconds, "right": right})
-    return exit_report.DONE
+    return exit_codes.DONE
 
 
 def measure(torch_device: torch.device) -> tuple[dict[int, float], bool]:
@@ -97,4 +97,4 @@ def _synchronize(torch_device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    exit_report.end_process(main())
+    process_end.end_process(main())

@@ -19,7 +19,7 @@ from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
-from ds_gpt2.monitoring.pace import recent
+from ds_gpt2.monitoring.pace import recent_step_seconds
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.doctor import (
@@ -47,7 +47,9 @@ _BACKUP_FIX = "check that the directory or bucket exists, the credentials, the n
 
 
 def quick(settings: Settings, accelerator: str, count: int) -> list[Finding]:
-    """Run the checks that take milliseconds and do not import torch; ``train`` runs them before it starts the ranks.
+    """Run the checks that take milliseconds; ``train`` runs them before it starts the ranks.
+
+    They neither import torch nor start a program.
 
     Args:
         accelerator: ``cuda`` or ``cpu``.
@@ -93,12 +95,17 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("limits", "cgroup tasks", lambda: memory.tasks(count, read_cgroup()), quick=True),
         Check("limits", "memory limits", partial(limits.sizes, requirements.largest_file(settings, count)), quick=True),
         Check("limits", "CPU time", limits.cpu_time, quick=True),
-        Check("limits", "time limit", lambda: limits.time_limit(environment, time.time()), quick=True),
+        Check(
+            "limits",
+            "time limit",
+            lambda: limits.time_limit(environment, time.time()),
+            quick=limits.has_time_limit(environment),
+        ),
         Check("limits", "terminal", lambda: limits.terminal(environment, software.terminal_tools()), quick=True),
         Check("limits", "logout", lambda: limits.logout(environment, getpass.getuser()), quick=True),
         Check("limits", "reboot", partial(limits.reboots, accelerator == "cuda")),
         Check("machine", "runs", partial(processes.runs, settings), quick=True),
-        Check("machine", "clock", clock.synchronised, quick=True),
+        Check("machine", "clock", clock.synchronized),
         Check("machine", "time", partial(_time, settings), quick=True),
         Check("machine", "kernel log", lambda: gpus.kernel_log(gpus.read_kernel_log(), _uptime())),
         Check("network", "loopback", network.loopback, quick=True),
@@ -244,10 +251,8 @@ def _speed(settings: Settings, count: int) -> list[Finding]:
 
 
 def _step_seconds(settings: Settings) -> float | None:
-    """Return ``pace.recent`` of the step times that this run has recorded; None if it has recorded none."""
-    times = [record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)]
-    step_ms = recent(times)
-    return None if step_ms is None else step_ms / 1000
+    """Return the usual step time that this run has recorded; None if it has recorded none."""
+    return recent_step_seconds([record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)])
 
 
 def _memory(settings: Settings, accelerator: str, count: int) -> Finding:

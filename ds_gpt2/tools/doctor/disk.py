@@ -19,7 +19,7 @@ from ds_gpt2.tools.resources.machine import existing
 from ds_gpt2.tools.resources.requirements import DiskRequirement
 from ds_gpt2.tools.resources.run_checkpoints import own_bytes
 
-_FEW_FILES, _TOO_FEW_FILES = 10_000, 500  # a run creates some hundreds
+_FEW_FILES, _TOO_FEW_FILES = 10_000, 500  # a run creates a few hundred
 _LOG_BYTES = 1_000_000_000  # logs and event files of some weeks
 
 

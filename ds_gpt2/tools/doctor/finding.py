@@ -26,7 +26,7 @@ class Check:
     group: str  # heading under which the findings are printed
     name: str  # name of the finding if the check itself fails
     run: Callable[[], Finding | list[Finding]]
-    quick: bool = False  # takes milliseconds: ``train`` runs it too
+    quick: bool = False  # takes milliseconds and starts no program: ``train`` runs it too
 
 
 def run_check(check: Check) -> list[Finding]:

@@ -27,7 +27,7 @@ _THROTTLED_BY = {
     0x40: "heat, by the hardware",
     0x80: "the power supply's brake",
 }
-# From NVIDIA's catalogue of Xid errors: those that occur in long training. The others are reported by number only.
+# From NVIDIA's catalog of Xid errors: those that occur in long training. The others are reported by number only.
 _XIDS = {
     13: "a program's error, or a memory fault",
     31: "a program accessed an invalid address",

@@ -83,7 +83,7 @@ def sizes(largest_file: int) -> list[Finding]:
 
 
 def time_limit(environment: Mapping[str, str], now: float) -> Finding:
-    """Check when the Slurm job ends: from the environment, else from ``squeue``.
+    """Check when the Slurm job ends: from the environment, otherwise from ``squeue``, which may take a second.
 
     Args:
         now: seconds since 1970.
@@ -98,6 +98,11 @@ def time_limit(environment: Mapping[str, str], now: float) -> Finding:
     found = f"Slurm ends job {job} in {duration(seconds)}, {clock(now + seconds)}"
     fix = "with `#SBATCH --signal=USR1@300` the run saves before the job ends; then `./launch.sh resume`"
     return Finding(name, "fail" if seconds < _SHORT else "warn", found, fix)
+
+
+def has_time_limit(environment: Mapping[str, str]) -> bool:
+    """Return whether the environment contains the end of the Slurm job, or this is not in a Slurm job."""
+    return "SLURM_JOB_ID" not in environment or environment.get("SLURM_JOB_END_TIME", "").isdigit()
 
 
 def parse_time_left(text: str) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import psutil
 
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.locks import holder_of
 from ds_gpt2.config import train_arguments
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
@@ -54,7 +53,7 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     name = settings.run.name
     mine = [rank.pid for rank in ranks if rank.trains(settings)]
     supervised = read_supervisor_record(settings.run_dir)
-    holder = _holder(settings.checkpoint_dir / LOCK)
+    holder = holder_of(settings.checkpoint_dir / LOCK)
     if supervised is not None and supervised.is_alive:
         found = f"{name} is supervised by process {supervised.pid} on {supervised.host}"
         local = supervised.host == socket.gethostname()
@@ -115,19 +114,6 @@ def _after(script: Path, command: list[str], cwd: Path) -> list[str] | None:
     for position, word in enumerate(command[1:3], start=2):
         if word.endswith(script.name) and (cwd / word).resolve() == script.resolve():
             return command[position:]
-    return None
-
-
-def _holder(lock: Path) -> str | None:
-    """Return the holder of the run's lock, as recorded in the lock file; None if it is free. Nothing is written."""
-    try:
-        with open(lock, "rb", opener=regular_only) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read(100).decode(errors="replace").strip() or "unknown"
-    except OSError:
-        return None  # no lock file yet, or a file system without locks
     return None
 
 

@@ -25,7 +25,7 @@ if not __package__:  # started by the path of this file
 
 from ds_gpt2 import train
 from ds_gpt2.distributed import collectives
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import process_end
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 
 SCRIPT = Path(__file__)
@@ -174,4 +174,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_report.run_process(main)
+    process_end.run_process(main)

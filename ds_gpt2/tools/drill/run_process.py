@@ -16,7 +16,7 @@ import psutil
 
 from ds_gpt2.checkpoint.catalog import newest_step
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, read_beat
 from ds_gpt2.run_dir.journal import Event, Journal, read_journal
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
@@ -193,7 +193,7 @@ class RunProcess:
         Raises:
             FailedError: the run ends earlier or with an error.
         """
-        if (code := self.wait_end(_LONGEST_RUN_SECONDS)) != exit_report.DONE:
+        if (code := self.wait_end(_LONGEST_RUN_SECONDS)) != exit_codes.DONE:
             raise FailedError(f"the run ended with exit code {code}")
 
     def interrupt(self) -> None:

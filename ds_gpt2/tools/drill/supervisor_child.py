@@ -20,7 +20,7 @@ if not __package__:  # started by the path of this file
 from ds_gpt2.checkpoint.catalog import candidates
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import load_settings, parse_overrides
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
@@ -53,4 +53,4 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", flush=True)
-        sys.exit(exit_report.MISTAKE)
+        sys.exit(exit_codes.MISTAKE)

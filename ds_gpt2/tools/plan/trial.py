@@ -17,7 +17,7 @@ from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.monitoring.pace import EVALUATIONS
-from ds_gpt2.run_dir import exit_report, stop_request
+from ds_gpt2.run_dir import exit_codes, stop_request
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
 from ds_gpt2.tools.plan import trial_rank
@@ -117,7 +117,7 @@ def _train(trial: Trial, schedule: TrialSchedule, directory: Path) -> FinishedTr
     if log_sizes is None:
         shutil.rmtree(directory / "runs")
         return None
-    if ranks.outcome().code not in (exit_report.DONE, exit_report.STOPPED):
+    if ranks.outcome().code not in (exit_codes.DONE, exit_codes.STOPPED):
         _raise(ranks, directory, out_of_memory=ranks.ran_out_of_memory)
     return FinishedTrial(
         settings=run_location.load(trial.config, overrides),
@@ -195,7 +195,7 @@ def _raise(ranks: Ranks, directory: Path, out_of_memory: bool) -> NoReturn:
     if out_of_memory or any("OutOfMemoryError" in text for text in failures.values()):
         raise UserError("out of memory in a training step: reduce batch.micro_batch")
     errors = [line for line in _output(directory, 0) if line.startswith("error: ")]
-    if ranks.outcome().code == exit_report.MISTAKE and errors:
+    if ranks.outcome().code == exit_codes.MISTAKE and errors:
         raise UserError(errors[-1].removeprefix("error: "))
     first = next((f"rank {rank}: {text}" for rank, text in failures.items()), ranks.exit_status)
     raise TrialError(f"the trial failed: {first}")

@@ -17,7 +17,7 @@ if not __package__:  # started by the path of this file
 from ds_gpt2 import train
 from ds_gpt2.common import safe_json
 from ds_gpt2.distributed import collectives
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import process_end
 
 SCRIPT = Path(__file__)
 _VARIABLE = "DS_GPT2_TRIAL"  # environment variable: the directory for the record and the output of each rank
@@ -99,4 +99,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_report.end_process(main())
+    process_end.end_process(main())

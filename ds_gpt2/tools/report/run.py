@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from ds_gpt2.common.files import read_small
 from ds_gpt2.config.run_location import load_run_settings, public_tree
 from ds_gpt2.config.settings import Settings, to_yaml
 from ds_gpt2.run_dir.journal import Event
-from ds_gpt2.run_dir.metrics import METRICS, STARTS, TIME, planned_steps, read_starts
+from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.notes import NOTES
+from ds_gpt2.run_dir.starts import planned_steps, read_starts, time_of
 from ds_gpt2.tools.report.curves import Curves, read_records
 from ds_gpt2.tools.resources.history import lost_by_start, newest_events, restarts_of
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
@@ -76,7 +76,7 @@ def load_run(directory: Path) -> Run:
     """
     settings = load_run_settings(directory)
     records = read_records(directory / METRICS)
-    lines = read_starts(directory / STARTS)
+    lines = read_starts(directory)
     events = newest_events(directory)
     return Run(
         directory=directory,
@@ -146,21 +146,11 @@ def _starts_without_journal(starts: list[Start], records: Curves) -> list[Start]
 def _start(line: dict[str, Any]) -> Start:
     commit = line.get("git_commit")
     return Start(
-        time=_time(line.get("time")),
+        time=time_of(line),
         from_step=_whole(line.get("from_step")) or 0,
         world_size=_whole(line.get("world_size")),
         commit=commit if isinstance(commit, str) else None,
     )
-
-
-def _time(value: object) -> float | None:
-    """Return seconds since 1970, from a number or from a timestamp as in ``starts.jsonl``."""
-    if isinstance(value, float | int):
-        return float(value)
-    try:
-        return datetime.strptime(str(value), TIME).timestamp()
-    except (ValueError, OverflowError):
-        return None
 
 
 def _whole(value: object) -> int | None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, timed_of
+from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, recent_step_seconds, timed_of
 from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
 from ds_gpt2.tools.resources.prices import Cost, Prices, cost_of
-from ds_gpt2.tools.resources.run_state import ACTIVE, RunState, State, finished_by_checkpoint, read_run_state
+from ds_gpt2.tools.resources.run_state import RunState, State, finished_by_checkpoint, read_run_state
 
 _TIMES = ("perf/step_ms", "perf/eval_ms", "perf/save_ms")
 
@@ -88,7 +88,6 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
     left = pace.left(records.newest, steps) if steps and state.state != "finished" else None
     newest = float(records.times[-1]) if len(records.times) else None
     best_step, best = curve("val/loss").lowest() or (None, None)
-    step_ms = curve("perf/step_ms").recent()
     starts = _starts(run, state.state, now)
     return Summary(
         run=run.name,
@@ -112,12 +111,12 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         clipped_share=curve("train/clipped_share").last(),
         skipped_steps=curve("train/skipped_steps").last(),
         tokens_per_s=curve("perf/tokens_per_s").recent(),
-        step_seconds=None if step_ms is None else step_ms / 1000,
+        step_seconds=recent_step_seconds(curve("perf/step_ms").values.tolist()),
         mfu=curve("perf/mfu").recent(),
         goodput=curve("perf/goodput").last(),
         seconds_per_step=pace.wall_seconds,
         seconds_left=left,
-        finish=now + left.mean if left and state.state in ACTIVE else None,
+        finish=state.finish_time(now, left.mean if left is not None else None),
         restarts=starts.restarts,
         resumes=starts.resumes,
         lost_seconds=starts.lost_seconds,

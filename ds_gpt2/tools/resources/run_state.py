@@ -14,11 +14,11 @@ import psutil
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
-from ds_gpt2.common.files import read_small
 from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.locks import last_host
 from ds_gpt2.common.process_start import is_running
 from ds_gpt2.config.settings import Settings, SupervisorSettings
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord, read_supervisor_record
@@ -51,9 +51,9 @@ _BY_PHASE: dict[str, State] = {
 }
 _FINAL: dict[str, State] = {"done": "finished", "stop": "stopped", "mistake": "mistake", "gave_up": "gave up"}
 _BY_CODE: dict[int, State] = {
-    exit_report.DONE: "finished",
-    exit_report.STOPPED: "stopped",
-    exit_report.MISTAKE: "mistake",
+    exit_codes.DONE: "finished",
+    exit_codes.STOPPED: "stopped",
+    exit_codes.MISTAKE: "mistake",
 }
 _RANKS_ENDED = frozenset({"crash", "hang", "restart", *_FINAL})  # no rank of that start exists any more
 _STATE_EVENTS = frozenset({"launch", "start", "crash", "hang", "restart", "rollback", *_FINAL})
@@ -72,6 +72,15 @@ class RunState:
     next_start: float | None = None  # seconds since 1970, while the supervisor waits
     overdue: bool = False  # that restart did not happen in time
     is_here: bool = True  # on this machine, or on an unknown one
+
+    def finish_time(self, now: float, left_seconds: float | None) -> float | None:
+        """Return when the run finishes, in seconds since 1970; None if it is not active or the time left is unknown.
+
+        Args:
+            now: seconds since 1970.
+            left_seconds: time left, see ``ds_gpt2.monitoring.pace``.
+        """
+        return now + left_seconds if self.state in ACTIVE and left_seconds is not None else None
 
 
 def read_run_state(
@@ -254,8 +263,4 @@ def _process_exists(beat: Beat) -> bool:
 
 def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:
     """Return the host of the ranks, from the lock of the checkpoints or the supervisor's record; None if not known."""
-    with contextlib.suppress(OSError):
-        _, _, host = read_small(lock).decode(errors="replace").strip().partition(" on ")
-        if host:
-            return host
-    return supervisor.host if supervisor is not None else None
+    return last_host(lock) or (supervisor.host if supervisor is not None else None)

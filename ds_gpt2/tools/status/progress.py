@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.monitoring.pace import RECENT, WINDOW, Cadence, Pace, recent, timed_of
+from ds_gpt2.monitoring.pace import RECENT, WINDOW, Cadence, Pace, recent, recent_step_seconds, timed_of
 from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import values
@@ -73,7 +73,7 @@ def progress_of(settings: Settings, records: Sequence[Record], step: int, steps:
         step: the last completed step.
     """
     left = None if steps is None else pace.left(step, steps)
-    step_ms, wall = recent_of(records, "perf/step_ms"), pace.wall_seconds
+    wall = pace.wall_seconds
     epochs = values(records[-SMOOTHED:], "train/epoch")
     return Progress(
         step=step,
@@ -82,7 +82,7 @@ def progress_of(settings: Settings, records: Sequence[Record], step: int, steps:
         tokens=step * settings.batch.tokens_per_step,
         epochs=epochs[-1] if epochs else None,
         tokens_per_second=recent_of(records, "perf/tokens_per_s"),
-        step_seconds=None if step_ms is None else step_ms / 1000,
+        step_seconds=recent_step_seconds(values(records[-SMOOTHED:], "perf/step_ms")),
         seconds_per_step=wall.mean if wall else None,
         left_seconds=left.mean if left else None,
         left_seconds_low=left.low if left else None,

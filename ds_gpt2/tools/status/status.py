@@ -10,11 +10,12 @@ from ds_gpt2.checkpoint import catalog
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.run_dir import metrics_tail
-from ds_gpt2.run_dir.metrics import STARTS, Record, first_start, planned_steps, read_starts
+from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of, values
+from ds_gpt2.run_dir.starts import first_start, planned_steps, read_starts
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress, forecast_disks
 from ds_gpt2.tools.resources.history import DAY, Goodput, History, history_of, newest_events
-from ds_gpt2.tools.resources.run_state import ACTIVE, RunState, State, finished_by_checkpoint, read_run_state
+from ds_gpt2.tools.resources.run_state import RunState, State, finished_by_checkpoint, read_run_state
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 from ds_gpt2.tools.status.problems import Problem, Snapshot, damage_of, problems_of
 from ds_gpt2.tools.status.progress import RECORDS, SMOOTHED, Loss, Progress, loss_of, progress_of, read_pace
@@ -74,7 +75,7 @@ def read_status(run_dir: Path, now: float) -> Status:
     newest = next((one for one in checkpoints if one.is_resumable), None)
     pace = read_pace(run_dir, settings, records, [event.step or 0 for event in events if event.kind == "start"])
     epoch_share = epochs_per_step(records)
-    steps = total_steps(settings.schedule, planned_steps(read_starts(run_dir / STARTS)), epoch_share)
+    steps = total_steps(settings.schedule, planned_steps(read_starts(run_dir)), epoch_share)
     state = read_run_state(run_dir, settings, events, pace.mean_step_seconds(), now)
     state = finished_by_checkpoint(state, newest, steps)
     step = _last_step(records, state, newest)
@@ -83,7 +84,6 @@ def read_status(run_dir: Path, now: float) -> Status:
     loss = loss_of(records, day_before, newest, settings)
     recorded = records[-1] if records else None
     problems = problems_of(Snapshot(settings, state, events, step, loss, newest, disks, recorded, now))
-    is_progressing = state.state in ACTIVE and progress.left_seconds is not None
     return Status(
         run=settings.run.name,
         time=now,
@@ -93,7 +93,7 @@ def read_status(run_dir: Path, now: float) -> Status:
         problems=problems,
         beat_age_seconds=max(0.0, now - state.beat.time) if state.beat else None,
         next_start_time=state.next_start,
-        finish_time=now + (progress.left_seconds or 0.0) if is_progressing else None,
+        finish_time=state.finish_time(now, progress.left_seconds),
         progress=progress,
         loss=loss,
         checkpoint=_checkpoint(newest, now) if newest else None,
@@ -123,7 +123,7 @@ def _goodput(run_dir: Path, records: Sequence[Record], day_before: Sequence[Reco
     newest, older = ([one for one in found if values([one], "perf/goodput")] for found in (records, day_before))
     if not newest:
         return None
-    return Goodput.of(newest[-1], older[-1] if older else None, first_start(run_dir / STARTS))
+    return Goodput.of(newest[-1], older[-1] if older else None, first_start(run_dir))
 
 
 def _day_before(run_dir: Path, records: Sequence[Record]) -> list[Record]:

@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class HellaSwag(Hook):
-    """Accuracy on HellaSwag's validation items, the same for every number of ranks that holds the same weights.
+    """Accuracy on HellaSwag's validation items. With the same weights, it does not depend on the number of ranks.
 
-    Four measures, by what an ending's log-likelihood is divided by before the largest counts as the answer: ``acc``
-    by nothing, ``acc_norm`` by tokens (what llm.c and build-nanogpt report), ``acc_norm_bytes`` by UTF-8 bytes,
+    The answer is the ending with the largest log-likelihood. Four measures divide it differently: ``acc`` by nothing,
+    ``acc_norm`` by tokens (what llm.c and build-nanogpt report), ``acc_norm_bytes`` by UTF-8 bytes,
     ``acc_norm_chars`` by characters. What lm-evaluation-harness 0.4.13 calls ``acc_norm`` divides by ``len(ending)``:
     that is ``acc_norm_chars`` on text that is ``cleaned``. Bytes are more than characters in 181 items.
     """
@@ -48,7 +48,7 @@ class HellaSwag(Hook):
         counts = on_all_ranks(lambda: self._count_correct(engine))
         *correct, failed = collectives.sum_over_ranks(counts).tolist()
         if failed:
-            log.warning(f"step {state.step}: no HellaSwag: {failed:.0f} rank(s) could not compute it")
+            log.warning(f"step {state.step}: HellaSwag was not computed: {failed:.0f} rank(s) failed")
             return {}
         metrics: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):

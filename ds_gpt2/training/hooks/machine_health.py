@@ -18,9 +18,9 @@ from ds_gpt2.training.hooks.hook import Hook
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 30.0  # between two measurements, whatever the time of a step
+_SECONDS = 30.0  # between two measurements, regardless of the step time
 # nvml.h, nvmlClocksEventReason*: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown. Running at the
-# power cap is not among them: under full load that is where a GPU belongs.
+# power cap is not among them: it is normal under full load.
 _SLOWED_DOWN = 0x08 | 0x20 | 0x40 | 0x80
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Validation(Hook):
-    """Validation loss, the same to the last bit for every number of ranks that holds the same weights.
+    """Validation loss. With the same weights, it is bitwise identical for any number of ranks.
 
     Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
     are summed in one order.

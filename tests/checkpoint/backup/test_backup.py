@@ -144,7 +144,7 @@ def test_a_copy_with_a_damaged_manifest_is_not_valid_and_is_repaired(
     backup.copy(generation)
     write_at(location, generation.tag, MANIFEST, flipped(read_at(location, generation.tag)[MANIFEST]))
     assert backup.copies() == []
-    assert "rolling_step_000250 is not a valid copy: manifest.json is damaged" in caplog.text
+    assert "rolling_step_000250 is not a valid backup: manifest.json is damaged" in caplog.text
     assert backup.copy(generation) == 0
     assert tags(backup) == [generation.tag]
 
@@ -239,7 +239,7 @@ def test_a_new_copy_does_not_change_hard_links_to_the_old_one(
 
 def test_copies_in_the_directory_of_the_checkpoints_are_refused(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(run_dir.parent)
-    with pytest.raises(UserError, match="is where the checkpoints themselves are"):
+    with pytest.raises(UserError, match="overlaps the directory of the checkpoints"):
         Backup(str(tmp_path / "alias"), "run", SETTINGS).check_apart_from(run_dir)
     Backup(str(run_dir.parent), "other", SETTINGS).check_apart_from(run_dir)
     Backup("memory://nas", "run", SETTINGS).check_apart_from(run_dir)
@@ -366,5 +366,5 @@ def test_a_good_checkpoint_is_not_fetched_again(run_dir: Path, location: str) ->
 def test_fetching_a_missing_copy_lists_the_existing_ones(run_dir: Path, location: str, tag: str) -> None:
     backup = Backup(location, "run", SETTINGS)
     backup.copy(save(run_dir, 250))
-    with pytest.raises(UserError, match="there are rolling_step_000250"):
+    with pytest.raises(UserError, match="available: rolling_step_000250"):
         backup.fetch(tag, run_dir)

@@ -47,7 +47,7 @@ def test_a_continuing_failure_is_one_event_and_so_is_the_recovery(run_dir: Path,
     (failed,) = events(run_dir)
     assert failed.kind == "backup_failed"
     assert "no such directory (create it, or mount its disk)" in failed.text
-    assert f"(copies go to {nas}/run)" in failed.text
+    assert f"(backups go to {nas}/run)" in failed.text
     nas.mkdir()
     train(queue, run_dir, 400)
     recovered = events(run_dir)[-1]
@@ -78,13 +78,11 @@ def test_a_failed_copy_is_one_line_in_the_log(
     queue = open_queue(nas, run_dir)
     settle(queue)
     reason = reason.replace("LOCATION", str(nas))
-    assert caplog.messages == [
-        f"backup: could not list the copies: {reason}; it is tried again after the next checkpoint"
-    ]
+    assert caplog.messages == [f"backup: could not list the backups: {reason}; it is retried after the next checkpoint"]
     caplog.clear()
     train(queue, run_dir, 100)
     tag = rolling_tag(100)
-    assert caplog.messages == [f"backup: could not copy {tag}: {reason}; it is tried again after the next checkpoint"]
+    assert caplog.messages == [f"backup: could not copy {tag}: {reason}; it is retried after the next checkpoint"]
     queue.finish(10)
 
 
@@ -138,7 +136,7 @@ def test_a_copy_without_progress_is_a_failure(run_dir: Path, tmp_path: Path, mon
     time.sleep(0.5)
     save(run_dir, 200)
     queue.offer(rolling_tag(200), [], 200)
-    assert [event.text for event in events(run_dir)] == [f"a copy to {tmp_path}/nas/run has made no progress for 0s"]
+    assert [event.text for event in events(run_dir)] == [f"a backup to {tmp_path}/nas/run has made no progress for 0s"]
     answer.set()
     settle(queue)
     assert [event.kind for event in events(run_dir)] == ["backup_failed", "backup_ok"]
@@ -218,5 +216,5 @@ def test_a_read_only_storage_is_reported_before_the_first_copy_is_due(
     while not events(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)
     (failed,) = events(run_dir)
-    assert failed.text == "could not write a test file: 403 Forbidden (copies go to memory://nas/run)"
+    assert failed.text == "could not write a test file: 403 Forbidden (backups go to memory://nas/run)"
     queue.finish(10)

@@ -34,12 +34,12 @@ def test_a_copied_run_does_not_change_the_copies_of_the_original(tmp_path: Path,
     generation = save(run_dir, 250)
     original.copy(generation)
     before = read_at(location, generation.tag)
-    with pytest.raises(UserError, match=f"has the copies of the run in {mine} on .*: set checkpoint.backup.to to an"):
+    with pytest.raises(UserError, match=f"has the backups of the run in {mine} on .*: set checkpoint.backup.to to an"):
         Backup(location, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
     assert tags(original) == [generation.tag] and read_at(location, generation.tag) == before
     assert original.copy(open_generation(generation.path)) == 0
     if not location.startswith("memory://"):  # also refused before training starts
-        with pytest.raises(UserError, match="has the copies of the run in"):
+        with pytest.raises(UserError, match="has the backups of the run in"):
             Backup(location, "run", SETTINGS, run_dir=copied).check_named(run_dir)
         original.check_named(run_dir)
 
@@ -91,7 +91,7 @@ def test_a_copied_run_does_not_use_copies_without_a_recorded_owner(
     mine, copied = start_run(tmp_path / "mine"), start_run(tmp_path / "copied")
     Backup(location, "run", SETTINGS).copy(save(run_dir, 250))
     monkeypatch.setattr("ds_gpt2.checkpoint.backup.ownership.last_seen", lambda _: mine)
-    with pytest.raises(UserError, match=f"has the copies of the run in {mine} on"):
+    with pytest.raises(UserError, match=f"has the backups of the run in {mine} on"):
         Backup(location, "run", SETTINGS, run_dir=copied).copy(save(run_dir, 500))
     Backup(location, "run", SETTINGS, run_dir=mine).copy(save(run_dir, 500))
 

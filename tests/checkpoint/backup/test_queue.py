@@ -160,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_linked_is_logged(
 ) -> None:
     queue = BackupQueue(Backup(str(local_location), "run", SETTINGS), lambda: run_dir)
     queue.offer(rolling_tag(100), [], 100)
-    assert "could not prepare the copy of rolling_step_000100: manifest.json cannot be read" in caplog.text
+    assert "could not prepare the backup of rolling_step_000100: manifest.json cannot be read" in caplog.text
     save(run_dir, 110)
     queue.offer(rolling_tag(110), [], 110)  # due, as nothing has been copied
     assert queue.finish(60) == []
@@ -189,7 +189,7 @@ def test_a_storage_that_is_down_at_the_start_is_read_again_later(
         patch.setattr(MemoryFileSystem, "ls", lambda *args, **kwargs: 1 / 0)
         queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir)
         settle(queue)
-    assert "could not list the copies: division by zero" in caplog.text
+    assert "could not list the backups: division by zero" in caplog.text
     assert queue.due(rolling_tag(110), [], 110) == [rolling_tag(110)]
     save(run_dir, 110)
     queue.offer(rolling_tag(110), [], 110)
@@ -225,7 +225,7 @@ def test_the_queue_does_not_copy_into_the_directory_of_the_checkpoints(
         settle(queue)
     queue.finish(60)
     assert [found.step for found in scan(run_dir)] == [300, 200, 100]
-    assert "is where the checkpoints themselves are" in caplog.text
+    assert "overlaps the directory of the checkpoints" in caplog.text
 
 
 def test_a_location_on_the_disk_of_the_checkpoints_is_reported(

@@ -57,12 +57,12 @@ def test_nothing_is_written_below_an_unmounted_directory(run_dir: Path, tmp_path
     with pytest.raises(FileNotFoundError, match="mount its disk"):
         backup.copy(save(run_dir, 250))
     assert not (tmp_path / "nas").exists()
-    with pytest.raises(UserError, match=r"no directory .*nas to copy to: create it, or mount its disk"):
+    with pytest.raises(UserError, match=r"the backup directory .*nas does not exist: create it, or mount its disk"):
         backup.check_exists()
 
 
 def test_an_unknown_protocol_is_a_user_error() -> None:
-    with pytest.raises(UserError, match=r"cannot copy to gopher://\*\*\*@host/x: Protocol not known: gopher"):
+    with pytest.raises(UserError, match=r"cannot back up to gopher://\*\*\*@host/x: Protocol not known: gopher"):
         Backup("gopher://me:secret@host/x", "run", SETTINGS)
 
 

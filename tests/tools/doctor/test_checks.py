@@ -73,7 +73,7 @@ def test_quick_checks_are_fast_and_do_not_import_torch(settings: Settings, tmp_p
         "this run",
         "loopback",
     }
-    assert not names & {"checksums", "ranks", "write speed", "versions"}
+    assert not names & {"checksums", "ranks", "write speed", "versions", "clock"}
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom ds_gpt2.config.settings import load_settings\n"
         "from ds_gpt2.tools.doctor.checks import quick\n"
@@ -85,6 +85,21 @@ def test_quick_checks_are_fast_and_do_not_import_torch(settings: Settings, tmp_p
     seconds, modules = result.stdout.split(maxsplit=1)
     assert float(seconds) < 1.0
     assert modules == "set()\n"
+
+
+@pytest.mark.parametrize("end", [None, "1800000000"])
+def test_quick_checks_start_no_program(settings: Settings, monkeypatch: pytest.MonkeyPatch, end: str | None) -> None:
+    def refuse(*command: object, **options: object) -> None:
+        raise AssertionError(f"started: {command}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    if end is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    rows = {row.name: row for row in quick(settings, "cpu", 1)}
+    assert ("time limit" in rows) == (end is not None)
+    assert not [row for row in rows.values() if "started: " in row.found]
 
 
 def test_a_clock_behind_a_file_in_any_folder_of_the_project_is_found(

@@ -21,7 +21,7 @@ def test_a_clock_behind_the_newest_file(tmp_path: Path) -> None:
     behind = clock.not_behind(files, now - 7200)
     assert behind.status == "warn"
     assert f"{tmp_path / 'new'} was modified 1h 59m later" in behind.found
-    assert clock.synchronised().status in ("ok", "warn", "unknown")  # the last in most containers
+    assert clock.synchronized().status in ("ok", "warn", "unknown")  # the last in most containers
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_clock_behind_the_newest_file(tmp_path: Path) -> None:
         ("", "", "unknown"),
     ],
 )
-def test_synchronisation_as_reported_by_systemd_and_chronyd(
+def test_synchronization_as_reported_by_systemd_and_chronyd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timedatectl: str | None, leap_status: str | None, status: str
 ) -> None:
     tracking = f"A29FC87B,time.example.org,3,1700000000.0,0.1,0.1,0.1,1.0,0.0,0.1,0.01,0.001,64.2,{leap_status}"
@@ -47,12 +47,12 @@ def test_synchronisation_as_reported_by_systemd_and_chronyd(
         program = tmp_path / name
         program.write_text("#!/bin/sh\nexit 1\n" if answer is None else f"#!/bin/sh\necho '{answer}'\n")
         program.chmod(0o755)
-    finding = clock.synchronised()
+    finding = clock.synchronized()
     assert (finding.name, finding.status, bool(finding.fix)) == ("clock", status, status != "ok")
 
 
-def test_synchronisation_is_unknown_without_systemd_and_chronyd(
+def test_synchronization_is_unknown_without_systemd_and_chronyd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert clock.synchronised().status == "unknown"
+    assert clock.synchronized().status == "unknown"

@@ -13,7 +13,7 @@ from doctor_helpers import flip
 
 from ds_gpt2.commands import doctor
 from ds_gpt2.data.dataset import open_dataset
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.doctor.finding import Finding
 
 
@@ -32,7 +32,7 @@ def test_all_checks_and_the_exit_code_of_a_failed_one(
 ) -> None:
     config = write_config(tmp_path / "folder", data={"dir": str(copied)})
     flip(copied / open_dataset(copied).shards[0].file)
-    assert run(config, "--num_gpus", "2", "--json") == exit_report.MISTAKE
+    assert run(config, "--num_gpus", "2", "--json") == exit_codes.MISTAKE
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows if row["status"] == "fail"] == ["checksums"]
     assert {row["group"] for row in rows} >= {"settings", "disk", "data", "memory", "limits", "machine", "network"}
@@ -47,17 +47,17 @@ def test_printed_rows_and_summary(
     tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path)
-    assert run(config, "--quick") == exit_report.DONE
+    assert run(config, "--quick") == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines) <= doctor.WIDTH
     assert re.fullmatch(r"\d+ ok.*: ready, as far as can be checked.*", lines[-1])
     assert "memory" in lines and not any(line.startswith("  FAIL") for line in lines)
-    assert run(config, "--quick", "checkpoint.min_free_gb=1e9") == exit_report.MISTAKE
+    assert run(config, "--quick", "checkpoint.min_free_gb=1e9") == exit_codes.MISTAKE
     lines = capsys.readouterr().out.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("  FAIL free space "))
     assert any(line.strip().startswith("-> at least") for line in lines[at : at + 3])
     # The clock is "not known" in most containers.
-    assert re.search(r", 1 FAIL(, 1 not known)?: not ready; fix what says FAIL", lines[-1])
+    assert re.search(r", 1 FAIL(, 1 not known)?: not ready; fix the checks marked FAIL", lines[-1])
 
 
 def test_ranks_that_cannot_be_chosen_are_a_finding(
@@ -66,7 +66,7 @@ def test_ranks_that_cannot_be_chosen_are_a_finding(
     config = write_config(tmp_path)
     code = run(config, "--quick", "--json", "run.device=cuda", "--num_gpus", "4096")
     rows = json.loads(capsys.readouterr().out)
-    assert (code, rows[0]["name"], rows[0]["status"]) == (exit_report.MISTAKE, "device", "fail")
+    assert (code, rows[0]["name"], rows[0]["status"]) == (exit_codes.MISTAKE, "device", "fail")
     assert len(rows) > 10
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_gpt2.common.files import lock
+from ds_gpt2.common.locks import lock
 from ds_gpt2.config.settings import Settings, dump_settings
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.tools.doctor import processes

@@ -28,7 +28,7 @@ from ds_gpt2.config.settings import load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import drill as drill_run
@@ -70,7 +70,7 @@ def _command(config: Path) -> list[str]:
 @pytest.mark.ranks
 def test_drill_passes_and_is_recorded(drilled: tuple[Path, int, str]) -> None:
     folder, code, output = drilled
-    assert code == exit_report.DONE, output
+    assert code == exit_codes.DONE, output
     (record,) = (folder / "runs" / "test" / "drill").glob("*/record.json")
     content = json.loads(record.read_text())
     names = ["undisturbed", *PLAYED.split(",")[:2], "bit_for_bit", "nan", "no_process_left"]
@@ -107,7 +107,7 @@ def test_ctrl_c_ends_a_drill_and_its_processes(tmp_path: Path, write_config: Cal
     try:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
-        assert process.returncode != exit_report.DONE, output
+        assert process.returncode != exit_codes.DONE, output
         assert marked(mark) == []
     finally:
         end_session(process.pid)

@@ -34,7 +34,7 @@ from ds_gpt2.common.process_start import start_of
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.plan import fit, trial_directory, trial_results
 from ds_gpt2.tools.plan.estimate import inputs_of
 from ds_gpt2.tools.plan.timing import Timing
@@ -69,7 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[...,
 def planned(config: Path) -> tuple[Launched, dict[str, Any]]:
     """Run ``plan`` with a trial from the command line; return the process and the JSON."""
     done = run(command(config, f"--num_gpus={RANKS}", "--json", "--watts", 400, "--price-per-kwh", 0.3))
-    assert done.code == exit_report.DONE, done.output
+    assert done.code == exit_codes.DONE, done.output
     return done, json.loads(done.output.splitlines()[-1])
 
 
@@ -170,7 +170,7 @@ def test_memory_beside_tensors_does_not_grow_with_the_batch(config: Path, factor
 def test_quick_plan_starts_no_process(config: Path) -> None:
     start_time = time.monotonic()
     done = run(command(config, "--num_gpus=2", "--quick"))
-    assert done.code == exit_report.DONE and time.monotonic() - start_time < 15
+    assert done.code == exit_codes.DONE and time.monotonic() - start_time < 15
     assert max(map(len, done.output.splitlines())) <= WIDTH
     assert "not measured: no step was run" in done.output
     assert re.search(r"exact +tokens per step +1,024 = 2 windows x 64 tokens x 4 micro-batches x 2 ranks", done.output)
@@ -182,7 +182,7 @@ def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
     large = ["model.layers=null", "model.heads=null", "model.width=null", "model.preset=1558M"]
     batch = ["batch.micro_batch=16", "batch.tokens_per_step=524288", "batch.sequence_length=1024"]
     done = run(command(config, *other, *large, *batch))
-    assert done.code == exit_report.MISTAKE
+    assert done.code == exit_codes.MISTAKE
     (line,) = (line for line in done.output.splitlines() if line.startswith("error: "))
     assert line.startswith("error: memory: a rank needs") and "24.00 GB are available: set batch.micro_batch=" in line
     found = json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
@@ -190,7 +190,7 @@ def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
     bases = {name: figure["basis"] for name, figure in found["figures"].items()}
     assert bases["step_seconds"] == bases["run_seconds"] == bases["rank_memory_bytes"] == "estimated"
     fix = int(line.rsplit("=", 1)[1])
-    assert run(command(config, *other, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_report.DONE
+    assert run(command(config, *other, *large, *batch[1:], f"batch.micro_batch={fix}")).code == exit_codes.DONE
 
 
 @pytest.mark.ranks
@@ -206,7 +206,7 @@ def test_a_run_that_does_not_fit_is_reported_with_a_fix(config: Path) -> None:
 )
 def test_a_user_error_is_one_line(config: Path, words: list[str], line: str) -> None:
     done = run(command(config, *words))
-    assert done.code == exit_report.MISTAKE and len(done.output.splitlines()) == 1
+    assert done.code == exit_codes.MISTAKE and len(done.output.splitlines()) == 1
     assert done.output.startswith(line)
 
 
@@ -230,7 +230,7 @@ def test_steps_and_sizes_are_known_without_data(
         code, out, err = _plan(config, capsys, *hardware, "--json", f"data.dir={data}")
         found = json.loads(out)
         figures = {name: each["value"] for name, each in found["figures"].items()}
-        assert (code, err, found["fits"]) == (exit_report.DONE, "", True)
+        assert (code, err, found["fits"]) == (exit_codes.DONE, "", True)
         assert (figures["steps"], figures["tokens"], figures["epochs"]) == (STEPS, STEPS * 1024, None)
         assert figures["checkpoints_most_bytes"] > 2 * figures["checkpoint_bytes"] > 0
         assert (figures.get("run_seconds") is not None) is bool(hardware)
@@ -244,11 +244,11 @@ def test_steps_that_follow_from_epochs_are_not_known_without_data(
 ) -> None:
     words = (*OTHER_GPU, f"data.dir={tmp_path / 'missing'}", "schedule.steps=null", "schedule.epochs=5")
     code, out, err = _plan(config, capsys, *words)
-    assert (code, err) == (exit_report.DONE, "")
+    assert (code, err) == (exit_codes.DONE, "")
     assert re.search(r"not known +steps +not known: schedule.epochs=5 of data that does not exist yet", out)
     assert re.search(r"estimated +a step ", out) and re.search(r"predicted +a checkpoint ", out)
     code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.01)
-    assert code == exit_report.MISTAKE and err.startswith("error: disk: the run needs at least ")
+    assert code == exit_codes.MISTAKE and err.startswith("error: disk: the run needs at least ")
 
 
 def test_damaged_data_is_a_user_error(
@@ -257,20 +257,20 @@ def test_damaged_data_is_a_user_error(
     data = shutil.copytree(dataset_dir, tmp_path / "data")
     next(data.glob("*train*.bin")).unlink()
     code, out, err = _plan(config, capsys, "--quick", f"data.dir={data}")
-    assert (code, out) == (exit_report.MISTAKE, "") and err.startswith("error: ")
+    assert (code, out) == (exit_codes.MISTAKE, "") and err.startswith("error: ")
 
 
 def test_a_disk_that_is_too_small_is_reported_for_other_gpus(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run has many epochs, whose checkpoints are all retained, and one rank."""
     words = (*OTHER_GPU, "schedule.steps=40000", "checkpoint.every=20000")
     code, out, err = _plan(config, capsys, *words, "--disk-free-gb", 10_000)
-    assert (code, err) == (exit_report.DONE, "")
+    assert (code, err) == (exit_codes.DONE, "")
     assert re.search(
         r"40,000: 40.96 M tokens, [1-9]\d\d epochs of [\d,]+ windows: the model will memorize", " ".join(out.split())
     )
     assert "plan of test: 1 rank on other GPUs" in out and "x 1 rank\n" in out and "1 ranks" not in out
     code, _, err = _plan(config, capsys, *words, "--disk-free-gb", 0.5)
-    assert code == exit_report.MISTAKE
+    assert code == exit_codes.MISTAKE
     assert err.startswith("error: disk: the run needs up to ") and "500.0 MB are free" in err
     assert "--disk-free-gb" not in err and len(err.splitlines()) == 1
 
@@ -285,7 +285,7 @@ def test_an_interrupted_trial_leaves_no_process_and_no_file(tmp_path: Path, writ
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode != exit_report.DONE
+    assert process.returncode != exit_codes.DONE
     assert len(ranks) >= 2 and psutil.wait_procs(ranks, timeout=60)[1] == []
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
@@ -301,7 +301,7 @@ def test_a_user_error_of_the_ranks_is_one_line(
     shard.write_bytes(content)
     config = write_config(tmp_path, data={"dir": str(data)})
     done = run(command(config, "--num_gpus=2"))
-    assert done.code == exit_report.MISTAKE, done.output
+    assert done.code == exit_codes.MISTAKE, done.output
     assert done.output.startswith("error: ") and shard.name in done.output and len(done.output.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run.yaml"]
 

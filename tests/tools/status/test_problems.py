@@ -40,11 +40,11 @@ def test_finished_run_without_a_backup_of_its_last_checkpoint_is_unhealthy(files
     files.configure(CONFIG.replace("dir: FOLDER/checkpoints", "backup: {to: /nas}, dir: FOLDER/checkpoints"))
     files.train(10)
     files.journal("start", 100, 0)
-    files.journal("backup_failed", 20, 10, "rolling_step_000010 could not be copied before the end of the run")
+    files.journal("backup_failed", 20, 10, "rolling_step_000010 could not be backed up before the end of the run")
     files.journal("done", 10, 10)
     status = files.status()
     assert (status.state, status.healthy) == ("finished", False)
-    assert "could not be copied before the end of the run" in status.problems[0].text
+    assert "could not be backed up before the end of the run" in status.problems[0].text
 
 
 def test_undelivered_message_is_a_problem_until_a_message_is_delivered(healthy_run: RunFiles) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.run_dir import exit_report
+from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.drill.compare import expected_ledger
 from ds_gpt2.tools.drill.run_process import FailedError, RunProcess
 from ds_gpt2.tools.drill.shrink import EVERY
@@ -109,8 +109,8 @@ def stop(run: RunProcess) -> None:
 
 def verify_stopped(run: RunProcess) -> None:
     """Wait until the run ends after Ctrl+C, and verify its exit code."""
-    if (code := run.wait_end()) != exit_report.STOPPED:
-        raise FailedError(f"Ctrl+C: exit code {code}, not {exit_report.STOPPED}")
+    if (code := run.wait_end()) != exit_codes.STOPPED:
+        raise FailedError(f"Ctrl+C: exit code {code}, not {exit_codes.STOPPED}")
 
 
 def stop_with_checkpoint(context: SceneContext) -> None:
