@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from disks import RecordingDisk, Step
 
@@ -62,7 +64,7 @@ def write_parts(disk: Disk, partial: Path, label: str) -> dict[str, FileEntry]:
     for rank in range(RANKS):
         disk.make_directory(partial)
         files = {
-            name: write_with(disk, partial / name, 0.0, lambda file, data=data: file.write(data) and None)
+            name: write_with(disk, partial / name, 0.0, functools.partial(_write, data))
             for name, data in file_contents(label).items()
             if name.endswith(f"{rank}.pt")
         }
@@ -71,6 +73,10 @@ def write_parts(disk: Disk, partial: Path, label: str) -> dict[str, FileEntry]:
     if None in records:
         raise OSError("a rank has not written its record")
     return {name: entry for record in records if record for name, entry in record.items()}
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def file_contents(label: str, names: Iterable[str] = ("model_0.pt", "optim_0.pt", "optim_1.pt")) -> dict[str, bytes]:
@@ -84,9 +90,16 @@ def val_loss_of(step: int) -> float:
 
 def manifest_of(step: int, files: dict[str, FileEntry], roles: Sequence[str] = (), evaluated: bool = True) -> Manifest:
     """Return the manifest of a checkpoint. Its validation loss was measured only if it is saved as the best."""
-    state = {"step": step, "val_loss": val_loss_of(step), "val_step": step if BEST_TAG in roles else None}
-    state["unevaluated"] = None if evaluated else {}
-    about = {"created": "2025-01-01T00:00:00+00:00", "epoch": 0.5, "identity": {}, "settings": {}, "versions": {}}
+    val_step = step if BEST_TAG in roles else None
+    unevaluated: dict[str, float] | None = None if evaluated else {}
+    state = {"step": step, "val_loss": val_loss_of(step), "val_step": val_step, "unevaluated": unevaluated}
+    about: dict[str, Any] = {
+        "created": "2025-01-01T00:00:00+00:00",
+        "epoch": 0.5,
+        "identity": {},
+        "settings": {},
+        "versions": {},
+    }
     return Manifest(**about, state=state, roles=list(roles), world_size=RANKS, files=files)
 
 

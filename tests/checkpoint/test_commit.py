@@ -375,7 +375,8 @@ def _save_to_failing_disk(
     assert _good_tags(directory) == {found.tag for found in scan(directory)}
     assert not list(directory.glob("*" + PARTIAL))
     if scenario.best is not None:
-        assert manifest.read(directory / BEST_TAG).val_loss <= scenario.best
+        val_loss = manifest.read(directory / BEST_TAG).val_loss
+        assert val_loss is not None and val_loss <= scenario.best
     return disk
 
 

@@ -59,7 +59,7 @@ def serving(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own session and check that no process is left at the end."""
     command = [sys.executable, "-m", "ds_gpt2", "tensorboard", *words]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=PROJECT, env=environment, start_new_session=True, **pipes)
     try:
         yield process
@@ -151,7 +151,7 @@ def test_the_server_is_open_to_the_network_only_on_request(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(server, "launch", launch)
-    monkeypatch.setattr(tensorboard.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
     assert tensorboard.run(parser.parse_args([str(run_dir)])) == exit_report.DONE

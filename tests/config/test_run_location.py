@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import load_run_settings, stored_settings
-from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
+from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings, settings_of
 from ds_gpt2.tools.report import diff
 from ds_gpt2.training import preflight, run_start
 
@@ -33,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def use(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``project`` the project directory, which stored relative paths refer to."""
-    real = run_location.settings_of
+    real = settings_of
     monkeypatch.setattr(run_location, "PROJECT_DIR", project)
     monkeypatch.setattr(run_location, "settings_of", lambda *given, **named: real(*given, **named, project_dir=project))
 
@@ -203,7 +204,8 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
 def test_a_copy_that_shares_an_output_directory_is_refused(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, old: bool
 ) -> None:
-    start(project, old=old, **{shared: str(tmp_path / "shared")})
+    paths: dict[str, Any] = {shared: str(tmp_path / "shared")}
+    start(project, old=old, **paths)
     shutil.copytree(project, tmp_path / "copies" / "copy")
     use(tmp_path / "copies" / "copy", monkeypatch)
     with pytest.raises(UserError, match=rf"{tmp_path}/shared/a belongs to the run in {project}/runs/a") as refused:

@@ -181,7 +181,7 @@ def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> 
     assert sum(map(len, shares)) == len({id(item) for mine in shares for item in mine}) == len(items)
     sizes = [sum(row_length(item) for item in mine) for mine in shares]
     assert max(sizes) < 1.1 * min(sizes)
-    counts = sum(score(model, mine).correct() for mine in shares)
+    counts = np.sum([score(model, mine).correct() for mine in shares], axis=0)
     assert counts.tolist() == score(model, items).correct().tolist()
 
 

@@ -103,7 +103,7 @@ def test_evaluations_and_saves_are_counted_separately() -> None:
     for (step, before), (_, now) in itertools.pairwise(enumerate(estimates, start=1)):
         if step > 51:  # each kind has been seen
             passed = (costs[(step + 1) % 20 == 0, True] if (step + 1) % 10 == 0 else 0) + 3 * ((step + 1) % 25 == 0)
-            assert before - now == pytest.approx(1 + passed)
+            assert before is not None and now is not None and before - now == pytest.approx(1 + passed)
     # 100 steps; 110, 130, ... 190 validate, 120, ... 180 and the last do both; 125, 150, 175 and the last save
     assert estimates[-1] == pytest.approx(100 + 5 * 7 + 5 * 50 + 4 * 3)
     whole = pace.left(100, 200)

@@ -1,9 +1,9 @@
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from ds_gpt2.monitoring import step_timer
 from ds_gpt2.monitoring.pace import Cadence, Pace, timed_of
 from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 
@@ -18,8 +18,8 @@ def earlier(trained_seconds: float = 0.0, first_start: float = 0.0, cadence: Cad
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(step_timer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(step_timer.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     return now
 
 

@@ -93,7 +93,8 @@ def test_a_full_disk_delays_events_without_duplicates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
     monitor = _monitor(tmp_path)
-    write, written = RecordWriter.write, []
+    write = RecordWriter.write
+    written: list[bytes] = []
 
     def write_two_more(writer: RecordWriter, data: bytes) -> None:
         if len(written) == 2:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from file_tree import tree
-from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
+from fsspec.registry import known_implementations
 from launched import Launched
 
 from ds_gpt2 import cli

@@ -160,7 +160,7 @@ def test_a_preparation_of_an_earlier_version_continues_or_starts_again(
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
 @pytest.mark.parametrize("options", [{"column": "other"}, {"separator": " "}])
 def test_a_preparation_does_not_continue_with_another_column_or_separator(
-    tmp_path: Path, interrupted: Callable[..., Path], name: str, options: dict[str, str]
+    tmp_path: Path, interrupted: Callable[..., Path], name: str, options: dict[str, Any]
 ) -> None:
     file = write_hundred_documents(tmp_path / name)
     interrupted(file)

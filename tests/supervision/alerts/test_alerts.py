@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import pytest
 from alert_service import Service, alert_events, command_messages, settings_with_command, wait_for, write_addresses
 from launched import PROJECT
 
 from ds_gpt2.config.settings import AlertSettings
-from ds_gpt2.run_dir.journal import JOURNAL, Journal, Kind, read_journal
+from ds_gpt2.run_dir.journal import JOURNAL, Journal, read_journal
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.alerts.channels import ADDRESSES
 
@@ -70,7 +69,7 @@ def test_an_event_that_the_journal_cannot_take_is_sent_once(run_dir: Path) -> No
     alerts, journal = Alerts(settings_with_command(run_dir), run_dir), Journal(run_dir)
     (run_dir / JOURNAL).mkdir()  # stands for a full disk
     for kind in ("crash", "save"):
-        missed = journal.write(cast(Kind, kind), "rank 1: killed")
+        missed = journal.write(kind, "rank 1: killed")
         assert missed is not None
         alerts.send_event(missed)
     (run_dir / JOURNAL).rmdir()

@@ -35,7 +35,7 @@ def test_free_space_is_compared_with_the_requirement(tmp_path: Path) -> None:
 def test_checkpoints_of_the_run_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(3_000_000))
     os.link(tmp_path / "file", tmp_path / "linked")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     row = disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_000, 4_000_000))
     assert (row.status, "1.0 MB free, 3.0 MB used by this run already" in row.found) == ("ok", True)
     assert disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_001, 4_000_001)).status == "fail"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ def _look(hook: Health) -> dict[str, Any]:
 
 def test_the_machine_is_measured_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(machine_health.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     hook = Health(torch.device("cpu"))
     assert 0.01 < _look(hook)["perf/host_memory_gb"] < 100
     now[0] += 29
