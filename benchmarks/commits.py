@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -36,10 +36,8 @@ _TOKENS = 8192  # of a step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--commit", required=True, help="the earlier commit")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -54,9 +52,7 @@ def main() -> None:
         finally:
             subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "remove", "--force", earlier], check=True)
     setting = f"{options.preset}, {options.ranks} ranks, {_TOKENS} tokens a step"
-    result = {"machine": describe(), "command": " ".join(sys.argv), "setting": setting, **_summary(rounds)}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report(options.out, {"setting": setting, **_summary(rounds)})
 
 
 def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:

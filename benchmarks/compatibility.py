@@ -10,22 +10,19 @@ commit trains to the end without a stop: the interruption and the change of the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.data.prepare.holdout import EveryPiece
 from ds_gpt2.data.prepare.pipeline import Recipe, prepare
@@ -38,9 +35,8 @@ STEPS, SEQUENCE = 40, 32
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("--commit", required=True, help="the earlier commit")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="compatibility-"))
     earlier = folder / "earlier"
@@ -56,17 +52,14 @@ def main() -> int:
     finally:
         subprocess.run(["git", "-C", PROJECT, "worktree", "remove", "--force", earlier], check=True)
         shutil.rmtree(folder, ignore_errors=True)
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "command": " ".join(sys.argv),
+    result = {
         "earlier_commit": _resolve(options.commit),
         "commit": _resolve("HEAD"),
         "steps": STEPS,
         "stopped_at": STEPS // 2,
         "differences": problems,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report(options.out, result)
     return 1 if problems else 0
 
 

@@ -39,6 +39,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.program import make_parser, report
 from ds_gpt2 import cli
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.manifest import DamagedError
@@ -138,11 +139,7 @@ def main() -> None:
             for name, tally in tallies.items()
         },
     }
-    print(json.dumps(results, indent=1))
-    if options.out:
-        from benchmarks.machine import describe
-
-        options.out.write_text(json.dumps({"machine": describe(), **results}, indent=1) + "\n", encoding="utf-8")
+    report(options.out, results)
     sys.exit(results["failures"] > 0)
 
 
@@ -458,7 +455,7 @@ def _changed_bytes(draw: st.DrawFn, original: bytes) -> bytes:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the results to this file")

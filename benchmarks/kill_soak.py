@@ -12,10 +12,8 @@ ledger of windows must be bitwise equal to those of the undisturbed run, and Ten
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -39,7 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report
 from ds_gpt2.checkpoint.catalog import Generation, problem_of, scan
 from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
 from ds_gpt2.data.prepare.holdout import EveryPiece
@@ -310,7 +308,7 @@ def curve_problems(run_dir: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
@@ -320,8 +318,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-soak-") as folder:
         tally = soak(options.kills, options.ranks, options.seed, Path(folder))
     result = {
-        "machine": describe(),
-        "command": sys.argv,
         "sigkills": tally.sigkills,
         "kills": dict(tally.kills),
         "moments": dict(tally.moments),
@@ -332,9 +328,7 @@ def main() -> None:
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "failures": tally.failures,
     }
-    print(json.dumps(result, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report(options.out, result)
     sys.exit(bool(tally.failures))
 
 

@@ -27,6 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
+from benchmarks.program import make_parser
 from ds_gpt2.supervision.launcher import RankLayout, start_command
 
 Found = dict[str, Any]  # the results of a program
@@ -197,7 +198,7 @@ def _tokenising(it: Found) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--suite", choices=["cpu", "gpu"], required=True)
     parser.add_argument("--data", type=lambda text: Path(text).absolute(), required=True)
     parser.add_argument("--hellaswag", type=Path, required=True, metavar="FILE")

@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir.journal import KINDS
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -40,9 +40,7 @@ _QUIET = ("launch", "start", "save", "best", "done")  # events of a healthy run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
@@ -52,11 +50,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = _run_process(Path(folder), options)
         try:
-            shown = {"machine": describe(), "command": " ".join(sys.argv), **_soak(run, options)}
+            result = _soak(run, options)
         finally:
             end_all(run.mark)
-    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(shown, indent=1))
+    report(options.out, result)
 
 
 def _soak(run: RunProcess, options: argparse.Namespace) -> dict[str, Any]:
