@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_report
 
@@ -46,7 +46,7 @@ def main() -> None:
     trainer.steps(3)
     result = inject(trainer.engine, trainer.data, options.count, options.seed)
     if collectives.is_main():
-        report(options.out, result)
+        report_result(options.out, result)
     trainer.engine.close()
     close_process_group()
 

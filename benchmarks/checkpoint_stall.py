@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import CheckpointSettings
 from ds_gpt2.distributed import collectives, device
@@ -56,7 +56,7 @@ def main() -> None:
     trainer = Trainer(settings, torch_device)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if collectives.is_main():
-        report(options.out, result)
+        report_result(options.out, result)
     collectives.barrier()
     _remove(Path(folder))
     close_process_group()

@@ -10,14 +10,10 @@ is measured from the start of the launcher to the first line of a step in its ou
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.program import make_parser, report
-from ds_gpt2.common.host import free_port
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import checked_out, start_ranks, steps_only
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
@@ -44,15 +40,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm_up", type=int, default=8)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="commits-") as folder:
-        earlier = Path(folder) / "earlier"
-        subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "add", "--detach", earlier, options.commit], check=True)
-        try:
-            rounds = [_round(earlier, Path(folder) / str(number), options) for number in range(options.rounds)]
-        finally:
-            subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "remove", "--force", earlier], check=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="commits-") as folder,
+        checked_out(options.commit, Path(folder) / "earlier") as earlier,
+    ):
+        rounds = [_round(earlier, Path(folder) / str(number), options) for number in range(options.rounds)]
     setting = f"{options.preset}, {options.ranks} ranks, {_TOKENS} tokens a step"
-    report(options.out, {"setting": setting, **_summary(rounds)})
+    report_result(options.out, {"setting": setting, **_summary(rounds)})
 
 
 def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -63,31 +57,22 @@ def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str
 
 
 def _run(project: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    settings = {
-        "run.name": "run",
-        "run.dir": folder / "runs",
-        "checkpoint.dir": folder / "checkpoints",
-        "data.dir": options.data.absolute(),
-        "model.preset": options.preset,
+    overrides = {
         "batch.micro_batch": 2,
         "batch.sequence_length": 256,
         "batch.tokens_per_step": _TOKENS,
         "schedule.steps": options.steps,
         "schedule.warmup_steps": 4,
-        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
     }
+    settings = steps_only(folder, options.data, options.preset, **overrides)
     folder.mkdir(parents=True)
     config = folder / "empty.yaml"
     config.write_text("{}\n", encoding="utf-8")
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(options.ranks))}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(project / "ds_gpt2" / "train.py")]
-    command += ["--config", str(config), *(f"{key}={value}" for key, value in settings.items())]
-    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(project)}
+    arguments = ["--config", str(config), *(f"{key}={value}" for key, value in settings.items())]
     metrics = folder / "runs" / "run" / METRICS
     start, first_step = time.monotonic(), math.nan
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen(command, env=environment, cwd=project, stdout=output, stderr=output)
+        process = start_ranks(project, options.ranks, arguments, stdout=output, stderr=output)
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             if math.isnan(first_step) and re.search(r"^step +1/", (folder / "output").read_text(), re.MULTILINE):

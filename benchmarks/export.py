@@ -23,7 +23,7 @@ if not __package__:
 
 import torch
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import Manifest
@@ -51,7 +51,7 @@ def main() -> None:
             megabytes, seconds = _peak([sys.executable, str(PROJECT_DIR / "ds_gpt2" / "__main__.py"), *words])
             beside = (megabytes - results["imports_mb"]) * 1e6 / parameters
             results[kind] = {"peak_mb": megabytes, "bytes_per_parameter": round(beside, 2), "seconds": seconds}
-    report(options.out, results)
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.evaluation.sampling import Sampling, choose, encode_prompt, next_tokens
 from ds_gpt2.model.gpt2 import GPT2
@@ -46,7 +46,7 @@ def main() -> None:
         f" {SAMPLING.temperature}, top-k {SAMPLING.top_k}, bf16, {torch.get_num_threads()} threads",
         "tokens_per_s": {preset: _measure(preset, options.rounds) for preset in options.presets},
     }
-    report(options.out, result)
+    report_result(options.out, result)
 
 
 def _measure(preset: str, rounds: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import yaml
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, Scores, score
 from ds_gpt2.model.gpt2 import GPT2
@@ -53,7 +53,7 @@ def main() -> None:
         file = _sample(options.file, options.items, Path(folder))
         ours = score(model, load_items(file, "cleaned", Path(folder)))
         theirs = _harness(model, file, Path(folder))
-    report(options.out, _compare(ours, theirs))
+    report_result(options.out, _compare(ours, theirs))
 
 
 def _sample(file: Path, items: int, folder: Path) -> Path:

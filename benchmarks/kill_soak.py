@@ -31,18 +31,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import prepare_manual, write_config
 from ds_gpt2.checkpoint.catalog import Generation, problem_of, scan
 from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -138,9 +135,7 @@ class Ranks:
 def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     """Send SIGKILL ``kills`` times, over as many runs as necessary, and additional stop requests."""
     rng, tally, start_time = random.Random(seed), Tally(), time.monotonic()
-    data = folder / "data"
-    source = Source("soak", [Listed("manual", lambda: itertools.islice(python_documents(), 6, 9))])
-    prepare(source, data, Recipe(EveryPiece(8)), workers=1, progress=False)
+    data = prepare_manual(folder / "data", 6, 9, held_out=8)
     references = {accumulation: _reference(folder, data, ranks, accumulation) for accumulation in (1, 4)}
     for accumulation in itertools.cycle(references):
         if tally.sigkills >= kills:
@@ -256,26 +251,18 @@ def _reference(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
 
 
 def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
-    settings = {
-        "run": {"name": "soak", "dir": str(folder / "runs"), "device": "cpu"},
-        "model": {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1},
-        "data": {"dir": str(data)},
-        "batch": {"tokens_per_step": SEQUENCE * ranks * accumulation, "micro_batch": 1, "sequence_length": SEQUENCE},
-        "schedule": {"steps": STEPS, "warmup_steps": 10, "max_lr": 3e-3, "min_lr": 3e-4},
-        "checkpoint": {
-            "dir": str(folder / "checkpoints"),
-            "every": EVERY,
-            "keep_last": 3,
-            "keep_epochs": 2,
-            "write_mb_per_s": 60,
-        },
-        "validation": {"every": 7, "tokens": 40 * SEQUENCE},
-        "samples": {"every": 3, "prompts": ["The statement"], "tokens": 60},
-        "histograms": {"every": 20},
-    }
-    path = folder / "soak.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
+    return write_config(
+        folder,
+        data,
+        "soak",
+        model={"dropout": 0.1},
+        batch={"tokens_per_step": SEQUENCE * ranks * accumulation, "micro_batch": 1, "sequence_length": SEQUENCE},
+        schedule={"steps": STEPS, "warmup_steps": 10, "max_lr": 3e-3, "min_lr": 3e-4},
+        checkpoint={"every": EVERY, "keep_last": 3, "keep_epochs": 2, "write_mb_per_s": 60},
+        validation={"every": 7, "tokens": 40 * SEQUENCE},
+        samples={"every": 3, "prompts": ["The statement"], "tokens": 60},
+        histograms={"every": 20},
+    )
 
 
 def _differences(reference: Path, folder: Path) -> list[str]:
@@ -328,7 +315,7 @@ def main() -> None:
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "failures": tally.failures,
     }
-    report(options.out, result)
+    report_result(options.out, result)
     sys.exit(bool(tally.failures))
 
 

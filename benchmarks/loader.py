@@ -32,7 +32,7 @@ if not __package__:
 import numpy as np
 import torch
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
@@ -72,7 +72,7 @@ def main() -> None:
                 found = _measure(Path(name), plan, options.played, kind)
                 results[f"{cache}_{between}"] = found
                 print(cache, between, json.dumps(found), flush=True)
-    report(options.out, results)
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:

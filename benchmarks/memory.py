@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--sequence_length", type=int, default=1024)
     options = parser.parse_args()
     cases = [{"case": case, **_measure(case, options)} for case in options.cases]
-    report(options.out, {"cases": cases})
+    report_result(options.out, {"cases": cases})
 
 
 def _measure(case: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.distributed import collectives, device
@@ -118,7 +118,7 @@ def main() -> None:
     }
     if collectives.is_main():
         setting = f"{options.preset}, {collectives.world_size()} ranks on {torch_device.type}, {trainer.plan}"
-        report(options.out, {"setting": setting, **result})
+        report_result(options.out, {"setting": setting, **result})
     collectives.barrier()
     if collectives.is_main():
         shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks import measured_rank
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -81,7 +81,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[case.name] = _compare(case, options.data, Path(folder))
         print(case.name, json.dumps(found[case.name], indent=1), flush=True)
-    report(options.out, {"runs": found}, "runs")
+    report_result(options.out, {"runs": found}, "runs")
 
 
 def _compare(case: Case, data: Path, folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def make_parser(description: str | None, *paths: str, launched: bool = False) ->
     return parser
 
 
-def report(out: Path | None, result: Mapping[str, object], *not_printed: str) -> None:
+def report_result(out: Path | None, result: Mapping[str, object], *not_printed: str) -> None:
     """Print ``result``, the machine and the command as JSON, without the keys ``not_printed``; write all to ``out``."""
     from benchmarks import machine  # imports DeepSpeed, which must not be imported before torch.compile is set up
 

@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_report
@@ -70,7 +70,7 @@ def main() -> None:
         "sent_gb_a_step": {preset: _sent(preset) for preset in PRESETS},
     }
     if collectives.is_main():
-        report(options.out, result)
+        report_result(options.out, result)
     close_process_group()
 
 

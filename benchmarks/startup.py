@@ -26,7 +26,7 @@ import psutil
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.settings import PROJECT_DIR
 
 _POLL_SECONDS = 0.1  # polling uses processor time of the measured processes
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
-    report(options.out, result)
+    report_result(options.out, result)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

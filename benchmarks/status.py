@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest, encode
 from ds_gpt2.checkpoint.naming import MANIFEST, epoch_tag, rolling_tag
 from ds_gpt2.engine.train_state import TrainState
@@ -55,7 +55,7 @@ def main() -> None:
         results |= _timed("status", [str(run_dir)], options.times)
         with _busy(options.busy):
             results |= _timed("status_while_busy", [str(run_dir)], options.times)
-    report(options.out, results)
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:

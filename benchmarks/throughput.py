@@ -23,7 +23,7 @@ import psutil
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -59,7 +59,7 @@ def main() -> None:
             rates = ", ".join(f"{arm} {_rate(settings, each[-1]):,.0f}" for arm, each in blocks.items())
             print(f"round {number + 1}, tokens/s: {rates}", flush=True)
         fewer = _run_ours(settings, "fewer", options.curve, RANKS // 2)
-    report(options.out, _summary(settings, blocks, fewer), "curves")
+    report_result(options.out, _summary(settings, blocks, fewer), "curves")
 
 
 def _settings(data: Path, folder: Path, steps: int) -> Settings:

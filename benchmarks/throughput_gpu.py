@@ -27,7 +27,7 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed import collectives, device
@@ -60,7 +60,7 @@ def main() -> None:
     open_process_group(torch_device)
     result = _measure(_build(options, torch_device), options, torch_device)
     if collectives.is_main():
-        report(options.out, result, "curves")
+        report_result(options.out, result, "curves")
     close_process_group()
 
 

@@ -19,7 +19,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import steps_only
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
@@ -36,23 +37,18 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report(options.out, _run(options, Path(folder)))
+        report_result(options.out, _run(options, Path(folder)))
 
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    settings = {
-        "run.name": "run",
-        "run.dir": folder / "runs",
-        "checkpoint.dir": folder / "checkpoints",
-        "data.dir": options.data.absolute(),
-        "model.preset": options.preset,
+    overrides = {
         "batch.micro_batch": options.micro_batch,
         "batch.sequence_length": options.sequence_length,
         "batch.tokens_per_step": options.tokens * options.num_gpus,
         "schedule.steps": options.steps,
         "schedule.warmup_steps": min(100, options.steps - 1),
-        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
     }
+    settings = steps_only(folder, options.data, options.preset, **overrides)
     words = [f"{name}={value}" for name, value in settings.items()] + options.settings
     program = str(PROJECT_DIR / "ds_gpt2" / "__main__.py")
     subprocess.run(

@@ -21,12 +21,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.program import make_parser, report
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import write_config
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir.journal import KINDS
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -53,7 +52,7 @@ def main() -> None:
             result = _soak(run, options)
         finally:
             end_all(run.mark)
-    report(options.out, result)
+    report_result(options.out, result)
 
 
 def _soak(run: RunProcess, options: argparse.Namespace) -> dict[str, Any]:
@@ -92,20 +91,18 @@ def _stop_one(context: SceneContext) -> dict[str, Any]:
 
 
 def _run_process(folder: Path, options: argparse.Namespace) -> RunProcess:
-    tree = {
-        "run": {"name": "soak", "dir": str(folder / "runs")},
-        "model": {"layers": 2, "heads": 2, "width": 32},
-        "data": {"dir": str(options.data.absolute())},
-        "batch": {"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
-        "schedule": {"steps": 10**6, "warmup_steps": 100},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 250, "keep_last": 2, "min_free_gb": 0},
-        "validation": {"every": 250, "tokens": 1024},
-        "samples": {"every": 1000, "tokens": 8},
-        "histograms": {"every": 1000},
-        "supervisor": {"hang_seconds": options.seconds, "backoff_seconds": 0.5},
-    }
-    config = folder / "soak.yaml"
-    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    config = write_config(
+        folder,
+        options.data.absolute(),
+        "soak",
+        batch={"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
+        schedule={"steps": 10**6, "warmup_steps": 100},
+        checkpoint={"every": 250, "keep_last": 2, "min_free_gb": 0},
+        validation={"every": 250, "tokens": 1024},
+        samples={"every": 1000, "tokens": 8},
+        histograms={"every": 1000},
+        supervisor={"hang_seconds": options.seconds, "backoff_seconds": 0.5},
+    )
     settings = load_settings(config)
     layout = RankLayout("cpu", options.ranks)
     return RunProcess(config, settings, layout, folder / "output.txt", str(folder), timeout=300)
