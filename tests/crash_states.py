@@ -120,7 +120,7 @@ class Volume:
         if operation.kind == "link":
             other.change(None, new_name, directory.names[name])
         else:
-            assert other is directory, "a rename to another directory is not modelled"
+            assert other is directory, "a rename to another directory is not modeled"
             directory.change(name, new_name, directory.names[name])
 
     def _locate(self, path: str) -> tuple[_Directory, str]:

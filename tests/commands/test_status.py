@@ -181,8 +181,8 @@ def test_watch_refreshes_until_ctrl_c(folder: Path) -> None:
     assert "\033" not in seen
 
 
-@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_terminal_output_is_redrawn_and_coloured(folder: Path, no_color: str, coloured: bool) -> None:
+@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
+def test_terminal_output_is_redrawn_and_colored(folder: Path, no_color: str, colored: bool) -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
     command = [*PROGRAM, str(folder / "runs" / "new"), "--watch", "0.1"]
@@ -198,8 +198,8 @@ def test_terminal_output_is_redrawn_and_coloured(folder: Path, no_color: str, co
         _drain(ours)
     os.close(ours)
     assert process.returncode == 0
-    assert (b"new: \033[32mrunning\033[0m" in seen) is coloured
-    assert (b"new: running" in seen) is not coloured
+    assert (b"new: \033[32mrunning\033[0m" in seen) is colored
+    assert (b"new: running" in seen) is not colored
 
 
 def _drain(terminal: int) -> None:

@@ -105,7 +105,7 @@ def test_nothing_happens_without_a_channel(run_dir: Path) -> None:
 
 
 def test_a_file_of_addresses_that_becomes_unusable_is_logged_once_and_used_again_when_fixed(
-    run_dir: Path, service: Service, heard: list[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, service: Service, log_messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(ADDRESSES)
     file = write_addresses(run_dir.parent / "urls", service.address)
@@ -114,7 +114,7 @@ def test_a_file_of_addresses_that_becomes_unusable_is_logged_once_and_used_again
     file.chmod(0o644)
     for _ in range(3):
         assert alerts.send("crash", "mine: crash", "exit status 1") is False
-    assert heard == [f"alerts: {file} contains passwords and can be read by other users: chmod 600 {file}"]
+    assert log_messages == [f"alerts: {file} contains passwords and can be read by other users: chmod 600 {file}"]
     file.chmod(0o600)
     assert alerts.send("hang", "mine: hang", "stuck") is True
     alerts.close()

@@ -25,7 +25,7 @@ def _has_requests(service: Service, count: int) -> bool:
 def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     run_dir: Path,
     service: Service,
-    heard: list[str],
+    log_messages: list[str],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -48,7 +48,7 @@ def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     reason = f"address 1 of {ADDRESSES} failed (the service answered 503)"
     failed = f"'mine: crash' was not delivered, retrying: {reason}"
     assert alert_events(run_dir) == [failed, "sent mine: crash and 2 more"]
-    assert heard == [f"alerts: {failed}"]
+    assert log_messages == [f"alerts: {failed}"]
     everything = "".join(file.read_text(encoding="utf-8") for file in run_dir.iterdir()) + "".join(capfd.readouterr())
     assert SECRET not in everything and "127.0.0.1" not in everything
 

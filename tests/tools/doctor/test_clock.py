@@ -38,7 +38,7 @@ def test_a_clock_behind_the_newest_file(tmp_path: Path) -> None:
         ("", "", "unknown"),
     ],
 )
-def test_synchronisation_as_reported_by_systemd_and_chronyd(
+def test_synchronization_as_reported_by_systemd_and_chronyd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timedatectl: str | None, leap_status: str | None, status: str
 ) -> None:
     tracking = f"A29FC87B,time.example.org,3,1700000000.0,0.1,0.1,0.1,1.0,0.0,0.1,0.01,0.001,64.2,{leap_status}"
@@ -51,7 +51,7 @@ def test_synchronisation_as_reported_by_systemd_and_chronyd(
     assert (finding.name, finding.status, bool(finding.fix)) == ("clock", status, status != "ok")
 
 
-def test_synchronisation_is_unknown_without_systemd_and_chronyd(
+def test_synchronization_is_unknown_without_systemd_and_chronyd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -69,11 +69,11 @@ def test_screen_has_at_most_46_columns(healthy_run: RunFiles, monkeypatch: pytes
     assert len(line(status)) <= WIDTH
 
 
-def test_colours_are_only_used_on_request(healthy_run: RunFiles) -> None:
-    plain, coloured = screen(healthy_run.status()), screen(healthy_run.status(), coloured=True)
+def test_colors_are_used_only_on_request(healthy_run: RunFiles) -> None:
+    plain, colored = screen(healthy_run.status()), screen(healthy_run.status(), coloured=True)
     assert "\033" not in plain
-    assert coloured.replace("\033[32m", "").replace("\033[0m", "") == plain
-    assert coloured.startswith("test: \033[32mrunning\033[0m ")
+    assert colored.replace("\033[32m", "").replace("\033[0m", "") == plain
+    assert colored.startswith("test: \033[32mrunning\033[0m ")
     healthy_run.journal("save_failed", 60, 1000)
     assert "\033[31m! step 1,000 could not be saved\033[0m" in screen(healthy_run.status(), coloured=True)
 
