@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from launched import PROJECT, end_session
+from project_dir import add_run
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -34,7 +35,7 @@ from ds_gpt2.tools.tensorboard import server
 from ds_gpt2.tools.tensorboard.server import link_runs, ssh_command, tmux_command
 
 CONFIG = """
-run: {name: NAME, dir: RUNS}
+run: {name: NAME, dir: FOLDER/runs}
 model: {preset: 7M}
 data: {dir: data}
 schedule: {steps: 10, warmup_steps: 1}
@@ -42,10 +43,7 @@ schedule: {steps: 10, warmup_steps: 1}
 
 
 def make_run(folder: Path, name: str, more: str = "") -> Path:
-    run_dir = folder / "runs" / name
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(CONFIG.replace("NAME", name).replace("RUNS", str(folder / "runs")) + more)
-    return run_dir
+    return add_run(folder, name, CONFIG + more)
 
 
 def write_events(directory: Path) -> None:

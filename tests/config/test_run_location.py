@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from project_dir import use_as_project
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
@@ -27,7 +28,7 @@ Start = Callable[..., Settings]
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project directory."""
-    monkeypatch.setattr(run_location, "PROJECT_DIR", tmp_path / "project")
+    use_as_project(tmp_path / "project", monkeypatch)
     (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path / "project"
 
@@ -35,7 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def use(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``project`` the project directory, which stored relative paths refer to."""
     real = settings_of
-    monkeypatch.setattr(run_location, "PROJECT_DIR", project)
+    use_as_project(project, monkeypatch)
     monkeypatch.setattr(run_location, "settings_of", lambda *given, **named: real(*given, **named, project_dir=project))
 
 
