@@ -149,13 +149,13 @@ def test_saves_off_the_interval_are_expected_at_their_recent_rate() -> None:
 def test_the_remaining_events_equal_those_of_training(every: dict[str, int], save: int, step: int, more: int) -> None:
     steps, cadence = step + more, Cadence(every, save)
     together = [
-        frozenset(name for name, each in every.items() if place in Every(each).due_steps(steps))
-        for place in range(step + 1, steps + 1)
+        frozenset(name for name, each in every.items() if later in Every(each).due_steps(steps))
+        for later in range(step + 1, steps + 1)
     ]
     expected = {kinds: together.count(kinds) for kinds in together if kinds}
     assert cadence.evaluations_left(step, steps) == expected
     saves = {*Every(save).due_steps(steps), steps} if steps else set()
-    assert cadence.saves_left(step, steps) == sum(place > step for place in saves)
+    assert cadence.saves_left(step, steps) == sum(save_step > step for save_step in saves)
 
 
 @given(every=st.integers(1, 9), other=st.integers(1, 9), save=st.integers(0, 30), newest=st.integers(1, 300))

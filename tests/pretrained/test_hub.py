@@ -185,7 +185,7 @@ def test_sharded_weights_are_downloaded(served: Hub, one: dict[str, bytes], tmp_
 
 
 def test_broken_connections_and_wrong_bytes_are_retried(served: Hub) -> None:
-    faults: dict[int, int | str] = {1: "lie", 2: 503, 3: "drop"}
+    faults: dict[int, int | str] = {1: "corrupt", 2: 503, 3: "drop"}
     served.fault = lambda path, requests: faults.get(requests) if path == WEIGHTS else None
     found = load.weights_for(SHAPE, "some/gpt2")
     assert served.requests[WEIGHTS] >= 4

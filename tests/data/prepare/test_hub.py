@@ -104,7 +104,13 @@ def expected(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.slow
 def test_a_sample_is_downloaded_despite_errors_of_the_hub(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
-    faults: dict[tuple[int, int], int | str] = {(0, 1): 429, (1, 1): "drop", (2, 1): 503, (2, 2): "drop", (3, 1): "lie"}
+    faults: dict[tuple[int, int], int | str] = {
+        (0, 1): 429,
+        (1, 1): "drop",
+        (2, 1): 503,
+        (2, 2): "drop",
+        (3, 1): "corrupt",
+    }
     hub.fault = lambda path, time: faults.get((int(Path(path).name[:3]), time))
     output = finish(start(hub, tmp_path, "fineweb-edu", "--workers", "2"))
     dataset = open_dataset(tmp_path / "out")
