@@ -60,7 +60,7 @@ def main() -> None:
     masters = _model(options).to(torch_device).eval()
     result = _measure(masters, getattr(torch, options.dtype), _items(options.file, options.items), options.rounds)
     name = f"{options.preset}, {options.dtype}, {torch_device.type}, " + _weights(options)
-    _keep(options.out, name, {"machine": machine.describe(), "threads": options.threads, **result})
+    _add_result(options.out, name, {"machine": machine.describe(), "threads": options.threads, **result})
     print(json.dumps({name: result}, indent=1))
 
 
@@ -70,7 +70,7 @@ def _weights(options: argparse.Namespace) -> str:
     return "random weights" + (f" x {options.gain}" if options.gain != 1 else "")
 
 
-def _keep(file: Path, name: str, result: dict[str, Any]) -> None:
+def _add_result(file: Path, name: str, result: dict[str, Any]) -> None:
     runs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     file.write_text(json.dumps(runs | {name: result}, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Measure the speed and memory of preparing text.
 
-    python benchmarks/tokenising.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
+    python benchmarks/tokenizing.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
 
 A parquet file of documents is converted to shards by two implementations that alternate: ``ds_gpt2.data.prepare``, and
 the recipe of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents
