@@ -7,9 +7,7 @@ After each injection the weights, fp32 master weights and both moments of Adam m
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import random
 import sys
 from collections import Counter
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_codes, process_end
 
@@ -30,15 +29,11 @@ KINDS = ("nan in a gradient", "inf in a gradient", "nan in the loss", "inf in th
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
-    from benchmarks import machine
     from benchmarks.settings import settings_of
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
@@ -51,9 +46,7 @@ def main() -> None:
     trainer.steps(3)
     result = inject(trainer.engine, trainer.data, options.count, options.seed)
     if collectives.is_main():
-        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
-        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(shown, indent=1))
+        report_result(options.out, result)
     trainer.engine.close()
     close_process_group()
 

@@ -10,8 +10,6 @@ continues. "excess" is the additional time of all steps of a block compared with
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import statistics
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import CheckpointSettings
 from ds_gpt2.distributed import collectives, device
@@ -37,19 +36,15 @@ KINDS = ("none", "background", "torch.save")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--preset", default="7M")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="steps per block; enough for a save to end within it")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
     settings = settings_of(options.data, options.preset, options.accumulation)
     set_up_compiler(settings, torch_device)
-    from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
@@ -61,9 +56,7 @@ def main() -> None:
     trainer = Trainer(settings, torch_device)
     result = _measure(trainer, Path(folder), options.rounds, options.steps)
     if collectives.is_main():
-        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
-        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(shown, indent=1))
+        report_result(options.out, result)
     collectives.barrier()
     _remove(Path(folder))
     close_process_group()

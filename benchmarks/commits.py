@@ -10,14 +10,10 @@ is measured from the start of the launcher to the first line of a step in its ou
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import describe
-from ds_gpt2.common.host import free_port
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import checked_out, start_ranks, steps_only
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
@@ -36,27 +32,21 @@ _TOKENS = 8192  # of a step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--commit", required=True, help="the earlier commit")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="7M")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm_up", type=int, default=8)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="commits-") as folder:
-        earlier = Path(folder) / "earlier"
-        subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "add", "--detach", earlier, options.commit], check=True)
-        try:
-            rounds = [_round(earlier, Path(folder) / str(number), options) for number in range(options.rounds)]
-        finally:
-            subprocess.run(["git", "-C", PROJECT_DIR, "worktree", "remove", "--force", earlier], check=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="commits-") as folder,
+        checked_out(options.commit, Path(folder) / "earlier") as earlier,
+    ):
+        rounds = [_round(earlier, Path(folder) / str(number), options) for number in range(options.rounds)]
     setting = f"{options.preset}, {options.ranks} ranks, {_TOKENS} tokens a step"
-    result = {"machine": describe(), "command": " ".join(sys.argv), "setting": setting, **_summary(rounds)}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report_result(options.out, {"setting": setting, **_summary(rounds)})
 
 
 def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -67,31 +57,22 @@ def _round(earlier: Path, folder: Path, options: argparse.Namespace) -> dict[str
 
 
 def _run(project: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    settings = {
-        "run.name": "run",
-        "run.dir": folder / "runs",
-        "checkpoint.dir": folder / "checkpoints",
-        "data.dir": options.data.absolute(),
-        "model.preset": options.preset,
+    overrides = {
         "batch.micro_batch": 2,
         "batch.sequence_length": 256,
         "batch.tokens_per_step": _TOKENS,
         "schedule.steps": options.steps,
         "schedule.warmup_steps": 4,
-        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
     }
+    settings = steps_only(folder, options.data, options.preset, **overrides)
     folder.mkdir(parents=True)
     config = folder / "empty.yaml"
     config.write_text("{}\n", encoding="utf-8")
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(options.ranks))}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(project / "ds_gpt2" / "train.py")]
-    command += ["--config", str(config), *(f"{key}={value}" for key, value in settings.items())]
-    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(project)}
+    arguments = ["--config", str(config), *(f"{key}={value}" for key, value in settings.items())]
     metrics = folder / "runs" / "run" / METRICS
     start, first_step = time.monotonic(), math.nan
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen(command, env=environment, cwd=project, stdout=output, stderr=output)
+        process = start_ranks(project, options.ranks, arguments, stdout=output, stderr=output)
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             if math.isnan(first_step) and re.search(r"^step +1/", (folder / "output").read_text(), re.MULTILINE):

@@ -10,99 +10,68 @@ commit trains to the end without a stop: the interruption and the change of the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import checked_out, prepare_manual, start_ranks, write_config
 from ds_gpt2.checkpoint.naming import rolling_tag
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
+from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 
-PROJECT = Path(__file__).resolve().parents[1]
 STEPS, SEQUENCE = 40, 32
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("--commit", required=True, help="the earlier commit")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="compatibility-"))
-    earlier = folder / "earlier"
-    subprocess.run(["git", "-C", PROJECT, "worktree", "add", "--detach", earlier, options.commit], check=True)
-    try:
-        data = _prepare(folder / "data")
-        uninterrupted = _write_config(folder / "uninterrupted", data)
-        _train(earlier, uninterrupted)
-        interrupted = _write_config(folder / "interrupted", data)
-        _train(earlier, interrupted, f"schedule.steps={STEPS}", stop_at=STEPS // 2)
-        _train(PROJECT, interrupted, "--resume")
-        problems = _differences(folder / "uninterrupted", folder / "interrupted")
-    finally:
-        subprocess.run(["git", "-C", PROJECT, "worktree", "remove", "--force", earlier], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "command": " ".join(sys.argv),
+    with tempfile.TemporaryDirectory(prefix="compatibility-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        with checked_out(options.commit, folder / "earlier") as earlier:
+            data = prepare_manual(folder / "data", 0, 60, held_out=20)
+            uninterrupted = _write_config(folder / "uninterrupted", data)
+            _train(earlier, uninterrupted)
+            interrupted = _write_config(folder / "interrupted", data)
+            _train(earlier, interrupted, f"schedule.steps={STEPS}", stop_at=STEPS // 2)
+            _train(PROJECT_DIR, interrupted, "--resume")
+            problems = _differences(folder / "uninterrupted", folder / "interrupted")
+    result = {
         "earlier_commit": _resolve(options.commit),
         "commit": _resolve("HEAD"),
         "steps": STEPS,
         "stopped_at": STEPS // 2,
         "differences": problems,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report_result(options.out, result)
     return 1 if problems else 0
 
 
-def _prepare(directory: Path) -> Path:
-    """Prepare a dataset of some 100,000 tokens from the documentation of Python's standard library."""
-    source = Source("compatibility", [Listed("manual", lambda: iter(list(python_documents())[:60]))])
-    prepare(source, directory, Recipe(EveryPiece(20)), workers=1)
-    return directory
-
-
 def _write_config(folder: Path, data: Path) -> Path:
-    folder.mkdir()
-    settings = {
-        "run": {"name": "test", "dir": str(folder / "runs"), "device": "cpu"},
-        "model": {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1},
-        "data": {"dir": str(data)},
-        "batch": {"tokens_per_step": 8 * SEQUENCE, "micro_batch": 2, "sequence_length": SEQUENCE},
-        "schedule": {"steps": STEPS, "warmup_steps": 5},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 10},
-        "validation": {"every": 10, "tokens": 20 * SEQUENCE},
-        "samples": {"every": 10, "prompts": ["The statement"], "tokens": 8},
-        "histograms": {"every": 10},
-    }
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return config
+    return write_config(
+        folder,
+        data,
+        "test",
+        model={"dropout": 0.1},
+        batch={"tokens_per_step": 8 * SEQUENCE, "micro_batch": 2, "sequence_length": SEQUENCE},
+        schedule={"steps": STEPS, "warmup_steps": 5},
+        checkpoint={"every": 10},
+        validation={"every": 10, "tokens": 20 * SEQUENCE},
+        samples={"every": 10, "prompts": ["The statement"], "tokens": 8},
+        histograms={"every": 10},
+    )
 
 
 def _train(project: Path, config: Path, *arguments: str, stop_at: int | None = None) -> None:
     """Train with the code in ``project`` on two ranks, to the end or until a stop file ends it after ``stop_at``."""
-    command = [sys.executable, "-m", "deepspeed.launcher.launch"]
-    world = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, in base 64
-    command += [f"--world_info={world}", f"--master_port={_free_port()}", "--master_addr=127.0.0.1"]
-    command += [str(project / "ds_gpt2" / "train.py"), "--config", str(config), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, cwd=project)
+    process = start_ranks(project, 2, ["--config", str(config), *arguments])
     run_dir = config.parent / "runs" / "test"
     while process.poll() is None:
         try:
@@ -115,12 +84,6 @@ def _train(project: Path, config: Path, *arguments: str, stop_at: int | None = N
     print(f"{project.name}: exit code {process.returncode}", flush=True)
 
 
-def _free_port() -> int:
-    from ds_gpt2.common.host import free_port
-
-    return free_port()
-
-
 def _differences(uninterrupted: Path, interrupted: Path) -> list[str]:
     checkpoints = [folder / "checkpoints" / "test" / rolling_tag(STEPS) for folder in (uninterrupted, interrupted)]
     curves = [folder / "runs" / "test" for folder in (uninterrupted, interrupted)]
@@ -128,7 +91,7 @@ def _differences(uninterrupted: Path, interrupted: Path) -> list[str]:
 
 
 def _resolve(commit: str) -> str:
-    command = ["git", "-C", str(PROJECT), "rev-parse", "--short", commit]
+    command = ["git", "-C", str(PROJECT_DIR), "rev-parse", "--short", commit]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ if not __package__:
 
 import torch
 
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import Manifest
@@ -51,15 +51,11 @@ def main() -> None:
             megabytes, seconds = _peak([sys.executable, str(PROJECT_DIR / "ds_gpt2" / "__main__.py"), *words])
             beside = (megabytes - results["imports_mb"]) * 1e6 / parameters
             results[kind] = {"peak_mb": megabytes, "bytes_per_parameter": round(beside, 2), "seconds": seconds}
-    print(json.dumps(results, indent=1))
-    if options.out:
-        from benchmarks.machine import describe
-
-        options.out.write_text(json.dumps({**results, "machine": describe()}, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="124M")
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="ranks of the checkpoint (default: 4)")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="temporary directory (default: the system's)")

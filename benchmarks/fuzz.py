@@ -39,6 +39,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import prepare_manual, write_config
 from ds_gpt2 import cli
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.manifest import DamagedError
@@ -48,9 +50,6 @@ from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.output_owner import OWNER
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.pretrained import load
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.supervisor_record import RECORD
@@ -138,11 +137,7 @@ def main() -> None:
             for name, tally in tallies.items()
         },
     }
-    print(json.dumps(results, indent=1))
-    if options.out:
-        from benchmarks.machine import describe
-
-        options.out.write_text(json.dumps({"machine": describe(), **results}, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, results)
     sys.exit(results["failures"] > 0)
 
 
@@ -152,10 +147,17 @@ def make_world(folder: Path, cache: Path) -> dict[str, Target]:
     Args:
         cache: a directory that commands may write to.
     """
-    data = folder / "data"
-    prepare(Source("fuzz", [Listed("manual", _documents)]), data, Recipe(EveryPiece(8)), workers=1, progress=False)
-    config = folder / "fuzz.yaml"
-    config.write_text(yaml.safe_dump(_settings(folder, data)), encoding="utf-8")
+    data = prepare_manual(folder / "data", 6, 8, held_out=8)
+    config = write_config(
+        folder,
+        data,
+        "fuzz",
+        batch={"tokens_per_step": 128, "micro_batch": 1, "sequence_length": 64},
+        schedule={"steps": 4, "warmup_steps": 1},
+        checkpoint={"every": 2},
+        validation={"every": 2, "tokens": 128},
+        samples={"every": 0},
+    )
     command = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "train", str(config), "--num_gpus", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run, checkpoint = folder / "runs" / "fuzz", folder / "checkpoints" / "fuzz" / TAG
@@ -198,23 +200,6 @@ def make_world(folder: Path, cache: Path) -> dict[str, Target]:
         "config.json": Target(exported / "config.json", "json", [lambda: load.read(exported)]),
         "safetensors": Target(exported / "model.safetensors", "bytes", [lambda: load.read(exported)]),
         "fp32.pt": Target(plain, "bytes", [lambda: load.read(plain)]),
-    }
-
-
-def _documents() -> Iterator[str]:
-    return itertools.islice(python_documents(), 6, 8)
-
-
-def _settings(folder: Path, data: Path) -> dict[str, Any]:
-    return {
-        "run": {"name": "fuzz", "dir": str(folder / "runs"), "device": "cpu"},
-        "model": {"layers": 2, "heads": 2, "width": 32},
-        "data": {"dir": str(data)},
-        "batch": {"tokens_per_step": 128, "micro_batch": 1, "sequence_length": 64},
-        "schedule": {"steps": 4, "warmup_steps": 1},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 2},
-        "validation": {"every": 2, "tokens": 128},
-        "samples": {"every": 0},
     }
 
 
@@ -458,7 +443,7 @@ def _changed_bytes(draw: st.DrawFn, original: bytes) -> bytes:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the results to this file")

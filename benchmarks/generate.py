@@ -7,9 +7,7 @@ Both arms generate four continuations of one prompt, alternating in one process,
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.evaluation.sampling import Sampling, choose, encode_prompt, next_tokens
 from ds_gpt2.model.gpt2 import GPT2
@@ -39,19 +37,16 @@ Tokens = Iterator[torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("--presets", nargs="+", default=["7M", "124M"], choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     result = {
-        "machine": machine.describe(),
         "setting": f"{len(PROMPT)} tokens continued {CONTINUATIONS} times by {TOKENS} tokens, temperature"
         f" {SAMPLING.temperature}, top-k {SAMPLING.top_k}, bf16, {torch.get_num_threads()} threads",
         "tokens_per_s": {preset: _measure(preset, options.rounds) for preset in options.presets},
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report_result(options.out, result)
 
 
 def _measure(preset: str, rounds: int) -> dict[str, Any]:

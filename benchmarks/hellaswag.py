@@ -29,6 +29,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
+from benchmarks.program import make_parser
 from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import ENDINGS, Item, load_items
@@ -43,9 +44,7 @@ WINDOWS = 8  # per step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--file", "--out")
     parser.add_argument("--preset", choices=PRESETS, default="7M")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -61,7 +60,7 @@ def main() -> None:
     masters = _model(options).to(torch_device).eval()
     result = _measure(masters, getattr(torch, options.dtype), _items(options.file, options.items), options.rounds)
     name = f"{options.preset}, {options.dtype}, {torch_device.type}, " + _weights(options)
-    _keep(options.out, name, {"machine": machine.describe(), "threads": options.threads, **result})
+    _add_result(options.out, name, {"machine": machine.describe(), "threads": options.threads, **result})
     print(json.dumps({name: result}, indent=1))
 
 
@@ -71,7 +70,7 @@ def _weights(options: argparse.Namespace) -> str:
     return "random weights" + (f" x {options.gain}" if options.gain != 1 else "")
 
 
-def _keep(file: Path, name: str, result: dict[str, Any]) -> None:
+def _add_result(file: Path, name: str, result: dict[str, Any]) -> None:
     runs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     file.write_text(json.dumps(runs | {name: result}, indent=1) + "\n", encoding="utf-8")
 

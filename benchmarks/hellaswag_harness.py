@@ -9,7 +9,6 @@ with ``pip install --target DIR`` into a directory of PYTHONPATH.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -25,7 +24,7 @@ import yaml
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, Scores, score
 from ds_gpt2.model.gpt2 import GPT2
@@ -45,9 +44,7 @@ THEIRS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--file", "--out")
     parser.add_argument("--items", type=int, default=300, help="number of items, evenly spaced in the file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -56,9 +53,7 @@ def main() -> None:
         file = _sample(options.file, options.items, Path(folder))
         ours = score(model, load_items(file, "cleaned", Path(folder)))
         theirs = _harness(model, file, Path(folder))
-    result = _compare(ours, theirs)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report_result(options.out, _compare(ours, theirs))
 
 
 def _sample(file: Path, items: int, folder: Path) -> Path:
@@ -122,7 +117,6 @@ def _compare(ours: Scores, theirs: list[dict[str, Any]]) -> dict[str, Any]:
         for name, measure in THEIRS.items()
     }
     return {
-        "machine": machine.describe(),
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "datasets")},
         "setting": f"{SHAPE}, random weights x {GAIN}, fp32",
         "items": len(theirs),

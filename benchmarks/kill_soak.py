@@ -12,10 +12,8 @@ ledger of windows must be bitwise equal to those of the undisturbed run, and Ten
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -33,18 +31,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import prepare_manual, write_config
 from ds_gpt2.checkpoint.catalog import Generation, problem_of, scan
 from ds_gpt2.checkpoint.naming import PARTIAL, rolling_tag
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -140,9 +135,7 @@ class Ranks:
 def soak(kills: int, ranks: int, seed: int, folder: Path) -> Tally:
     """Send SIGKILL ``kills`` times, over as many runs as necessary, and additional stop requests."""
     rng, tally, start_time = random.Random(seed), Tally(), time.monotonic()
-    data = folder / "data"
-    source = Source("soak", [Listed("manual", lambda: itertools.islice(python_documents(), 6, 9))])
-    prepare(source, data, Recipe(EveryPiece(8)), workers=1, progress=False)
+    data = prepare_manual(folder / "data", 6, 9, held_out=8)
     references = {accumulation: _reference(folder, data, ranks, accumulation) for accumulation in (1, 4)}
     for accumulation in itertools.cycle(references):
         if tally.sigkills >= kills:
@@ -258,26 +251,18 @@ def _reference(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
 
 
 def _write_config(folder: Path, data: Path, ranks: int, accumulation: int) -> Path:
-    settings = {
-        "run": {"name": "soak", "dir": str(folder / "runs"), "device": "cpu"},
-        "model": {"layers": 2, "heads": 2, "width": 32, "dropout": 0.1},
-        "data": {"dir": str(data)},
-        "batch": {"tokens_per_step": SEQUENCE * ranks * accumulation, "micro_batch": 1, "sequence_length": SEQUENCE},
-        "schedule": {"steps": STEPS, "warmup_steps": 10, "max_lr": 3e-3, "min_lr": 3e-4},
-        "checkpoint": {
-            "dir": str(folder / "checkpoints"),
-            "every": EVERY,
-            "keep_last": 3,
-            "keep_epochs": 2,
-            "write_mb_per_s": 60,
-        },
-        "validation": {"every": 7, "tokens": 40 * SEQUENCE},
-        "samples": {"every": 3, "prompts": ["The statement"], "tokens": 60},
-        "histograms": {"every": 20},
-    }
-    path = folder / "soak.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
+    return write_config(
+        folder,
+        data,
+        "soak",
+        model={"dropout": 0.1},
+        batch={"tokens_per_step": SEQUENCE * ranks * accumulation, "micro_batch": 1, "sequence_length": SEQUENCE},
+        schedule={"steps": STEPS, "warmup_steps": 10, "max_lr": 3e-3, "min_lr": 3e-4},
+        checkpoint={"every": EVERY, "keep_last": 3, "keep_epochs": 2, "write_mb_per_s": 60},
+        validation={"every": 7, "tokens": 40 * SEQUENCE},
+        samples={"every": 3, "prompts": ["The statement"], "tokens": 60},
+        histograms={"every": 20},
+    )
 
 
 def _differences(reference: Path, folder: Path) -> list[str]:
@@ -310,7 +295,7 @@ def curve_problems(run_dir: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
@@ -320,8 +305,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-soak-") as folder:
         tally = soak(options.kills, options.ranks, options.seed, Path(folder))
     result = {
-        "machine": describe(),
-        "command": sys.argv,
         "sigkills": tally.sigkills,
         "kills": dict(tally.kills),
         "moments": dict(tally.moments),
@@ -332,9 +315,7 @@ def main() -> None:
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "failures": tally.failures,
     }
-    print(json.dumps(result, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, result)
     sys.exit(bool(tally.failures))
 
 

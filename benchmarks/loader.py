@@ -32,6 +32,7 @@ if not __package__:
 import numpy as np
 import torch
 
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
@@ -71,14 +72,11 @@ def main() -> None:
                 found = _measure(Path(name), plan, options.played, kind)
                 results[f"{cache}_{between}"] = found
                 print(cache, between, json.dumps(found), flush=True)
-    if options.out:
-        from benchmarks.machine import describe
-
-        options.out.write_text(json.dumps({**results, "machine": describe()}, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="ranks that share the data (default: 4)")
     cores = os.cpu_count() or 1
     parser.add_argument(

@@ -20,20 +20,16 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--cases", nargs="+", default=["124M:32"], metavar="PRESET:MICRO_BATCH")
     parser.add_argument("--sequence_length", type=int, default=1024)
     options = parser.parse_args()
     cases = [{"case": case, **_measure(case, options)} for case in options.cases]
-    result = {"machine": machine.describe(), "command": " ".join(sys.argv), "cases": cases}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    report_result(options.out, {"cases": cases})
 
 
 def _measure(case: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,8 +12,6 @@ histograms and HellaSwag are timed and divided by the number of steps between th
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import shutil
 import statistics
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.distributed import collectives, device
@@ -90,9 +89,7 @@ class Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--preset", default="7M")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--rounds", type=int, default=10)
@@ -100,11 +97,9 @@ def main() -> None:
     parser.add_argument("--occasions", type=int, default=5)
     parser.add_argument("--one_of", type=int, default=1, metavar="RANKS", help="ranks that each rank represents")
     parser.add_argument("--hellaswag", type=Path, help="the file of items; without it, HellaSwag is not measured")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
     set_up_compiler(settings_of(options.data, options.preset), torch_device)
-    from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
@@ -123,9 +118,7 @@ def main() -> None:
     }
     if collectives.is_main():
         setting = f"{options.preset}, {collectives.world_size()} ranks on {torch_device.type}, {trainer.plan}"
-        shown = {"machine": machine.describe(), "command": " ".join(sys.argv), "setting": setting, **result}
-        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(shown, indent=1))
+        report_result(options.out, {"setting": setting, **result})
     collectives.barrier()
     if collectives.is_main():
         shutil.rmtree(folder, ignore_errors=True)

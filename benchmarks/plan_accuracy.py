@@ -9,7 +9,6 @@ four steps).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks import measured_rank
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -75,17 +74,14 @@ _CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     options = parser.parse_args()
     found = {}
     for case in _CASES:
         with tempfile.TemporaryDirectory() as folder:
             found[case.name] = _compare(case, options.data, Path(folder))
         print(case.name, json.dumps(found[case.name], indent=1), flush=True)
-    shown = {"machine": describe(), "command": " ".join(sys.argv), "runs": found}
-    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, {"runs": found}, "runs")
 
 
 def _compare(case: Case, data: Path, folder: Path) -> dict[str, Any]:

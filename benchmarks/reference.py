@@ -8,7 +8,6 @@ DistributedDataParallel if there are several ranks. No DeepSpeed, no chunks, no 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
@@ -126,10 +126,9 @@ def train_reference(config: Path, steps: int, seconds: list[float] | None = None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("config", type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if "RANK" in os.environ:
         torch_dist.init_process_group("gloo")

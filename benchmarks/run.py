@@ -27,6 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import machine
+from benchmarks.program import make_parser
 from ds_gpt2.supervision.launcher import RankLayout, start_command
 
 Found = dict[str, Any]  # the results of a program
@@ -63,9 +64,9 @@ class Program:
 
 
 BYTES = Goal("S9", "a checkpoint", 1.01 * 14, "bytes a parameter", lambda it: it["bytes_per_parameter"], at_most=True)
-WATCHING = (
+MONITORING = (
     Goal("S5", "scalars of every step", 0.1, "%", lambda it: 100 * it["scalars_share_of_the_time"], at_most=True),
-    Goal("S5", "all monitoring", 1.0, "%", lambda it: _watching(it), at_most=True),
+    Goal("S5", "all monitoring", 1.0, "%", lambda it: _monitoring_share(it), at_most=True),
 )
 
 
@@ -104,7 +105,7 @@ def gpu_suite(options: argparse.Namespace) -> list[Program]:
         Program(
             "monitor_overhead.py",
             [*as_one_of_four, "--one_of", 4, "--rounds", 3, "--steps", 10, "--hellaswag", options.hellaswag],
-            WATCHING,
+            MONITORING,
             ranks=1,
             toy=[*data, "--preset", "7M", "--rounds", 1, "--steps", 1, "--occasions", 1],
         ),
@@ -146,16 +147,16 @@ def cpu_suite(options: argparse.Namespace) -> list[Program]:
             ],
             ranks=4,
         ),
-        Program("monitor_overhead.py", [*data, "--rounds", 8, "--steps", 15, "--occasions", 3], WATCHING, ranks=4),
+        Program("monitor_overhead.py", [*data, "--rounds", 8, "--steps", 15, "--occasions", 3], MONITORING, ranks=4),
         Program(
             "hellaswag.py",
             ["--file", options.hellaswag, "--items", 200, "--rounds", 4],
             [Goal("S6", "HellaSwag, of a plain loop", 10, "x", lambda it: _hellaswag(it))],
         ),
         Program(
-            "tokenising.py",
+            "tokenizing.py",
             ["--text", *options.text],
-            [Goal("S7", "text to shards, of the recipe", 1.5, "x", lambda it: _tokenising(it))],
+            [Goal("S7", "text to shards, of the recipe", 1.5, "x", lambda it: _tokenizing(it))],
         ),
         Program(
             "startup.py",
@@ -177,7 +178,7 @@ def _saving(it: Found) -> float:
     return 100 * (it["held_ms"]["background"]["p50"] + slowed + it["still_writing_ms"]) / (250 * step)
 
 
-def _watching(it: Found) -> float:
+def _monitoring_share(it: Found) -> float:
     """Return the share of monitoring in percent at the intervals of gpt2_124m.yaml, without validation."""
     shares = [each["share_of_the_time"] for name, each in it["occasions"].items() if not name.startswith("validation")]
     return 100 * (it["scalars_share_of_the_time"] + sum(shares))
@@ -192,12 +193,12 @@ def _throughput(it: Found) -> float:
     return it["against plain DDP"]["ds_gpt2, compiled"]["median"]
 
 
-def _tokenising(it: Found) -> float:
+def _tokenizing(it: Found) -> float:
     return max(each["ratio_median"] for name, each in it["speed"].items() if name.startswith("workers_"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--suite", choices=["cpu", "gpu"], required=True)
     parser.add_argument("--data", type=lambda text: Path(text).absolute(), required=True)
     parser.add_argument("--hellaswag", type=Path, required=True, metavar="FILE")
@@ -217,16 +218,16 @@ def main() -> None:
     chosen = [program for program in programs if options.only is None or program.name in options.only]
     can_run = options.toy or options.suite == "cpu" or machine.describe()["gpu"] != "none"
     found: dict[str, Found | None] = {}
-    rows = _keep_table(programs, found, options)
+    rows = _write_table(programs, found, options)
     for program in chosen if can_run else []:
         found[program.name] = run(program, options)
-        rows = _keep_table(programs, found, options)
+        rows = _write_table(programs, found, options)
     print(_as_text(rows))
     if failed := [name for name, result in found.items() if result is None]:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def _keep_table(
+def _write_table(
     programs: Sequence[Program], found: dict[str, Found | None], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Write the table and return its rows. It is written after each program, so an interrupted suite has one."""

@@ -8,9 +8,7 @@ all-reduced tensor and (N-1)/N of a gathered one (Patarasuk and Yuan 2009).
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_codes, process_end
@@ -41,17 +40,13 @@ _SHARED = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--preset", default="7M")
     parser.add_argument("--accumulation", type=int, default=2)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
     settings = settings_of(options.data, options.preset, options.accumulation)
     set_up_compiler(settings, torch_device)
-    from benchmarks import machine
     from benchmarks.trainer import Trainer
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
@@ -65,8 +60,6 @@ def main() -> None:
     sent = sum(size * _ring(name, ranks) for name, size in counted.items())
     predicted = zero_2(parameters, ranks)
     result = {
-        "machine": machine.describe(),
-        "command": " ".join(sys.argv),
         "setting": f"{options.preset}, {ranks} ranks, {trainer.plan.accumulation} micro-batches a step",
         "tensors_bytes": dict(counted),
         "sent_bytes": round(sent),
@@ -76,8 +69,7 @@ def main() -> None:
         "sent_gb_a_step": {preset: _sent(preset) for preset in PRESETS},
     }
     if collectives.is_main():
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(result, indent=1), flush=True)
+        report_result(options.out, result)
     close_process_group()
 
 

@@ -11,7 +11,6 @@ starts use.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -27,7 +26,7 @@ import psutil
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.settings import PROJECT_DIR
 
 _POLL_SECONDS = 0.1  # polling uses processor time of the measured processes
@@ -35,19 +34,16 @@ _LIMIT_SECONDS = 300.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "--out")
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--num_gpus", type=int, default=4)
     parser.add_argument("--starts", type=int, default=5, help="number of resumes")
     parser.add_argument("--cold", action="store_true", help="start without compiled kernels")
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
-    shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
-    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(shown, indent=1))
+    report_result(options.out, result)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

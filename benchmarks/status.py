@@ -23,6 +23,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest, encode
 from ds_gpt2.checkpoint.naming import MANIFEST, epoch_tag, rolling_tag
 from ds_gpt2.engine.train_state import TrainState
@@ -54,15 +55,11 @@ def main() -> None:
         results |= _timed("status", [str(run_dir)], options.times)
         with _busy(options.busy):
             results |= _timed("status_while_busy", [str(run_dir)], options.times)
-    print(json.dumps(results, indent=1))
-    if options.out:
-        from benchmarks.machine import describe  # imports torch
-
-        options.out.write_text(json.dumps({**results, "machine": describe()}, indent=1) + "\n", encoding="utf-8")
+    report_result(options.out, results)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--times", type=int, default=15, metavar="N", help="runs of each command")
     parser.add_argument("--busy", type=int, default=4, metavar="N", help="busy processes (default: 4)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")

@@ -8,7 +8,6 @@ On a CPU, PyTorch's profiler records every allocation; on a GPU, the caching all
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.distributed import collectives, device, torch_compile
@@ -26,11 +26,8 @@ _STEPS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="a setting")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
     settings = settings_of(options.data, "7M", **parse_overrides(options.set))

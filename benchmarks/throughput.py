@@ -7,7 +7,6 @@ Both arms train the same model on the same windows, alternating in one run. The 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ import psutil
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -44,9 +43,7 @@ class Block:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25, help="steps per block")
     parser.add_argument("--curve", type=int, default=100, help="steps of the first round, for the comparison of losses")
@@ -62,9 +59,7 @@ def main() -> None:
             rates = ", ".join(f"{arm} {_rate(settings, each[-1]):,.0f}" for arm, each in blocks.items())
             print(f"round {number + 1}, tokens/s: {rates}", flush=True)
         fewer = _run_ours(settings, "fewer", options.curve, RANKS // 2)
-    result = _summary(settings, blocks, fewer)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in result.items() if key != "curves"}, indent=1))
+    report_result(options.out, _summary(settings, blocks, fewer), "curves")
 
 
 def _settings(data: Path, folder: Path, steps: int) -> Settings:
@@ -146,7 +141,6 @@ def _rate(settings: Settings, block: Block) -> float:
 def _summary(settings: Settings, blocks: dict[str, list[Block]], fewer: Block) -> dict[str, Any]:
     first = {arm: each[0].losses for arm, each in blocks.items()}
     return {
-        "machine": machine.describe(),
         "setting": f"7 M parameters, T={settings.batch.sequence_length}, micro-batch {settings.batch.micro_batch},"
         f" {settings.batch.tokens_per_step} tokens a step, {RANKS} gloo ranks, 1 thread each",
         "tokens_per_s": {arm: _rates(settings, each) for arm, each in blocks.items()},

@@ -14,7 +14,6 @@ The arms train on the same windows from the same initial weights; their losses a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed import collectives, device
@@ -38,9 +38,7 @@ ARMS = ("engine", "engine, eager", "bare", "plain", "plain, eager")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out", launched=True)
     parser.add_argument("--preset", default="124M")
     parser.add_argument("--micro_batch", type=int, default=32)
     parser.add_argument(
@@ -54,19 +52,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps per block")
     parser.add_argument("--curve", type=int, default=20, help="steps for the comparison of losses")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="in addition to engine")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch_device = device.choose("auto")
     set_up_compiler(_settings(options, True), torch_device)
-    from benchmarks import machine
     from ds_gpt2.engine.process_group import close_process_group, open_process_group
 
     open_process_group(torch_device)
     result = _measure(_build(options, torch_device), options, torch_device)
-    shown = {"machine": machine.describe(), "command": " ".join(sys.argv), **result}
     if collectives.is_main():
-        options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps({name: value for name, value in shown.items() if name != "curves"}, indent=1), flush=True)
+        report_result(options.out, result, "curves")
     close_process_group()
 
 

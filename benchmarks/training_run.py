@@ -9,7 +9,6 @@ has as many tokens as one of four GPUs processes of 524,288.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,15 +19,14 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import steps_only
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--preset", default="124M")
     parser.add_argument("--num_gpus", type=int, default=1)
     parser.add_argument("--micro_batch", type=int, default=32)
@@ -39,25 +37,18 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = {"machine": machine.describe(), "command": " ".join(sys.argv), **_run(options, Path(folder))}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+        report_result(options.out, _run(options, Path(folder)))
 
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    settings = {
-        "run.name": "run",
-        "run.dir": folder / "runs",
-        "checkpoint.dir": folder / "checkpoints",
-        "data.dir": options.data.absolute(),
-        "model.preset": options.preset,
+    overrides = {
         "batch.micro_batch": options.micro_batch,
         "batch.sequence_length": options.sequence_length,
         "batch.tokens_per_step": options.tokens * options.num_gpus,
         "schedule.steps": options.steps,
         "schedule.warmup_steps": min(100, options.steps - 1),
-        **{f"{section}.every": 0 for section in ("checkpoint", "validation", "samples", "hellaswag", "histograms")},
     }
+    settings = steps_only(folder, options.data, options.preset, **overrides)
     words = [f"{name}={value}" for name, value in settings.items()] + options.settings
     program = str(PROJECT_DIR / "ds_gpt2" / "__main__.py")
     subprocess.run(

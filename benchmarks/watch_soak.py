@@ -21,12 +21,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmarks.machine import describe
+from benchmarks.program import make_parser, report_result
+from benchmarks.runs import write_config
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir.journal import KINDS
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -40,9 +39,7 @@ _QUIET = ("launch", "start", "save", "best", "done")  # events of a healthy run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser(__doc__, "--data", "--out")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=4)
@@ -52,11 +49,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = _run_process(Path(folder), options)
         try:
-            shown = {"machine": describe(), "command": " ".join(sys.argv), **_soak(run, options)}
+            result = _soak(run, options)
         finally:
             end_all(run.mark)
-    options.out.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(shown, indent=1))
+    report_result(options.out, result)
 
 
 def _soak(run: RunProcess, options: argparse.Namespace) -> dict[str, Any]:
@@ -95,20 +91,18 @@ def _stop_one(context: SceneContext) -> dict[str, Any]:
 
 
 def _run_process(folder: Path, options: argparse.Namespace) -> RunProcess:
-    tree = {
-        "run": {"name": "soak", "dir": str(folder / "runs")},
-        "model": {"layers": 2, "heads": 2, "width": 32},
-        "data": {"dir": str(options.data.absolute())},
-        "batch": {"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
-        "schedule": {"steps": 10**6, "warmup_steps": 100},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "every": 250, "keep_last": 2, "min_free_gb": 0},
-        "validation": {"every": 250, "tokens": 1024},
-        "samples": {"every": 1000, "tokens": 8},
-        "histograms": {"every": 1000},
-        "supervisor": {"hang_seconds": options.seconds, "backoff_seconds": 0.5},
-    }
-    config = folder / "soak.yaml"
-    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    config = write_config(
+        folder,
+        options.data.absolute(),
+        "soak",
+        batch={"tokens_per_step": 16 * options.ranks, "micro_batch": 1, "sequence_length": 16},
+        schedule={"steps": 10**6, "warmup_steps": 100},
+        checkpoint={"every": 250, "keep_last": 2, "min_free_gb": 0},
+        validation={"every": 250, "tokens": 1024},
+        samples={"every": 1000, "tokens": 8},
+        histograms={"every": 1000},
+        supervisor={"hang_seconds": options.seconds, "backoff_seconds": 0.5},
+    )
     settings = load_settings(config)
     layout = RankLayout("cpu", options.ranks)
     return RunProcess(config, settings, layout, folder / "output.txt", str(folder), timeout=300)

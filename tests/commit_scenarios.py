@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from disks import RecordingDisk, Step
 
@@ -62,7 +64,7 @@ def write_parts(disk: Disk, partial: Path, label: str) -> dict[str, FileEntry]:
     for rank in range(RANKS):
         disk.make_directory(partial)
         files = {
-            name: write_with(disk, partial / name, 0.0, lambda file, data=data: file.write(data) and None)
+            name: write_with(disk, partial / name, 0.0, functools.partial(_write, data))
             for name, data in file_contents(label).items()
             if name.endswith(f"{rank}.pt")
         }
@@ -71,6 +73,10 @@ def write_parts(disk: Disk, partial: Path, label: str) -> dict[str, FileEntry]:
     if None in records:
         raise OSError("a rank has not written its record")
     return {name: entry for record in records if record for name, entry in record.items()}
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def file_contents(label: str, names: Iterable[str] = ("model_0.pt", "optim_0.pt", "optim_1.pt")) -> dict[str, bytes]:
@@ -84,9 +90,16 @@ def val_loss_of(step: int) -> float:
 
 def manifest_of(step: int, files: dict[str, FileEntry], roles: Sequence[str] = (), evaluated: bool = True) -> Manifest:
     """Return the manifest of a checkpoint. Its validation loss was measured only if it is saved as the best."""
-    state = {"step": step, "val_loss": val_loss_of(step), "val_step": step if BEST_TAG in roles else None}
-    state["unevaluated"] = None if evaluated else {}
-    about = {"created": "2025-01-01T00:00:00+00:00", "epoch": 0.5, "identity": {}, "settings": {}, "versions": {}}
+    val_step = step if BEST_TAG in roles else None
+    unevaluated: dict[str, float] | None = None if evaluated else {}
+    state = {"step": step, "val_loss": val_loss_of(step), "val_step": val_step, "unevaluated": unevaluated}
+    about: dict[str, Any] = {
+        "created": "2025-01-01T00:00:00+00:00",
+        "epoch": 0.5,
+        "identity": {},
+        "settings": {},
+        "versions": {},
+    }
     return Manifest(**about, state=state, roles=list(roles), world_size=RANKS, files=files)
 
 
@@ -97,9 +110,9 @@ class Scenario:
     name: str
     before: Callable[[Stage], None]  # creates the initial state, which is durable
     act: Callable[[Stage], None]  # the action under test
-    old: str | None  # the newest checkpoint before the action
-    new: str  # the newest checkpoint after the action
-    latest: str  # the content of ``latest`` after the action
+    old: str | None = "old"  # the newest checkpoint before the action
+    new: str = "new"  # the newest checkpoint after the action
+    latest: str = rolling_tag(10)  # the content of ``latest`` after the action
     roles: tuple[str, ...] = ()  # the roles of the new checkpoint after the action
     best: float | None = None  # the validation loss of the best checkpoint before the action
     settings: CheckpointSettings = DEFAULTS
@@ -125,18 +138,52 @@ def _best_is_old(stage: Stage) -> None:
     stage.save(5, "old", [BEST_TAG])
 
 
-def _replaced_by(*roles: str, how: str = "", settings: CheckpointSettings = DEFAULTS) -> Scenario:
+def _second_save(*roles: str, how: str = "", settings: CheckpointSettings = DEFAULTS) -> Scenario:
+    """Save a second checkpoint with ``roles``; the first one is the best."""
     return Scenario(
         "second, as " + " and ".join(roles) + how,
         before=_best_is_old,
         act=lambda stage: stage.save(10, "new", roles),
-        old="old",
-        new="new",
-        latest=rolling_tag(10),
         roles=roles,
         best=val_loss_of(5),
         settings=settings,
         links=how != ", copied",
+    )
+
+
+def _save_again(
+    name: str, before: Callable[[Stage], None], roles: Sequence[str] = (), replaces: bool = False
+) -> Scenario:
+    """Save step 10, of which the initial state already has a checkpoint."""
+    return Scenario(
+        name,
+        before,
+        act=lambda stage: stage.save(10, "new", roles),
+        roles=tuple(roles),
+        replaces=replaces,
+        readable=False,
+    )
+
+
+def _resume_from(
+    name: str,
+    before: Callable[[Stage], None],
+    tag: str = rolling_tag(5),
+    *,
+    directory: str = "run",
+    latest: str = rolling_tag(5),
+    best: float | None = None,
+    settings: CheckpointSettings = DEFAULTS,
+) -> Scenario:
+    """Resume from the checkpoint ``tag`` of a directory, which becomes ``latest``."""
+    return Scenario(
+        name,
+        before,
+        act=lambda stage: stage.resume(stage.directory.with_name(directory) / tag),
+        latest=latest,
+        best=best,
+        settings=settings,
+        readable=False,
     )
 
 
@@ -191,143 +238,54 @@ def _complete_but_not_renamed(stage: Stage) -> None:
 
 
 SCENARIOS = [
-    Scenario(
-        "first checkpoint",
-        before=lambda stage: None,
-        act=lambda stage: stage.save(10, "new"),
-        old=None,
-        new="new",
-        latest=rolling_tag(10),
-    ),
-    _replaced_by(EPOCH_TAG),
-    _replaced_by(BEST_TAG),
-    _replaced_by(EPOCH_TAG, BEST_TAG),
-    _replaced_by(EPOCH_TAG, BEST_TAG, how=", copied"),
-    _replaced_by(EPOCH_TAG, BEST_TAG, how=", weights only", settings=WEIGHTS),
+    Scenario("first checkpoint", before=lambda stage: None, act=lambda stage: stage.save(10, "new"), old=None),
+    _second_save(EPOCH_TAG),
+    _second_save(BEST_TAG),
+    _second_save(EPOCH_TAG, BEST_TAG),
+    _second_save(EPOCH_TAG, BEST_TAG, how=", copied"),
+    _second_save(EPOCH_TAG, BEST_TAG, how=", weights only", settings=WEIGHTS),
     Scenario(
         "pruning",
         before=_two_saved,
         act=lambda stage: stage.save(15, "new"),
-        old="old",
-        new="new",
         latest=rolling_tag(15),
         best=val_loss_of(10),
         settings=CheckpointSettings(keep_last=1),
     ),
-    Scenario(
-        "resume from an older checkpoint",
-        before=_best_and_epoch,
-        act=lambda stage: stage.resume(stage.directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
-        best=val_loss_of(5),
-        readable=False,
-    ),
-    Scenario(
-        "resume from before the best",
-        before=_newest_is_the_best,
-        act=lambda stage: stage.resume(stage.directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
-        best=val_loss_of(5),
-        readable=False,
-    ),
-    Scenario(
+    _resume_from("resume from an older checkpoint", _best_and_epoch, best=val_loss_of(5)),
+    _resume_from("resume from before the best", _newest_is_the_best, best=val_loss_of(5)),
+    _resume_from(
         "resume from before an epoch checkpoint, with only weights as the best",
-        before=_pruned_to_its_roles,
-        act=lambda stage: stage.resume(stage.directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
+        _pruned_to_its_roles,
         best=val_loss_of(5),
-        readable=False,
         settings=CheckpointSettings(best_as="weights"),
     ),
-    Scenario(
+    _resume_from(
         "resume from before an epoch checkpoint that was superseded once",
-        before=_superseded_and_again_as_epoch,
-        act=lambda stage: stage.resume(stage.directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
+        _superseded_and_again_as_epoch,
         best=val_loss_of(5),
-        readable=False,
     ),
-    Scenario(
-        "resume from the best",
-        before=_best_and_epoch,
-        act=lambda stage: stage.resume(stage.directory / BEST_TAG),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
-        best=val_loss_of(5),
-        readable=False,
-    ),
-    Scenario(
-        "resume from the third newest",
-        before=_steps_5_10_15,
-        act=lambda stage: stage.resume(stage.directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
-        readable=False,
-    ),
-    Scenario(
-        "resume from a checkpoint of another run of the same step",
-        before=_same_step_elsewhere,
-        act=lambda stage: stage.resume(stage.other_directory / rolling_tag(5)),
-        old="old",
-        new="new",
-        latest=rolling_tag(5),
-        readable=False,
-    ),
-    Scenario(
+    _resume_from("resume from the best", _best_and_epoch, BEST_TAG, best=val_loss_of(5)),
+    _resume_from("resume from the third newest", _steps_5_10_15),
+    _resume_from("resume from a checkpoint of another run of the same step", _same_step_elsewhere, directory="other"),
+    _resume_from(
         "resume from a superseded checkpoint of the same step",
-        before=_two_histories,
-        act=lambda stage: stage.resume(stage.directory / superseded_tag(10)),
-        old="old",
-        new="new",
+        _two_histories,
+        superseded_tag(10),
         latest=rolling_tag(10),
-        readable=False,
     ),
-    Scenario(
-        "the same step again",
-        before=lambda stage: stage.save(10, "old"),
-        act=lambda stage: stage.save(10, "new"),
-        old="old",
-        new="new",
-        latest=rolling_tag(10),
-        readable=False,
-    ),
-    Scenario(
+    _save_again("the same step again", lambda stage: stage.save(10, "old")),
+    _save_again(
         "the same step again, evaluated",
-        before=lambda stage: stage.save(10, "old", evaluated=False),
-        act=lambda stage: stage.save(10, "new", [EPOCH_TAG, BEST_TAG]),
-        old="old",
-        new="new",
-        latest=rolling_tag(10),
-        roles=(EPOCH_TAG, BEST_TAG),
+        lambda stage: stage.save(10, "old", evaluated=False),
+        [EPOCH_TAG, BEST_TAG],
         replaces=True,
-        readable=False,
     ),
-    Scenario(
-        "the same step a third time",
-        before=_saved_twice,
-        act=lambda stage: stage.save(10, "new"),
-        old="old",
-        new="new",
-        latest=rolling_tag(10),
-        readable=False,
-    ),
+    _save_again("the same step a third time", _saved_twice),
     Scenario(
         "start finishes a commit",
         before=_complete_but_not_renamed,
         act=lambda stage: stage.start(),
-        old="old",
-        new="new",
-        latest=rolling_tag(10),
         best=val_loss_of(5),
     ),
 ]

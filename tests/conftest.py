@@ -1,4 +1,4 @@
-"""What tests share: a small dataset of real text, and runs of real ranks."""
+"""Fixtures that many tests share: a small dataset of real text, log messages, and a run on real ranks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,16 @@ from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 
 pytest_plugins = ["alert_service"]
 
-# A machine that stalls for a moment is no failure of a property.
+# A slow machine must not fail a property.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
-# Whoever starts the tests in the background of a script has it ignored, in all that they start, too.
+# Shells start background jobs with SIGINT ignored, and child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; commands then wrap their output
 
 
-_RANK_FIXTURES = {
-    "four_ranks",
-    "planned",
-    "trained",
-    "trained_run",
-    "drilled",
-    "by_deepspeed",
-}  # their first use starts real ranks
+# The first use of one of these fixtures starts real ranks.
+_RANK_FIXTURES = {"four_ranks", "planned", "trained", "trained_run", "drilled", "by_deepspeed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,12 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+                item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_log() -> None:
-    """The project's log as it is before anybody has set it up, whatever tests before have made of it."""
+    """Reset the logger of the package to its initial state: earlier tests may have configured it."""
     log = logging.getLogger("ds_gpt2")
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -64,7 +58,7 @@ def _fresh_log() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For matrices as small as the tests', threads that wait for each other on a busy machine are most of the time."""
+    """Use one thread: for small matrices on a busy machine, synchronization of threads takes most of the time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,11 +66,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def heard(_fresh_log: None) -> list[str]:
-    """What the project says in its log, from INFO on."""
+def log_messages(_fresh_log: None) -> list[str]:
+    """Collect the messages that the package logs at level INFO or above."""
     messages: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # a test's
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger("ds_gpt2")
     log.addHandler(listener)
     log.setLevel(logging.INFO)
@@ -85,7 +79,7 @@ def heard(_fresh_log: None) -> list[str]:
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared dataset: some 150,000 tokens of Python's manual."""
+    """Prepare a dataset of about 150,000 tokens from the documentation of Python's standard library."""
     out = tmp_path_factory.mktemp("data") / "manual"
     source = Source("test", [Listed("manual", lambda: itertools.islice(python_documents(), 75))])
     prepare(source, out, Recipe(EveryPiece(20)), workers=1)
@@ -94,7 +88,7 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_config(dataset_dir: Path) -> Callable[..., Path]:
-    """Write a run's YAML for a model that takes milliseconds a step; keyword arguments replace whole sections."""
+    """Return a function that writes the YAML settings of a small run; keyword arguments replace whole sections."""
 
     def write(folder: Path, **sections: object) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +112,8 @@ def write_config(dataset_dir: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> tuple[Launched, Path]:
-    """A whole run on four ranks, started the way those who know DeepSpeed do; and its folder."""
-    folder = tmp_path_factory.mktemp("four ranks")  # with a space, as in people's home directories
+    """Train a run on four ranks with DeepSpeed's launcher; return its output and its folder."""
+    folder = tmp_path_factory.mktemp("four ranks")  # paths with spaces must work
     items = folder / "items.jsonl"
     items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(30)), encoding="utf-8")
     hellaswag = {"every": 6, "path": str(items)}

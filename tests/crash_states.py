@@ -120,7 +120,7 @@ class Volume:
         if operation.kind == "link":
             other.change(None, new_name, directory.names[name])
         else:
-            assert other is directory, "a rename to another directory is not modelled"
+            assert other is directory, "a rename to another directory is not modeled"
             directory.change(name, new_name, directory.names[name])
 
     def _locate(self, path: str) -> tuple[_Directory, str]:
@@ -243,7 +243,7 @@ def _lost_but(odd: int) -> Choose:
     return lambda size: 0 if next(counter) == odd else size - 1
 
 
-def materialise(tree: Tree, folder: Path) -> None:
+def materialize(tree: Tree, folder: Path) -> None:
     """Write ``tree`` to ``folder``. Only differences are written: consecutive states differ little."""
     folder.mkdir(exist_ok=True)
     expected, existing = dict(tree), {entry.name: entry.is_dir() for entry in os.scandir(folder)}
@@ -254,7 +254,7 @@ def materialise(tree: Tree, folder: Path) -> None:
         if isinstance(content, bytes):
             _put(folder / name, content, existing.get(name) is False)
         else:
-            materialise(content, folder / name)
+            materialize(content, folder / name)
 
 
 def _put(path: Path, content: bytes, exists: bool) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO, Literal, TypeVar
 
 import pytest
@@ -123,7 +124,7 @@ def _calling_functions() -> tuple[str, int]:
     """Return the functions of the protocol in the call stack, and the line in the last of them."""
     names: list[str] = []
     line = 0
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if frame.f_globals["__name__"] in _PROTOCOL and not code.co_name.startswith("<"):
@@ -188,7 +189,7 @@ class FailingDisk(RecordingDisk):
 class _ShortWrites(io.FileIO):
     """A file that writes only half of the data at each call."""
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: memoryview) -> int:  # type: ignore[override]  # our code writes memoryviews only
         return super().write(data[: (len(data) + 1) // 2])
 
 

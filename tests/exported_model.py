@@ -14,7 +14,7 @@ TAG = "rolling_step_000012"
 Exported = tuple[Path, Path]  # a run's folder, a Hugging Face directory exported from it
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     """Run a command that must fail with a one-line error; return that line."""
     assert main([str(word) for word in words]) == exit_codes.MISTAKE
     *before, error = capsys.readouterr().err.strip().splitlines()

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # (path of the requested file, number of its requests so far) -> the fault: an HTTP status, "drop" (the connection ends
-# in the middle), "lie" (wrong bytes), or None.
+# in the middle), "corrupt" (wrong bytes), or None.
 Fault = Callable[[str, int], int | str | None]
 
 
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
         else:
-            self.wfile.write(bytes(len(body)) if fault == "lie" else body)
+            self.wfile.write(bytes(len(body)) if fault == "corrupt" else body)
 
     def _json(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()

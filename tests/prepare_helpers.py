@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def interrupting(source: Source, after: int) -> Source:
                 raise InterruptError
             yield document
 
-    return Source(source.name, [Listed(part.name, lambda part=part: read(part)) for part in source.parts])
+    return Source(source.name, [Listed(part.name, functools.partial(read, part)) for part in source.parts])
 
 
 def read(path: Path, **options: Any) -> list[Document]:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def main(config: Path, out: Path) -> None:
             loss = trained.accumulate(data.micro_batches(step))
             exact = _exact_norm(trained)
             update = trained.apply(LR)
-            assert update.applied
+            assert update.applied and loss is not None
             norm_errors.append(abs(update.grad_norm / exact - 1))
             results.append((float(collectives.sum_over_ranks(loss)) / collectives.world_size(), update.grad_norm))
         return results
@@ -137,7 +138,7 @@ def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
     reduced: list[object] = []
     all_reduce = torch.distributed.all_reduce
 
-    def counted(*tensors: object, **named: object) -> object:
+    def counted(*tensors: Any, **named: Any) -> object:
         reduced.append(tensors)
         return all_reduce(*tensors, **named)
 
@@ -155,7 +156,7 @@ def _dropped(trained: Engine, data: TrainingData) -> dict[str, object]:
 
 def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -> float:
     """Return the accumulated gradient of a weight: 1 from the first micro-batch, 1/512 from each other."""
-    weight = trained.model.h[1].mlp.c_fc.weight
+    weight: Any = trained.model.get_parameter("h.1.mlp.c_fc.weight")
     values = iter([1.0] + [1 / 512] * (data.plan.accumulation - 1))
     hook = weight.register_hook(lambda grad: torch.full_like(grad, next(values)))
     trained.accumulate(data.micro_batches(5))
@@ -168,8 +169,8 @@ def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -
 
 def _fingerprints(trained: Engine) -> dict[str, object]:
     """Return all ranks' fingerprints: unchanged, with one bit flipped on the last rank, and flipped back."""
-    weight = trained.model.h[0].attn.c_attn.weight.detach().view(torch.int16).view(-1)
-    fingerprints = {"same": collectives.gather_objects(trained.fingerprint())}
+    weight = trained.model.get_parameter("h.0.attn.c_attn.weight").detach().view(torch.int16).view(-1)
+    fingerprints: dict[str, object] = {"same": collectives.gather_objects(trained.fingerprint())}
     for name in ("flipped", "back"):
         if collectives.rank() == collectives.world_size() - 1:
             weight[7] ^= 1 << 9
@@ -188,7 +189,9 @@ def _histograms(trained: Engine, data: TrainingData) -> dict[str, object]:
     trained.apply(LR)
     after = {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters.items()}
     observed = hook.observe(trained, TrainState())
-    expected = {f"grad/{name}": _figures(tensor) for name, tensor in gradients.items() if tensor.dim() == 2}
+    expected: dict[str, object] = {
+        f"grad/{name}": _figures(tensor) for name, tensor in gradients.items() if tensor.dim() == 2
+    }
     expected |= {f"param/{name}": _figures(tensor) for name, tensor in after.items() if tensor.dim() == 2}
     for part in ("wte", "wpe", "h.0", "h.1", "ln_f"):
         names = [name for name in parameters if name.startswith(part + ".")]

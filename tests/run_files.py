@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections import namedtuple
@@ -19,7 +20,6 @@ from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
-from ds_gpt2.tools.resources import disk_forecast
 from ds_gpt2.tools.status.status import Status, read_status
 
 HOUR, DAY = 3600.0, 86_400.0
@@ -115,4 +115,4 @@ Usage = namedtuple("Usage", "total used free")
 
 def set_free_bytes(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the disk forecast measure ``free`` bytes on every disk."""
-    monkeypatch.setattr(disk_forecast.shutil, "disk_usage", lambda _: Usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))

@@ -20,7 +20,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from commit_laboratory import Examined, Laboratory, examine, first_word, intact, judge, judge_kill, latest_of, restart
+from commit_recovery import (
+    Examined,
+    RecoveryCache,
+    examine,
+    first_word,
+    intact,
+    latest_of,
+    restart,
+    violations_after_kill,
+    violations_per_state,
+)
 from commit_scenarios import (
     DEFAULTS,
     EPOCH_TAG,
@@ -63,19 +73,19 @@ def _simple_weights() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+def recoveries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecoveryCache]:
     folder = tmp_path_factory.mktemp("states")
-    yield Laboratory(folder)
+    yield RecoveryCache(folder)
     shutil.rmtree(folder)  # it contains thousands of files
 
 
 @pytest.fixture(scope="module")
-def examined(laboratory: Laboratory) -> Callable[[Scenario], Examined]:
+def examined(recoveries: RecoveryCache) -> Callable[[Scenario], Examined]:
     """Return a function that examines a scenario under the complete protocol; results are cached."""
 
     @functools.cache
     def examine_once(scenario: Scenario) -> Examined:
-        return examine(laboratory, scenario)
+        return examine(recoveries, scenario)
 
     return examine_once
 
@@ -89,22 +99,22 @@ def test_after_a_power_failure_at_any_time_a_run_resumes_from_the_old_or_the_new
 
 
 def test_at_least_ten_thousand_states_are_examined(
-    laboratory: Laboratory, examined: Callable[[Scenario], Examined]
+    recoveries: RecoveryCache, examined: Callable[[Scenario], Examined]
 ) -> None:
     assert sum(examined(scenario).states for scenario in SCENARIOS) >= 10_000
-    assert laboratory.distinct >= 2_000
+    assert recoveries.distinct >= 2_000
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", [scenario for scenario in SCENARIOS if len(scenario.roles) != 1], ids=str)
 def test_a_run_killed_at_any_time_and_started_again_retains_the_checkpoint_it_resumes_from(
-    scenario: Scenario, laboratory: Laboratory
+    scenario: Scenario, recoveries: RecoveryCache
 ) -> None:
     """Scenarios with one role are left out: those with two roles cover them."""
-    uncut = perform(scenario, laboratory.folder())
+    uncut = perform(scenario, recoveries.folder())
     violations: dict[str, str] = {}
     for at in range(uncut.settled, len(uncut.disk.operations) + 1):
-        for violation, number in judge_kill(laboratory, scenario, uncut, at):
+        for violation, number in violations_after_kill(recoveries, scenario, uncut, at):
             violations.setdefault(violation, f"killed after {at}, power failure after {number}")
     assert violations == {}
 
@@ -137,9 +147,9 @@ def _steps(operations: Iterable[Operation]) -> set[Step]:
 
 
 @pytest.fixture(scope="module")
-def stages(laboratory: Laboratory) -> dict[Scenario, Stage]:
+def stages(recoveries: RecoveryCache) -> dict[Scenario, Stage]:
     """The stages of all scenarios after their actions."""
-    return {scenario: perform(scenario, laboratory.folder()) for scenario in SCENARIOS}
+    return {scenario: perform(scenario, recoveries.folder()) for scenario in SCENARIOS}
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +159,10 @@ def actions(stages: dict[Scenario, Stage]) -> dict[Scenario, list[Operation]]:
 
 
 @pytest.fixture(scope="module")
-def starts(laboratory: Laboratory, stages: dict[Scenario, Stage]) -> list[Operation]:
+def starts(recoveries: RecoveryCache, stages: dict[Scenario, Stage]) -> list[Operation]:
     """The disk operations with which starts after kills clean up."""
     scenario, kills = _kills(stages)
-    after_kill = (restart(laboratory, scenario, at).disk.operations[at:] for at in kills)
+    after_kill = (restart(recoveries, scenario, at).disk.operations[at:] for at in kills)
     return [operation for operation in itertools.chain(*after_kill) if operation.site.startswith("sweep")]
 
 
@@ -163,34 +173,34 @@ def _kills(stages: dict[Scenario, Stage]) -> tuple[Scenario, range]:
 
 @pytest.mark.slow
 def test_every_step_of_the_protocol_is_required(
-    laboratory: Laboratory,
+    recoveries: RecoveryCache,
     stages: dict[Scenario, Stage],
     actions: dict[Scenario, list[Operation]],
     starts: list[Operation],
 ) -> None:
     steps = {step for step in set().union(*map(_steps, actions.values())) if not step[0].startswith("sweep")}
-    unneeded = [step for step in steps if not _is_required(laboratory, actions, step)]
-    unneeded += [step for step in _steps(starts) if not _is_required_after_a_kill(laboratory, stages, step)]
+    unneeded = [step for step in steps if not _is_required(recoveries, actions, step)]
+    unneeded += [step for step in _steps(starts) if not _is_required_after_a_kill(recoveries, stages, step)]
     assert sorted({site for site, _ in unneeded if not site.endswith(tuple(HARMLESS))}) == []
     assert [end for end in HARMLESS if not any(site.endswith(end) for site, _ in unneeded)] == []
 
 
-def _is_required(laboratory: Laboratory, actions: dict[Scenario, list[Operation]], step: Step) -> bool:
+def _is_required(recoveries: RecoveryCache, actions: dict[Scenario, list[Operation]], step: Step) -> bool:
     scenarios = [scenario for scenario, operations in actions.items() if step in _steps(operations)]
     if step[0].endswith(tuple(HARMLESS)):
         scenarios = scenarios[:1]  # one suffices to check the list, and a search without a result takes longest
     return any(
         violations
         for scenario in scenarios
-        for _, violations in judge(
-            laboratory, scenario, perform(scenario, laboratory.folder(), step), MAX_STATES_OF_MUTANT
+        for _, violations in violations_per_state(
+            recoveries, scenario, perform(scenario, recoveries.folder(), step), MAX_STATES_OF_MUTANT
         )
     )
 
 
-def _is_required_after_a_kill(laboratory: Laboratory, stages: dict[Scenario, Stage], step: Step) -> bool:
+def _is_required_after_a_kill(recoveries: RecoveryCache, stages: dict[Scenario, Stage], step: Step) -> bool:
     scenario, kills = _kills(stages)
-    return any(any(judge_kill(laboratory, scenario, stages[scenario], at, step)) for at in kills)
+    return any(any(violations_after_kill(recoveries, scenario, stages[scenario], at, step)) for at in kills)
 
 
 def test_the_scenarios_reach_every_call_of_the_disk(
@@ -257,11 +267,11 @@ class Reordering:
     ids=str,
 )
 def test_the_order_of_steps_matters(
-    reordering: Reordering, laboratory: Laboratory, stages: dict[Scenario, Stage]
+    reordering: Reordering, recoveries: RecoveryCache, stages: dict[Scenario, Stage]
 ) -> None:
     scenario = scenario_named(reordering.scenario)
     stage = _reordered(stages[scenario], reordering)
-    assert any(violations for _, violations in judge(laboratory, scenario, stage, MAX_STATES_OF_MUTANT))
+    assert any(violations for _, violations in violations_per_state(recoveries, scenario, stage, MAX_STATES_OF_MUTANT))
 
 
 def _reordered(stage: Stage, reordering: Reordering) -> Stage:
@@ -375,7 +385,8 @@ def _save_to_failing_disk(
     assert _good_tags(directory) == {found.tag for found in scan(directory)}
     assert not list(directory.glob("*" + PARTIAL))
     if scenario.best is not None:
-        assert manifest.read(directory / BEST_TAG).val_loss <= scenario.best
+        val_loss = manifest.read(directory / BEST_TAG).val_loss
+        assert val_loss is not None and val_loss <= scenario.best
     return disk
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint import retention
-from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag, superseded_tag
+from ds_gpt2.checkpoint.naming import BEST_TAG, Role, epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 
 _steps = st.integers(0, 30)
@@ -19,7 +19,8 @@ _steps = st.integers(0, 30)
 def _found(draw: st.DrawFn) -> list[RetentionCandidate]:
     """Generate checkpoints of a run in any order; some steps have several tags, each verified or not."""
     found = []
-    for role, tag in (("rolling", rolling_tag), ("epoch", epoch_tag), ("superseded", superseded_tag)):
+    tags: dict[Role, Callable[[int], str]] = {"rolling": rolling_tag, "epoch": epoch_tag, "superseded": superseded_tag}
+    for role, tag in tags.items():
         for step in draw(st.sets(_steps, max_size=12)):
             found.append(RetentionCandidate(tag(step), role, step, draw(st.booleans())))
     if draw(st.booleans()):

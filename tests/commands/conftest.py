@@ -12,25 +12,22 @@ import yaml
 from checkpoint_files import write_checkpoint
 from exported_model import TAG
 from launched import Launched
+from project_dir import add_run, use_as_project
 
 from ds_gpt2 import cli
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import rolling_tag
-from ds_gpt2.commands import checkpoints
-from ds_gpt2.config import lookup, run_location
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained.load import as_model
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.models.open import open_model
-from ds_gpt2.tools.resources import run_checkpoints
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory that the commands use as the project directory."""
-    for module in (checkpoints, lookup, run_checkpoints, run_location):
-        monkeypatch.setattr(module, "PROJECT_DIR", tmp_path / "project")
+    use_as_project(tmp_path / "project", monkeypatch)
     (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path / "project"
 
@@ -42,7 +39,6 @@ def run_with(project: Path) -> Callable[..., Path]:
     def make(name: str = "test", **settings: object) -> Path:
         directory = project / "checkpoints" / name
         directory.mkdir(parents=True)
-        (project / "runs" / name).mkdir()
         tree = {
             "run": {"name": name, "dir": str(project / "runs")},
             "model": {"preset": "7M"},
@@ -50,7 +46,7 @@ def run_with(project: Path) -> Callable[..., Path]:
             "schedule": {"steps": 1000},
             "checkpoint": {"dir": str(project / "checkpoints"), **settings},
         }
-        (project / "runs" / name / "config.yaml").write_text(yaml.safe_dump(tree))
+        add_run(project, name, yaml.safe_dump(tree))
         return directory
 
     return make

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launched import PROJECT
+from project_dir import add_run
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
@@ -27,11 +28,11 @@ from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal, read_journal
 
 CONFIG = """
-run: {name: test, dir: RUNS}
+run: {name: test, dir: FOLDER/runs}
 model: {preset: 7M}
 data: {dir: data}
 schedule: {steps: 10, warmup_steps: 1}
-checkpoint: {dir: CHECKPOINTS}
+checkpoint: {dir: FOLDER/checkpoints}
 """
 
 
@@ -56,10 +57,7 @@ def save(directory: Path, step: int) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a run of two checkpoints and an empty backup storage."""
-    run_dir = tmp_path / "runs" / "test"
-    run_dir.mkdir(parents=True)
-    config = CONFIG.replace("RUNS", str(tmp_path / "runs")).replace("CHECKPOINTS", str(tmp_path / "checkpoints"))
-    (run_dir / "config.yaml").write_text(config)
+    add_run(tmp_path, "test", CONFIG)
     for step in (10, 20):
         save(tmp_path / "checkpoints" / "test", step)
     (tmp_path / "storage").mkdir()

@@ -163,14 +163,18 @@ def test_answers_equal_those_scored_one_at_a_time(items: list[Item], monkeypatch
     assert 0 < right[0].sum() < ITEMS
 
 
+def near(value: float) -> Any:
+    return pytest.approx(value)
+
+
 def test_standard_errors() -> None:
-    assert mean(np.array([1.0, 2.0, 4.0])) == Estimate(pytest.approx(7 / 3), pytest.approx(math.sqrt(7 / 3 / 3)))
+    assert mean(np.array([1.0, 2.0, 4.0])) == Estimate(near(7 / 3), near(math.sqrt(7 / 3 / 3)))
     assert mean(np.array([1.5])) == Estimate(1.5, None)
-    assert share(np.array([True, False, False, False])) == Estimate(0.25, pytest.approx(math.sqrt(0.1875 / 4)))
+    assert share(np.array([True, False, False, False])) == Estimate(0.25, near(math.sqrt(0.1875 / 4)))
     hard, easy = np.array([9.0, 1.0]), np.array([8.5, 0.5])
     assert difference(easy, hard) == Estimate(-0.5, 0.0)  # different, but by a constant
     right, other = np.array([True, True, False]), np.array([False, True, False])
-    assert difference(right, other) == Estimate(pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert difference(right, other) == Estimate(near(1 / 3), near(1 / 3))
 
 
 @pytest.mark.slow

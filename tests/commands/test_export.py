@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from exported_model import TAG, Exported, refused
@@ -26,11 +27,11 @@ from ds_gpt2.data.hellaswag import load_items
 from ds_gpt2.evaluation.hellaswag_scoring import score, score_one
 from ds_gpt2.evaluation.sampling import Sampling, generate
 from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.pretrained import huggingface
 from ds_gpt2.pretrained.load import as_model, read
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.models import export, export_output
-from ds_gpt2.tools.models import open as open_module
 from ds_gpt2.tools.models.open import open_model
 
 transformers = pytest.importorskip("transformers", reason="transformers 5 needs Python 3.10; of the extra dev")
@@ -172,7 +173,7 @@ def test_force_replaces_exports_only(exported: Exported, capsys: pytest.CaptureF
     assert (out / "README.md").read_text() != "of a previous export" and (out / "model.safetensors").exists()
     (out / "thesis.txt").write_text("mine")
     for kind in ("hf", "bf16", "fp32"):
-        words = ("export", run, "--format", kind, "--out", out, "--force")
+        words: tuple[str | Path, ...] = ("export", run, "--format", kind, "--out", out, "--force")
         assert "contains thesis.txt, which is not part of an export" in refused(capsys, *words)
     checkpoints = exported[0] / "checkpoints" / "test"
     before = sorted(checkpoints.rglob("*"))
@@ -193,7 +194,7 @@ def test_a_failed_export_leaves_the_previous_one(
     run, out = str(exported[0] / "runs" / "test"), tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
-    monkeypatch.setattr(export.huggingface, "write_weights", full)
+    monkeypatch.setattr(huggingface, "write_weights", full)
     assert "No space left on device" in refused(capsys, "export", run, "--out", out, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "README.md").read_text() == "mine"
@@ -256,10 +257,10 @@ def test_too_little_disk_or_memory_is_an_error_before_writing(
 ) -> None:
     run = str(exported[0] / "runs" / "test")
     with monkeypatch.context() as patch:
-        patch.setattr(export_output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         assert "has 0.0 MB free" in refused(capsys, "export", run, "--out", tmp_path / "out")
-    memory = open_module.psutil.virtual_memory()._replace(available=100_000_000)
-    monkeypatch.setattr(open_module.psutil, "virtual_memory", lambda: memory)
+    memory = psutil.virtual_memory()._replace(available=100_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert "of memory, 100.0 MB are free" in refused(capsys, "export", run, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -76,21 +76,21 @@ def test_invalid_arguments_are_one_line_errors(
 def test_weights_that_are_not_finite_are_named(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    spoiled = Path(shutil.copytree(exported[1], tmp_path / "spoiled"))
-    found = read(spoiled)
+    damaged = Path(shutil.copytree(exported[1], tmp_path / "damaged"))
+    found = read(damaged)
     found.weights["ln_f.weight"][0] = float("nan")
-    huggingface.write_weights(found.weights, spoiled / "model.safetensors", torch.float32)
-    assert f"{spoiled}: ln_f.weight has values that are Inf or NaN" in refused(capsys, "generate", spoiled)
+    huggingface.write_weights(found.weights, damaged / "model.safetensors", torch.float32)
+    assert f"{damaged}: ln_f.weight has values that are Inf or NaN" in refused(capsys, "generate", damaged)
 
 
 def test_scores_that_overflow_are_reported(
     exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    spoiled = Path(shutil.copytree(exported[1], tmp_path / "spoiled"))
-    found = read(spoiled)
+    damaged = Path(shutil.copytree(exported[1], tmp_path / "damaged"))
+    found = read(damaged)
     found.weights["ln_f.weight"].fill_(3e38)
-    huggingface.write_weights(found.weights, spoiled / "model.safetensors", torch.float32)
-    assert "scores are not finite" in refused(capsys, "generate", spoiled)
+    huggingface.write_weights(found.weights, damaged / "model.safetensors", torch.float32)
+    assert "scores are not finite" in refused(capsys, "generate", damaged)
 
 
 def test_another_vocabulary_is_refused(exported: Exported, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from checkpoint_files import FILES, SIZE, size_of, write_checkpoint
 from launched import PROJECT
 
 from ds_gpt2.checkpoint.naming import rolling_tag
-from ds_gpt2.commands import checkpoints
 from ds_gpt2.run_dir import exit_codes
 
 Command = Callable[..., tuple[int, str, str]]
@@ -185,16 +184,16 @@ def test_the_path_of_a_missing_backup_does_not_denote_a_run(history: Path, comma
     assert (history / rolling_tag(100)).exists()
 
 
-def test_errors_are_one_line(run_with: Callable[..., Path], command: Command) -> None:
+def test_errors_are_one_line(run_with: Callable[..., Path], command: Command, tmp_path: Path) -> None:
     run_with()
     assert command("list", "nothing")[::2] == (
         exit_codes.MISTAKE,
-        f"error: no run nothing; runs in {checkpoints.PROJECT_DIR}/runs: test\n",
+        f"error: no run nothing; runs in {tmp_path}/project/runs: test\n",
     )
     assert command("list", "test") == (
         exit_codes.MISTAKE,
         "",
-        f"error: no checkpoints in {checkpoints.PROJECT_DIR}/checkpoints/test\n",
+        f"error: no checkpoints in {tmp_path}/project/checkpoints/test\n",
     )
     assert command("list", "test", "--json")[:2] == (exit_codes.MISTAKE, "[]\n")
     code, _, err = command("verify", "test")

@@ -36,7 +36,8 @@ def test_files_of_two_checkpoints_are_never_mixed(
     """A training run replaces best_model while it is read: it is read again."""
     best = Path(shutil.copytree(exported[0] / "checkpoints" / "test" / "best_model", tmp_path / "copy" / "best_model"))
     newer = Path(shutil.copytree(exported[0] / "checkpoints" / "test" / TAG, tmp_path / "newer"))
-    read, replaced = weights.fp32_weights, []
+    read = weights.fp32_weights
+    replaced: list[Path] = []
 
     def replacing(path: Path) -> dict[str, torch.Tensor]:
         found = read(path)

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from launched import PROJECT
+from project_dir import add_run, use_as_project
 
 from ds_gpt2 import cli
 from ds_gpt2.commands import status_news
-from ds_gpt2.config import lookup, run_location
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal
@@ -39,13 +39,9 @@ PROGRAM = [sys.executable, str(PROJECT / "ds_gpt2" / "__main__.py"), "status"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two runs, of which the newer is trained by this process, and the older has died."""
-    for module in (run_location, lookup):
-        monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
+    use_as_project(tmp_path, monkeypatch)
     for name, age in (("old", 100), ("new", 0)):
-        run_dir = tmp_path / "runs" / name
-        run_dir.mkdir(parents=True)
-        config = CONFIG.replace("FOLDER", str(tmp_path)).replace("NAME", name)
-        (run_dir / "config.yaml").write_text(config)
+        run_dir = add_run(tmp_path, name, CONFIG)
         os.utime(run_dir / "config.yaml", (time.time() - age,) * 2)
         now = time.time()
         records = [{"step": step, "time": now - 40 + step, "train/loss": 3.0} for step in range(1, 41)]

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from launched import PROJECT, end_session
+from project_dir import add_run
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -34,7 +35,7 @@ from ds_gpt2.tools.tensorboard import server
 from ds_gpt2.tools.tensorboard.server import link_runs, ssh_command, tmux_command
 
 CONFIG = """
-run: {name: NAME, dir: RUNS}
+run: {name: NAME, dir: FOLDER/runs}
 model: {preset: 7M}
 data: {dir: data}
 schedule: {steps: 10, warmup_steps: 1}
@@ -42,10 +43,7 @@ schedule: {steps: 10, warmup_steps: 1}
 
 
 def make_run(folder: Path, name: str, more: str = "") -> Path:
-    run_dir = folder / "runs" / name
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(CONFIG.replace("NAME", name).replace("RUNS", str(folder / "runs")) + more)
-    return run_dir
+    return add_run(folder, name, CONFIG + more)
 
 
 def write_events(directory: Path) -> None:
@@ -59,7 +57,7 @@ def serving(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own session and check that no process is left at the end."""
     command = [sys.executable, "-m", "ds_gpt2", "tensorboard", *words]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=PROJECT, env=environment, start_new_session=True, **pipes)
     try:
         yield process
@@ -151,7 +149,7 @@ def test_the_server_is_open_to_the_network_only_on_request(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(server, "launch", launch)
-    monkeypatch.setattr(tensorboard.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     parser = argparse.ArgumentParser()
     tensorboard.add_arguments(parser)
     assert tensorboard.run(parser.parse_args([str(run_dir)])) == exit_codes.DONE

@@ -135,7 +135,7 @@ class _Code:
         return Path.touch, (self.target,)
 
 
-def _real_files(folder: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], None]) -> dict[str, bytes]:
+def _real_files(folder: Path, damage: Callable[[dict[str, Any], dict[str, Any]], None]) -> dict[str, bytes]:
     """Return the files that DeepSpeed saves for a tiny model, with the contents that verify reads."""
     module = {name: tensor.bfloat16() for name, tensor in GPT2(ModelShape(1, 2, 8, 16), 0.0).state_dict().items()}
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(100), "seen": torch.zeros(1, 5, dtype=torch.uint8)}
@@ -146,7 +146,7 @@ def _real_files(folder: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], 
         "base_optimizer_state": {"state": {0: moments}},
         "groups": [(1, moments)],
     }
-    spoil(module, moments)
+    damage(module, moments)
     model = {"module": module, "dp_world_size": 1, "ds_gpt2": {"state": {"step": 1}}}
     for name, content in zip(FILES, (model, {"optimizer_state_dict": optimizer}), strict=True):
         torch.save(content, folder / name)
@@ -178,7 +178,7 @@ def _add_a_tensor(module: dict[str, Any], moments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("damage", "problem"),
     [
         (_spoil_nothing, "ok"),
         (
@@ -195,11 +195,11 @@ def test_verify_deep_finds_damage_with_valid_checksums(
     tmp_path: Path,
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[dict[str, Any], dict[str, Any]], None],
+    damage: Callable[[dict[str, Any], dict[str, Any]], None],
     problem: str,
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    path = write_checkpoint(tmp_path / "run", rolling_tag(1), 1, _real_files(tmp_path, spoil))
+    path = write_checkpoint(tmp_path / "run", rolling_tag(1), 1, _real_files(tmp_path, damage))
     assert command("verify", path)[0] == exit_codes.DONE
     code, out, _ = command("verify", path, "--deep")
     assert code == (exit_codes.DONE if problem == "ok" else exit_codes.CRASHED)

@@ -6,21 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from project_dir import add_run, use_as_project
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config import lookup, run_location
 from ds_gpt2.config.lookup import find_config, find_run, started_runs
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with two runs, started in 2025 and 2026, and two settings files."""
-    for module in (lookup, run_location):
-        monkeypatch.setattr(module, "PROJECT_DIR", tmp_path)
+    use_as_project(tmp_path, monkeypatch)
     for name, year in (("newer", 2026), ("older", 2025)):
-        run_dir = tmp_path / "runs" / name
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(f"run: {{name: {name}}}\n")
+        run_dir = add_run(tmp_path, name, "run: {name: NAME}\n")
         start = {"time": f"{year}-01-01T00:00:00+0000", "run_dir": str(run_dir)}
         (run_dir / "starts.jsonl").write_text(json.dumps(start) + "\n")
     (tmp_path / "ds_configs").mkdir()
@@ -42,7 +39,7 @@ def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
 
 
 def test_the_first_run_is_suggested_if_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "PROJECT_DIR", tmp_path)
+    use_as_project(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"no runs in .*: start one with `\./launch\.sh quickstart`"):
         find_run(None)
 

@@ -8,15 +8,17 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from project_dir import use_as_project
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import load_run_settings, stored_settings
-from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
+from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings, settings_of
 from ds_gpt2.tools.report import diff
 from ds_gpt2.training import preflight, run_start
 
@@ -26,15 +28,15 @@ Start = Callable[..., Settings]
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project directory."""
-    monkeypatch.setattr(run_location, "PROJECT_DIR", tmp_path / "project")
+    use_as_project(tmp_path / "project", monkeypatch)
     (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path / "project"
 
 
 def use(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``project`` the project directory, which stored relative paths refer to."""
-    real = run_location.settings_of
-    monkeypatch.setattr(run_location, "PROJECT_DIR", project)
+    real = settings_of
+    use_as_project(project, monkeypatch)
     monkeypatch.setattr(run_location, "settings_of", lambda *given, **named: real(*given, **named, project_dir=project))
 
 
@@ -203,7 +205,8 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
 def test_a_copy_that_shares_an_output_directory_is_refused(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, old: bool
 ) -> None:
-    start(project, old=old, **{shared: str(tmp_path / "shared")})
+    paths: dict[str, Any] = {shared: str(tmp_path / "shared")}
+    start(project, old=old, **paths)
     shutil.copytree(project, tmp_path / "copies" / "copy")
     use(tmp_path / "copies" / "copy", monkeypatch)
     with pytest.raises(UserError, match=rf"{tmp_path}/shared/a belongs to the run in {project}/runs/a") as refused:

@@ -142,14 +142,14 @@ def test_common_names_determine_the_split(split: str | None, names: list[str]) -
     assert {name: split_of(Path(name)) for name in names} == dict.fromkeys(names, split)
 
 
-def test_shards_of_a_test_split_are_left_out_and_reported(llm_c: Path, heard: list[str]) -> None:
+def test_shards_of_a_test_split_are_left_out_and_reported(llm_c: Path, log_messages: list[str]) -> None:
     before = open_dataset(llm_c).fingerprint
     _bin(llm_c / "fineweb_test_000000.bin", 70, first=7000)
     _bin(llm_c / "Fineweb_Validation_000001.BIN", 30, first=8000)
     dataset = open_dataset(llm_c)
     assert (dataset.tokens("train"), dataset.tokens("val")) == (158, 80)
     assert dataset.left_out == ("fineweb_test_000000.bin",) and "fineweb_test_000000.bin" in dataset.source
-    assert [line for line in heard if "1 shards are a test split by their names and are not used" in line]
+    assert [line for line in log_messages if "1 shards are a test split by their names and are not used" in line]
     assert dataset.fingerprint != before
 
 

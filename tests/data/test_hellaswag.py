@@ -17,7 +17,7 @@ import pytest
 from ds_gpt2.commands import prepare
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import hellaswag, tokenizer
-from ds_gpt2.data.hellaswag import Item, Question, fetch, load_items, prompt, read_questions, to_item
+from ds_gpt2.data.hellaswag import Item, Question, TextStyle, fetch, load_items, prompt, read_questions, to_item
 from ds_gpt2.run_dir import exit_codes
 
 TEA = {
@@ -48,7 +48,7 @@ def decoded(item: Item) -> list[str]:
 
 
 def flat(item: Item) -> list[list[int]]:
-    arrays = [item.context, *item.endings, item.characters, item.bytes]
+    arrays: list[np.ndarray] = [item.context, *item.endings, item.characters, item.bytes]
     return [[item.label], *(array.tolist() for array in arrays)]
 
 
@@ -124,7 +124,8 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
 
 def test_tokenized_items_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "items.jsonl", TEA, BOAT), tmp_path / "cache"
-    expected = {style: load_items(path, style, cache) for style in ("original", "cleaned")}
+    styles: tuple[TextStyle, ...] = ("original", "cleaned")
+    expected = {style: load_items(path, style, cache) for style in styles}
     assert len(list(cache.iterdir())) == 2
     monkeypatch.delattr(hellaswag, "to_item")
     for style, items in expected.items():

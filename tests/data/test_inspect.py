@@ -31,7 +31,7 @@ def test_lengths_equal_those_of_the_documents(tmp_path: Path) -> None:
     dataset = prepare(source, tmp_path / "data", Recipe(EveryPiece(10)), workers=1)
     encoded = [1 + len(tokenizer.gpt2().encode_ordinary(text)) for text in DOCUMENTS]
     held_out = encoded[9::10]
-    assert lengths(dataset, "val") == Lengths(10, np.mean(held_out), float(np.median(held_out)), max(held_out))
+    assert lengths(dataset, "val") == Lengths(10, float(np.mean(held_out)), float(np.median(held_out)), max(held_out))
     assert lengths(dataset, "train").documents == 90
 
 

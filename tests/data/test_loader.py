@@ -54,7 +54,7 @@ def test_every_window_occurs_exactly_once_per_epoch(windows_count: int, plan: Ba
         def __len__(self) -> int:
             return windows_count
 
-    data = TrainingData(Windows(), plan, 0, seed, CPU)  # only the length is used
+    data = TrainingData(Windows(), plan, 0, seed, CPU)  # type: ignore[arg-type]  # only the length is used
     epochs = 3
     steps = steps_of(ScheduleSettings.model_construct(steps=None, epochs=epochs), windows_count, plan.windows_per_step)
     stream = np.concatenate([data.windows_of(step) for step in range(1, steps + 1)])

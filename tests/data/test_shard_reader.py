@@ -67,7 +67,7 @@ def test_any_range_of_any_shard_can_be_read(shards: list[Path]) -> None:
 
 def test_short_reads_are_joined(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
-    monkeypatch.setattr(module.os, "preadv", lambda file, into, offset: real(file, [into[0][:3]], offset))
+    monkeypatch.setattr(os, "preadv", lambda file, into, offset: real(file, [into[0][:3]], offset))
     assert _read(ShardReader(shards), 1, 7, 50) == list(range(5007, 5057))
 
 
@@ -77,7 +77,7 @@ def test_a_disk_error_is_logged_and_retried(
 ) -> None:
     warnings: list[str] = []
     reader = ShardReader(shards, warnings.append)
-    monkeypatch.setattr(module.os, "preadv", _failing(2, error))
+    monkeypatch.setattr(os, "preadv", _failing(2, error))
     assert _read(reader, 1, 20) == list(range(5020, 5030))
     assert warnings == [
         f"shard {shards[1]} cannot be read: {os.strerror(error)}; retrying in {s} s" for s in ("0.5", "1")
@@ -98,7 +98,7 @@ def test_retries_end_after_two_minutes(
     shards: list[Path], monkeypatch: pytest.MonkeyPatch, no_pauses: list[float]
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(module.os, "preadv", _failing(1000, errno.EIO))
+    monkeypatch.setattr(os, "preadv", _failing(1000, errno.EIO))
     with pytest.raises(UserError, match=rf"{shards[0].name} cannot be read: Input/output error; retried for 128 s"):
         _read(ShardReader(shards, warnings.append), 0, 0)
     assert sum(no_pauses) == pytest.approx(127.5) and len(warnings) == len(no_pauses)
@@ -107,7 +107,7 @@ def test_retries_end_after_two_minutes(
 def test_a_stop_request_ends_the_retries(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     answers = iter([False, True])
-    monkeypatch.setattr(module.os, "preadv", _failing(1000, errno.EIO))
+    monkeypatch.setattr(os, "preadv", _failing(1000, errno.EIO))
     with pytest.raises(UserError, match="Input/output error; not retried because a stop was requested"):
         _read(ShardReader(shards, warnings.append, lambda: next(answers)), 0, 0)
     assert len(warnings) == 1

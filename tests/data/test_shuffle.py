@@ -13,7 +13,7 @@ def test_permute_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 
 @given(st.integers(2, 2**40), SEEDS, st.data())
-def test_a_position_alone_equals_it_among_others(size: int, seed: int, data: st.DataObject) -> None:
+def test_a_single_position_gives_the_same_result_as_an_array(size: int, seed: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)), np.int64)
     combined = permute(positions, size, seed, 3)
     assert combined.min() >= 0

@@ -181,7 +181,7 @@ def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> 
     assert sum(map(len, shares)) == len({id(item) for mine in shares for item in mine}) == len(items)
     sizes = [sum(row_length(item) for item in mine) for mine in shares]
     assert max(sizes) < 1.1 * min(sizes)
-    counts = sum(score(model, mine).correct() for mine in shares)
+    counts = np.sum([score(model, mine).correct() for mine in shares], axis=0)
     assert counts.tolist() == score(model, items).correct().tolist()
 
 
@@ -213,11 +213,11 @@ def write(folder: Path, count: int = 30) -> HellaswagSettings:
 
 
 def observe(hook: HellaSwag, model: GPT2) -> dict[str, Any]:
-    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # all that it asks of an engine
+    engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # the attributes that the hook uses
     return hook.observe(engine, TrainState(step=10))
 
 
-def test_the_hook_reports_shares_of_right_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_hook_reports_the_share_of_correct_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings, model = write(tmp_path), make_model(torch.bfloat16).train()
     hook = open_hellaswag(settings, tmp_path / "cache")
     assert hook is not None and hook.every.due(20, 25) and not hook.every.due(21, 25)
@@ -229,9 +229,9 @@ def test_the_hook_reports_shares_of_right_answers(tmp_path: Path, caplog: pytest
     scores = score(model.eval(), load_items(settings.path, "original", tmp_path / "cache"))
     assert list(seen) == [f"hellaswag/{measure}{end}" for measure in MEASURES for end in ("", "_stderr")]
     for measure, count in zip(MEASURES, scores.correct().tolist(), strict=True):
-        items_of_rank = count / 30
-        assert seen[f"hellaswag/{measure}"] == items_of_rank
-        assert seen[f"hellaswag/{measure}_stderr"] == pytest.approx(math.sqrt(items_of_rank * (1 - items_of_rank) / 30))
+        share = count / 30
+        assert seen[f"hellaswag/{measure}"] == share
+        assert seen[f"hellaswag/{measure}_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 30))
     (line,) = caplog.messages
     assert line.startswith(f"step 10: HellaSwag acc {seen['hellaswag/acc']:.4f}, acc_norm ")
 
@@ -247,7 +247,7 @@ def test_the_hook_scores_the_configured_number_of_items(tmp_path: Path, caplog: 
 
 
 @pytest.mark.parametrize("content", ["{}\n", ""])
-def test_without_items_there_is_no_hook_and_one_warning(
+def test_a_file_without_items_disables_the_hook_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
     settings = write(tmp_path)
@@ -257,7 +257,7 @@ def test_without_items_there_is_no_hook_and_one_warning(
     assert line.startswith(f"training continues without HellaSwag: {settings.path}")
 
 
-def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_stop_training(
+def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = write(tmp_path)
@@ -275,7 +275,7 @@ def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_stop_traini
     assert settings.path.read_bytes() == content
 
 
-def test_a_failed_rank_logs_one_line_and_no_accuracy_is_recorded(
+def test_a_failure_of_a_rank_is_logged_and_gives_no_metric(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook, model = open_hellaswag(write(tmp_path), tmp_path / "cache"), make_model(torch.bfloat16).train()

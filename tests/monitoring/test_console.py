@@ -1,4 +1,5 @@
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_terminal_gets_a_bar_and_the_file_the_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_log(tmp_path / "train.log")
-    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     lines = StepLines(0, 10)
     lines.show(1, SEEN, 95)
     console.log.info("a message above the bar")
@@ -89,7 +90,7 @@ def test_a_closed_terminal_does_not_end_the_run(tmp_path: Path, monkeypatch: pyt
     open_log(tmp_path / "train.log")
     lines = StepLines(0, 10)
     with monkeypatch.context() as context:
-        context.setattr(console.sys, "stdout", _Gone())
+        context.setattr(sys, "stdout", _Gone())
         for step in (1, 2):
             lines.show(step, SEEN, 95)
             console.log.info("a message")

@@ -1,4 +1,4 @@
-"""A directory for DeepSpeed's CSV files that cannot be used is found before anything starts."""
+"""An unusable directory for DeepSpeed's CSV files is detected before the run starts."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ from ds_gpt2.monitoring.monitor import Histogram, Monitor, StepMetrics, from_pla
 
 
 class Service:
-    """One of DeepSpeed's monitors; keeps what it is given, unless it is away."""
+    """Stands for a monitor of DeepSpeed: records batches of events, or fails if ``is_down``."""
 
     def __init__(self) -> None:
         self.batches: list[list[tuple[str, float, int]]] = []
-        self.away = False
+        self.is_down = False
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        if self.away:
+        if self.is_down:
             raise ConnectionError("no route to host")
         self.batches.append(events)
 
@@ -86,15 +86,15 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     assert service.batches == []
 
 
-def test_an_unavailable_service_misses_values_and_ends_nothing(tmp_path: Path, heard: list[str]) -> None:
+def test_an_unavailable_service_loses_values_but_does_not_end_the_run(tmp_path: Path, log_messages: list[str]) -> None:
     monitor, service = _monitor(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
-        service.away = step in (2, 3)
+        service.is_down = step in (2, 3)
         monitor.write(step, {"x": float(step)})
         monitor.flush()
     monitor.close()
     assert service.batches == [[("x", float(step), step)] for step in (1, 4, 5)]
-    assert heard == [
+    assert log_messages == [
         "cannot write to wandb_monitor: no route to host; training continues and retries",
         "recovered: can write to wandb_monitor again",
     ]
@@ -102,7 +102,7 @@ def test_an_unavailable_service_misses_values_and_ends_nothing(tmp_path: Path, h
 
 
 class FakeTracker:
-    """A tracker whose service never answers at the end."""
+    """A tracker that does not finish in time."""
 
     name, location = "W&B", "its rows are in wandb/run-1"
 
@@ -121,7 +121,7 @@ class FakeTracker:
         return "did not finish in time"
 
 
-def test_close_finishes_trackers_once_and_reports_failures(tmp_path: Path, heard: list[str]) -> None:
+def test_close_finishes_trackers_once_and_reports_failures(tmp_path: Path, log_messages: list[str]) -> None:
     tracker: Any = FakeTracker()
     master = SimpleNamespace(tb_monitor=None, wandb_monitor=None)
     monitor = Monitor(Monitors(master), tmp_path / "metrics.jsonl", 0, {"wandb_monitor": tracker})
@@ -130,7 +130,7 @@ def test_close_finishes_trackers_once_and_reports_failures(tmp_path: Path, heard
     monitor.close()
     assert tracker.events == [("x", 1.0, 1)]
     assert tracker.ended == [True]
-    assert heard == ["W&B: did not finish in time; its rows are in wandb/run-1"]
+    assert log_messages == ["W&B: did not finish in time; its rows are in wandb/run-1"]
 
 
 def test_csv_files_that_a_resume_continues_get_no_second_header(tmp_path: Path) -> None:

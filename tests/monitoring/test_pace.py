@@ -40,7 +40,7 @@ def test_a_recent_figure_is_the_median_of_the_last_fifty_finite_values() -> None
 
 
 def test_the_first_step_of_a_start_is_ignored() -> None:
-    """It compiles, and before it the run lay still."""
+    """It includes compilation and the time for which the run was not running."""
     records = [
         *steady(range(1, 2), 600.0),
         *steady(range(2, 101), 10.0),
@@ -88,7 +88,7 @@ def test_without_step_times_the_time_between_records_is_used() -> None:
 
 
 def test_evaluations_and_saves_are_counted_separately() -> None:
-    """The time left falls by one step with each step, whatever came between two of them."""
+    """After each step, the time left is smaller by that step and the events that followed it."""
     cadence = Cadence({"validation": 10, "hellaswag": 20}, 25)
     costs = {(0, 1): 7.0, (1, 1): 50.0}
     records = steady(range(1, 101))
@@ -101,9 +101,9 @@ def test_evaluations_and_saves_are_counted_separately() -> None:
         pace.add(timed)
         estimates.append(pace.mean_left(timed.step, 200))
     for (step, before), (_, now) in itertools.pairwise(enumerate(estimates, start=1)):
-        if step > 51:  # each kind has been seen
+        if step > 51:  # each kind has occurred
             passed = (costs[(step + 1) % 20 == 0, True] if (step + 1) % 10 == 0 else 0) + 3 * ((step + 1) % 25 == 0)
-            assert before - now == pytest.approx(1 + passed)
+            assert before is not None and now is not None and before - now == pytest.approx(1 + passed)
     # 100 steps; 110, 130, ... 190 validate, 120, ... 180 and the last do both; 125, 150, 175 and the last save
     assert estimates[-1] == pytest.approx(100 + 5 * 7 + 5 * 50 + 4 * 3)
     whole = pace.left(100, 200)
@@ -149,13 +149,13 @@ def test_saves_off_the_interval_are_expected_at_their_recent_rate() -> None:
 def test_the_remaining_events_equal_those_of_training(every: dict[str, int], save: int, step: int, more: int) -> None:
     steps, cadence = step + more, Cadence(every, save)
     together = [
-        frozenset(name for name, each in every.items() if place in Every(each).due_steps(steps))
-        for place in range(step + 1, steps + 1)
+        frozenset(name for name, each in every.items() if later in Every(each).due_steps(steps))
+        for later in range(step + 1, steps + 1)
     ]
     expected = {kinds: together.count(kinds) for kinds in together if kinds}
     assert cadence.evaluations_left(step, steps) == expected
     saves = {*Every(save).due_steps(steps), steps} if steps else set()
-    assert cadence.saves_left(step, steps) == sum(place > step for place in saves)
+    assert cadence.saves_left(step, steps) == sum(save_step > step for save_step in saves)
 
 
 @given(every=st.integers(1, 9), other=st.integers(1, 9), save=st.integers(0, 30), newest=st.integers(1, 300))

@@ -1,9 +1,9 @@
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from ds_gpt2.monitoring import step_timer
 from ds_gpt2.monitoring.pace import Cadence, Pace, timed_of
 from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 
@@ -18,8 +18,8 @@ def earlier(trained_seconds: float = 0.0, first_start: float = 0.0, cadence: Cad
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(step_timer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(step_timer.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     return now
 
 
@@ -44,7 +44,7 @@ def test_the_time_of_a_step_is_reported_by_phase(clock: list[float]) -> None:
         clock[0] += 0.75
     timed.mark("forward_backward")
     clock[0] += 5
-    timed.mark("eval")  # a look at the gradients is no training
+    timed.mark("eval")  # observing gradients is not training
     clock[0] += 2
     timed.mark("update")
     measured = timed.end(1)
@@ -74,7 +74,7 @@ def test_without_a_peak_there_is_no_mfu(clock: list[float]) -> None:
 
 
 def test_the_eta_counts_steps_evaluations_and_saves_separately(clock: list[float]) -> None:
-    """Steps of 1 s; an evaluation of 30 s every 10 steps, a save of 4 s every 20: no jump after either."""
+    """Steps take 1 s, an evaluation every 10 steps 30 s, a save every 20 steps 4 s; the ETA jumps after neither."""
     timed = StepTimer(1000, 2e9, None, earlier(cadence=Cadence({"validation": 10}, 20)))
     assert timed.eta(0, 100) == 0
     estimates, records = [], []
@@ -89,19 +89,19 @@ def test_the_eta_counts_steps_evaluations_and_saves_separately(clock: list[float
         if step % 20 == 0:
             clock[0] += 4
             timed.mark("save")
-    assert estimates[0] == 99  # nothing else is known yet
+    assert estimates[0] == 99  # no evaluation or save is measured yet
     assert estimates[10] == 89 + 9 * 30
     assert estimates[20] == 79 + 8 * 30 + 4 * 4
     assert estimates[40:50] == [59 - step + 6 * 30 + 3 * 4 for step in range(9)] + [50 + 5 * 30 + 3 * 4]
     assert timed.eta(100, 100) == 0
-    recorded = Pace(Cadence({"validation": 10}, 20), [0])  # as status and report have it
+    recorded = Pace(Cadence({"validation": 10}, 20), [0])  # the estimate of status and report
     for each in timed_of(records):
         recorded.add(each)
     assert recorded.mean_left(60, 100) == pytest.approx(estimates[-1])
 
 
 class Event:
-    """A moment of a device that has come to it, or has not."""
+    """A GPU event at a time in milliseconds, which the device has reached or not."""
 
     def __init__(self, milliseconds: float, reached: bool = True) -> None:
         self.milliseconds, self.reached = milliseconds, reached

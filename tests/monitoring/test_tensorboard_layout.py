@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside curves, read back with its own reader."""
+"""TensorBoard data other than scalar curves, read back with TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HYPER_PARAMETERS = {"schedule.max_lr": 6e-4, "model.preset": "124M", "run.seed":
 
 
 class TensorBoardMonitor:
-    """DeepSpeed's, which needs a process group, with the same real writer."""
+    """Replaces DeepSpeed's monitor, which requires a process group; the writer is the real one."""
 
     def __init__(self, folder: Path) -> None:
         self.summary_writer = SummaryWriter(str(folder))
@@ -90,10 +90,11 @@ def test_a_histogram_goes_to_tensorboard_and_not_to_the_records(tmp_path: Path) 
 
 
 def test_a_full_disk_delays_events_without_duplicates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_messages: list[str]
 ) -> None:
     monitor = _monitor(tmp_path)
-    write, written = RecordWriter.write, []
+    write = RecordWriter.write
+    written: list[bytes] = []
 
     def write_two_more(writer: RecordWriter, data: bytes) -> None:
         if len(written) == 2:
@@ -110,7 +111,7 @@ def test_a_full_disk_delays_events_without_duplicates(
     monkeypatch.setattr(RecordWriter, "write", write)
     monitor.write(4, {"train/loss": 2.6})
     monitor.close()
-    assert heard == [
+    assert log_messages == [
         "cannot write TensorBoard's events: [Errno 28] No space left on device; training continues and retries",
         "recovered: can write TensorBoard's events again",
     ]

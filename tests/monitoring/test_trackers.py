@@ -1,4 +1,4 @@
-"""W&B, Comet and CSV get every step, whatever ends the run. The packages are the real ones, in their offline modes."""
+"""W&B, Comet and CSV get every step, however the run ends. The real packages are used in offline mode."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEEPSPEED = json.loads((PROJECT_DIR / "ds_configs" / "zero2_bf16.json").read_tex
 
 
 def offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where trackers write, and a DeepSpeed file that switches all of them on."""
+    """Configure the trackers to write below ``folder``; return a DeepSpeed file that enables all of them."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(folder / "wandb_dir"))
     monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(folder / "comet"))
@@ -48,7 +48,7 @@ def offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wandb_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each offline W&B run, by its directory, in the order in which they were started."""
+    """Return the rows of each offline W&B run by its directory, in the order of their starts."""
     found = {}
     for file in sorted(folder.glob("wandb_dir/wandb/offline-run-*/*.wandb")):
         rows = []
@@ -62,7 +62,7 @@ def wandb_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def wandb_exit_codes(folder: Path) -> dict[str, int]:
-    """What each offline W&B run says of its end, in the order in which they were started."""
+    """Return the exit code of each offline W&B run, in the order of their starts."""
     return {
         file.parent.name: record.exit.exit_code
         for file in sorted(folder.glob("wandb_dir/wandb/offline-run-*/*.wandb"))
@@ -72,7 +72,7 @@ def wandb_exit_codes(folder: Path) -> dict[str, int]:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a file of W&B's, which has LevelDB's log format after a header of seven bytes."""
+    """Yield the records of a W&B file, which has LevelDB's log format after a header of seven bytes."""
     assert data[:4] == b":W&B"
     block, position, parts = 32_768, 7, b""
     while position + 7 <= len(data):
@@ -84,13 +84,13 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
             break
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or its last part
             yield parts
             parts = b""
 
 
 def comet_values(folder: Path, metric: str) -> list[list[tuple[int, float]]]:
-    """Step and value of a metric in each offline Comet archive, the oldest first."""
+    """Return (step, value) of a metric for each offline Comet archive, the oldest first."""
     found = []
     for file in sorted(folder.glob("comet/*.zip"), key=lambda file: file.stat().st_mtime):
         with zipfile.ZipFile(file) as archive:
@@ -124,7 +124,7 @@ def test_every_step_reaches_every_tracker_across_a_resume(
         validation={"every": 0},
     )
     stopped = stop_after(8, tmp_path, config)
-    assert stopped.code == 1, stopped.output  # DeepSpeed's launcher says 1 to any exit code but 0
+    assert stopped.code == 1, stopped.output  # DeepSpeed's launcher replaces any other exit code than 0 by 1
     assert stopped.left_over == []
     at = max(losses(tmp_path))
     assert 8 <= at < STEPS
@@ -138,7 +138,7 @@ def test_every_step_reaches_every_tracker_across_a_resume(
     assert result.left_over == []
     assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
     runs = wandb_rows(tmp_path)
-    assert len({name.rsplit("-", 1)[1] for name in runs}) == 1, "a resume starts another W&B run"
+    assert len({name.rsplit("-", 1)[1] for name in runs}) == 1, "a resume started another W&B run"
     assert [row for rows in runs.values() for row in rows if row["step"] != row["_step"]] == []
     assert [(row["step"], row["train/loss"]) for rows in runs.values() for row in rows] == list(
         losses(tmp_path).items()
@@ -146,10 +146,10 @@ def test_every_step_reaches_every_tracker_across_a_resume(
     assert list(chain.from_iterable(comet_values(tmp_path, "train/loss"))) == list(losses(tmp_path).items())
     assert csv_rows(tmp_path) == [["step", "loss"], *pairs(losses(tmp_path))], "a header in the middle, or rows lost"
     keys = {zip_key(file) for file in (tmp_path / "comet").glob("*.zip")}
-    assert len(keys) == 1, "a resume starts another Comet experiment"
+    assert len(keys) == 1, "a resume started another Comet experiment"
 
 
-# Opens the trackers of a folder as rank 0 does, hands them steps, and ends in the way that is asked for.
+# Open the trackers of a folder like rank 0, write steps to them, and end as ``ending`` says.
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -161,7 +161,7 @@ for step in range(first, last + 1):
     for tracker in opened.values():
         tracker.write_events([("train/loss", 1 / step, step), ("x", float(step), step)])
 if ending == "killed":
-    time.sleep(1)  # until all of it is in the pipe
+    time.sleep(1)  # until everything is in the pipe
     os.kill(os.getpid(), signal.SIGKILL)
 trackers.finish(opened.values(), failed=ending == "failed")
 os._exit(0)
@@ -177,7 +177,7 @@ def rank(folder: Path, first: int, last: int, start: int = 0, ending: str = "fin
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )  # what the trackers' processes say ends when they do
+    )  # the output ends when the tracker processes end
     assert result.returncode == (-signal.SIGKILL if ending == "killed" else 0), result.stdout
     return result.stdout
 
@@ -195,7 +195,7 @@ def test_a_kill_loses_no_row_and_repeated_steps_are_retained(tmp_path: Path, mon
     assert [row["step"] for row in wandb_rows(tmp_path)[second]] == list(range(21, 41))
     assert comet_values(tmp_path, "x")[1] == [(n, n) for n in range(21, 41)]
     rank(tmp_path, 1, 2)
-    assert wandb_id(tmp_path) not in first, "a run that starts anew went into the old one"
+    assert wandb_id(tmp_path) not in first, "a new run continued the old W&B run"
     assert list(wandb_exit_codes(tmp_path).values()) == [1, 1, 0]
 
 
@@ -330,7 +330,7 @@ def test_local_tracker_files_are_in_the_runs_directory(tmp_path: Path, monkeypat
     rank(tmp_path, 1, 3)
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert len(list((tmp_path / "comet").glob("*.zip"))) == 1
-    assert set(PROJECT_DIR.iterdir()) == before, "something was written into the project's directory"
+    assert set(PROJECT_DIR.iterdir()) == before, "a file was written to the project directory"
 
 
 @pytest.mark.parametrize(("block", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
@@ -350,7 +350,7 @@ def test_a_valid_setup_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def stop_after(step: int, folder: Path, config: Path) -> Launched:
-    """Train on two ranks, and SIGTERM them once ``step`` has begun."""
+    """Train on two ranks, and send SIGTERM after the end of ``step``."""
     process = start(start_command(RankLayout("cpu", 2), TRAIN, ["--config", str(config)]))
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:

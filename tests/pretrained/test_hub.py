@@ -22,10 +22,9 @@ from safetensors.torch import save, save_file
 from ds_gpt2.cli import main
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.model_names import HubName, hub_name, resolve
-from ds_gpt2.data import hub_client
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.pretrained import huggingface, load
+from ds_gpt2.pretrained import huggingface, load, tensors
 from ds_gpt2.run_dir import exit_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +72,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 # Names
@@ -169,7 +168,7 @@ def test_short_names_and_revisions_are_resolved(served: Hub) -> None:
 
 def test_sharded_weights_are_downloaded(served: Hub, one: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(one[WEIGHTS])
-    weights = huggingface.tensors.read(huggingface.tensors.headers(tmp_path))
+    weights = tensors.read(tensors.headers(tmp_path))
     parts: dict[str, dict[str, torch.Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
     for number, (name, tensor) in enumerate(weights):
         parts[sorted(parts)[number % 2]][name] = tensor
@@ -186,7 +185,8 @@ def test_sharded_weights_are_downloaded(served: Hub, one: dict[str, bytes], tmp_
 
 
 def test_broken_connections_and_wrong_bytes_are_retried(served: Hub) -> None:
-    served.fault = lambda path, requests: {1: "lie", 2: 503, 3: "drop"}.get(requests) if path == WEIGHTS else None
+    faults: dict[int, int | str] = {1: "corrupt", 2: 503, 3: "drop"}
+    served.fault = lambda path, requests: faults.get(requests) if path == WEIGHTS else None
     found = load.weights_for(SHAPE, "some/gpt2")
     assert served.requests[WEIGHTS] >= 4
     served.__exit__()

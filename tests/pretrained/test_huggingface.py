@@ -31,7 +31,7 @@ def model() -> GPT2:
     model = GPT2(SHAPE)
     with torch.no_grad():  # make biases and norms differ from each other, so that exchanged ones are detected
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 

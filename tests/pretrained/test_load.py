@@ -121,7 +121,7 @@ def test_paths_without_a_model_are_errors(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [50_258, 50_304, 50_311, 51_200])
-def test_padding_of_the_vocabulary_is_removed(tmp_path: Path, vocabulary: int, heard: list[str]) -> None:
+def test_padding_of_the_vocabulary_is_removed(tmp_path: Path, vocabulary: int, log_messages: list[str]) -> None:
     """The loss is over GPT-2's tokens: that of transformers without the probability of the padding."""
     directory = make(tmp_path / "padded", vocabulary)
     logits, targets = theirs(directory)[:-1], TOKENS[0, 1:]
@@ -137,7 +137,7 @@ def test_padding_of_the_vocabulary_is_removed(tmp_path: Path, vocabulary: int, h
     assert found.padding == vocabulary - VOCABULARY
     assert f"vocabulary of {vocabulary:,}: the {vocabulary - VOCABULARY:,} rows" in str(padding_note(found))
     assert len(weights_for(found.shape, str(directory))["wte.weight"]) == VOCABULARY
-    assert heard == [f"{directory}: {padding_note(found)}"]
+    assert log_messages == [f"{directory}: {padding_note(found)}"]
 
 
 def test_a_model_without_padding_has_no_note(plain: Path) -> None:

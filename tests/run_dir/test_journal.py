@@ -46,9 +46,9 @@ def test_a_line_cut_by_a_crash_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="checks what happens where even root cannot write")
-def test_an_unwritable_journal_raises_no_error(heard: list[str]) -> None:
+def test_an_unwritable_journal_raises_no_error(log_messages: list[str]) -> None:
     Journal(Path("/proc")).write("crash", "rank 1: gone")
-    assert any("rank 1: gone" in message for message in heard)
+    assert any("rank 1: gone" in message for message in log_messages)
 
 
 def test_an_event_that_cannot_be_written_is_returned_and_written_later(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_files import RunFiles
@@ -51,7 +52,7 @@ def test_before_returns_the_last_records_before_a_time(
     monkeypatch.setattr(metrics_tail, "_BLOCK", block)
     lines, known = [], []
     for step in range(1, 61):
-        record = {"step": step, "time": float(step), "samples/0": "x" * (step * 37 % 200)}
+        record: dict[str, Any] = {"step": step, "time": float(step), "samples/0": "x" * (step * 37 % 200)}
         if step % 11 == 0:
             del record["time"]
         lines.append(json.dumps(record) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launched import TRAIN, end_session, run, start
+from launched import end_session, run, start
 
 from ds_gpt2 import cli
 from ds_gpt2.checkpoint.catalog import newest_tag, scan
@@ -25,7 +25,7 @@ from ds_gpt2.config.settings import dump_settings, load_settings
 from ds_gpt2.distributed import device
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision import launcher
-from ds_gpt2.supervision.launcher import RankLayout
+from ds_gpt2.supervision.launcher import TRAIN, RankLayout
 
 ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
 
@@ -210,7 +210,7 @@ def test_a_configuration_error_is_reported_before_any_rank_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ranks were started"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["train", str(endless), *arguments]) == exit_codes.MISTAKE
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)

@@ -43,7 +43,7 @@ def test_a_run_with_progress_is_restarted_without_limit() -> None:
         assert isinstance(decision, Restart) and decision.seconds == 5
 
 
-def test_steps_that_are_not_saved_are_no_progress() -> None:
+def test_unsaved_steps_do_not_count_as_progress() -> None:
     policy = RestartPolicy(SETTINGS, 100)
     decisions = [policy.decide(_result(step=101 + number, saved=100, origin=100)) for number in range(5)]
     assert isinstance(decisions[-1], GiveUp)

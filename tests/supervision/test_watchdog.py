@@ -92,7 +92,7 @@ def test_ranks_without_any_heartbeat_are_a_hang(tmp_path: Path) -> None:
     assert text is not None and "has written no heartbeat for" in text
 
 
-def test_a_suspend_of_the_machine_is_no_hang(tmp_path: Path) -> None:
+def test_a_suspend_of_the_machine_is_not_a_hang(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     for number in range(1, 20):
         watched.step(number, seconds=1)
@@ -102,7 +102,7 @@ def test_a_suspend_of_the_machine_is_no_hang(tmp_path: Path) -> None:
     assert watched.wait(10) is not None
 
 
-def test_steps_of_varying_length_are_no_hang(tmp_path: Path) -> None:
+def test_steps_of_varying_length_are_not_a_hang(tmp_path: Path) -> None:
     """3,000 steps of 0.2 to 2 seconds, with evaluations of 10 minutes."""
     rng, watched = random.Random(7), Watched(tmp_path, ranks=1)
     for number in range(1, 3000):

@@ -102,7 +102,7 @@ def test_arbitrary_bytes(tmp_path: Path, reader: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
 @pytest.mark.parametrize("reader", READERS)
-def test_reading_something_else_than_a_file_does_not_block(tmp_path: Path, reader: str, kind: str) -> None:
+def test_reading_a_pipe_directory_or_device_does_not_block(tmp_path: Path, reader: str, kind: str) -> None:
     name, read = READERS[reader]
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
     out = tmp_path / "out.json"
-    start("tokenising.py", "--text", text, "--megabytes", 60, "--rounds", 1, "--scratch", tmp_path, "--out", out)
+    start("tokenizing.py", "--text", text, "--megabytes", 60, "--rounds", 1, "--scratch", tmp_path, "--out", out)
     assert json.loads(out.read_text())["speed"]["megabytes"] > 0
     start("loader.py", "--steps", 3, "--shards", 1, "--played", 1, "--scratch", tmp_path, "--out", out)
     start("export.py", "--preset", "7M", "--ranks", 2, "--scratch", tmp_path, "--out", out)

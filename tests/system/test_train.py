@@ -82,7 +82,7 @@ def test_the_console_shows_every_step_and_no_other_output(four_ranks: Run) -> No
 def test_metrics_have_every_step_once_with_the_scheduled_learning_rate(four_ranks: Run) -> None:
     records = metrics(four_ranks[1])
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    curve = {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4}
+    curve: dict[str, Any] = {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4}
     assert [record["train/lr"] for record in records] == [learning_rate(step, **curve) for step in range(1, STEPS + 1)]
     assert records[-1]["train/loss"] < records[0]["train/loss"] - 0.5
     assert records[0]["train/loss"] == pytest.approx(math.log(50_257), abs=0.3)

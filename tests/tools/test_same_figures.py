@@ -140,7 +140,8 @@ def written(tmp_path: Path) -> Path:
     run_dir = tmp_path / "runs" / "test"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(CONFIG.replace("FOLDER", str(tmp_path)))
-    events, starts, records, now = [], [], [], NOW - 3 * STEPS
+    events, starts, now = [], [], NOW - 3 * STEPS
+    records: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         before = step - 1
         if before in (0, 3000, 4000):
@@ -156,7 +157,9 @@ def written(tmp_path: Path) -> Path:
             extra |= {"perf/save_ms": 4000.0} if before % 2600 == 0 else {}
         now += 2 + sum(extra.values()) / 1000
         numbers = {"train/loss": 9.0 - step / STEPS, "train/epoch": step / 2000.5, "train/tokens": 1024 * step}
-        validation = {"val/loss": None if step == STEPS else 9.0 - step / STEPS} if step % 100 == 0 else {}
+        validation: dict[str, float | None] = {}
+        if step % 100 == 0:
+            validation["val/loss"] = None if step == STEPS else 9.0 - step / STEPS
         speed = {"perf/step_ms": 2000.0, "perf/tokens_per_s": 512.0, "perf/goodput": 0.75}
         records.append({"step": step, "time": now, **numbers, **validation, **speed, **extra})
         if step in (3000, 4000):

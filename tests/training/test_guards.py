@@ -1,4 +1,4 @@
-"""Which anomalies the guard reports, and what it does about them."""
+"""Anomalies that the guard reports, and its reactions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ds_gpt2.training.guards import Anomaly, Guard, spike_score
 
 
 def _losses(count: int, seed: int = 0) -> list[float]:
-    """As of a run: falling, with noise."""
+    """Return losses like those of a run: decreasing, with noise."""
     noise = random.Random(seed)
     return [3.0 + 8.0 * math.exp(-step / 300) + noise.gauss(0, 0.03) for step in range(count)]
 
 
 class Run:
-    """Steps as the loop takes them, without a model."""
+    """Perform the guard's part of training steps, without a model."""
 
     def __init__(self, **settings: object) -> None:
         self.reported: list[Anomaly] = []
@@ -90,7 +90,7 @@ def test_a_state_without_anomalies_is_healthy() -> None:
     run = Run(divergence_steps=5)
     for loss in _losses(29):
         run.step(loss)
-    assert not run.state.is_healthy  # too few to tell
+    assert not run.state.is_healthy  # too few losses to decide
     run.step(_losses(30)[-1])
     assert run.state.is_healthy
     run.step(15.0)
@@ -169,8 +169,8 @@ def test_a_resume_does_not_change_what_is_reported() -> None:
     for loss in losses:
         whole.step(loss)
     parts, reported = Run(), []
-    for place, loss in enumerate(losses):
-        if place % 37 == 0:
+    for number, loss in enumerate(losses):
+        if number % 37 == 0:
             reported += parts.reported
             resumed = Run()
             resumed.state = TrainState.from_dict(parts.state.to_dict())
@@ -182,7 +182,7 @@ def test_a_resume_does_not_change_what_is_reported() -> None:
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=30, max_size=100), st.floats(1e-3, 1e3))
 def test_a_loss_within_the_recent_range_has_a_low_score(losses: list[float], scale: float) -> None:
-    """Measured in deviations: the unit of the loss does not matter."""
+    """The score is in deviations: scaling the losses does not change it."""
     score = spike_score(losses, max(losses))
     scaled = spike_score([scale * loss for loss in losses], scale * max(losses))
     assert score is not None and scaled is not None

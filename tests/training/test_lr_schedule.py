@@ -1,12 +1,13 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 
 from ds_gpt2.config.interval import Every
 from ds_gpt2.training.lr_schedule import learning_rate
 
-MISSION = {"steps": 95_365, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5}
+MISSION: dict[str, Any] = {"steps": 95_365, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5}
 
 
 @pytest.mark.parametrize(

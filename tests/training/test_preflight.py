@@ -1,4 +1,4 @@
-"""A mistake is found before anything is started or written: one line, exit code 2, and every file as it was."""
+"""Configuration errors are detected before ranks start or files change: one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from file_tree import tree
-from fsspec.registry import known_implementations  # type: ignore[import-untyped]  # it has no types
+from fsspec.registry import known_implementations
 from launched import Launched
 
 from ds_gpt2 import cli
@@ -27,11 +27,11 @@ from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must end before any rank is started; returns its one line."""
+    """Return a function that runs a command, checks that it fails before ranks start, and returns its error line."""
 
     def run(*words: str) -> str:
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-        monkeypatch.setattr(launches, "Ranks", None)  # a start of ranks fails
+        monkeypatch.setattr(launches, "Ranks", None)  # starting ranks would fail
         capfd.readouterr()
         assert cli.main([*words, "--num_gpus", "4"]) == exit_codes.MISTAKE
         out, err = capfd.readouterr()
@@ -121,7 +121,7 @@ def test_an_invalid_start_creates_no_run(
 def test_a_complete_first_save_without_its_final_name_is_resumed(
     four_ranks: tuple[Launched, Path], tmp_path: Path
 ) -> None:
-    """A crash between the last two steps of a commit: the ranks finish it before they look for a checkpoint."""
+    """As after a crash between the last two steps of a commit. The ranks finish the commit before they resume."""
     folder = shutil.copytree(four_ranks[1], tmp_path / "copy")
     settings = load_run_settings(folder / "runs" / "test")
     batch = settings.batch
@@ -152,7 +152,7 @@ def test_a_run_whose_checkpoints_are_missing_is_not_changed(
     (folder / "run.yaml").write_text(text)
     shutil.rmtree(folder / "checkpoints")
     away = four_ranks[1] / "checkpoints"
-    away.rename(away.with_name("away"))  # where the run was before, it left some
+    away.rename(away.with_name("away"))  # the checkpoints of the original run
     before = tree(folder)
     try:
         given = {"CONFIG": str(folder / "run.yaml"), "RUN": str(folder / "runs" / "test")}
@@ -177,7 +177,7 @@ def test_a_run_that_was_never_saved_may_start_again(tmp_path: Path, write_config
     journal.write("start", "begun anew", 0)
     assert choose_source(settings, "auto") is None
     (settings.run_dir / "journal.jsonl").unlink()
-    with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # by the metrics: the rest is lost
+    with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # according to the metrics; the journal is lost
         choose_source(settings, "auto")
 
 
@@ -204,7 +204,7 @@ def test_a_new_run_does_not_start_among_foreign_files(
     config = write_config(tmp_path)
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / "runs" / "test").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "runs" / "test" / "console.log").touch()  # not in the way
+    (tmp_path / "runs" / "test" / "console.log").touch()  # allowed in a new run's directory
     (tmp_path / file).write_text("of another program")
     before = tree(tmp_path)
     name = Path(file).parts[2]

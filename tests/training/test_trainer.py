@@ -29,7 +29,7 @@ OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="of
 
 
 class Parts:
-    """Every part of a training run; ``notes`` is what happened, in order."""
+    """Replaces every part of a training run; ``notes`` lists the calls in order."""
 
     def __init__(
         self, stop_at: int = 0, skip_at: int = 0, stop_within: int = 0, best_at: int = 0, epoch_steps: int = 10
@@ -43,11 +43,11 @@ class Parts:
         self.disk_is_full = False
         self.complete: bool | None = None
         self.step, self.requested = 0, False
-        self.problem: str | None = None  # of the data
+        self.problem: str | None = None  # reading the data
         self.failing_saves = 0
-        self.unreadable_at = 0  # the batch
-        self.unseen_at = 0  # where validation cannot be read
-        self.interrupted_at = 0  # where a stop breaks off validation
+        self.unreadable_at = 0  # the batch whose data cannot be read
+        self.unvalidated_at = 0  # the step at which validation data cannot be read
+        self.interrupted_at = 0  # the step at which a stop interrupts the evaluation
         self.can_be_repeated = True
 
     def epoch(self, step: int) -> float:
@@ -89,8 +89,8 @@ class Parts:
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
-        if state.step == self.unseen_at:
-            raise UserError("held out data cannot be read")
+        if state.step == self.unvalidated_at:
+            raise UserError("held-out data cannot be read")
         return {"val/loss": 3.0} if state.step == self._best_at else {"hellaswag/acc": 0.25}
 
     def write(self, step: int, seen: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class Parts:
         return not self.disk_is_full
 
     def before_update(self, engine: Any) -> None:
-        self.notes.append("look at gradients")
+        self.notes.append("observe gradients")
 
     def waiting_for(self, items: str) -> str:
         return items
@@ -159,8 +159,8 @@ def test_the_events_of_a_step_are_in_order() -> None:
     assert _train(parts, TrainState(), steps=3, save=3) is Ending.DONE
     assert parts.notes == [
         "accumulate data of 1", "apply 0.1", "write 1",
-        "accumulate data of 2", "look at gradients", "apply 0.2", "observe 2", "write 2",
-        "accumulate data of 3", "look at gradients", "apply 0.3", "observe 3", "write 3", "save 3",
+        "accumulate data of 2", "observe gradients", "apply 0.2", "observe 2", "write 2",
+        "accumulate data of 3", "observe gradients", "apply 0.3", "observe 3", "write 3", "save 3",
     ]  # fmt: skip
     assert parts.records[2] == {
         "train/loss": 2.0, "train/perplexity": math.exp(2), "train/lr": 0.2, "train/grad_norm": 1.0,
@@ -205,11 +205,11 @@ def test_an_unsaved_last_state_is_reported() -> None:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What was waited, in seconds, by a clock that only waiting moves."""
-    waited: list[float] = []
-    monkeypatch.setattr("ds_gpt2.training.trainer.time.sleep", waited.append)
-    monkeypatch.setattr("ds_gpt2.training.trainer.time.monotonic", lambda: sum(waited))
-    return waited
+    """Record the pauses in seconds, on a clock that advances only during pauses."""
+    pauses: list[float] = []
+    monkeypatch.setattr("ds_gpt2.training.trainer.time.sleep", pauses.append)
+    monkeypatch.setattr("ds_gpt2.training.trainer.time.monotonic", lambda: sum(pauses))
+    return pauses
 
 
 def test_saving_the_last_state_is_retried(pauses: list[float]) -> None:
@@ -246,11 +246,11 @@ def test_a_stop_while_data_is_unreadable_is_reported_as_a_stop() -> None:
 
 def test_unreadable_held_out_data_loses_no_completed_step() -> None:
     parts, state = Parts(), TrainState()
-    parts.unseen_at = 4
-    with pytest.raises(UserError, match="held out data cannot be read"):
+    parts.unvalidated_at = 4
+    with pytest.raises(UserError, match="held-out data cannot be read"):
         _train(parts, state, steps=9, save=0)
     assert state.step == 4 and parts.notes[-2:] == ["observe 4", "save 4"]
-    parts.unseen_at = 0
+    parts.unvalidated_at = 0
     assert _train(parts, state, steps=9, save=0) is Ending.DONE
     later = parts.notes[parts.notes.index("save 4") + 1 :]
     assert later[:4] == ["observe 4", "write 4", "save 4", "accumulate data of 5"]
@@ -273,7 +273,7 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(
     assert interrupted_at not in parts.records and (state.best_step, state.val_loss) == before
 
     resumed = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
-    assert _train(parts, resumed, steps=6, save=save) is Ending.STOPPED  # stopped again meanwhile
+    assert _train(parts, resumed, steps=6, save=save) is Ending.STOPPED  # interrupted again
     parts.interrupted_at = 0
     assert _train(parts, resumed, steps=6, save=save) is Ending.DONE
     assert parts.records == undisturbed.records and resumed == undisturbed_state
@@ -297,7 +297,7 @@ def test_a_resumed_run_starts_with_the_next_step() -> None:
 def test_a_finished_run_trains_no_step() -> None:
     parts = Parts()
     assert _train(parts, TrainState(step=6), steps=6, save=1)
-    assert parts.notes == ["save 6"]  # which the store knows to be there already
+    assert parts.notes == ["save 6"]  # a no-op in the real manager: the checkpoint exists
 
 
 def test_a_skipped_update_is_counted() -> None:
@@ -326,7 +326,7 @@ def test_a_rollback_ends_without_saving() -> None:
 def test_differing_weights_are_not_saved() -> None:
     parts = Parts()
     guard = Guard(GuardSettings(), lambda _: None)
-    guard.check_weights = lambda state, _: Guard.check_weights(guard, state, ["a", "b"])  # type: ignore[method-assign]
+    guard.check_weights = lambda state, _: Guard.check_weights(guard, state, ["a", "b"])  # type: ignore[method-assign,assignment]
     assert _train(parts, TrainState(), steps=10, save=5, guard=guard) is Ending.ROLLBACK
     assert [note for note in parts.notes if note.startswith("save")] == []
     assert guard.rollback is not None and guard.rollback.first_step == 5

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec  # type: ignore[import-untyped]  # it has no types
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # nor this
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.filesystem import Disk

@@ -112,10 +112,10 @@ def test_two_simultaneous_copies_of_a_run_wait_for_each_other(
     (run / "config.yaml").write_text("run: {name: run}\n")
     generation = save(run_dir, 5)
     first, second = (Backup(str(local_location), "run", SETTINGS, run_dir=run) for _ in range(2))
-    begun, resumed, waited = threading.Event(), threading.Event(), threading.Event()
+    started, resumed, waited = threading.Event(), threading.Event(), threading.Event()
 
     def hold(_: int) -> None:
-        begun.set()
+        started.set()
         assert resumed.wait(60)
 
     def wait(size: int) -> None:
@@ -126,7 +126,7 @@ def test_two_simultaneous_copies_of_a_run_wait_for_each_other(
     sent: list[int] = []
     copies = [
         threading.Thread(target=lambda: sent.append(first.copy(generation, hold))),
-        threading.Thread(target=lambda: begun.wait(60) and sent.append(second.copy(generation, wait))),
+        threading.Thread(target=lambda: started.wait(60) and sent.append(second.copy(generation, wait))),
     ]
     for copy in copies:
         copy.start()

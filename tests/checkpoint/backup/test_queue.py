@@ -102,7 +102,7 @@ def test_a_best_checkpoint_is_not_replaced_while_it_is_copied(run_dir: Path, gat
     assert [(copy.tag, copy.manifest.step) for copy in backup.copies()] == [(BEST_TAG, 110)]
 
 
-def test_a_slow_copy_does_not_delay_the_end_of_a_run(run_dir: Path, gate: Gate, heard: list[str]) -> None:
+def test_a_slow_copy_does_not_delay_the_end_of_a_run(run_dir: Path, gate: Gate, log_messages: list[str]) -> None:
     queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir)
     for step in (100, 200):
         save(run_dir, step)
@@ -110,7 +110,7 @@ def test_a_slow_copy_does_not_delay_the_end_of_a_run(run_dir: Path, gate: Gate, 
     assert gate.reached.wait(60)
     assert queue.finish(0.05) == [rolling_tag(100), rolling_tag(200)]
     text = "rolling_step_000100, rolling_step_000200 not in memory://nas/run; `./launch.sh backup`"
-    assert any(text in message for message in heard)
+    assert any(text in message for message in log_messages)
     queue.offer(rolling_tag(200), [epoch_tag(1)], 200)  # too late: nothing happens
     gate.open.set()
     queue._thread.shutdown(wait=True)

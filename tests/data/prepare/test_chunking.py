@@ -49,24 +49,24 @@ def test_a_document_without_lines_or_spaces_is_one_piece(tmp_path: Path) -> None
     assert tokenizer.gpt2().decode(tokens_of(tmp_path / "out", "train")[1:]) == document
 
 
-def test_damaged_documents_are_logged_and_counted(tmp_path: Path, heard: list[str]) -> None:
+def test_damaged_documents_are_logged_and_counted(tmp_path: Path, log_messages: list[str]) -> None:
     lines = [json.dumps({"text": f"document {number}"}) for number in range(100)]
     lines[50:50] = ["[" * 30_000, *("{}" for _ in range(30))]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     dataset = prepare(local_source([tmp_path / "x.jsonl"]), tmp_path / "out", workers=1)
     assert dataset.counts == {"documents": 100, "empty": 0, "null": 0, "unreadable": 31}
-    assert heard[0] == f"skipped: {tmp_path / 'x.jsonl'}, line 51: not JSON (nested too deeply)"
-    assert f'skipped: {tmp_path / "x.jsonl"}, line 70: no field "text", the object is empty' in heard
-    assert len(heard) == 21  # further ones are only counted
+    assert log_messages[0] == f"skipped: {tmp_path / 'x.jsonl'}, line 51: not JSON (nested too deeply)"
+    assert f'skipped: {tmp_path / "x.jsonl"}, line 70: no field "text", the object is empty' in log_messages
+    assert len(log_messages) == 21  # further ones are only counted
 
 
-def test_an_end_of_text_in_the_text_is_logged_and_counted(tmp_path: Path, heard: list[str]) -> None:
+def test_an_end_of_text_in_the_text_is_logged_and_counted(tmp_path: Path, log_messages: list[str]) -> None:
     (tmp_path / "x.txt").write_text("<|endoftext|>".join(f"document {number}\n" * 300 for number in range(60)))
     one = prepare(local_source([tmp_path / "x.txt"]), tmp_path / "one", workers=1)
     assert one.counts == {"documents": 1, "empty": 0, "null": 0, "endoftext": 59}
-    assert len(heard) == 1 and "start again with --separator '<|endoftext|>'" in heard[0]
+    assert len(log_messages) == 1 and "start again with --separator '<|endoftext|>'" in log_messages[0]
     split = local_source([tmp_path / "x.txt"], reading=Reading(separator="<|endoftext|>"))
     many = prepare(split, tmp_path / "many", workers=1)
-    assert many.counts == {"documents": 60, "empty": 0, "null": 0} and len(heard) == 1
+    assert many.counts == {"documents": 60, "empty": 0, "null": 0} and len(log_messages) == 1
     ends = [tokens_of(tmp_path / "many", split).count(END) for split in ("train", "val")]
     assert ends == [59, 1]

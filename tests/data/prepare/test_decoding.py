@@ -44,7 +44,7 @@ def test_byte_order_marks_are_removed_everywhere(tmp_path: Path) -> None:
     assert read(path, encoding="utf-16-le") == [row["text"] for row in ROWS]
 
 
-def test_another_encoding_must_be_given(tmp_path: Path, heard: list[str]) -> None:
+def test_another_encoding_must_be_given(tmp_path: Path, log_messages: list[str]) -> None:
     text = "Les élèves étaient là. " * 50
     path = tmp_path / "x.txt"
     path.write_bytes(text.encode("latin-1"))
@@ -53,9 +53,9 @@ def test_another_encoding_must_be_given(tmp_path: Path, heard: list[str]) -> Non
     ):
         read(path)
     assert read(path, encoding="latin-1") == [text]
-    assert heard == []
+    assert log_messages == []
     assert read(path, encoding="utf-8") == [text.translate({ord(letter): "\ufffd" for letter in "éèà"})]
-    assert len(heard) == 1 and "200 of the first 1,150 characters" in heard[0]
+    assert len(log_messages) == 1 and "200 of the first 1,150 characters" in log_messages[0]
     with pytest.raises(UserError, match="unknown --encoding 'klingon'"):
         read(path, encoding="klingon")
     path.write_bytes(b"\xef\xbb\xbfmarked")

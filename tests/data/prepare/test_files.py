@@ -79,16 +79,16 @@ def tree(tmp_path: Path) -> Path:
     return top
 
 
-def test_links_are_followed_without_loops_and_no_file_is_found_twice(tree: Path, heard: list[str]) -> None:
+def test_links_are_followed_without_loops_and_no_file_is_found_twice(tree: Path, log_messages: list[str]) -> None:
     found = [str(each.path.relative_to(tree)) for each in find_files([tree])]
     assert found == ["a.txt", "again/c.txt", "deep/b.txt"]
     several = find_files([tree / "link", tree, tree / "a.txt"])
     assert [each.path.name for each in several] == ["c.txt", "a.txt", "b.txt"]
 
 
-def test_files_left_out_are_logged(tree: Path, heard: list[str]) -> None:
+def test_files_left_out_are_logged(tree: Path, log_messages: list[str]) -> None:
     find_files([tree])
-    assert heard == [
+    assert log_messages == [
         f"left out because they cannot be read: {tree / 'gone.txt'} (a link to /no/such/file, which does not exist)",
         f"read once although found more than once: {tree / 'a_second_name'}, {tree / 'link'}, {tree / 'loop'}",
         "hidden files and directories left out: 3",
@@ -98,7 +98,7 @@ def test_files_left_out_are_logged(tree: Path, heard: list[str]) -> None:
 
 
 def test_a_directory_that_cannot_be_read_is_logged(
-    tree: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+    tree: Path, log_messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.scandir
 
@@ -109,15 +109,15 @@ def test_a_directory_that_cannot_be_read_is_logged(
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert tree / "deep" / "b.txt" not in {each.path for each in find_files([tree])}
-    assert f"{tree / 'deep'} (Permission denied)" in heard[0]
+    assert f"{tree / 'deep'} (Permission denied)" in log_messages[0]
 
 
-def test_prepared_datasets_are_left_out(tmp_path: Path, heard: list[str]) -> None:
+def test_prepared_datasets_are_left_out(tmp_path: Path, log_messages: list[str]) -> None:
     for name in ("ds/dataset.json", "ds/train_000000.bin", "other.unfinished/progress.json", "mine/dataset.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert [each.path for each in find_files([tmp_path])] == [tmp_path / "mine" / "dataset.json"]
-    assert f"prepared datasets left out: {tmp_path / 'ds'}, {tmp_path / 'other.unfinished'}" in heard
+    assert f"prepared datasets left out: {tmp_path / 'ds'}, {tmp_path / 'other.unfinished'}" in log_messages
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe.txt", "gone.txt"])

@@ -22,7 +22,7 @@ from launched import PROJECT
 from pyarrow import parquet
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.data import hub_client, tokenizer
+from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import UNFINISHED, open_dataset
 from ds_gpt2.data.prepare.holdout import FirstTokens
 from ds_gpt2.data.prepare.hub import HubFile, fetch
@@ -109,7 +109,13 @@ def expected(tables: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.slow
 def test_a_sample_is_downloaded_despite_errors_of_the_hub(hub: Hub, tmp_path: Path, expected: list[str | None]) -> None:
-    faults = {(0, 1): 429, (1, 1): "drop", (2, 1): 503, (2, 2): "drop", (3, 1): "lie"}
+    faults: dict[tuple[int, int], int | str] = {
+        (0, 1): 429,
+        (1, 1): "drop",
+        (2, 1): 503,
+        (2, 2): "drop",
+        (3, 1): "corrupt",
+    }
     hub.fault = lambda path, time: faults.get((int(Path(path).name[:3]), time))
     output = finish(start(hub, tmp_path, "fineweb-edu", "--workers", "2"))
     dataset = open_dataset(tmp_path / "out")
@@ -238,7 +244,7 @@ def test_only_errors_of_the_network_are_retried(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=message) as raised:
         fetch(HubFile("some/data", "0" * 40, "a.parquet", 1, "mark", None), tmp_path)
     assert len(calls) == requests and "\n" not in str(raised.value)

@@ -236,14 +236,16 @@ def test_too_little_text_is_explained(tmp_path: Path, documents: list[str], reci
         prepared(documents, tmp_path / "out", recipe)
 
 
-def test_a_separator_that_does_not_occur_is_reported(tmp_path: Path, heard: list[str]) -> None:
+def test_a_separator_that_does_not_occur_is_reported(tmp_path: Path, log_messages: list[str]) -> None:
     path = tmp_path / "x.txt"
     path.write_text("one line of text\n" * 5000)
     for separator, hint in (("<sep>", "nothing was split"), ("\\n", "$'\\n' is a line end")):
         source = local_source([path], reading=Reading(separator=separator))
         prepare(source, tmp_path / hint[:4], workers=1)
-        assert heard[-1].startswith(f"--separator {separator!r} does not occur") and heard[-1].endswith(hint)
-    heard.clear()
+        assert log_messages[-1].startswith(f"--separator {separator!r} does not occur") and log_messages[-1].endswith(
+            hint
+        )
+    log_messages.clear()
     prepare(local_source([path], reading=Reading(separator="line\n")), tmp_path / "c", workers=1)
     prepare(local_source([path], reading=Reading(separator="of")), tmp_path / "d", workers=1)
-    assert len(heard) == 1
+    assert len(log_messages) == 1

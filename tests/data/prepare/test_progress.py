@@ -145,7 +145,7 @@ def convert_to_an_earlier_version(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
 def test_a_preparation_of_an_earlier_version_continues_or_starts_again(
-    tmp_path: Path, heard: list[str], interrupted: Callable[..., Path], name: str
+    tmp_path: Path, log_messages: list[str], interrupted: Callable[..., Path], name: str
 ) -> None:
     """Parquet is read as before; text files are read differently, for example byte order marks."""
     file = write_hundred_documents(tmp_path / name)
@@ -153,14 +153,14 @@ def test_a_preparation_of_an_earlier_version_continues_or_starts_again(
     convert_to_an_earlier_version(interrupted(file))
     prepare(local_source([file]), tmp_path / "out", workers=1)
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
-    restarts = [line for line in heard if "started by an earlier version" in line and "starting again" in line]
+    restarts = [line for line in log_messages if "started by an earlier version" in line and "starting again" in line]
     assert len(restarts) == (name == "x.jsonl")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
 @pytest.mark.parametrize("options", [{"column": "other"}, {"separator": " "}])
 def test_a_preparation_does_not_continue_with_another_column_or_separator(
-    tmp_path: Path, interrupted: Callable[..., Path], name: str, options: dict[str, str]
+    tmp_path: Path, interrupted: Callable[..., Path], name: str, options: dict[str, Any]
 ) -> None:
     file = write_hundred_documents(tmp_path / name)
     interrupted(file)
@@ -181,7 +181,7 @@ def test_missing_tokens_are_an_error(tmp_path: Path, interrupted: Callable[..., 
 
 
 def test_unusual_characters_are_counted_correctly_after_interruptions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_messages: list[str]
 ) -> None:
     monkeypatch.setattr("ds_gpt2.data.prepare.chunking.PIECE_CHARACTERS", 50)
     monkeypatch.setattr(pipeline, "_RECORD_SECONDS", 0)
@@ -191,7 +191,10 @@ def test_unusual_characters_are_counted_correctly_after_interruptions(
     source = listed(documents)
     dataset = prepare(source, tmp_path / "whole", workers=1)
     assert (dataset.counts["replacement"], dataset.counts["control"]) == (6, 18)
-    assert [line.split(":")[0] for line in heard] == ["0, document 9, character 118", "0, document 9, character 119"]
+    assert [line.split(":")[0] for line in log_messages] == [
+        "0, document 9, character 118",
+        "0, document 9, character 119",
+    ]
     for after in (3, 20, 45):
         with pytest.raises(InterruptError):
             prepare(interrupting(source, after), tmp_path / "broken", workers=1)

@@ -47,11 +47,11 @@ def test_a_file_given_by_name_may_have_any_suffix(folder: Path) -> None:
     assert [each.path for each in find_files([odd])] == [odd]
 
 
-def test_a_json_file_in_a_directory_is_read_if_it_is_json_lines(tmp_path: Path, heard: list[str]) -> None:
+def test_a_json_file_in_a_directory_is_read_if_it_is_json_lines(tmp_path: Path, log_messages: list[str]) -> None:
     (tmp_path / "corpus.json").write_text('{"text": "one"}\n')
     (tmp_path / "package.json").write_text('{"name": "x"}\n')
     assert [part.name for part in local_source([tmp_path]).parts] == [str(tmp_path / "corpus.json")]
-    assert [line for line in heard if "package.json" in line and "left out" in line]
+    assert [line for line in log_messages if "package.json" in line and "left out" in line]
 
 
 def test_a_file_name_may_have_any_bytes(tmp_path: Path) -> None:
@@ -76,19 +76,19 @@ def test_the_sample_has_three_million_tokens() -> None:
     assert sum(map(len, encoding.encode_ordinary_batch(list(python_documents()), num_threads=2))) > 3_000_000
 
 
-def test_json_files_left_out_are_counted(tmp_path: Path, heard: list[str]) -> None:
+def test_json_files_left_out_are_counted(tmp_path: Path, log_messages: list[str]) -> None:
     for number in range(60):
         (tmp_path / f"{number}.json").write_text('{"name": "x"}')
     (tmp_path / "a.txt").write_text("text")
     local_source([tmp_path])
-    assert len([line for line in heard if "left out" in line]) == 6
-    assert heard[-1] == "and 55 more .json files left out"
+    assert len([line for line in log_messages if "left out" in line]) == 6
+    assert log_messages[-1] == "and 55 more .json files left out"
 
 
-def test_a_format_has_no_effect_on_files_of_directories(tmp_path: Path, heard: list[str]) -> None:
+def test_a_format_has_no_effect_on_files_of_directories(tmp_path: Path, log_messages: list[str]) -> None:
     (tmp_path / "a.txt").write_text("text")
     local_source([tmp_path], reading=Reading(form="jsonl"))
-    assert [line for line in heard if line.startswith("--format jsonl has no effect")]
-    heard.clear()
+    assert [line for line in log_messages if line.startswith("--format jsonl has no effect")]
+    log_messages.clear()
     local_source([tmp_path / "a.txt", tmp_path], reading=Reading(form="text"))
-    assert not heard or "no effect" not in heard[0]
+    assert not log_messages or "no effect" not in log_messages[0]

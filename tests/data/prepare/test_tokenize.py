@@ -82,7 +82,7 @@ def test_a_wrong_token_is_detected_in_every_256th_text(wrong_at: int) -> None:
         def encode(self, text: str) -> Any:
             return np.array([1, 2, 3], np.uint32)
 
-    fast._tokenizer = Wrong()
+    fast._tokenizer = Wrong()  # type: ignore[assignment]  # a stand-in
     with pytest.raises(UserError, match=r"gigatoken [\d.]+ does not give GPT-2's tokens for 'a text'.*pip uninstall"):
         fast.tokenize("a text")
 

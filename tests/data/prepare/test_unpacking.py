@@ -10,7 +10,13 @@ import zstandard
 from prepare_helpers import read
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.data.prepare.documents import Document, Unreadable
 from ds_gpt2.data.prepare.sources import LocalFile
+
+
+def text_of(document: Document) -> str:
+    assert document is not None and not isinstance(document, Unreadable)
+    return "".join(document)
 
 
 def test_gzip_members_are_concatenated_and_other_data_are_an_error(tmp_path: Path) -> None:
@@ -49,11 +55,11 @@ def test_zstandard_frames_are_concatenated_and_truncation_is_an_error(tmp_path: 
     half = len(text) // 2
     path = tmp_path / "x.txt.zst"
     path.write_bytes(packed(text[:half].encode()) + packed(text[half:].encode()))
-    assert ["".join(document or "") for document in LocalFile(path).documents(0)] == [text]
+    assert [text_of(document) for document in LocalFile(path).documents(0)] == [text]
     for broken in (path.read_bytes()[:-5], path.read_bytes()[:-5] + bytes(100), b"no zstandard"):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"x\.txt\.zst cannot be read"):
-            list(map("".join, LocalFile(path).documents(0)))
+            list(map(text_of, LocalFile(path).documents(0)))
 
 
 @pytest.mark.parametrize("position", [-8, -4])

@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import pytest
 from alert_service import Service, alert_events, command_messages, settings_with_command, wait_for, write_addresses
 from launched import PROJECT
 
 from ds_gpt2.config.settings import AlertSettings
-from ds_gpt2.run_dir.journal import JOURNAL, Journal, Kind, read_journal
+from ds_gpt2.run_dir.journal import JOURNAL, Journal, read_journal
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.alerts.channels import ADDRESSES
 
@@ -70,7 +69,7 @@ def test_an_event_that_the_journal_cannot_take_is_sent_once(run_dir: Path) -> No
     alerts, journal = Alerts(settings_with_command(run_dir), run_dir), Journal(run_dir)
     (run_dir / JOURNAL).mkdir()  # stands for a full disk
     for kind in ("crash", "save"):
-        missed = journal.write(cast(Kind, kind), "rank 1: killed")
+        missed = journal.write(kind, "rank 1: killed")
         assert missed is not None
         alerts.send_event(missed)
     (run_dir / JOURNAL).rmdir()
@@ -106,7 +105,7 @@ def test_nothing_happens_without_a_channel(run_dir: Path) -> None:
 
 
 def test_a_file_of_addresses_that_becomes_unusable_is_logged_once_and_used_again_when_fixed(
-    run_dir: Path, service: Service, heard: list[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, service: Service, log_messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(ADDRESSES)
     file = write_addresses(run_dir.parent / "urls", service.address)
@@ -115,7 +114,7 @@ def test_a_file_of_addresses_that_becomes_unusable_is_logged_once_and_used_again
     file.chmod(0o644)
     for _ in range(3):
         assert alerts.send("crash", "mine: crash", "exit status 1") is False
-    assert heard == [f"alerts: {file} contains passwords and can be read by other users: chmod 600 {file}"]
+    assert log_messages == [f"alerts: {file} contains passwords and can be read by other users: chmod 600 {file}"]
     file.chmod(0o600)
     assert alerts.send("hang", "mine: hang", "stuck") is True
     alerts.close()

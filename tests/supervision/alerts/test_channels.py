@@ -16,6 +16,7 @@ from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.alerts.channels import ADDRESSES, Address
+from ds_gpt2.supervision.alerts.message import Message
 
 
 def test_a_command_gets_the_text_on_stdin_and_no_addresses(run_dir: Path, service: Service) -> None:
@@ -38,7 +39,7 @@ def test_a_command_gets_the_text_on_stdin_and_no_addresses(run_dir: Path, servic
 def test_a_hanging_command_is_killed_with_its_children_and_delays_no_other_channel(run_dir: Path) -> None:
     file = run_dir / "pid"
     hangs, works = channels.Command(f"sleep 60 & echo $! > {file}; wait"), channels.Command("exit 0")
-    message = channels.Message("mine", "hang", "mine: hang", "stuck", time.time())
+    message = Message("mine", "hang", "mine: hang", "stuck", time.time())
     start = time.monotonic()
     assert channels.deliver({hangs: message, works: message}, 3.0) == {hangs: "timed out after 3 s", works: None}
     assert time.monotonic() - start < 30
@@ -49,7 +50,7 @@ def test_a_hanging_command_is_killed_with_its_children_and_delays_no_other_chann
 @pytest.mark.slow
 def test_an_address_that_never_answers_times_out(service: Service) -> None:
     service.answers.clear()
-    message = channels.Message("mine", "crash", "mine: crash", "exit status 1", time.time())
+    message = Message("mine", "crash", "mine: crash", "exit status 1", time.time())
     start = time.monotonic()
     assert Address("it", service.address).send(message, 2.0) == "timed out after 2 s"
     assert time.monotonic() - start < 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from alert_service import SECRET, Service, alert_events, wait_for
 
 from ds_gpt2.config.settings import AlertSettings
 from ds_gpt2.run_dir.journal import Journal, read_journal
-from ds_gpt2.supervision.alerts import channels, delivery_queue
+from ds_gpt2.supervision.alerts import apprise_child, delivery_queue
 from ds_gpt2.supervision.alerts.alerts import Alerts
 from ds_gpt2.supervision.alerts.channels import ADDRESSES
+
+
+def _has_requests(service: Service, count: int) -> bool:
+    return service.requests >= count
 
 
 @pytest.mark.slow
 def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     run_dir: Path,
     service: Service,
-    heard: list[str],
+    log_messages: list[str],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -30,9 +35,9 @@ def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     alerts = Alerts(AlertSettings(), run_dir)
     for number in range(3):
         Journal(run_dir).write("crash", f"crash number {number}", number)
-        before = service.requests
+        expected = service.requests + 1
         alerts.send_news()
-        wait_for(lambda before=before: service.requests > before)
+        wait_for(functools.partial(_has_requests, service, expected))
     service.status = 200
     wait_for(lambda: service.received)
     alerts.close()
@@ -43,7 +48,7 @@ def test_failed_deliveries_are_retried_as_one_message_with_the_newest_first(
     reason = f"address 1 of {ADDRESSES} failed (the service answered 503)"
     failed = f"'mine: crash' was not delivered, retrying: {reason}"
     assert alert_events(run_dir) == [failed, "sent mine: crash and 2 more"]
-    assert heard == [f"alerts: {failed}"]
+    assert log_messages == [f"alerts: {failed}"]
     everything = "".join(file.read_text(encoding="utf-8") for file in run_dir.iterdir()) + "".join(capfd.readouterr())
     assert SECRET not in everything and "127.0.0.1" not in everything
 
@@ -98,7 +103,7 @@ def test_the_caller_does_not_wait_and_no_process_shows_the_address(run_dir: Path
     assert time.monotonic() - start < 30  # the service waits for 60
     wait_for(lambda: service.requests)
     children = psutil.Process().children(recursive=True)
-    assert any(channels.apprise_child.__file__ in child.cmdline() for child in children)
+    assert any(str(apprise_child.__file__) in child.cmdline() for child in children)
     assert SECRET not in str([(child.cmdline(), child.environ()) for child in children])
     service.answers.set()
     alerts.close()

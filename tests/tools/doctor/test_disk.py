@@ -39,7 +39,7 @@ def test_checkpoints_of_the_run_count_as_free_space(tmp_path: Path, monkeypatch:
     best = write_checkpoint(tmp_path, BEST_TAG, 2, {"file": b""})  # shares the file of the newest one
     (best / "file").unlink()
     os.link(newest / "file", best / "file")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     row = disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_000_000, 4_000_000))
     assert (row.status, "1.0 MB free, 3.0 MB used by this run already" in row.found) == ("ok", True)
     assert disk.free_space(tmp_path, requirements.DiskRequirement(1_000_000, 3, 4_010_000, 4_010_000)).status == "fail"

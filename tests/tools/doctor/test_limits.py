@@ -70,14 +70,14 @@ def test_end_of_a_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_terminals_that_would_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_DFL)  # the tests may run under nohup
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # the tests may run under nohup
     over_ssh = {"SSH_CONNECTION": "10.0.0.2 50000 10.0.0.1 22"}
     plain = limits.terminal(over_ssh, ["tmux", "systemd-run"])
     assert (plain.status, "`tmux new -s gpt2 ./launch.sh train ...`" in plain.fix) == ("warn", True)
     assert "nohup" in limits.terminal(over_ssh, []).fix
     assert limits.terminal({**over_ssh, "TMUX": "/tmp/tmux-0/default,1,0"}, ["tmux"]).status == "ok"
     assert limits.terminal({}, []).status == "ok"
-    monkeypatch.setattr(limits.signal, "getsignal", lambda _: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
     assert "nohup" in limits.terminal(over_ssh, []).found
 
 

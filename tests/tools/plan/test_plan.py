@@ -315,7 +315,7 @@ def test_due_agrees_with_the_cadence_of_training(every: int, steps: int) -> None
 @given(data=st.data())
 def test_simulation_of_the_disk_agrees_with_retention(data: st.DataObject) -> None:
     """Compare with a list of all checkpoints, which is too slow for runs of thousands of epochs."""
-    kind = st.sampled_from(["full", "weights"])
+    kind: st.SearchStrategy[Any] = st.sampled_from(["full", "weights"])
     settings = CheckpointSettings(
         dir=Path("unused"),
         every=data.draw(st.integers(1, 12)),

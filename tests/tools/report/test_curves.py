@@ -93,4 +93,5 @@ def test_modification_time_is_the_time_of_the_newest_record_without_times(write_
     found = load_run(directory).records
     newest = (directory / "metrics.jsonl").stat().st_mtime
     assert found.times.tolist() == pytest.approx([newest - 4, newest - 2, newest])
-    assert summarize(load_run(directory), newest, since_seconds=3.0).since.steps == 2
+    since = summarize(load_run(directory), newest, since_seconds=3.0).since
+    assert since is not None and since.steps == 2

@@ -54,7 +54,7 @@ def test_page_loads_nothing_and_forbids_network_access(write_run: WriteRun) -> N
     assert {tag for tag, _ in found.tags} & {"link", "iframe", "object", "base"} == set()
     policies = [each["content"] for tag, each in found.tags if each.get("http-equiv") == "Content-Security-Policy"]
     assert policies == [page._POLICY]
-    assert policies[0].startswith("default-src 'none';") and "http" not in policies[0] and "*" not in policies[0]
+    assert page._POLICY.startswith("default-src 'none';") and "http" not in page._POLICY and "*" not in page._POLICY
     assert any(tag == "meta" and each.get("name") == "viewport" for tag, each in found.tags)
     drawn = {each["id"] for tag, each in found.tags if each.get("class") == "chart"}
     assert drawn == set(found.figures)

@@ -16,6 +16,10 @@ from ds_gpt2.tools.resources.prices import Prices
 from ds_gpt2.tools.status.status import read_status
 
 
+def near(value: float) -> Any:
+    return pytest.approx(value)
+
+
 def test_figures_follow_from_the_records(write_run: WriteRun) -> None:
     records = [record(step) for step in range(1, 41)]
     records[9] |= {"val/loss": 3.5}
@@ -52,7 +56,7 @@ def test_range_follows_from_the_newest_windows(write_run: WriteRun) -> None:
     """The window of 1,000 steps has eight sections."""
     records = [record(step, **{"perf/step_ms": 1000.0 * (1 + (step - 2) // 125)}) for step in range(1, 1002)]
     pace = summarize(load_run(write_run(records, [start(NOW - 9e4, 0)])), NOW).seconds_per_step
-    assert pace == Range(4.5, pytest.approx(1.7), pytest.approx(7.3))  # linear percentiles of 1 to 8
+    assert pace == Range(4.5, near(1.7), near(7.3))  # linear percentiles of 1 to 8
 
 
 def test_costs_follow_from_power_and_prices(write_run: WriteRun) -> None:
@@ -73,7 +77,7 @@ def test_recorded_power_is_the_default(write_run: WriteRun) -> None:
     records[10]["perf/gpu_power_w"], records[30]["perf/gpu_power_w"] = 900.0, 1100.0
     cost = summarize(load_run(write_run(records)), NOW).cost
     assert cost is not None and (cost.watts, cost.watts_recorded, cost.energy_money) == (1000.0, True, None)
-    assert cost.energy_kwh == Range(*[pytest.approx(120 / 3600)] * 3)
+    assert cost.energy_kwh == Range(*[near(120 / 3600)] * 3)
 
 
 def test_time_window_has_its_own_figures(write_run: WriteRun) -> None:

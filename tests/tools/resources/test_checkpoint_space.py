@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from ds_gpt2.tools.resources.run_schedule import RunSchedule
 @given(data=st.data())
 def test_max_kept_is_an_upper_bound_of_the_simulation(data: st.DataObject) -> None:
     """The saves are due at multiples of checkpoint.every; the checkpoint being written comes on top."""
-    kind = st.sampled_from(["full", "weights"])
+    kind: st.SearchStrategy[Any] = st.sampled_from(["full", "weights"])
     every = data.draw(st.integers(1, 12))
     settings = CheckpointSettings(
         dir=Path("unused"),

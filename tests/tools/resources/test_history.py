@@ -29,7 +29,7 @@ def test_lost_time_is_repeated_work_and_time_without_a_process(files: RunFiles) 
     assert (past.read_back_step, past.read_back_time) == (200, pytest.approx(NOW - HOUR + 450))
 
 
-LAUNCHES = [
+LAUNCHES: list[list[tuple[str, bool | None]]] = [
     # by hand; two restarts, the first without training; stop; by hand; by hand without a supervisor
     [("launch", False), ("start", None), ("crash", None), ("restart", None), ("launch", True), ("crash", None)],
     [("restart", None), ("launch", True), ("start", None), ("stop", None), ("launch", False), ("start", None)],

@@ -13,7 +13,6 @@ from run_files import CONFIG, DAY, NOW, RunFiles
 
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.common.formatting import clock
-from ds_gpt2.tools.resources import disk_forecast
 from ds_gpt2.tools.status.screen import line, screen
 
 
@@ -135,7 +134,7 @@ Filesystem = namedtuple("Filesystem", "f_flag f_blocks f_bavail f_files f_favail
 def test_unwritable_disk_is_a_problem(
     healthy_run: RunFiles, monkeypatch: pytest.MonkeyPatch, disk: Filesystem, problem: str | None
 ) -> None:
-    monkeypatch.setattr(disk_forecast.os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
     found = [
         text for text in healthy_run.problems() if " lasts " not in text
     ]  # the disk of this machine may be nearly full

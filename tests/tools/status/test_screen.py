@@ -69,7 +69,7 @@ def test_screen_has_at_most_46_columns(healthy_run: RunFiles, monkeypatch: pytes
     assert len(line(status)) <= WIDTH
 
 
-def test_colors_are_only_used_on_request(healthy_run: RunFiles) -> None:
+def test_colors_are_used_only_on_request(healthy_run: RunFiles) -> None:
     plain, colored = screen(healthy_run.status()), screen(healthy_run.status(), colored=True)
     assert "\033" not in plain
     assert colored.replace("\033[32m", "").replace("\033[0m", "") == plain

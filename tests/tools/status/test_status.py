@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import TRAIN, Run
+from launched import Run
 from run_files import RunFiles
 
 from ds_gpt2.run_dir.metrics import read_metrics
+from ds_gpt2.supervision.launcher import TRAIN
 from ds_gpt2.tools.status.status import read_status
 
 

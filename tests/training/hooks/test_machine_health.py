@@ -1,8 +1,9 @@
-"""What the machine tells: memory at long intervals, and GPUs through NVIDIA's library where there is one."""
+"""Host memory and GPU health are measured at intervals; the GPU metrics come from a fake NVML."""
 
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,11 @@ from ds_gpt2.training.hooks import Health, machine_health
 
 
 class NVMLError(Exception):
-    """As the library's own."""
+    """Like the exception of pynvml."""
 
 
 def _library(throttled: dict[str, int], broken: bool = False) -> Any:
-    """A machine without a GPU has no answers to give: these are of two."""
+    """Return a fake NVML of two GPUs."""
 
     def power(gpu: str) -> int:
         if broken:
@@ -34,20 +35,20 @@ def _library(throttled: dict[str, int], broken: bool = False) -> Any:
     )
 
 
-def _look(hook: Health) -> dict[str, Any]:
+def _observe(hook: Health) -> dict[str, Any]:
     nothing: Any = None
     return hook.observe(nothing, TrainState())
 
 
 def test_the_machine_is_measured_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(machine_health.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     hook = Health(torch.device("cpu"))
-    assert 0.01 < _look(hook)["perf/host_memory_gb"] < 100
+    assert 0.01 < _observe(hook)["perf/host_memory_gb"] < 100
     now[0] += 29
-    assert _look(hook) == {}
+    assert _observe(hook) == {}
     now[0] += 1
-    assert list(_look(hook)) == ["perf/host_memory_gb"]
+    assert list(_observe(hook)) == ["perf/host_memory_gb"]
 
 
 def test_gpu_metrics_are_the_maximum_temperature_total_power_and_throttled_count(
@@ -57,20 +58,20 @@ def test_gpu_metrics_are_the_maximum_temperature_total_power_and_throttled_count
     monkeypatch.setitem(sys.modules, "pynvml", _library({"a": at_the_power_cap, "b": too_hot | at_the_power_cap}))
     hook = Health(torch.device("cpu"))
     hook._gpus = ["a", "b"]
-    seen = _look(hook)
+    seen = _observe(hook)
     del seen["perf/host_memory_gb"]
     assert seen == {"perf/gpu_temperature_c": 83.0, "perf/gpu_power_w": 550.5, "perf/gpu_throttled": 1.0}
 
 
-def test_a_gpu_that_stops_answering_is_reported_once(monkeypatch: pytest.MonkeyPatch, heard: list[str]) -> None:
+def test_a_gpu_that_stops_answering_is_reported_once(monkeypatch: pytest.MonkeyPatch, log_messages: list[str]) -> None:
     monkeypatch.setattr(machine_health, "_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "pynvml", _library({}, broken=True))
     hook = Health(torch.device("cpu"))
     hook._gpus = ["a", "b"]
-    assert [list(_look(hook)) for _ in range(3)] == [["perf/host_memory_gb"]] * 3
-    assert heard == ["temperature and power of the GPUs can no longer be read: GPU is lost"]
+    assert [list(_observe(hook)) for _ in range(3)] == [["perf/host_memory_gb"]] * 3
+    assert log_messages == ["temperature and power of the GPUs can no longer be read: GPU is lost"]
 
 
-def test_unavailable_gpu_metrics_are_reported_once(heard: list[str]) -> None:
+def test_unavailable_gpu_metrics_are_reported_once(log_messages: list[str]) -> None:
     assert machine_health._open_gpus() == [] or torch.cuda.is_available()
-    assert torch.cuda.is_available() or heard[0].startswith("temperature and power of the GPUs cannot be read")
+    assert torch.cuda.is_available() or log_messages[0].startswith("temperature and power of the GPUs cannot be read")

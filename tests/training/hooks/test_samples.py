@@ -27,7 +27,7 @@ STATE = TrainState(step=250, tokens=1_048_576, val_loss=3.25, val_step=240)
 
 @pytest.fixture
 def engine() -> Any:
-    """What the hook needs of an engine, with a real model."""
+    """The attributes of an engine that the hook uses, with a real model."""
     torch.manual_seed(0)
     model = GPT2(SHAPE, dropout=0.5).train()
     return SimpleNamespace(model=model, device=torch.device("cpu"))
@@ -42,7 +42,7 @@ def _with(**changes: Any) -> SamplesSettings:
 
 
 def _blocks(text: str) -> list[str]:
-    """What a Markdown reader shows in code blocks."""
+    """Return the contents of the code blocks that a Markdown parser finds."""
     page = markdown.markdown(text, extensions=["fenced_code"])
     return [html.unescape(block) for block in re.findall(r"<pre><code[^>]*>(.*?)\n</code></pre>", page, re.DOTALL)]
 
@@ -155,7 +155,7 @@ def test_an_uncreatable_directory_is_reported_in_one_line(
 def test_a_full_disk_is_reported_in_one_line_and_keeps_existing_files(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The limit on a file's size stands for the disk."""
+    """A limit on the file size simulates a full disk."""
     hook = _samples(tmp_path)
     hook.observe(engine, STATE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

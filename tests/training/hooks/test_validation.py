@@ -1,4 +1,4 @@
-"""What the validation hook reports, and what it records in the state."""
+"""The validation hook: its reports, and its records in the train state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Windows:
 
 @pytest.fixture
 def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The hook; ``values`` are the losses that it measures, one after the other."""
+    """Return the hook with replaced measurements: the losses in ``values``, in order."""
     windows: Any = Windows()
     hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
     measured = SimpleNamespace(hook=hook, values=[])
@@ -37,7 +37,7 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return measured
 
 
-def test_a_non_finite_loss_is_reported_and_not_the_best(validation: Any, heard: list[str]) -> None:
+def test_a_non_finite_loss_is_reported_and_not_the_best(validation: Any, log_messages: list[str]) -> None:
     state = TrainState()
     validation.values = [3.0, math.nan, math.inf, 2.5]
     engine: Any = None
@@ -51,7 +51,7 @@ def test_a_non_finite_loss_is_reported_and_not_the_best(validation: Any, heard: 
         "val/perplexity": pytest.approx(math.nan, nan_ok=True),
     }
     assert (state.best_val_loss, state.best_step) == (2.5, 20)
-    assert heard == [
+    assert log_messages == [
         "step 5: validation loss 3.0000  (best so far)",
         "step 10: the validation loss is nan, not a finite number; best so far: 3.0000 at step 5",
         "step 15: the validation loss is inf, not a finite number; best so far: 3.0000 at step 5",
@@ -65,25 +65,25 @@ def test_the_perplexity_of_nan_is_nan() -> None:
     assert perplexity(0.0) == 1.0
 
 
-def test_a_first_non_finite_loss_sets_no_best(validation: Any, heard: list[str]) -> None:
+def test_a_first_non_finite_loss_sets_no_best(validation: Any, log_messages: list[str]) -> None:
     validation.values = [math.nan]
     state = TrainState(step=5)
     validation.hook.observe(None, state)
     assert state.best_step is None
-    assert heard == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
+    assert log_messages == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
 
 
 @pytest.mark.parametrize("stop_requested", [False, True])
 def test_a_stop_while_a_shard_is_unreadable_interrupts_validation(stop_requested: bool) -> None:
     class Unreadable(Windows):
-        is_asked = False
+        is_stop_requested = False
 
         def read(self, indices: object) -> None:
-            self.is_asked = stop_requested
+            self.is_stop_requested = stop_requested
             raise UserError("a shard cannot be read")
 
     def progress() -> None:
-        if windows.is_asked:
+        if windows.is_stop_requested:
             raise Interrupted
 
     windows: Any = Unreadable()

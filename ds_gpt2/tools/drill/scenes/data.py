@@ -9,10 +9,8 @@ from ds_gpt2.tools.drill.run_process import FailedError
 from ds_gpt2.tools.drill.scenes.scene import (
     Recovery,
     SceneContext,
-    random_batch_after_next_save,
-    random_rank,
+    plan_fault,
     recovery,
-    stop,
     verify_not_restarted,
     verify_stopped,
 )
@@ -22,11 +20,9 @@ _STOP_SECONDS = 30.0  # within which a stop must interrupt the retries of a read
 
 def read_error(context: SceneContext) -> Recovery:
     """Make the first read of a shard fail: the error must be reported, the read retried, and nothing else changed."""
-    run = context.run
-    stop(run)
-    batch, rank = random_batch_after_next_save(context), random_rank(context)
-    once, since = context.folder / "read_error", run.journal_position()
-    run.start(faults=[Fault("read_error", batch=batch, rank=rank, once=str(once))])
+    run, planned = context.run, plan_fault(context, "read_error")
+    batch, rank, since = planned.batch, planned.rank, planned.since
+    run.start(faults=[Fault("read_error", batch=batch, rank=rank, once=str(planned.file))])
     run.wait_for("the step with the read error", lambda: run.done_steps() >= batch)
     errors = run.events(since, "data_error")
     if not errors or f"rank {rank}" not in errors[0].text:
@@ -38,13 +34,11 @@ def read_error(context: SceneContext) -> Recovery:
 
 def unreadable_data(context: SceneContext) -> Recovery:
     """Make a shard unreadable and stop the run: it must save the completed steps and exit within seconds."""
-    run = context.run
-    stop(run)
-    batch, rank = random_batch_after_next_save(context), random_rank(context)
-    during, since = context.folder / "unreadable_data", run.journal_position()
-    during.touch()
+    run, planned = context.run, plan_fault(context, "unreadable_data")
+    batch, rank, since = planned.batch, planned.rank, planned.since
+    planned.file.touch()
     try:
-        run.start(faults=[Fault("read_error", batch=batch, rank=rank, during=str(during))])
+        run.start(faults=[Fault("read_error", batch=batch, rank=rank, during=str(planned.file))])
         run.wait_for("a second failed read", lambda: len(run.events(since, "data_error")) > 1)
         run.wait_for("the step before it", lambda: run.done_steps() >= batch - 1)
         fault_time = time.time()
@@ -58,7 +52,7 @@ def unreadable_data(context: SceneContext) -> Recovery:
         verify_stopped(run)
         seconds = time.time() - fault_time
     finally:
-        during.unlink()
+        planned.file.unlink()
     verify_not_restarted(run, since, "the run did not just stop")
     if (saved := run.saved_step()) != batch - 1:
         raise FailedError(f"step {batch - 1} was done, but the newest checkpoint is of step {saved}")

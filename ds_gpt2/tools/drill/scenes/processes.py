@@ -15,9 +15,10 @@ from ds_gpt2.tools.drill.run_process import FailedError, RunProcess
 from ds_gpt2.tools.drill.scenes.scene import (
     Recovery,
     SceneContext,
-    random_batch_after_next_save,
+    plan_fault,
     random_rank,
     recovery,
+    run_to_fault,
     run_to_random_point,
     stop,
 )
@@ -27,22 +28,19 @@ _ORPHAN_SECONDS = 120.0  # within which ranks without a supervisor must exit
 
 def exception(context: SceneContext) -> Recovery:
     """Raise an exception in one rank."""
-    run = context.run
-    stop(run)
-    step, rank = random_batch_after_next_save(context), random_rank(context)
-    once, since = context.folder / "exception", run.journal_position()
-    run.start(faults=[Fault("crash", step=step, rank=rank, once=str(once))])
-    run.wait_for("detection of the crash", lambda: run.events(since, "crash"))
-    _verify_names_rank(run.events(since, "crash")[0], rank)
+    run, planned = context.run, plan_fault(context, "exception")
+    step, rank = planned.batch, planned.rank
+    run.start(faults=[Fault("crash", step=step, rank=rank, once=str(planned.file))])
+    run.wait_for("detection of the crash", lambda: run.events(planned.since, "crash"))
+    _verify_names_rank(run.events(planned.since, "crash")[0], rank)
     text = f"exception in rank {rank} at step {step}; named in the journal, restarted automatically"
-    return recovery(context, run.journal_position(), once.stat().st_mtime, step - 1, text)
+    return recovery(context, run.journal_position(), planned.file.stat().st_mtime, step - 1, text)
 
 
 def kill_rank(context: SceneContext) -> Recovery:
     """Send SIGKILL to one rank."""
-    run_to_random_point(context)
+    since, fault_time = run_to_fault(context)
     run, rank = context.run, random_rank(context)
-    since, fault_time = run.journal_position(), time.time()
     run.rank(rank).kill()
     run.wait_for("detection of the killed rank", lambda: run.events(since, "crash"))
     reached = run.done_steps()
@@ -71,9 +69,9 @@ def freeze_rank(context: SceneContext) -> Recovery:
 
 def kill_launcher(context: SceneContext) -> Recovery:
     """Send SIGKILL to DeepSpeed's launcher."""
-    run_to_random_point(context)
+    since, fault_time = run_to_fault(context)
     run = context.run
-    group, since, fault_time = run.group, run.journal_position(), time.time()
+    group = run.group
     for process in run.launchers():
         process.kill()
     reached = run.done_steps()
@@ -86,13 +84,11 @@ def kill_launcher(context: SceneContext) -> Recovery:
 
 def ctrl_c(context: SceneContext) -> Recovery:
     """Stop the run with Ctrl+C and resume it."""
-    run_to_random_point(context)
+    since, fault_time = run_to_fault(context)
     run = context.run
-    since, fault_time, reached = run.journal_position(), time.time(), run.done_steps()
+    reached = run.done_steps()
     stop(run)
-    saved = run.saved_step()
-    if saved < reached:
-        raise FailedError(f"step {reached} was done, but the newest checkpoint is of step {saved}")
+    saved = _verify_saved(run, reached, "the newest checkpoint is of")
     run.start()
     text = f"Ctrl+C: exit code 3 with step {saved} saved; resumed"
     return recovery(context, since, fault_time, saved, text)
@@ -100,18 +96,16 @@ def ctrl_c(context: SceneContext) -> Recovery:
 
 def kill_supervisor(context: SceneContext) -> Recovery:
     """Send SIGKILL to the supervisor; the ranks must save and exit."""
-    run_to_random_point(context)
+    since, fault_time = run_to_fault(context)
     run = context.run
-    group, since, fault_time, reached = run.group, run.journal_position(), time.time(), run.done_steps()
+    group, reached = run.group, run.done_steps()
     run.kill_supervisor()
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while rank_processes.members(group):
         if time.monotonic() > deadline:
             raise FailedError(f"the ranks still run {_ORPHAN_SECONDS:.0f} s after their supervisor was killed")
         time.sleep(0.1)
-    saved = run.saved_step()
-    if saved < reached:
-        raise FailedError(f"step {reached} was done, but the ranks without a supervisor saved step {saved}")
+    saved = _verify_saved(run, reached, "the ranks without a supervisor saved")
     run.start()
     text = f"SIGKILL to the supervisor; the ranks saved step {saved} and exited; resumed"
     return recovery(context, since, fault_time, saved, text)
@@ -119,14 +113,21 @@ def kill_supervisor(context: SceneContext) -> Recovery:
 
 def kill_all(context: SceneContext) -> Recovery:
     """Send SIGKILL to every process of the run."""
-    run_to_random_point(context)
+    since, fault_time = run_to_fault(context)
     run = context.run
-    since, fault_time = run.journal_position(), time.time()
     run.kill_everything()
     reached = run.done_steps()
     run.start()
     text = f"SIGKILL to all processes simultaneously after step {reached}; resumed"
     return recovery(context, since, fault_time, reached, text)
+
+
+def _verify_saved(run: RunProcess, reached: int, problem: str) -> int:
+    """Return the step of the newest checkpoint; verify that it is not before ``reached``."""
+    saved = run.saved_step()
+    if saved < reached:
+        raise FailedError(f"step {reached} was done, but {problem} step {saved}")
+    return saved
 
 
 def _verify_names_rank(event: Event, rank: int) -> None:

@@ -48,6 +48,16 @@ class SceneContext:
 
 
 @dataclass(frozen=True)
+class PlannedFault:
+    """A fault that the next start of the run injects into one batch of one rank."""
+
+    batch: int  # also the step, unless batches were skipped
+    rank: int
+    file: Path  # for ``Fault.once`` or ``Fault.during``
+    since: int  # position in the journal before the start
+
+
+@dataclass(frozen=True)
 class Scene:
     """A fault, or several, and the verification that the run recovers."""
 
@@ -69,14 +79,23 @@ def run_to_random_point(context: SceneContext) -> None:
         raise FailedError(f"the run ended at step {run.done_steps()}, before the fault was injected")
 
 
+def run_to_fault(context: SceneContext) -> tuple[int, float]:
+    """Run to a random point; return the position in the journal and the time in seconds since 1970."""
+    run_to_random_point(context)
+    return context.run.journal_position(), time.time()
+
+
+def plan_fault(context: SceneContext, name: str) -> PlannedFault:
+    """Stop the run, and choose a random rank and a batch between the next save and the one after it."""
+    run = context.run
+    stop(run)
+    batch = max(0, run.saved_step()) + EVERY + context.generator.randint(1, EVERY - 1)
+    return PlannedFault(batch, random_rank(context), context.folder / name, run.journal_position())
+
+
 def random_rank(context: SceneContext) -> int:
     """Return the rank that a fault affects."""
     return context.generator.randrange(context.run.layout.ranks)
-
-
-def random_batch_after_next_save(context: SceneContext) -> int:
-    """Return a batch (and step) between the next save and the one after it."""
-    return max(0, context.run.saved_step()) + EVERY + context.generator.randint(1, EVERY - 1)
 
 
 def wait_for_checkpoint(run: RunProcess) -> None:

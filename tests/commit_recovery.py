@@ -1,4 +1,4 @@
-"""Simulate power failures and kills in the scenarios of the commit protocol, recover, and judge what was recovered."""
+"""Simulate power failures and kills in the scenarios of the commit protocol, recover, and verify the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from commit_scenarios import DEFAULTS, Scenario, Stage, file_contents, perform, prepare
-from crash_states import Tree, crash_states, materialise
+from crash_states import Tree, crash_states, materialize
 from disks import KilledError, RecordingDisk, Step
 
 from ds_gpt2.checkpoint import catalog
@@ -42,7 +42,7 @@ class Recovery:
 
 
 def _recover(tree: Tree, root: Path) -> Recovery:
-    materialise(tree, root)
+    materialize(tree, root)
     directory, disk = root / "run", RecordingDisk(root)
     listed = scan(directory)
     before, latest_before, dangling_before = intact(listed), latest_of(directory), _is_dangling(directory)
@@ -103,7 +103,7 @@ def _is_dangling(directory: Path) -> bool:
     return latest is not None and (role_of(latest) is None or not (directory / latest / MANIFEST).exists())
 
 
-class Laboratory:
+class RecoveryCache:
     """Recovers from states after power failures; the result for equal states is cached."""
 
     def __init__(self, folder: Path) -> None:
@@ -165,14 +165,16 @@ def _violations(scenario: Scenario, stage: Stage, number: int, found: Recovery) 
         yield from _broken_promises(scenario, found) if stage.failure is None else (stage.failure,)
 
 
-def judge(laboratory: Laboratory, scenario: Scenario, stage: Stage, most: int) -> Iterator[tuple[int, list[str]]]:
+def violations_per_state(
+    recoveries: RecoveryCache, scenario: Scenario, stage: Stage, most: int
+) -> Iterator[tuple[int, list[str]]]:
     """Yield (number of operations, violations) for every state.
 
     Args:
         most: the limit of states per number of operations.
     """
     for number, tree in crash_states(stage.disk.operations, settled=stage.settled, most=most):
-        yield number, list(_violations(scenario, stage, number, laboratory.recover(tree)))
+        yield number, list(_violations(scenario, stage, number, recoveries.recover(tree)))
 
 
 @dataclass
@@ -183,18 +185,20 @@ class Examined:
     violations: dict[str, int] = field(default_factory=dict)  # violation -> number of operations before the first
 
 
-def examine(laboratory: Laboratory, scenario: Scenario) -> Examined:
-    """Perform ``scenario`` and judge the states after a power failure at any time."""
+def examine(recoveries: RecoveryCache, scenario: Scenario) -> Examined:
+    """Perform ``scenario`` and verify the states after a power failure at any time."""
     examined = Examined()
-    for number, violations in judge(laboratory, scenario, perform(scenario, laboratory.folder()), MAX_STATES):
+    for number, violations in violations_per_state(
+        recoveries, scenario, perform(scenario, recoveries.folder()), MAX_STATES
+    ):
         examined.states += 1
         for violation in violations:
             examined.violations.setdefault(violation, number)
     return examined
 
 
-def judge_kill(
-    laboratory: Laboratory, scenario: Scenario, uncut: Stage, at: int, skipped: Step | None = None
+def violations_after_kill(
+    recoveries: RecoveryCache, scenario: Scenario, uncut: Stage, at: int, skipped: Step | None = None
 ) -> Iterator[tuple[str, int]]:
     """Yield (violation, number of operations) for a kill after ``at`` operations and a restart.
 
@@ -205,7 +209,7 @@ def judge_kill(
         uncut: the stage of the scenario without a kill.
         skipped: a call of the disk that the restarted run does not perform.
     """
-    stage = restart(laboratory, scenario, at, skipped)
+    stage = restart(recoveries, scenario, at, skipped)
     shown = newest_label(intact(scan(stage.directory)))
     assert uncut.promised is not None
     if at >= uncut.promised and shown != scenario.new:
@@ -214,7 +218,7 @@ def judge_kill(
     for number, tree in crash_states(
         stage.disk.operations, first=at, settled=stage.settled, most=MAX_STATES_AFTER_KILL
     ):
-        found = laboratory.recover(tree)
+        found = recoveries.recover(tree)
         allowed = {shown} if number == done else {scenario.old, scenario.new}
         for violation in _unsafe(dataclasses.replace(scenario, readable=False), allowed, found):
             yield violation, number
@@ -222,9 +226,9 @@ def judge_kill(
             yield f"the start found {shown}, but a reader finds {found.newest_before}", number
 
 
-def restart(laboratory: Laboratory, scenario: Scenario, at: int, skipped: Step | None = None) -> Stage:
+def restart(recoveries: RecoveryCache, scenario: Scenario, at: int, skipped: Step | None = None) -> Stage:
     """Return a stage whose process was killed after ``at`` operations and started again."""
-    stage = prepare(scenario, laboratory.folder())
+    stage = prepare(scenario, recoveries.folder())
     stage.disk.dies_at = at
     with contextlib.suppress(KilledError):
         scenario.act(stage)

@@ -1,6 +1,6 @@
 """Measure the speed and memory of preparing text.
 
-    python benchmarks/tokenising.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
+    python benchmarks/tokenizing.py --text FILE... [--megabytes N] [--rounds N] [--memory MB...] [--out FILE]
 
 A parquet file of documents is converted to shards by two implementations that alternate: ``ds_gpt2.data.prepare``, and
 the recipe of build-nanogpt's fineweb.py (``encode_ordinary`` and ``np.array`` of each document in a pool, 16 documents
@@ -40,6 +40,7 @@ import psutil
 import pyarrow
 from pyarrow import parquet
 
+from benchmarks.program import make_parser
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import Split, open_dataset
 from ds_gpt2.data.prepare.holdout import FirstTokens
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="English text")
     parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="size of the text (default: 200)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
