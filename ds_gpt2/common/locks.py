@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ from ds_gpt2.common.files import open_for_writing, regular_only
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 _SEPARATOR = " on "
+_ATTEMPTS, _PAUSE_SECONDS = 5, 0.02
 _MAX_BYTES = 300  # of a lock file; a host name has at most 253 characters
 
 
@@ -29,7 +31,7 @@ def lock(path: Path, what: str) -> BinaryIO:
     """
     try:
         file = open_for_writing(path, "a+b")
-        if not try_lock(file):
+        if not _try_for_a_moment(file):
             file.seek(0)
             raise UserError(f"{what} is in use by process {_read(file)}: wait until it ends, or stop it first")
         file.truncate(0)
@@ -56,6 +58,15 @@ def try_lock(file: BinaryIO) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def _try_for_a_moment(file: BinaryIO) -> bool:
+    """Lock as ``try_lock`` does, and try again: ``holder_of`` in another process locks the file while it looks."""
+    for _ in range(_ATTEMPTS - 1):
+        if try_lock(file):
+            return True
+        time.sleep(_PAUSE_SECONDS)
+    return try_lock(file)
 
 
 def wait_for_lock(file: BinaryIO) -> None:

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
+from ds_gpt2.supervision.run_directories import RunDirectories
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
 _CHECKPOINTS_MOVE_SECONDS = 60.0  # for the directory of checkpoints to be moved after the run's
@@ -31,9 +33,6 @@ def command_to_resume(context: Context, run: SupervisedRun, step: int | None, ha
 
     Returns:
         The command that resumes the run in its new location; empty if it cannot be resumed.
-
-    Raises:
-        UserError: the settings in the new directory cannot be read.
     """
     directories, report = context.directories, context.reporter.report
     before, now = context.settings.run_dir, directories.run_dir
@@ -43,33 +42,40 @@ def command_to_resume(context: Context, run: SupervisedRun, step: int | None, ha
     if directories.saved_step() < 0 or not has_started:
         report("stop", f"{before} was moved to {now} before its first checkpoint: start the run again", step)
         return []
-    if (expected := _await_checkpoints(context)) is not None:
-        text = f"its checkpoints are in {directories.checkpoints.path}: move them to {expected}, then resume"
-        report("stop", f"{before} was moved to {now}, but {text}", step)
+    if (problem := _await_checkpoints(context)) is not None:
+        report("stop", f"{before} was moved to {now}, but {problem}", step)
         return []
     report("restart", f"{before} was moved to {now}: resuming there", step)
     os.environ[_MOVED] = now.name
     return [*_program(directories.project.path), *run.resume_arguments(now)]
 
 
-def _await_checkpoints(context: Context) -> Path | None:
+def _await_checkpoints(context: Context) -> str | None:
     """Wait for the directory of checkpoints to be moved like that of the run.
 
     Returns:
-        Where the checkpoints are expected, if they are not there in time; None if they are.
+        Why the run cannot be resumed from them; None if it can.
     """
-    directories = context.directories
     deadline = time.monotonic() + _CHECKPOINTS_MOVE_SECONDS
-    while True:
-        expected = load_run_settings(directories.run_dir).checkpoint_dir
-        if expected.is_relative_to(PROJECT_DIR):  # the next process starts in the project where that is now
-            expected = directories.project.path / expected.relative_to(PROJECT_DIR)
-        with contextlib.suppress(OSError):
-            if os.path.samefile(expected, directories.checkpoints.path):
-                return None
+    while (problem := _checkpoints_problem(context.directories)) is not None:
         if context.stop.requested or time.monotonic() > deadline:
-            return expected
+            return problem
         time.sleep(POLL_SECONDS)
+    return None
+
+
+def _checkpoints_problem(directories: RunDirectories) -> str | None:
+    """Return why the settings in the new directory do not lead to the run's checkpoints; None if they do."""
+    try:
+        expected = load_run_settings(directories.run_dir).checkpoint_dir
+    except UserError as error:
+        return f"{error}; correct that, then resume"
+    if expected.is_relative_to(PROJECT_DIR):  # the next process starts in the project where that is now
+        expected = directories.project.path / expected.relative_to(PROJECT_DIR)
+    with contextlib.suppress(OSError):
+        if os.path.samefile(expected, directories.checkpoints.path):
+            return None
+    return f"its checkpoints are in {directories.checkpoints.path}: move them to {expected}, then resume"
 
 
 def _program(project: Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,12 @@ def test_the_holder_of_a_lock_is_readable_while_it_is_held(tmp_path: Path) -> No
 def test_a_damaged_lock_file_names_no_host(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
     assert (holder_of(tmp_path / "lock"), last_host(tmp_path / "lock")) == (None, None)
+
+
+def test_a_lock_that_another_process_checks_at_the_same_moment_is_acquired(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open("rb") as checking:
+        fcntl.flock(checking, fcntl.LOCK_SH)
+        threading.Timer(0.03, checking.close).start()
+        lock(path, "run x").close()

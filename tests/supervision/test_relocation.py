@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from alert_service import command_messages, settings_with_command
 
-from ds_gpt2.config.run_location import write_first_settings
+from ds_gpt2.config.run_location import CONFIG, write_first_settings
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.run_dir.journal import read_journal
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
@@ -65,3 +65,17 @@ def test_a_moved_run_is_resumed_with_its_ranks_and_skipped_batches(
     assert os.environ["DS_GPT2_MOVED"] == "test"
     assert relocation.was_resumed_after_move("test") and not relocation.was_resumed_after_move("test")
     context.reporter.close()
+
+
+def test_a_moved_run_whose_settings_cannot_be_read_ends_with_that_reason(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relocation, "_CHECKPOINTS_MOVE_SECONDS", 0.0)
+    monkeypatch.setattr("ds_gpt2.supervision.run_directories.newest_step", lambda _: 4)
+    context, moved = Context(settings, StopSignals(), 2), settings.run_dir.with_name("moved")
+    settings.run_dir.rename(moved)
+    (moved / CONFIG).write_text("model: {layers: [", encoding="utf-8")
+    assert relocation.command_to_resume(context, RUN, 5, has_started=True) == []
+    context.reporter.close()
+    (event, *_) = read_journal(moved)
+    assert event.kind == "stop" and str(moved / CONFIG) in event.text and event.text.endswith("then resume")
