@@ -143,9 +143,12 @@ fi
 if [ "$verb" = test ]; then
   shift
   cd "$project"
+  parallel=(--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
   if [ "${1:-}" = --fast ]; then
     shift
-    set -- -m 'not ranks and not slow' --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+    set -- -m 'not ranks and not slow' "${parallel[@]}" "$@"
+  elif [ $# = 0 ]; then
+    set -- "${parallel[@]}"
   fi
   exec "$python" -m pytest "$@"
 fi
