@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def main() -> None:
         "plan": str(plan),
         "step_ms": round(1000 * step_seconds, 1),
     }
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+    processes = multiprocessing.get_context("spawn").Pool(options.played)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name, processes as pool:
         _write_shards(Path(name), options.shards, options.shard_tokens)
         for cache in ("warm", "cold"):
             results[f"{cache}_read_ms"] = _read_ms(Path(name), plan, cache == "cold")
             for between in ("launching", "idle"):
                 kind = Kind(options.steps, step_seconds, cache == "cold", between == "launching")
-                found = _measure(Path(name), plan, options.played, kind)
+                found = _measure(pool, [(Path(name), plan, rank, kind) for rank in range(options.played)])
                 results[f"{cache}_{between}"] = found
                 print(cache, between, json.dumps(found), flush=True)
     report_result(options.out, results)
@@ -108,10 +110,15 @@ def _write_shards(folder: Path, count: int, tokens: int) -> None:
             os.fsync(file.fileno())  # only written pages can be dropped from the cache
 
 
-def _measure(folder: Path, plan: BatchPlan, played: int, kind: Kind) -> dict[str, float]:
-    """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms."""
-    with multiprocessing.get_context("spawn").Pool(played) as pool:
-        waits = pool.starmap(consume, [(folder, plan, rank, kind) for rank in range(played)], chunksize=1)
+def _measure(pool: Pool, ranks: list[tuple[Path, BatchPlan, int, Kind]]) -> dict[str, float]:
+    """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms.
+
+    Args:
+        pool: has one process per rank.
+        ranks: the arguments of ``consume`` for each rank.
+    """
+    waits = pool.starmap(consume, ranks, chunksize=1)
+    kind = ranks[0][-1]
     each = [wait for rank in waits for wait in rank]
     return {
         "wait_percent": round(100 * statistics.mean(each) / kind.step_seconds, 4),

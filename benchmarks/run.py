@@ -114,7 +114,7 @@ def gpu_suite(options: argparse.Namespace) -> list[Program]:
             "hellaswag.py",
             ["--file", options.hellaswag, "--preset", "124M", "--device", "cuda", "--items", 1000, "--rounds", 4],
             [Goal("S6", "HellaSwag, of a plain loop", 10, "x", lambda it: _hellaswag(it))],
-            toy=["--file", options.hellaswag, "--preset", "7M", "--items", 8, "--rounds", 2],
+            toy=["--file", options.hellaswag, "--preset", "7M", "--items", 4, "--rounds", 2],
         ),
         Program(
             "startup.py",
