@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from ds_gpt2.data.shards import header_of
 from ds_gpt2.model.shape import VOCABULARY
 
 SEQUENCE, MICRO_BATCH, TOKENS_PER_STEP = 1024, 16, 524_288  # GPT-2's
-SHARD_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ def main() -> None:
         "plan": str(plan),
         "step_ms": round(1000 * step_seconds, 1),
     }
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
-        _write_shards(Path(name), options.shards)
+    processes = multiprocessing.get_context("spawn").Pool(options.played)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name, processes as pool:
+        _write_shards(Path(name), options.shards, options.shard_tokens)
         for cache in ("warm", "cold"):
             results[f"{cache}_read_ms"] = _read_ms(Path(name), plan, cache == "cold")
             for between in ("launching", "idle"):
                 kind = Kind(options.steps, step_seconds, cache == "cold", between == "launching")
-                found = _measure(Path(name), plan, options.played, kind)
+                found = _measure(pool, [(Path(name), plan, rank, kind) for rank in range(options.played)])
                 results[f"{cache}_{between}"] = found
                 print(cache, between, json.dumps(found), flush=True)
     report_result(options.out, results)
@@ -90,28 +91,34 @@ def _options() -> argparse.Namespace:
         "--tokens_per_s", type=float, default=2_000_000, metavar="N", help="tokens per second of all ranks together"
     )
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of each kind (default: 100)")
+    parser.add_argument("--shards", type=int, default=10, metavar="N", help="shards of 2 bytes per token (default: 10)")
     parser.add_argument(
-        "--shards", type=int, default=10, metavar="N", help="shards of 100 M tokens, 200 MB each (default: 10)"
+        "--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens of a shard (default: 100 million)"
     )
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="directory of the shards (default: the system's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     return parser.parse_args()
 
 
-def _write_shards(folder: Path, count: int) -> None:
+def _write_shards(folder: Path, count: int, tokens: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(count):
         with (folder / f"random_train_{number:06d}.bin").open("wb") as file:
-            file.write(header_of(SHARD_TOKENS))
-            file.write(rng.integers(0, VOCABULARY, SHARD_TOKENS, np.uint16).tobytes())
+            file.write(header_of(tokens))
+            file.write(rng.integers(0, VOCABULARY, tokens, np.uint16).tobytes())
             file.flush()
             os.fsync(file.fileno())  # only written pages can be dropped from the cache
 
 
-def _measure(folder: Path, plan: BatchPlan, played: int, kind: Kind) -> dict[str, float]:
-    """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms."""
-    with multiprocessing.get_context("spawn").Pool(played) as pool:
-        waits = pool.starmap(consume, [(folder, plan, rank, kind) for rank in range(played)], chunksize=1)
+def _measure(pool: Pool, ranks: list[tuple[Path, BatchPlan, int, Kind]]) -> dict[str, float]:
+    """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms.
+
+    Args:
+        pool: has one process per rank.
+        ranks: the arguments of ``consume`` for each rank.
+    """
+    waits = pool.starmap(consume, ranks, chunksize=1)
+    kind = ranks[0][-1]
     each = [wait for rank in waits for wait in rank]
     return {
         "wait_percent": round(100 * statistics.mean(each) / kind.step_seconds, 4),

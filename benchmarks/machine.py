@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
-import deepspeed
 import numpy
 import torch
 
@@ -22,7 +22,7 @@ def describe() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),  # importing it takes seconds
         "numpy": numpy.__version__,
         "ds_gpt2": ds_gpt2.__version__,
     }

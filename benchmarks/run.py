@@ -71,15 +71,16 @@ MONITORING = (
 
 
 def gpu_suite(options: argparse.Namespace) -> list[Program]:
-    data, small = ["--data", options.data], ["--preset", "7M", "--micro_batch", 2, "--sequence_length", 64]
+    data, small = ["--data", options.data], ["--micro_batch", 2, "--sequence_length", 64]
     as_one_of_four = ["--preset", "124M", "--accumulation", 4, *data]
     start = ["batch.tokens_per_step=131072", "batch.micro_batch=32", "hellaswag.every=0", f"data.dir={options.data}"]
+    short_step = ["batch.tokens_per_step=128", "batch.micro_batch=2", "batch.sequence_length=64", "validation.every=0"]
     return [
         Program(
             "training_run.py",
             [*data, "--steps", 250],
             [Goal("S1", "124M, train.py", 550_000, "tokens/s", lambda it: it["tokens_per_s"]["median"])],
-            toy=[*data, *small, "--tokens", 256, "--warm_up", 1, "--steps", 4],
+            toy=[*data, "--preset", "7M", *small, "--tokens", 128, "--warm_up", 1, "--steps", 4],
         ),
         Program(
             "throughput_gpu.py",
@@ -89,7 +90,7 @@ def gpu_suite(options: argparse.Namespace) -> list[Program]:
                 Goal("S2", "engine, without DeepSpeed", 0.98, "x", lambda it: it["engine_against"]["bare"]["median"]),
             ],
             ranks=1,
-            toy=[*data, *small, "--accumulation", 2, "--rounds", 2, "--steps", 1, "--curve", 2],
+            toy=[*data, "--preset", "toy", *small, "--accumulation", 2, "--rounds", 2, "--steps", 1, "--curve", 2],
         ),
         Program(
             "checkpoint_stall.py",
@@ -100,26 +101,26 @@ def gpu_suite(options: argparse.Namespace) -> list[Program]:
                 BYTES,
             ],
             ranks=1,
-            toy=[*data, "--preset", "7M", "--rounds", 2, "--steps", 1],
+            toy=[*data, "--preset", "toy", "--rounds", 2, "--steps", 1],
         ),
         Program(
             "monitor_overhead.py",
             [*as_one_of_four, "--one_of", 4, "--rounds", 3, "--steps", 10, "--hellaswag", options.hellaswag],
             MONITORING,
             ranks=1,
-            toy=[*data, "--preset", "7M", "--rounds", 1, "--steps", 1, "--occasions", 1],
+            toy=[*data, "--preset", "toy", "--rounds", 1, "--steps", 1, "--occasions", 1],
         ),
         Program(
             "hellaswag.py",
             ["--file", options.hellaswag, "--preset", "124M", "--device", "cuda", "--items", 1000, "--rounds", 4],
             [Goal("S6", "HellaSwag, of a plain loop", 10, "x", lambda it: _hellaswag(it))],
-            toy=["--file", options.hellaswag, "--preset", "7M", "--items", 8, "--rounds", 2],
+            toy=["--file", options.hellaswag, "--preset", "7M", "--items", 4, "--rounds", 2],
         ),
         Program(
             "startup.py",
             ["--config", "gpt2_124m", "--num_gpus", 1, "--starts", 2, "--cold", *start],
             [Goal("S8", "restart, warm caches", 30, "s", lambda it: it["resumed_s"]["first step"], at_most=True)],
-            toy=["--num_gpus", 1, "--starts", 1, f"data.dir={options.data}"],
+            toy=["--num_gpus", 1, "--starts", 1, f"data.dir={options.data}", *short_step],
         ),
         Program(
             "memory.py",

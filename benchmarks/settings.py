@@ -11,13 +11,20 @@ from ds_gpt2.distributed import collectives, torch_compile
 
 
 def settings_of(data: Path, preset: str, accumulation: int = 1, /, **overrides: str) -> Settings:
-    """Return settings for a preset: short windows for small presets, GPT-2's sequence length for the others."""
+    """Return settings for a preset: short windows for small presets, GPT-2's sequence length for the others.
+
+    The preset ``toy`` is a model that takes milliseconds per step, for checks of the programs.
+    """
+    model = {"model.preset": preset}
     sequence, micro = (256, 2) if preset in ("7M", "30M") else (1024, 32)
+    if preset == "toy":
+        model = {"model.preset": "null", "model.layers": "2", "model.heads": "2", "model.width": "32"}
+        sequence, micro = 64, 2
     return load_settings(
         PROJECT_DIR / "ds_configs" / "quickstart.yaml",
         {
             "data.dir": str(data.absolute()),
-            "model.preset": preset,
+            **model,
             "batch.sequence_length": str(sequence),
             "batch.micro_batch": str(micro),
             "batch.tokens_per_step": str(sequence * micro * accumulation * collectives.world_size()),

@@ -22,7 +22,7 @@ from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.distributed import collectives, device, torch_compile
 from ds_gpt2.run_dir import exit_codes, process_end
 
-_STEPS = 4
+_STEPS = 2  # the first one allocates what remains, the second one has all of it
 
 
 def main() -> None:

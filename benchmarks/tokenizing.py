@@ -51,13 +51,12 @@ from ds_gpt2.data.shards import open_shard
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCUMENT_CHARACTERS = 4_700  # approximate mean of FineWeb-Edu
-SHARD_TOKENS = 10_000_000
 
 
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
-        results: dict[str, Any] = {"speed": measure_speed(Path(name), options.text, options.megabytes, options.rounds)}
+        results: dict[str, Any] = {"speed": measure_speed(Path(name), options)}
         if options.memory:
             results["memory"] = measure_memory(Path(name), options.text, options.memory)
     print(json.dumps(results, indent=1))
@@ -73,6 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="size of the text (default: 200)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
     parser.add_argument(
+        "--shard_tokens", type=int, default=10_000_000, metavar="N", help="tokens of a shard (default: 10 million)"
+    )
+    parser.add_argument(
         "--memory", type=int, nargs="*", default=[], metavar="MB", help="sizes of inputs for measuring memory"
     )
     parser.add_argument(
@@ -82,19 +84,19 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_speed(folder: Path, texts: list[Path], megabytes: int, rounds: int) -> dict[str, Any]:
+def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return MB of text per second of whole preparations, and the ratios of consecutive runs."""
     source = folder / "speed.parquet"
-    size = write_documents(source, texts, megabytes * 1_000_000)
+    size = write_documents(source, options.text, options.megabytes * 1_000_000)
     cores = os.cpu_count() or 1
     seconds: dict[tuple[str, int], list[float]] = {}
-    for turn in range(rounds):
+    for turn in range(options.rounds):
         for workers in sorted({1, max(1, cores // 2), cores}):
             tokens = {}
             for name, arm in (("recipe", by_recipe), ("ours", by_prepare)):
                 out = folder / f"{name}_{workers}_{turn}"
                 start_time = time.perf_counter()
-                tokens[name] = arm(source, out, workers)
+                tokens[name] = arm(source, out, workers, options.shard_tokens)
                 seconds.setdefault((name, workers), []).append(time.perf_counter() - start_time)
             _check_equal(*(tokens[name] for name in ("recipe", "ours")))
     results: dict[str, Any] = {"megabytes": round(size / 1e6, 1), "cores": cores}
@@ -109,8 +111,8 @@ def measure_speed(folder: Path, texts: list[Path], megabytes: int, rounds: int) 
     return results
 
 
-def by_prepare(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any, Any]]:
-    recipe = Recipe(FirstTokens(SHARD_TOKENS), SHARD_TOKENS)
+def by_prepare(source: Path, out: Path, workers: int, shard_tokens: int) -> Iterator[np.ndarray[Any, Any]]:
+    recipe = Recipe(FirstTokens(shard_tokens), shard_tokens)
     dataset = prepare(local_source([source]), out, recipe, workers=workers, progress=False)
 
     def tokens() -> Iterator[np.ndarray[Any, Any]]:
@@ -123,10 +125,10 @@ def by_prepare(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any
     return tokens()
 
 
-def by_recipe(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any, Any]]:
+def by_recipe(source: Path, out: Path, workers: int, shard_tokens: int) -> Iterator[np.ndarray[Any, Any]]:
     """Write shards as build-nanogpt does, from the same parquet file."""
     out.mkdir()
-    shard, filled = np.empty((SHARD_TOKENS,), np.uint16), 0
+    shard, filled = np.empty((shard_tokens,), np.uint16), 0
     files: list[Path] = []
 
     def save(tokens: np.ndarray[Any, Any]) -> None:
@@ -135,11 +137,11 @@ def by_recipe(source: Path, out: Path, workers: int) -> Iterator[np.ndarray[Any,
 
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for tokens in pool.imap(_recipe_of_one, parquet_documents(source, "text"), chunksize=16):
-            if filled + len(tokens) < SHARD_TOKENS:
+            if filled + len(tokens) < shard_tokens:
                 shard[filled : filled + len(tokens)] = tokens
                 filled += len(tokens)
             else:
-                left = SHARD_TOKENS - filled
+                left = shard_tokens - filled
                 shard[filled:] = tokens[:left]
                 save(shard)
                 filled = len(tokens) - left

@@ -6,6 +6,7 @@ file that was not synced may have any content. A rename is atomic.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -31,11 +32,13 @@ class _File:
 
     def possible(self) -> list[bytes]:
         """Return the possible contents after a power failure, from the complete to the last synced content."""
-        whole = self.content
-        if not self.dirty:
-            return [whole]
-        part, zeros, garbage = whole[: len(whole) // 2], bytes(len(whole)), bytes(255 - byte for byte in whole)
-        return list(dict.fromkeys((whole, part, zeros, garbage, b"", self.synced)))
+        return _possible_contents(self.content, self.synced) if self.dirty else [self.content]
+
+
+@functools.cache
+def _possible_contents(whole: bytes, synced: bytes) -> list[bytes]:
+    part, zeros, garbage = whole[: len(whole) // 2], bytes(len(whole)), bytes(255 - byte for byte in whole)
+    return list(dict.fromkeys((whole, part, zeros, garbage, b"", synced)))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from ds_gpt2.run_dir import exit_codes, process_end
 from ds_gpt2.training.hooks import Histograms, Validation
 
 LR = 1e-3
+SEQUENCE = 16  # the time of a step is that of its logits
 
 
 def begin_from_another(engine: Engine) -> dict[str, bool]:
@@ -57,15 +58,15 @@ def main(config: Path, out: Path) -> None:
     settings = load_settings(config)
     cpu = device.choose("cpu")
     open_process_group(cpu)
-    plan = plan_batch(16 * 64, 2, 64, collectives.world_size())
+    plan = plan_batch(16 * SEQUENCE, 2, SEQUENCE, collectives.world_size())
     dataset = open_dataset(settings.data.dir)
-    data = TrainingData(Windows(dataset, "train", 64), plan, collectives.rank(), settings.run.seed, cpu)
-    validation = Validation(ValidationSettings(tokens=7 * 64), Windows(dataset, "val", 64), group=2)
+    data = TrainingData(Windows(dataset, "train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
+    validation = Validation(ValidationSettings(tokens=7 * SEQUENCE), Windows(dataset, "val", SEQUENCE), group=2)
 
     def fresh_engine() -> Engine:
         torch.manual_seed(5)
         content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
-        model = GPT2(ModelShape(2, 2, 32, 64))
+        model = GPT2(ModelShape(2, 2, 32, SEQUENCE))
         return Engine(model, deepspeed_config.complete(content, settings, plan, model.shape.parameters), 0.1)
 
     norm_errors: list[float] = []

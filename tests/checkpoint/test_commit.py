@@ -72,6 +72,14 @@ def _simple_weights() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _decoded_once() -> Iterator[None]:
+    """Decode equal manifests once: they are read a hundred thousand times, and decoding has no side effects."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "decode", functools.cache(manifest.decode))
+        yield
+
+
 @pytest.fixture(scope="module")
 def recoveries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecoveryCache]:
     folder = tmp_path_factory.mktemp("states")

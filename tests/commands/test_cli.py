@@ -124,7 +124,7 @@ def test_resume_by_directory_trains_to_the_new_end(four_ranks: Run, tmp_path: Pa
     folder = Path(shutil.copytree(four_ranks[1], tmp_path / "copy"))
     directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
     resume = [sys.executable, "-m", "ds_gpt2", "resume", str(folder / "runs" / "test")]
-    result = run([*resume, "--from", "6", "schedule.steps=8", *directories])
+    result = run([*resume, "--num_gpus=1", "--from", "6", "schedule.steps=8", *directories])
     assert result.code == exit_codes.DONE, result.output
     assert "step 6 of 8" in result.output
     assert "done at step 8 of 8" in result.output

@@ -6,13 +6,15 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import PROJECT, Launched, run
+from launched import PROJECT, Launched, Run, run
+from small_run import SEQUENCE
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import check_port_free, free_port
@@ -20,6 +22,7 @@ from ds_gpt2.distributed import launch_environment
 from ds_gpt2.distributed.launch_environment import adopt, without_ranks
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
+STEPS = 4
 SLURM = {
     "SLURM_JOB_ID": "71",
     "SLURM_STEP_ID": "2",
@@ -181,7 +184,8 @@ def losses(folder: Path, name: str) -> list[float]:
 def by_deepspeed(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run DeepSpeed's launcher in a directory whose files have the names of modules, and return that directory."""
     folder = tmp_path_factory.mktemp("launchers")
-    write_config(folder)
+    schedule = {"steps": STEPS, "warmup_steps": 1, "max_lr": 3e-3, "min_lr": 3e-4}
+    write_config(folder, schedule=schedule, validation={"every": 2, "tokens": 8 * SEQUENCE}, samples={"every": 0})
     for name in ("random", "json", "torch", "logging", "numpy", "ds_gpt2", "argparse", "typing"):
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory was imported')\n")
     (folder / "deepspeed").mkdir()
@@ -192,7 +196,7 @@ def by_deepspeed(write_config: Callable[..., Path], tmp_path_factory: pytest.Tem
 
 
 def arguments(folder: Path, name: str) -> list[str]:
-    flags = ["--use_tensorboard", "--checkpoint_freq", "6", "--eval_freq", "6"]
+    flags = ["--use_tensorboard", "--checkpoint_freq", "2", "--eval_freq", "2"]
     return ["--config", str(folder / "run.yaml"), "--run_name", name, *flags]
 
 
@@ -206,14 +210,35 @@ def torchrun(*flags: str) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("flags", [["--standalone"], ["--master_port", "PORT"]], ids=" ".join)
-def test_torchrun_and_deepspeed_give_equal_losses(by_deepspeed: Path, flags: list[str]) -> None:
-    name = "standalone" if "--standalone" in flags else "port"
-    flags = [flag.replace("PORT", str(free_port())) for flag in flags]
-    done = started([*torchrun(*flags), *arguments(by_deepspeed, name)], by_deepspeed)
+def test_torchrun_and_deepspeed_give_equal_losses(by_deepspeed: Path) -> None:
+    done = started([*torchrun("--standalone"), *arguments(by_deepspeed, "standalone")], by_deepspeed)
     assert done.code == 0, done.output
     assert done.left_over == []
-    assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
+    assert losses(by_deepspeed, "standalone") == losses(by_deepspeed, "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def resumed(by_deepspeed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Resume a copy of the run from its first checkpoint, by torchrun with a port."""
+    folder = Path(shutil.copytree(by_deepspeed, tmp_path_factory.mktemp("resumed") / "copy"))
+    directories = [f"run.dir={folder / 'runs'}", f"checkpoint.dir={folder / 'checkpoints'}"]
+    words = [*arguments(folder, "deepspeed"), "--resume", "2", *directories]
+    return started([*torchrun("--master_port", str(free_port())), *words], folder), folder
+
+
+@pytest.mark.ranks
+def test_torchrun_resumes_a_run_of_deepspeed(resumed: Run) -> None:
+    done, folder = resumed
+    assert done.code == 0, done.output
+    assert f"resumed from {folder}/checkpoints/deepspeed/rolling_step_000002, step 2 of {STEPS}" in done.output
+    assert len(losses(folder, "deepspeed")) == STEPS
+
+
+@pytest.mark.ranks
+def test_torchrun_with_a_port_and_deepspeed_give_equal_losses(by_deepspeed: Path, resumed: Run) -> None:
+    done, folder = resumed
+    assert done.left_over == []
+    assert losses(folder, "deepspeed") == losses(by_deepspeed, "deepspeed")
 
 
 TASKS = """
@@ -260,15 +285,6 @@ def test_slurm_and_mpi_tasks_give_the_losses_of_deepspeed(by_deepspeed: Path, va
     done = started([sys.executable, "-I", "-c", TASKS, repr(with_free_port(variables)), *command], by_deepspeed)
     assert done.code == 0, done.output
     assert losses(by_deepspeed, name) == losses(by_deepspeed, "deepspeed")
-
-
-@pytest.mark.ranks
-def test_torchrun_resumes_a_run_of_deepspeed(by_deepspeed: Path) -> None:
-    """Must be the last test of this run, because it adds steps to it."""
-    command = [*torchrun("--standalone"), *arguments(by_deepspeed, "deepspeed"), "--resume", "latest"]
-    done = started([*command, "schedule.steps=14"], by_deepspeed)
-    assert done.code == 0, done.output
-    assert len(losses(by_deepspeed, "deepspeed")) == 14
 
 
 def test_modules_of_the_working_directory_are_not_imported(tmp_path: Path) -> None:

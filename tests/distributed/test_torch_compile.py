@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import PROJECT, launch
-from small_run import MODEL
+from small_run import MODEL, SEQUENCE
 
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
@@ -91,13 +91,21 @@ def test_evaluation_and_sampling_compile_nothing(models: tuple[GPT2, GPT2]) -> N
 @pytest.mark.ranks
 def test_a_compiled_run_resumes_bitwise_identically(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     run = {"name": "test", "dir": str(tmp_path / "one" / "runs"), "device": "cpu", "compile": True}
-    config = write_config(tmp_path / "one", model=MODEL, run=run, schedule={"steps": 8, "warmup_steps": 3})
-    first = launch(2, "--config", str(config))
+    config = write_config(
+        tmp_path / "one",
+        model=MODEL,
+        run=run,
+        schedule={"steps": 4, "warmup_steps": 2},
+        checkpoint={"dir": str(tmp_path / "one" / "checkpoints"), "every": 2},
+        validation={"every": 2, "tokens": 8 * SEQUENCE},
+        samples={"every": 2, "prompts": ["The statement"], "tokens": 4},
+    )
+    first = launch(1, "--config", str(config))
     assert first.code == 0 and first.left_over == [], first.output
     assert "gloo, compiled" in first.output
     shutil.copytree(tmp_path / "one", tmp_path / "other")
     (tmp_path / "other" / "run.yaml").write_text(config.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/other"))
-    again = launch(2, "--config", str(tmp_path / "other" / "run.yaml"), "--resume", "6")
+    again = launch(1, "--config", str(tmp_path / "other" / "run.yaml"), "--resume", "2")
     assert again.code == 0, again.output
     one, other = tmp_path / "one", tmp_path / "other"
     assert curve_differences(one / "runs" / "test", other / "runs" / "test") == []

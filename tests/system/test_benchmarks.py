@@ -55,10 +55,12 @@ def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
     out = tmp_path / "out.json"
-    start("tokenizing.py", "--text", text, "--megabytes", 60, "--rounds", 1, "--scratch", tmp_path, "--out", out)
+    small = ("--scratch", tmp_path, "--out", out)
+    start("tokenizing.py", "--text", text, "--megabytes", 3, "--rounds", 1, "--shard_tokens", 200_000, *small)
     assert json.loads(out.read_text())["speed"]["megabytes"] > 0
-    start("loader.py", "--steps", 3, "--shards", 1, "--played", 1, "--scratch", tmp_path, "--out", out)
-    start("export.py", "--preset", "7M", "--ranks", 2, "--scratch", tmp_path, "--out", out)
+    shards = ("--shards", 1, "--shard_tokens", 2_000_000, "--tokens_per_s", 20_000_000)
+    start("loader.py", "--steps", 3, *shards, "--played", 1, *small)
+    start("export.py", "--preset", "7M", "--ranks", 2, *small)
 
 
 def test_the_memory_and_traffic_of_zero_match_the_documentation(tmp_path: Path, dataset_dir: Path) -> None:
