@@ -100,12 +100,12 @@ def test_a_compiled_run_resumes_bitwise_identically(tmp_path: Path, write_config
         validation={"every": 2, "tokens": 8 * SEQUENCE},
         samples={"every": 2, "prompts": ["The statement"], "tokens": 4},
     )
-    first = launch(1, "--config", str(config))
+    first = launch(2, "--config", str(config))
     assert first.code == 0 and first.left_over == [], first.output
     assert "gloo, compiled" in first.output
     shutil.copytree(tmp_path / "one", tmp_path / "other")
     (tmp_path / "other" / "run.yaml").write_text(config.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/other"))
-    again = launch(1, "--config", str(tmp_path / "other" / "run.yaml"), "--resume", "2")
+    again = launch(2, "--config", str(tmp_path / "other" / "run.yaml"), "--resume", "2")
     assert again.code == 0, again.output
     one, other = tmp_path / "one", tmp_path / "other"
     assert curve_differences(one / "runs" / "test", other / "runs" / "test") == []
