@@ -104,7 +104,8 @@ def _default_out(directories: list[Path]) -> Path:
 
 
 def _write(file: Path, page: str) -> None:
-    """
+    """Write the report, also over an earlier one.
+
     Raises:
         UserError: ``file`` cannot be written, or exists and is not a report.
     """
