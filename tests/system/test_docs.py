@@ -9,6 +9,8 @@ import pytest
 from launched import PROJECT
 
 from ds_gpt2 import cli
+from ds_gpt2.commands import tensorboard
+from ds_gpt2.tools.tensorboard import server
 
 _BENCHMARKS, _DEPLOY = PROJECT / "benchmarks", PROJECT / "deploy"
 PAGES = sorted(
@@ -33,6 +35,17 @@ def test_readme_has_the_summary_of_every_command() -> None:
     commands = dict(re.findall(r"^    \./launch\.sh (\w+) .*?  +(.*)$", readme, re.MULTILINE))
     missing = [name for name, verb in cli._VERBS.items() if name not in commands or verb.summary not in readme]
     assert missing == ["quickstart"]  # described in a section of its own
+
+
+def test_monitoring_quotes_what_tensorboard_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TMUX", raising=False)
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.2 50000 10.0.0.1 22")
+    monkeypatch.setattr(server, "_user", lambda: "me")
+    tensorboard._print_instructions(Path("/home/me/ds_gpt2/runs/mine"), 6006, "mine", False, True)
+    quoted = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    assert quoted in (PROJECT / "docs" / "monitoring.md").read_text(encoding="utf-8")
 
 
 def _anchors(page: Path) -> set[str]:
