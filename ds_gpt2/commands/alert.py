@@ -55,7 +55,7 @@ def _find(name: str) -> Path:
 
 def _show(kinds: dict[Channel, str], as_json: bool) -> int:
     if as_json:
-        print(json.dumps([{"way": channel.name, "kind": kind} for channel, kind in kinds.items()]))
+        print(json.dumps([_named(channel) | {"kind": kind} for channel, kind in kinds.items()]))
     else:
         for channel, kind in kinds.items():
             print(f"{channel.name}: {kind}")
@@ -65,15 +65,21 @@ def _show(kinds: dict[Channel, str], as_json: bool) -> int:
 def _test(settings: Settings, found: list[Channel], as_json: bool) -> int:
     reasons = deliver(dict.fromkeys(found, _test_message(settings.run.name)))
     if as_json:
-        print(
-            json.dumps(
-                [{"way": channel.name, "taken": reason is None, "why": reason} for channel, reason in reasons.items()]
-            )
-        )
+        print(json.dumps([_named(channel) | _result(reason) for channel, reason in reasons.items()]))
     else:
         for channel, reason in reasons.items():
             print(f"{channel.name}: {'delivered' if reason is None else f'NOT delivered: {reason}'}")
     return exit_codes.CRASHED if any(reasons.values()) else exit_codes.DONE
+
+
+def _named(channel: Channel) -> dict[str, object]:
+    return {"channel": channel.name, "way": channel.name}  # "way": the key of earlier versions
+
+
+def _result(reason: str | None) -> dict[str, object]:
+    """Return the result of a delivery for JSON, also by the keys of earlier versions: "taken" and "why"."""
+    delivered = reason is None
+    return {"delivered": delivered, "reason": reason, "taken": delivered, "why": reason}
 
 
 def _test_message(run: str) -> Message:

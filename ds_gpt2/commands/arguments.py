@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,22 @@ def positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
+
+
+def positive_float(argument: str) -> Callable[[str], float]:
+    """Return a type for argparse that parses a finite number above zero.
+
+    Args:
+        argument: its name, for errors.
+    """
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < (number := float(text)) < math.inf:
+                return number
+        raise UserError(f"{argument} {text}: must be a number above 0")
+
+    return convert
 
 
 def path(argument: str) -> Callable[[str], Path]:

@@ -134,7 +134,8 @@ def _report(backup: Backup, generation: Generation, sent: int, as_json: bool) ->
     assert generation.manifest is not None
     size, where = generation.manifest.bytes, backup.where(generation.tag)
     if as_json:
-        print(json.dumps({"tag": generation.tag, "place": where, "bytes": size, "sent": sent, "verified": True}))
+        copied = {"tag": generation.tag, "location": where, "bytes": size, "sent": sent, "verified": True}
+        print(json.dumps(copied | {"place": where}))  # "place": the key of earlier versions
         return
     how = f"{sent:,} bytes sent" if sent else "already present"
     print(f"{generation.tag} is in {where}: {size:,} bytes, {how}, every file read back and verified")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ds_gpt2.commands.report import load
-from ds_gpt2.common.formatting import table, tokens
+from ds_gpt2.common.formatting import MISSING, table, tokens
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_codes
@@ -30,11 +30,13 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_that_differ(a.settings, b.settings)
     losses, reached = losses_at_equal_tokens(a, b), final_metrics(a, b)
     if options.json:
+        metrics = {name: asdict(pair) for name, pair in reached.items()}
         content = {
             "runs": [a.name, b.name],
             "settings": {name: list(values) for name, values in settings.items()},
             "losses": [asdict(each) for each in losses],
-            "ends": {name: asdict(pair) for name, pair in reached.items()},
+            "final_metrics": metrics,
+            "ends": metrics,  # the key of earlier versions
         }
         print(json.dumps(content, indent=1))
         return exit_codes.DONE
@@ -61,7 +63,7 @@ def _cells(pair: Pair) -> list[str]:
     whole = any(value is not None and (abs(value) >= 1000 or value.is_integer()) for value in (pair.a, pair.b))
     digits = ",.0f" if whole else ".4f"
     numbers = [(pair.a, digits), (pair.b, digits), (pair.difference, f"+{digits}")]
-    return ["-" if value is None else format(value, form) for value, form in numbers]
+    return [MISSING if value is None else format(value, form) for value, form in numbers]
 
 
 def _short(value: Any) -> str:

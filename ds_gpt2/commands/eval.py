@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     for note in data.notes:
         print(note, file=sys.stderr if options.json else sys.stdout, flush=True)
     rows = evaluate.rows_of([_measure(model, data, chosen) for model in models], data)
-    print(json.dumps({"rows": [_plain(dataclasses.asdict(row)) for row in rows]}) if options.json else _report(rows))
+    print(json.dumps({"rows": [_row_of_json(row) for row in rows]}) if options.json else _report(rows))
     if broken := [row.title for row in rows if row.loss is not None and not math.isfinite(row.loss.value)]:
         print(f"the loss of {', '.join(broken)} is not finite: the weights are broken", file=sys.stderr)
         return exit_codes.CRASHED
@@ -95,6 +95,11 @@ def _bar(title: str, total: int, unit: str) -> tqdm[NoReturn]:
 
 def _warn(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
+
+
+def _row_of_json(row: EvalRow) -> dict[str, Any]:
+    content = _plain(dataclasses.asdict(row))
+    return {**content, "less_first": content["difference"]}  # "less_first": the key of earlier versions
 
 
 def _plain(value: Any) -> Any:
@@ -126,7 +131,7 @@ def _cells(row: EvalRow) -> list[str]:
 
 
 def _cells_of_difference(row: EvalRow) -> list[str]:
-    less = row.less_first
+    less = row.difference
     assert less is not None
     accuracies = (less.hellaswag[measure] if less.hellaswag else None for measure in _SHOWN)
     return [row.title, *(_with_error(estimate, "+") for estimate in (less.loss, *accuracies))]

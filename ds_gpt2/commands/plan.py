@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.commands.arguments import add_start_arguments, positive
+from ds_gpt2.commands.arguments import add_start_arguments, positive, positive_float
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
@@ -44,21 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive_float("--seconds"),
         default=Limits().seconds,
         metavar="S",
         help="time limit of the trial's steps (default: 120)",
     )
-    parser.add_argument("--tflops", type=float, metavar="T", help="plan for other GPUs: bf16 peak of each")
     parser.add_argument(
-        "--gpu-memory-gb", type=float, metavar="G", help="plan for other GPUs: memory of each; no trial is run"
+        "--tflops", type=positive_float("--tflops"), metavar="T", help="plan for other GPUs: bf16 peak of each"
     )
     parser.add_argument(
-        "--disk-free-gb", type=float, metavar="G", help="free disk space for the run (default: of this disk)"
+        "--gpu-memory-gb",
+        type=positive_float("--gpu-memory-gb"),
+        metavar="G",
+        help="plan for other GPUs: memory of each; no trial is run",
     )
-    parser.add_argument("--watts", type=float, metavar="W", help="power of the machine (default: of its GPUs)")
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of energy")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine")
+    parser.add_argument(
+        "--disk-free-gb",
+        type=positive_float("--disk-free-gb"),
+        metavar="G",
+        help="free disk space for the run (default: of this disk)",
+    )
+    parser.add_argument(
+        "--watts", type=positive_float("--watts"), metavar="W", help="power of the machine (default: of its GPUs)"
+    )
+    parser.add_argument("--price-per-kwh", type=positive_float("--price-per-kwh"), metavar="P", help="price of energy")
+    parser.add_argument(
+        "--price-per-hour", type=positive_float("--price-per-hour"), metavar="P", help="price of the machine"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -129,10 +140,6 @@ def _plain(value: Value) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("seconds", "tflops", "gpu_memory_gb", "disk_free_gb", "watts", "price_per_kwh", "price_per_hour"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
     if options.steps < LEAST_STEPS:
         raise UserError(
             f"--steps {options.steps}: must be at least {LEAST_STEPS}; --seconds limits the time of a trial"

@@ -20,9 +20,13 @@ from ds_gpt2.run_dir import exit_codes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     sample = kinds.add_parser("sample", help="text of the Python installation: its manual and library sources")
-    sample.add_argument("--out", type=path("--out"), default=SAMPLE_DIR, metavar="DIR")
+    sample.add_argument(
+        "--out", type=path("--out"), default=SAMPLE_DIR, metavar="DIR", help="output directory (default: data/sample)"
+    )
     text = kinds.add_parser("text", help="your own text, JSON Lines or Parquet files, or directories of them")
-    text.add_argument("files", nargs="+", type=path("FILE"), metavar="FILE")
+    text.add_argument(
+        "files", nargs="+", type=path("FILE"), metavar="FILE", help="files, or directories that are searched for them"
+    )
     text.add_argument(
         "--separator",
         type=separator,
@@ -35,14 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--format", choices=FORMS, help="format of the named files (default: from the file extension)")
     hub = kinds.add_parser("hub", help="any dataset on the Hugging Face hub that has Parquet files")
-    hub.add_argument("repository", metavar="OWNER/NAME")
+    hub.add_argument("repository", metavar="OWNER/NAME", help="the dataset's name on the hub")
     hub.add_argument("--path", default="", metavar="DIR", help="only the files below this directory of the dataset")
     hub.add_argument("--revision", default="main", metavar="NAME", help="a branch, tag or commit (default: main)")
     edu = kinds.add_parser("fineweb-edu", help="FineWeb-Edu: educational web text")
     fineweb = kinds.add_parser("fineweb", help="FineWeb: web text")
     for kind in (edu, fineweb):
         kind.add_argument(
-            "--sample", choices=hub_datasets.SAMPLES, default=hub_datasets.SAMPLES[0], help="(default: 10BT)"
+            "--sample",
+            choices=hub_datasets.SAMPLES,
+            default=hub_datasets.SAMPLES[0],
+            help="size of the sample in GPT-2 tokens (default: 10BT)",
         )
     webtext = kinds.add_parser("openwebtext", help="OpenWebText")
     tokens = kinds.add_parser("pretokenized", help="published GPT-2 token shards")
@@ -60,7 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in (sample, text, hub, edu, fineweb, webtext):
         kind.add_argument("--workers", type=_workers, metavar="N", help="number of processes (default: one per core)")
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a local file")
-    items.add_argument("--out", type=path("--out"), default=HELLASWAG_DIR, metavar="DIR")
+    items.add_argument(
+        "--out",
+        type=path("--out"),
+        default=HELLASWAG_DIR,
+        metavar="DIR",
+        help="output directory (default: data/hellaswag)",
+    )
     items.add_argument(
         "--from", type=path("--from"), dest="source", metavar="FILE", help="use this file instead of downloading"
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import re
 import time
 from pathlib import Path
 
-from ds_gpt2.commands.arguments import path
+from ds_gpt2.commands.arguments import path, positive_float
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
 from ds_gpt2.config.lookup import find_run
@@ -36,15 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", action="store_true", help="show the loss of llm.c for any run")
     parser.add_argument(
-        "--watts", type=float, metavar="W", help="power of the machine (default: recorded power of its GPUs)"
+        "--watts",
+        type=positive_float("--watts"),
+        metavar="W",
+        help="power of the machine (default: recorded power of its GPUs)",
     )
-    parser.add_argument("--price-per-kwh", type=float, metavar="P", help="price of energy")
-    parser.add_argument("--price-per-hour", type=float, metavar="P", help="price of the machine")
+    parser.add_argument("--price-per-kwh", type=positive_float("--price-per-kwh"), metavar="P", help="price of energy")
+    parser.add_argument(
+        "--price-per-hour", type=positive_float("--price-per-hour"), metavar="P", help="price of the machine"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of writing a file")
 
 
 def run(options: argparse.Namespace) -> int:
-    prices = _prices(options)
+    prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
     seconds = None if options.since is None else parse_span(options.since)
     directories = [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
     runs = [load(directory) for directory in directories]
@@ -89,14 +93,6 @@ def parse_span(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _prices(options: argparse.Namespace) -> Prices:
-    for name in ("watts", "price_per_kwh", "price_per_hour"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
-    return Prices(options.watts, options.price_per_kwh, options.price_per_hour)
-
-
 def _check_power_known(summaries: list[Summary]) -> None:
     for summary in summaries:
         if summary.seconds_left is not None and (summary.cost is None or summary.cost.watts is None):
@@ -108,7 +104,8 @@ def _default_out(directories: list[Path]) -> Path:
 
 
 def _write(file: Path, page: str) -> None:
-    """
+    """Write the report, also over an earlier one.
+
     Raises:
         UserError: ``file`` cannot be written, or exists and is not a report.
     """

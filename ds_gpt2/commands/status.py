@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_gpt2.commands import status_news
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.lookup import find_run, started_runs
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.tools.status import screen
+from ds_gpt2.tools.status import news, screen
 from ds_gpt2.tools.status.status import Status, read_status
 
 _WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, 86_400.0
@@ -72,7 +71,7 @@ def _show(directories: Sequence[Path], options: argparse.Namespace, redrawn: boo
     if options.alert:
         for directory, status in zip(directories, statuses, strict=True):
             if isinstance(status, Status):
-                status_news.send_news(directory, status)
+                news.send_news(directory, status)
     is_healthy = all(isinstance(status, Status) and status.healthy for status in statuses)
     return exit_codes.DONE if is_healthy else exit_codes.CRASHED
 

@@ -89,7 +89,8 @@ def read_blocks(content: dict[str, Any]) -> tuple[WandbBlock, CometBlock]:
 
 
 def _check_package(block: str, package: str) -> None:
-    """
+    """Check that the package of a tracker is installed.
+
     Raises:
         UserError: the package is not installed. A directory of its name, as W&B writes, is not a package.
     """

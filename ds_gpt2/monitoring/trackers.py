@@ -70,7 +70,8 @@ class Tracker:
         self._put({**request, "finish_seconds": FINISH_SECONDS})
 
     def wait_opened(self) -> None:
-        """
+        """Wait until the tracker has opened its run.
+
         Raises:
             UserError: the tracker rejects its settings.
             OSError: it cannot be opened for another reason.

@@ -1,1 +1,1 @@
-"""What a person asks about a run: doctor, plan, status, report, drill."""
+"""Tools that analyze, plan, test and export runs."""

@@ -140,7 +140,8 @@ def check_outputs(settings: Settings) -> None:
 
 
 def _check_new_directories(settings: Settings) -> None:
-    """
+    """Check that a new run has directories of its own.
+
     Raises:
         UserError: a new run would overwrite or delete files of something else.
     """
@@ -188,7 +189,8 @@ def _checkpoints_elsewhere(settings: Settings) -> Path | None:
 
 
 def _check_resume(settings: Settings, source: str, identity: dict[str, Any], steps: int) -> None:
-    """
+    """Check that the newest checkpoint fits the run.
+
     Raises:
         UserError: there is nothing to resume from, or the newest candidate does not fit the run.
     """

@@ -54,7 +54,8 @@ def starts_new_run(settings: Settings, resume: str | None) -> bool:
 
 
 def check_never_saved(settings: Settings) -> None:
-    """
+    """Check that no checkpoint of the run is lost.
+
     Raises:
         CheckpointsGoneError: the run was saved, and has no checkpoint.
     """

@@ -76,11 +76,15 @@ def test_a_test_message_is_sent_through_every_channel_and_the_results_are_shown(
     first = "the command: NOT delivered: exit status 7\n"
     assert capsys.readouterr().out == f"{first}address 1 of {ADDRESSES}: delivered\n"
     assert command(config, "--list", "--json") == exit_codes.DONE
-    assert json.loads(capsys.readouterr().out) == [{"way": f"address 1 of {ADDRESSES}", "kind": "JSON"}]
+    assert json.loads(capsys.readouterr().out) == [
+        {"channel": f"address 1 of {ADDRESSES}", "way": f"address 1 of {ADDRESSES}", "kind": "JSON"}
+    ]
     service.status = 401
     assert command(config, "--test", "--json") == exit_codes.CRASHED
-    why = {"way": f"address 1 of {ADDRESSES}", "taken": False, "why": "the service answered 401"}
-    assert json.loads(capsys.readouterr().out) == [why]
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["channel"] == result["way"] == f"address 1 of {ADDRESSES}"
+    assert result["delivered"] is result["taken"] is False
+    assert result["reason"] == result["why"] == "the service answered 401"
 
 
 def test_missing_channels_and_unknown_runs_are_errors(run_dir: Path) -> None:

@@ -89,6 +89,7 @@ def test_another_checkpoint_can_be_selected(folder: Path, capsys: pytest.Capture
     assert run(folder, "--tag", tag, "--json") == exit_codes.DONE
     assert json.loads(capsys.readouterr().out) == {
         "tag": "rolling_step_000010",
+        "location": str(folder / "storage" / "test" / "rolling_step_000010"),
         "place": str(folder / "storage" / "test" / "rolling_step_000010"),
         "bytes": 13,
         "sent": 13,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ds_gpt2.cli import main
+from ds_gpt2.common.formatting import MISSING
 from ds_gpt2.run_dir import exit_codes
 
 Made = Callable[..., str]
@@ -53,6 +54,7 @@ def test_losses_are_compared_at_equal_tokens_not_steps(make: Made, capsys: pytes
         assert each["validation"]["b"] == 11.25 - math.log10(each["tokens"])
     last = found["losses"][-1]
     assert last["training"]["b"] - last["training"]["a"] == pytest.approx(0.25, abs=0.06)
+    assert found["final_metrics"] == found["ends"]
     assert found["ends"]["steps"] == {"a": 400, "b": 400}
     assert found["ends"]["val/loss, lowest"]["b"] == pytest.approx(11.25 - math.log10(512_000))
 
@@ -86,6 +88,8 @@ def test_equal_settings_are_reported(make: Made, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert printed.startswith("all settings are the same\n")
     assert "losses at equal tokens" not in printed, "the second run has no losses yet"
+    (loss,) = [line for line in printed.splitlines() if line.startswith("  train/loss,")]
+    assert loss.split()[-2:] == [MISSING, MISSING]
 
 
 def test_an_unknown_run_is_an_error(make: Made, capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,6 +186,7 @@ def test_models_are_compared_over_the_same_windows_and_items(
     same = {"value": 0.0, "stderr": 0.0}
     no_difference = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same)}
     assert first["less_first"] == itself["less_first"] == no_difference
+    assert other["difference"] == other["less_first"]
     losses = [plain_losses(make_model(seed), dataset_dir, 30) for seed in (1, 2)]
     right = [np.array(plain_right(make_model(seed), items), np.float64) for seed in (1, 2)]
     by_window, by_item = losses[1] - losses[0], right[1] - right[0]

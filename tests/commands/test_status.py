@@ -20,11 +20,11 @@ from launched import PROJECT
 from project_dir import add_run, use_as_project
 
 from ds_gpt2 import cli
-from ds_gpt2.commands import status_news
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Heartbeat
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision.alerts import alerts
+from ds_gpt2.tools.status import news
 
 CONFIG = """
 run: {name: NAME, dir: FOLDER/runs}
@@ -63,7 +63,7 @@ def status(*words: str) -> int:
     return cli.main(["status", *words])
 
 
-def test_newest_run_is_shown_and_the_exit_code_tells_whether_it_is_healthy(
+def test_status_shows_the_newest_run_and_its_exit_code_is_the_health(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status() == exit_codes.DONE
@@ -224,7 +224,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
 def test_healthy_run_sends_nothing(folder: Path, sent: list[tuple[str, str, str]]) -> None:
     assert status("--alert") == 0
     assert sent == []
-    assert not (folder / "runs" / "new" / status_news.MEMORY).exists()
+    assert not (folder / "runs" / "new" / news.MEMORY).exists()
 
 
 def test_one_message_when_unhealthy_and_one_when_healthy_again(
@@ -284,7 +284,7 @@ def test_failed_message_is_retried(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("memory", ["", "{}", "[]", '{"problems": 3}', "\x00"])
 def test_damaged_memory_file_is_ignored(folder: Path, sent: list[tuple[str, str, str]], memory: str) -> None:
-    (folder / "runs" / "new" / status_news.MEMORY).write_text(memory)
+    (folder / "runs" / "new" / news.MEMORY).write_text(memory)
     assert status("--alert") == 0
     remove_heartbeat(folder)
     assert status("--alert") == 1

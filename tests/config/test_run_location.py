@@ -121,7 +121,7 @@ def test_a_run_outside_of_the_project_moves_with_its_siblings(
     assert settings.data.dir == tmp_path / "moved" / "ds"
 
 
-def test_a_run_that_moved_without_its_checkpoints_does_not_start_anew(
+def test_a_run_that_moved_without_its_checkpoints_does_not_start_a_new_run(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(project, monkeypatch)

@@ -183,7 +183,7 @@ def test_a_last_line_without_a_line_end_is_a_record(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n' and (tmp_path / "metrics_replaced.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_replaced_records_are_moved_to_the_reserve_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
+def test_replaced_records_are_moved_to_the_fallback_file_if_the_disk_is_full(file: Path, tmp_path: Path) -> None:
     fallback_file = tmp_path / "checkpoints" / "unwritten.jsonl"
     fallback_file.parent.mkdir()
     replaced = file.with_name("metrics_replaced.jsonl")

@@ -24,10 +24,35 @@ def test_the_tool_finds_nothing(command: list[str]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_module_that_contributing_names_exists() -> None:
-    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = text[text.index("## Where is") : text.index("## Rules")]
-    named = [PROJECT / "ds_gpt2" / path for path in re.findall(r"`([a-z_/]+\.py)`", table)]
-    named += [PROJECT / path for path in re.findall(r"`((?:ds_gpt2|tests)/[a-z_/]+\.py)`", text)]
-    assert len(named) > 40
-    assert [str(path) for path in named if not path.is_file()] == []
+CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TABLE = CONTRIBUTING[CONTRIBUTING.index("## Where is") : CONTRIBUTING.index("## Rules")]
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    named = [PROJECT / "ds_gpt2" / path for path in re.findall(r"`([a-z0-9_/]+\.py)`", TABLE)]
+    named += [PROJECT / path for path in re.findall(r"`((?:ds_gpt2|tests|docs)/[a-z0-9_/]+\.(?:py|md))`", CONTRIBUTING)]
+    named += [PROJECT / path for path in re.findall(r"`((?:ds_gpt2|tests)/(?:[a-z_]+/)*)`", CONTRIBUTING)]
+    assert len(named) > 60
+    assert [str(path) for path in named if not path.exists()] == []
+
+
+def test_every_row_of_the_map_exists_and_every_folder_has_a_row() -> None:
+    folders = set(re.findall(r"^    ([a-z_/]+/) ", CONTRIBUTING, re.MULTILINE))
+    package = PROJECT / "ds_gpt2"
+    top = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert [folder for folder in folders if not (package / folder).is_dir()] == []
+    assert top - folders == set()
+
+
+def test_every_name_that_the_table_gives_occurs_in_its_file() -> None:
+    rows = [
+        (path, re.findall(r"`(\w+)`", names)) for path, names in re.findall(r"`([a-z0-9_/]+\.py)` \(([^)]*)\)", TABLE)
+    ]
+    missing = [
+        f"{path}: {name}"
+        for path, names in rows
+        for name in names
+        if name not in (PROJECT / "ds_gpt2" / path).read_text(encoding="utf-8")
+    ]
+    assert len(rows) > 8
+    assert missing == []

@@ -149,14 +149,14 @@ def test_a_run_finishes_while_its_disk_is_not_writable_and_completes_its_metrics
     output = run.end()
     assert run.process.returncode == exit_codes.DONE, output
     assert "Traceback" not in output and "Logging error" not in output
-    reserve, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
-    assert steps_in(reserve) != [] and steps_in(metrics) + steps_in(reserve) == list(range(1, 41))
+    fallback_file, metrics = run.settings.checkpoint_dir / UNWRITTEN, run.settings.run_dir / METRICS
+    assert steps_in(fallback_file) != [] and steps_in(metrics) + steps_in(fallback_file) == list(range(1, 41))
     assert read_status(run.settings.run_dir, time.time()).state == "finished"
     disk.free() if how == "full" else disk.repair()
     run = Started(config(42), "--auto")
     output = run.end()
     assert run.process.returncode == exit_codes.DONE, output
-    assert steps_in(metrics) == list(range(1, 43)) and not reserve.exists()
+    assert steps_in(metrics) == list(range(1, 43)) and not fallback_file.exists()
 
 
 def test_a_full_disk_of_a_run_and_its_checkpoints_costs_no_step(

@@ -1,4 +1,4 @@
-"""Which run owns a directory of backups: ``owner.json`` there names it, so that a copied run does not use them."""
+"""Record which run owns a directory of backups, in ``owner.json`` there, so that a copied run does not use them."""
 
 from __future__ import annotations
 

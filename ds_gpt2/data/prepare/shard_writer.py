@@ -16,7 +16,7 @@ _UNFINISHED = ".unfinished"
 
 @dataclass
 class Written:
-    """What has been written of a split."""
+    """The written part of a split."""
 
     shards: list[Shard] = field(default_factory=list)  # full shards
     tokens: int = 0  # in the unfinished shard

@@ -166,18 +166,18 @@ def _deepspeed_file(settings: Settings, folder: Path) -> Path:
     return file
 
 
-def _check_space(drill: Settings, users: Settings) -> None:
+def _check_space(drill: Settings, user_settings: Settings) -> None:
     """Check that the disk has space for the drill; a really full disk could affect the user's own run.
 
     Raises:
         UserError: there is not enough space.
     """
     free = shutil.disk_usage(drill.checkpoint.dir).free
-    needed = _CHECKPOINTS * checkpoint_bytes(drill) + reserved_bytes(users.checkpoint)
+    needed = _CHECKPOINTS * checkpoint_bytes(drill) + reserved_bytes(user_settings.checkpoint)
     if free < needed:
         raise UserError(
-            f"{users.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill temporarily needs {needed / 1e9:.1f} GB:"
-            " free some space, omit --whole, or set checkpoint.dir"
+            f"{user_settings.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill temporarily needs"
+            f" {needed / 1e9:.1f} GB: free some space, omit --whole, or set checkpoint.dir"
         )
 
 
@@ -189,7 +189,7 @@ def _record(plan: DrillPlan, settings: Settings) -> Record:
         accelerator=plan.layout.accelerator,
         whole=plan.whole,
         seed=plan.seed,
-        begun=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=sys.argv[1:],
         machine={"cores": str(host.usable_cores()), "python": platform.python_version(), **versions},
         settings=settings.model_dump(mode="json"),

@@ -36,7 +36,7 @@ class Record:
     accelerator: str
     whole: bool
     seed: int
-    begun: str  # start time, ISO 8601
+    started: str  # start time, ISO 8601
     command: list[str]
     machine: dict[str, str]
     settings: dict[str, object]  # of the disturbed run
@@ -48,7 +48,10 @@ class Record:
         return bool(self.rows) and all(row.verdict == "pass" for row in self.rows)
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "passed": self.passed}, indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps({**asdict(self), "begun": self.started, "passed": self.passed}, indent=1, ensure_ascii=False)
+            + "\n"
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``record.json`` for programs and ``drill.md`` for readers."""
@@ -82,9 +85,9 @@ def _lost(row: SceneResult) -> str:
 
 
 def _markdown(record: Record) -> str:
-    size = "whole" if record.whole else "shrunk"
+    size = "whole" if record.whole else "scaled down"
     lines = [
-        f"# Drill of {record.run}, {record.begun}",
+        f"# Drill of {record.run}, {record.started}",
         "",
         f"{'Passed' if record.passed else 'Not passed'}: {summary(record)}. Config {size}, {record.ranks} ranks on"
         f" {record.accelerator}, seed {record.seed}.",

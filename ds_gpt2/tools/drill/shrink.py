@@ -6,6 +6,7 @@ from typing import Any
 
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.monitoring.pace import EVALUATIONS
 
 EVERY = 5  # steps between two checkpoints
 UNDISTURBED, DISTURBED = "undisturbed", "disturbed"  # names of the two runs
@@ -35,13 +36,14 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     tree["schedule"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup}
     tree["checkpoint"] |= {"every": EVERY, "keep_last": 4, "keep_every": 0, "keep_epochs": 1, "min_free_gb": 0.0}
     tree["checkpoint"]["backup"]["to"] = None
-    if tree["validation"]["every"]:
-        tree["validation"] |= {"every": 2 * EVERY, "tokens": 16 * tree["batch"]["sequence_length"]}
-    if tree["samples"]["every"]:
-        tree["samples"] |= {"every": 6 * EVERY, "per_prompt": 1, "tokens": 8}
-    if tree["histograms"]["every"]:
-        tree["histograms"]["every"] = 6 * EVERY
-    tree["hellaswag"]["every"] = 0
+    reduced = {
+        "validation": {"every": 2 * EVERY, "tokens": 16 * tree["batch"]["sequence_length"]},
+        "samples": {"every": 6 * EVERY, "per_prompt": 1, "tokens": 8},
+        "hellaswag": {"every": 0},
+    }
+    for name in EVALUATIONS:
+        if tree[name]["every"]:
+            tree[name] |= reduced.get(name, {"every": 6 * EVERY})
     tree["monitor"]["dir"] = None
     tree["alerts"] |= {"kinds": [], "command": None, "urls_file": None}
     supervisor = settings.supervisor

@@ -106,7 +106,7 @@ class EvalRow:
     perplexity: float | None
     items: int
     hellaswag: dict[str, Estimate] | None  # share of right answers by each of ``MEASURES``
-    less_first: Difference | None  # None if only one model is evaluated
+    difference: Difference | None  # from the first model; None if only one model is evaluated
 
 
 def find_models(names: Sequence[str], tags: Sequence[str] | None) -> list[EvaluatedModel]:
@@ -242,7 +242,7 @@ def _row(measured: Measurements, first: Measurements | None, data: EvalData) -> 
         perplexity=perplexity(loss.value) if loss else None,
         items=len(data.items or ()),
         hellaswag=None if measured.right is None else dict(zip(MEASURES, map(share, measured.right), strict=True)),
-        less_first=_difference(measured, first) if first else None,
+        difference=_difference(measured, first) if first else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a plan is computed from: the run, its ranks, and the resources that are available."""
+"""Inputs of a plan: the run, its ranks, and the resources that are available."""
 
 from __future__ import annotations
 

@@ -185,7 +185,8 @@ def _level(height: float) -> dict[str, Any]:
 
 
 def _level_text(name: str, height: float, side: str) -> dict[str, Any]:
-    """
+    """Return the label of a horizontal line.
+
     Args:
         side: vertical anchor of the text, "top" or "bottom", so that the texts of close levels do not overlap.
     """

@@ -206,7 +206,8 @@ def mean_per_step(curve: Curve, steps: npt.NDArray[np.int64], sections: int = 10
 
 
 def _extreme(curve: Curve, argument: Any) -> tuple[int, float] | None:
-    """
+    """Return (step, value) of the smallest or largest value; None for an empty curve.
+
     Args:
         argument: ``np.argmin`` or ``np.argmax``.
     """

@@ -66,7 +66,8 @@ def forecast_disks(
 def _space_of(
     directories: Sequence[Path], growths: Mapping[Path, Growth] | None, progress: RunProgress | None
 ) -> DiskSpace:
-    """
+    """Return the free space of one disk and how long it lasts.
+
     Args:
         directories: those on one disk.
     """

@@ -66,7 +66,8 @@ class Goodput:
 
     @classmethod
     def of(cls, newest: Record, day_before: Record | None, first_start: float | None) -> Goodput:
-        """
+        """Compute the goodput of the last day from two records of the goodput since the first start.
+
         Args:
             newest: the newest record with a goodput.
             day_before: the newest record with a goodput that is at least a day older.
@@ -81,7 +82,8 @@ class Goodput:
 
 
 def history_of(events: Sequence[Event], state: State, now: float, goodput: Goodput | None = None) -> History:
-    """
+    """Return the starts, failures and lost time of a run.
+
     Args:
         now: seconds since 1970.
     """

@@ -23,7 +23,8 @@ def reference_loss(settings: Settings, step: int) -> float | None:
 
 
 def not_finite_warnings(train_step: int | None, val_step: int | None) -> list[str]:
-    """
+    """Return a line for each newest loss that is NaN or infinite.
+
     Args:
         train_step: step of the newest training loss if that is not finite; else None.
         val_step: the same for the newest validation loss.

@@ -28,7 +28,8 @@ class DiskRequirement:
 
 
 def disk_requirement(settings: Settings, steps: int | None, epochs: float | None) -> DiskRequirement:
-    """
+    """Return the disk space that the checkpoints of a run need.
+
     Args:
         steps: steps of the whole run; None if they follow from data that cannot be read.
         epochs: the same in epochs; None likewise.

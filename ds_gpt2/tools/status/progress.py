@@ -68,7 +68,8 @@ def read_pace(run_dir: Path, settings: Settings, records: Sequence[Record], star
 
 
 def progress_of(settings: Settings, records: Sequence[Record], step: int, steps: int | None, pace: Pace) -> Progress:
-    """
+    """Return how far a run is, how fast it trains and how long it still takes.
+
     Args:
         step: the last completed step.
     """
@@ -98,7 +99,8 @@ def recent_of(records: Sequence[Record], tag: str) -> float | None:
 def loss_of(
     records: Sequence[Record], day_before: Sequence[Record], newest: Generation | None, settings: Settings
 ) -> Loss:
-    """
+    """Return the newest and the lowest losses of a run.
+
     Args:
         records: the newest records.
         day_before: the records before the last 24 hours.

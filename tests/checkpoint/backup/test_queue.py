@@ -27,7 +27,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.naming import BEST_TAG, COPYING, MANIFEST, epoch_tag, rolling_tag
 
 
-def test_the_queue_copies_what_is_due_and_prunes(
+def test_the_queue_copies_due_checkpoints_and_prunes(
     run_dir: Path, location: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ds_gpt2")
@@ -60,7 +60,7 @@ def test_the_last_checkpoint_of_a_run_is_copied_regardless_of_the_intervals(run_
     assert held == {rolling_tag(100): 100, rolling_tag(200): 200, "best_model": 200}
 
 
-def test_retention_may_delete_what_is_being_copied(run_dir: Path, gate: Gate) -> None:
+def test_retention_may_delete_a_checkpoint_that_is_being_copied(run_dir: Path, gate: Gate) -> None:
     generation = save(run_dir, 100)
     whole = read_in(generation.path)
     queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir)

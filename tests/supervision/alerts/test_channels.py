@@ -78,7 +78,9 @@ def test_a_file_that_other_users_can_read_is_refused(tmp_path: Path, mode: int) 
     assert SECRET not in str(refused.value)
 
 
-def test_what_is_not_a_private_text_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_addresses_that_is_not_a_private_text_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def error_of(name: str) -> str:
         with pytest.raises(UserError) as refused:
             channels.check(AlertSettings(urls_file=tmp_path / name))

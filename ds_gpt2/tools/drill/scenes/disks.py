@@ -103,14 +103,14 @@ def run_dir_full(context: SceneContext) -> Recovery:
 
 def _train_with_full_run_dir(run: RunProcess) -> None:
     """Keep the disk full until the run has stored records elsewhere and saved a later checkpoint."""
-    directory, reserve = run.run_dir, run.checkpoint_dir / UNWRITTEN
+    directory, fallback_file = run.run_dir, run.checkpoint_dir / UNWRITTEN
 
     def is_stored() -> bool:
         with suppress(OSError):  # the run has just used the remaining space
             small_disk.fill_up(directory)
-        return reserve.exists()
+        return fallback_file.exists()
 
-    run.wait_for(f"records in {reserve} that {METRICS} cannot hold", is_stored)
+    run.wait_for(f"records in {fallback_file} that {METRICS} cannot hold", is_stored)
     reached = run.done_steps()
     run.wait_for("a save while the run's directory is full", lambda: run.saved_step() > reached)
 

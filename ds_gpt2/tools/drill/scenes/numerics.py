@@ -58,7 +58,8 @@ def long_divergence(context: SceneContext) -> Recovery:
 
 
 def _diverge(context: SceneContext, spikes: int, every: int, crash_at: int | None = None) -> Recovery:
-    """
+    """Inject a divergence and verify the rollback.
+
     Args:
         spikes: number of batches with a high loss.
         every: steps between two saves.

@@ -1,4 +1,4 @@
-"""What all scenes share: their context and result, and steps such as stopping the run or waiting for its recovery."""
+"""Shared parts of the scenes: context, result, and steps such as stopping the run or waiting for its recovery."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def run(*words: str | Path) -> int:
 
 @pytest.mark.slow
 def test_all_checks_and_the_exit_code_of_a_failed_one(
-    tmp_path: Path, copied: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dataset_dir: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    copied = shutil.copytree(dataset_dir, tmp_path / "data")
     config = write_config(tmp_path / "folder", data={"dir": str(copied)})
     flip(copied / open_dataset(copied).shards[0].file)
     assert run(config, "--num_gpus", "2", "--json") == exit_codes.MISTAKE

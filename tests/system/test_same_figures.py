@@ -33,21 +33,16 @@ def json_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     return run
 
 
-def test_all_commands_agree_on_a_real_run(four_ranks: Run, json_of: Callable[..., Any]) -> None:
-    run_dir = four_ranks[1] / "runs" / "test"
+def figures_of_records(run_dir: Path) -> dict[str, Any]:
+    """Compute the figures from the records of a run of 12 steps that was started once."""
     records = list(read_metrics(run_dir / "metrics.jsonl"))
-    status, (report,) = json_of("status", run_dir), json_of("report", run_dir)
-    diff, rows = json_of("diff", run_dir, run_dir), json_of("list", four_ranks[1] / "checkpoints" / "test")
-    ends, last = {name: pair["a"] for name, pair in diff["ends"].items()}, records[-1]
-    progress, loss, history = status["progress"], status["loss"], status["history"]
+    last = records[-1]
 
     def median(tag: str) -> float:
         return statistics.median(record[tag] for record in records[-50:])
 
-    validations = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
-    best_step = min(validations, key=validations.__getitem__)
-    best = next(row for row in rows if row["tag"] == "best_model")
-    expected = {
+    best_step, best = min(validations_of(run_dir).items(), key=lambda validation: validation[1])
+    return {
         "step": 12,
         "steps": 12,
         "tokens": last["train/tokens"],
@@ -55,12 +50,22 @@ def test_all_commands_agree_on_a_real_run(four_ranks: Run, json_of: Callable[...
         "loss": median("train/loss"),
         "tokens_per_s": median("perf/tokens_per_s"),
         "step_seconds": median("perf/step_ms") / 1000,
-        "val_loss": validations[12],
-        "best": (validations[best_step], best_step),
+        "val_loss": validations_of(run_dir)[12],
+        "best": (best, best_step),
         "goodput": last["perf/goodput"],
         "starts": (0, 0, 0.0, 1.0),
     }
-    by_status = {
+
+
+def validations_of(run_dir: Path) -> dict[int, float]:
+    """Return the recorded validation losses by step."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+
+
+def figures_of_status(status: dict[str, Any]) -> dict[str, Any]:
+    progress, loss, history = status["progress"], status["loss"], status["history"]
+    return {
         "step": progress["step"],
         "steps": progress["steps"],
         "tokens": progress["tokens"],
@@ -73,7 +78,10 @@ def test_all_commands_agree_on_a_real_run(four_ranks: Run, json_of: Callable[...
         "goodput": history["goodput"],
         "starts": (history["restarts"], history["resumes"], history["lost_seconds"], history["kept_share"]),
     }
-    by_report = {
+
+
+def figures_of_report(report: dict[str, Any]) -> dict[str, Any]:
+    return {
         "step": report["step"],
         "steps": report["steps"],
         "tokens": report["tokens"],
@@ -86,21 +94,42 @@ def test_all_commands_agree_on_a_real_run(four_ranks: Run, json_of: Callable[...
         "goodput": report["goodput"],
         "starts": (report["restarts"], report["resumes"], report["lost_seconds"], report["kept_share"]),
     }
-    assert by_status == expected
-    assert by_report == expected
+
+
+def test_status_and_report_agree_on_a_real_run(four_ranks: Run, json_of: Callable[..., Any]) -> None:
+    run_dir = four_ranks[1] / "runs" / "test"
+    status, (report,) = json_of("status", run_dir), json_of("report", run_dir)
+    expected = figures_of_records(run_dir)
+    assert figures_of_status(status) == expected
+    assert figures_of_report(report) == expected
+    assert status["progress"]["seconds_per_step"] == pytest.approx(report["seconds_per_step"]["mean"])
+
+
+def test_diff_agrees_on_a_real_run(four_ranks: Run, json_of: Callable[..., Any]) -> None:
+    run_dir = four_ranks[1] / "runs" / "test"
+    diff, (report,) = json_of("diff", run_dir, run_dir), json_of("report", run_dir)
+    final = {name: pair["a"] for name, pair in diff["final_metrics"].items()}
     by_diff = {
-        "step": ends["steps"],
-        "tokens": ends["tokens"],
-        "loss": ends["train/loss"],
-        "tokens_per_s": ends["perf/tokens_per_s"],
-        "val_loss": ends["val/loss"],
+        "step": final["steps"],
+        "tokens": final["tokens"],
+        "loss": final["train/loss"],
+        "tokens_per_s": final["perf/tokens_per_s"],
+        "val_loss": final["val/loss"],
     }
+    expected = figures_of_records(run_dir)
     assert by_diff == {name: expected[name] for name in by_diff}
-    assert ends["val/loss, lowest"] == best["val_loss"] == validations[best["step"]] == validations[best_step]
-    assert report["hellaswag_acc_norm"] == ends["hellaswag/acc_norm"] == last["hellaswag/acc_norm"]
-    assert progress["seconds_per_step"] == pytest.approx(report["seconds_per_step"]["mean"])
-    measured = {step * 1024: loss for step, loss in validations.items()}
+    assert final["val/loss, lowest"] == expected["best"][0]
+    *_, last = read_metrics(run_dir / "metrics.jsonl")
+    assert report["hellaswag_acc_norm"] == final["hellaswag/acc_norm"] == last["hellaswag/acc_norm"]
+    measured = {step * 1024: loss for step, loss in validations_of(run_dir).items()}
     assert {each["tokens"]: each["validation"]["a"] for each in diff["losses"]} == measured
+
+
+def test_list_agrees_on_a_real_run(four_ranks: Run, json_of: Callable[..., Any]) -> None:
+    run_dir = four_ranks[1] / "runs" / "test"
+    status, rows = json_of("status", run_dir), json_of("list", four_ranks[1] / "checkpoints" / "test")
+    best = next(row for row in rows if row["tag"] == "best_model")
+    assert (best["val_loss"], best["step"]) == figures_of_records(run_dir)["best"]
     assert status["checkpoint"]["tag"] == next(row["tag"] for row in rows if "latest" in row["pointers"])
 
 

@@ -46,7 +46,10 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics": ("metrics.jsonl", lambda run: MetricsFile(run / "metrics.jsonl").append({"step": 1})),
     "metrics, replaced": ("metrics_replaced.jsonl", lambda run: drop_after(recorded(run / "metrics.jsonl"), 0)),
     "metrics, linked": ("metrics.jsonl.tmp", lambda run: drop_after(linked(run / "metrics.jsonl"), 0)),
-    "metrics, unwritten": ("unwritten.jsonl.tmp", lambda run: reserved(run / "metrics.jsonl", run / "unwritten.jsonl")),
+    "metrics, unwritten": (
+        "unwritten.jsonl.tmp",
+        lambda run: write_to_fallback_file(run / "metrics.jsonl", run / "unwritten.jsonl"),
+    ),
     "notes": (NOTES, lambda run: append(run, Note("now", 1, "text"))),
     "heartbeat": ("heartbeat/rank_00000", lambda run: Heartbeat(run, 0)),
     "an index of data": ("dataset.json.tmp", lambda run: files.replace_file(run / "dataset.json", "{}", durable=True)),
@@ -63,11 +66,11 @@ def linked(path: Path) -> Path:
     return path
 
 
-def reserved(file: Path, reserve: Path) -> None:
+def write_to_fallback_file(file: Path, fallback_file: Path) -> None:
     """Write a record while ``file`` is not writable."""
-    records = MetricsFile(file, lambda: reserve)
+    records = MetricsFile(file, lambda: fallback_file)
     records.append({"step": 1})
-    records._write_fallback_file(reserve)
+    records._write_fallback_file(fallback_file)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
