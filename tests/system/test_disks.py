@@ -98,8 +98,10 @@ class Started:
         """Wait until ``text`` is in the output; ``events`` cannot show it while the disk of the run is full."""
         assert self.process.stdout is not None
         pipe = self.process.stdout.fileno()  # ``communicate`` would miss what the stream has buffered
+        deadline = time.monotonic() + seconds
         while text not in self.output:
-            assert select.select([pipe], [], [], seconds)[0], self.output
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([pipe], [], [], left)[0], self.output
             read = os.read(pipe, 65_536)
             assert read, self.output
             self.output += read.decode(errors="replace")
