@@ -37,13 +37,18 @@ def shell(
 def trained_run(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose supervisor has an ASCII terminal, resumed with closed standard output."""
     folder = tmp_path_factory.mktemp("terminals") / "naïve…"
-    config = write_config(folder, samples={"every": 6, "prompts": ["naïve … 日本"], "tokens": 8})
+    config = write_config(
+        folder,
+        batch={"tokens_per_step": 64, "micro_batch": 2, "sequence_length": 32},
+        validation={"every": 6, "tokens": 64},
+        samples={"every": 6, "prompts": ["naïve … 日本"], "tokens": 8},
+    )
     for words, redirected in (
         (["train", str(config)], ">'{0}/out' 2>&1"),
         (["resume", str(folder / "runs" / "test"), "schedule.steps=14"], "<&- >&- 2>&-"),
         (["resume", str(folder / "runs" / "test"), "schedule.steps=16"], ">/dev/full 2>&1"),
     ):
-        command = f"{shlex.join([*COMMAND, *words, '--num_gpus', '2'])} {redirected.format(folder)}"
+        command = f"{shlex.join([*COMMAND, *words, '--num_gpus', '1'])} {redirected.format(folder)}"
         environment = {**os.environ, **ENCODINGS["ASCII"], "DS_ACCELERATOR": "cpu"}
         started = subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True)
         assert started.wait(timeout=900) == 0, (folder / "out").read_text(errors="replace")

@@ -22,7 +22,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.monitoring import tracker_checks, trackers
+from ds_gpt2.monitoring import tracker_checks, tracker_process, trackers
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
@@ -117,7 +117,7 @@ def test_every_step_reaches_every_tracker_across_a_resume(
     config = write_config(
         tmp_path,
         deepspeed=str(deepspeed),
-        batch={"tokens_per_step": 4 * 64, "micro_batch": 2, "sequence_length": 64},
+        batch={"tokens_per_step": 4 * 16, "micro_batch": 2, "sequence_length": 16},
         schedule={"steps": STEPS, "warmup_steps": 3},
         checkpoint={"dir": str(tmp_path / "checkpoints"), "every": 20},
         samples={"every": 0},
@@ -133,7 +133,7 @@ def test_every_step_reaches_every_tracker_across_a_resume(
     assert comet_values(tmp_path, "train/loss") == [list(losses(tmp_path).items())]
     assert csv_rows(tmp_path) == [["step", "loss"], *pairs(losses(tmp_path))]
 
-    result = launch(2, "--config", str(config), "--resume")
+    result = launch(1, "--config", str(config), "--resume")
     assert result.code == 0, result.output
     assert result.left_over == []
     assert list(losses(tmp_path)) == list(range(1, STEPS + 1))
@@ -155,6 +155,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from ds_gpt2.monitoring import tracker_checks, trackers
 folder, first, last, start, ending = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
+trackers.tracker_process.__file__ = sys.argv[6]
 content = json.loads((folder / "ds.json").read_text())
 opened = trackers.open_trackers(content, folder, "mine", start, 2)
 for step in range(first, last + 1):
@@ -168,9 +169,16 @@ os._exit(0)
 """
 
 
-def rank(folder: Path, first: int, last: int, start: int = 0, ending: str = "finished") -> str:
+def rank(
+    folder: Path,
+    first: int,
+    last: int,
+    start: int = 0,
+    ending: str = "finished",
+    tracker_program: str | Path = tracker_process.__file__,
+) -> str:
     """Send the steps from ``first`` to ``last``; return the output."""
-    words = [str(word) for word in (folder, first, last, start, ending)]
+    words = [str(word) for word in (folder, first, last, start, ending, tracker_program)]
     result = subprocess.run(
         [sys.executable, "-c", RANK, *words],
         cwd=PROJECT_DIR,
@@ -268,8 +276,12 @@ def test_an_unavailable_service_is_recorded_offline_and_ends_in_time(
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("COMET_API_KEY", SECRET)
     monkeypatch.setenv("COMET_URL_OVERRIDE", unused_address)
+    monkeypatch.setenv("COMET_GET_OR_ADD_EXPERIMENT_RETRY_CONNECT", "1")  # four attempts take 20 s
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_DIR))
+    impatient = tmp_path / "impatient.py"
+    impatient.write_text(IMPATIENT)
     (tmp_path / "ds.json").write_text(json.dumps({"wandb": {"enabled": True}, "comet": {"enabled": True}}))
-    output = rank(tmp_path, 1, 30)
+    output = rank(tmp_path, 1, 30, tracker_program=impatient)
     assert "W&B cannot be reached (" in output and "this start is recorded offline" in output
     assert "Comet cannot be reached (" in output
     assert SECRET not in output
@@ -278,6 +290,13 @@ def test_an_unavailable_service_is_recorded_offline_and_ends_in_time(
 
 
 SECRET = "s3cr3t" * 7
+# The process of a tracker with a shorter time limit for W&B's server.
+IMPATIENT = """
+from ds_gpt2.monitoring import tracker_process
+tracker_process._INIT_SECONDS = 3.0
+tracker_process._leave()
+tracker_process.main()
+"""
 
 
 @pytest.mark.parametrize(
@@ -350,8 +369,8 @@ def test_a_valid_setup_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def stop_after(step: int, folder: Path, config: Path) -> Launched:
-    """Train on two ranks, and send SIGTERM after the end of ``step``."""
-    process = start(start_command(RankLayout("cpu", 2), TRAIN, ["--config", str(config)]))
+    """Train on one rank, and send SIGTERM after the end of ``step``."""
+    process = start(start_command(RankLayout("cpu", 1), TRAIN, ["--config", str(config)]))
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         found = read_beat(folder / "runs" / "test", 0)

@@ -55,7 +55,9 @@ def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     items.write_text("".join(json.dumps(hellaswag_item(number)) + "\n" for number in range(8)), encoding="utf-8")
     sections = {
         "model": MODEL,
-        "samples": {"every": 6, "prompts": ["The statement"], "tokens": 3000},  # some seconds
+        "batch": {"tokens_per_step": 256, "micro_batch": 2, "sequence_length": 32},
+        "validation": {"every": 6, "tokens": 20 * 32},
+        "samples": {"every": 6, "prompts": ["The statement"], "tokens": 600},  # a few seconds
         "hellaswag": {"every": 6, "path": str(items)},
         "histograms": {"every": 6},
     }

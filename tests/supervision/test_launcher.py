@@ -32,7 +32,8 @@ ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
 
 @pytest.fixture
 def endless(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    return write_config(tmp_path, schedule=ENDLESS, samples={"every": 0}, validation={"every": 0})
+    batch = {"tokens_per_step": 256, "micro_batch": 2, "sequence_length": 16}
+    return write_config(tmp_path, batch=batch, schedule=ENDLESS, samples={"every": 0}, validation={"every": 0})
 
 
 def _read_until(process: subprocess.Popen[str], pattern: str, seconds: float = 120) -> str:
@@ -68,7 +69,7 @@ def _end(process: subprocess.Popen[str], seconds: float = 90) -> str:
 def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PATH has Python only: neither a compiler nor git is needed."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "2"])
+    process = start([sys.executable, "-m", "ds_gpt2", "train", str(endless), "--num_gpus", "1"])
     output = _read_until(process, r"^step +3/")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # a second Ctrl+C must not interrupt the save
@@ -113,7 +114,7 @@ def test_one_stop_request_stops_all_ranks_within_the_step(
     tmp_path: Path, write_config: Callable[..., Path], request_by: str
 ) -> None:
     """A step has 32 micro-batches; the unfinished step is dropped, the last finished one is saved."""
-    batch = {"tokens_per_step": 8192, "micro_batch": 2, "sequence_length": 64}
+    batch = {"tokens_per_step": 2048, "micro_batch": 2, "sequence_length": 16}
     config = write_config(
         tmp_path, schedule=ENDLESS, batch=batch, samples={"every": 0}, validation={"every": 0}, checkpoint={
             "dir": str(tmp_path / "checkpoints"), "every": 250

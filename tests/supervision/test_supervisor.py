@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -42,27 +43,36 @@ ENDLESS = {"steps": 1_000_000, "warmup_steps": 3}
 Configure = Callable[..., Settings]
 
 
-@pytest.fixture
-def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Configure:
     def write(name: str, **sections: object) -> Settings:
         supervisor = {**QUICK, **sections.pop("supervisor", {})}  # type: ignore[dict-item]  # a section of the settings
         usual: dict[str, object] = {
+            "batch": {"tokens_per_step": 128, "micro_batch": 2, "sequence_length": 16},
             "schedule": {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
             "samples": {"every": 0},
-            "validation": {"every": 12, "tokens": 640},
+            "validation": {"every": 12, "tokens": 64},
         }
-        config = write_config(tmp_path / name, **{**usual, **sections, "supervisor": supervisor})
+        config = write_config(tmp_path_factory.mktemp(name), **{**usual, **sections, "supervisor": supervisor})
         return load_settings(config, dict(setting.split("=") for setting in SAVES))
 
     return write
 
 
-def _run(settings: Settings, *faults: Fault, resume: str | None = None) -> SupervisedRun:
+@pytest.fixture(scope="module")
+def undisturbed(configure: Configure) -> Settings:
+    """Train without faults; return the settings of the run."""
+    settings = configure("undisturbed")
+    assert supervise(_run(settings), settings) == exit_codes.DONE
+    return settings
+
+
+def _run(settings: Settings, *faults: Fault, ranks: int = 2, resume: str | None = None) -> SupervisedRun:
     config = settings.run.dir.parent / "run.yaml"
     arguments = ("--config", str(config), *SAVES)
     return SupervisedRun(
         arguments,
-        RankLayout("cpu", 2),
+        RankLayout("cpu", ranks),
         resume,
         script=fault_injection.SCRIPT,
         environment=fault_injection.request(faults),
@@ -95,14 +105,16 @@ def _until(condition: Callable[[], object], seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
-def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path, configure: Configure) -> None:
-    undisturbed, disturbed = configure("undisturbed"), configure("disturbed")
-    assert supervise(_run(undisturbed), undisturbed) == exit_codes.DONE
+def test_a_run_with_faults_has_the_same_results_as_a_run_without(
+    tmp_path: Path, configure: Configure, undisturbed: Settings
+) -> None:
+    disturbed = configure("disturbed")
     assert _kinds(undisturbed, "save", "best") == ["launch", "start", "done"]
     faults = [
         Fault("kill", step=6, rank=1, once=str(tmp_path / "killed")),
-        Fault("read_error", batch=10, rank=1, once=str(tmp_path / "unreadable")),
-        Fault("freeze", step=13, rank=1, once=str(tmp_path / "frozen")),
+        # The retries last longer than the interval of the watchdog, which then knows how long a step takes.
+        *(Fault("read_error", batch=10, rank=1, once=str(tmp_path / f"unreadable_{read}")) for read in range(2)),
+        Fault("freeze", step=11, rank=1, once=str(tmp_path / "frozen")),
         Fault("crash", step=19, rank=0, micro_batch=1, once=str(tmp_path / "crashed")),
     ]
     assert supervise(_run(disturbed, *faults), disturbed) == exit_codes.DONE
@@ -111,14 +123,14 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
     assert ends[0] is not None and ends[1] is not None
     assert ends[0].state["ledger"] == ends[1].state["ledger"] != ""
     again = ["restart", "launch", "start"]
-    expected = ["launch", "start", "crash", *again, "data_error", "hang", *again, "crash", *again, "done"]
+    expected = ["launch", "start", "crash", *again, "data_error", "data_error", "hang", *again, "crash", *again, "done"]
     assert _kinds(disturbed, "save", "best") == expected
-    (unreadable,) = [event.text for event in _events(disturbed) if event.kind == "data_error"]
+    unreadable, _ = [event.text for event in _events(disturbed) if event.kind == "data_error"]
     assert "rank 1: shard" in unreadable and "cannot be read: Input/output error; retrying in 0.5 s" in unreadable
     killed, hung, crashed = [event for event in _events(disturbed) if event.kind in ("crash", "hang")]
     # The signal is in the text, too, if the launcher notices this exit before those of other ranks.
     assert "rank 1 exited without an error message" in killed.text
-    assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (13, True, True)
+    assert (hung.step, "rank 1" in hung.text, "is stopped" in hung.text) == (11, True, True)
     stacks = Path(hung.facts["stacks"])
     assert "in _inject" in (stacks / "rank_00001.txt").read_text(encoding="utf-8")
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
@@ -131,8 +143,8 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(tmp_path: Path,
 def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(configure: Configure) -> None:
     """After the same crash an older checkpoint is tried, then the batch is skipped; skipped updates are rolled back."""
     settings = configure("bad", supervisor={"skip_data": True}, guards={"skipped_run_steps": 2})
-    bad = [Fault("crash", batch=9, rank=1), *(Fault("nan", batch=batch, micro_batch=1) for batch in (16, 17))]
-    assert supervise(_run(settings, *bad), settings) == exit_codes.DONE
+    bad = [Fault("crash", batch=9), *(Fault("nan", batch=batch, micro_batch=1) for batch in (16, 17))]
+    assert supervise(_run(settings, *bad, ranks=1), settings) == exit_codes.DONE
     launches = [event.text for event in _events(settings) if event.kind == "launch"]
     assert [text.split(", ", 1)[1] for text in launches] == [
         "from the beginning",
@@ -150,7 +162,7 @@ def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(co
 
 def test_a_run_without_progress_is_given_up(configure: Configure) -> None:
     settings = configure("no_progress", supervisor={"restarts": 1})
-    assert supervise(_run(settings, Fault("crash", step=1)), settings) == exit_codes.CRASHED
+    assert supervise(_run(settings, Fault("crash", step=1), ranks=1), settings) == exit_codes.CRASHED
     assert _kinds(settings) == ["launch", "start", "crash", "restart", "launch", "start", "crash", "gave_up"]
     assert [event.facts["restart"] for event in _events(settings) if event.kind == "launch"] == [False, True]
     history = read_status(settings.run_dir, time.time()).history
@@ -159,7 +171,7 @@ def test_a_run_without_progress_is_given_up(configure: Configure) -> None:
 
 def test_a_configuration_error_is_not_retried(configure: Configure, capfd: pytest.CaptureFixture[str]) -> None:
     settings = configure("mistake")
-    assert supervise(_run(settings, resume="epoch_00009"), settings) == exit_codes.MISTAKE
+    assert supervise(_run(settings, ranks=1, resume="epoch_00009"), settings) == exit_codes.MISTAKE
     assert _kinds(settings) == ["launch", "mistake"]
     assert read_status(settings.run_dir, time.time()).state == "mistake"  # although no rank has begun to train
     assert "epoch_00009" in capfd.readouterr().err
@@ -172,7 +184,7 @@ def test_an_error_in_a_configuration_that_has_worked_before_is_retried(
     data, away = Path(shutil.copytree(dataset_dir, tmp_path / "data")), tmp_path / "elsewhere"
     patient = {"restarts": 30, "backoff_seconds": 1}
     settings = configure("away", data={"dir": str(data)}, supervisor=patient, validation={"every": 0})
-    process = _supervisor(settings, [Fault("crash", step=23, rank=1, once=str(tmp_path / "crashed"))])
+    process = _supervisor(settings, [Fault("crash", step=23, once=str(tmp_path / "crashed"))], ranks=1)
     try:
         _until(lambda: "save" in _kinds(settings))
         data.rename(away)  # open files stay readable
@@ -188,20 +200,15 @@ def test_an_error_in_a_configuration_that_has_worked_before_is_retried(
     assert "mistake" not in _kinds(settings)
 
 
-def _supervisor(settings: Settings, faults: Sequence[Fault] = ()) -> subprocess.Popen[str]:
+def _supervisor(settings: Settings, faults: Sequence[Fault] = (), ranks: int = 2) -> subprocess.Popen[str]:
     """Start a supervisor in another process."""
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:4]\n"
-        "from pathlib import Path; from ds_gpt2.config.settings import load_settings\n"
-        "import test_supervisor as this\n"
-        "settings = load_settings(Path(sys.argv[4]), {'checkpoint.every': '4'})\n"
-        "faults = [this.Fault(**each) for each in eval(sys.argv[5])]\n"
-        "sys.exit(this.supervise(this._run(settings, *faults, resume='auto'), settings))"
+        "import pickle, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from ds_gpt2.supervision.supervisor import supervise\n"
+        "sys.exit(supervise(*pickle.loads(bytes.fromhex(sys.argv[2]))))"
     )
-    path = [str(Path(__file__).parent), str(PROJECT / "tests"), str(PROJECT)]
-    config = settings.run.dir.parent / "run.yaml"
-    listed = repr([vars(fault) for fault in faults])
-    return start([sys.executable, "-c", program, *path, str(config), listed])
+    run = _run(settings, *faults, ranks=ranks, resume="auto")
+    return start([sys.executable, "-c", program, str(PROJECT), pickle.dumps((run, settings)).hex()])
 
 
 def test_the_run_survives_a_kill_of_the_launcher_and_saves_after_a_kill_of_the_supervisor(configure: Configure) -> None:
@@ -222,8 +229,8 @@ def test_the_run_survives_a_kill_of_the_launcher_and_saves_after_a_kill_of_the_s
         end_session(process.pid)
 
 
-def test_a_stop_while_a_shard_cannot_be_read_saves_the_last_step(configure: Configure) -> None:
-    undisturbed, settings = configure("undisturbed"), configure("unreadable")
+def test_a_stop_while_a_shard_cannot_be_read_saves_the_last_step(configure: Configure, undisturbed: Settings) -> None:
+    settings = configure("unreadable")
     process = _supervisor(settings, [Fault("read_error", batch=10, rank=1)])
     try:
         _until(lambda: all((beat := read_beat(settings.run_dir, rank)) and beat.step == 10 for rank in range(2)))
@@ -235,7 +242,6 @@ def test_a_stop_while_a_shard_cannot_be_read_saves_the_last_step(configure: Conf
     assert process.returncode == exit_codes.STOPPED, output
     assert newest_tag(settings.checkpoint_dir) == "rolling_step_000009"
     assert supervise(_run(settings, resume="auto"), settings) == exit_codes.DONE
-    assert supervise(_run(undisturbed), undisturbed) == exit_codes.DONE
     assert curve_differences(undisturbed.run_dir, settings.run_dir) == []
 
 
@@ -243,13 +249,13 @@ def test_a_stop_file_stops_a_run_that_waits_or_starts(configure: Configure) -> N
     settings = configure("stopped", supervisor={"backoff_seconds": 600})
     (settings.run_dir).mkdir(parents=True)
     (settings.run_dir / STOP_FILE).touch()  # of an earlier run: ignored
-    process = _supervisor(settings, [Fault("crash", step=6, rank=1)])
+    process = _supervisor(settings, [Fault("crash", step=6)], ranks=1)
     try:
         _until(lambda: "restart" in _kinds(settings))
         (settings.run_dir / STOP_FILE).touch()
         output, _ = process.communicate(timeout=600)
         assert process.returncode == exit_codes.STOPPED, output
-        process = _supervisor(settings)
+        process = _supervisor(settings, ranks=1)
         _until(lambda: _kinds(settings).count("launch") == 2)
         (settings.run_dir / STOP_FILE).touch()
         output, _ = process.communicate(timeout=600)
@@ -263,14 +269,14 @@ def test_a_stop_file_stops_a_run_that_waits_or_starts(configure: Configure) -> N
 def test_a_run_with_nan_in_every_step_is_given_up(configure: Configure) -> None:
     settings = configure("nan", guards={"skipped_run": "off"}, supervisor={"restarts": 1})
     bad = [Fault("nan", batch=batch, micro_batch=1) for batch in range(1, STEPS + 1)]
-    assert supervise(_run(settings, *bad), settings) == exit_codes.CRASHED
+    assert supervise(_run(settings, *bad, ranks=1), settings) == exit_codes.CRASHED
     assert "done" not in _kinds(settings) and _kinds(settings)[-1] == "gave_up"
 
 
 def test_a_restart_waits_for_missing_checkpoints(configure: Configure) -> None:
     """A new supervisor waits, too: after a reboot, their disk may be mounted late."""
     settings = configure("away", schedule=ENDLESS, supervisor={"longest_backoff_seconds": 1})
-    process = _supervisor(settings)
+    process = _supervisor(settings, ranks=1)
     away = settings.checkpoint.dir.with_name("away")
     try:
         _until(lambda: _kinds(settings).count("save") == 2)
@@ -279,7 +285,7 @@ def test_a_restart_waits_for_missing_checkpoints(configure: Configure) -> None:
         steps = [record["step"] for record in read_metrics(settings.run_dir / METRICS)]
         settings.checkpoint.dir.rename(away)
         settings.checkpoint.dir.mkdir()
-        process = _supervisor(settings)
+        process = _supervisor(settings, ranks=1)
         _until(lambda: "no_checkpoints" in _kinds(settings))
         _until(lambda: read_status(settings.run_dir, time.time()).state == "waiting")
         assert "no_checkpoints" in [problem.kind for problem in read_status(settings.run_dir, time.time()).problems]
@@ -299,7 +305,7 @@ def test_a_restart_waits_for_missing_checkpoints(configure: Configure) -> None:
 
 def test_a_run_that_is_moved_while_it_waits_resumes_in_the_new_directory(tmp_path: Path, configure: Configure) -> None:
     settings = configure("waits", supervisor={"backoff_seconds": 600})
-    process = _supervisor(settings, [Fault("crash", step=6, rank=1)])
+    process = _supervisor(settings, [Fault("crash", step=6)], ranks=1)
     try:
         _until(lambda: "restart" in _kinds(settings))
         settings.run.dir.parent.rename(tmp_path / "moved")
@@ -338,9 +344,9 @@ def test_the_next_supervisor_ends_ranks_that_cannot_exit(configure: Configure) -
 
 def test_ranks_that_do_not_stop_in_time_are_killed_and_reported(configure: Configure) -> None:
     settings = configure("stuck", schedule=ENDLESS, supervisor={"hang_seconds": 600, "stop_seconds": 3})
-    process = _supervisor(settings, [Fault("hang", step=7, rank=1)])
+    process = _supervisor(settings, [Fault("hang", step=7)], ranks=1)
     try:
-        _until(lambda: (beat := read_beat(settings.run_dir, 1)) and beat.step == 7)
+        _until(lambda: (beat := read_beat(settings.run_dir, 0)) and beat.step == 7)
         process.terminate()
         assert process.wait(60) == exit_codes.CRASHED
         (event,) = [event for event in _events(settings) if event.kind == "crash"]

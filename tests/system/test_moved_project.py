@@ -15,9 +15,10 @@ import pytest
 import yaml
 from file_tree import tree
 from launched import PROJECT, Launched, end_session, run, start
-from small_run import SEQUENCE
 
 pytestmark = pytest.mark.ranks
+
+SEQUENCE = 16
 
 
 def command(project: Path, *words: str, cwd: Path | None = None) -> Launched:
@@ -48,14 +49,14 @@ def original(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "run": {"device": "cpu"},
         "model": {"layers": 2, "heads": 2, "width": 32},
         "data": {"dir": "data/mine"},
-        "batch": {"tokens_per_step": 16 * SEQUENCE, "micro_batch": 2, "sequence_length": SEQUENCE},
+        "batch": {"tokens_per_step": 4 * SEQUENCE, "micro_batch": 2, "sequence_length": SEQUENCE},
         "schedule": {"steps": 8, "warmup_steps": 3},
         "checkpoint": {"every": 2, "keep_last": 3},
         "validation": {"every": 4, "tokens": 8 * SEQUENCE},
         "samples": {"every": 0},
     }
     (project / "ds_configs" / "mine.yaml").write_text(yaml.safe_dump(settings))
-    done = command(project, "train", "mine", "--num_gpus", "2")
+    done = command(project, "train", "mine", "--num_gpus", "1")
     assert done.code == 0, done.output
     return project
 
@@ -64,7 +65,7 @@ def test_a_copied_project_leaves_the_original_unchanged(original: Path) -> None:
     copy = original.with_name("two")
     shutil.copytree(original, copy)
     before = tree(original)
-    resumed = command(copy, "resume", "mine", "schedule.steps=12", "--num_gpus", "2", cwd=original)
+    resumed = command(copy, "resume", "mine", "schedule.steps=12", "--num_gpus", "1", cwd=original)
     assert resumed.code == 0, resumed.output
     assert command(copy, "prune", "mine").code == 0
     assert command(copy, "notes", "mine", "of the copy").code == 0
@@ -84,12 +85,12 @@ def test_a_moved_project_and_a_renamed_run_resume(original: Path) -> None:
     os.rename(source, moved)
     os.rename(moved / "runs" / "mine", moved / "runs" / "renamed")
     before = tree(moved)
-    half = command(moved, "resume", "renamed", "schedule.steps=12", "--num_gpus", "2")
+    half = command(moved, "resume", "renamed", "schedule.steps=12", "--num_gpus", "1")
     assert half.code == 2
     assert half.output.count("\n") == 1 and "checkpoints/mine: move that directory" in half.output
     assert tree(moved) == before
     os.rename(moved / "checkpoints" / "mine", moved / "checkpoints" / "renamed")
-    resumed = command(moved, "resume", "renamed", "schedule.steps=12", "--num_gpus", "2")
+    resumed = command(moved, "resume", "renamed", "schedule.steps=12", "--num_gpus", "1")
     assert resumed.code == 0, resumed.output
     assert steps_of(moved, "renamed") == list(range(1, 13))
     assert not source.exists()
@@ -139,7 +140,7 @@ def test_a_run_saves_into_its_checkpoint_directory_after_that_was_moved_alone(or
     project = original.with_name("parts")
     shutil.copytree(original, project)
     settings = ["schedule.steps=10000", "checkpoint.every=1000", "validation.every=50", "run.name=long"]
-    process = start(command_line(project, "train", "mine", "--num_gpus", "2", *settings))
+    process = start(command_line(project, "train", "mine", "--num_gpus", "1", *settings))
     try:
         metrics = project / "runs" / "long" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
