@@ -112,13 +112,15 @@ def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | N
 def check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
     """Check that the checkpoint belongs to a run with the settings ``identity``.
 
+    A setting that the manifest does not contain, because its version did not record it, is not compared.
+
     Raises:
         UserError: a setting differs.
     """
     differing = [
-        f"{name} {manifest.identity.get(name)} (this run has {value})"
+        f"{name} {manifest.identity[name]} (this run has {value})"
         for name, value in identity.items()
-        if manifest.identity.get(name) != value
+        if name in manifest.identity and manifest.identity[name] != value
     ]
     if differing:
         raise UserError(
