@@ -31,11 +31,11 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
+from ds_gpt2.engine.checkpoint_keys import WORLD_SIZE
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.host_copy import HostMemory
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.shape import CHECKPOINT_BYTES
 from ds_gpt2.run_dir.journal import Journal
 
 _NOTICEABLE_SECONDS = 0.1
@@ -200,7 +200,7 @@ class Checkpoints:
 
     def _start(self, backup: Backup | None) -> None:
         if collectives.is_main():
-            self._checkpoint_dir.check_free_space(self._estimate())
+            self._checkpoint_dir.check_free_space(self._engine.model.shape.checkpoint_bytes)
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
             latest = time.time() + _CLOCK_AHEAD_SECONDS
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
@@ -263,12 +263,10 @@ class Checkpoints:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(tag, self._estimate())
+        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(
+            tag, self._engine.model.shape.checkpoint_bytes
+        )
         return collectives.any_rank(ready, self._engine.device)
-
-    def _estimate(self) -> int:
-        """Return the bytes of a checkpoint."""
-        return CHECKPOINT_BYTES * self._engine.model.shape.parameters
 
     def _repartitioned(self, restored: Restored) -> dict[str, Any]:
         """Return the files as the present number of ranks would have saved them."""
@@ -283,7 +281,7 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {restored.generation.path} was saved by {counted(saved_by, 'rank')}: {error}"
             ) from None
-        model = {**restored.contents[MODEL_FILE], "dp_world_size": ranks}
+        model = {**restored.contents[MODEL_FILE], WORLD_SIZE: ranks}
         return {MODEL_FILE: model, partition_file(collectives.rank()): mine}
 
 
