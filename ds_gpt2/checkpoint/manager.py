@@ -132,7 +132,7 @@ class Checkpoints:
             self._memory,
             self._engine.record_event(),
             self._settings.write_mb_per_s * 1e6,
-            manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings, self._next_time()),
+            manifest=self._manifest_of(state, epoch, roles),
             afterwards=partial(
                 self._after_commit, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
             ),
@@ -143,6 +143,21 @@ class Checkpoints:
         else:
             self._engine.hold_updates_until(self._save.copied)
             self._done = self._thread.submit(self._save.run)
+
+    def _manifest_of(
+        self, state: TrainState, epoch: float, roles: Sequence[str]
+    ) -> Callable[[dict[str, FileEntry]], Manifest]:
+        """Return a function that builds the manifest of the present ``state`` once the files are known."""
+        created = datetime.fromtimestamp(self._next_time()).astimezone().isoformat(timespec="seconds")
+        fixed: dict[str, Any] = {"created": created, "epoch": epoch, "state": state.to_dict(), "roles": list(roles)}
+        return lambda files: Manifest(
+            **fixed,
+            world_size=collectives.world_size(),
+            identity=self._identity,
+            settings=self._run_settings,
+            versions=library_versions(),
+            files=files,
+        )
 
     def _next_time(self) -> float:
         """Return the time of the checkpoint, in seconds since 1970: always later than earlier ones, also if the clock
@@ -290,34 +305,6 @@ def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
     if device.type != "cuda":
         return ThreadPoolExecutor(1, "checkpoint")
     return ThreadPoolExecutor(1, "checkpoint", initializer=torch.cuda.set_device, initargs=(device,))
-
-
-def _manifest_of(
-    state: TrainState,
-    epoch: float,
-    roles: Sequence[str],
-    identity: dict[str, Any],
-    run_settings: dict[str, Any],
-    made_at: float,
-) -> Callable[[dict[str, FileEntry]], Manifest]:
-    """Return a function that builds the manifest of the present ``state`` once the files are known."""
-    values = state.to_dict()
-    created = datetime.fromtimestamp(made_at).astimezone().isoformat(timespec="seconds")
-
-    def with_files(files: dict[str, FileEntry]) -> Manifest:
-        return Manifest(
-            created=created,
-            epoch=epoch,
-            state=values,
-            roles=list(roles),
-            world_size=collectives.world_size(),
-            identity=identity,
-            settings=run_settings,
-            versions=library_versions(),
-            files=files,
-        )
-
-    return with_files
 
 
 def library_versions() -> dict[str, str]:
