@@ -23,7 +23,7 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _ITEMS_PER_CALL = 500  # few enough to report progress, enough to form batches of rows of similar length
 
 Array = npt.NDArray[np.float64]
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with the number of windows or items done since the last call
 
 
 @dataclass(frozen=True)
