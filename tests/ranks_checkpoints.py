@@ -233,7 +233,7 @@ def _no_room(bench: Bench, messages: list[str]) -> dict[str, Any]:
     return {
         "finished": finished,
         "quick": time.monotonic() - begun < 30,
-        "logged": [message for message in messages if "NO CHECKPOINT IS SAVED" in message],
+        "logged": [message for message in messages if "no checkpoint was saved" in message],
         "left": [generation.tag for generation in scan(bench.folder)],
         "restored": restored.generation.tag,
     }

@@ -14,6 +14,7 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST_BACKUP, MANIFEST, Role
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 
 _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of checkpoints of one step
 
@@ -101,24 +102,32 @@ def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | N
     """
     if generation.manifest is None:
         return generation.problem
+    if (problem := wrong_size(generation)) is not None:
+        return problem
     files = sorted(generation.manifest.files.items())
-    for name, entry in files:
-        if (problem := manifest.size_problem_of(generation.path, name, entry)) is not None:
-            return problem
     shares = (manifest.problem_of(generation.path, name, entry) for name, entry in files[part::parts])
     return next((problem for problem in shares if problem is not None), None)
+
+
+def wrong_size(generation: Generation) -> str | None:
+    """Return the first file that is missing or has a wrong size, as a message; None if there is none."""
+    files = sorted(generation.manifest.files.items()) if generation.manifest is not None else []
+    problems = (manifest.size_problem_of(generation.path, name, entry) for name, entry in files)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def check_identity(generation: Generation, manifest: Manifest, identity: dict[str, Any]) -> None:
     """Check that the checkpoint belongs to a run with the settings ``identity``.
 
+    A setting that the manifest does not contain, because its version did not record it, is not compared.
+
     Raises:
         UserError: a setting differs.
     """
     differing = [
-        f"{name} {manifest.identity.get(name)} (this run has {value})"
+        f"{name} {manifest.identity[name]} (this run has {value})"
         for name, value in identity.items()
-        if manifest.identity.get(name) != value
+        if name in manifest.identity and manifest.identity[name] != value
     ]
     if differing:
         raise UserError(
@@ -190,7 +199,7 @@ def _at_path(path: Path) -> list[Generation]:
         return [open_generation(path)]
     if found := history(path):
         return sorted(found, key=_made_at, reverse=True)
-    if any(path.glob("*_optim_states.pt")) or any(path.glob("*/*_optim_states.pt")):
+    if any(path.glob(f"*{PARTITION_SUFFIX}")) or any(path.glob(f"*/*{PARTITION_SUFFIX}")):
         raise UserError(f"{path} has DeepSpeed files of another program: a checkpoint of ds_gpt2 has a {MANIFEST}")
     raise UserError(f"{path} is not a checkpoint of ds_gpt2 or a directory of checkpoints: it has no {MANIFEST}")
 

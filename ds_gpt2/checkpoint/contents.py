@@ -10,17 +10,16 @@ from typing import Any
 
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.naming import MANIFEST
-from ds_gpt2.checkpoint.reshard import BASE, COUNT, MASTERS, STATE
+from ds_gpt2.engine.checkpoint_keys import BASE, COUNT, GROUP_PADDINGS, MASTERS, MODULE, STATE, WORLD_SIZE
 
 CLIENT_KEY = "ds_gpt2"  # this project's only key in DeepSpeed's client state
 _COMPARED = ("step", "batch", "tokens", "ledger")  # fields of TrainState
-_PADDINGS, _WORLD = "group_paddings", "dp_world_size"  # DeepSpeed's keys (deepspeed/checkpoint/constants.py)
 
 
 def problem_of_model(content: Any, manifest: Manifest) -> str | None:
     """Return why the content of the model file does not match ``manifest``; None if it does."""
     try:
-        state, ranks = content[CLIENT_KEY]["state"], content[_WORLD]
+        state, ranks = content[CLIENT_KEY]["state"], content[WORLD_SIZE]
         differing = [key for key in _COMPARED if state.get(key) != manifest.state.get(key)]
     except (KeyError, TypeError, AttributeError):
         return f"has no state to compare with {MANIFEST}"
@@ -35,7 +34,7 @@ def problem_of_partition(content: Any, manifest: Manifest) -> str | None:
     try:
         state = content[STATE]
         masters, moments, counts = state[MASTERS], state[BASE]["state"], state.get(COUNT)
-        paddings = state.get(_PADDINGS, [0] * len(masters))
+        paddings = state.get(GROUP_PADDINGS, [0] * len(masters))
         if counts is not None and any(count != manifest.world_size for count in counts):
             return _wrong_world_size(counts[0], manifest)
         for group, master in enumerate(masters):
@@ -60,7 +59,7 @@ def problem_of_sum(found: int, model: Mapping[str, Any]) -> str | None:
         found: the number of master weights of all ranks.
         model: the content of the model file.
     """
-    expected = sum(tensor.numel() for tensor in model["module"].values())
+    expected = sum(tensor.numel() for tensor in model[MODULE].values())
     return None if found == expected else f"its partitions have {found:,} weights, the model has {expected:,}"
 
 

@@ -18,6 +18,7 @@ from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_
 from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 from ds_gpt2.checkpoint.space import bytes_for_next_save, newest_full_bytes
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import size
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.output_owner import OWNER
 from ds_gpt2.config.settings import CheckpointSettings
@@ -75,7 +76,7 @@ class CheckpointDirectory:
         free = self.disk.free_bytes(self.directory)
         if free < needed and not scan(self.directory):
             raise UserError(
-                f"{self.directory} has {free / 1e9:.2f} GB free; a checkpoint takes {estimate / 1e9:.2f} GB and"
+                f"{self.directory} has {size(free)} free; a checkpoint takes {size(estimate)} and"
                 f" {self.settings.min_free_gb:g} GB must remain free (checkpoint.min_free_gb): free some space, or set"
                 " checkpoint.dir to another disk"
             )
@@ -139,7 +140,7 @@ class CheckpointDirectory:
             commit.remove(self.disk, self.directory, tag + PARTIAL)
             return self._free_space(estimate)
         except OSError as error:
-            log.error(f"NO CHECKPOINT IS SAVED: {error}")
+            log.error(f"no checkpoint was saved: {error}")
             return False
 
     def _free_space(self, estimate: int) -> bool:
@@ -154,7 +155,7 @@ class CheckpointDirectory:
                 return True
         free = self.disk.free_bytes(self.directory)
         log.error(
-            f"NO CHECKPOINT IS SAVED: it needs {needed / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free;"
+            f"no checkpoint was saved: it needs {size(needed)}, {self.directory} has {size(free)} free;"
             " free some space on its disk"
         )
         return False

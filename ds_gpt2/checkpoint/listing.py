@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.catalog import Generation, wrong_size
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
-from ds_gpt2.checkpoint.verify import Verdict, examine, wrong_size
+from ds_gpt2.checkpoint.verify import Verdict, examine
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.errors import reason_of
 

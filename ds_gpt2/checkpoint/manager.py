@@ -31,11 +31,11 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
+from ds_gpt2.engine.checkpoint_keys import WORLD_SIZE
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.host_copy import HostMemory
 from ds_gpt2.engine.rng_state import get_rng_state, seed_everything, set_rng_state
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.model.shape import CHECKPOINT_BYTES
 from ds_gpt2.run_dir.journal import Journal
 
 _NOTICEABLE_SECONDS = 0.1
@@ -132,7 +132,7 @@ class Checkpoints:
             self._memory,
             self._engine.record_event(),
             self._settings.write_mb_per_s * 1e6,
-            manifest=_manifest_of(state, epoch, roles, self._identity, self._run_settings, self._next_time()),
+            manifest=self._manifest_of(state, epoch, roles),
             afterwards=partial(
                 self._after_commit, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
             ),
@@ -143,6 +143,21 @@ class Checkpoints:
         else:
             self._engine.hold_updates_until(self._save.copied)
             self._done = self._thread.submit(self._save.run)
+
+    def _manifest_of(
+        self, state: TrainState, epoch: float, roles: Sequence[str]
+    ) -> Callable[[dict[str, FileEntry]], Manifest]:
+        """Return a function that builds the manifest of the present ``state`` once the files are known."""
+        created = datetime.fromtimestamp(self._next_time()).astimezone().isoformat(timespec="seconds")
+        fixed: dict[str, Any] = {"created": created, "epoch": epoch, "state": state.to_dict(), "roles": list(roles)}
+        return lambda files: Manifest(
+            **fixed,
+            world_size=collectives.world_size(),
+            identity=self._identity,
+            settings=self._run_settings,
+            versions=library_versions(),
+            files=files,
+        )
 
     def _next_time(self) -> float:
         """Return the time of the checkpoint, in seconds since 1970: always later than earlier ones, also if the clock
@@ -200,7 +215,7 @@ class Checkpoints:
 
     def _start(self, backup: Backup | None) -> None:
         if collectives.is_main():
-            self._checkpoint_dir.check_free_space(self._estimate())
+            self._checkpoint_dir.check_free_space(self._engine.model.shape.checkpoint_bytes)
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
             latest = time.time() + _CLOCK_AHEAD_SECONDS
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
@@ -263,12 +278,10 @@ class Checkpoints:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(tag, self._estimate())
+        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(
+            tag, self._engine.model.shape.checkpoint_bytes
+        )
         return collectives.any_rank(ready, self._engine.device)
-
-    def _estimate(self) -> int:
-        """Return the bytes of a checkpoint."""
-        return CHECKPOINT_BYTES * self._engine.model.shape.parameters
 
     def _repartitioned(self, restored: Restored) -> dict[str, Any]:
         """Return the files as the present number of ranks would have saved them."""
@@ -283,7 +296,7 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {restored.generation.path} was saved by {counted(saved_by, 'rank')}: {error}"
             ) from None
-        model = {**restored.contents[MODEL_FILE], "dp_world_size": ranks}
+        model = {**restored.contents[MODEL_FILE], WORLD_SIZE: ranks}
         return {MODEL_FILE: model, partition_file(collectives.rank()): mine}
 
 
@@ -292,34 +305,6 @@ def _writer_thread(device: torch.device) -> ThreadPoolExecutor:
     if device.type != "cuda":
         return ThreadPoolExecutor(1, "checkpoint")
     return ThreadPoolExecutor(1, "checkpoint", initializer=torch.cuda.set_device, initargs=(device,))
-
-
-def _manifest_of(
-    state: TrainState,
-    epoch: float,
-    roles: Sequence[str],
-    identity: dict[str, Any],
-    run_settings: dict[str, Any],
-    made_at: float,
-) -> Callable[[dict[str, FileEntry]], Manifest]:
-    """Return a function that builds the manifest of the present ``state`` once the files are known."""
-    values = state.to_dict()
-    created = datetime.fromtimestamp(made_at).astimezone().isoformat(timespec="seconds")
-
-    def with_files(files: dict[str, FileEntry]) -> Manifest:
-        return Manifest(
-            created=created,
-            epoch=epoch,
-            state=values,
-            roles=list(roles),
-            world_size=collectives.world_size(),
-            identity=identity,
-            settings=run_settings,
-            versions=library_versions(),
-            files=files,
-        )
-
-    return with_files
 
 
 def library_versions() -> dict[str, str]:

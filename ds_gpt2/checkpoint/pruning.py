@@ -77,7 +77,7 @@ def _newest_good(directory: Path, found: Sequence[Generation]) -> set[str]:
     """
     steps: set[int] = set()
     good, damaged = set(), set()
-    history = [each for each in found if each.role in ("rolling", "epoch") and not each.weights_only]
+    history = [each for each in found if each.is_primary]
     with hashing([]) as hashes:  # the number of bytes to read is not known in advance
         for generation in history:
             if len(steps) == retention.PROTECTED and generation.step not in steps:

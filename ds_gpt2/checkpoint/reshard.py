@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-# Keys of DeepSpeed's optimizer files (deepspeed/checkpoint/constants.py).
-STATE, BASE, MASTERS = "optimizer_state_dict", "base_optimizer_state", "single_partition_of_fp32_groups"
-_PADDINGS, COUNT = "param_alignment_paddings", "partition_count"
+from ds_gpt2.engine.checkpoint_keys import ALIGNMENT_PADDINGS, BASE, COUNT, GROUP_PADDINGS, MASTERS, STATE
 
 
 def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]
     """
     states = [content[STATE] for content in saved]
     first = states[0]
-    if any(any(padding) for padding in first.get(_PADDINGS, ())):
+    if any(any(padding) for padding in first.get(ALIGNMENT_PADDINGS, ())):
         raise ValueError("zero_optimization.parameter_alignment is set: resume with the number of ranks that saved")
     groups = range(len(first[MASTERS]))
     lengths = [sum(state[MASTERS][group].numel() for state in states) for group in groups]
@@ -42,7 +40,7 @@ def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]
     }
     paddings = [max(0, size * (rank + 1) - length) for size, length in zip(sizes, lengths, strict=True)]
     unpadded = [master[: max(0, len(master) - padding)] for master, padding in zip(masters, paddings, strict=True)]
-    state = {**first, MASTERS: unpadded, BASE: {**first[BASE], "state": moments}, "group_paddings": paddings}
+    state = {**first, MASTERS: unpadded, BASE: {**first[BASE], "state": moments}, GROUP_PADDINGS: paddings}
     state.pop(COUNT, None)
     return {**saved[0], STATE: state}
 

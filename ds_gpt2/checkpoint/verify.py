@@ -12,10 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_gpt2.checkpoint import manifest
-from ds_gpt2.checkpoint.catalog import Generation, open_generation
+from ds_gpt2.checkpoint.catalog import Generation, open_generation, wrong_size
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import MANIFEST
 from ds_gpt2.common.terminal import one_line
+from ds_gpt2.engine.checkpoint_keys import MODULE
 
 Check = Callable[[Generation], str | None]  # returns the problem of a checkpoint with a valid manifest, or None
 
@@ -90,12 +91,6 @@ def hashing(generations: Iterable[Generation]) -> Iterator[Hashes]:
         hashes.bar.close()
 
 
-def wrong_size(generation: Generation) -> str | None:
-    """Return the first file that is missing or has a wrong size, as a message; None if there is none."""
-    problems = (manifest.size_problem_of(generation.path, name, entry) for name, entry in _entries(generation).items())
-    return next((problem for problem in problems if problem is not None), None)
-
-
 def _entries(generation: Generation) -> Mapping[str, FileEntry]:
     return generation.manifest.files if generation.manifest is not None else {}
 
@@ -165,7 +160,7 @@ def _wrong_shape(content: Any, known: Manifest) -> str | None:
             **{name: known.identity[f"model.{name}"] for name in ("layers", "heads", "width")},
             sequence_length=known.identity["batch.sequence_length"],
         )
-        found = {str(name): tuple(tensor.shape) for name, tensor in content.get("module", content).items()}
+        found = {str(name): tuple(tensor.shape) for name, tensor in content.get(MODULE, content).items()}
         if shape.layers > len(found):
             return f"it has {len(found):,} tensors, {MANIFEST} says {shape.layers:,} layers"
         with torch.device("meta"):

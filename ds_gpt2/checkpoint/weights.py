@@ -14,6 +14,7 @@ from ds_gpt2.checkpoint.filesystem import Disk, write_file
 from ds_gpt2.checkpoint.manifest import DamagedError, encode, read
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, pickle_into, unpickle
+from ds_gpt2.engine.checkpoint_keys import MASTERS, PARAM_SHAPES, STATE
 
 WEIGHTS_FILE = "fp32_weights.pt"  # parameter name to fp32 tensor; torch.load(weights_only=True) reads it
 
@@ -29,12 +30,12 @@ def fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     manifest = read(checkpoint)
     if manifest.kind == "weights":
         return unpickle(checkpoint / WEIGHTS_FILE)
-    groups = unpickle(checkpoint / MODEL_FILE, mapped=True)["param_shapes"]
+    groups = unpickle(checkpoint / MODEL_FILE, mapped=True)[PARAM_SHAPES]
     weights = {name: torch.empty(tuple(shape)) for shapes in groups for name, shape in shapes.items()}
     starts = [0] * len(groups)
     for rank in range(manifest.world_size):
-        state = unpickle(checkpoint / partition_file(rank), mapped=True)["optimizer_state_dict"]
-        for group, part in enumerate(state["single_partition_of_fp32_groups"]):
+        state = unpickle(checkpoint / partition_file(rank), mapped=True)[STATE]
+        for group, part in enumerate(state[MASTERS]):
             _fill([weights[name] for name in groups[group]], starts[group], part)
             starts[group] += part.numel()
     if short := [name for shapes, end in zip(groups, starts, strict=True) for name in _beyond(shapes, end)]:

@@ -31,12 +31,16 @@ class BatchPlan:
     def tokens_per_step(self) -> int:
         return self.windows_per_step * self.sequence_length
 
-    def __str__(self) -> str:
+    @property
+    def division(self) -> str:
+        """The four factors, as text."""
         return (
-            f"{self.tokens_per_step:,} tokens per step = {counted(self.micro_batch, 'window')}"
-            f" x {counted(self.sequence_length, 'token')}"
+            f"{counted(self.micro_batch, 'window')} x {counted(self.sequence_length, 'token')}"
             f" x {counted(self.accumulation, 'micro-batch', 'micro-batches')} x {counted(self.world_size, 'rank')}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.tokens_per_step:,} tokens per step = {self.division}"
 
 
 def steps_of(schedule: ScheduleSettings, windows: int, windows_per_step: int) -> int:

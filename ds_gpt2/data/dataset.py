@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.data.shard_reader import ShardReader
 from ds_gpt2.data.shards import count_tokens, is_shard
 from ds_gpt2.data.split_names import Split as Split
@@ -133,8 +134,8 @@ def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> in
     counts = _windows_per_shard(dataset, split, sequence_length)
     if not sum(counts):
         raise UserError(
-            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {len(counts)} shard(s), too few for one"
-            f" window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {counted(len(counts), 'shard')}, too few for"
+            f" one window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
         )
     return sum(counts)
 

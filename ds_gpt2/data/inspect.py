@@ -54,7 +54,8 @@ def examples(dataset: Dataset, split: Split, count: int, tokens: int, seed: int)
         start = _next_document(content, rng.randrange(len(content)))
         end = _next_document(content, start + 1) if start + 1 < len(content) else len(content)
         end = min(end if end > start else len(content), start + 1 + tokens)
-        yield shard.file, start, _text(dataset.dir / shard.file, content[start:end]).removeprefix("<|endoftext|>")
+        text = _text(dataset.dir / shard.file, content[start:end])
+        yield shard.file, start, text.removeprefix(tokenizer.END_OF_TEXT_MARK)
 
 
 def _document_lengths(content: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

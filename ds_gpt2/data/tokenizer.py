@@ -10,9 +10,11 @@ from pathlib import Path
 import tiktoken
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.model.shape import VOCABULARY
 
 NAME = "gpt2"
-END_OF_TEXT = 50_256
+END_OF_TEXT = VOCABULARY - 1
+END_OF_TEXT_MARK = "<|endoftext|>"  # its text; ordinary text that contains it is encoded as characters
 
 RANKS = Path(__file__).parents[1] / "assets" / "gpt2.tiktoken"
 _RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -35,6 +37,6 @@ def gpt2() -> tiktoken.Encoding:
         NAME,
         pat_str=_SPLIT,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=END_OF_TEXT + 1,
+        special_tokens={END_OF_TEXT_MARK: END_OF_TEXT},
+        explicit_n_vocab=VOCABULARY,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.distributed import collectives
 
@@ -70,7 +71,7 @@ def be_deterministic() -> None:
 
 def describe(device: torch.device) -> str:
     """Return one line for the log: the number of ranks, the device and the backend."""
-    ranks = f"{collectives.world_size()} rank" + ("s" if collectives.world_size() > 1 else "")
+    ranks = counted(collectives.world_size(), "rank")
     if device.type == "cuda":
         return f"{ranks} on {torch.cuda.get_device_name(device)}, NCCL"
     unused = ""
@@ -78,7 +79,7 @@ def describe(device: torch.device) -> str:
         unused = " (GPUs are present, but run.device or DS_ACCELERATOR is cpu)"
     elif Path("/dev/nvidia0").exists():
         unused = f" (an NVIDIA device is present, but PyTorch {torch.__version__} cannot use it)"
-    return f"{ranks} on the CPU with {torch.get_num_threads()} thread(s) each, gloo{unused}"
+    return f"{ranks} on the CPU with {counted(torch.get_num_threads(), 'thread')} each, gloo{unused}"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -97,7 +98,7 @@ def _check_cuda() -> None:
         )
     ranks, gpus = collectives.local_world_size(), torch.cuda.device_count()
     if ranks > gpus:
-        raise UserError(f"{ranks} ranks, but this machine has {gpus} GPU(s): start with --num_gpus {gpus}")
+        raise UserError(f"{ranks} ranks, but this machine has {counted(gpus, 'GPU')}: start with --num_gpus {gpus}")
 
 
 def _prepare_cpu() -> None:

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import zero_to_fp32
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 from ds_gpt2.engine.host_copy import freeze
 
 # The classes that DeepSpeed's optimizer files contain in addition to tensors and plain containers.
@@ -31,7 +32,7 @@ class _Writable(Protocol):
 
 def partition_file(rank: int) -> str:
     """Return the name that DeepSpeed gives to the bf16 optimizer file of ``rank``."""
-    return f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return f"bf16_zero_pp_rank_{rank}_mp_rank_00{PARTITION_SUFFIX}"
 
 
 def recovery_script() -> bytes:

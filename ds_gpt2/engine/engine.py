@@ -176,13 +176,15 @@ class Engine:
         return event
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """Return this rank's part of each parameter's fp32 master weight, flat, by name; parameters without one are
-        omitted."""
+        """Return this rank's part of each parameter's master weights, fp32, 1-D, by parameter name.
+
+        Parameters of which this rank has no element are omitted.
+        """
         mappings = ((name, parameter._hp_mapping) for name, parameter in self.model.named_parameters())  # type: ignore[attr-defined]  # DeepSpeed's
         return {name: mapping.get_hp_fragment() for name, mapping in mappings if mapping is not None}
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Return the same parts of the gradients, averaged over ranks and micro-batches, before clipping.
+        """Return the same parts of the gradients, fp32, 1-D, averaged over ranks and micro-batches, before clipping.
 
         They exist only between a step's last backward pass and its update.
         """

@@ -28,6 +28,7 @@ class HostMemory:
         stream and do not delay the computation of gradients.
 
         Args:
+            state: nested dicts, lists and tuples; tensors of any shape and dtype, which the copies keep.
             after: on a GPU, the event after which the tensors have the values to copy.
         """
         used = 0

@@ -1,7 +1,8 @@
-"""The names of DeepSpeed that this project uses although they are not public, checked before a run begins.
+"""The attributes of DeepSpeed's objects that this project uses although they are not public, checked before a run.
 
 DeepSpeed may change them in any release. The ones of the optimizer are replaced or read in ``zero2_gradients``, those
-of the engine in ``engine`` and ``checkpoint_io``, those of the parameters in ``Engine.masters`` and ``gradients``.
+of the engine in ``engine`` and ``checkpoint_io``, those of the parameters in ``Engine.masters`` and ``gradients``,
+those of the monitors in ``monitors``. Modules and classes that are imported are not listed: their import fails.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _OF_OPTIMIZER = (
 )
 _OF_PARAMETER = ("_hp_mapping", "_index_in_param_group")
 _OF_MAPPING = ("get_hp_fragment", "get_lp_grad_fragment", "lp_fragment_address")
+_OF_MONITORS = ("comet_monitor", "csv_monitor", "enabled", "tb_monitor", "wandb_monitor")
+_OF_MONITOR = {"csv_monitor": ("filenames", "log_dir", "write_events"), "tb_monitor": ("summary_writer",)}
 
 
 def check(engine: Any, model: nn.Module) -> None:
@@ -55,7 +58,17 @@ def check(engine: Any, model: nn.Module) -> None:
     missing += [f"parameter.{name}" for name in _OF_PARAMETER if not hasattr(parameter, name)]
     if mapping is not None:  # None on ranks whose partition has no element of this parameter
         missing += [f"parameter._hp_mapping.{name}" for name in _OF_MAPPING if not hasattr(mapping, name)]
-    _require_none(missing)
+    _require_none([*missing, *_missing_of_monitors(getattr(engine, "monitor", None))])
+
+
+def _missing_of_monitors(master: Any) -> list[str]:
+    if master is None:
+        return []
+    missing = [f"MonitorMaster.{name}" for name in _OF_MONITORS if not hasattr(master, name)]
+    for monitor, names in _OF_MONITOR.items():
+        if (opened := getattr(master, monitor, None)) is not None:  # None if it is off, and on ranks other than 0
+            missing += [f"{type(opened).__name__}.{name}" for name in names if not hasattr(opened, name)]
+    return missing
 
 
 def check_operators() -> None:

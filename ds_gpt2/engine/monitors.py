@@ -45,7 +45,7 @@ class Monitors:
         self._master.tb_monitor.summary_writer = type(writer)(log_dir=str(directory), purge_step=purge_step)
 
     def continue_csv(self) -> None:
-        """Name the files that have a header already: DeepSpeed's CSV monitor writes one per file and process."""
+        """Register the CSV files that already have a header: DeepSpeed writes one per file and process."""
         backend: Any = getattr(self._master, "csv_monitor", None)
         if (directory := getattr(backend, "log_dir", None)) is not None:
             backend.filenames += [file.stem for file in Path(directory).glob("*.csv") if file.stat().st_size]

@@ -23,7 +23,7 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 _ITEMS_PER_CALL = 500  # few enough to report progress, enough to form batches of rows of similar length
 
 Array = npt.NDArray[np.float64]
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with the number of windows or items done since the last call
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def count_windows(windows: Windows, tokens: int) -> int:
 def window_losses(model: GPT2, windows: Windows, count: int, progress: Progress = lambda done: None) -> Array:
     """Return the mean cross entropy in nats of each of the first ``count`` windows, (count,) fp64.
 
-    All windows have equal lengths, so the mean of the result is the mean over tokens: the validation loss of training.
+    All windows have equal lengths, so the mean of the result is the mean over tokens: the validation loss of training,
+    up to fp32 rounding, because training computes one loss for several windows.
 
     Args:
         model: in eval mode; its context is at least as long as a window.
@@ -88,9 +89,14 @@ def mean(values: Array) -> Estimate:
 
 
 def share(right: npt.NDArray[np.bool_]) -> Estimate:
-    """Return the share p of True in ``right`` (n,) and its standard error sqrt(p (1 - p) / n)."""
+    """Return the share p of True in ``right`` (n,) and its standard error."""
     p = float(right.mean())
-    return Estimate(p, math.sqrt(p * (1 - p) / len(right)))
+    return Estimate(p, share_stderr(p, len(right)))
+
+
+def share_stderr(p: float, count: int) -> float:
+    """Return the standard error sqrt(p (1 - p) / n) of a share ``p`` of ``count`` items."""
+    return math.sqrt(p * (1 - p) / count)
 
 
 def difference(values: Array | npt.NDArray[np.bool_], base: Array | npt.NDArray[np.bool_]) -> Estimate:

@@ -69,7 +69,14 @@ def _loss_by_passes(logits: torch.Tensor, target: torch.Tensor, vocabulary: int,
 
 
 def _loss_of_rows(logits: torch.Tensor, target: torch.Tensor, vocabulary: int, differentiate: bool) -> torch.Tensor:
-    """Use as few eager operations as possible; on a CPU most of the time is spent in exp."""
+    """Return the sum of the losses of a few rows, an fp32 scalar; the arguments are those of ``_ChunkLoss``.
+
+    Uses as few eager operations as possible; on a CPU most of the time is spent in exp.
+
+    Args:
+        logits: (rows, padded vocabulary), bf16 or fp32; overwritten.
+        target: (rows, 1) int64.
+    """
     logits[:, vocabulary:] = -torch.inf
     largest = logits.amax(dim=1, keepdim=True)
     target_logit = logits.gather(1, target)

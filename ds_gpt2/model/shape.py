@@ -7,7 +7,8 @@ from dataclasses import dataclass
 VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
 LARGEST_SIZE = 10**6  # upper limit of layers, heads, width and context
 PADDED_VOCABULARY = 50_304  # the next multiple of 128, which tensor cores handle efficiently
-CHECKPOINT_BYTES = 14  # per parameter in a full checkpoint: bf16 weights, fp32 master weights, two fp32 moments
+OPTIMIZER_BYTES = 12  # per parameter, divided among the ranks: fp32 master weights, two fp32 moments
+CHECKPOINT_BYTES = 2 + OPTIMIZER_BYTES  # per parameter in a full checkpoint: bf16 weights and optimizer
 WEIGHT_BYTES = 4  # per parameter in a checkpoint of fp32 weights alone
 
 
@@ -42,3 +43,13 @@ class ModelShape:
     def unpadded_parameters(self) -> int:
         """Number of parameters without the padding rows of the vocabulary."""
         return self.parameters - (PADDED_VOCABULARY - VOCABULARY) * self.width
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors of a full checkpoint."""
+        return CHECKPOINT_BYTES * self.parameters
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors of a checkpoint of fp32 weights alone."""
+        return WEIGHT_BYTES * self.parameters

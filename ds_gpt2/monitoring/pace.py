@@ -56,6 +56,7 @@ class Range:
     high: float
 
     def times(self, factor: float) -> Range:
+        """Return the range multiplied by ``factor``, in the same unit."""
         return Range(self.mean * factor, self.low * factor, self.high * factor)
 
 

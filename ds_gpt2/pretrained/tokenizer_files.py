@@ -17,7 +17,6 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 
 _LARGEST_BYTES = 50_000_000  # of one file; those of GPT-2 have at most 4 MB
-_END = "<|endoftext|>"
 
 WRITTEN = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 VOCABULARY_FILES = ("vocab.json", "added_tokens.json", "tokenizer.json")
@@ -115,9 +114,9 @@ def write_tokenizer(directory: Path, sequence_length: int) -> None:
         "model_max_length": sequence_length,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "bos_token": _END,
-        "eos_token": _END,
-        "unk_token": _END,
+        "bos_token": tokenizer.END_OF_TEXT_MARK,
+        "eos_token": tokenizer.END_OF_TEXT_MARK,
+        "unk_token": tokenizer.END_OF_TEXT_MARK,
     }
     _write(directory / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
     _write(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
@@ -128,7 +127,7 @@ def write_tokenizer(directory: Path, sequence_length: int) -> None:
 def _fast(vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
     """Return the content of ``tokenizer.json``, in format 1.0 of the tokenizers library."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": tokenizer.END_OF_TEXT, "content": _END, "special": True, "normalized": False}
+    end = {"id": tokenizer.END_OF_TEXT, "content": tokenizer.END_OF_TEXT_MARK, "special": True, "normalized": False}
     return {
         "version": "1.0",
         "truncation": None,
@@ -160,7 +159,7 @@ def _vocabulary() -> dict[str, int]:
     """Return the id of every token, by its spelling in the files."""
     spelled = _spelling()
     vocabulary = {"".join(spelled[byte] for byte in token): rank for token, rank in _ranks().items()}
-    return {**vocabulary, _END: tokenizer.END_OF_TEXT}
+    return {**vocabulary, tokenizer.END_OF_TEXT_MARK: tokenizer.END_OF_TEXT}
 
 
 def _spelling() -> list[str]:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed.launch_environment import without_ranks
@@ -53,7 +54,7 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     if not gpus:
         raise UserError(f"run.device is cuda, but PyTorch {version('torch')} finds no GPU: set run.device=cpu")
     if requested and requested > gpus:
-        raise UserError(f"--num_gpus {requested}, but this machine has {gpus} GPU(s)")
+        raise UserError(f"--num_gpus {requested}, but this machine has {counted(gpus, 'GPU')}")
     return RankLayout("cuda", requested or gpus)
 
 

@@ -62,7 +62,7 @@ class Guard:
         if state.high_losses == 1:
             self._handle(Anomaly("spike", step, text, self._settings.spike, step, (state.next_batch,)))
         if state.high_losses == self._settings.divergence_steps:
-            first_step, text = step + 1 - state.high_losses, f"{text}, the {state.high_losses}th in a row"
+            first_step, text = step + 1 - state.high_losses, f"{text}, {state.high_losses} in a row"
             first_step -= len(state.high_batches) - state.high_losses  # steps in between whose loss was not finite
             batches = tuple(state.high_batches)
             self._handle(Anomaly("divergence", step, text, self._settings.divergence, first_step, batches))
@@ -78,7 +78,7 @@ class Guard:
         """
         step, skipped = state.step, state.skipped_in_row
         if not applied and not (math.isfinite(loss) and state.high_losses):  # a skipped spike was reported before
-            what = "a gradient" if math.isfinite(loss) else "the loss"
+            what = "the gradient norm" if math.isfinite(loss) else "the loss"
             self._handle(Anomaly("not_finite", step, f"{what} is Inf or NaN: update skipped", "skip", step))
         if skipped == self._settings.skipped_run_steps:
             batches = _batches_up_to(state.batch, skipped, state.left_out)
@@ -93,8 +93,9 @@ class Guard:
         """Check the weights before a save, by the fingerprints of all ranks."""
         if len(set(fingerprints)) > 1:
             most_common = statistics.mode(fingerprints)
-            differing = ", ".join(str(rank) for rank, each in enumerate(fingerprints) if each != most_common)
-            text = f"the weights differ between ranks (rank {differing} differs)"
+            differing = [str(rank) for rank, each in enumerate(fingerprints) if each != most_common]
+            ranks = f"ranks {', '.join(differing)} differ" if len(differing) > 1 else f"rank {differing[0]} differs"
+            text = f"the weights differ between ranks ({ranks})"
             self._handle(Anomaly("drift", state.step, text, self._settings.drift, state.step))
         elif fingerprints[0] == state.weights and state.updates > state.weights_updates:
             text = f"{state.updates - state.weights_updates} updates have not changed any weight"

@@ -21,6 +21,7 @@ from ds_gpt2.config.run_location import CONFIG, is_run_dir, load_run_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
 from ds_gpt2.data.shards import is_shard
+from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
@@ -68,8 +69,7 @@ def check_initial_model(settings: Settings) -> None:
     """
     if settings.model.init_from is None:
         return
-    from ds_gpt2.model.shape import ModelShape  # imports PyTorch, which `train` does not need otherwise
-    from ds_gpt2.pretrained import load
+    from ds_gpt2.pretrained import load  # imports PyTorch, which `train` does not need otherwise
 
     load.prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
@@ -52,17 +50,17 @@ from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
 from ds_gpt2.run_dir.starts import TIME, first_start, read_starts, started_from
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluator import Evaluator
-from ds_gpt2.training.guards import Anomaly, Guard
-from ds_gpt2.training.hooks import Health, Histograms, Hook, Interrupted, Samples, Validation, open_hellaswag
+from ds_gpt2.training.guards import Guard
+from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.training.lr_schedule import learning_rate
 from ds_gpt2.training.preflight import check_initial_model, dataset_of, identity_of
+from ds_gpt2.training.progress import Progress, is_stopped
+from ds_gpt2.training.reports import report_anomaly, report_data_error
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
 log = logging.getLogger(__name__)
-
-_PROGRESS_SECONDS = 0.2  # between two checks for a stop request during an evaluation
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,11 @@ def build_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> BuiltRun:
     state.exclude(spec.excluded)
     schedule = _schedule(settings, data.training)
     monitor = _open_monitor(spec, engine, checkpoints, state, cleanup)
-    progress = _Progress(run_files.heartbeat, stop, settings.run_dir / STOP_FILE)
+    progress = Progress(run_files.heartbeat, stop, settings.run_dir / STOP_FILE)
     evaluator = Evaluator(_build_hooks(settings, data.held_out, engine, progress))
     timer, lines = _build_timer(spec, engine, state.step), console.StepLines(state.step, schedule.steps)
     reporter = StepReporter(run_files.heartbeat, timer, lines, monitor, schedule.steps)
-    guard = Guard(settings.guards, functools.partial(_report_anomaly, run_files.journal))
+    guard = Guard(settings.guards, functools.partial(report_anomaly, run_files.journal))
     stop.listen()
     trainer = Trainer(schedule, engine, data.training, guard, evaluator, checkpoints, reporter, stop)
     _record_start(spec, trainer, state, restored, run_files.journal)
@@ -220,19 +218,14 @@ def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunDa
     dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, source))
     check_shards(dataset, settings.run_dir / "data_checked.json")
     run_files.heartbeat.beat()
-    report = functools.partial(_report_data_error, run_files.journal)
-    is_stopped = functools.partial(_is_stopped, stop, settings.run_dir / STOP_FILE)
+    report = functools.partial(report_data_error, run_files.journal)
+    stopped = functools.partial(is_stopped, stop, settings.run_dir / STOP_FILE)
 
     def windows(split: Literal["train", "val"]) -> Windows:
-        return Windows(dataset, split, spec.plan.sequence_length, report, is_stopped)
+        return Windows(dataset, split, spec.plan.sequence_length, report, stopped)
 
     training = TrainingData(windows("train"), spec.plan, collectives.rank(), settings.run.seed, spec.device)
     return _RunData(training, lambda: windows("val"), identity_of(settings, dataset), source)
-
-
-def _is_stopped(stop: StopRequest, file: Path) -> bool:
-    """Return whether this rank sees a stop request; for code in which ranks cannot communicate."""
-    return stop.signalled or os.path.lexists(file)  # unlike Path.exists, it does not raise if the disk fails
 
 
 def _build_engine(spec: RunSpec) -> Engine:
@@ -332,39 +325,3 @@ def _build_hooks(
     for hook in hooks:
         hook.progress = progress
     return hooks
-
-
-class _Progress:
-    """Called often during an evaluation, independently on each rank: ranks may be at different points of it."""
-
-    def __init__(self, heartbeat: Heartbeat, stop: StopRequest, stop_file: Path) -> None:
-        self._heartbeat, self._stop, self._stop_file = heartbeat, stop, stop_file
-        self._next = 0.0
-
-    def __call__(self) -> None:
-        """
-        Raises:
-            Interrupted: a stop is requested.
-        """
-        if self._stop.signalled:
-            raise Interrupted
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _PROGRESS_SECONDS
-        self._heartbeat.beat()
-        if self._stop.requested or _is_stopped(self._stop, self._stop_file):
-            raise Interrupted
-
-
-def _report_anomaly(journal: Journal, anomaly: Anomaly) -> None:
-    if collectives.is_main():
-        log.warning(f"step {anomaly.step}: {anomaly.text}")
-        facts = {"policy": anomaly.policy, "begun": anomaly.first_step, "batches": list(anomaly.batches)}
-        journal.write(anomaly.kind, anomaly.text, anomaly.step, **facts)
-
-
-def _report_data_error(journal: Journal, text: str) -> None:
-    """Report a read error of this rank; called from any thread."""
-    text = f"rank {collectives.rank()}: {text}"
-    log.error(text)
-    journal.write("data_error", text)

@@ -57,7 +57,7 @@ def _propagate_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_without_space_for_a_checkpoint_does_not_start(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(SmallDisk(999), tmp_path, SETTINGS)
-    with pytest.raises(UserError, match=r"has 0\.00 GB free; a checkpoint takes .* free some space, or set"):
+    with pytest.raises(UserError, match=r"has 0\.0 MB free; a checkpoint takes .* free some space, or set"):
         checkpoints.check_free_space(1000)
     CheckpointDirectory(SmallDisk(1000), tmp_path, SETTINGS).check_free_space(1000)
     _save(tmp_path, 5)
@@ -79,7 +79,7 @@ def test_on_a_full_disk_old_checkpoints_are_deleted_but_never_the_newest_two_or_
     disk.size = len(CONTENT)
     assert not checkpoints.prepare_for(rolling_tag(30), 0)
     assert _tags(tmp_path) == [rolling_tag(25), rolling_tag(20), BEST_TAG]
-    assert "NO CHECKPOINT IS SAVED" in caplog.text
+    assert "no checkpoint was saved" in caplog.text
 
 
 def test_the_remains_of_an_earlier_attempt_are_deleted(tmp_path: Path) -> None:

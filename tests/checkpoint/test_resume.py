@@ -181,6 +181,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_values(tmp_path: Pat
         resume.choose_checkpoint(tmp_path, "latest", IDENTITY)
 
 
+def test_a_checkpoint_that_does_not_record_a_newer_setting_is_used(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 5)
+    assert resume.choose_checkpoint(tmp_path, "latest", {**IDENTITY, "model.new": 1}).generation.step == 5
+
+
 def test_a_checkpoint_of_weights_is_refused(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 5)
     _checkpoint(tmp_path, 10, kind="weights")

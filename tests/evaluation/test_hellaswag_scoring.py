@@ -287,5 +287,5 @@ def test_a_failure_of_a_rank_is_logged_and_gives_no_metric(
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.score", fail)
     assert observe(hook, model) == {}
     assert caplog.messages[0] == "HellaSwag: CUDA out of memory. Tried to allocate"
-    assert caplog.messages[1] == "step 10: HellaSwag was not computed: 1 rank(s) failed"
+    assert caplog.messages[1] == "step 10: HellaSwag was not computed: 1 rank failed"
     assert model.training

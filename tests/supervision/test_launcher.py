@@ -349,5 +349,5 @@ def test_the_ranks_report_if_there_are_more_ranks_than_gpus(monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"4 ranks, but this machine has 1 GPU\(s\): start with --num_gpus 1"):
+    with pytest.raises(UserError, match=r"4 ranks, but this machine has 1 GPU: start with --num_gpus 1"):
         device.choose("cuda")

@@ -67,7 +67,7 @@ def test_a_run_exits_with_code_0_and_leaves_no_process(four_ranks: Run) -> None:
 def test_the_console_shows_every_step_and_no_other_output(four_ranks: Run) -> None:
     launched, folder = four_ranks
     lines = launched.output.splitlines()
-    assert "run test: 4 ranks on the CPU with 1 thread(s) each, gloo" in lines
+    assert "run test: 4 ranks on the CPU with 1 thread each, gloo" in lines
     steps = [line for line in lines if re.match(r"step +\d+/12 ", line)]
     assert len(steps) == STEPS
     number = r"[\d.,e+-]+"

@@ -74,6 +74,7 @@ def test_a_divergence_rolls_back_to_before_the_first_high_loss() -> None:
     for loss in [*_losses(500), *[9.0] * 5]:
         run.step(loss)
     assert run.kinds == ["spike", "divergence"]
+    assert run.reported[1].text.endswith(", 5 in a row")
     assert run.guard.rollback is not None
     assert (run.guard.rollback.first_step, run.guard.rollback.batches) == (501, (501, 502, 504, 505, 506))
 
@@ -124,6 +125,7 @@ def test_many_skipped_updates_in_a_row_cause_a_rollback() -> None:
     for finite in [True, False, False, True, False, False, False]:
         run.step(3.0, gradient_finite=finite)
     assert run.kinds == ["not_finite"] * 5 + ["skipped_run"]
+    assert run.reported[0].text == "the gradient norm is Inf or NaN: update skipped"
     assert run.guard.rollback is not None
     assert (run.guard.rollback.first_step, run.guard.rollback.batches) == (5, (5, 6, 7))
 
@@ -141,6 +143,8 @@ def test_differing_weights_name_the_rank_and_cause_a_rollback() -> None:
     run.guard.check_weights(run.state, ["a", "a", "b", "a"])
     assert run.kinds == ["drift"] and "rank 2" in run.reported[0].text
     assert run.guard.rollback is not None and run.guard.rollback.first_step == 1
+    run.guard.check_weights(run.state, ["a", "b", "a", "c", "a"])
+    assert run.reported[1].text == "the weights differ between ranks (ranks 1, 3 differ)"
 
 
 def test_frozen_weights_are_reported_unless_no_update_was_applied() -> None:

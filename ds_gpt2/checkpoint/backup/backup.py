@@ -41,7 +41,7 @@ from ds_gpt2.config.settings import BackupSettings
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with the number of bytes done since the last call
 
 
 @dataclass(frozen=True)

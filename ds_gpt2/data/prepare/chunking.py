@@ -11,11 +11,12 @@ from typing import TypeVar
 from ds_gpt2.data.prepare.decoding import count_control_characters
 from ds_gpt2.data.prepare.documents import Document, Unreadable
 from ds_gpt2.data.prepare.sources import Source
+from ds_gpt2.data.tokenizer import END_OF_TEXT_MARK
 
 log = logging.getLogger(__name__)
 
 PIECE_CHARACTERS = 16_384
-SEPARATOR = "<|endoftext|>"  # written between documents by other programs
+SEPARATOR = END_OF_TEXT_MARK  # written between documents by other programs
 
 # Patterns that begin with the character itself match thirty times as fast as patterns that begin with a look-behind.
 _LINE = re.compile(r"\n(?<=\S\n)(?=\S)")

@@ -10,9 +10,9 @@ from ds_gpt2.tools.plan.plan import Basis, Option
 from ds_gpt2.tools.plan.trial_results import TrialResults
 from ds_gpt2.tools.resources import memory_model
 
-# Resident memory of a CPU rank without a trial: bytes of libraries and small objects, and bytes of glibc's heap per
-# byte of temporary tensors. Gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy_cpu.json.
-_LIBRARIES, _HEAP = 460_000_000, 1.9
+# Usual resident memory of a CPU rank without a trial: bytes of libraries and small objects, and bytes of glibc's heap
+# per byte of temporary tensors. Gloo ranks, 7 M and 30 M parameters: benchmarks/results/plan_accuracy_cpu.json.
+_USUAL_LIBRARY_BYTES, _HEAP = 460_000_000, 1.9
 # On a GPU without a trial: CUDA's context, NCCL's buffers, fragmentation of PyTorch's allocator. Assumed, not measured.
 _CUDA_OVERHEAD = 1_000_000_000
 
@@ -54,7 +54,7 @@ def tensor_bytes(inputs: PlanInputs, batch: BatchPlan) -> tuple[int, int]:
 def calibrate(inputs: PlanInputs, results: TrialResults | None) -> Calibration:
     """Return the calibration by the rank that used most memory in the trial; without a trial, an estimate."""
     if results is None:
-        base, factor = (_LIBRARIES, _HEAP) if inputs.on_cpu else (_CUDA_OVERHEAD, 1.0)
+        base, factor = (_USUAL_LIBRARY_BYTES, _HEAP) if inputs.on_cpu else (_CUDA_OVERHEAD, 1.0)
         return Calibration(base, factor, "estimated")
     if inputs.on_cpu:
         base = max(rank.libraries for rank in results.ranks)

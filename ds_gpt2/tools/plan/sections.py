@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
 from ds_gpt2.config.settings import CheckpointSettings, Settings
-from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
 from ds_gpt2.tools.plan.inputs import PlanInputs
@@ -18,7 +17,7 @@ from ds_gpt2.tools.resources import memory_model
 from ds_gpt2.tools.resources.checkpoint_space import Count, simulate
 from ds_gpt2.tools.resources.prices import Prices, cost_of
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, disk_requirement
-from ds_gpt2.tools.resources.run_schedule import RunSchedule, occasions
+from ds_gpt2.tools.resources.run_schedule import RunSchedule, evaluation_counts
 
 _NO_STEPS = "not known without the number of steps"
 
@@ -26,10 +25,7 @@ _NO_STEPS = "not known without the number of steps"
 def batch_section(inputs: PlanInputs) -> PlanSection:
     """Return the division of the token budget, the steps and the parameters."""
     batch, schedule, model = inputs.batch, inputs.schedule, inputs.model
-    division = (
-        f"{batch.tokens_per_step:,} = {counted(batch.micro_batch, 'window')} x {batch.sequence_length:,} tokens"
-        f" x {counted(batch.accumulation, 'micro-batch', 'micro-batches')} x {counted(batch.world_size, 'rank')}"
-    )
+    division = f"{batch.tokens_per_step:,} = {batch.division}"
     shape = f"{model.shape.layers} layers, {model.shape.heads} heads, width {model.shape.width:,}"
     arithmetic: dict[str, Value] = {
         "tokens_per_step": batch.tokens_per_step,
@@ -149,7 +145,7 @@ def _step_row(inputs: PlanInputs, timing: Timing) -> PlanRow:
 
 def _evaluation_rows(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) -> list[PlanRow]:
     rows = []
-    for name, count in occasions(inputs.settings, schedule.steps).items():
+    for name, count in evaluation_counts(inputs.settings, schedule.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
         if count and cost is not None:
@@ -179,7 +175,7 @@ def _saves(schedule: RunSchedule) -> int:
 
 def run_seconds(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) -> Range:
     """Return the seconds of the whole run, including evaluations and saves."""
-    times = occasions(inputs.settings, schedule.steps)
+    times = evaluation_counts(inputs.settings, schedule.steps)
     return timing.run_seconds(schedule, times, _saves(schedule))
 
 
@@ -208,15 +204,15 @@ def disk_need(inputs: PlanInputs, results: TrialResults | None) -> DiskNeed | No
     Raises:
         UserError: the run has too many checkpoints to simulate.
     """
-    settings, schedule, parameters = inputs.settings, inputs.schedule, inputs.model.parameters
+    settings, schedule, shape = inputs.settings, inputs.schedule, inputs.model.shape
     if schedule is None:
         return None
     full = results.checkpoint_bytes if results is not None else None
     weights = results.weights_bytes if results is not None else None
-    full, weights = full or CHECKPOINT_BYTES * parameters, weights or WEIGHT_BYTES * parameters
+    full, weights = full or shape.checkpoint_bytes, weights or shape.weight_bytes
     not_improving, improving = (simulate(settings.checkpoint, schedule, each) for each in (False, True))
     peak_count = max((not_improving.peak, improving.peak), key=lambda count: count.bytes(full, weights))
-    times = occasions(settings, schedule.steps)
+    times = evaluation_counts(settings, schedule.steps)
     return DiskNeed(
         schedule=schedule,
         checkpoint=full,
@@ -258,7 +254,7 @@ def disk_section(inputs: PlanInputs, results: TrialResults | None, need: DiskNee
 
 
 def _disk_rows_without_steps(inputs: PlanInputs) -> list[PlanRow]:
-    checkpoint = CHECKPOINT_BYTES * inputs.model.parameters
+    checkpoint = inputs.model.shape.checkpoint_bytes
     minimum = disk_requirement(inputs.settings, None, None).minimum
     text = f"{size(minimum):>9}  at least; the total is {_NO_STEPS}; {size(inputs.disk_free)} are free"
     figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": inputs.disk_free}

@@ -39,16 +39,16 @@ class Timing:
         waiting = max(0.0, self.save.write_seconds - every * self.step.mean)
         return self.save.blocked_seconds + self.save.slowdown_seconds + waiting
 
-    def run_seconds(self, schedule: RunSchedule, occasions: Mapping[str, int], saves: int) -> Range:
+    def run_seconds(self, schedule: RunSchedule, evaluation_counts: Mapping[str, int], saves: int) -> Range:
         """Return the seconds of the whole run. What was not measured counts as 0 s.
 
         Args:
-            occasions: number of evaluations of each kind.
+            evaluation_counts: number of evaluations of each kind.
             saves: number of saves.
         """
         costs = self.costs or {}
         other_seconds = self.start + saves * self.save_seconds(schedule.save_every)
-        other_seconds += sum(count * costs.get(name, 0.0) for name, count in occasions.items())
+        other_seconds += sum(count * costs.get(name, 0.0) for name, count in evaluation_counts.items())
         steps = self.step.times(schedule.steps)
         return Range(steps.mean + other_seconds, steps.low + other_seconds, steps.high + other_seconds)
 

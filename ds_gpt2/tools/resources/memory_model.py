@@ -18,7 +18,7 @@ from ds_gpt2.config.deepspeed_config import bucket_size
 from ds_gpt2.config.settings import ModelSettings
 from ds_gpt2.model.gpt2 import GPT2, flops_per_token, parameter_groups
 from ds_gpt2.model.loss import chunk_tokens, rows_at_once
-from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
+from ds_gpt2.model.shape import OPTIMIZER_BYTES, PADDED_VOCABULARY, ModelShape
 
 _ALIGNMENT = 2  # elements per rank: DeepSpeed pads a parameter group to a multiple (nccl_start_alignment_factor)
 
@@ -109,7 +109,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
     partition = _partition(model, ranks)
-    weights, optimizer, sums = 2 * partition * ranks, 12 * partition, 4 * model.parameters
+    weights, optimizer, sums = 2 * partition * ranks, OPTIMIZER_BYTES * partition, 4 * model.parameters
     saved = activations(model, plan.micro_batch, accelerator)
     hidden = 2 * tokens * width
     chunk = _chunk(plan, accelerator)
@@ -193,7 +193,7 @@ def activations(model: Model, micro_batch: int, accelerator: str) -> int:
 
 def snapshot(model: Model, ranks: int, rank: int) -> int:
     """Return the bytes of the copy in host memory that a background save writes from; retained after the first save."""
-    return 12 * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
+    return OPTIMIZER_BYTES * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
 
 
 def _chunk(plan: BatchPlan, accelerator: str) -> int:

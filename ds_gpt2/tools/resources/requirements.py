@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from ds_gpt2.checkpoint.retention import PROTECTED
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES, ModelShape
+from ds_gpt2.model.shape import OPTIMIZER_BYTES, ModelShape
 from ds_gpt2.tools.resources.checkpoint_space import max_kept
 
 MANY_EPOCHS = 20  # a model memorizes its data from about this number on
 
 _REPLICATED_BYTES = 6  # per parameter on every rank: bf16 weights, fp32 gradients
-_SHARDED_BYTES = 16  # per parameter, divided among the ranks: fp32 masters, two moments, reduced gradients
-_LIBRARIES = 250_000_000  # bytes of torch and DeepSpeed in each rank: benchmarks/results/README.md
+_SHARDED_BYTES = OPTIMIZER_BYTES + 4  # per parameter, divided among the ranks: optimizer, reduced fp32 gradients
+# Bytes of torch and DeepSpeed in each rank, at least (benchmarks/results/README.md); plan/fit.py has the usual value.
+_MIN_LIBRARY_BYTES = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
         epochs: the same in epochs; None likewise.
     """
     checkpoint = settings.checkpoint
-    full, weights = checkpoint_bytes(settings), WEIGHT_BYTES * _parameters(settings)
+    full, weights = checkpoint_bytes(settings), _shape(settings).weight_bytes
     has_best = checkpoint.keep_best and settings.validation.every > 0
     rolling = checkpoint.keep_last
     if steps is not None:
@@ -48,17 +49,17 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
 
 def checkpoint_bytes(settings: Settings) -> int:
     """Return the bytes of one full checkpoint."""
-    return CHECKPOINT_BYTES * _parameters(settings)
+    return _shape(settings).checkpoint_bytes
 
 
 def largest_file(settings: Settings, ranks: int) -> int:
     """Return the bytes of the largest file of a checkpoint: the partition of a rank, or all bf16 weights."""
-    return _parameters(settings) * max(2, -(-12 // ranks))
+    return _shape(settings).parameters * max(2, -(-OPTIMIZER_BYTES // ranks))
 
 
 def gpu_memory(settings: Settings, ranks: int) -> int:
     """Return the bytes on each GPU without activations; a run requires more."""
-    return _parameters(settings) * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
+    return _shape(settings).parameters * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
 
 
 def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
@@ -66,13 +67,13 @@ def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
 
     It holds the libraries, the copy of the state while it is saved, and on the CPU also the state itself.
     """
-    needed = ranks * _LIBRARIES
+    needed = ranks * _MIN_LIBRARY_BYTES
     if settings.checkpoint.in_background:
         needed += checkpoint_bytes(settings)
     if accelerator == "cpu":
-        needed += _parameters(settings) * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
+        needed += _shape(settings).parameters * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
     return needed
 
 
-def _parameters(settings: Settings) -> int:
-    return ModelShape(*settings.model.shape, settings.batch.sequence_length).parameters
+def _shape(settings: Settings) -> ModelShape:
+    return ModelShape(*settings.model.shape, settings.batch.sequence_length)

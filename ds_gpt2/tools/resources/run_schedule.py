@@ -62,6 +62,6 @@ def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch
     return RunSchedule(steps, windows_per_step, windows_per_epoch, settings.validation.every, every)
 
 
-def occasions(settings: Settings, steps: int) -> dict[str, int]:
+def evaluation_counts(settings: Settings, steps: int) -> dict[str, int]:
     """Return the number of evaluations of each kind in ``EVALUATIONS``."""
     return {name: len(Every(getattr(settings, name).every).due_steps(steps)) for name in EVALUATIONS}

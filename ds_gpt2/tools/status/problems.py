@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.backup.failure_log import failing_since
-from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.catalog import Generation, wrong_size
 from ds_gpt2.common.formatting import clock, duration, size
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import Event, Kind
@@ -165,11 +164,7 @@ def _of_late_saves(run: Snapshot) -> list[Problem]:
 
 def damage_of(generation: Generation) -> str | None:
     """Return the damage according to the manifest and the sizes of the files, whose content is not read; else None."""
-    if generation.manifest is None:
-        return generation.problem
-    files = generation.manifest.files.items()
-    found = (manifest.size_problem_of(generation.path, name, entry) for name, entry in files)
-    return next((problem for problem in found if problem is not None), None)
+    return generation.problem or wrong_size(generation)
 
 
 def _of_training(events: Sequence[Event], now: float) -> list[Problem]:

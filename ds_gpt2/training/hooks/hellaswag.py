@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -11,13 +10,16 @@ import numpy as np
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
 from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
+from ds_gpt2.evaluation.loss import share_stderr
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 
@@ -48,13 +50,13 @@ class HellaSwag(Hook):
         counts = on_all_ranks(lambda: self._count_correct(engine))
         *correct, failed = collectives.sum_over_ranks(counts).tolist()
         if failed:
-            log.warning(f"step {state.step}: HellaSwag was not computed: {failed:.0f} rank(s) failed")
+            log.warning(f"step {state.step}: HellaSwag was not computed: {counted(int(failed), 'rank')} failed")
             return {}
         metrics: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):
             accuracy = count / self._items
             metrics[f"hellaswag/{measure}"] = accuracy
-            metrics[f"hellaswag/{measure}_stderr"] = math.sqrt(accuracy * (1 - accuracy) / self._items)
+            metrics[f"hellaswag/{measure}_stderr"] = share_stderr(accuracy, self._items)
         accuracies = ", ".join(f"{measure} {metrics[f'hellaswag/{measure}']:.4f}" for measure in MEASURES)
         seconds = time.monotonic() - start
         log.info(f"step {state.step}: HellaSwag {accuracies} ({self._items:,} items, {seconds:.1f} s)")
@@ -63,15 +65,13 @@ class HellaSwag(Hook):
     def _count_correct(self, engine: Engine) -> torch.Tensor:
         """Return the correct answers of this rank's items by each measure, and a 1 if it could not compute them."""
         counts = np.zeros(len(MEASURES) + 1)
-        engine.model.eval()
         try:
             if self._mine:
-                counts[:-1] = score(engine.model, self._mine, self.progress).correct()
+                with eval_mode(engine.model):
+                    counts[:-1] = score(engine.model, self._mine, self.progress).correct()
         except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
             log.error(f"HellaSwag: {' '.join(str(error).split())}")
             counts[-1] = 1
-        finally:
-            engine.model.train()
         return torch.from_numpy(counts).to(engine.device)
 
 

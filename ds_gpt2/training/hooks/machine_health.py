@@ -25,7 +25,7 @@ _SLOWED_DOWN = 0x08 | 0x20 | 0x40 | 0x80
 
 
 class Health(Hook):
-    """Measures this machine on rank 0: the rank's peak memory, and all GPUs that the run may use."""
+    """Measures this machine on rank 0: the rank's host memory now, its peak GPU memory, and all GPUs of the run."""
 
     def __init__(self, device: torch.device) -> None:
         self.every = Every(1)
@@ -72,6 +72,6 @@ def _open_gpus() -> list[Any]:
         pynvml.nvmlInit()
         uuids = [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in range(torch.cuda.device_count())]
         return [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
-    except Exception as error:  # no library, no driver, a container without rights: a run needs none of them
+    except Exception as error:  # no library, no driver, a container without permissions; a run does not need NVML
         log.warning(f"temperature and power of the GPUs cannot be read: {error}")
         return []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from ds_gpt2.data.tokenizer import gpt2
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.sampling import Sampling, derived_seed, encode_prompt, generate
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import StepMetrics
@@ -56,7 +55,7 @@ class Samples(Hook):
         if not self._prompts:
             return {}
         try:
-            with _evaluating(engine.model):
+            with eval_mode(engine.model):
                 written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             log.warning(f"step {state.step}: no samples: {' '.join(str(error).split())}")
@@ -105,17 +104,6 @@ class Samples(Hook):
             for index, text in enumerate(continuations, start=1):
                 parts += [f"Continuation {index}:", _code_block(text)]
         return "\n\n".join(parts) + "\n"
-
-
-@contextlib.contextmanager
-def _evaluating(model: GPT2) -> Iterator[None]:
-    """Disable dropout, and restore the mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _as_read(prompt: str, sequence_length: int) -> str:

@@ -17,6 +17,7 @@ from ds_gpt2.data.loader import on_device, with_targets
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
+from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.loss import count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
@@ -28,7 +29,8 @@ class Validation(Hook):
     """Validation loss. With the same weights, it is bitwise identical for any number of ranks.
 
     Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
-    are summed in one order.
+    are summed in one order. A group has one loss, as a micro-batch of training has; ``loss.window_losses`` returns one
+    for each window, whose mean is the same up to fp32 rounding.
     """
 
     def __init__(self, settings: ValidationSettings, windows: Windows, group: int) -> None:
@@ -69,14 +71,11 @@ class Validation(Hook):
     def _losses(self, engine: Engine) -> torch.Tensor:
         """Return the loss of each group, (groups,) fp64; 0 for the groups of other ranks."""
         losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
-        engine.model.eval()
-        try:
+        with eval_mode(engine.model):
             for number in range(collectives.rank(), len(self._groups), collectives.world_size()):
                 self.progress()
                 tokens, targets = with_targets(on_device(self._read(number), engine.device))
                 losses[number] = engine.model(tokens, targets)
-        finally:
-            engine.model.train()
         return losses
 
     def _read(self, group: int) -> npt.NDArray[np.int64]:
