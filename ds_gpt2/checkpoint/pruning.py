@@ -16,6 +16,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.listing import freed_by
 from ds_gpt2.checkpoint.verify import examine, hashing, identity
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import CheckpointSettings
 
 
@@ -90,7 +91,7 @@ def _newest_good(directory: Path, found: Sequence[Generation]) -> set[str]:
                 damaged.add(generation.tag)
     if damaged and len(steps) < retention.PROTECTED:
         raise UserError(
-            f"{len(damaged)} checkpoints in {directory} are damaged and only {len(steps)} good: nothing is deleted;"
-            " `./launch.sh verify --all` lists the problems"
+            f"nothing is deleted: {directory} has {counted(len(damaged), 'damaged checkpoint')} and only"
+            f" {len(steps)} good; `./launch.sh verify --all` lists the problems"
         )
     return good

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import GuardSettings
 from ds_gpt2.engine.train_state import ENOUGH_LOSSES, TrainState
 from ds_gpt2.run_dir.journal import Kind
@@ -98,7 +99,7 @@ class Guard:
             text = f"the weights differ between ranks ({ranks})"
             self._handle(Anomaly("drift", state.step, text, self._settings.drift, state.step))
         elif fingerprints[0] == state.weights and state.updates > state.weights_updates:
-            text = f"{state.updates - state.weights_updates} updates have not changed any weight"
+            text = f"{counted(state.updates - state.weights_updates, 'update')} without a change of any weight"
             self._handle(Anomaly("frozen", state.step, text, self._settings.frozen, state.step))
         state.weights, state.weights_updates = fingerprints[0], state.updates
 

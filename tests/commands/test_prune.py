@@ -64,7 +64,7 @@ def test_prune_deletes_nothing_with_fewer_than_two_good_checkpoints(history: Pat
         (history / rolling_tag(step) / "manifest.json").write_text("{}")
     code, _, err = command("prune", "test")
     assert code == exit_codes.MISTAKE
-    assert f"3 checkpoints in {history} are damaged and only 1 good: nothing is deleted" in err
+    assert f"nothing is deleted: {history} has 3 damaged checkpoints and only 1 good; " in err
     assert (history / rolling_tag(100)).exists() and (history / superseded_tag(250)).exists()
 
 

@@ -156,7 +156,7 @@ def test_frozen_weights_are_reported_unless_no_update_was_applied() -> None:
     assert run.kinds == ["not_finite"]
     run.step(3.0)
     run.guard.check_weights(run.state, ["a", "a"])
-    assert run.kinds == ["not_finite", "frozen"] and "1 updates" in run.reported[1].text
+    assert run.kinds == ["not_finite", "frozen"] and "1 update without a change" in run.reported[1].text
 
 
 def test_a_disabled_guard_reports_nothing() -> None:

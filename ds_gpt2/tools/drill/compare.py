@@ -16,6 +16,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, unpickle
+from ds_gpt2.engine.checkpoint_keys import BASE, MASTERS, MODULE, STATE
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 
@@ -42,12 +43,11 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
 
 def update_differences(before: Path, after: Path) -> list[str]:
     """Return the differences in weights, masters and moments between two checkpoints of the same number of ranks."""
-    found = differences(unpickle(before / MODEL_FILE)["module"], unpickle(after / MODEL_FILE)["module"], "weights")
+    found = differences(unpickle(before / MODEL_FILE)[MODULE], unpickle(after / MODEL_FILE)[MODULE], "weights")
     for name in sorted(set(read(before).files) - {MODEL_FILE}):
-        one, other = (unpickle(checkpoint / name)["optimizer_state_dict"] for checkpoint in (before, after))
-        masters, moments = "single_partition_of_fp32_groups", "base_optimizer_state"
-        found += differences(one[masters], other[masters], f"masters in {_short(name)}")
-        found += differences(one[moments]["state"], other[moments]["state"], f"moments in {_short(name)}")
+        one, other = (unpickle(checkpoint / name)[STATE] for checkpoint in (before, after))
+        found += differences(one[MASTERS], other[MASTERS], f"masters in {_short(name)}")
+        found += differences(one[BASE]["state"], other[BASE]["state"], f"moments in {_short(name)}")
     return found
 
 

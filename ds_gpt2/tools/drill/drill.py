@@ -22,6 +22,7 @@ from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common import files, host
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import size
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file, without_trackers
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.tools.drill import shrink
@@ -176,8 +177,8 @@ def _check_space(drill: Settings, user_settings: Settings) -> None:
     needed = _CHECKPOINTS * checkpoint_bytes(drill) + reserved_bytes(user_settings.checkpoint)
     if free < needed:
         raise UserError(
-            f"{user_settings.checkpoint.dir} has {free / 1e9:.1f} GB free; the drill temporarily needs"
-            f" {needed / 1e9:.1f} GB: free some space, omit --whole, or set checkpoint.dir"
+            f"{user_settings.checkpoint.dir} has {size(free)} free; the drill temporarily needs {size(needed)}:"
+            f" free some space, omit --whole, or set checkpoint.dir"
         )
 
 
