@@ -69,7 +69,5 @@ def _shrink(tree: dict[str, Any], settings: Settings, ranks: int) -> None:
     tree["batch"] |= {"tokens_per_step": tokens, "micro_batch": micro_batch, "sequence_length": sequence}
     if not settings.checkpoint.write_mb_per_s:
         parameters = ModelShape(shape["layers"], shape["heads"], shape["width"], sequence).parameters
-        largest = (
-            2 + OPTIMIZER_BYTES / ranks
-        ) * parameters  # bytes that rank 0 writes: weights and its optimizer partition
+        largest = (2 + OPTIMIZER_BYTES / ranks) * parameters  # bytes that rank 0 writes
         tree["checkpoint"]["write_mb_per_s"] = round(largest / 1e6 / _SAVE_SECONDS, 3)
