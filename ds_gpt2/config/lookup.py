@@ -32,7 +32,7 @@ def find_run(name: str | None) -> Path:
     if name is None:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
-        return started[-1]
+        return absolute_run_dir(started[-1])
     with contextlib.suppress(OSError):  # a name that is too long
         for path in (runs / name, Path(name)):
             if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
@@ -42,7 +42,7 @@ def find_run(name: str | None) -> Path:
             if os.path.lexists(path / CONFIG):
                 raise UserError(f"{path / CONFIG} is not a regular file: restore it from a copy of the run")
         if (run_dir := run_of(Path(name))) is not None:
-            return run_dir
+            return absolute_run_dir(run_dir)
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}; runs in {runs}: {known}")
 
