@@ -50,9 +50,10 @@ class DiskWatch:
         self._next = now + _SPACE_INTERVAL_SECONDS
         try:
             self._samples.append((now, self._free_bytes()))
+            warning = self._warning()
         except OSError:
             return None
-        was_short, warning = self._is_short, self._warning()
+        was_short = self._is_short
         self._is_short = warning is not None
         return None if was_short else warning
 

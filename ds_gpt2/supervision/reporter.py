@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 from ds_gpt2.common.files import append_lines
@@ -52,9 +51,12 @@ class Reporter:
         """Return the size of the journal in bytes."""
         return self._journal.size()
 
-    def events_since(self, size: int) -> Iterator[Event]:
-        """Return the events that were added since the journal had ``size`` bytes."""
-        return read_journal(self._run_dir.path, size)
+    def events_since(self, size: int) -> list[Event]:
+        """Return the events that were added since the journal had ``size`` bytes; none if it cannot be read."""
+        try:
+            return list(read_journal(self._run_dir.path, size))
+        except OSError:
+            return []
 
     def catch_up(self) -> None:
         """Send alerts of new events, and write events whose earlier write to the journal failed."""
