@@ -39,6 +39,15 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
         raise BadJsonError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object that ``text`` contains; None if it is invalid or another value."""
+    try:
+        value = parse(text)
+    except BadJsonError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def is_time(value: object) -> bool:
     """Return whether ``value`` is a time in seconds since 1970."""
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < END_OF_TIME

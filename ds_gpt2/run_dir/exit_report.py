@@ -75,7 +75,7 @@ class ExitReports:
         lines = self._read.splitlines()
         with contextlib.suppress(OSError):
             lines += self._file.read_bytes().splitlines()
-        return [report for line in lines if (report := _parsed(line)) is not None]
+        return [report for line in lines if (report := safe_json.parse_object(line)) is not None]
 
 
 def report_outcome(outcome: Outcome) -> None:
@@ -130,11 +130,3 @@ def _write_to_pipe(line: bytes) -> bool:
         os.close(pipe)
         return written == len(line)
     return False
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        report = safe_json.parse(line)
-        return report if isinstance(report, dict) else None
-    except ValueError:
-        return None

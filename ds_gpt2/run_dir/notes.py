@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ds_gpt2.common import files, safe_json
-from ds_gpt2.common.files import append_lines, no_links, read_small, regular_only
+from ds_gpt2.common import files
+from ds_gpt2.common.files import append_lines, no_links, read_small
 from ds_gpt2.common.locks import wait_for_lock
-from ds_gpt2.run_dir import metrics
+from ds_gpt2.run_dir import metrics_tail
 
 NOTES = "NOTES.md"
 TAG = "notes"  # in TensorBoard
 
 _TIME = "%Y-%m-%d %H:%M:%S %z"
 _HEADING = re.compile(r"^## (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}), step (\d[\d,]*)$", re.MULTILINE)
-_TAIL_BYTES = 1 << 20  # of metrics.jsonl; a record has one or two kilobytes, with samples more
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,9 @@ def now(step: int, text: str) -> Note:
 
 def newest_step(run_dir: Path) -> int:
     """Return the last step in the run's metrics; 0 if there is none. Damaged lines are skipped."""
-    with contextlib.suppress(OSError), open(run_dir / metrics.METRICS, "rb", opener=regular_only) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(safe_json.parse(line)["step"])
+    with contextlib.suppress(OSError):
+        for record in metrics_tail.newest(run_dir, 1):
+            return int(record["step"])
     return 0
 
 
