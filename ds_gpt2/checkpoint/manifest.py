@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ds_gpt2.checkpoint.naming import MANIFEST, is_plain_name
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import shortened
+from ds_gpt2.common.errors import MAX_LENGTH
 from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.formatting import truncated
 from ds_gpt2.common.safe_json import LARGEST
 from ds_gpt2.common.terminal import one_line
 
@@ -27,7 +28,7 @@ class DamagedError(Exception):
     """The checkpoint is damaged and must not be loaded. The message is the reason, in one line."""
 
     def __init__(self, reason: object) -> None:
-        super().__init__(one_line(shortened(str(reason))))
+        super().__init__(one_line(truncated(str(reason), MAX_LENGTH)))
 
 
 class _StrictModel(BaseModel):

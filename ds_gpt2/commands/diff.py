@@ -6,10 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from ds_gpt2.commands.report import load
-from ds_gpt2.common.formatting import table, tokens
+from ds_gpt2.common.formatting import table, tokens, truncated
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_codes
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         return exit_codes.DONE
     names = [a.name, b.name]
     if settings:
-        rows = [[name, *(_short(value) for value in values)] for name, values in settings.items()]
+        rows = [[name, *(truncated(str(value), _MAX_WIDTH) for value in values)] for name, values in settings.items()]
         _print("settings that differ", ["", *names], rows)
     else:
         print("all settings are the same\n")
@@ -62,8 +61,3 @@ def _cells(pair: Pair) -> list[str]:
     digits = ",.0f" if whole else ".4f"
     numbers = [(pair.a, digits), (pair.b, digits), (pair.difference, f"+{digits}")]
     return ["-" if value is None else format(value, form) for value, form in numbers]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."

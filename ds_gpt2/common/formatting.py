@@ -75,6 +75,11 @@ def tokens(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def truncated(text: str, length: int) -> str:
+    """Return ``text`` if it has at most ``length`` characters, else its beginning with ``...``, ``length`` in total."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def uncapitalized(text: str) -> str:
     """Return ``text`` with a lower-case first letter, unless it starts with an acronym or a name such as ``GPT-2``."""
     first = text.split(maxsplit=1)[0] if text.strip() else ""

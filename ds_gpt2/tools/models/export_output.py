@@ -14,7 +14,7 @@ import psutil
 from safetensors import SafetensorError
 
 from ds_gpt2.common import files
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.files import regular_only, remove_tree
 from ds_gpt2.common.formatting import size
 from ds_gpt2.common.process_start import is_running, start_of
@@ -49,7 +49,7 @@ def atomic_output(out: Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save raise them for an OSError
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line_reason(error, 200)
         raise UserError(f"{out} could not be written completely (is the disk full?): {reason}") from None
     finally:
         _clean_up(out, unfinished, replaced)

@@ -76,7 +76,8 @@ def test_an_event_that_the_journal_cannot_take_is_sent_once(run_dir: Path) -> No
     alerts.send_news()
     alerts.close()
     (message,) = command_messages(run_dir)
-    assert "rank 1: killed" in message and [event.kind for event in read_journal(run_dir)][:2] == ["crash", "save"]
+    kinds = [event.kind for event in read_journal(run_dir) if event.kind != "alert"]  # by another thread, at any time
+    assert "rank 1: killed" in message and kinds == ["crash", "save"]
 
 
 def test_a_thousand_simultaneous_events_are_one_short_message(run_dir: Path) -> None:
