@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import sha256
 from ds_gpt2.config.model_names import HubName
 from ds_gpt2.data import hub_client
 from ds_gpt2.data.hub_client import endpoint
-from ds_gpt2.data.shards import sha256
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import sha256
 from ds_gpt2.data import hub_client
 from ds_gpt2.data.hub_client import endpoint
 from ds_gpt2.data.prepare.documents import COLUMN
@@ -22,7 +23,6 @@ from ds_gpt2.data.prepare.formats import PARQUET
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.parquet import parquet_documents
 from ds_gpt2.data.prepare.sources import Source
-from ds_gpt2.data.shards import sha256
 
 log = logging.getLogger(__name__)
 
