@@ -13,6 +13,7 @@ from pathlib import Path
 from ds_gpt2.commands.arguments import path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.common.formatting import DAY, HOUR
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir import exit_codes
@@ -22,7 +23,7 @@ from ds_gpt2.tools.report.run import Run, load_run
 from ds_gpt2.tools.report.summary import Summary, summarize
 from ds_gpt2.tools.resources.prices import Prices
 
-_SECONDS = {"m": 60, "h": 3600, "d": 86_400}
+_SECONDS = {"m": 60, "h": HOUR, "d": DAY}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
     PATH_KEYS,
     PROJECT_DIR,
+    TENSORBOARD,
     Settings,
     load_settings,
     settings_of,
@@ -80,7 +81,7 @@ def load(config: Path, overrides: Mapping[str, str] | None = None, cwd: Path | N
 
 def event_directory(run_dir: Path) -> Path:
     """Return the directory of the TensorBoard event files of the run in ``run_dir``; it may not exist yet."""
-    default = run_dir / "tensorboard"
+    default = run_dir / TENSORBOARD
     try:
         configured = load_run_settings(run_dir).tensorboard_dir
     except UserError:  # settings of another version, or damaged: still show the curves
@@ -110,11 +111,11 @@ def stored_settings(settings: Settings) -> str:
 
 
 def public_tree(settings: Settings) -> dict[str, Any]:
-    """Return ``portable_tree`` for files that others may read, see ``without_secrets``."""
-    return without_secrets(portable_tree(settings))
+    """Return ``portable_tree`` for files that others may read, see ``without_alert_command``."""
+    return without_alert_command(portable_tree(settings))
 
 
-def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+def without_alert_command(tree: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings without ``alerts.command``, which may contain a password."""
     alerts = tree["alerts"]
     return {**tree, "alerts": {**alerts, "command": None if alerts["command"] is None else HIDDEN}}

@@ -47,8 +47,10 @@ from ds_gpt2.config.settings_tree import (
 )
 
 __all__ = [
+    "LOG",
     "PATH_KEYS",
     "PROJECT_DIR",
+    "TENSORBOARD",
     "AlertSettings",
     "BackupSettings",
     "BatchSettings",
@@ -76,6 +78,8 @@ __all__ = [
 ]
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
+LOG = "train.log"  # in the run's directory
+TENSORBOARD = "tensorboard"  # the directory of event files in the run's directory, unless monitor.dir is set
 
 
 class Settings(Section):
@@ -111,7 +115,7 @@ class Settings(Section):
     @property
     def tensorboard_dir(self) -> Path:
         """The directory of the event files."""
-        return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / "tensorboard"
+        return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / TENSORBOARD
 
     @property
     def output_dirs(self) -> tuple[Path, ...]:

@@ -12,7 +12,7 @@ from ds_gpt2.common.files import append_lines
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.common.process_start import start_of
 from ds_gpt2.common.terminal import one_line
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.supervision.alerts.alerts import Alerts
@@ -39,7 +39,7 @@ class Reporter:
             print(f"supervisor: {text}", flush=True)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
         with contextlib.suppress(OSError):
-            append_lines(self._run_dir.path / "train.log", line.encode(errors="backslashreplace"))
+            append_lines(self._run_dir.path / LOG, line.encode(errors="backslashreplace"))
         self.add_event(kind, text, step, **facts)
 
     def add_event(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:

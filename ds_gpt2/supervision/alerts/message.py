@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_gpt2.common.formatting import clock, counted, truncated
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import LOG, PROJECT_DIR
 from ds_gpt2.run_dir.journal import INCIDENTS, Event
 
 FINAL_KINDS = frozenset({"gave_up", "mistake", "done", "stop"})  # the run does not continue after one of these
@@ -52,7 +52,7 @@ def from_events(run_dir: Path, events: Sequence[Event]) -> Message:
     if len(events) > _MAX_EVENTS:
         parts.append(count_more([event.kind for event in newest_first[_MAX_EVENTS:]], events[0].time))
     if leading.kind in _NEXT_STEPS:
-        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / "train.log"))
+        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / LOG))
     title = f"{run_dir.name}: {_kinds_text([event.kind for event in newest_first])}"
     text = truncated("\n\n".join(parts), _MAX_CHARACTERS)
     return Message(run_dir.name, leading.kind, title, text, leading.time, leading.step)
