@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, scan
 from ds_gpt2.checkpoint.listing import freed_by, unfinished
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
+from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings, run_of
@@ -54,8 +55,6 @@ def find_run_checkpoints(run: str | None) -> RunCheckpoints:
         directory = bare_directory(run)
         if directory is not None:
             return RunCheckpoints(directory, scan(directory), _settings_of_run_in(directory))
-        from ds_gpt2.training.preflight import check_outputs  # imports modules that a bare directory does not need
-
         settings = load_run_settings(find_run(run))
         check_outputs(settings)
         return RunCheckpoints(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
