@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ds_gpt2.commands.report import load
 from ds_gpt2.common.formatting import table, tokens, truncated
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.diff import Pair, final_metrics, losses_at_equal_tokens, settings_that_differ
+from ds_gpt2.tools.report.run import load_run
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
 _MAX_WIDTH = 40  # characters of a setting's value
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    a, b = (load(find_run(name)) for name in (options.a, options.b))
+    a, b = (load_run(find_run(name)) for name in (options.a, options.b))
     settings = settings_that_differ(a.settings, b.settings)
     losses, reached = losses_at_equal_tokens(a, b), final_metrics(a, b)
     if options.json:

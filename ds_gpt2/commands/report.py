@@ -19,7 +19,7 @@ from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.charts import charts_of, views_of
 from ds_gpt2.tools.report.page import RunSection, render
-from ds_gpt2.tools.report.run import Run, load_run
+from ds_gpt2.tools.report.run import load_run
 from ds_gpt2.tools.report.summary import Summary, summarize
 from ds_gpt2.tools.resources.prices import Prices
 
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     prices = _prices(options)
     seconds = None if options.since is None else parse_span(options.since)
     directories = [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
-    runs = [load(directory) for directory in directories]
+    runs = [load_run(directory) for directory in directories]
     now = time.time()
     summaries = [summarize(each, now, prices, seconds) for each in runs]
     if prices.per_kwh is not None:
@@ -64,18 +64,6 @@ def run(options: argparse.Namespace) -> int:
     _write(out, render(parts, charts_of(views, options.reference), now))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
     return exit_codes.DONE
-
-
-def load(directory: Path) -> Run:
-    """Read the run in ``directory``.
-
-    Raises:
-        UserError: a file of the run cannot be read.
-    """
-    try:
-        return load_run(directory)
-    except OSError as error:
-        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 
 
 def parse_span(text: str) -> float:

@@ -18,7 +18,7 @@ from ds_gpt2.tools.status.status import Status
 WIDTH = 46
 _LABEL = 12  # columns of a label
 
-_RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+_RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
 def screen(status: Status, colored: bool = False) -> str:
