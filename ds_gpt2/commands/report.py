@@ -15,7 +15,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
 from ds_gpt2.common.formatting import DAY, HOUR
 from ds_gpt2.config.lookup import find_run
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.charts import charts_of, views_of
 from ds_gpt2.tools.report.page import RunSection, render
@@ -93,7 +93,7 @@ def _check_power_known(summaries: list[Summary]) -> None:
 
 
 def _default_out(directories: list[Path]) -> Path:
-    return (directories[0] if len(directories) == 1 else PROJECT_DIR / "runs") / "report.html"
+    return (directories[0] if len(directories) == 1 else PROJECT_DIR / RUNS) / "report.html"
 
 
 def _write(file: Path, page: str) -> None:

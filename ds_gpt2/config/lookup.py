@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG, absolute_run_dir, last_started, run_of
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 
 
 def started_runs() -> list[Path]:
     """Return the directories of all runs in ``runs/``, ordered by the time of their last start."""
-    return sorted((config.parent for config in (PROJECT_DIR / "runs").glob(f"*/{CONFIG}")), key=last_started)
+    return sorted((config.parent for config in (PROJECT_DIR / RUNS).glob(f"*/{CONFIG}")), key=last_started)
 
 
 def find_run(name: str | None) -> Path:
@@ -28,7 +28,7 @@ def find_run(name: str | None) -> Path:
     Raises:
         UserError: there is no such run.
     """
-    runs, started = PROJECT_DIR / "runs", started_runs()
+    runs, started = PROJECT_DIR / RUNS, started_runs()
     if name is None:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")

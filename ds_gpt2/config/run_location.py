@@ -20,8 +20,10 @@ from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
+    CHECKPOINTS,
     PATH_KEYS,
     PROJECT_DIR,
+    RUNS,
     TENSORBOARD,
     Settings,
     load_settings,
@@ -174,7 +176,7 @@ def last_started(run_dir: Path) -> float:
 def run_of(checkpoints: Path) -> Path | None:
     """Return the directory of the run that owns the checkpoints in ``checkpoints``; None if it does not exist."""
     owner = read_owner(checkpoints)
-    usual = PROJECT_DIR / "runs" / checkpoints.resolve().name
+    usual = PROJECT_DIR / RUNS / checkpoints.resolve().name
     if owner is None:
         directories = [usual]
     elif owner.directory == checkpoints.resolve():
@@ -223,7 +225,7 @@ def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
     tree = read_tree(run_dir / CONFIG)
     before = _last_seen(run_dir, tree)
     section, name = section_of(tree, "checkpoint.dir")
-    text = str(section.get(name, "checkpoints"))
+    text = str(section.get(name, CHECKPOINTS))
     inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
     then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
     return [then / before.name, then / run_dir.name]

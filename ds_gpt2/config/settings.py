@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.sections import (
+    CHECKPOINTS,
+    RUNS,
     AlertSettings,
     BackupSettings,
     BatchSettings,
@@ -47,9 +49,11 @@ from ds_gpt2.config.settings_tree import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "LOG",
     "PATH_KEYS",
     "PROJECT_DIR",
+    "RUNS",
     "TENSORBOARD",
     "AlertSettings",
     "BackupSettings",
@@ -187,8 +191,8 @@ def settings_of(
     make_absolute(typed, PATH_KEYS, cwd or Path.cwd())
     tree = merged(tree, typed)
     set_default(tree, "run", "name", path.stem)
-    set_default(tree, "run", "dir", project_dir / "runs")
-    set_default(tree, "checkpoint", "dir", project_dir / "checkpoints")
+    set_default(tree, "run", "dir", project_dir / RUNS)
+    set_default(tree, "checkpoint", "dir", project_dir / CHECKPOINTS)
     set_default(tree, "hellaswag", "path", project_dir / "data" / "hellaswag" / "hellaswag_val.jsonl")
     tree.setdefault("deepspeed", str(project_dir / "ds_configs" / "zero2_bf16.json"))
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_gpt2.common.formatting import clock, counted, truncated
-from ds_gpt2.config.settings import LOG, PROJECT_DIR
+from ds_gpt2.config.settings import LOG, PROJECT_DIR, RUNS
 from ds_gpt2.run_dir.journal import INCIDENTS, Event
 
 FINAL_KINDS = frozenset({"gave_up", "mistake", "done", "stop"})  # the run does not continue after one of these
@@ -104,4 +104,4 @@ def _kinds_text(kinds: Sequence[str]) -> str:
 
 def _run_argument(run_dir: Path) -> str:
     """Return the run as an argument of ``launch.sh``: its name if it is in the project's ``runs``, else its path."""
-    return run_dir.name if run_dir.parent == PROJECT_DIR / "runs" else str(run_dir)
+    return run_dir.name if run_dir.parent == PROJECT_DIR / RUNS else str(run_dir)

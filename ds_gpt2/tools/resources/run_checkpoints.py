@@ -16,7 +16,7 @@ from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings, run_of
-from ds_gpt2.config.settings import PROJECT_DIR, CheckpointSettings
+from ds_gpt2.config.settings import CHECKPOINTS, PROJECT_DIR, RUNS, CheckpointSettings
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def bare_directory(name: str | None) -> Path | None:
 
     A backup is such a directory, and so are the checkpoints of a run whose own directory was deleted.
     """
-    if name is None or (PROJECT_DIR / "runs" / name / CONFIG).is_file():
+    if name is None or (PROJECT_DIR / RUNS / name / CONFIG).is_file():
         return None
-    directories = (Path(name), PROJECT_DIR / "checkpoints" / name)
+    directories = (Path(name), PROJECT_DIR / CHECKPOINTS / name)
     return next((Path(os.path.abspath(path)) for path in directories if scan(path) or unfinished(path)), None)
 
 
