@@ -28,7 +28,7 @@ from ds_gpt2.checkpoint.reshard import repartition
 from ds_gpt2.checkpoint.resume import Restored
 from ds_gpt2.checkpoint.save import Save
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import counted
+from ds_gpt2.common.formatting import HOUR, counted
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
 from ds_gpt2.engine.checkpoint_keys import WORLD_SIZE
@@ -42,7 +42,7 @@ _NOTICEABLE_SECONDS = 0.1
 _STOP_COPY_SECONDS = 20.0  # how long a stop waits for running backups
 _LAST_COPY_SECONDS = 1800.0  # how long the end of a complete run waits
 
-_CLOCK_AHEAD_SECONDS = 3600.0  # times of checkpoints later than this are ignored: the clock was wrong
+_CLOCK_AHEAD_SECONDS = HOUR  # times of checkpoints later than this are ignored: the clock was wrong
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ds_gpt2.checkpoint.naming import MANIFEST, is_plain_name
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import shortened
-from ds_gpt2.common.files import regular_only
+from ds_gpt2.common.errors import MAX_LENGTH
+from ds_gpt2.common.files import regular_only, sha256
+from ds_gpt2.common.formatting import truncated
 from ds_gpt2.common.safe_json import LARGEST
 from ds_gpt2.common.terminal import one_line
 
@@ -27,7 +28,7 @@ class DamagedError(Exception):
     """The checkpoint is damaged and must not be loaded. The message is the reason, in one line."""
 
     def __init__(self, reason: object) -> None:
-        super().__init__(one_line(shortened(str(reason))))
+        super().__init__(one_line(truncated(str(reason), MAX_LENGTH)))
 
 
 class _StrictModel(BaseModel):
@@ -148,17 +149,13 @@ def read(checkpoint: Path) -> Manifest:
 
 def problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
     """Return why file ``name`` of ``checkpoint`` differs from ``entry``; None if it is intact. Reads the whole file."""
-    path = checkpoint / name
     if (size_problem := size_problem_of(checkpoint, name, entry)) is not None:
         return size_problem
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb", opener=regular_only) as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        digest = sha256(checkpoint / name)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == entry.sha256 else f"{name} is damaged: sha256 mismatch"
+    return None if digest == entry.sha256 else f"{name} is damaged: sha256 mismatch"
 
 
 def size_problem_of(checkpoint: Path, name: str, entry: FileEntry) -> str | None:

@@ -14,7 +14,7 @@ from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, problem_of, step_limit
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 
@@ -133,7 +133,7 @@ def _unpickled(generation: Generation) -> tuple[str | None, dict[str, Any]]:
     try:
         contents = {name: unpickle(generation.path / name) for name in names}
     except Exception as error:  # a forged file can raise anything; the other ranks wait in the next collective
-        return f"its files cannot be loaded safely: {' '.join(str(error).split())[:300]}", {}
+        return f"its files cannot be loaded safely: {one_line_reason(error, 300)}", {}
     for name, content in contents.items():
         compare = contents_of.problem_of_model if name == MODEL_FILE else contents_of.problem_of_partition
         if (found := compare(content, generation.manifest)) is not None:

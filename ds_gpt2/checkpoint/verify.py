@@ -15,6 +15,7 @@ from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, wrong_size
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import MANIFEST
+from ds_gpt2.common.errors import one_line_reason
 from ds_gpt2.common.terminal import one_line
 from ds_gpt2.engine.checkpoint_keys import MODULE
 
@@ -117,7 +118,7 @@ def deep_problem(generation: Generation) -> str | None:
         try:
             content = unpickle(generation.path / name)
         except Exception as error:  # unpickling a damaged file can raise any exception
-            return f"{name} cannot be loaded safely: {' '.join(str(error).split())[:300]}"
+            return f"{name} cannot be loaded safely: {one_line_reason(error, 300)}"
         if (where := _not_finite(content, name)) is not None:
             return f"{where} has numbers that are not finite"
         if name in (MODEL_FILE, WEIGHTS_FILE) and (problem := _wrong_shape(content, generation.manifest)) is not None:

@@ -16,6 +16,7 @@ from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
+from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.common import files, locks
 from ds_gpt2.common.errors import UserError, is_wrong_path
@@ -25,7 +26,6 @@ from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
-from ds_gpt2.training.preflight import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

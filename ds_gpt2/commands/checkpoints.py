@@ -24,7 +24,7 @@ from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import duration, size, table
 from ds_gpt2.config.run_location import CONFIG, run_of
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.resources.run_checkpoints import bare_directory, find_run_checkpoints
 
@@ -165,7 +165,7 @@ def _is_unknown_directory(name: str) -> bool:
     directory = Path(name)
     if not directory.is_dir() or (directory / MANIFEST).is_file() or role_of(name):
         return False
-    is_run = any((path / CONFIG).is_file() for path in (PROJECT_DIR / "runs" / name, directory))
+    is_run = any((path / CONFIG).is_file() for path in (PROJECT_DIR / RUNS / name, directory))
     return not is_run and run_of(directory) is None and bare_directory(name) is None
 
 

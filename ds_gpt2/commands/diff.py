@@ -6,14 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
-from ds_gpt2.commands.report import load
-from ds_gpt2.common.formatting import MISSING, table, tokens
+from ds_gpt2.common.formatting import MISSING, table, tokens, truncated
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.diff import Pair, final_metrics, losses_at_equal_tokens, settings_that_differ
+from ds_gpt2.tools.report.run import load_run
 
 _LABELS = {name: f"{name}, {RECENT_LABEL}" for name in ("train/loss", "perf/tokens_per_s")}
 _MAX_WIDTH = 40  # characters of a setting's value
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    a, b = (load(find_run(name)) for name in (options.a, options.b))
+    a, b = (load_run(find_run(name)) for name in (options.a, options.b))
     settings = settings_that_differ(a.settings, b.settings)
     losses, reached = losses_at_equal_tokens(a, b), final_metrics(a, b)
     if options.json:
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         return exit_codes.DONE
     names = [a.name, b.name]
     if settings:
-        rows = [[name, *(_short(value) for value in values)] for name, values in settings.items()]
+        rows = [[name, *(truncated(str(value), _MAX_WIDTH) for value in values)] for name, values in settings.items()]
         _print("settings that differ", ["", *names], rows)
     else:
         print("all settings are the same\n")
@@ -64,8 +63,3 @@ def _cells(pair: Pair) -> list[str]:
     digits = ",.0f" if whole else ".4f"
     numbers = [(pair.a, digits), (pair.b, digits), (pair.difference, f"+{digits}")]
     return [MISSING if value is None else format(value, form) for value, form in numbers]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."

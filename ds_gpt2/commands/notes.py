@@ -13,6 +13,7 @@ from ds_gpt2.common.files import read_small
 from ds_gpt2.common.terminal import printable, printable_lines
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import event_directory
+from ds_gpt2.monitoring import note_events
 from ds_gpt2.run_dir import exit_codes, notes
 
 
@@ -70,7 +71,7 @@ def _show_in_tensorboard(run_dir: Path) -> bool:
     if not directory.is_dir():  # no TensorBoard, or nothing written yet
         return False
     try:
-        notes.show_in_tensorboard(notes.read_notes(run_dir), directory / notes.TAG)
+        note_events.show_in_tensorboard(notes.read_notes(run_dir), directory / note_events.TAG)
     except Exception as error:
         print(f"warning: the note is saved, but TensorBoard does not show it: {error}", file=sys.stderr)
         return False

@@ -12,16 +12,17 @@ from pathlib import Path
 from ds_gpt2.commands.arguments import path, positive_float
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only, replace_file
+from ds_gpt2.common.formatting import DAY, HOUR
 from ds_gpt2.config.lookup import find_run
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.report.charts import charts_of, views_of
 from ds_gpt2.tools.report.page import RunSection, render
-from ds_gpt2.tools.report.run import Run, load_run
+from ds_gpt2.tools.report.run import load_run
 from ds_gpt2.tools.report.summary import Summary, summarize
 from ds_gpt2.tools.resources.prices import Prices
 
-_SECONDS = {"m": 60, "h": 3600, "d": 86_400}
+_SECONDS = {"m": 60, "h": HOUR, "d": DAY}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     prices = Prices(options.watts, options.price_per_kwh, options.price_per_hour)
     seconds = None if options.since is None else parse_span(options.since)
     directories = [find_run(name) for name in dict.fromkeys(options.runs) or [None]]
-    runs = [load(directory) for directory in directories]
+    runs = [load_run(directory) for directory in directories]
     now = time.time()
     summaries = [summarize(each, now, prices, seconds) for each in runs]
     if prices.per_kwh is not None:
@@ -67,18 +68,6 @@ def run(options: argparse.Namespace) -> int:
     _write(out, render(parts, charts_of(views, options.reference), now))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
     return exit_codes.DONE
-
-
-def load(directory: Path) -> Run:
-    """Read the run in ``directory``.
-
-    Raises:
-        UserError: a file of the run cannot be read.
-    """
-    try:
-        return load_run(directory)
-    except OSError as error:
-        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
 
 
 def parse_span(text: str) -> float:
@@ -100,7 +89,7 @@ def _check_power_known(summaries: list[Summary]) -> None:
 
 
 def _default_out(directories: list[Path]) -> Path:
-    return (directories[0] if len(directories) == 1 else PROJECT_DIR / "runs") / "report.html"
+    return (directories[0] if len(directories) == 1 else PROJECT_DIR / RUNS) / "report.html"
 
 
 def _write(file: Path, page: str) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from ds_gpt2.common import terminal
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.lookup import find_run, started_runs
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.status import news, screen
 from ds_gpt2.tools.status.status import Status, read_status
 
-_WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, 86_400.0
+_WATCH_SECONDS, _LONGEST_WATCH_SECONDS = 10.0, DAY
 _CLEAR = "\033[H\033[2J"
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ds_gpt2.config.lookup import find_run
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.tools.tensorboard import server
 
@@ -57,7 +57,7 @@ def _port(text: str) -> int:
 def _find_directory(name: str | None) -> Path:
     """Return a run's directory, or a directory of runs."""
     if name is None:
-        return PROJECT_DIR / "runs"
+        return PROJECT_DIR / RUNS
     return Path(name) if server.runs_in(Path(name)) else find_run(name)
 
 

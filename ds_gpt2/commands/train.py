@@ -65,7 +65,7 @@ def resume(options: argparse.Namespace) -> int:
     overrides = parse_overrides(options.settings)
     settings = load_run_settings(run_dir, overrides)
     if settings.run_dir != run_dir:
-        named = next(key for key in ("run.name", "run.dir") if key in overrides)
+        named = "run.name" if "run.name" in overrides else "run.dir"
         raise UserError(
             f"{named} of an existing run is determined by its location: move {run_dir}, or start another run with"
             " `train`"

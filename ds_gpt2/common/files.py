@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -80,6 +81,19 @@ def read_small(path: Path) -> bytes:
     if len(data) > LARGEST:
         raise OSError(errno.EFBIG, f"Larger than {LARGEST >> 20} MiB", str(path))
     return data
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a whole file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", opener=regular_only) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_for_writing(path: Path, mode: str, buffering: int = -1) -> BinaryIO:
@@ -218,6 +232,11 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; check its permissions and its disk") from None
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return ``path``, or its nearest parent that exists, which may be a file."""
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
 def check_can_write(directory: Path, full_is_allowed: bool = True) -> None:
     """Check that ``directory`` is writable, without creating it. If it does not exist, its nearest parent is checked.
 
@@ -228,7 +247,7 @@ def check_can_write(directory: Path, full_is_allowed: bool = True) -> None:
         UserError: ``directory`` is not writable or cannot be created.
     """
     _check_path(directory)
-    existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    existing = nearest_existing(directory)
     try:
         _probe(existing)
         if not full_is_allowed and (problem := write_problem(existing)) is not None:

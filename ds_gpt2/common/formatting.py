@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 
+DAY, HOUR = 86_400, 3600  # seconds
 MISSING = "–"  # noqa: RUF001  # an en dash, for unknown values
 
 
 def duration(seconds: float) -> str:
     """Format a duration: ``29s``, ``1m 35s``, ``1d``, ``2d 7h``. Fractions of a second are dropped."""
     whole = max(0, int(seconds))
-    for long, in_long, short, in_short in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    for long, in_long, short, in_short in (("d", DAY, "h", HOUR), ("h", HOUR, "m", 60), ("m", 60, "s", 1)):
         if whole >= in_long:
             rest = whole % in_long // in_short
             return f"{whole // in_long}{long}" + (f" {rest}{short}" if rest else "")
@@ -73,6 +74,11 @@ def tokens(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.2f} {letter}"
     return f"{count:,.0f}"
+
+
+def truncated(text: str, length: int) -> str:
+    """Return ``text`` if it has at most ``length`` characters, else its beginning with ``...``, ``length`` in total."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def uncapitalized(text: str) -> str:

@@ -52,7 +52,7 @@ class OpenDirectory:
         return (
             not self._is_at(self.opened_as)
             and str(self._current_path()).endswith(_DELETED)
-            and not self.opened_as.exists()
+            and _is_missing(self.opened_as)
         )
 
     def is_replaced(self, *markers: str) -> bool:
@@ -63,7 +63,7 @@ class OpenDirectory:
         """
         if self._is_at(self.opened_as) or self.is_moved or str(self._current_path()).endswith(_DELETED):
             return False
-        return self.opened_as.is_dir() and not any((self.opened_as / marker).exists() for marker in markers)
+        return os.path.isdir(self.opened_as) and not any(os.path.exists(self.opened_as / marker) for marker in markers)
 
     def recreate(self) -> None:
         """Create a deleted directory again at its original path.
@@ -101,3 +101,14 @@ class OpenDirectory:
             return Path(os.readlink(f"/proc/self/fd/{self._file}"))
         except OSError:  # no /proc: not on Linux
             return self.opened_as
+
+
+def _is_missing(path: Path) -> bool:
+    """Return whether nothing exists at ``path``; False if that is unknown, such as for a stale file handle."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

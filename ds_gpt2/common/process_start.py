@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+_TOLERANCE_SECONDS = 2.0  # of clocks, which are rounded
+
 
 def start_of(pid: int) -> str | None:
     """Return the start time of process ``pid`` as an opaque text without blanks and hyphens.
@@ -28,6 +30,18 @@ def start_of(pid: int) -> str | None:
 def is_running(pid: int, start: str) -> bool:
     """Return whether the process ``pid`` with start time ``start``, see ``start_of``, exists and is not a zombie."""
     return start_of(pid) == start
+
+
+def was_running_by_clock(pid: int, time: float) -> bool:
+    """Return whether the process ``pid`` exists, is not a zombie, and had started by ``time``, in seconds since 1970.
+
+    For records of earlier versions, which have no start time.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() < time + _TOLERANCE_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_gpt2.common.errors import one_line_reason
 from ds_gpt2.common.files import read_small
 
 LARGEST = 2**64  # the largest integer: larger ones overflow in float arithmetic, or take minutes to print
@@ -36,7 +37,16 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
     except RecursionError:
         raise BadJsonError("nested too deeply") from None
     except (ValueError, OverflowError, MemoryError) as error:
-        raise BadJsonError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise BadJsonError(one_line_reason(error, 200)) from None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object that ``text`` contains; None if it is invalid or another value."""
+    try:
+        value = parse(text)
+    except BadJsonError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def is_time(value: object) -> bool:

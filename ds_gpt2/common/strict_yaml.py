@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 
 
 def parse(text: str, source: str) -> Any:
@@ -25,7 +25,7 @@ def parse(text: str, source: str) -> Any:
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+        raise UserError(f"{source} is not valid YAML: {one_line_reason(error, 300)}") from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -35,9 +35,9 @@ def parse(text: str, source: str) -> Any:
             raise yaml.YAMLError(f"its aliases expand to more than {_MAX_VALUES:,} values")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+        raise UserError(f"{source} is not valid YAML: {one_line_reason(error, 300)}") from None
     except (RecursionError, ValueError) as error:  # ValueError: a date or number with an explicit YAML tag
-        raise UserError(f"{source} is not valid YAML: {_one_line(error)}") from None
+        raise UserError(f"{source} is not valid YAML: {one_line_reason(error, 300)}") from None
     finally:
         loader.dispose()
 
@@ -90,7 +90,3 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
         parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
     return known[id(node)]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

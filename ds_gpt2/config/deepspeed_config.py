@@ -31,7 +31,8 @@ _TOP_LEVEL = frozenset(
 )
 
 _TRACKERS = ("wandb", "comet")
-_SECRET_NAME = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
+# A key that matches is dropped, so the whole last word must; error messages of backups are redacted more broadly.
+_SECRET_KEY = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
 
 # Top-level key -> the setting that owns it.
 _OWNED_KEYS = {
@@ -113,7 +114,7 @@ def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _without_secrets(value) if isinstance(value, dict) else value
         for name, value in tree.items()
-        if not _SECRET_NAME.search(name)
+        if not _SECRET_KEY.search(name)
     }
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG, absolute_run_dir, last_started, run_of
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 
 
 def started_runs() -> list[Path]:
     """Return the directories of all runs in ``runs/``, ordered by the time of their last start."""
-    return sorted((config.parent for config in (PROJECT_DIR / "runs").glob(f"*/{CONFIG}")), key=last_started)
+    return sorted((config.parent for config in (PROJECT_DIR / RUNS).glob(f"*/{CONFIG}")), key=last_started)
 
 
 def find_run(name: str | None) -> Path:
@@ -28,11 +28,11 @@ def find_run(name: str | None) -> Path:
     Raises:
         UserError: there is no such run.
     """
-    runs, started = PROJECT_DIR / "runs", started_runs()
+    runs, started = PROJECT_DIR / RUNS, started_runs()
     if name is None:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
-        return started[-1]
+        return absolute_run_dir(started[-1])
     with contextlib.suppress(OSError):  # a name that is too long
         for path in (runs / name, Path(name)):
             if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
@@ -42,7 +42,7 @@ def find_run(name: str | None) -> Path:
             if os.path.lexists(path / CONFIG):
                 raise UserError(f"{path / CONFIG} is not a regular file: restore it from a copy of the run")
         if (run_dir := run_of(Path(name))) is not None:
-            return run_dir
+            return absolute_run_dir(run_dir)
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}; runs in {runs}: {known}")
 

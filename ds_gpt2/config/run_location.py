@@ -20,8 +20,11 @@ from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
+    CHECKPOINTS,
     PATH_KEYS,
     PROJECT_DIR,
+    RUNS,
+    TENSORBOARD,
     Settings,
     load_settings,
     settings_of,
@@ -80,7 +83,7 @@ def load(config: Path, overrides: Mapping[str, str] | None = None, cwd: Path | N
 
 def event_directory(run_dir: Path) -> Path:
     """Return the directory of the TensorBoard event files of the run in ``run_dir``; it may not exist yet."""
-    default = run_dir / "tensorboard"
+    default = run_dir / TENSORBOARD
     try:
         configured = load_run_settings(run_dir).tensorboard_dir
     except UserError:  # settings of another version, or damaged: still show the curves
@@ -110,11 +113,11 @@ def stored_settings(settings: Settings) -> str:
 
 
 def public_tree(settings: Settings) -> dict[str, Any]:
-    """Return ``portable_tree`` for files that others may read, see ``without_secrets``."""
-    return without_secrets(portable_tree(settings))
+    """Return ``portable_tree`` for files that others may read, see ``without_alert_command``."""
+    return without_alert_command(portable_tree(settings))
 
 
-def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+def without_alert_command(tree: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings without ``alerts.command``, which may contain a password."""
     alerts = tree["alerts"]
     return {**tree, "alerts": {**alerts, "command": None if alerts["command"] is None else HIDDEN}}
@@ -173,7 +176,7 @@ def last_started(run_dir: Path) -> float:
 def run_of(checkpoints: Path) -> Path | None:
     """Return the directory of the run that owns the checkpoints in ``checkpoints``; None if it does not exist."""
     owner = read_owner(checkpoints)
-    usual = PROJECT_DIR / "runs" / checkpoints.resolve().name
+    usual = PROJECT_DIR / RUNS / checkpoints.resolve().name
     if owner is None:
         directories = [usual]
     elif owner.directory == checkpoints.resolve():
@@ -222,7 +225,7 @@ def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
     tree = read_tree(run_dir / CONFIG)
     before = _last_seen(run_dir, tree)
     section, name = section_of(tree, "checkpoint.dir")
-    text = str(section.get(name, "checkpoints"))
+    text = str(section.get(name, CHECKPOINTS))
     inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
     then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
     return [then / before.name, then / run_dir.name]

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from ds_gpt2.run_dir.journal import INCIDENTS, KINDS
 
+RUNS, CHECKPOINTS = "runs", "checkpoints"  # default directories, in the project's directory
+
 
 def _whole_number(value: object) -> object:
     """Parse text as a decimal integer without leading zeros; ``_`` may separate groups of digits."""
@@ -74,7 +76,7 @@ class RunSettings(Section):
 
     name: str = "run"  # directory below run.dir and checkpoint.dir
     seed: Seed = 1337  # initial weights, data order, dropout
-    dir: Path = Path("runs")  # parent of the run's directory
+    dir: Path = Path(RUNS)  # parent of the run's directory
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: GPUs if there are any
     compile: bool | Literal["auto"] = "auto"  # use torch.compile; auto: on a GPU only
     deterministic: bool = False  # bitwise reproducible steps on a GPU too
@@ -195,7 +197,7 @@ class CheckpointSettings(Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    dir: Path = Path("checkpoints")  # parent of the directory of the run's checkpoints
+    dir: Path = Path(CHECKPOINTS)  # parent of the directory of the run's checkpoints
     every: Count = 250  # steps; 0 saves at the end only
     keep_last: PositiveInt = 10  # number of newest rolling checkpoints to keep
     keep_every: Count = 0  # steps; rolling checkpoints at multiples of it are never deleted; 0: none

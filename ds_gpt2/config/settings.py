@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.sections import (
+    CHECKPOINTS,
+    RUNS,
     AlertSettings,
     BackupSettings,
     BatchSettings,
@@ -47,8 +49,12 @@ from ds_gpt2.config.settings_tree import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
+    "LOG",
     "PATH_KEYS",
     "PROJECT_DIR",
+    "RUNS",
+    "TENSORBOARD",
     "AlertSettings",
     "BackupSettings",
     "BatchSettings",
@@ -76,6 +82,8 @@ __all__ = [
 ]
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
+LOG = "train.log"  # in the run's directory
+TENSORBOARD = "tensorboard"  # the directory of event files in the run's directory, unless monitor.dir is set
 
 
 class Settings(Section):
@@ -111,7 +119,7 @@ class Settings(Section):
     @property
     def tensorboard_dir(self) -> Path:
         """The directory of the event files."""
-        return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / "tensorboard"
+        return self.monitor.dir / self.run.name if self.monitor.dir else self.run_dir / TENSORBOARD
 
     @property
     def output_dirs(self) -> tuple[Path, ...]:
@@ -183,8 +191,8 @@ def settings_of(
     make_absolute(typed, PATH_KEYS, cwd or Path.cwd())
     tree = merged(tree, typed)
     set_default(tree, "run", "name", path.stem)
-    set_default(tree, "run", "dir", project_dir / "runs")
-    set_default(tree, "checkpoint", "dir", project_dir / "checkpoints")
+    set_default(tree, "run", "dir", project_dir / RUNS)
+    set_default(tree, "checkpoint", "dir", project_dir / CHECKPOINTS)
     set_default(tree, "hellaswag", "path", project_dir / "data" / "hellaswag" / "hellaswag_val.jsonl")
     tree.setdefault("deepspeed", str(project_dir / "ds_configs" / "zero2_bf16.json"))
     try:

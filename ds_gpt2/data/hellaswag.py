@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.files import read_small, regular_only, replace_file
+from ds_gpt2.common.files import read_small, regular_only, replace_file, sha256
 from ds_gpt2.data import tokenizer
-from ds_gpt2.data.shards import Tokens, sha256
+from ds_gpt2.data.shards import Tokens
 
 FILE = "hellaswag_val.jsonl"
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{FILE}"

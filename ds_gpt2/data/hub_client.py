@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ds_gpt2.common.errors import reason_of
+
 log = logging.getLogger(__name__)
 
-_LONGEST_LINE = 300  # characters
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in the messages of hf_xet, which downloads large files
 
@@ -30,11 +31,6 @@ def huggingface_hub() -> Any:
 def endpoint() -> str:
     """Return the URL of the hub, which ``HF_ENDPOINT`` can change."""
     return str(huggingface_hub().constants.ENDPOINT)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error message of the library, or the name of the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST_LINE]
 
 
 def with_retries(request: Callable[[], Result], what: str, attempts: int, longest_pause: float) -> Result:
@@ -55,7 +51,7 @@ def with_retries(request: Callable[[], Result], what: str, attempts: int, longes
             if attempt == attempts - 1 or not _is_temporary(error):
                 raise
             pause = min(longest_pause, 2.0**attempt)
-            log.warning(f"{what}: {first_line(error)}; retrying in {pause:.0f} s")
+            log.warning(f"{what}: {reason_of(error)}; retrying in {pause:.0f} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 

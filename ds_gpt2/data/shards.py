@@ -6,7 +6,6 @@ without a header (nanoGPT), which is recognized by its name (train.bin, val.bin)
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -94,19 +93,6 @@ def header_of(tokens: int) -> bytes:
     header = np.zeros(256, "<i4")
     header[:3] = _MAGIC, _VERSION, tokens
     return header.tobytes()
-
-
-def sha256(path: Path) -> str:
-    """Return the hex digest of a whole file.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb", opener=regular_only) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _open(path: Path) -> Tokens:

@@ -16,7 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_set_full_fp32_param
 from pydantic import ValidationError
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.data.loader import MicroBatch
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine import internals
@@ -52,7 +52,7 @@ class Engine:
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
         except (ValidationError, DeepSpeedConfigError) as error:
-            raise UserError(f"DeepSpeed rejects its configuration: {' '.join(str(error).split())}") from None
+            raise UserError(f"DeepSpeed rejects its configuration: {one_line_reason(error)}") from None
         collectives.call_on_all_ranks(lambda: internals.check(self.deepspeed, model))
         self.model = model
         self.monitors = Monitors(self.deepspeed.monitor)

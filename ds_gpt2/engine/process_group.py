@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_gpt2.common import host
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.distributed import collectives, launch_environment
 from ds_gpt2.engine import internals
 from ds_gpt2.run_dir import exit_codes
@@ -78,7 +78,7 @@ def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None
     try:
         yield
     except torch.distributed.DistError as error:
-        raise UserError(f"the ranks cannot connect at {address}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"the ranks cannot connect at {address}: {one_line_reason(error, 300)}") from None
     finally:
         for timer in timers:
             timer.cancel()

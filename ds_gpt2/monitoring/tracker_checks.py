@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 
 _CHECK_SECONDS = 60.0
 
@@ -118,7 +118,7 @@ def _run_check(block: str, program: str, request: dict[str, Any], fix: str) -> N
             timeout=_CHECK_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning(f"{block} could not be checked: {_one_line(error)}")
+        log.warning(f"{block} could not be checked: {one_line_reason(error, 300)}")
         return
     if child.returncode in (2, 3):
         hint = f": {fix}" if child.returncode == 2 else ""
@@ -127,10 +127,6 @@ def _run_check(block: str, program: str, request: dict[str, Any], fix: str) -> N
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it cannot be used"])[-1]
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 # W&B's messages about a missing or malformed key do not contain the key. An unavailable service is not an error. W&B

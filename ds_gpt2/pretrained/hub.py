@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import sha256
 from ds_gpt2.config.model_names import HubName
 from ds_gpt2.data import hub_client
-from ds_gpt2.data.hub_client import endpoint, first_line
-from ds_gpt2.data.shards import sha256
+from ds_gpt2.data.hub_client import endpoint
 from ds_gpt2.pretrained import gpt2_config, tensors
 from ds_gpt2.pretrained.tokenizer_files import VOCABULARY_FILES, check_tokenizer
 
@@ -171,6 +171,6 @@ def _user_error(name: HubName, file: str, error: Exception) -> UserError:
         cache = hub_client.huggingface_hub().constants.HF_HUB_CACHE
         return UserError(f"{file} of {where} cannot be stored in {cache}: {problem}; set HF_HOME to move the cache")
     return UserError(
-        f"cannot download {file} of {name.repository} from {endpoint()} ({first_line(error)}), and it is not in the"
+        f"cannot download {file} of {name.repository} from {endpoint()} ({reason_of(error)}), and it is not in the"
         " cache: check the network, or give a local directory"
     )

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.errors import UserError, one_line_reason, reason_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -165,4 +165,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{file} cannot be read: {one_line_reason(error, 300)}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.data import tokenizer
 
 _LARGEST_BYTES = 50_000_000  # of one file; those of GPT-2 have at most 4 MB
@@ -98,7 +98,7 @@ def _json(file: Path) -> Any:
             )
         return safe_json.read(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{file} cannot be read: {one_line_reason(error, 200)}") from None
 
 
 def write_tokenizer(directory: Path, sequence_length: int) -> None:

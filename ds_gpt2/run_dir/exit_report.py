@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.files import append_lines
+from ds_gpt2.common.formatting import truncated
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ExitReports:
         lines = self._read.splitlines()
         with contextlib.suppress(OSError):
             lines += self._file.read_bytes().splitlines()
-        return [report for line in lines if (report := _parsed(line)) is not None]
+        return [report for line in lines if (report := safe_json.parse_object(line)) is not None]
 
 
 def report_outcome(outcome: Outcome) -> None:
@@ -86,8 +87,7 @@ def report_outcome(outcome: Outcome) -> None:
 def report_failure(rank: int, error: BaseException) -> None:
     """Report the error that has ended ``rank``."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    text = f"{kind}{' '.join(str(error).split())}"
-    _report({"rank": rank, "failure": text[:_MAX_FAILURE]})
+    _report({"rank": rank, "failure": truncated(f"{kind}{one_line_reason(error)}", _MAX_FAILURE)})
 
 
 def _as_values(outcome: Outcome) -> dict[str, Any]:
@@ -130,11 +130,3 @@ def _write_to_pipe(line: bytes) -> bool:
         os.close(pipe)
         return written == len(line)
     return False
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        report = safe_json.parse(line)
-        return report if isinstance(report, dict) else None
-    except ValueError:
-        return None

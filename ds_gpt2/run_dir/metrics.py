@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import append_lines, open_for_writing, regular_only, replace_file, write_all
@@ -232,12 +232,9 @@ def _append_to_any(directories: Sequence[Path], name: str, content: bytes) -> No
 
 def parse_record(line: str | bytes) -> Record | None:
     """Return the record in a line; None if the line is damaged or has no step. An invalid ``time`` is removed."""
-    try:
-        record = safe_json.parse(line)
-        if not isinstance(record["step"], int):
-            return None
-        if "time" in record and not safe_json.is_time(record["time"]):
-            del record["time"]
-        return cast(Record, record)
-    except (ValueError, KeyError, TypeError):
+    record = safe_json.parse_object(line)
+    if record is None or not isinstance(record.get("step"), int):
         return None
+    if "time" in record and not safe_json.is_time(record["time"]):
+        del record["time"]
+    return record

@@ -37,7 +37,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
         lines = read_small(run_dir / STARTS).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    return [start for line in lines if (start := _parsed(line)) is not None]
+    return [start for line in lines if (start := safe_json.parse_object(line)) is not None]
 
 
 def last_start(run_dir: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def last_start(run_dir: Path) -> dict[str, Any]:
     try:
         with open(run_dir / STARTS, "rb", opener=regular_only) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            return _parsed(file.read().splitlines()[-1]) or {}
+            return safe_json.parse_object(file.read().splitlines()[-1]) or {}
     except (OSError, IndexError):
         return {}
 
@@ -54,7 +54,7 @@ def first_start(run_dir: Path) -> float | None:
     """Return the time of the first start in seconds since 1970; None if it is not recorded."""
     try:
         with open(run_dir / STARTS, "rb", opener=regular_only) as file:
-            return time_of(_parsed(file.readline()) or {})
+            return time_of(safe_json.parse_object(file.readline()) or {})
     except OSError:
         return None
 
@@ -79,12 +79,3 @@ def planned_steps(starts: Sequence[dict[str, Any]]) -> int | None:
     """Return the planned number of steps of the newest start; None if an earlier version did not record it."""
     steps = starts[-1].get("steps") if starts else None
     return steps if isinstance(steps, int) else None
-
-
-def _parsed(line: str | bytes) -> dict[str, Any] | None:
-    """Return the record in a line; None if the line is damaged."""
-    try:
-        start = safe_json.parse(line)
-    except ValueError:
-        return None
-    return start if isinstance(start, dict) else None

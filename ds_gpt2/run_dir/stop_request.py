@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 from ds_gpt2.common.files import is_real_directory
@@ -71,13 +72,7 @@ class StopRequest:
     def clear(self) -> None:
         """Delete the file ``STOP``: the request is fulfilled, or was made before this start."""
         if self._run_dir is not None:
-            file = self._run_dir.path / STOP_FILE
-            try:
-                file.rmdir() if is_real_directory(file) else file.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning(
-                    f"{file} cannot be removed ({error.strerror}): the next start stops again unless it is deleted"
-                )
+            take_stop_file(self._run_dir.path)
 
     def _check_supervisor_lost(self) -> bool:
         """Return whether the supervisor has died.
@@ -89,6 +84,18 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._is_signalled = True
+
+
+def take_stop_file(run_dir: Path) -> bool:
+    """Delete the file, or the empty directory, ``STOP``; return whether there was one. A failure is logged."""
+    file = run_dir / STOP_FILE
+    if not os.path.lexists(file):
+        return False
+    try:
+        file.rmdir() if is_real_directory(file) else file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning(f"{file} cannot be removed ({error.strerror}): the next start stops again unless it is deleted")
+    return True
 
 
 def supervisor_environment() -> dict[str, str]:

@@ -8,19 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import psutil
 from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
-from ds_gpt2.common.process_start import is_running
+from ds_gpt2.common.process_start import is_running, was_running_by_clock
 from ds_gpt2.run_dir.journal import Time
 
 RECORD = "supervisor.json"
 SUPERVISOR_DIR = "supervisor"  # in the run's directory; contains the supervisor's lock
 
 _Pid = Annotated[int, Field(gt=0, lt=2**31)]
-_START_TOLERANCE_SECONDS = 2.0  # of ``started``, for records of earlier versions without ``start``
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class SupervisorRecord:
 
     def is_running(self) -> bool:
         """Return whether its process is running on this machine."""
-        return is_running(self.pid, self.start) if self.start else _is_running_by_clock(self.pid, self.started)
+        return is_running(self.pid, self.start) if self.start else was_running_by_clock(self.pid, self.started)
 
 
 _SUPERVISED = TypeAdapter(SupervisorRecord)
@@ -67,12 +65,3 @@ def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
         return _SUPERVISED.validate_python(values)
     except (OSError, ValueError):
         return None
-
-
-def _is_running_by_clock(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        is_same = abs(process.create_time() - started) < _START_TOLERANCE_SECONDS
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -9,16 +9,15 @@ from collections.abc import Callable
 
 from ds_gpt2.checkpoint.space import bytes_for_next_save, newest_full_bytes
 from ds_gpt2.common.files import write_problem
-from ds_gpt2.common.formatting import duration, size
+from ds_gpt2.common.formatting import DAY, HOUR, duration, size
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import Settings
 
 _SPACE_INTERVAL_SECONDS = 600.0
 _WRITE_INTERVAL_SECONDS = 20.0
 _NOT_WRITABLE_SECONDS = 120.0  # a shorter outage of a server is not reported
-_DAY = 86_400.0
 _SAMPLES = 288  # two days
-_SHORTEST_TREND_SECONDS = 4 * 3600.0  # within less time, saves and deletions of checkpoints hide the trend
+_SHORTEST_TREND_SECONDS = 4 * HOUR  # within less time, saves and deletions of checkpoints hide the trend
 
 
 class DiskWatch:
@@ -50,9 +49,10 @@ class DiskWatch:
         self._next = now + _SPACE_INTERVAL_SECONDS
         try:
             self._samples.append((now, self._free_bytes()))
+            warning = self._warning()
         except OSError:
             return None
-        was_short, warning = self._is_short, self._warning()
+        was_short = self._is_short
         self._is_short = warning is not None
         return None if was_short else warning
 
@@ -74,7 +74,7 @@ class DiskWatch:
         (start, before), (now, free) = self._samples[0], self._samples[-1]
         if now - start < _SHORTEST_TREND_SECONDS or free >= before:
             return None
-        return spare / ((before - free) / (now - start)) / _DAY
+        return spare / ((before - free) / (now - start)) / DAY
 
 
 class WriteWatch:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from ds_gpt2.common.cgroup import groups
+
 
 def out_of_memory_kills() -> int:
     """Return the number of processes killed for lack of memory so far.
 
-    The count is that of this process's control group, or of the machine if the group has no counter; 0 if neither has.
+    The count is that of this process's control group, or of the nearest group above it, or of the machine, whichever
+    has a counter; 0 if none has.
     """
     for file in (*_memory_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")), Path("/proc/vmstat")):
         if (kills := _kills_in(file)) is not None:
@@ -28,18 +31,11 @@ def _kills_in(file: Path) -> int | None:
 
 
 def _memory_groups(mounted: Path, own: Path) -> list[Path]:
-    """Return the files in which control groups of both versions count kills.
+    """Return the files in which control groups of both versions count kills, those of this process's group first.
 
-    See cgroups(7) and the kernel's documentation. A process in a cgroup namespace of its own finds its group at the
-    mounted root; any other process finds it below the root.
+    See cgroups(7) and the kernel's documentation.
     """
-    found = []
     with contextlib.suppress(OSError, ValueError):
-        for line in own.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                found += [mounted / path.lstrip("/") / "memory.events", mounted / "memory.events"]
-            elif "memory" in controllers.split(","):
-                found += [mounted / "memory" / path.lstrip("/") / "memory.oom_control"]
-                found += [mounted / "memory" / "memory.oom_control"]
-    return found
+        found = groups(mounted, own.read_text(encoding="utf-8"))
+        return [group / name for group in found for name in ("memory.events", "memory.oom_control")]
+    return []

@@ -6,14 +6,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 from ds_gpt2.common.files import append_lines
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.common.process_start import start_of
 from ds_gpt2.common.terminal import one_line
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
 from ds_gpt2.supervision.alerts.alerts import Alerts
@@ -40,7 +39,7 @@ class Reporter:
             print(f"supervisor: {text}", flush=True)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {one_line(text)}\n"
         with contextlib.suppress(OSError):
-            append_lines(self._run_dir.path / "train.log", line.encode(errors="backslashreplace"))
+            append_lines(self._run_dir.path / LOG, line.encode(errors="backslashreplace"))
         self.add_event(kind, text, step, **facts)
 
     def add_event(self, kind: Kind, text: str, step: int | None = None, **facts: object) -> None:
@@ -52,9 +51,12 @@ class Reporter:
         """Return the size of the journal in bytes."""
         return self._journal.size()
 
-    def events_since(self, size: int) -> Iterator[Event]:
-        """Return the events that were added since the journal had ``size`` bytes."""
-        return read_journal(self._run_dir.path, size)
+    def events_since(self, size: int) -> list[Event]:
+        """Return the events that were added since the journal had ``size`` bytes; none if it cannot be read."""
+        try:
+            return list(read_journal(self._run_dir.path, size))
+        except OSError:
+            return []
 
     def catch_up(self) -> None:
         """Send alerts of new events, and write events whose earlier write to the journal failed."""

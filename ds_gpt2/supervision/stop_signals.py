@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from ds_gpt2.run_dir.stop_request import SIGNALS
+
 
 class StopSignals:
     """A context in which Ctrl+C, SIGTERM, SIGUSR1 and a closing terminal only set a flag."""
@@ -14,7 +16,7 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # Slurm sends USR1 before its time limit
+        signals = list(SIGNALS)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, so that the run outlives the terminal
             signals.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._request) for number in signals}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
 from ds_gpt2.supervision.restart_policy import Restart
@@ -46,13 +46,16 @@ def wait_for_checkpoints(context: Context, resume: str | None) -> bool:
 
 
 def _missing_checkpoints(context: Context, resume: str | None) -> str | None:
-    """Return why there is no checkpoint of a run that was saved; None if there is one, or none is needed."""
+    """Return why the checkpoints of a run that was saved are not available; None if they are, or none are needed."""
     try:
         choose_source(context.settings, resume)
     except CheckpointsGoneError as error:
         return f"{error}; waiting for the checkpoints"
     except UserError:  # the ranks report it
         return None
+    except OSError as error:  # such as a stale file handle of a network file system
+        directory = context.settings.checkpoint_dir
+        return f"{directory} cannot be read ({reason_of(error)}); waiting for the checkpoints"
     return None
 
 

@@ -27,7 +27,7 @@ from ds_gpt2.config.batch_plan import BatchPlan, steps_of
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import public_tree, write_first_settings
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.verify_on_ranks import check_shards
@@ -170,7 +170,7 @@ def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
     collectives.call_on_all_ranks(lambda: _check_directories(settings))
     heartbeat, journal = Heartbeat(settings.run_dir, collectives.rank()), Journal(settings.run_dir)
     enable_stack_dumps(settings.run_dir, collectives.rank())
-    console.open_log(settings.run_dir / "train.log")
+    console.open_log(settings.run_dir / LOG)
     restore_directory = functools.partial(_restore_checkpoint_dir, settings, journal, cleanup)
     checkpoints = CheckpointDirectory(Disk(), settings.checkpoint_dir, settings.checkpoint, restore_directory)
     lock = collectives.call_on_all_ranks(lambda: _lock_checkpoints(settings, checkpoints))

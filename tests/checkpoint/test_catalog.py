@@ -14,6 +14,7 @@ from ds_gpt2.checkpoint import catalog, manifest
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, problem_of, scan
 from ds_gpt2.checkpoint.manifest import encode
 from ds_gpt2.checkpoint.naming import epoch_tag, rolling_tag, superseded_tag
+from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError
 
 FLIPS = 10_000
@@ -112,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_named(checkpoint: Path, monkeypatch: pyte
             raise OSError(5, "Input/output error")
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(manifest, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     assert problem_in(checkpoint) == "b.pt cannot be read: Input/output error"
 
 
@@ -313,7 +314,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         found.append(path)
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(manifest, "open", recording, raising=False)
+    for module in (manifest, files):
+        monkeypatch.setattr(module, "open", recording, raising=False)
     return found
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.catalog import open_generation, problem_of
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
+from ds_gpt2.common import files
 from ds_gpt2.common.safe_json import LARGEST
 
 SHA = hashlib.sha256(b"weights").hexdigest()
@@ -222,7 +223,8 @@ def _record(monkeypatch: pytest.MonkeyPatch, touched: list[Path]) -> None:
         touched.append(path)
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(manifest, "open", recorded_open, raising=False)
+    for module in (manifest, files):
+        monkeypatch.setattr(module, "open", recorded_open, raising=False)
     monkeypatch.setattr(Path, "stat", recording(Path.stat))
 
 

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ds_gpt2.commands import notes
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.monitoring.note_events import show_in_tensorboard
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.notes import Note, read_notes, show_in_tensorboard
+from ds_gpt2.run_dir.notes import Note, read_notes
 
 CONFIG = """
 run: {name: test, dir: RUNS}
@@ -106,7 +107,7 @@ def test_a_writer_holds_a_lock(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -
         checked.append(len(notes))
 
     checked: list[int] = []
-    monkeypatch.setattr("ds_gpt2.run_dir.notes.show_in_tensorboard", check)
+    monkeypatch.setattr("ds_gpt2.monitoring.note_events.show_in_tensorboard", check)
     run(run_dir, "x")
     assert checked == [1]
 
@@ -201,7 +202,7 @@ def test_a_notes_file_that_cannot_be_written_is_a_one_line_error(run_dir: Path) 
 
 
 def test_the_command_does_not_import_torch() -> None:
-    code = "import sys, ds_gpt2.commands.notes; from ds_gpt2.run_dir.notes import _events; _events([])"
+    code = "import sys, ds_gpt2.commands.notes; from ds_gpt2.monitoring.note_events import _events; _events([])"
     code += "; print({'torch', 'deepspeed', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

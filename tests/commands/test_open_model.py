@@ -13,7 +13,7 @@ from exported_model import TAG, Exported, refused
 from ds_gpt2.checkpoint import weights
 from ds_gpt2.checkpoint.manifest import FileEntry, encode
 from ds_gpt2.checkpoint.manifest import read as read_manifest
-from ds_gpt2.data.shards import sha256
+from ds_gpt2.common.files import sha256
 from ds_gpt2.tools.models.open import open_model
 
 

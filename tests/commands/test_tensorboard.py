@@ -29,8 +29,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from ds_gpt2.commands import tensorboard
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import event_directory
+from ds_gpt2.monitoring.note_events import show_in_tensorboard
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.notes import Note, show_in_tensorboard
+from ds_gpt2.run_dir.notes import Note
 from ds_gpt2.tools.tensorboard import server
 from ds_gpt2.tools.tensorboard.server import link_runs, ssh_command, tmux_command
 

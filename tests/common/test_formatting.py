@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_gpt2.common.formatting import counted, done_share, duration, size, tokens, uncapitalized
+from ds_gpt2.common.formatting import counted, done_share, duration, size, tokens, truncated, uncapitalized
 from ds_gpt2.config.batch_plan import BatchPlan
 
 
@@ -46,3 +46,8 @@ def test_a_share_is_rounded_down() -> None:
 )
 def test_names_and_acronyms_are_not_uncapitalized(text: str, words: str) -> None:
     assert uncapitalized(text) == words
+
+
+def test_long_text_is_truncated_to_a_total_length() -> None:
+    assert truncated("0123456789", 10) == "0123456789"
+    assert truncated("0123456789", 9) == "012345..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -121,3 +123,16 @@ def test_a_deleted_and_recreated_directory_does_not_count_as_replaced(run_dir: P
     run_dir.rmdir()
     run_dir.mkdir()
     assert not opened.is_replaced("marker")
+
+
+def test_an_unavailable_directory_is_neither_deleted_nor_replaced(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = OpenDirectory(run_dir)
+    run_dir.rmdir()
+
+    def stale(path: Path, **options: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert not directory.is_deleted and not directory.is_replaced()

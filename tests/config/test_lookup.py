@@ -59,3 +59,12 @@ def test_an_unknown_settings_file_lists_the_shipped_ones(project: Path) -> None:
         find_config(str(project / "runs"))
     with pytest.raises(UserError, match=r"config not found: 99; give the path"):
         find_config("99")
+
+
+def test_a_link_to_a_run_is_resolved_also_by_default(project: Path) -> None:
+    link, target = project / "runs" / "newer", project / "elsewhere" / "newer"
+    target.parent.mkdir()
+    link.rename(target)
+    (target / "config.yaml").write_text("run: {name: newer}\n")
+    link.symlink_to(target)
+    assert find_run(None) == find_run("newer") == target

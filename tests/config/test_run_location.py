@@ -14,13 +14,14 @@ import pytest
 import yaml
 from project_dir import use_as_project
 
+from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import load_run_settings, stored_settings
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings, settings_of
 from ds_gpt2.tools.report import diff
-from ds_gpt2.training import preflight, run_start
+from ds_gpt2.training import run_start
 
 Start = Callable[..., Settings]
 
@@ -78,7 +79,7 @@ def test_settings_of_an_unmoved_run_are_unchanged(project: Path, monkeypatch: py
     use(project, monkeypatch)
     settings = start(project, old=old, monitor=str(project / "boards"))
     assert load_run_settings(settings.run_dir) == settings
-    preflight.check_outputs(settings)
+    check_outputs(settings)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
@@ -97,7 +98,7 @@ def test_all_paths_of_a_copied_or_moved_project_are_inside_it(
     settings = load_run_settings(other / "runs" / "a")
     for path in (*settings.output_dirs, settings.data.dir, settings.deepspeed):
         assert path.is_relative_to(other), path
-    preflight.check_outputs(settings)
+    check_outputs(settings)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
@@ -115,7 +116,7 @@ def test_a_run_outside_of_the_project_moves_with_its_siblings(
     assert settings.checkpoint_dir == tmp_path / "new" / "checkpoints" / "a"
     assert settings.data.dir == there / "ds"  # it was not copied: it is read where it is
     assert settings.deepspeed == project / "ds_configs" / "zero2_bf16.json"
-    preflight.check_outputs(settings)
+    check_outputs(settings)
     shutil.move(there, tmp_path / "moved")
     settings = load_run_settings(tmp_path / "moved" / "runs" / "a")
     assert settings.data.dir == tmp_path / "moved" / "ds"
@@ -131,9 +132,9 @@ def test_a_run_that_moved_without_its_checkpoints_does_not_start_a_new_run(
     settings = load_run_settings(tmp_path / "home" / "runs" / "a")
     message = f"no checkpoints in {tmp_path}/home/checkpoints/a, but it has some in {there}/checkpoints/a"
     with pytest.raises(UserError, match=rf"{message}: move .*, or set checkpoint.dir={there}/checkpoints$"):
-        preflight.check_outputs(settings)
+        check_outputs(settings)
     there_again = load_run_settings(settings.run_dir, {"checkpoint.dir": str(there / "checkpoints")})
-    preflight.check_outputs(there_again)
+    check_outputs(there_again)
 
 
 def test_a_checkpoint_of_an_unreadable_run_is_usable(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +185,9 @@ def test_a_renamed_run_has_the_name_of_its_directory(project: Path, monkeypatch:
     renamed = load_run_settings(project / "runs" / "b")
     assert renamed.run.name == "b"
     with pytest.raises(UserError, match=rf"no checkpoints in {project}/checkpoints/b, but it has some in .*/a: move"):
-        preflight.check_outputs(renamed)
+        check_outputs(renamed)
     os.rename(project / "checkpoints" / "a", project / "checkpoints" / "b")
-    preflight.check_outputs(renamed)
+    check_outputs(renamed)
     assert run_location.run_of(project / "checkpoints" / "b") == project / "runs" / "b"
 
 
@@ -197,7 +198,7 @@ def test_a_copy_of_a_run_within_a_project_needs_its_own_checkpoints(
     start(project)
     shutil.copytree(project / "runs" / "a", project / "runs" / "b")
     with pytest.raises(UserError, match=rf"has some in .*/a: copy that directory to {project}/checkpoints/b$"):
-        preflight.check_outputs(load_run_settings(project / "runs" / "b"))
+        check_outputs(load_run_settings(project / "runs" / "b"))
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
@@ -210,10 +211,10 @@ def test_a_copy_that_shares_an_output_directory_is_refused(
     shutil.copytree(project, tmp_path / "copies" / "copy")
     use(tmp_path / "copies" / "copy", monkeypatch)
     with pytest.raises(UserError, match=rf"{tmp_path}/shared/a belongs to the run in {project}/runs/a") as refused:
-        preflight.check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
+        check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
     assert "\n" not in str(refused.value)
     shutil.rmtree(project)  # now it is a moved run
-    preflight.check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
+    check_outputs(load_run_settings(tmp_path / "copies" / "copy" / "runs" / "a"))
 
 
 def test_two_runs_with_one_name_cannot_share_checkpoints(
@@ -223,7 +224,7 @@ def test_two_runs_with_one_name_cannot_share_checkpoints(
     first = start(project, checkpoints=str(tmp_path / "ck"))
     other = first.model_copy(update={"run": first.run.model_copy(update={"dir": tmp_path / "elsewhere"})})
     with pytest.raises(UserError, match=f"{tmp_path}/ck/a belongs to the run in {project}/runs/a"):
-        preflight.check_outputs(other)
+        check_outputs(other)
 
 
 def test_the_checkpoint_directory_of_the_previous_start_is_named(
@@ -233,7 +234,7 @@ def test_the_checkpoint_directory_of_the_previous_start_is_named(
     start(project, checkpoints=str(tmp_path / "ck"))
     here = load_run_settings(project / "runs" / "a", {"checkpoint.dir": str(tmp_path / "new")})
     with pytest.raises(UserError, match=rf"has some in {tmp_path}/ck/a: .*set checkpoint.dir={tmp_path}/ck$"):
-        preflight.check_outputs(here)
+        check_outputs(here)
 
 
 def test_a_symbolic_link_to_a_run_works(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +254,7 @@ def test_damaged_records_of_the_location_are_ignored(project: Path, monkeypatch:
         (settings.run_dir / "starts.jsonl").write_bytes(content)
         (settings.checkpoint_dir / "run.json").write_bytes(content)
         assert load_run_settings(settings.run_dir) == settings
-        preflight.check_outputs(settings)
+        check_outputs(settings)
 
 
 def test_a_dollar_sign_in_the_path_of_a_run_is_not_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import sha256
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, Windows, as_first_read, open_dataset
-from ds_gpt2.data.shards import header_of, sha256
+from ds_gpt2.data.shards import header_of
 from ds_gpt2.data.split_names import split_of
 from ds_gpt2.data.verify_on_ranks import check_shards
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import sha256
 from ds_gpt2.data.prepare.shard_writer import SplitWriter, Written
-from ds_gpt2.data.shards import HEADER_BYTES, count_tokens, header_of, open_shard, sha256, start_of
+from ds_gpt2.data.shards import HEADER_BYTES, count_tokens, header_of, open_shard, start_of
 
 
 @pytest.fixture

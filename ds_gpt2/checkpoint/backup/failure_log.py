@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.formatting import DAY, duration
 from ds_gpt2.run_dir.journal import Event, Journal
 
-_REMIND_SECONDS = 86_400.0  # a continuing failure is recorded once a day
+_REMIND_SECONDS = DAY  # a continuing failure is recorded once a day
 
 
 class BackupReporter:

@@ -75,11 +75,6 @@ class BackupQueue:
     def _private(self) -> Path:
         return self._directory / COPYING
 
-    def due(self, tag: str, roles: Sequence[str], step: int) -> list[str]:
-        """See ``BackupSchedule.due``."""
-        with self._lock:
-            return self._schedule.due(tag, roles, step)
-
     def offer(self, tag: str, roles: Sequence[str], step: int) -> None:
         """Queue the backups that are due after ``tag`` has been committed and saved as ``roles``. Does not block."""
         if self._stop.is_set():

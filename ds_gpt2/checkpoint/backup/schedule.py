@@ -9,6 +9,7 @@ from typing import Literal
 from ds_gpt2.checkpoint.backup.backup import Copy
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import BEST_TAG, Role, role_of
+from ds_gpt2.common.formatting import HOUR
 from ds_gpt2.config.settings import BackupSettings
 
 # The names in ``checkpoint.backup.roles``, by the role of the checkpoint. Checkpoints of other roles are not backed up.
@@ -102,7 +103,7 @@ class BackupSchedule:
     def _best_is_due(self, is_new: bool) -> bool:
         if not self._is_selected(BEST_TAG) or not (is_new or self._best_is_pending):
             return False
-        return self._best_time is None or self._now() - self._best_time >= self._settings.best_every_hours * 3600
+        return self._best_time is None or self._now() - self._best_time >= self._settings.best_every_hours * HOUR
 
     def _is_far_enough(self, step: int) -> bool:
         newest = self._newest_step

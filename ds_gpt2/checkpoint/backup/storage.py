@@ -19,6 +19,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, role_of
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import nearest_existing
 from ds_gpt2.config.settings import flat
 
 BLOCK = 1 << 22  # bytes read at a time
@@ -70,8 +71,8 @@ def local_directory(url: str) -> Path | None:
 
 def file_instead_of(directory: Path) -> Path | None:
     """Return the path at or above ``directory`` that exists and is not a directory; None if there is none."""
-    existing = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), None)
-    return existing if existing is not None and not existing.is_dir() else None
+    existing = nearest_existing(directory)
+    return None if existing.is_dir() else existing
 
 
 def open_storage(url: str, run_name: str, disk: Disk) -> Storage:

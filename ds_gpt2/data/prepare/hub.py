@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import sha256
 from ds_gpt2.data import hub_client
-from ds_gpt2.data.hub_client import endpoint, first_line
+from ds_gpt2.data.hub_client import endpoint
 from ds_gpt2.data.prepare.documents import COLUMN
 from ds_gpt2.data.prepare.formats import PARQUET
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.parquet import parquet_documents
 from ds_gpt2.data.prepare.sources import Source
-from ds_gpt2.data.shards import sha256
 
 log = logging.getLogger(__name__)
 
@@ -211,4 +211,4 @@ def _requested(request: Callable[[], Result], what: str, attempts: int) -> Resul
                 f"{what} cannot be stored: {problem}; free some space or check the permissions, then run the same"
                 " command again to continue"
             ) from None
-        raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from None
+        raise UserError(f"{what} cannot be downloaded: {reason_of(error)}") from None

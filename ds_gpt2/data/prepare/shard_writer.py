@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_gpt2.common.files import open_for_writing
+from ds_gpt2.common.files import open_for_writing, sha256
 from ds_gpt2.data.dataset import Shard, Split
-from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header_of, sha256
+from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header_of
 
 _UNFINISHED = ".unfinished"
 

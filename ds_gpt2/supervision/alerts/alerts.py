@@ -43,16 +43,10 @@ class Alerts:
         self._limit = HourlyLimit(run_dir / COUNT, settings.per_hour)
         self._queue = DeliveryQueue(self._channels, run_dir)
         self._sent_directly: set[tuple[float, str]] = set()  # (time, kind) of events not read from the journal
-        self._channel_problem = ""
+        self._addresses: list[channels.Address] = []  # as last read
+        self._address_problem = ""
+        self._channels()
         self._last_warning = ""
-
-    def check(self) -> None:
-        """Check the channels without sending a message.
-
-        Raises:
-            UserError: the file of addresses cannot be used, or apprise is not installed or cannot use one of them.
-        """
-        channels.check(self._settings)
 
     def send_news(self) -> None:
         """Queue one message about the journal's events since the last call; does not wait."""
@@ -133,15 +127,16 @@ class Alerts:
         return Message(self._run_dir.name, kind, title, text, time.time())
 
     def _channels(self) -> list[Channel]:
-        """Return the channels that can be used now; log a problem with the file of addresses once."""
+        """Return the channels; while the file of addresses cannot be used, which is logged once, as it was before."""
+        problem = ""
         try:
-            found, problem = channels.channels_of(self._settings), ""
+            self._addresses = channels.addresses(self._settings)
         except UserError as error:
-            found, problem = [], str(error)
-        if problem and problem != self._channel_problem:
+            problem = str(error)
+        if problem and problem != self._address_problem:
             log.warning(f"alerts: {problem}")
-        self._channel_problem = problem
-        return found
+        self._address_problem = problem
+        return [*channels.commands(self._settings), *self._addresses]
 
     def _news(self) -> list[Event]:
         """Return the events since the last call; an incomplete last line is left for the next call."""

@@ -96,8 +96,12 @@ def channels_of(settings: AlertSettings) -> list[Channel]:
     Raises:
         UserError: the file of addresses cannot be used.
     """
-    command = [Command(settings.command)] if settings.command else []
-    return [*command, *addresses(settings)]
+    return [*commands(settings), *addresses(settings)]
+
+
+def commands(settings: AlertSettings) -> list[Command]:
+    """Return the command that is configured, if there is one."""
+    return [Command(settings.command)] if settings.command else []
 
 
 def addresses(settings: AlertSettings) -> list[Address]:

@@ -13,14 +13,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_gpt2.common.formatting import counted, duration
+from ds_gpt2.common.formatting import HOUR, counted, duration
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS, Channel, deliver
 from ds_gpt2.supervision.alerts.message import Message, combine
 
 FIRST_RETRY_SECONDS = 10.0  # doubled before each further attempt
 LONGEST_RETRY_SECONDS = 900.0
-KEPT_SECONDS = 6 * 3600.0  # older messages are dropped
+KEPT_SECONDS: float = 6 * HOUR  # older messages are dropped
 KEPT_MESSAGES = 20  # per channel; the oldest are dropped first
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_gpt2.common.formatting import clock, counted
-from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.common.formatting import clock, counted, truncated
+from ds_gpt2.config.settings import LOG, PROJECT_DIR, RUNS
 from ds_gpt2.run_dir.journal import INCIDENTS, Event
 
 FINAL_KINDS = frozenset({"gave_up", "mistake", "done", "stop"})  # the run does not continue after one of these
@@ -52,9 +52,10 @@ def from_events(run_dir: Path, events: Sequence[Event]) -> Message:
     if len(events) > _MAX_EVENTS:
         parts.append(count_more([event.kind for event in newest_first[_MAX_EVENTS:]], events[0].time))
     if leading.kind in _NEXT_STEPS:
-        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / "train.log"))
+        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / LOG))
     title = f"{run_dir.name}: {_kinds_text([event.kind for event in newest_first])}"
-    return Message(run_dir.name, leading.kind, title, _shortened("\n\n".join(parts)), leading.time, leading.step)
+    text = truncated("\n\n".join(parts), _MAX_CHARACTERS)
+    return Message(run_dir.name, leading.kind, title, text, leading.time, leading.step)
 
 
 def combine(messages: Sequence[Message]) -> Message:
@@ -63,16 +64,16 @@ def combine(messages: Sequence[Message]) -> Message:
     if not earlier:
         return newest
     paragraphs = [f"{clock(message.time)}  {message.title}\n{message.text}" for message in reversed(earlier)]
-    text = "\n\n".join([newest.text, "Not delivered before:", *paragraphs])
+    text = truncated("\n\n".join([newest.text, "Not delivered before:", *paragraphs]), _MAX_CHARACTERS)
     kind = max((message.kind for message in reversed(messages)), key=_importance)
-    return replace(newest, kind=kind, title=f"{newest.title} and {len(earlier)} more", text=_shortened(text))
+    return replace(newest, kind=kind, title=f"{newest.title} and {len(earlier)} more", text=text)
 
 
 def with_note(message: Message, note: str) -> Message:
     """Return ``message`` with ``note`` as its last paragraph; unchanged if ``note`` is empty."""
     if not note:
         return message
-    return replace(message, text=f"{_shortened(message.text, _MAX_CHARACTERS - len(note) - 2)}\n\n{note}")
+    return replace(message, text=f"{truncated(message.text, _MAX_CHARACTERS - len(note) - 2)}\n\n{note}")
 
 
 def count_more(kinds: Iterable[str], since: float) -> str:
@@ -84,10 +85,6 @@ def count_more(kinds: Iterable[str], since: float) -> str:
 
 def _label(kind: str) -> str:
     return {"launch": "started", "stop": "stopped"}.get(kind, kind.replace("_", " "))
-
-
-def _shortened(text: str, longest: int = _MAX_CHARACTERS) -> str:
-    return text if len(text) <= longest else text[: longest - 2] + " …"
 
 
 def _importance(kind: str) -> int:
@@ -107,4 +104,4 @@ def _kinds_text(kinds: Sequence[str]) -> str:
 
 def _run_argument(run_dir: Path) -> str:
     """Return the run as an argument of ``launch.sh``: its name if it is in the project's ``runs``, else its path."""
-    return run_dir.name if run_dir.parent == PROJECT_DIR / "runs" else str(run_dir)
+    return run_dir.name if run_dir.parent == PROJECT_DIR / RUNS else str(run_dir)

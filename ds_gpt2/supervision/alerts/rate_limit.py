@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import no_links, regular_only, write_all
+from ds_gpt2.common.formatting import HOUR
 from ds_gpt2.common.locks import wait_for_lock
 from ds_gpt2.supervision.alerts.message import FINAL_KINDS, count_more
 
-_HOUR = 3600.0
 _EXTRA_FOR_FINAL_KINDS = 4  # messages per hour over the limit
 
 
@@ -53,7 +53,7 @@ class HourlyLimit:
             None if the message must not be sent; else a summary of the events withheld before, empty if there are none.
         """
         with self._stored_count() as count:
-            count.sent = [time for time in count.sent if now - _HOUR < time <= now]
+            count.sent = [time for time in count.sent if now - HOUR < time <= now]
             limit = self._per_hour + (_EXTRA_FOR_FINAL_KINDS if FINAL_KINDS & set(kinds) else 0)
             if len(count.sent) >= limit:
                 count.held_since = count.held_since if count.held else now
@@ -66,7 +66,7 @@ class HourlyLimit:
 
     def can_send_withheld(self, now: float) -> bool:
         """Return whether events are withheld that may be sent now. Reads no file."""
-        recent = [time for time in self._count.sent if now - _HOUR < time <= now]
+        recent = [time for time in self._count.sent if now - HOUR < time <= now]
         return bool(self._count.held) and len(recent) < self._per_hour
 
     @contextlib.contextmanager

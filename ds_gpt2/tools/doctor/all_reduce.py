@@ -23,6 +23,7 @@ if not __package__:  # started by the path of this file
 
 import torch
 
+from ds_gpt2.common.errors import one_line_reason
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.run_dir import exit_codes, process_end
@@ -55,7 +56,7 @@ def main() -> int:
         seconds, right = measure(torch_device)
         close_process_group()
     except Exception as error:
-        _write(record, {"phase": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        _write(record, {"phase": "failed", "error": f"{type(error).__name__}: {one_line_reason(error)}"})
         return exit_codes.CRASHED
     _write(record, {"phase": "done", "seconds": seconds, "right": right})
     return exit_codes.DONE

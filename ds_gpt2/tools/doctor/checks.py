@@ -13,6 +13,7 @@ from typing import Any
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.common.cgroup import read_cgroup
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
@@ -38,7 +39,6 @@ from ds_gpt2.tools.doctor import (
 )
 from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
 from ds_gpt2.tools.resources import requirements
-from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
 from ds_gpt2.tools.resources.machine import existing
 

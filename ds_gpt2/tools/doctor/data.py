@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.files import sha256
 from ds_gpt2.common.formatting import size, tokens
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.config.batch_plan import steps_of
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
-from ds_gpt2.data.shards import sha256
 from ds_gpt2.tools.doctor.finding import Finding
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ds_gpt2.common.errors import one_line_reason
+
 Status = Literal["ok", "warn", "fail", "unknown"]
 
 
@@ -34,8 +36,7 @@ def run_check(check: Check) -> list[Finding]:
     try:
         found = check.run()
     except Exception as error:  # one check that fails must not prevent the others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return [Finding(check.name, "unknown", f"check not possible: {reason}")]
+        return [Finding(check.name, "unknown", f"check not possible: {one_line_reason(error)}")]
     return [found] if isinstance(found, Finding) else found
 
 

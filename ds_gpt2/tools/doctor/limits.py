@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_gpt2.common.formatting import clock, counted, duration, size
+from ds_gpt2.common.formatting import DAY, HOUR, clock, counted, duration, size
 from ds_gpt2.data.shard_reader import MAX_OPEN_FILES
 from ds_gpt2.tools.doctor.finding import Finding
 from ds_gpt2.tools.doctor.program_output import output_of
@@ -111,7 +111,7 @@ def parse_time_left(text: str) -> float | None:
     if found is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return float(days * 86_400 + hours * 3600 + minutes * 60 + seconds)
+    return float(days * DAY + hours * HOUR + minutes * 60 + seconds)
 
 
 def terminal(environment: Mapping[str, str], tools: list[str]) -> Finding:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 
+from ds_gpt2.common.cgroup import Cgroup
 from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.tools.doctor.finding import Finding
-from ds_gpt2.tools.resources.cgroup import Cgroup
 
 _SHM_RECOMMENDED = 1 << 30  # bytes: NVIDIA's recommendation for containers, `--shm-size=1g`
 _SHM_REQUIRED = 32 << 20  # bytes: NCCL cannot start with less where GPUs have no peer-to-peer access

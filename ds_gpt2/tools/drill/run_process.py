@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from ds_gpt2.checkpoint.catalog import newest_step
+from ds_gpt2.common.formatting import HOUR
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, read_beat
@@ -28,7 +29,7 @@ from ds_gpt2.tools.drill.small_disk import SmallDisks
 
 _MARK = "DS_GPT2_DRILL"  # environment variable of all processes that a drill starts
 _POLL_SECONDS = 0.02
-_LONGEST_RUN_SECONDS = 4 * 3600.0
+_LONGEST_RUN_SECONDS = 4 * HOUR
 
 
 class FailedError(Exception):

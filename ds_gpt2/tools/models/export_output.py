@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
 import shutil
@@ -15,9 +14,10 @@ import psutil
 from safetensors import SafetensorError
 
 from ds_gpt2.common import files
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.files import regular_only, remove_tree
 from ds_gpt2.common.formatting import size
+from ds_gpt2.common.process_start import is_running, start_of
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def atomic_output(out: Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError) as error:  # safetensors and torch.save raise them for an OSError
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line_reason(error, 200)
         raise UserError(f"{out} could not be written completely (is the disk full?): {reason}") from None
     finally:
         _clean_up(out, unfinished, replaced)
@@ -57,7 +57,10 @@ def atomic_output(out: Path, needed: int) -> Iterator[Path]:
 
 def temporary_paths(out: Path, pid: int) -> tuple[Path, Path]:
     """Return where process ``pid`` of this host writes an export, and where it moves the export that it replaces."""
-    owner = f"{socket.gethostname()}-{pid}"
+    return _paths_of(out, f"{socket.gethostname()}-{pid}-{start_of(pid)}")
+
+
+def _paths_of(out: Path, owner: str) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.unfinished-{owner}"), out.with_name(f".{out.name}.replaced-{owner}")
 
 
@@ -72,11 +75,20 @@ def sync(path: Path) -> None:
 
 def _clean_up_after_dead_processes(out: Path) -> None:
     """Remove temporary paths of processes of this host that no longer exist."""
-    pattern = f".{glob.escape(out.name)}.*-{glob.escape(socket.gethostname())}-*"
-    for leftover in list(out.parent.glob(pattern)):
-        pid = leftover.name.rpartition("-")[2]
-        if re.fullmatch(r"[0-9]{1,9}", pid) and not psutil.pid_exists(int(pid)):
-            _clean_up(out, *temporary_paths(out, int(pid)))
+    host = re.escape(socket.gethostname())
+    name = re.compile(
+        rf"\.{re.escape(out.name)}\.(?:unfinished|replaced)-"
+        rf"(?P<owner>{host}-(?P<pid>[0-9]{{1,9}})(?:-(?P<start>[^-]+\.[^-]*))?)"
+    )
+    for leftover in list(out.parent.iterdir()):
+        found = name.fullmatch(leftover.name)
+        if found is not None and not _exists(int(found["pid"]), found["start"]):
+            _clean_up(out, *_paths_of(out, found["owner"]))
+
+
+def _exists(pid: int, start: str | None) -> bool:
+    """Return whether a process exists; ``start`` is None in names that earlier versions wrote."""
+    return psutil.pid_exists(pid) if start is None else is_running(pid, start)
 
 
 def _clean_up(out: Path, unfinished: Path, replaced: Path) -> None:

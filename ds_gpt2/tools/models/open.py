@@ -12,7 +12,7 @@ import torch
 from ds_gpt2.checkpoint.catalog import open_generation
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.verify import examine, hashing, identity
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.formatting import size
 from ds_gpt2.config.model_names import hub_name, resolve
 from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape
@@ -122,7 +122,7 @@ def _open_checkpoint(path: Path) -> OpenedModel:
 
         weights = fp32_weights(path)
     except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path} cannot be read: {one_line_reason(error, 300)}") from None
     check_shapes(path, shape, PADDED_VOCABULARY, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     return OpenedModel(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
 

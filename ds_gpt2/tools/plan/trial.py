@@ -15,7 +15,7 @@ from typing import NoReturn
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import BatchPlan
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.monitoring.pace import EVALUATIONS
 from ds_gpt2.run_dir import exit_codes, stop_request
 from ds_gpt2.run_dir.heartbeat import read_beat
@@ -152,7 +152,7 @@ def _watch(ranks: Ranks, trial: Trial, schedule: TrialSchedule, run_dir: Path) -
             reported = text
         if not step:
             continue
-        log_sizes.setdefault(step, _size(run_dir / "train.log"))
+        log_sizes.setdefault(step, _size(run_dir / LOG))
         first_step_start = first_step_start or time.monotonic()
         passed = time.monotonic() - first_step_start
         if step == 1 and passed > trial.limits.seconds / _SLOW_FRACTION and can_be_shortened:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import DAY
 from ds_gpt2.common.process_start import is_running, start_of
 from ds_gpt2.tools.resources.machine import existing
 
 _PREFIX = ".plan-"
-_ABANDONED_SECONDS = 86_400.0  # age after which the directory of another machine counts as abandoned
+_ABANDONED_SECONDS = DAY  # age after which the directory of another machine counts as abandoned
 
 
 @contextlib.contextmanager

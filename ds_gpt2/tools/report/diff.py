@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ds_gpt2.config.run_location import without_secrets
+from ds_gpt2.config.run_location import without_alert_command
 from ds_gpt2.config.settings import Settings, flat
 from ds_gpt2.tools.report.curves import Curve
 from ds_gpt2.tools.report.run import Run
@@ -38,7 +38,7 @@ class Losses:
 
 def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
     """Return the values in both runs by dotted name; names and directories of the runs are ignored."""
-    first, second = (flat(without_secrets(settings.model_dump(mode="json"))) for settings in (a, b))
+    first, second = (flat(without_alert_command(settings.model_dump(mode="json"))) for settings in (a, b))
     names = [name for name in first | second if name not in _IGNORED]
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from ds_gpt2.checkpoint.catalog import Generation
-from ds_gpt2.common.formatting import MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
+from ds_gpt2.common.formatting import HOUR, MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
 from ds_gpt2.monitoring.pace import RECENT_LABEL, Range
 from ds_gpt2.run_dir.journal import ROUTINE, Event
 from ds_gpt2.tools.report.charts import Chart
@@ -332,7 +332,7 @@ def _left(summary: Summary) -> Table:
     rows = [
         ["steps", f"{summary.steps - summary.step:,}"],
         ["seconds per step, evaluation and saves included", _range(pace, 3)],
-        ["hours", _range(left.times(1 / 3600), 1)],
+        ["hours", _range(left.times(1 / HOUR), 1)],
     ]
     if summary.finish is not None:
         early, late = (summary.finish + seconds - left.mean for seconds in (left.low, left.high))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_gpt2.checkpoint import catalog
 from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import read_small
 from ds_gpt2.config.run_location import load_run_settings, public_tree
 from ds_gpt2.config.settings import Settings, to_yaml
@@ -72,8 +73,15 @@ def load_run(directory: Path) -> Run:
     """Read the run in ``directory``; missing files leave their part empty.
 
     Raises:
-        UserError: its settings cannot be read.
+        UserError: a file of the run cannot be read.
     """
+    try:
+        return _load_run(directory)
+    except OSError as error:
+        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+
+
+def _load_run(directory: Path) -> Run:
     settings = load_run_settings(directory)
     records = read_records(directory / METRICS)
     lines = read_starts(directory)

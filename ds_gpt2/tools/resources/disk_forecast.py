@@ -13,11 +13,10 @@ from pathlib import Path
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.space import bytes_for_next_save
 from ds_gpt2.common.disk_usage import bytes_below
+from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
 from ds_gpt2.tools.resources.checkpoint_space import max_kept
-
-_DAY = 86_400.0
 
 Growth = Callable[[int], float]  # bytes required until a step is completed, in addition to those on disk now
 
@@ -86,7 +85,7 @@ def _space_of(
     while insufficient - sufficient > 1:
         middle = (sufficient + insufficient) // 2
         sufficient, insufficient = (middle, insufficient) if needed(middle) <= free else (sufficient, middle)
-    days_left = (sufficient - progress.step) * progress.seconds_per_step / _DAY
+    days_left = (sufficient - progress.step) * progress.seconds_per_step / DAY
     return DiskSpace(names, free, at_end, days_left, problem)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_gpt2.common.formatting import DAY
 from ds_gpt2.run_dir.journal import INCIDENTS, JOURNAL, Event, LostTime, lost_times, read_journal
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of
 from ds_gpt2.tools.resources.run_state import TRAINING_OR_DONE, State
 
-DAY = 86_400.0
 _BYTES = 1 << 24  # newest part of the journal: months of saves, read within a tenth of a second
 
 _LAUNCH_EVENTS = frozenset({"launch", "start", "restart", "stop", "done", "mistake", "gave_up", "orphans"})

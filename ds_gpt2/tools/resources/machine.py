@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
+from ds_gpt2.common.cgroup import read_cgroup
 from ds_gpt2.supervision.launcher import RankLayout
-from ds_gpt2.tools.resources.cgroup import read_cgroup
 from ds_gpt2.tools.resources.gpus import open_gpus
 
 

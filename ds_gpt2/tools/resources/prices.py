@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_gpt2.common.formatting import HOUR
 from ds_gpt2.monitoring.pace import Range
 
 
@@ -36,7 +37,7 @@ def cost_of(seconds: Range, recorded_watts: float | None, prices: Prices) -> Cos
     watts = prices.watts if prices.watts is not None else recorded_watts
     if watts is None and prices.per_hour is None:
         return None
-    hours = seconds.times(1 / 3600)
+    hours = seconds.times(1 / HOUR)
     energy = None if watts is None else hours.times(watts / 1000)
     return Cost(
         watts=watts,

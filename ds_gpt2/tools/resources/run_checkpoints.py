@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation, scan
 from ds_gpt2.checkpoint.listing import freed_by, unfinished
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
+from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings, run_of
-from ds_gpt2.config.settings import PROJECT_DIR, CheckpointSettings
+from ds_gpt2.config.settings import CHECKPOINTS, PROJECT_DIR, RUNS, CheckpointSettings
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ def find_run_checkpoints(run: str | None) -> RunCheckpoints:
         directory = bare_directory(run)
         if directory is not None:
             return RunCheckpoints(directory, scan(directory), _settings_of_run_in(directory))
-        from ds_gpt2.training.preflight import check_outputs  # imports modules that a bare directory does not need
-
         settings = load_run_settings(find_run(run))
         check_outputs(settings)
         return RunCheckpoints(settings.checkpoint_dir, scan(settings.checkpoint_dir), settings.checkpoint)
@@ -101,9 +100,9 @@ def bare_directory(name: str | None) -> Path | None:
 
     A backup is such a directory, and so are the checkpoints of a run whose own directory was deleted.
     """
-    if name is None or (PROJECT_DIR / "runs" / name / CONFIG).is_file():
+    if name is None or (PROJECT_DIR / RUNS / name / CONFIG).is_file():
         return None
-    directories = (Path(name), PROJECT_DIR / "checkpoints" / name)
+    directories = (Path(name), PROJECT_DIR / CHECKPOINTS / name)
     return next((Path(os.path.abspath(path)) for path in directories if scan(path) or unfinished(path)), None)
 
 

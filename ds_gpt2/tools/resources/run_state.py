@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.common.locks import last_host
-from ds_gpt2.common.process_start import is_running
+from ds_gpt2.common.process_start import is_running, was_running_by_clock
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
@@ -251,14 +249,7 @@ def _with_file_time(run_dir: Path, rank: int, beat: Beat) -> Beat:
 
 def _process_exists(beat: Beat) -> bool:
     """Return whether the rank's process runs on this machine; a later process with the same PID does not count."""
-    try:
-        if beat.start:
-            return is_running(beat.pid, beat.start)
-        process = psutil.Process(beat.pid)  # written by an earlier version
-        started_before = process.create_time() <= beat.time + _SAME_TIME_SECONDS
-        return started_before and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return is_running(beat.pid, beat.start) if beat.start else was_running_by_clock(beat.pid, beat.time)
 
 
 def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:

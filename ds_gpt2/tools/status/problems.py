@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ds_gpt2.checkpoint.backup.failure_log import failing_since
 from ds_gpt2.checkpoint.catalog import Generation, wrong_size
-from ds_gpt2.common.formatting import clock, duration, size
+from ds_gpt2.common.formatting import DAY, clock, duration, size
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.journal import Event, Kind
 from ds_gpt2.run_dir.metrics import METRICS, Record
@@ -18,7 +18,6 @@ from ds_gpt2.tools.resources.losses import not_finite_warnings
 from ds_gpt2.tools.resources.run_state import ACTIVE, TRAINING_OR_DONE, RunState, State
 from ds_gpt2.tools.status.progress import Loss
 
-_DAY = 86_400.0
 _SAVES_LATE = 3  # intervals without a checkpoint
 _NOT_LOGGED_SECONDS, _NOT_LOGGED_STEPS = 300.0, 2  # records reach the file within seconds, or one step later
 
@@ -173,7 +172,7 @@ def _of_training(events: Sequence[Event], now: float) -> list[Problem]:
     persistent: dict[Kind, Event] = {}
     for event in events:
         for kind in _PERSISTENT:
-            if event.kind == kind and event.time >= now - _DAY:
+            if event.kind == kind and event.time >= now - DAY:
                 persistent[kind] = event
     return [
         Problem(kind, f"{event.text}; no later step has been saved")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_gpt2.common.formatting import clock, done_share, duration, size
+from ds_gpt2.common.formatting import clock, done_share, duration, size, truncated
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.monitoring.reference_curves import REFERENCE
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace
@@ -18,12 +18,12 @@ from ds_gpt2.tools.status.status import Status
 WIDTH = 46
 _LABEL = 12  # columns of a label
 
-_RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
+_RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
 
 
 def screen(status: Status, colored: bool = False) -> str:
     """Return the complete status, about twenty lines."""
-    lines = [_header(status, colored), *(_cut(line, WIDTH) for line in _lines(status))]
+    lines = [_header(status, colored), *(truncated(line, WIDTH) for line in _lines(status))]
     problems = [line for problem in status.problems for line in _problem(problem)]
     return "\n".join([*lines, *(_painted(line, _RED, colored) for line in problems)])
 
@@ -34,7 +34,7 @@ def line(status: Status, colored: bool = False) -> str:
     mark = _painted(" " if status.healthy else "!", _RED, colored and not status.healthy)
     done = done_share(progress.step, progress.steps, 0) if progress.steps else ""
     left = "" if progress.left_seconds is None or status.state == "finished" else duration(progress.left_seconds)
-    cells = f"{_cut(status.run, 12):<12} {status.state:<10} {done:>4} {_short(status.loss):>6} {left:>7}"
+    cells = f"{truncated(status.run, 12):<12} {status.state:<10} {done:>4} {_short(status.loss):>6} {left:>7}"
     return f"{mark} {cells}".rstrip()
 
 
@@ -47,7 +47,7 @@ def _short(loss: Loss) -> str:
 
 def _header(status: Status, colored: bool) -> str:
     now, state = clock(status.time), status.state
-    name = _cut(status.run, WIDTH - len(now) - len(state) - 4)
+    name = truncated(status.run, WIDTH - len(now) - len(state) - 4)
     text = f"{name}: {_painted(state, _GREEN if status.healthy else _RED, colored)}"
     return f"{text}{now:>{WIDTH - len(name) - len(state) - 2}}"
 
@@ -59,7 +59,7 @@ def _lines(status: Status) -> Iterator[str]:
     yield from _history(status.history, status.time)
     for disk in status.disks:
         where = Path(disk.directories[0]).parent.name  # runs, checkpoints
-        yield _labeled("disk" if len(status.disks) == 1 else _cut(where, _LABEL - 1), _free_space(disk))
+        yield _labeled("disk" if len(status.disks) == 1 else truncated(where, _LABEL - 1), _free_space(disk))
     if status.gpus is not None:
         throttled = f", {status.gpus.throttled} throttled" if status.gpus.throttled else ""
         yield _labeled("GPU", f"{status.gpus.temperature_c:.0f} °C{throttled}")
@@ -163,10 +163,6 @@ def _problem(problem: Problem) -> list[str]:
     return textwrap.wrap(
         problem.text, WIDTH, initial_indent="! ", subsequent_indent="  ", max_lines=4, placeholder="..."
     )
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _painted(text: str, color: str, colored: bool) -> str:

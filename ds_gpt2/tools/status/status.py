@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ds_gpt2.checkpoint import catalog
 from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of, values
 from ds_gpt2.run_dir.starts import first_start, planned_steps, read_starts
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress, forecast_disks
-from ds_gpt2.tools.resources.history import DAY, Goodput, History, history_of, newest_events
+from ds_gpt2.tools.resources.history import Goodput, History, history_of, newest_events
 from ds_gpt2.tools.resources.run_state import RunState, State, finished_by_checkpoint, read_run_state
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 from ds_gpt2.tools.status.problems import Problem, Snapshot, damage_of, problems_of

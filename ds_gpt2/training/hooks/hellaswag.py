@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
@@ -70,7 +70,7 @@ class HellaSwag(Hook):
                 with eval_mode(engine.model):
                     counts[:-1] = score(engine.model, self._mine, self.progress).correct()
         except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
-            log.error(f"HellaSwag: {' '.join(str(error).split())}")
+            log.error(f"HellaSwag: {one_line_reason(error)}")
             counts[-1] = 1
         return torch.from_numpy(counts).to(engine.device)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ds_gpt2.common.errors import one_line_reason
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.formatting import truncated
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import SamplesSettings
 from ds_gpt2.data.tokenizer import gpt2
@@ -58,10 +60,10 @@ class Samples(Hook):
             with eval_mode(engine.model):
                 written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
         except (FloatingPointError, torch.OutOfMemoryError) as error:
-            log.warning(f"step {state.step}: no samples: {' '.join(str(error).split())}")
+            log.warning(f"step {state.step}: no samples: {one_line_reason(error)}")
             return {}
         for number, continuations in enumerate(written):
-            log.info(f"step {state.step}: sample {number}: {_shortened(continuations[0])!r}")
+            log.info(f"step {state.step}: sample {number}: {truncated(continuations[0], _SHOWN)!r}")
         try:
             self._save(state, written)
         except OSError as error:
@@ -132,7 +134,3 @@ def _code_block(text: str) -> str:
     longest = max((len(row) for row in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -173,7 +173,7 @@ def test_an_epoch_that_an_earlier_process_could_not_copy_is_copied(run_dir: Path
     queue = BackupQueue(backup, lambda: run_dir)
     settle(queue)
     save(run_dir, 110)
-    assert queue.due(rolling_tag(110), [], 110) == [epoch_tag(1)]
+    assert queue._schedule.due(rolling_tag(110), [], 110) == [epoch_tag(1)]
     queue.offer(rolling_tag(110), [], 110)
     assert queue.finish(60) == []
     assert tags(backup) == [epoch_tag(1)]
@@ -190,11 +190,11 @@ def test_a_storage_that_is_down_at_the_start_is_read_again_later(
         queue = BackupQueue(Backup("memory://nas", "run", SETTINGS), lambda: run_dir)
         settle(queue)
     assert "could not list the backups: division by zero" in caplog.text
-    assert queue.due(rolling_tag(110), [], 110) == [rolling_tag(110)]
+    assert queue._schedule.due(rolling_tag(110), [], 110) == [rolling_tag(110)]
     save(run_dir, 110)
     queue.offer(rolling_tag(110), [], 110)
     settle(queue)
-    assert queue.due(rolling_tag(120), [], 120) == [epoch_tag(1)]
+    assert queue._schedule.due(rolling_tag(120), [], 120) == [epoch_tag(1)]
     queue.finish(60)
 
 

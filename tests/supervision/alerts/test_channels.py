@@ -74,7 +74,7 @@ def test_a_file_that_other_users_can_read_is_refused(tmp_path: Path, mode: int) 
     file = write_addresses(tmp_path / "urls", f"json://{SECRET}\n", mode)
     message = f"contains passwords and can be read by other users: chmod 600 {file}$"
     with pytest.raises(UserError, match=message) as refused:
-        Alerts(AlertSettings(urls_file=file), tmp_path).check()
+        channels.check(AlertSettings(urls_file=file))
     assert SECRET not in str(refused.value)
 
 
@@ -99,12 +99,12 @@ def test_a_file_of_addresses_that_is_not_a_private_text_file_is_refused(
 
 
 def test_unsupported_addresses_and_a_missing_apprise_are_found_before_the_start(
-    run_dir: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+    service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ADDRESSES, f"{service.address} nonsense://{SECRET}")
     with pytest.raises(UserError, match=f"^apprise does not support address 2 of {ADDRESSES}; ") as refused:
-        Alerts(AlertSettings(), run_dir).check()
+        channels.check(AlertSettings())
     assert SECRET not in str(refused.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"apprise is not installed: .* -m pip install --editable '.*\[alerts\]'$"):
-        Alerts(AlertSettings(), run_dir).check()
+        channels.check(AlertSettings())

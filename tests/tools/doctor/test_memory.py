@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ds_gpt2.common.cgroup import Cgroup, read_cgroup
 from ds_gpt2.tools.doctor import memory
-from ds_gpt2.tools.resources.cgroup import Cgroup, read_cgroup
 
 
 def test_limits_of_a_cgroup_v2_container(tmp_path: Path) -> None:

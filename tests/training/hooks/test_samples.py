@@ -114,7 +114,7 @@ def test_the_log_shows_the_start_of_each_first_continuation(
     seen = _samples(tmp_path, _with(tokens=30)).observe(engine, STATE)
     first = [str(text).split("[1] ")[1].split("\n\n[2] ")[0] for text in seen.values()]
     assert all(len(text) > 100 for text in first)
-    assert caplog.messages == [f"step 250: sample {number}: {text[:99] + '…'!r}" for number, text in enumerate(first)]
+    assert caplog.messages == [f"step 250: sample {number}: {text[:97] + '...'!r}" for number, text in enumerate(first)]
 
 
 def test_sampling_restores_random_state_and_mode(engine: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_gpt2.checkpoint.catalog import candidates, problem_of
+from ds_gpt2.config.settings import LOG
 from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.tools.drill.run_process import FailedError, RunProcess, end_all
 from ds_gpt2.tools.drill.scenes.scene import (
@@ -60,7 +61,7 @@ def _damage_newest(context: SceneContext, damage: Callable[[Path], str]) -> Reco
     intact = next((found for found in candidates(run.checkpoint_dir, "latest") if problem_of(found) is None), None)
     if intact is None:
         raise FailedError("there is no older checkpoint to fall back to")
-    log, since = run.run_dir / "train.log", run.journal_position()
+    log, since = run.run_dir / LOG, run.journal_position()
     log_start = log.stat().st_size
     run.start()
     origin, when = wait_for_recovery(run, since, newest.step)

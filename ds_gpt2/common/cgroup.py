@@ -1,4 +1,4 @@
-"""Limits of the control groups (version 1 or 2) of this process: memory, cores, tasks."""
+"""The control groups (version 1 or 2) of this process, and their limits: memory, cores, tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_cgroup(root: Path = Path("/sys/fs/cgroup"), membership: str | None = No
     memory: list[int] = []
     quotas: list[float] = []
     tasks: list[int] = []
-    for folder in _groups(root, membership):
+    for folder in groups(root, membership):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             maximum, used = _number(folder / limit), _number(folder / usage)
             if maximum is not None and used is not None and maximum < _NO_LIMIT:
@@ -41,8 +41,13 @@ def read_cgroup(root: Path = Path("/sys/fs/cgroup"), membership: str | None = No
     return Cgroup(min(memory, default=None), min(quotas, default=None), min(tasks, default=None))
 
 
-def _groups(root: Path, membership: str) -> Iterator[Path]:
-    """Yield the directories of this process's groups and of all groups above them; in a container, the visible ones."""
+def groups(root: Path, membership: str) -> Iterator[Path]:
+    """Yield the directories of this process's groups and of all groups above them; in a container, the visible ones.
+
+    Args:
+        root: where the groups are mounted.
+        membership: content of /proc/self/cgroup.
+    """
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         trees = (
