@@ -31,6 +31,7 @@ from benchmarks.program import make_parser, report_result
 from benchmarks.settings import set_up_compiler, settings_of
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed import collectives, device
+from ds_gpt2.distributed.peak_flops import peak_flops
 from ds_gpt2.run_dir import exit_codes, process_end
 
 Step = Callable[[int], float]  # step number -> loss
@@ -138,7 +139,7 @@ def _speeds(seconds: dict[str, list[float]], settings: Settings, torch_device: t
     tokens = settings.batch.tokens_per_step
     with torch.device("meta"):
         flops = flops_per_token(GPT2(ModelShape(*settings.model.shape, settings.batch.sequence_length)))
-    peak = (device.peak_flops(torch_device) or 0.0) * collectives.world_size()
+    peak = (peak_flops(torch_device) or 0.0) * collectives.world_size()
     rates = {name: tokens / statistics.median(each) for name, each in seconds.items()}
     return {
         "tokens_per_s": {

@@ -9,7 +9,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from ds_gpt2.common.own_modules import ignore_working_directory
+    from ds_gpt2.common.module_search_path import ignore_working_directory
 
     ignore_working_directory()
 

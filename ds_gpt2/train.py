@@ -9,7 +9,7 @@ from pathlib import Path
 
 if not __package__:  # started by the path of this file, as launchers do
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from ds_gpt2.common.own_modules import ignore_working_directory
+    from ds_gpt2.common.module_search_path import ignore_working_directory
 
     ignore_working_directory()
 

@@ -20,7 +20,7 @@ from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
 from ds_gpt2.checkpoint.catalog import Generation, scan
-from ds_gpt2.checkpoint.contents import CLIENT_KEY
+from ds_gpt2.checkpoint.content_checks import CLIENT_KEY
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, PARTIAL, rolling_tag
@@ -34,7 +34,7 @@ from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file
 from ds_gpt2.engine.checkpoint_keys import WORLD_SIZE
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.host_copy import HostMemory
-from ds_gpt2.engine.rng_state import get_rng_state, seed_everything, set_rng_state
+from ds_gpt2.engine.rng_state import get_rng_state, rank_seed, seed_everything, set_rng_state
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir.journal import Journal
 
@@ -206,9 +206,7 @@ class Checkpoints:
         if restored.manifest.world_size == collectives.world_size():
             set_rng_state(contents[partition_file(collectives.rank())][CLIENT_KEY]["rng"])
         else:
-            seed_everything(
-                self._run_settings["run"]["seed"] + collectives.rank() + state.step * collectives.world_size()
-            )
+            seed_everything(rank_seed(self._run_settings["run"]["seed"], state.step))
         collectives.call_on_all_ranks(lambda: self._continue_from(restored.generation))
         self._saved = _Saved.of(state)
         return state

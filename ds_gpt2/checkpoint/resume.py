@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.checkpoint import contents as contents_of
+from ds_gpt2.checkpoint import content_checks as contents_of
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, problem_of, step_limit

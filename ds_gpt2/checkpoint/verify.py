@@ -102,7 +102,7 @@ def deep_problem(generation: Generation) -> str | None:
     Finds what hashes cannot: files that cannot be loaded, numbers that are not finite, tensors of another model.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's import must not use the GPUs of a running training
-    from ds_gpt2.checkpoint import contents
+    from ds_gpt2.checkpoint import content_checks
     from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
     from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 
@@ -124,14 +124,14 @@ def deep_problem(generation: Generation) -> str | None:
         if name in (MODEL_FILE, WEIGHTS_FILE) and (problem := _wrong_shape(content, generation.manifest)) is not None:
             return f"{name}: {problem}"
         if name in full and not generation.weights_only:
-            compare = contents.problem_of_model if name == MODEL_FILE else contents.problem_of_partition
+            compare = content_checks.problem_of_model if name == MODEL_FILE else content_checks.problem_of_partition
             if (problem := compare(content, generation.manifest)) is not None:
                 return f"{name} {problem}"
             if name == MODEL_FILE:
                 model = content
             else:
-                found += contents.elements(content)
-    return None if generation.weights_only else contents.problem_of_sum(found, model)
+                found += content_checks.elements(content)
+    return None if generation.weights_only else content_checks.problem_of_sum(found, model)
 
 
 def _not_finite(content: Any, name: str) -> str | None:

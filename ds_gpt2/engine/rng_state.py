@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds_gpt2.distributed import collectives
+
 
 def seed_everything(seed: int) -> None:
     """Seed all generators of this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def rank_seed(seed: int, step: int) -> int:
+    """Return the seed of this rank from ``step`` on, which differs between ranks: their dropout must differ.
+
+    Args:
+        seed: ``run.seed``.
+        step: the step of the checkpoint if its generators do not fit this number of ranks; 0 for a new run.
+    """
+    return seed + collectives.rank() + step * collectives.world_size()
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from ds_gpt2.common.files import no_links, open_for_writing, read_small, write_problem
-from ds_gpt2.common.process_start import start_of
+from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.common.safe_json import LARGEST, is_time
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
@@ -32,7 +32,7 @@ class Beat:
     step: int  # the step in progress
     batch: int  # the batch of the data, see TrainState.batch
     phase: str
-    start: str = ""  # start time of the process, see ``process_start``; not recorded by earlier versions
+    start: str = ""  # start time of the process, see ``process_identity``; not recorded by earlier versions
 
 
 class Heartbeat:

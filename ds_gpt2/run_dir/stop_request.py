@@ -10,7 +10,7 @@ from types import FrameType
 
 from ds_gpt2.common.files import is_real_directory
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.common.process_start import is_running, start_of
+from ds_gpt2.common.process_identity import is_running, start_of
 
 log = logging.getLogger(__name__)
 

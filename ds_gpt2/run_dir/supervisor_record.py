@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
-from ds_gpt2.common.process_start import is_running, was_running_by_clock
+from ds_gpt2.common.process_identity import is_running, was_running_by_clock
 from ds_gpt2.run_dir.journal import Time
 
 RECORD = "supervisor.json"
@@ -33,7 +33,7 @@ class SupervisorRecord:
     group: _Pid | None = None  # process group of DeepSpeed's launcher and the ranks; None if they are not running
     next_start: Time | None = None  # seconds since 1970; None unless the supervisor waits before a restart
     code: int | None = None  # exit code; None until it ends
-    start: str = ""  # start time of the process, see ``process_start``; not recorded by earlier versions
+    start: str = ""  # start time of the process, see ``process_identity``; not recorded by earlier versions
 
     def write(self, run_dir: Path) -> None:
         """Replace ``supervisor.json`` in ``run_dir``.

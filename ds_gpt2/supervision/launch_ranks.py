@@ -12,7 +12,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from ds_gpt2.common.own_modules import ignore_working_directory
+    from ds_gpt2.common.module_search_path import ignore_working_directory
 
     ignore_working_directory()
     runpy.run_module("deepspeed.launcher.launch", run_name="__main__", alter_sys=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ds_gpt2.common.files import append_lines
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.common.process_start import start_of
+from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.common.terminal import one_line
 from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal

@@ -19,7 +19,7 @@ from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import OWNER, read_owner
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import INDEX, Dataset, as_first_read, count_windows_of, open_dataset
+from ds_gpt2.data.dataset import INDEX, count_windows_of
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir.journal import JOURNAL
@@ -27,6 +27,7 @@ from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
 from ds_gpt2.run_dir.supervisor_record import RECORD
 from ds_gpt2.training.resume_choice import backup_of, check_never_saved, choose_source, has_backups, starts_new_run
+from ds_gpt2.training.run_identity import dataset_of, identity_of
 
 
 def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
@@ -72,32 +73,6 @@ def check_initial_model(settings: Settings) -> None:
     from ds_gpt2.pretrained import load  # imports PyTorch, which `train` does not need otherwise
 
     load.prepare(ModelShape(*settings.model.shape, settings.batch.sequence_length), settings.model.init_from)
-
-
-def dataset_of(settings: Settings, source: str | None) -> Dataset:
-    """Return the run's data; of a resumed run, as the checkpoints that ``source`` matches have recorded it.
-
-    Raises:
-        UserError: the data cannot be read, or there is no such checkpoint.
-    """
-    dataset = open_dataset(settings.data.dir)
-    found = candidates(settings.checkpoint_dir, source) if source is not None else []
-    known = [one.manifest.identity.get("data") for one in found if one.manifest is not None]
-    return as_first_read(dataset, str(known[0])) if known else dataset
-
-
-def identity_of(settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """Return what a resumed run must share with its checkpoint: with any other value it is another experiment."""
-    layers, heads, width = settings.model.shape
-    return {
-        "model.layers": layers,
-        "model.heads": heads,
-        "model.width": width,
-        "batch.sequence_length": settings.batch.sequence_length,
-        "batch.tokens_per_step": settings.batch.tokens_per_step,
-        "run.seed": settings.run.seed,
-        "data": dataset.fingerprint,
-    }
 
 
 _RECORDS = frozenset((METRICS, REPLACED, STARTS, JOURNAL, RECORD, INDEX))

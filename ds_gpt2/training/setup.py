@@ -32,8 +32,9 @@ from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.verify_on_ranks import check_shards
 from ds_gpt2.distributed import collectives, device
+from ds_gpt2.distributed.peak_flops import peak_flops
 from ds_gpt2.engine.engine import Engine
-from ds_gpt2.engine.rng_state import seed_everything
+from ds_gpt2.engine.rng_state import rank_seed, seed_everything
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2, flops_per_token
 from ds_gpt2.model.shape import ModelShape
@@ -53,14 +54,17 @@ from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.training.lr_schedule import learning_rate
-from ds_gpt2.training.preflight import check_initial_model, dataset_of, identity_of
+from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
 from ds_gpt2.training.reports import report_anomaly, report_data_error
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
+from ds_gpt2.training.run_identity import dataset_of, identity_of
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
 log = logging.getLogger(__name__)
+
+_SAVE_SHARE = 0.8  # of supervisor.stop_seconds, for the last save; the rest is for closing the run
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def _build_engine(spec: RunSpec) -> Engine:
         model.compile_blocks()
     completed = deepspeed_config.complete(spec.deepspeed_settings, settings, plan, model.shape.parameters)
     engine = Engine(model, completed, settings.optimizer.weight_decay)
-    seed_everything(settings.run.seed + collectives.rank())  # dropout differs between ranks
+    seed_everything(rank_seed(settings.run.seed, step=0))
     return engine
 
 
@@ -258,7 +262,7 @@ def _schedule(settings: Settings, data: TrainingData) -> TrainingSchedule:
         max_lr=schedule.max_lr,
         min_lr=schedule.min_lr,
     )
-    stop_seconds = 0.8 * settings.supervisor.stop_seconds  # the rest is for closing the run
+    stop_seconds = _SAVE_SHARE * settings.supervisor.stop_seconds
     return TrainingSchedule(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
 
 
@@ -287,7 +291,7 @@ def _open_trackers(spec: RunSpec, state: TrainState) -> dict[str, Tracker]:
 
 
 def _build_timer(spec: RunSpec, engine: Engine, step: int) -> StepTimer:
-    peak = device.peak_flops(spec.device)
+    peak = peak_flops(spec.device)
     total_peak = peak and peak * spec.plan.world_size
     flops = flops_per_token(engine.model)
     earlier = _earlier_time(spec.settings, step)

@@ -23,6 +23,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import dump_settings, load_settings
 from ds_gpt2.distributed import device
+from ds_gpt2.distributed.peak_flops import peak_flops
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision import launcher
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout
@@ -341,7 +342,7 @@ def test_the_peak_is_known_for_exact_names_of_gpus_only(
     name: str, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
-    peak = device.peak_flops(torch.device("cuda", 0))
+    peak = peak_flops(torch.device("cuda", 0))
     assert peak == (None if teraflops is None else teraflops * 1e12)
 
 

@@ -16,7 +16,7 @@ from launched import PROJECT, end_session, start
 from small_run import MODEL
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
-from ds_gpt2.common.process_start import is_running
+from ds_gpt2.common.process_identity import is_running
 from ds_gpt2.config.settings import load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat

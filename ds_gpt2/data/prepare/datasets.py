@@ -13,8 +13,8 @@ from ds_gpt2.data import hellaswag
 from ds_gpt2.data.dataset import UNFINISHED, Dataset, open_dataset
 from ds_gpt2.data.prepare import formats, hub_datasets
 from ds_gpt2.data.prepare.holdout import FirstTokens
-from ds_gpt2.data.prepare.hub import hub_source
 from ds_gpt2.data.prepare.hub_datasets import Repository
+from ds_gpt2.data.prepare.hub_download import hub_source
 from ds_gpt2.data.prepare.output import unfinished_directory
 from ds_gpt2.data.prepare.pipeline import Recipe, is_prepared, prepare
 from ds_gpt2.data.prepare.pretokenized import fetch_shards

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
 from ds_gpt2.data.dataset import Dataset, Shard, index_content, open_dataset
-from ds_gpt2.data.prepare.hub import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.prepare.hub_datasets import Repository
+from ds_gpt2.data.prepare.hub_download import HubFile, fetch, list_files, source_name
 from ds_gpt2.data.prepare.output import check_free_space, publish, unfinished
 from ds_gpt2.data.shards import HEADER_BYTES, TOKEN_BYTES, count_tokens
 from ds_gpt2.data.split_names import split_of

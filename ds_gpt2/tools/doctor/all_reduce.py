@@ -17,7 +17,7 @@ from typing import Any
 
 if not __package__:  # started by the path of this file
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    from ds_gpt2.common.own_modules import ignore_working_directory
+    from ds_gpt2.common.module_search_path import ignore_working_directory
 
     ignore_working_directory()
 

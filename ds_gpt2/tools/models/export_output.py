@@ -17,7 +17,7 @@ from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.files import regular_only, remove_tree
 from ds_gpt2.common.formatting import size
-from ds_gpt2.common.process_start import is_running, start_of
+from ds_gpt2.common.process_identity import is_running, start_of
 
 
 @contextlib.contextmanager

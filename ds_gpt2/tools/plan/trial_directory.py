@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import DAY
-from ds_gpt2.common.process_start import is_running, start_of
+from ds_gpt2.common.process_identity import is_running, start_of
 from ds_gpt2.tools.resources.machine import existing
 
 _PREFIX = ".plan-"

@@ -14,7 +14,7 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.common.locks import last_host
-from ds_gpt2.common.process_start import is_running, was_running_by_clock
+from ds_gpt2.common.process_identity import is_running, was_running_by_clock
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat

@@ -30,7 +30,7 @@ from ds_gpt2.checkpoint.retention import RetentionCandidate, to_delete
 from ds_gpt2.cli import main
 from ds_gpt2.commands.plan import WIDTH
 from ds_gpt2.common.disk_usage import bytes_below
-from ds_gpt2.common.process_start import start_of
+from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import CheckpointSettings, load_settings
 from ds_gpt2.monitoring.pace import Range

@@ -25,7 +25,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import UNFINISHED, open_dataset
 from ds_gpt2.data.prepare.holdout import FirstTokens
-from ds_gpt2.data.prepare.hub import HubFile, fetch
+from ds_gpt2.data.prepare.hub_download import HubFile, fetch
 from ds_gpt2.data.prepare.pipeline import Recipe, prepare
 from ds_gpt2.data.prepare.sources import local_source
 from ds_gpt2.data.shards import header_of

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.common.process_start import is_running, start_of
+from ds_gpt2.common.process_identity import is_running, start_of
 from ds_gpt2.run_dir import stop_request
 from ds_gpt2.run_dir.heartbeat import Heartbeat, read_beat
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
