@@ -186,7 +186,7 @@ def test_an_error_shows_only_the_start_of_a_long_value(capsys: pytest.CaptureFix
     )
     assert cli.main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.endswith(" ...\n") and len(error) < 1600 and error.count("\n") == 1
+    assert error.startswith("error: ") and error.endswith("...\n") and len(error) < 1600 and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "n_positions"])
