@@ -143,7 +143,7 @@ fi
 if [ "$verb" = test ]; then
   shift
   cd "$project"
-  parallel=(--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
+  parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
   if [ "${1:-}" = --fast ]; then
     shift
     set -- -m 'not ranks and not slow' "${parallel[@]}" "$@"

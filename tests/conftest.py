@@ -45,29 +45,14 @@ _RANK_FIXTURES = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        fixtures = _RANK_FIXTURES.intersection(getattr(item, "fixturenames", ()))
-        if fixtures:
+        if not _RANK_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
-        if group := _group(item, fixtures):
-            item.add_marker(pytest.mark.xdist_group(group))
     files = Counter(item.path for item in items if "ranks" in item.keywords)
-    items.sort(key=lambda item: -files[item.path])  # the longest first, so that all workers end at the same time
-
-
-def _group(item: pytest.Item, fixtures: set[str]) -> str | None:
-    """Return the name of the tests that one process of pytest-xdist runs together with ``item``; None: it is alone.
-
-    Args:
-        fixtures: those of the test that start ranks. Tests that share them are not separated.
-    """
-    if "four_ranks" in fixtures:
-        return "four_ranks"
-    return None if "ranks" in item.keywords and not fixtures else item.path.as_posix()
+    items.sort(key=lambda item: -files[item.path])  # long files first, so that all workers end at the same time
 
 
 @pytest.fixture(autouse=True)
