@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             backup.check_named(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
-        copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
+        copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), settings.run.name, options.json)
         if copied == exit_codes.DONE and options.to is None:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
@@ -107,7 +108,7 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
     return exit_codes.DONE
 
 
-def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
+def _copy(backup: Backup, found: list[Generation], run_name: str, as_json: bool) -> int:
     for generation in found:
         try:
             sent = _copy_with_bar(backup, generation)
@@ -116,7 +117,8 @@ def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
             continue
         _report(backup, generation, sent, as_json)
         return exit_codes.DONE
-    print("error: no good checkpoint to back up", file=sys.stderr)
+    others = f"`./launch.sh list {shlex.quote(run_name)}` shows those of the run"
+    print(f"error: no good checkpoint to back up; {others}", file=sys.stderr)
     return exit_codes.CRASHED
 
 

@@ -126,6 +126,26 @@ def test_an_older_checkpoint_is_copied_if_the_newest_is_damaged(
     assert "error: no good checkpoint to back up" in capsys.readouterr().err
 
 
+def test_an_older_checkpoint_is_copied_if_a_file_of_the_newest_is_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = folder / "checkpoints" / "test" / "rolling_step_000020"
+    (newest / "model.pt").unlink()
+    assert run(folder) == exit_codes.DONE
+    printed = capsys.readouterr()
+    assert printed.err == f"checkpoint {newest} was not copied: model.pt is missing\n"
+    assert printed.out.startswith("rolling_step_000010 is in ")
+    assert not (folder / "storage" / "test" / newest.name).exists()
+
+
+def test_a_refused_backup_leaves_no_files_in_the_storage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "checkpoints" / "test" / "rolling_step_000020" / "model.pt").write_bytes(b"Weights of 20")
+    assert run(folder, "--tag", "20") == exit_codes.CRASHED
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: no good checkpoint to back up; `./launch.sh list test` shows those of the run"
+    assert not (folder / "storage" / "test" / "rolling_step_000020").exists()
+
+
 def test_copies_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--list") == exit_codes.DONE
     assert capsys.readouterr().out == f"no backups in {folder / 'storage' / 'test'}\n"
