@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST_BACKUP, MANIFEST, Role
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.lookup import find_run
+from ds_gpt2.config.run_location import run_of
 from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 
 _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of checkpoints of one step
@@ -92,6 +96,18 @@ def newest_tag(directory: Path) -> str | None:
 def newest_step(directory: Path) -> int:
     """Return the step of the newest checkpoint of the run's history, unverified; -1 if there is none."""
     return next((generation.step for generation in history(directory)), -1)
+
+
+def name_in_commands(directory: Path) -> str:
+    """Return how a command names the run with the checkpoints in ``directory``, quoted for the shell.
+
+    That is the name of the run if commands find this run by its name, else the path of ``directory``.
+    """
+    with contextlib.suppress(UserError, OSError):
+        run_dir = run_of(directory)
+        if run_dir is not None and find_run(directory.name).resolve() == run_dir.resolve():
+            return shlex.quote(directory.name)
+    return shlex.quote(str(directory))
 
 
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:

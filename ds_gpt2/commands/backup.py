@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
-from ds_gpt2.checkpoint.catalog import Generation, candidates
+from ds_gpt2.checkpoint.catalog import Generation, candidates, name_in_commands
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.checkpoint.output_check import check_outputs
@@ -59,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
             backup.check_named(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
-        copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), settings.run.name, options.json)
+        directory = settings.checkpoint_dir
+        copied = _copy(backup, _candidates(directory, options.tag), directory, options.json)
         if copied == exit_codes.DONE and options.to is None:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
@@ -104,11 +104,11 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
         print(f"fetched {fetched.path}, step {fetched.step:,}, every file verified")
-        print(f"resume from it with `./launch.sh resume {settings.run.name} --from {tag}`")
+        print(f"resume from it with `./launch.sh resume {name_in_commands(directory)} --from {tag}`")
     return exit_codes.DONE
 
 
-def _copy(backup: Backup, found: list[Generation], run_name: str, as_json: bool) -> int:
+def _copy(backup: Backup, found: list[Generation], directory: Path, as_json: bool) -> int:
     for generation in found:
         try:
             sent = _copy_with_bar(backup, generation)
@@ -117,7 +117,7 @@ def _copy(backup: Backup, found: list[Generation], run_name: str, as_json: bool)
             continue
         _report(backup, generation, sent, as_json)
         return exit_codes.DONE
-    others = f"`./launch.sh list {shlex.quote(run_name)}` shows those of the run"
+    others = f"`./launch.sh list {name_in_commands(directory)}` shows those of the run"
     print(f"error: no good checkpoint to back up; {others}", file=sys.stderr)
     return exit_codes.CRASHED
 

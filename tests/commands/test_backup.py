@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from launched import PROJECT
-from project_dir import add_run
+from project_dir import add_run, use_as_project
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
@@ -142,7 +142,10 @@ def test_a_refused_backup_leaves_no_files_in_the_storage(folder: Path, capsys: p
     (folder / "checkpoints" / "test" / "rolling_step_000020" / "model.pt").write_bytes(b"Weights of 20")
     assert run(folder, "--tag", "20") == exit_codes.CRASHED
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: no good checkpoint to back up; `./launch.sh list test` shows those of the run"
+    assert last == "error: no good checkpoint to back up; `./launch.sh list DIR` shows those of the run".replace(
+        "DIR",
+        str(folder / "checkpoints" / "test"),  # not a run of this project: its name would not be found
+    )
     assert not (folder / "storage" / "test" / "rolling_step_000020").exists()
 
 
@@ -168,13 +171,22 @@ def test_a_copy_is_fetched(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"fetched {directory / rolling_tag(10)}, step 10, every file verified"
-    assert lines[1] == "resume from it with `./launch.sh resume test --from rolling_step_000010`"
+    assert lines[1] == f"resume from it with `./launch.sh resume {directory} --from rolling_step_000010`"
     assert [problem_of(found) for found in candidates(directory, "10")] == [None]
     (folder / "storage" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
     commit.remove(Disk(), directory, rolling_tag(10))
     assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.CRASHED
     assert "was not fetched: " in capsys.readouterr().err
     assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
+
+
+def test_a_run_of_the_project_is_named_in_the_suggested_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_as_project(folder, monkeypatch)
+    run(folder, "--tag", "10")
+    assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.DONE
+    assert "`./launch.sh resume test --from rolling_step_000010`" in capsys.readouterr().out
 
 
 def test_fetch_is_refused_while_the_run_trains(folder: Path) -> None:
