@@ -194,15 +194,19 @@ def _from_backup_pointer(directory: Path, resumable: list[Generation]) -> list[G
     return resumable[start:]
 
 
-def _by_name(directory: Path, selector: str) -> Generation | None:
-    tags = [selector]
+def tags_of(selector: str) -> list[str]:
+    """Return the tags that ``selector`` may denote, in order of preference: ``best``, a step, an epoch, or a tag."""
     if selector == "best":
-        tags = [BEST_TAG]
-    elif _is_number(selector):
-        tags = [naming.rolling_tag(int(selector)), naming.superseded_tag(int(selector))]
-    elif _is_number(number := selector.removeprefix("epoch").strip(" _=")) and selector.startswith("epoch"):
-        tags = [naming.epoch_tag(int(number))]
-    for tag in tags:
+        return [BEST_TAG]
+    if _is_number(selector):
+        return [naming.rolling_tag(int(selector)), naming.superseded_tag(int(selector))]
+    if _is_number(number := selector.removeprefix("epoch").strip(" _=")) and selector.startswith("epoch"):
+        return [naming.epoch_tag(int(number))]
+    return [selector]
+
+
+def _by_name(directory: Path, selector: str) -> Generation | None:
+    for tag in tags_of(selector):
         if naming.is_plain_name(tag) and _is_committed(directory / tag, any_name=True):
             return open_generation(directory / tag)
     if _is_number(selector):  # a step that exists only under another role

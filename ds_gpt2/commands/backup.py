@@ -36,11 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STORAGE",
         help="a directory or a URL (default: the run's checkpoint.backup.to)",
     )
-    parser.add_argument(
-        "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good checkpoint)"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--tag",
+        default="latest",
+        metavar="TAG",
+        help="copy this checkpoint: a tag, a step or best (default: the newest good checkpoint)",
     )
-    parser.add_argument("--fetch", metavar="TAG", help="fetch the backup TAG into the run's checkpoints")
-    parser.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
+    what.add_argument(
+        "--fetch", metavar="TAG", help="fetch this backup into the run's checkpoints: a tag, a step or best"
+    )
+    what.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -89,13 +95,14 @@ def _candidates(directory: Path, tag: str) -> list[Generation]:
     return found
 
 
-def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
+def _fetch(backup: Backup, selector: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
     files.check_writable(directory)
     with locks.lock(directory / LOCK, f"run {settings.run.name}"):
-        size = next((copy.manifest.bytes for copy in backup.copies() if copy.tag == tag), None)
+        copy = backup.find(selector)
+        tag = copy.tag
         try:
-            with _bar(tag, size) as bar:
+            with _bar(tag, copy.manifest.bytes) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
             print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
@@ -128,7 +135,7 @@ def _copy_with_bar(backup: Backup, generation: Generation) -> int:
         return backup.copy(generation, bar.update)  # each byte is sent and read back
 
 
-def _bar(tag: str, size: int | None) -> tqdm[NoReturn]:
+def _bar(tag: str, size: int) -> tqdm[NoReturn]:
     return tqdm(total=size, desc=tag, unit="B", unit_scale=True, leave=False, disable=None)
 
 

@@ -15,12 +15,13 @@ import pytest
 from launched import PROJECT
 from project_dir import add_run, use_as_project
 
+from ds_gpt2 import cli
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
-from ds_gpt2.checkpoint.catalog import candidates, problem_of
+from ds_gpt2.checkpoint.catalog import candidates, open_generation, problem_of
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
-from ds_gpt2.checkpoint.naming import rolling_tag
+from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.commands import backup
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.locks import lock
@@ -178,6 +179,41 @@ def test_a_copy_is_fetched(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.CRASHED
     assert "was not fetched: " in capsys.readouterr().err
     assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("10", rolling_tag(10)), ("best", BEST_TAG), ("epoch 1", epoch_tag(1)), ("30", epoch_tag(1))]
+)
+def test_fetch_accepts_the_names_of_a_resume(folder: Path, name: str, tag: str) -> None:
+    directory = folder / "checkpoints" / "test"
+    commit.link(Disk(), directory / rolling_tag(10), directory, BEST_TAG)
+    save(directory, 30)
+    (directory / rolling_tag(30)).rename(directory / epoch_tag(1))
+    run(folder, "--tag", tag)
+    commit.remove(Disk(), directory, tag)
+    assert run(folder, "--fetch", name) == exit_codes.DONE
+    assert problem_of(open_generation(directory / tag)) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--tag", "10", "--fetch", "20"), ("--list", "--tag", "10"), ("--list", "--fetch=10")],
+)
+def test_options_that_exclude_each_other_are_refused(
+    folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(folder, *words)
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_an_unknown_protocol_is_reported_with_a_fix(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_as_project(folder, monkeypatch)
+    assert cli.main(["backup", "test", "--to", "foo://bucket"]) == exit_codes.MISTAKE
+    error = "cannot back up to foo://bucket: Protocol not known: foo; give a directory, or a URL such as"
+    assert error in capsys.readouterr().err
 
 
 def test_a_run_of_the_project_is_named_in_the_suggested_command(

@@ -31,7 +31,7 @@ from ds_gpt2.checkpoint.backup.storage import (
     open_storage,
     redact,
 )
-from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of
+from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of, tags_of
 from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode, size_problem_of
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
@@ -234,8 +234,7 @@ class Backup:
         """
         copy = self._copy_of(tag)
         if copy is None:
-            available = ", ".join(copy.tag for copy in self.copies()) or "none"
-            raise UserError(f"no backup {tag} in {self.where()}; available: {available}")
+            raise self._missing(tag)
         local = open_generation(directory / tag)
         if local.manifest == copy.manifest and problem_of(local) is None:
             return local
@@ -244,6 +243,24 @@ class Backup:
             commit.remove(self._disk, directory, tag)
         commit.commit(self._disk, directory, tag, copy.manifest)
         return open_generation(directory / tag)
+
+    def find(self, selector: str) -> Copy:
+        """Return the backup that ``selector`` denotes: a tag, a step, ``best``, or an epoch, as for a resume.
+
+        Raises:
+            UserError: there is no such backup.
+        """
+        for tag in tags_of(selector):
+            if (copy := self._copy_of(tag)) is not None:
+                return copy
+        same_step = [copy for copy in self.copies() if str(copy.manifest.step) == selector]
+        if not same_step:
+            raise self._missing(selector)
+        return same_step[0]
+
+    def _missing(self, name: str) -> UserError:
+        available = ", ".join(copy.tag for copy in self.copies()) or "none"
+        return UserError(f"no backup {name} in {self.where()}; available: {available}")
 
     @functools.cached_property
     def _storage(self) -> Storage:
