@@ -110,6 +110,14 @@ def name_in_commands(directory: Path) -> str:
     return shlex.quote(str(directory))
 
 
+def file_problem(path: Path) -> str | None:
+    """Return why ``path``, which has the name of a checkpoint, is not one: it is a file; None if it is not a file."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            return "is a file, not the directory of a checkpoint: delete it, or restore the directory from a copy"
+    return None
+
+
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:
     """Return why ``generation`` must not be loaded; None if all its files are intact.
 
@@ -174,6 +182,9 @@ def candidates(directory: Path, selector: str) -> list[Generation]:
         return [found]
     if naming.role_of(selector) is None and (path := _directory(selector)) is not None:
         return _at_path(path)
+    for tag in tags_of(selector):
+        if naming.role_of(tag) is not None and (problem := file_problem(directory / tag)) is not None:
+            raise UserError(f"{directory / tag} {problem}")
     raise UserError(f"no checkpoint {selector!r} in {directory}: {_suggestions(directory, selector)}")
 
 
