@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST_BACKUP, MANIFEST, Role
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.lookup import find_run
+from ds_gpt2.config.run_location import run_of
 from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 
 _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of checkpoints of one step
@@ -94,6 +98,26 @@ def newest_step(directory: Path) -> int:
     return next((generation.step for generation in history(directory)), -1)
 
 
+def name_in_commands(directory: Path) -> str:
+    """Return how a command names the run with the checkpoints in ``directory``, quoted for the shell.
+
+    That is the name of the run if commands find this run by its name, else the path of ``directory``.
+    """
+    with contextlib.suppress(UserError, OSError):
+        run_dir = run_of(directory)
+        if run_dir is not None and find_run(directory.name).resolve() == run_dir.resolve():
+            return shlex.quote(directory.name)
+    return shlex.quote(str(directory))
+
+
+def file_problem(path: Path) -> str | None:
+    """Return why ``path``, which has the name of a checkpoint, is not one: it is a file; None if it is not a file."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            return "is a file, not the directory of a checkpoint: delete it, or restore the directory from a copy"
+    return None
+
+
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:
     """Return why ``generation`` must not be loaded; None if all its files are intact.
 
@@ -158,6 +182,9 @@ def candidates(directory: Path, selector: str) -> list[Generation]:
         return [found]
     if naming.role_of(selector) is None and (path := _directory(selector)) is not None:
         return _at_path(path)
+    for tag in tags_of(selector):
+        if naming.role_of(tag) is not None and (problem := file_problem(directory / tag)) is not None:
+            raise UserError(f"{directory / tag} {problem}")
     raise UserError(f"no checkpoint {selector!r} in {directory}: {_suggestions(directory, selector)}")
 
 
@@ -178,15 +205,19 @@ def _from_backup_pointer(directory: Path, resumable: list[Generation]) -> list[G
     return resumable[start:]
 
 
-def _by_name(directory: Path, selector: str) -> Generation | None:
-    tags = [selector]
+def tags_of(selector: str) -> list[str]:
+    """Return the tags that ``selector`` may denote, in order of preference: ``best``, a step, an epoch, or a tag."""
     if selector == "best":
-        tags = [BEST_TAG]
-    elif _is_number(selector):
-        tags = [naming.rolling_tag(int(selector)), naming.superseded_tag(int(selector))]
-    elif _is_number(number := selector.removeprefix("epoch").strip(" _=")) and selector.startswith("epoch"):
-        tags = [naming.epoch_tag(int(number))]
-    for tag in tags:
+        return [BEST_TAG]
+    if _is_number(selector):
+        return [naming.rolling_tag(int(selector)), naming.superseded_tag(int(selector))]
+    if _is_number(number := selector.removeprefix("epoch").strip(" _=")) and selector.startswith("epoch"):
+        return [naming.epoch_tag(int(number))]
+    return [selector]
+
+
+def _by_name(directory: Path, selector: str) -> Generation | None:
+    for tag in tags_of(selector):
         if naming.is_plain_name(tag) and _is_committed(directory / tag, any_name=True):
             return open_generation(directory / tag)
     if _is_number(selector):  # a step that exists only under another role

@@ -18,7 +18,7 @@ from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST, MANIFEST, PARTIAL, role_
 from ds_gpt2.checkpoint.retention import Policy, RetentionCandidate
 from ds_gpt2.checkpoint.space import bytes_for_next_save, newest_full_bytes
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import size
+from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.output_owner import OWNER
 from ds_gpt2.config.settings import CheckpointSettings
@@ -91,7 +91,10 @@ class CheckpointDirectory:
         tag = self._import(generation)
         for newer in reversed(history(directory)):  # oldest first: a crash in between leaves no gap in the history
             if newer.step > generation.step:
-                log.info(f"{newer.tag} is newer than the checkpoint to resume from: superseded")
+                log.info(
+                    f"{newer.tag} is newer than the checkpoint to resume from: superseded; it is deleted when the run"
+                    f" has {counted(self.settings.keep_last, 'rolling checkpoint')} (checkpoint.keep_last)"
+                )
                 commit.supersede(self.disk, directory, newer.tag)
         self._attempt("update the best checkpoint", self._update_best)
         self._verified.add(tag)
@@ -200,6 +203,8 @@ class CheckpointDirectory:
 
     def _prune(self) -> None:
         for candidate in retention.to_delete(self._candidates(), policies(self.settings)):
+            if candidate.role == "superseded":
+                log.info(f"deleting {candidate.tag}: superseded, and checkpoint.keep_last is {self.settings.keep_last}")
             self._attempt(f"delete {candidate.tag}", commit.remove, self.disk, self.directory, candidate.tag)
 
     def _candidates(self) -> list[RetentionCandidate]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, wrong_size
+from ds_gpt2.checkpoint.catalog import Generation, file_problem, wrong_size
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
 from ds_gpt2.checkpoint.verify import Verdict, examine
 from ds_gpt2.common.disk_usage import bytes_below
@@ -73,8 +73,8 @@ def _row(verdict: Verdict, roles: list[str], pointers: list[str]) -> CheckpointR
 
 
 def unfinished(directory: Path) -> dict[Path, str]:
-    """Return directories with the name of a checkpoint that are incomplete or unreadable, each with the reason."""
-    found = {}
+    """Return what has the name of a checkpoint but is incomplete, unreadable or a file, each with the reason."""
+    found = files_instead_of_checkpoints(directory)
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         partial = path.name.endswith(PARTIAL)
         if not role_of(path.name.removesuffix(PARTIAL)) or not path.is_dir():
@@ -85,6 +85,12 @@ def unfinished(directory: Path) -> dict[Path, str]:
         except OSError as error:
             found[path] = f"not readable: {reason_of(error)}"
     return found
+
+
+def files_instead_of_checkpoints(directory: Path) -> dict[Path, str]:
+    """Return the files in ``directory`` that have the name of a checkpoint, each with its problem."""
+    named = sorted(path for path in directory.iterdir() if role_of(path.name)) if directory.is_dir() else []
+    return {path: problem for path in named if (problem := file_problem(path)) is not None}
 
 
 def unfinished_row(path: Path, problem: str) -> CheckpointRow:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit, retention
-from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.catalog import Generation, name_in_commands
 from ds_gpt2.checkpoint.directory import policies, retention_candidates
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.listing import freed_by
-from ds_gpt2.checkpoint.verify import examine, hashing, identity
+from ds_gpt2.checkpoint.verify import Hashes, examine, hashing, identity
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import CheckpointSettings
@@ -77,9 +77,10 @@ def _newest_good(directory: Path, found: Sequence[Generation]) -> set[str]:
         UserError: damaged checkpoints leave fewer good ones than that.
     """
     steps: set[int] = set()
-    good, damaged = set(), set()
+    good: set[str] = set()
     history = [each for each in found if each.is_primary]
     with hashing([]) as hashes:  # the number of bytes to read is not known in advance
+        is_damaged = False
         for generation in history:
             if len(steps) == retention.PROTECTED and generation.step not in steps:
                 break
@@ -88,10 +89,19 @@ def _newest_good(directory: Path, found: Sequence[Generation]) -> set[str]:
                 steps.add(generation.step)
                 good.add(generation.tag)
             elif verdict is not None:
-                damaged.add(generation.tag)
-    if damaged and len(steps) < retention.PROTECTED:
-        raise UserError(
-            f"nothing is deleted: {directory} has {counted(len(damaged), 'damaged checkpoint')} and only"
-            f" {len(steps)} good; `./launch.sh verify --all` lists the problems"
-        )
+                is_damaged = True
+        if is_damaged and len(steps) < retention.PROTECTED:
+            raise _too_few_good(directory, found, len(steps), hashes)
     return good
+
+
+def _too_few_good(directory: Path, found: Sequence[Generation], steps: int, hashes: Hashes) -> UserError:
+    """Return the error for a run with good checkpoints of only ``steps`` steps. Verifies all of ``found``."""
+    verdicts = [examine(generation.path, [hashes.problem_of]) for generation in found]
+    damaged = sum(verdict is not None and verdict.problem is not None for verdict in verdicts)
+    count = "only 1 step" if steps == 1 else "no step"
+    return UserError(
+        f"nothing is deleted: {directory} has {counted(damaged, 'damaged checkpoint')}; {count} of the run has a good"
+        f" one, and {retention.PROTECTED} are required; `./launch.sh verify {name_in_commands(directory)} --all` lists"
+        " the problems"
+    )

@@ -12,7 +12,14 @@ from typing import Any
 from ds_gpt2.checkpoint import content_checks as contents_of
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
-from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, problem_of, step_limit
+from ds_gpt2.checkpoint.catalog import (
+    Generation,
+    candidates,
+    check_identity,
+    name_in_commands,
+    problem_of,
+    step_limit,
+)
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.distributed import collectives
@@ -61,9 +68,10 @@ def choose_checkpoint(
         log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
     if not tried:
         raise UserError(f"nothing to resume: {directory} has no checkpoint; start a new run")
+    command = f"./launch.sh resume {name_in_commands(directory)} --from TAG"
     raise UserError(
         f"none of {', '.join(tried)} in {directory} can be used (the reasons are above):"
-        f" restore one from a backup, or resume from another: ./launch.sh resume {directory.name} --from TAG"
+        f" restore one from a backup, or resume from another: {command}"
     )
 
 

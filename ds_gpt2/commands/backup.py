@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ds_gpt2.checkpoint.backup.backup import Backup, Copy
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
-from ds_gpt2.checkpoint.catalog import Generation, candidates
+from ds_gpt2.checkpoint.catalog import Generation, candidates, name_in_commands
 from ds_gpt2.checkpoint.manifest import DamagedError
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.checkpoint.output_check import check_outputs
@@ -36,11 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STORAGE",
         help="a directory or a URL (default: the run's checkpoint.backup.to)",
     )
-    parser.add_argument(
-        "--tag", default="latest", metavar="TAG", help="which checkpoint (default: the newest good checkpoint)"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--tag",
+        default="latest",
+        metavar="TAG",
+        help="copy this checkpoint: a tag, a step or best (default: the newest good checkpoint)",
     )
-    parser.add_argument("--fetch", metavar="TAG", help="fetch the backup TAG into the run's checkpoints")
-    parser.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
+    what.add_argument(
+        "--fetch", metavar="TAG", help="fetch this backup into the run's checkpoints: a tag, a step or best"
+    )
+    what.add_argument("--list", action="store_true", help="list the existing backups, copy nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -58,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
             backup.check_named(settings.checkpoint_dir)
         if options.fetch:
             return _fetch(backup, options.fetch, settings, options.json)
-        copied = _copy(backup, _candidates(settings.checkpoint_dir, options.tag), options.json)
+        directory = settings.checkpoint_dir
+        copied = _copy(backup, _candidates(directory, options.tag), directory, options.json)
         if copied == exit_codes.DONE and options.to is None:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
@@ -88,13 +95,14 @@ def _candidates(directory: Path, tag: str) -> list[Generation]:
     return found
 
 
-def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
+def _fetch(backup: Backup, selector: str, settings: Settings, as_json: bool) -> int:
     directory = settings.checkpoint_dir
     files.check_writable(directory)
     with locks.lock(directory / LOCK, f"run {settings.run.name}"):
-        size = next((copy.manifest.bytes for copy in backup.copies() if copy.tag == tag), None)
+        copy = backup.find(selector)
+        tag = copy.tag
         try:
-            with _bar(tag, size) as bar:
+            with _bar(tag, copy.manifest.bytes) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
             print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
@@ -103,11 +111,11 @@ def _fetch(backup: Backup, tag: str, settings: Settings, as_json: bool) -> int:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
     else:
         print(f"fetched {fetched.path}, step {fetched.step:,}, every file verified")
-        print(f"resume from it with `./launch.sh resume {settings.run.name} --from {tag}`")
+        print(f"resume from it with `./launch.sh resume {name_in_commands(directory)} --from {tag}`")
     return exit_codes.DONE
 
 
-def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
+def _copy(backup: Backup, found: list[Generation], directory: Path, as_json: bool) -> int:
     for generation in found:
         try:
             sent = _copy_with_bar(backup, generation)
@@ -116,7 +124,8 @@ def _copy(backup: Backup, found: list[Generation], as_json: bool) -> int:
             continue
         _report(backup, generation, sent, as_json)
         return exit_codes.DONE
-    print("error: no good checkpoint to back up", file=sys.stderr)
+    others = f"`./launch.sh list {name_in_commands(directory)}` shows those of the run"
+    print(f"error: no good checkpoint to back up; {others}", file=sys.stderr)
     return exit_codes.CRASHED
 
 
@@ -126,7 +135,7 @@ def _copy_with_bar(backup: Backup, generation: Generation) -> int:
         return backup.copy(generation, bar.update)  # each byte is sent and read back
 
 
-def _bar(tag: str, size: int | None) -> tqdm[NoReturn]:
+def _bar(tag: str, size: int) -> tqdm[NoReturn]:
     return tqdm(total=size, desc=tag, unit="B", unit_scale=True, leave=False, disable=None)
 
 

@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from ds_gpt2.checkpoint import pruning
 from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
-from ds_gpt2.checkpoint.listing import CheckpointRow, rows_of, step_of, unfinished, unfinished_row
+from ds_gpt2.checkpoint.listing import (
+    CheckpointRow,
+    files_instead_of_checkpoints,
+    rows_of,
+    step_of,
+    unfinished,
+    unfinished_row,
+)
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST, role_of
 from ds_gpt2.checkpoint.verify import Check, deep_problem, examine, hashing
 from ds_gpt2.commands import inspect
@@ -92,7 +99,7 @@ def verify(options: argparse.Namespace) -> int:
     """
     if options.run is not None and (inspect.is_data(options.run) or _is_unknown_directory(options.run)):
         return inspect.verify(Path(options.run), options.json)  # of an unknown directory: report that it has no shards
-    generations = _chosen(options)
+    generations, misplaced = _chosen(options)
     verdicts = []
     with hashing(generations) as hashes:
         checks: list[Check] = [hashes.problem_of, *([deep_problem] if options.deep else [])]
@@ -104,6 +111,10 @@ def verify(options: argparse.Namespace) -> int:
             verdicts.append({"tag": generation.tag, "step": step_of(generation), "ok": not problem, "problem": problem})
             if not options.json:
                 tqdm.write(f"{generation.tag}: {problem or 'ok'}")
+    for path, problem in misplaced.items():
+        verdicts.append({"tag": path.name, "step": step_of(open_generation(path)), "ok": False, "problem": problem})
+        if not options.json:
+            print(f"{path.name}: {problem}")
     if options.json:
         _print_json(verdicts)
     return exit_codes.DONE if all(verdict["ok"] for verdict in verdicts) else exit_codes.CRASHED
@@ -169,24 +180,24 @@ def _is_unknown_directory(name: str) -> bool:
     return not is_run and run_of(directory) is None and bare_directory(name) is None
 
 
-def _chosen(options: argparse.Namespace) -> list[Generation]:
-    """Return the checkpoints that ``verify`` verifies.
+def _chosen(options: argparse.Namespace) -> tuple[list[Generation], dict[Path, str]]:
+    """Return the checkpoints that ``verify`` verifies, and with ``--all`` the files in the place of checkpoints.
 
     Raises:
         UserError: there is no such checkpoint, or none at all.
     """
     if options.run is not None and (Path(options.run) / MANIFEST).is_file():
-        return [open_generation(Path(options.run))]
+        return [open_generation(Path(options.run))], {}
     if options.tag is None and options.run is not None and role_of(options.run):
         options.run, options.tag = None, options.run  # only a tag is given: of the newest run
     checkpoints = find_run_checkpoints(options.run)
     if not checkpoints.found:
         raise UserError(f"no checkpoints in {checkpoints.directory}: there is nothing to verify")
     if options.all:
-        return checkpoints.found
+        return checkpoints.found, files_instead_of_checkpoints(checkpoints.directory)
     if options.tag not in (None, LATEST, "auto"):
-        return candidates(checkpoints.directory, options.tag)[:1]
-    return [next((found for found in checkpoints.found if not found.is_superseded), checkpoints.found[0])]
+        return candidates(checkpoints.directory, options.tag)[:1], {}
+    return [next((found for found in checkpoints.found if not found.is_superseded), checkpoints.found[0])], {}
 
 
 def _print_json(value: object) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.common.host import usable_cores
@@ -81,12 +84,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.kind == "hellaswag":
-        prepared = datasets.prepare_hellaswag(options.out, options.source)
+        with _empty_directories_removed(options.out):
+            prepared = datasets.prepare_hellaswag(options.out, options.source)
         kind = "the original file" if prepared.is_original else "not the original file byte for byte"
         print(f"{prepared.items:,} items in {prepared.path}: {kind}")
     else:
         report(_prepare(options))
     return exit_codes.DONE
+
+
+@contextlib.contextmanager
+def _empty_directories_removed(out: Path) -> Iterator[None]:
+    """If the body fails, delete ``out`` and its parents as far as the body has created them and they are empty."""
+    missing = [directory for directory in (out, *out.parents) if not directory.exists()]
+    try:
+        yield
+    except BaseException:
+        for directory in missing:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
 
 
 def _prepare(options: argparse.Namespace) -> Dataset:

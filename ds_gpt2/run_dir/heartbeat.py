@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from ds_gpt2.common.files import no_links, open_for_writing, read_small, write_problem
+from ds_gpt2.common.open_files import has_original_open
 from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.common.safe_json import LARGEST, is_time
 
@@ -104,6 +105,11 @@ def beat_mtime(run_dir: Path, rank: int) -> float | None:
         return _file(run_dir, rank).stat().st_mtime
     except OSError:
         return None
+
+
+def is_of_original(run_dir: Path, rank: int, pid: int) -> bool:
+    """Return whether ``pid`` is a rank of the run of which ``run_dir`` is a copy: it has the original file open."""
+    return has_original_open(pid, _file(run_dir, rank))
 
 
 def beat_problem(run_dir: Path) -> str | None:

@@ -12,11 +12,14 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.open_files import has_original_open
 from ds_gpt2.common.process_identity import is_running, was_running_by_clock
+from ds_gpt2.run_dir.heartbeat import is_of_original, read_beat
 from ds_gpt2.run_dir.journal import Time
 
 RECORD = "supervisor.json"
 SUPERVISOR_DIR = "supervisor"  # in the run's directory; contains the supervisor's lock
+LOCK = "lock"  # file in that directory, open and locked while the supervisor runs
 
 _Pid = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -59,9 +62,24 @@ _SUPERVISED = TypeAdapter(SupervisorRecord)
 
 
 def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
-    """Return the record of the run's newest supervisor; None if there is none, or if the file is damaged."""
+    """Return the record of the run's newest supervisor.
+
+    None if there is none, if the file is damaged, or if the run was copied while it was running: the supervisor and the
+    ranks are those of the original.
+    """
     try:
         values = safe_json.read(run_dir / RECORD)
-        return _SUPERVISED.validate_python(values)
+        record = _SUPERVISED.validate_python(values)
     except (OSError, ValueError):
         return None
+    return None if _is_of_another_run(record, run_dir) else record
+
+
+def _is_of_another_run(record: SupervisorRecord, run_dir: Path) -> bool:
+    """Return whether the supervisor, or a rank that it has left, is of the run of which ``run_dir`` is a copy."""
+    if record.host != socket.gethostname():
+        return False
+    if record.is_running():
+        return has_original_open(record.pid, run_dir / SUPERVISOR_DIR / LOCK)
+    beat = read_beat(run_dir, 0)
+    return beat is not None and is_running(beat.pid, beat.start) and is_of_original(run_dir, 0, beat.pid)

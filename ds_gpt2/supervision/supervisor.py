@@ -16,7 +16,7 @@ from ds_gpt2.common import locks
 from ds_gpt2.config.run_location import write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
+from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR
 from ds_gpt2.supervision import relocation, waiting
 from ds_gpt2.supervision.context import Context
 from ds_gpt2.supervision.launches import Launches
@@ -24,8 +24,6 @@ from ds_gpt2.supervision.orphans import end_orphans
 from ds_gpt2.supervision.restart_policy import Finish, GiveUp, LaunchResult, Restart, RestartPolicy
 from ds_gpt2.supervision.stop_signals import StopSignals
 from ds_gpt2.supervision.supervised_run import SupervisedRun
-
-_LOCK = "lock"  # file in the supervisor's directory
 
 
 def supervise(run: SupervisedRun, settings: Settings) -> int:
@@ -39,7 +37,7 @@ def supervise(run: SupervisedRun, settings: Settings) -> int:
     """
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
-    with locks.lock(directory / _LOCK, f"run {settings.run.name}"), StopSignals() as stop:
+    with locks.lock(directory / LOCK, f"run {settings.run.name}"), StopSignals() as stop:
         supervisor = _Supervisor(run, settings, stop)
         code = supervisor.run_to_end()
     if supervisor.next_command and not stop.requested:

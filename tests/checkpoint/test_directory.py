@@ -128,3 +128,19 @@ def test_a_checkpoint_of_another_run_becomes_part_of_the_history(tmp_path: Path)
     assert [problem_of(generation) for generation in scan(own)] == [None] * 3
     assert commit.read_pointer(own, "latest") == rolling_tag(10)
     assert _tags(other) == [rolling_tag(10)]
+
+
+def test_the_deletion_of_superseded_checkpoints_is_announced_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    checkpoints = CheckpointDirectory(Disk(), tmp_path, SETTINGS.model_copy(update={"keep_last": 2}))
+    for step in (5, 15):
+        _save(tmp_path, step)
+    checkpoints.resume_from(scan(tmp_path)[1])
+    announced = "superseded; it is deleted when the run has 2 rolling checkpoints (checkpoint.keep_last)"
+    assert announced in caplog.text
+    caplog.clear()
+    checkpoints.after_commit(_save(tmp_path, 10), [])
+    assert _tags(tmp_path) == [rolling_tag(10), rolling_tag(5)]
+    assert "deleting superseded_step_000015: superseded, and checkpoint.keep_last is 2" in caplog.text

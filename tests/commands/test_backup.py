@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 from launched import PROJECT
-from project_dir import add_run
+from project_dir import add_run, use_as_project
 
+from ds_gpt2 import cli
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
-from ds_gpt2.checkpoint.catalog import candidates, problem_of
+from ds_gpt2.checkpoint.catalog import candidates, open_generation, problem_of
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
-from ds_gpt2.checkpoint.naming import rolling_tag
+from ds_gpt2.checkpoint.naming import BEST_TAG, epoch_tag, rolling_tag
 from ds_gpt2.commands import backup
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.locks import lock
@@ -126,6 +127,29 @@ def test_an_older_checkpoint_is_copied_if_the_newest_is_damaged(
     assert "error: no good checkpoint to back up" in capsys.readouterr().err
 
 
+def test_an_older_checkpoint_is_copied_if_a_file_of_the_newest_is_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = folder / "checkpoints" / "test" / "rolling_step_000020"
+    (newest / "model.pt").unlink()
+    assert run(folder) == exit_codes.DONE
+    printed = capsys.readouterr()
+    assert printed.err == f"checkpoint {newest} was not copied: model.pt is missing\n"
+    assert printed.out.startswith("rolling_step_000010 is in ")
+    assert not (folder / "storage" / "test" / newest.name).exists()
+
+
+def test_a_refused_backup_leaves_no_files_in_the_storage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "checkpoints" / "test" / "rolling_step_000020" / "model.pt").write_bytes(b"Weights of 20")
+    assert run(folder, "--tag", "20") == exit_codes.CRASHED
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: no good checkpoint to back up; `./launch.sh list DIR` shows those of the run".replace(
+        "DIR",
+        str(folder / "checkpoints" / "test"),  # not a run of this project: its name would not be found
+    )
+    assert not (folder / "storage" / "test" / "rolling_step_000020").exists()
+
+
 def test_copies_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--list") == exit_codes.DONE
     assert capsys.readouterr().out == f"no backups in {folder / 'storage' / 'test'}\n"
@@ -148,13 +172,57 @@ def test_a_copy_is_fetched(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.DONE
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"fetched {directory / rolling_tag(10)}, step 10, every file verified"
-    assert lines[1] == "resume from it with `./launch.sh resume test --from rolling_step_000010`"
+    assert lines[1] == f"resume from it with `./launch.sh resume {directory} --from rolling_step_000010`"
     assert [problem_of(found) for found in candidates(directory, "10")] == [None]
     (folder / "storage" / "test" / rolling_tag(10) / "model.pt").write_bytes(b"Weights of 10")
     commit.remove(Disk(), directory, rolling_tag(10))
     assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.CRASHED
     assert "was not fetched: " in capsys.readouterr().err
     assert {path.name for path in directory.iterdir()} == {rolling_tag(20), "lock"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("10", rolling_tag(10)), ("best", BEST_TAG), ("epoch 1", epoch_tag(1)), ("30", epoch_tag(1))]
+)
+def test_fetch_accepts_the_names_of_a_resume(folder: Path, name: str, tag: str) -> None:
+    directory = folder / "checkpoints" / "test"
+    commit.link(Disk(), directory / rolling_tag(10), directory, BEST_TAG)
+    save(directory, 30)
+    (directory / rolling_tag(30)).rename(directory / epoch_tag(1))
+    run(folder, "--tag", tag)
+    commit.remove(Disk(), directory, tag)
+    assert run(folder, "--fetch", name) == exit_codes.DONE
+    assert problem_of(open_generation(directory / tag)) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--tag", "10", "--fetch", "20"), ("--list", "--tag", "10"), ("--list", "--fetch=10")],
+)
+def test_options_that_exclude_each_other_are_refused(
+    folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(folder, *words)
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_an_unknown_protocol_is_reported_with_a_fix(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_as_project(folder, monkeypatch)
+    assert cli.main(["backup", "test", "--to", "foo://bucket"]) == exit_codes.MISTAKE
+    error = "cannot back up to foo://bucket: Protocol not known: foo; give a directory, or a URL such as"
+    assert error in capsys.readouterr().err
+
+
+def test_a_run_of_the_project_is_named_in_the_suggested_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_as_project(folder, monkeypatch)
+    run(folder, "--tag", "10")
+    assert run(folder, "--fetch", rolling_tag(10)) == exit_codes.DONE
+    assert "`./launch.sh resume test --from rolling_step_000010`" in capsys.readouterr().out
 
 
 def test_fetch_is_refused_while_the_run_trains(folder: Path) -> None:

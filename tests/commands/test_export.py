@@ -271,3 +271,14 @@ def test_the_default_directory_is_in_the_run(exported: Exported, capsys: pytest.
     assert (run / "exports" / "best_model-bf16" / "config.json").is_file()
     assert f"{run / 'exports' / 'best_model-bf16'}" in capsys.readouterr().out
     shutil.rmtree(run / "exports")
+
+
+def test_force_does_not_replace_a_file_that_is_no_export(
+    history: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("thesis.txt", "README.md"):
+        out = tmp_path / name
+        out.write_text("mine")
+        error = refused(capsys, "export", "test", "--out", out, "--force")
+        assert f"{out} is a file, but not an export: --force replaces exports only, give another --out PATH" in error
+        assert out.read_text() == "mine"

@@ -58,14 +58,30 @@ def test_prune_protects_the_newest_two_good_checkpoints(history: Path, in_json: 
     assert in_json("prune", "test")[1]["deleted"] == [rolling_tag(50)]
 
 
-def test_prune_deletes_nothing_with_fewer_than_two_good_checkpoints(history: Path, command: Command) -> None:
+def test_prune_deletes_nothing_with_fewer_than_two_good_checkpoints(
+    history: Path, command: Command, in_json: InJson
+) -> None:
     write_checkpoint(history, superseded_tag(250), 250)
     for step in (200, 300):
         (history / rolling_tag(step) / "manifest.json").write_text("{}")
     code, _, err = command("prune", "test")
     assert code == exit_codes.MISTAKE
-    assert f"nothing is deleted: {history} has 3 damaged checkpoints and only 1 good; " in err
+    assert err == (
+        f"error: nothing is deleted: {history} has 4 damaged checkpoints; only 1 step of the run has a good one, and 2"
+        " are required; `./launch.sh verify test --all` lists the problems\n"
+    )
+    assert sum(row["problem"] is not None for row in in_json("list", "test")[1]) == 4
     assert (history / rolling_tag(100)).exists() and (history / superseded_tag(250)).exists()
+
+
+def test_prune_deletes_nothing_without_good_checkpoints(history: Path, command: Command) -> None:
+    for path in history.glob(f"rolling_*/{next(iter(FILES))}"):
+        path.write_bytes(b"")
+    elsewhere = history.rename(history.with_name("moved away"))
+    code, _, err = command("prune", elsewhere)
+    assert code == exit_codes.MISTAKE
+    assert "has 5 damaged checkpoints; no step of the run has a good one, and 2 are required" in err
+    assert f"`./launch.sh verify '{elsewhere}' --all`" in err
 
 
 def test_prune_ignores_checkpoints_deleted_by_the_run(

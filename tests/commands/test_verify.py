@@ -236,3 +236,16 @@ def test_verify_deep_runs_no_code_and_requires_all_files(
     assert command("verify", short, "--deep")[1] == f"{rolling_tag(2)}: manifest.json does not list {missing}\n"
     other = write_checkpoint(tmp_path / "run", rolling_tag(3), 3, files, identity={})
     assert "it cannot be compared with manifest.json" in command("verify", other, "--deep")[1]
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_reported(history: Path, in_json: InJson, command: Command) -> None:
+    shutil.rmtree(history / rolling_tag(300))
+    (history / rolling_tag(300)).write_text("a file")
+    problem = "is a file, not the directory of a checkpoint: delete it, or restore the directory from a copy"
+    code, verdicts = in_json("verify", "test", "--all")
+    expected = {"tag": rolling_tag(300), "step": 300, "ok": False, "problem": problem}
+    assert (code, [verdict for verdict in verdicts if not verdict["ok"]]) == (exit_codes.CRASHED, [expected])
+    assert f"{rolling_tag(300)}: {problem}\n" in command("verify", "test", "--all")[1]
+    assert command("verify", "test", rolling_tag(300))[2] == f"error: {history / rolling_tag(300)} {problem}\n"
+    (row,) = [row for row in in_json("list", "test")[1] if row["tag"] == rolling_tag(300)]
+    assert (row["kind"], row["resumable"], row["problem"]) == ("unfinished", False, problem)

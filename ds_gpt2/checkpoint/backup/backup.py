@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ds_gpt2.checkpoint import commit, retention
 from ds_gpt2.checkpoint.backup.ownership import Ownership
@@ -30,9 +31,9 @@ from ds_gpt2.checkpoint.backup.storage import (
     open_storage,
     redact,
 )
-from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of
+from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of, tags_of
 from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
-from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode
+from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode, size_problem_of
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
 from ds_gpt2.checkpoint.retention import RetentionCandidate
 from ds_gpt2.common.errors import UserError
@@ -166,15 +167,20 @@ class Backup:
 
         Raises:
             UserError: the directory does not have the name of a checkpoint, or another run owns the backups.
-            DamagedError: the checkpoint is damaged; there is no committed backup of it.
-            OSError: the checkpoint cannot be read, or the storage not written, or it returns other data than written.
+            DamagedError: the checkpoint is damaged, or one of its files is missing or unreadable. Files of an
+                uncommitted backup of it are deleted.
+            OSError: the storage cannot be written, or it returns other data than written.
         """
         if generation.role is None:
             raise UserError(f"{generation.path} does not have the name of a checkpoint")
         if generation.manifest is None:
             raise DamagedError(generation.problem)
         with self._ownership.exclusive(on_wait=lambda: progress(0)):
-            return self._copy(generation, generation.manifest, progress)
+            try:
+                return self._copy(generation, generation.manifest, progress)
+            except DamagedError:
+                self._remove_uncommitted(generation.tag)
+                raise
 
     def _copy(self, generation: Generation, manifest: Manifest, progress: Progress) -> int:
         self.claim()
@@ -183,6 +189,9 @@ class Backup:
         progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
         if not missing and self._storage.content(tag, MANIFEST) == marker:
             return 0
+        for name in missing:  # before anything is sent or replaced
+            if (problem := size_problem_of(generation.path, name, files[name])) is not None:
+                raise DamagedError(problem)
         self._storage.make(tag)
         self._clear(tag, files.keys() - set(missing))
         for name in missing:
@@ -225,8 +234,7 @@ class Backup:
         """
         copy = self._copy_of(tag)
         if copy is None:
-            available = ", ".join(copy.tag for copy in self.copies()) or "none"
-            raise UserError(f"no backup {tag} in {self.where()}; available: {available}")
+            raise self._missing(tag)
         local = open_generation(directory / tag)
         if local.manifest == copy.manifest and problem_of(local) is None:
             return local
@@ -235,6 +243,24 @@ class Backup:
             commit.remove(self._disk, directory, tag)
         commit.commit(self._disk, directory, tag, copy.manifest)
         return open_generation(directory / tag)
+
+    def find(self, selector: str) -> Copy:
+        """Return the backup that ``selector`` denotes: a tag, a step, ``best``, or an epoch, as for a resume.
+
+        Raises:
+            UserError: there is no such backup.
+        """
+        for tag in tags_of(selector):
+            if (copy := self._copy_of(tag)) is not None:
+                return copy
+        same_step = [copy for copy in self.copies() if str(copy.manifest.step) == selector]
+        if not same_step:
+            raise self._missing(selector)
+        return same_step[0]
+
+    def _missing(self, name: str) -> UserError:
+        available = ", ".join(copy.tag for copy in self.copies()) or "none"
+        return UserError(f"no backup {name} in {self.where()}; available: {available}")
 
     @functools.cached_property
     def _storage(self) -> Storage:
@@ -257,9 +283,15 @@ class Backup:
         for name in set(names) - intact - {MANIFEST}:
             self._storage.remove_file(tag, name)
 
+    def _remove_uncommitted(self, tag: str) -> None:
+        """Delete the files of a backup without a manifest: its source is damaged, so that it cannot be completed."""
+        with contextlib.suppress(OSError):
+            if self._storage.names(tag) and self._storage.content(tag, MANIFEST) is None:
+                self._storage.remove(tag)
+
     def _send(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
         digest = hashlib.sha256()
-        self._storage.write(generation.tag, name, _blocks_of(generation.path / name, _each(digest.update, progress)))
+        self._storage.write(generation.tag, name, _blocks_of(generation.path, name, _each(digest.update, progress)))
         if digest.hexdigest() != entry.sha256:
             raise DamagedError(f"{name} is damaged: sha256 mismatch")
         if not self._has(generation.tag, name, entry, progress):
@@ -298,7 +330,10 @@ class Backup:
             raise
 
     def _receive(self, tag: str, name: str, progress: Progress, file: HashingFile) -> None:
-        self._storage.read(tag, name, _each(file.write, progress))
+        try:
+            self._storage.read(tag, name, _each(file.write, progress))
+        except FileNotFoundError:
+            raise DamagedError(f"{self.where(tag)}/{name} is missing") from None
 
 
 def _rolling_step(tag: str) -> int:
@@ -306,11 +341,29 @@ def _rolling_step(tag: str) -> int:
     return int(tag.rsplit("_", 1)[1]) if role_of(tag) == "rolling" else -1
 
 
-def _blocks_of(path: Path, on_block: Callable[[bytes], object]) -> Iterator[bytes]:
-    with open(path, "rb", opener=regular_only) as file:
-        while block := file.read(BLOCK):
+def _blocks_of(checkpoint: Path, name: str, on_block: Callable[[bytes], object]) -> Iterator[bytes]:
+    """Yield the blocks of file ``name`` of a checkpoint.
+
+    Raises:
+        DamagedError: the file is missing or unreadable. An OSError would be mistaken for one of the storage.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(checkpoint / name, "rb", opener=regular_only))
+        except FileNotFoundError:
+            raise DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
+        while block := _next_block(file, name):
             on_block(block)
             yield block
+
+
+def _next_block(file: BinaryIO, name: str) -> bytes:
+    try:
+        return file.read(BLOCK)
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _each(on_block: Callable[[bytes], object], progress: Progress) -> Callable[[bytes], None]:

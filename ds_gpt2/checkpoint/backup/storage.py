@@ -59,7 +59,10 @@ def check_protocol(url: str) -> None:
     """
     try:
         fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0])
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
+        fix = "give a directory, or a URL such as s3://bucket/folder"
+        raise UserError(f"cannot back up to {redact(url)}: {redacted_reason(error)}; {fix}") from None
+    except ImportError as error:  # its message names the package to install
         raise UserError(f"cannot back up to {redact(url)}: {redacted_reason(error)}") from None
 
 

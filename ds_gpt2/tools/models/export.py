@@ -87,6 +87,8 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise UserError(f"{out} exists: give another --out PATH, or --force to replace it")
     if out.is_symlink():
         raise UserError(f"{out} is a symbolic link: give --out PATH of its target")
+    if not out.is_dir() and not out.name.endswith(torch_file.SUFFIX):
+        raise UserError(f"{out} is a file, but not an export: --force replaces exports only, give another --out PATH")
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     unknown = sorted(name for name in names if name not in _EXPORT_FILES and not name.endswith(torch_file.SUFFIX))
     if unknown:

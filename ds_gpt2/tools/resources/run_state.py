@@ -17,7 +17,7 @@ from ds_gpt2.common.locks import last_host
 from ds_gpt2.common.process_identity import is_running, was_running_by_clock
 from ds_gpt2.config.settings import Settings, SupervisorSettings
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, read_beat
+from ds_gpt2.run_dir.heartbeat import Beat, beat_mtime, is_of_original, read_beat
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord, read_supervisor_record
 from ds_gpt2.supervision.watchdog import longest_silence
@@ -143,7 +143,7 @@ class _Observed:
 def _state_of(observed: _Observed, is_here: bool) -> RunState:
     beats = _read_beats(observed.run_dir)
     if is_here:
-        active = {rank: beat for rank, beat in beats.items() if _process_exists(beat)}
+        active = {rank: beat for rank, beat in beats.items() if _is_beating(observed.run_dir, rank, beat)}
     else:
         beats = {rank: _with_file_time(observed.run_dir, rank, beat) for rank, beat in beats.items()}
         active = _still_beating(observed, beats)
@@ -247,9 +247,13 @@ def _with_file_time(run_dir: Path, rank: int, beat: Beat) -> Beat:
     return beat if written is None else replace(beat, time=max(beat.time, written))
 
 
-def _process_exists(beat: Beat) -> bool:
-    """Return whether the rank's process runs on this machine; a later process with the same PID does not count."""
-    return is_running(beat.pid, beat.start) if beat.start else was_running_by_clock(beat.pid, beat.time)
+def _is_beating(run_dir: Path, rank: int, beat: Beat) -> bool:
+    """Return whether the rank's process runs on this machine.
+
+    A later process with the same PID does not count, nor a rank of the run of which ``run_dir`` is a copy.
+    """
+    exists = is_running(beat.pid, beat.start) if beat.start else was_running_by_clock(beat.pid, beat.time)
+    return exists and not is_of_original(run_dir, rank, beat.pid)
 
 
 def _host(supervisor: SupervisorRecord | None, lock: Path) -> str | None:

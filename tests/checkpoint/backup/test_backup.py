@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def test_a_damaged_source_is_refused(run_dir: Path, location: str, name: str) ->
     backup = Backup(location, "run", SETTINGS)
     with pytest.raises(DamagedError, match=f"{name} is damaged: sha256 mismatch"):
         backup.copy(generation)
-    assert MANIFEST not in read_at(location, generation.tag)
+    assert read_at(location, generation.tag) == {}
     assert backup.copies() == []
 
 
@@ -111,9 +112,45 @@ def test_a_missing_source_file_is_refused(run_dir: Path, location: str) -> None:
     generation = save(run_dir, 250)
     (generation.path / "c.pt").unlink()
     backup = Backup(location, "run", SETTINGS)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedError, match=r"^c\.pt is missing$"):
         backup.copy(generation)
+    assert read_at(location, generation.tag) == {}
     assert backup.copies() == []
+
+
+def test_an_unreadable_source_file_is_damage_of_the_checkpoint_not_of_the_storage(
+    run_dir: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = save(run_dir, 250)
+
+    def fail(path: str, flags: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr("ds_gpt2.checkpoint.backup.backup.regular_only", fail)
+    with pytest.raises(DamagedError, match=r"^a\.pt cannot be read: Input/output error$"):
+        Backup(location, "run", SETTINGS).copy(generation)
+    assert read_at(location, generation.tag) == {}
+
+
+def test_a_missing_source_file_does_not_invalidate_another_backup_of_the_tag(run_dir: Path, location: str) -> None:
+    backup = Backup(location, "run", SETTINGS)
+    earlier = save(run_dir, 250)
+    backup.copy(earlier)
+    commit.remove(Disk(), run_dir, rolling_tag(250))
+    later = save(run_dir, 250, seed=1)
+    (later.path / "c.pt").unlink()
+    with pytest.raises(DamagedError, match="is missing"):
+        backup.copy(later)
+    assert [copy.manifest for copy in backup.copies()] == [earlier.manifest]
+
+
+def test_a_backup_with_a_missing_file_is_damaged(run_dir: Path, tmp_path: Path, local_location: Path) -> None:
+    backup = Backup(str(local_location), "run", SETTINGS)
+    generation = save(run_dir, 250)
+    backup.copy(generation)
+    (local_location / "run" / generation.tag / "b.pt").unlink()
+    with pytest.raises(DamagedError, match=r"rolling_step_000250/b\.pt is missing$"):
+        backup.fetch(generation.tag, tmp_path / "fetched")
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda data: data[:-1], lambda data: data + b"x", lambda _: b""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,3 +84,14 @@ def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
     assert processes.this_run(settings, []).status == "fail"
     SupervisorRecord(process.pid, process.create_time(), "another host", "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "warn"
+
+
+def test_a_copy_of_a_supervised_run_can_be_resumed(settings: Settings) -> None:
+    (settings.run_dir / "supervisor").mkdir(parents=True)
+    process, original = psutil.Process(), settings.run_dir.with_name("original")
+    with lock(settings.run_dir / "supervisor" / "lock", "the run"):
+        SupervisorRecord(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
+        assert processes.this_run(settings, []).status == "fail"
+        settings.run_dir.rename(original)
+        shutil.copytree(original, settings.run_dir)
+        assert processes.this_run(settings, []).status == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,8 +13,11 @@ import pytest
 from run_files import DAY, HOUR, NOW, RunFiles
 
 from ds_gpt2.checkpoint.naming import LOCK
+from ds_gpt2.common.locks import lock
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase, read_beat
+from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.tools.status.screen import screen
+from ds_gpt2.tools.status.status import read_status
 
 
 @pytest.mark.parametrize(
@@ -290,3 +294,25 @@ def test_finished_if_the_final_checkpoint_is_evaluated_but_not_journaled(
     healthy_run.save(2000, state={"unevaluated": unevaluated})
     (healthy_run.run_dir / "heartbeat" / "rank_00000").unlink()
     assert healthy_run.status().state == state
+
+
+def test_a_copy_of_a_run_in_use_is_not_running(healthy_run: RunFiles) -> None:
+    """The record of the supervisor and the heartbeats are copied, too."""
+    run_dir = healthy_run.run_dir
+    (run_dir / "supervisor").mkdir()
+    with lock(run_dir / "supervisor" / "lock", "run test"):
+        healthy_run.supervise("running")
+        shutil.copytree(run_dir, run_dir.with_name("copy"))
+        assert healthy_run.status().state == "running"
+        assert read_status(run_dir.with_name("copy"), NOW).state == "dead"
+        shutil.rmtree(run_dir.with_name("copy") / "heartbeat")
+        assert read_status(run_dir.with_name("copy"), NOW).state == "dead"
+
+
+def test_a_copy_does_not_take_over_ranks_that_the_supervisor_of_the_original_has_left(healthy_run: RunFiles) -> None:
+    run_dir = healthy_run.run_dir
+    healthy_run.supervise("running", start="of a dead process", group=os.getpid())
+    healthy_run.beat()
+    shutil.copytree(run_dir, run_dir.with_name("copy"))
+    assert read_supervisor_record(run_dir) is not None
+    assert read_supervisor_record(run_dir.with_name("copy")) is None
