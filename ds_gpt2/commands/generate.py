@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from ds_gpt2.commands.arguments import positive
+from ds_gpt2.commands.arguments import number, positive, whole_number
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.tokenizer import END_OF_TEXT, gpt2
@@ -42,14 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, default=1, metavar="N", help="number of continuations per prompt (default: 1)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the most probable token (default: 0.8)"
+        "--temperature", type=number, default=0.8, metavar="T", help="0: always the most probable token (default: 0.8)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=None, metavar="K", help="sample from the K most probable tokens (default: all)"
+        "--top-k",
+        type=whole_number,
+        default=None,
+        metavar="K",
+        help="sample from the K most probable tokens (default: all)",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=number,
         default=1.0,
         metavar="P",
         help="sample from the most probable tokens with total probability P",
@@ -116,7 +120,4 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
 
 def _seed(text: str) -> int:
     """Parse a seed, as a type for argparse."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or larger")
-    return number
+    return whole_number(text, 0, "of 0 or more")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_gpt2.commands.arguments import path, positive
+from ds_gpt2.commands.arguments import path, positive, whole_number
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import percent, tokens
 from ds_gpt2.common.terminal import one_line, printable_lines
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=positive, default=3, metavar="N", help="number of example documents (default: 3)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed that selects the examples (default: random)")
+    parser.add_argument(
+        "--seed", type=whole_number, metavar="N", help="seed that selects the examples (default: random)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

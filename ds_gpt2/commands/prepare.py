@@ -106,7 +106,7 @@ def _prepare(options: argparse.Namespace) -> Dataset:
 def separator(text: str) -> str:
     """Parse a text that is not empty, as a type for argparse."""
     if not text:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("must not be empty: give the text between two documents")
     return text
 
 
