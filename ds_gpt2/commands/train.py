@@ -40,9 +40,9 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         default="latest",
-        metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
+        metavar="latest|backup|best|epoch_00003|STEP|before:STEP|TAG|PATH",
         help="which checkpoint (default: the newest good checkpoint); backup: the checkpoint before the newest, not one"
-        " from checkpoint.backup.to",
+        " from checkpoint.backup.to; before:STEP: the newest good one before a step",
     )
     parser.add_argument(
         "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"

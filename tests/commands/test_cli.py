@@ -364,3 +364,11 @@ def test_ctrl_c_during_the_first_imports_has_no_traceback() -> None:
     command = [sys.executable, "-c", code, str(PROJECT / "ds_gpt2" / "__main__.py")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, "signal\n", "")
+
+
+def test_the_help_of_resume_lists_every_form_of_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["resume", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--from latest|backup|best|epoch_00003|STEP|before:STEP|TAG|PATH" in printed
+    assert "before:STEP: the newest good one before a step" in printed
