@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -74,11 +75,13 @@ def run(options: argparse.Namespace) -> int:
     if opened.note is not None:
         print(opened.note, file=sys.stderr)
     model = as_model(opened.shape, opened.weights).to(chosen)
+    checking = f"`./launch.sh verify {shlex.quote(str(opened.path))} --deep`"
+    fix = f", {checking} shows which; choose another with --tag" if opened.manifest else ": use another model"
     for prompt in _prompts(options):
         for sample in range(options.samples):
             if sample:
                 print(_RULE)
-            _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample))
+            _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample), fix)
     return exit_codes.DONE
 
 
@@ -99,8 +102,12 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
         yield prompt
 
 
-def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) -> None:
-    """Print the prompt and its continuation, each character as soon as it is complete; Ctrl+C stops this text only."""
+def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int, fix: str) -> None:
+    """Print the prompt and its continuation, each character as soon as it is complete; Ctrl+C stops this text only.
+
+    Args:
+        fix: what to do if the weights are not finite, for the error.
+    """
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     shown = printable_lines if sys.stdout.isatty() else str  # a model can generate any bytes
     sys.stdout.write(prompt)
@@ -111,7 +118,7 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
             sys.stdout.write(shown(characters.decode(gpt2().decode_single_token_bytes(token))))
             sys.stdout.flush()
     except FloatingPointError as error:
-        raise UserError(f"{error}: some weights are Inf or NaN, `verify --deep` shows which") from None
+        raise UserError(f"{error}: some weights are Inf or NaN{fix}") from None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

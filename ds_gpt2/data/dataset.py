@@ -205,18 +205,24 @@ def _read_index(directory: Path, index: Path) -> Dataset:
         content = safe_json.read(index)
     except OSError as error:
         raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error}): prepare the data again") from None
+    except ValueError:
+        raise _damaged_index(index, "not valid JSON") from None
     try:
         shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
         counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({reason}): prepare the data again") from None
+        wrong_value = isinstance(error, ValueError)
+        reason = reason_of(error) if wrong_value else "a field is missing or has another type"
+        raise _damaged_index(index, reason) from None
     if version != FORMAT or tokenizer != "gpt2":
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
     return Dataset(directory, shards, str(source), counts)
+
+
+def _damaged_index(index: Path, reason: str) -> UserError:
+    fix = "restore it from a copy, or prepare the data again"
+    return UserError(f"{index} is not a dataset index of ds_gpt2 ({reason}): {fix}")
 
 
 def _shard(entry: dict[str, Any]) -> Shard:

@@ -248,3 +248,20 @@ def test_a_run_keeps_the_split_of_an_earlier_version(tmp_path: Path) -> None:
     assert as_first_read(now, before.fingerprint).shards == shards
     assert as_first_read(now, now.fingerprint) is now
     assert as_first_read(now, "that of other data") is now
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xb6\xff", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"{}", "a field is missing or has another type"),
+        (b"[]", "a field is missing or has another type"),
+    ],
+)
+def test_the_error_of_a_damaged_index_has_no_words_of_python(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        open_dataset(tmp_path)
+    fix = "restore it from a copy, or prepare the data again"
+    assert str(refused.value) == f"{tmp_path / INDEX} is not a dataset index of ds_gpt2 ({reason}): {fix}"

@@ -188,7 +188,7 @@ def _converted(repository: Repository) -> list[HubFile]:
         files = []
     if not files or any("partial-" in file.path for file in files):
         raise UserError(
-            f"{repository.name} has no parquet files: download it yourself, then use `prepare text FILE...`"
+            f"{repository.name} has no parquet files: download it yourself, then use `./launch.sh prepare text FILE...`"
         )
     return files
 

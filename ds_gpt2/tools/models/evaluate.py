@@ -31,7 +31,7 @@ from ds_gpt2.evaluation.loss import (
     window_losses,
 )
 from ds_gpt2.pretrained import load
-from ds_gpt2.tools.models.open import OpenedModel, find_outside, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, damaged, find_outside, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
 DEFAULT_TOKENS = 1_048_576  # to measure the loss on, if no settings have a number
@@ -186,7 +186,7 @@ def _find_model(name: str | None, tag: str | None) -> EvaluatedModel:
         return EvaluatedModel(str(name), load.shape_at(outside).sequence_length, {})
     found = find_checkpoint(name, tag)
     if found.manifest is None:
-        raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
+        raise damaged(found.path, found.problem)
     settings = current_settings(found.path, found.manifest.settings)
     return EvaluatedModel(str(found.path), shape_of(found.manifest).sequence_length, settings)
 
