@@ -85,7 +85,9 @@ def _fit_ranks(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict
     if ranks < available:
         print(f"{available} ranks cannot divide {batch.tokens_per_step} tokens per step equally: resuming with {ranks}")
     if micro_batch != batch.micro_batch:
-        print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: resuming with {micro_batch}")
+        print(
+            f"batch.micro_batch {batch.micro_batch} does not fit {counted(ranks, 'rank')}: resuming with {micro_batch}"
+        )
         overrides = {**overrides, "batch.micro_batch": str(micro_batch)}
     return ranks, overrides
 

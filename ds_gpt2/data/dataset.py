@@ -134,8 +134,9 @@ def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> in
     counts = _windows_per_shard(dataset, split, sequence_length)
     if not sum(counts):
         raise UserError(
-            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {counted(len(counts), 'shard')}, too few for"
-            f" one window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+            f"{dataset.dir} has {counted(dataset.tokens(split), f'{split} token')} in"
+            f" {counted(len(counts), 'shard')}, too few for one window of {sequence_length} + 1: prepare more text or"
+            " set a smaller batch.sequence_length"
         )
     return sum(counts)
 
@@ -272,7 +273,7 @@ def _read_without_index(directory: Path, bad_shards: bool) -> Dataset:
     if left_out:
         some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         source += f"; not used, a test split by their names: {some}"
-        log.info(f"{directory}: {len(left_out)} shards are a test split by their names and are not used: {some}")
+        log.info(f"{directory}: left out {counted(len(left_out), 'shard')} of a test split, recognized by name: {some}")
     return Dataset(directory, shards, source, left_out=left_out)
 
 

@@ -36,6 +36,14 @@ def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
 
 
+def test_prepare_does_not_advise_to_remove_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("A line of text.\n" * 5000)
+    assert cli.main(["prepare", "text", str(file), "--out", str(file)]) == exit_codes.MISTAKE
+    expected = f"error: {file} is a file: give --out DIR, a directory that does not exist or is empty\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.ranks
 def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "PROJECT_DIR", tmp_path)
@@ -55,8 +63,8 @@ def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.C
     (tmp_path / "a.ndjson").write_text("\n".join(lines))
     assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == exit_codes.DONE
     printed = capsys.readouterr().out
-    assert "skipped 1 documents that are damaged or have no text" in printed
-    assert "the text contains <|endoftext|> 1 times, tokenized as ordinary characters: see --separator" in printed
+    assert "skipped 1 document, damaged or without text" in printed
+    assert "the text contains <|endoftext|> 1 time, tokenized as ordinary characters: see --separator" in printed
 
 
 @pytest.mark.ranks

@@ -150,7 +150,7 @@ def test_shards_of_a_test_split_are_left_out_and_reported(llm_c: Path, log_messa
     dataset = open_dataset(llm_c)
     assert (dataset.tokens("train"), dataset.tokens("val")) == (158, 80)
     assert dataset.left_out == ("fineweb_test_000000.bin",) and "fineweb_test_000000.bin" in dataset.source
-    assert [line for line in log_messages if "1 shards are a test split by their names and are not used" in line]
+    assert [line for line in log_messages if "left out 1 shard of a test split, recognized by name: " in line]
     assert dataset.fingerprint != before
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
@@ -146,12 +147,12 @@ def choose_data(sources: EvalSources, models: Sequence[EvaluatedModel], warn: Ca
         shortest = min(model.sequence_length for model in models)
         windows = Windows(open_dataset(data), "val", shortest, warn)
         count = count_windows(windows, sources.tokens or _setting(settings, "validation", "tokens") or DEFAULT_TOKENS)
-        notes.append(f"loss: {count:,} validation windows of {shortest:,} tokens, {data}{data_origin}")
+        notes.append(f"loss: {counted(count, 'validation window')} of {shortest:,} tokens, {data}{data_origin}")
     if file is not None:
         style: TextStyle = "cleaned" if _setting(settings, "hellaswag", "text") == "cleaned" else "original"
         with tempfile.TemporaryDirectory() as cache:  # not kept: it would save one second
             items = load_items(file, style, Path(cache))[: sources.items]
-        notes.append(f"HellaSwag: {len(items):,} items, text {style}, {file}{file_origin}")
+        notes.append(f"HellaSwag: {counted(len(items), 'item')}, text {style}, {file}{file_origin}")
     return EvalData(windows, count, items, [*notes, *_notes_on_lengths(models)])
 
 
