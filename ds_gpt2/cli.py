@@ -115,9 +115,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     Raises:
         UserError: the arguments are invalid.
+        OSError: the help cannot be written.
+        SystemExit: the help or the version was requested and printed.
     """
     parser = _parser(next((word for word in arguments if word in _VERBS), None))
-    options, rest = parser.parse_known_args(parser.options_first(arguments))
+    try:
+        options, rest = parser.parse_known_args(parser.options_first(arguments))
+    except SystemExit:  # the help or the version is printed
+        sys.stdout.flush()
+        raise
     if rest:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see `{parser.prog} {options.verb} --help`")
     return options
@@ -128,6 +134,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse ignores a failed write."""
+        (file or sys.stdout).write(self.format_help())
 
     def add_argument(self, *names: Any, **properties: Any) -> argparse.Action:
         """Add an argument; argparse reports one of any number of values as required if another argument is missing."""

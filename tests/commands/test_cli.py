@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -380,3 +381,24 @@ def test_the_help_of_resume_lists_every_form_of_its_source(capsys: pytest.Captur
     printed = " ".join(capsys.readouterr().out.split())
     assert "--from latest|backup|best|epoch_00003|STEP|before:STEP|TAG|PATH" in printed
     assert "before:STEP: the newest good one before a step" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "buffered"),
+    [
+        ("--help", True),
+        ("--help", False),
+        ("list --help", True),
+        ("prepare text --help", True),
+        ("prepare text --help", False),
+        ("--version", True),
+    ],
+)
+def test_help_that_cannot_be_written_is_an_error(
+    line: str, buffered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        raw = io.BufferedWriter(full) if buffered else full
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=not buffered))
+        assert cli.main(line.split()) == exit_codes.CRASHED
+        assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"
