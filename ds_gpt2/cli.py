@@ -168,8 +168,12 @@ class _Parser(argparse.ArgumentParser):
             options.append(word)
             name, equals, _ = word.partition("=")
             values = self._known(name).nargs
-            if not equals and values in (None, argparse.OPTIONAL) and rest and not _is_option(rest[0]):
+            if equals or values not in (None, argparse.OPTIONAL) or not rest:
+                continue
+            if not _is_option(rest[0]):
                 options.append(rest.pop(0))
+            elif values is None and rest[0].partition("=")[0] not in self._option_string_actions:
+                self.error(f"argument {name}: if its value is {rest[0]}, write {name}={rest[0]}")
         return [*options, "--", *others] if others else options
 
     def _known(self, name: str) -> argparse.Action:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -109,9 +110,10 @@ def read_dataset(directory: Path, bad_shards: bool = False) -> Dataset:
 
 def _how_to_prepare(directory: Path) -> str:
     """Return how to create the dataset that ``directory`` is named after."""
+    out = shlex.quote(str(directory))
     if directory.name in _NAMED:
-        return f"create it with `./launch.sh prepare {directory.name} --out {directory}`"
-    return f"create it from your text with `./launch.sh prepare text FILE... --out {directory}`"
+        return f"create it with `./launch.sh prepare {directory.name} --out {out}`"
+    return f"create it from your text with `./launch.sh prepare text FILE... --out {out}`"
 
 
 def index_content(shards: list[Shard], source: str, counts: dict[str, int]) -> str:

@@ -318,6 +318,11 @@ def test_too_many_worker_processes_are_refused(capsys: pytest.CaptureFixture[str
             "prepare text a --worker=2",
             "unknown option --worker (did you mean --workers?); see `./launch.sh prepare text --help`",
         ),
+        (
+            "generate --prompt -x",
+            "argument --prompt: if its value is -x, write --prompt=-x; see `./launch.sh generate --help`",
+        ),
+        ("generate --prompt --tokens 5", "argument --prompt: expected one argument; see `./launch.sh generate --help`"),
         ("list a b --json", "unrecognized arguments: b; see `./launch.sh list --help`"),
         ("alerts k", "unknown verb alerts (did you mean alert?); see `./launch.sh --help`"),
         ("prepare txt a", "unknown kind txt (did you mean text?); see `./launch.sh prepare --help`"),

@@ -265,3 +265,9 @@ def test_the_error_of_a_damaged_index_has_no_words_of_python(tmp_path: Path, con
         open_dataset(tmp_path)
     fix = "restore it from a copy, or prepare the data again"
     assert str(refused.value) == f"{tmp_path / INDEX} is not a dataset index of ds_gpt2 ({reason}): {fix}"
+
+
+def test_the_command_that_creates_missing_data_has_its_directory_quoted(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        open_dataset(tmp_path / "my data")
+    assert f"`./launch.sh prepare text FILE... --out '{tmp_path / 'my data'}'`" in str(refused.value)
