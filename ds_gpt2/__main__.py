@@ -1,11 +1,12 @@
 """Entry point of ``python -m ds_gpt2``, and of launch.sh, which runs this file by its path."""
 
 import signal
-import sys
-from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C during the imports exits without a traceback
+
+import sys
+from pathlib import Path
 
 if not __package__:  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -59,6 +61,7 @@ _VERBS = {
 }
 
 _TRAINING = frozenset({"quickstart", "train", "resume"})  # continue if their output cannot be written
+_NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,13 +111,21 @@ def _describe(error: OSError) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the arguments; settings may come after options, which argparse does not support."""
+    """Parse the arguments; options may come anywhere.
+
+    Raises:
+        UserError: the arguments are invalid.
+        OSError: the help cannot be written.
+        SystemExit: the help or the version was requested and printed.
+    """
     parser = _parser(next((word for word in arguments if word in _VERBS), None))
-    options, rest = parser.parse_known_args(arguments)
-    if not hasattr(options, "settings") or any(word.startswith("-") for word in rest):
-        parser.parse_args(arguments)  # reports the unknown arguments and raises
-    else:
-        options.settings += rest
+    try:
+        options, rest = parser.parse_known_args(parser.options_first(arguments))
+    except SystemExit:  # the help or the version is printed
+        sys.stdout.flush()
+        raise
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see `{parser.prog} {options.verb} --help`")
     return options
 
 
@@ -124,8 +135,78 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse ignores a failed write."""
+        (file or sys.stdout).write(self.format_help())
 
-def _parser(requested: str | None) -> argparse.ArgumentParser:
+    def add_argument(self, *names: Any, **properties: Any) -> argparse.Action:
+        """Add an argument; argparse reports one of any number of values as required if another argument is missing."""
+        action = super().add_argument(*names, **properties)
+        if action.nargs == argparse.ZERO_OR_MORE:
+            action.required = False
+        return action
+
+    def options_first(self, words: list[str]) -> list[str]:
+        """Return the words with the options before the other words: argparse expects those in one sequence.
+
+        Raises:
+            UserError: an unknown option, verb or kind.
+        """
+        options: list[str] = []
+        others: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                others += rest
+                break
+            if not _is_option(word):
+                if (chosen := self._subparser(word)) is not None:
+                    return [*options, word, *chosen.options_first(rest)]
+                others.append(word)
+                continue
+            options.append(word)
+            name, equals, _ = word.partition("=")
+            values = self._known(name).nargs
+            if equals or values not in (None, argparse.OPTIONAL) or not rest:
+                continue
+            if not _is_option(rest[0]):
+                options.append(rest.pop(0))
+            elif values is None and rest[0].partition("=")[0] not in self._option_string_actions:
+                self.error(f"argument {name}: if its value is {rest[0]}, write {name}={rest[0]}")
+        return [*options, "--", *others] if others else options
+
+    def _known(self, name: str) -> argparse.Action:
+        """Return the option of this name."""
+        known = self._option_string_actions
+        if name not in known:
+            self.error(f"unknown option {name}{_did_you_mean(name, known)}")
+        return known[name]
+
+    def _subparser(self, word: str) -> _Parser | None:
+        """Return the parser of a verb or kind; None if this parser has none."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                if word not in action.choices:
+                    what = str(action.metavar).lower()
+                    hint = _did_you_mean(word, action.choices) or f"; choose from {', '.join(action.choices)}"
+                    self.error(f"unknown {what} {word}{hint}")
+                chosen: _Parser = action.choices[word]
+                return chosen
+        return None
+
+
+def _is_option(word: str) -> bool:
+    """Return whether a word is an option and not a value, by the rules of argparse."""
+    return word.startswith("-") and word != "-" and " " not in word and _NEGATIVE_NUMBER.fullmatch(word) is None
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _parser(requested: str | None) -> _Parser:
     """Return the parser of all verbs; only the requested verb has its arguments."""
     parser = _Parser(prog="./launch.sh", description="Pre-train GPT-2 with DeepSpeed ZeRO-2.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ds_gpt2 {__version__}")

@@ -15,10 +15,33 @@ from ds_gpt2.common.paths import expanded
 
 def positive(text: str) -> int:
     """Parse an integer above zero, as a type for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    return whole_number(text, 1, "above 0")
+
+
+def whole_number(text: str, least: int | None = None, limits: str = "", most: float = math.inf) -> int:
+    """Parse an integer, as a type for argparse.
+
+    Args:
+        least: the smallest allowed number; None for any.
+        limits: the allowed numbers, for errors.
+        most: the largest allowed number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no integer, or not within the limits.
+    """
+    with contextlib.suppress(ValueError):
+        number = int(text)
+        if (least is None or number >= least) and number <= most:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number {limits}".rstrip())
+
+
+def number(text: str) -> float:
+    """Parse a number, as a type for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number") from None
 
 
 def positive_float(argument: str) -> Callable[[str], float]:

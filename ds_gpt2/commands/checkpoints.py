@@ -42,14 +42,13 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    parser.add_argument(
         "tag",
         nargs="?",
         metavar="TAG",
         help="a tag, a step, best, or latest_backup: the checkpoint before the newest (default: the newest)",
     )
-    which.add_argument("--all", action="store_true", help="verify every checkpoint")
+    parser.add_argument("--all", action="store_true", help="verify every checkpoint")
     parser.add_argument(
         "--deep", action="store_true", help="also load the files: check that numbers are finite and shapes are right"
     )
@@ -97,8 +96,15 @@ def verify(options: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such run, checkpoint or dataset.
     """
-    if options.run is not None and (inspect.is_data(options.run) or _is_unknown_directory(options.run)):
-        return inspect.verify(Path(options.run), options.json)  # of an unknown directory: report that it has no shards
+    if options.all and options.tag is not None:
+        raise UserError(f"--all includes every checkpoint: remove {options.tag} or --all")
+    if options.run is not None and inspect.is_data(options.run):
+        if unused := ([options.tag] if options.tag else []) + (["--deep"] if options.deep else []):
+            remove = f"remove {' and '.join(unused)}"
+            raise UserError(f"{options.run} is a dataset, of which every shard is verified: {remove}")
+        return inspect.verify(Path(options.run), options.json)
+    if options.run is not None and _is_unknown_directory(options.run):
+        return inspect.verify(Path(options.run), options.json)  # reports that it has no shards
     generations, misplaced = _chosen(options)
     verdicts = []
     with hashing(generations) as hashes:
@@ -187,6 +193,8 @@ def _chosen(options: argparse.Namespace) -> tuple[list[Generation], dict[Path, s
         UserError: there is no such checkpoint, or none at all.
     """
     if options.run is not None and (Path(options.run) / MANIFEST).is_file():
+        if options.tag is not None:
+            raise UserError(f"{options.run} is one checkpoint: remove {options.tag}, or give its run and {options.tag}")
         return [open_generation(Path(options.run))], {}
     if options.tag is None and options.run is not None and role_of(options.run):
         options.run, options.tag = None, options.run  # only a tag is given: of the newest run

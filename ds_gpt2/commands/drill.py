@@ -6,7 +6,7 @@ import argparse
 import os
 import secrets
 
-from ds_gpt2.commands.arguments import add_start_arguments
+from ds_gpt2.commands.arguments import add_start_arguments, whole_number
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", metavar="NAMES", help=f"only these scenes, separated by commas: {', '.join(NAMES)}")
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the random times and ranks of faults (default: random)"
+        "--seed", type=whole_number, metavar="N", help="seed of the random times and ranks of faults (default: random)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of the drill")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator
 
-from ds_gpt2.commands.arguments import positive
+from ds_gpt2.commands.arguments import number, positive, whole_number
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.tokenizer import END_OF_TEXT, gpt2
@@ -42,14 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, default=1, metavar="N", help="number of continuations per prompt (default: 1)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the most probable token (default: 0.8)"
+        "--temperature", type=number, default=0.8, metavar="T", help="0: always the most probable token (default: 0.8)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=None, metavar="K", help="sample from the K most probable tokens (default: all)"
+        "--top-k",
+        type=whole_number,
+        default=None,
+        metavar="K",
+        help="sample from the K most probable tokens (default: all)",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=number,
         default=1.0,
         metavar="P",
         help="sample from the most probable tokens with total probability P",
@@ -70,11 +75,13 @@ def run(options: argparse.Namespace) -> int:
     if opened.note is not None:
         print(opened.note, file=sys.stderr)
     model = as_model(opened.shape, opened.weights).to(chosen)
+    checking = f"`./launch.sh verify {shlex.quote(str(opened.path))} --deep`"
+    fix = f", {checking} shows which; choose another with --tag" if opened.manifest else ": use another model"
     for prompt in _prompts(options):
         for sample in range(options.samples):
             if sample:
                 print(_RULE)
-            _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample))
+            _show(model, prompt, sampling, options.tokens, derived_seed(options.seed, sample), fix)
     return exit_codes.DONE
 
 
@@ -95,8 +102,12 @@ def _prompts(options: argparse.Namespace) -> Iterator[str]:
         yield prompt
 
 
-def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) -> None:
-    """Print the prompt and its continuation, each character as soon as it is complete; Ctrl+C stops this text only."""
+def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int, fix: str) -> None:
+    """Print the prompt and its continuation, each character as soon as it is complete; Ctrl+C stops this text only.
+
+    Args:
+        fix: what to do if the weights are not finite, for the error.
+    """
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     shown = printable_lines if sys.stdout.isatty() else str  # a model can generate any bytes
     sys.stdout.write(prompt)
@@ -107,7 +118,7 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
             sys.stdout.write(shown(characters.decode(gpt2().decode_single_token_bytes(token))))
             sys.stdout.flush()
     except FloatingPointError as error:
-        raise UserError(f"{error}: some weights are Inf or NaN, `verify --deep` shows which") from None
+        raise UserError(f"{error}: some weights are Inf or NaN{fix}") from None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -116,7 +127,4 @@ def _show(model: GPT2, prompt: str, sampling: Sampling, tokens: int, seed: int) 
 
 def _seed(text: str) -> int:
     """Parse a seed, as a type for argparse."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or larger")
-    return number
+    return whole_number(text, 0, "of 0 or more")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_gpt2.commands.arguments import path, positive
+from ds_gpt2.commands.arguments import path, positive, whole_number
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import percent, tokens
+from ds_gpt2.common.formatting import counted, percent, tokens
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.dataset import INDEX, SPLITS, Dataset, open_dataset, read_dataset
 from ds_gpt2.data.inspect import examples, lengths
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=positive, default=3, metavar="N", help="number of example documents (default: 3)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed that selects the examples (default: random)")
+    parser.add_argument(
+        "--seed", type=whole_number, metavar="N", help="seed that selects the examples (default: random)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,12 +39,16 @@ def run(options: argparse.Namespace) -> int:
     print(f"{dataset.dir}: {one_line(dataset.source)}")
     for name, count in dataset.counts.items():
         print(f"  {name:10} {count:,}")
-    for split in SPLITS:
-        found = lengths(dataset, split)
+    of_splits = {split: lengths(dataset, split) for split in SPLITS}
+    for split, found in of_splits.items():
         print(
-            f"  {split:10} {dataset.tokens(split):,} tokens in {len(dataset.split(split))} shards: {found.documents:,}"
-            f" documents of {found.mean:,.0f} tokens (median {found.median:,.0f}, longest {found.longest:,})"
+            f"  {split:10} {counted(dataset.tokens(split), 'token')} in {counted(len(dataset.split(split)), 'shard')}:"
+            f" {counted(found.documents, 'document')} of {found.mean:,.0f} tokens (median"
+            f" {found.median:,.0f}, longest {found.longest:,})"
         )
+    cut = sum(found.documents for found in of_splits.values()) - dataset.counts.get("documents", 0)
+    if dataset.counts and cut > 0:
+        print(f"  {counted(cut, 'time')}, the end of a shard or split cuts a document; each part counts as a document")
     seed = random.randrange(10**6) if options.seed is None else options.seed
     for file, position, text in examples(dataset, "train", options.examples, _EXAMPLE_TOKENS, seed):
         print(f"\n{file}, token {position:,}:\n{printable_lines(text)}")
@@ -89,7 +95,7 @@ def _show(dataset: Dataset, reports: list[ShardReport]) -> None:
         print(f"skipped, because their names mark them as test data: {', '.join(dataset.left_out)}")
     unknown = sum(shard.sha256 is None for shard in dataset.shards)
     if unknown:
-        print(f"{unknown} shards have no recorded checksum: {dataset.dir} has no {INDEX}")
+        print(f"no recorded checksum of {counted(unknown, 'shard')}: {dataset.dir} has no {INDEX}")
     good = [report for report in reports if not report.problem]
     print(f"{len(good)} of {len(reports)} shards are good, {tokens(sum(report.tokens for report in good))} tokens")
     if not reports:

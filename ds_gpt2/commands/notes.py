@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,13 +40,14 @@ def _show(run_dir: Path, options: argparse.Namespace) -> int:
     file = run_dir / notes.NOTES
     try:
         if options.json:
-            print(json.dumps([dataclasses.asdict(note) for note in notes.read_notes(run_dir)], ensure_ascii=False))
+            found = json.dumps([dataclasses.asdict(note) for note in notes.read_notes(run_dir)], ensure_ascii=False)
         elif file.exists():
-            print(printable_lines(read_small(file).decode(errors="replace").strip()))
+            found = printable_lines(read_small(file).decode(errors="replace").strip())
         else:
-            print(f'no notes in {file} yet: add one with `./launch.sh notes {options.run} "TEXT"`')
+            found = f'no notes in {file} yet: add one with `./launch.sh notes {shlex.quote(options.run)} "TEXT"`'
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; check its permissions and its disk") from None
+    print(found)
     return exit_codes.DONE
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_gpt2.commands.arguments import path, positive
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.data.dataset import Dataset
 from ds_gpt2.data.prepare import datasets, hub_datasets
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         with _empty_directories_removed(options.out):
             prepared = datasets.prepare_hellaswag(options.out, options.source)
         kind = "the original file" if prepared.is_original else "not the original file byte for byte"
-        print(f"{prepared.items:,} items in {prepared.path}: {kind}")
+        print(f"{counted(prepared.items, 'item')} in {prepared.path}: {kind}")
     else:
         report(_prepare(options))
     return exit_codes.DONE
@@ -123,7 +124,7 @@ def _prepare(options: argparse.Namespace) -> Dataset:
 def separator(text: str) -> str:
     """Parse a text that is not empty, as a type for argparse."""
     if not text:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("must not be empty: give the text between two documents")
     return text
 
 
@@ -152,12 +153,14 @@ def report(dataset: Dataset) -> None:
         f" from {dataset.source}"
     )
     if skipped := dataset.counts.get("unreadable"):
-        print(f"skipped {skipped:,} documents that are damaged or have no text")
+        print(f"skipped {counted(skipped, 'document')}, damaged or without text")
     if replaced := dataset.counts.get("replacement"):
         print(
-            f"{replaced:,} characters of the text are U+FFFD, which replaces invalid bytes or was already in the text"
+            f"the text contains {counted(replaced, 'character')} U+FFFD, which"
+            " replaces invalid bytes or was already in the text"
         )
     if control := dataset.counts.get("control"):
-        print(f"{control:,} characters of the text are control characters, such as NUL")
+        print(f"the text contains {counted(control, 'control character')}, such as NUL")
     if marks := dataset.counts.get("endoftext"):
-        print(f"the text contains {SEPARATOR} {marks:,} times, tokenized as ordinary characters: see --separator")
+        times = counted(marks, "time")
+        print(f"the text contains {SEPARATOR} {times}, tokenized as ordinary characters: see --separator")

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ds_gpt2.commands.arguments import whole_number
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
@@ -48,10 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _port(text: str) -> int:
     """Parse a port, as a type for argparse."""
-    number = int(text)
-    if not 1 <= number <= 65535:
-        raise ValueError(text)
-    return number
+    return whole_number(text, 1, "from 1 to 65535", 65535)
 
 
 def _find_directory(name: str | None) -> Path:

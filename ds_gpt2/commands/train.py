@@ -40,9 +40,9 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         default="latest",
-        metavar="latest|backup|best|epoch_00003|STEP|TAG|PATH",
+        metavar="latest|backup|best|epoch_00003|STEP|before:STEP|TAG|PATH",
         help="which checkpoint (default: the newest good checkpoint); backup: the checkpoint before the newest, not one"
-        " from checkpoint.backup.to",
+        " from checkpoint.backup.to; before:STEP: the newest good one before a step",
     )
     parser.add_argument(
         "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"
@@ -85,7 +85,9 @@ def _fit_ranks(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict
     if ranks < available:
         print(f"{available} ranks cannot divide {batch.tokens_per_step} tokens per step equally: resuming with {ranks}")
     if micro_batch != batch.micro_batch:
-        print(f"batch.micro_batch {batch.micro_batch} does not fit {ranks} ranks: resuming with {micro_batch}")
+        print(
+            f"batch.micro_batch {batch.micro_batch} does not fit {counted(ranks, 'rank')}: resuming with {micro_batch}"
+        )
         overrides = {**overrides, "batch.micro_batch": str(micro_batch)}
     return ranks, overrides
 

@@ -72,8 +72,13 @@ def load_deepspeed_file(path: Path) -> dict[str, Any]:
         content = safe_json.parse(read_small(path), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"DeepSpeed file not found: {path}; set deepspeed=PATH") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed file {path} cannot be read: {reason_of(error)}") from None
+    except OSError as error:
+        raise UserError(f"DeepSpeed file {path} cannot be read: {reason_of(error)}; set deepspeed=PATH") from None
+    except ValueError as error:
+        reason = "not text" if isinstance(error.__context__, UnicodeDecodeError) else reason_of(error)
+        raise UserError(
+            f"DeepSpeed file {path} is not valid JSON ({reason}): correct it, or set deepspeed=PATH"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"DeepSpeed file {path} must hold a JSON object")
     _check_owners(path, content, _OWNED_KEYS, "")

@@ -7,6 +7,7 @@ both.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ class Settings(Section):
         return self.run.dir / self.run.name
 
     @property
+    def run_argument(self) -> str:
+        """How the verbs name this run, quoted for a shell: a run in ``runs/`` by its name, another by its directory."""
+        return shlex.quote(self.run.name if self.run.dir == PROJECT_DIR / RUNS else str(self.run_dir))
+
+    @property
     def checkpoint_dir(self) -> Path:
         """``checkpoints/<run>``: the checkpoints and the ``latest`` pointer."""
         return self.checkpoint.dir / self.run.name
@@ -190,6 +196,9 @@ def settings_of(
     typed = without_nulls(Settings, typed)
     make_absolute(typed, PATH_KEYS, cwd or Path.cwd())
     tree = merged(tree, typed)
+    hints = {}
+    if "name" not in (tree.get("run") or {}):
+        hints["run.name"] = "; that is the name of the settings file, because run.name is not set: set run.name=NAME"
     set_default(tree, "run", "name", path.stem)
     set_default(tree, "run", "dir", project_dir / RUNS)
     set_default(tree, "checkpoint", "dir", project_dir / CHECKPOINTS)
@@ -198,7 +207,8 @@ def settings_of(
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, path, overrides or {}, known_keys(), list(Settings.model_fields))) from None
+        sections = list(Settings.model_fields)
+        raise UserError(explain(error, path, overrides or {}, known_keys(), sections, hints)) from None
 
 
 def dump_settings(settings: Settings) -> str:

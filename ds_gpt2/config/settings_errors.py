@@ -24,7 +24,12 @@ _PLAIN_MESSAGES = {  # by pydantic's error types, for those whose own message is
 
 
 def explain(
-    error: ValidationError, path: Path, overrides: Mapping[str, str], keys: Sequence[str], sections: Sequence[str]
+    error: ValidationError,
+    path: Path,
+    overrides: Mapping[str, str],
+    keys: Sequence[str],
+    sections: Sequence[str],
+    hints: Mapping[str, str],
 ) -> str:
     """Return one line that explains all findings of a failed validation.
 
@@ -33,10 +38,11 @@ def explain(
         overrides: the overrides from the command line.
         keys: every dotted setting.
         sections: the names of the sections.
+        hints: setting -> what to add to an error in it.
     """
     findings = [(dict(item), _setting_at(item["loc"], keys)) for item in error.errors()]
     sources = dict.fromkeys(_source(item, key, path, overrides) for item, key in findings)
-    messages = dict.fromkeys(_message(item, key, [*keys, *sections]) for item, key in findings)
+    messages = dict.fromkeys(_message(item, key, [*keys, *sections]) + hints.get(key, "") for item, key in findings)
     return f"{' and '.join(sources)}: {'; '.join(messages)}"
 
 
@@ -47,7 +53,7 @@ def _source(item: dict[str, Any], key: str, path: Path, overrides: Mapping[str, 
         return str(path)
     if key in overrides or item["type"] == "extra_forbidden":
         return "command line"
-    return f"{path} with {', '.join(given)}"
+    return f"{path} and command line"
 
 
 def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -109,9 +110,10 @@ def read_dataset(directory: Path, bad_shards: bool = False) -> Dataset:
 
 def _how_to_prepare(directory: Path) -> str:
     """Return how to create the dataset that ``directory`` is named after."""
+    out = shlex.quote(str(directory))
     if directory.name in _NAMED:
-        return f"create it with `./launch.sh prepare {directory.name} --out {directory}`"
-    return f"create it from your text with `./launch.sh prepare text FILE... --out {directory}`"
+        return f"create it with `./launch.sh prepare {directory.name} --out {out}`"
+    return f"create it from your text with `./launch.sh prepare text FILE... --out {out}`"
 
 
 def index_content(shards: list[Shard], source: str, counts: dict[str, int]) -> str:
@@ -134,8 +136,9 @@ def count_windows_of(dataset: Dataset, split: Split, sequence_length: int) -> in
     counts = _windows_per_shard(dataset, split, sequence_length)
     if not sum(counts):
         raise UserError(
-            f"{dataset.dir} has {dataset.tokens(split)} {split} tokens in {counted(len(counts), 'shard')}, too few for"
-            f" one window of {sequence_length} + 1: prepare more text or set a smaller batch.sequence_length"
+            f"{dataset.dir} has {counted(dataset.tokens(split), f'{split} token')} in"
+            f" {counted(len(counts), 'shard')}, too few for one window of {sequence_length} + 1: prepare more text or"
+            " set a smaller batch.sequence_length"
         )
     return sum(counts)
 
@@ -205,18 +208,24 @@ def _read_index(directory: Path, index: Path) -> Dataset:
         content = safe_json.read(index)
     except OSError as error:
         raise UserError(f"{index} cannot be read: {reason_of(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({error}): prepare the data again") from None
+    except ValueError:
+        raise _damaged_index(index, "not valid JSON") from None
     try:
         shards = tuple(_shard(entry) for entry in content["shards"])
         version, tokenizer, source = content["format"], content["tokenizer"], content["source"]
         counts = {str(name): int(count) for name, count in content.get("counts", {}).items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-        raise UserError(f"{index} is not a dataset index of ds_gpt2 ({reason}): prepare the data again") from None
+        wrong_value = isinstance(error, ValueError)
+        reason = reason_of(error) if wrong_value else "a field is missing or has another type"
+        raise _damaged_index(index, reason) from None
     if version != FORMAT or tokenizer != "gpt2":
         raise UserError(f"{index}: format {version}, tokenizer {tokenizer!r}; this version reads {FORMAT}, 'gpt2'")
     return Dataset(directory, shards, str(source), counts)
+
+
+def _damaged_index(index: Path, reason: str) -> UserError:
+    fix = "restore it from a copy, or prepare the data again"
+    return UserError(f"{index} is not a dataset index of ds_gpt2 ({reason}): {fix}")
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
@@ -266,7 +275,7 @@ def _read_without_index(directory: Path, bad_shards: bool) -> Dataset:
     if left_out:
         some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         source += f"; not used, a test split by their names: {some}"
-        log.info(f"{directory}: {len(left_out)} shards are a test split by their names and are not used: {some}")
+        log.info(f"{directory}: left out {counted(len(left_out), 'shard')} of a test split, recognized by name: {some}")
     return Dataset(directory, shards, source, left_out=left_out)
 
 

@@ -40,6 +40,7 @@ TextStyle = Literal["original", "cleaned"]
 _FORMAT = 1  # of the cache; to be increased when the text or the arrays change
 _BLOCK_BYTES = 1 << 18
 _TIMEOUT_SECONDS = 30.0  # without data from the server
+_DOWNLOAD = "`./launch.sh prepare hellaswag` downloads it"
 _FIX = "try again, or use a copy of the file: `./launch.sh prepare hellaswag --from FILE`"
 
 
@@ -121,7 +122,7 @@ def load_items(path: Path, style: TextStyle, cache_dir: Path) -> list[Item]:
     try:
         content = hashlib.sha256(read_small(path)).hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): `prepare hellaswag` downloads it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): {_DOWNLOAD}") from None
     cache = cache_dir / f"hellaswag_{style}_v{_FORMAT}_{content}.npz"
     items = _read_cache(cache)
     if items is None:
@@ -146,7 +147,7 @@ def read_questions(path: Path) -> Iterator[Question]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if count == 0:
-        raise UserError(f"{path} is empty: `prepare hellaswag` downloads it")
+        raise UserError(f"{path} is empty: {_DOWNLOAD}")
 
 
 def to_item(question: Question, style: TextStyle) -> Item:
@@ -194,7 +195,7 @@ def _question(line: bytes, where: str) -> Question:
     try:
         fields: Any = safe_json.parse(line)
     except ValueError:
-        raise UserError(f"{where}: not JSON; the file is damaged, `prepare hellaswag` downloads it again") from None
+        raise UserError(f"{where}: not JSON; the file is damaged, {_DOWNLOAD} again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not an object with HellaSwag's fields")
     for name in ("activity_label", "ctx", "ctx_a", "ctx_b"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def _document_lengths(content: Tokens) -> np.ndarray[tuple[int], np.dtype[np.int
 
 def _text(path: Path, tokens: Tokens) -> str:
     if (problem := token_problem(int(tokens.max()))) is not None:
-        raise UserError(f"shard {path} {problem}; `verify` checks all shards")
+        raise UserError(
+            f"shard {path} {problem}; `./launch.sh verify {shlex.quote(str(path.parent))}` checks all shards"
+        )
     return tokenizer.gpt2().decode(tokens.tolist())
 
 

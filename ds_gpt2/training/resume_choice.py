@@ -32,10 +32,11 @@ def choose_source(settings: Settings, resume: str | None) -> str | None:
     newest = newest_tag(directory)
     if resume is None and newest is not None:
         known = (settings.run_dir / CONFIG).is_file()
-        command = f"resume {directory.name}" if known else f"train CONFIG run.name={directory.name} --auto"
+        name = settings.run.name
+        command = f"resume {settings.run_argument}" if known else f"train CONFIG run.name={name} --auto"
         raise UserError(
-            f"run {directory.name} already has checkpoints in {directory}, the newest is {newest}: resume it"
-            f" (`./launch.sh {command}`, or --resume latest), or choose another run.name"
+            f"run {name} already has checkpoints in {directory}, the newest is {newest}: resume it"
+            f" (`./launch.sh {command}`; ds_gpt2/train.py: --resume latest), or choose another run.name"
         )
     automatic = resume is not None and (resume == "auto" or resume.startswith("before:"))
     if resume is None or (automatic and newest is None and not has_backups(settings)):

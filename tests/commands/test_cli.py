@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -36,6 +37,14 @@ def test_prepare_text_names_a_missing_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"error: no such text file or directory: {tmp_path / 'gone.txt'}\n"
 
 
+def test_prepare_does_not_advise_to_remove_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("A line of text.\n" * 5000)
+    assert cli.main(["prepare", "text", str(file), "--out", str(file)]) == exit_codes.MISTAKE
+    expected = f"error: {file} is a file: give --out DIR, a directory that does not exist or is empty\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.ranks
 def test_a_dataset_is_named_after_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "PROJECT_DIR", tmp_path)
@@ -55,8 +64,8 @@ def test_prepare_text_reports_skipped_documents(tmp_path: Path, capsys: pytest.C
     (tmp_path / "a.ndjson").write_text("\n".join(lines))
     assert cli.main(["prepare", "text", str(tmp_path / "a.ndjson"), "--out", str(tmp_path / "out")]) == exit_codes.DONE
     printed = capsys.readouterr().out
-    assert "skipped 1 documents that are damaged or have no text" in printed
-    assert "the text contains <|endoftext|> 1 times, tokenized as ordinary characters: see --separator" in printed
+    assert "skipped 1 document, damaged or without text" in printed
+    assert "the text contains <|endoftext|> 1 time, tokenized as ordinary characters: see --separator" in printed
 
 
 @pytest.mark.ranks
@@ -294,3 +303,107 @@ def test_invalid_names_are_one_line_errors(verb: str, name: str, capsys: pytest.
 def test_too_many_worker_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "text", "file.txt", "--workers", "100000"]) == exit_codes.MISTAKE
     assert "argument --workers: 100000 processes on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train k.yaml a=b --num_gpus 2 c.d=8 --json", "unknown option --json; see `./launch.sh train --help`"),
+        (
+            "train k --num_gpu 2 a=b",
+            "unknown option --num_gpu (did you mean --num_gpus?); see `./launch.sh train --help`",
+        ),
+        ("alert k --tst", "unknown option --tst (did you mean --test?); see `./launch.sh alert --help`"),
+        (
+            "prepare text a --worker=2",
+            "unknown option --worker (did you mean --workers?); see `./launch.sh prepare text --help`",
+        ),
+        (
+            "generate --prompt -x",
+            "argument --prompt: if its value is -x, write --prompt=-x; see `./launch.sh generate --help`",
+        ),
+        ("generate --prompt --tokens 5", "argument --prompt: expected one argument; see `./launch.sh generate --help`"),
+        ("list a b --json", "unrecognized arguments: b; see `./launch.sh list --help`"),
+        ("alerts k", "unknown verb alerts (did you mean alert?); see `./launch.sh --help`"),
+        ("prepare txt a", "unknown kind txt (did you mean text?); see `./launch.sh prepare --help`"),
+        ("--jsn list", "unknown option --jsn; see `./launch.sh --help`"),
+        ("train", "the following arguments are required: CONFIG; see `./launch.sh train --help`"),
+        ("notes", "the following arguments are required: RUN; see `./launch.sh notes --help`"),
+        ("prepare text", "the following arguments are required: FILE; see `./launch.sh prepare text --help`"),
+    ],
+)
+def test_an_error_in_the_arguments_names_the_argument_and_the_help_of_its_verb(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == exit_codes.MISTAKE
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "parsed"),
+    [
+        ("verify k --deep best", {"run": "k", "tag": "best", "deep": True}),
+        ("verify --deep k best --json", {"run": "k", "tag": "best", "deep": True, "json": True}),
+        ("notes k --json neu und -5", {"run": "k", "text": ["neu", "und", "-5"], "json": True}),
+        ("notes k --json -- --neu", {"run": "k", "text": ["--neu"], "json": True}),
+        ("notes k -", {"run": "k", "text": ["-"]}),
+        (
+            "train k --num_gpus 2 a=b --auto c=d",
+            {"config": "k", "num_gpus": 2, "settings": ["a=b", "c=d"], "auto": True},
+        ),
+        ("resume --num_gpus=2 a=b", {"run": "a=b", "settings": [], "num_gpus": 2}),
+        ("status --watch 5 k", {"runs": ["k"], "watch": 5.0}),
+        ("diff a --json b", {"a": "a", "b": "b", "json": True}),
+        ("eval a --tag best b --tag 5", {"what": ["a", "b"], "tag": ["best", "5"]}),
+        ("drill k --seed -3 a=b", {"config": "k", "settings": ["a=b"], "seed": -3}),
+        ("prepare text --workers 2 a --tokens 5 b", {"files": [Path("a"), Path("b")], "workers": 2, "tokens": 5}),
+    ],
+)
+def test_options_may_come_between_other_arguments(line: str, parsed: dict[str, object]) -> None:
+    options = vars(cli._parse(line.split()))
+    assert {name: options[name] for name in parsed} == parsed
+
+
+def test_ctrl_c_during_the_first_imports_has_no_traceback() -> None:
+    """Python's own handler is replaced before the entry point imports anything but signal."""
+    code = (
+        "import builtins, runpy, signal, sys\n"
+        "def record(name, scope=None, *rest):\n"
+        "    if (scope or {}).get('__name__') == 'entry' and signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:\n"
+        "        print(name)\n"
+        "    return original(name, scope, *rest)\n"
+        "original, builtins.__import__ = builtins.__import__, record\n"
+        "runpy.run_path(sys.argv[1], run_name='entry')\n"
+    )
+    command = [sys.executable, "-c", code, str(PROJECT / "ds_gpt2" / "__main__.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "signal\n", "")
+
+
+def test_the_help_of_resume_lists_every_form_of_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["resume", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--from latest|backup|best|epoch_00003|STEP|before:STEP|TAG|PATH" in printed
+    assert "before:STEP: the newest good one before a step" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "buffered"),
+    [
+        ("--help", True),
+        ("--help", False),
+        ("list --help", True),
+        ("prepare text --help", True),
+        ("prepare text --help", False),
+        ("--version", True),
+    ],
+)
+def test_help_that_cannot_be_written_is_an_error(
+    line: str, buffered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        raw = io.BufferedWriter(full) if buffered else full
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=not buffered))
+        assert cli.main(line.split()) == exit_codes.CRASHED
+        assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"

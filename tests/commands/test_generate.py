@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +99,24 @@ def test_another_vocabulary_is_refused(exported: Exported, capsys: pytest.Captur
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY - 1}))
     assert "vocab_size is 50,256; GPT-2's vocabulary has 50,257 tokens" in refused(capsys, "generate", other)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "fix"),
+    [
+        (object(), ", `./launch.sh verify '/my runs/tag' --deep` shows which; choose another with --tag"),
+        (None, ": use another model"),
+    ],
+)
+def test_an_error_of_weights_that_are_not_finite_gives_the_fix(
+    manifest: object, fix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FloatingPointError("scores are not finite")
+
+    opened = SimpleNamespace(title="x", note=None, shape=None, weights={}, path=Path("/my runs/tag"), manifest=manifest)
+    monkeypatch.setattr("ds_gpt2.commands.generate.open_model", lambda *_: opened)
+    monkeypatch.setattr("ds_gpt2.commands.generate.as_model", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("ds_gpt2.commands.generate.stream", fail)
+    error = refused(capsys, "generate", "x", "--device", "cpu")
+    assert error == f"error: scores are not finite: some weights are Inf or NaN{fix}"

@@ -16,6 +16,7 @@ import pytest
 from launched import PROJECT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ds_gpt2 import cli
 from ds_gpt2.commands import notes
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.monitoring.note_events import show_in_tensorboard
@@ -218,3 +219,14 @@ def test_control_characters_are_escaped_and_the_notes_are_a_regular_file(
     os.mkfifo(run_dir / "NOTES.md")
     with pytest.raises(UserError, match=r"cannot read .*NOTES\.md: Not a regular file"):
         run(run_dir)
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_full_disk_of_the_output_is_not_blamed_on_the_notes(
+    run_dir: Path, as_json: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / "NOTES.md").write_text("\n## 2026-01-01 00:00:00 +0000, step 1\n\nx\n")
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        assert cli.main(["notes", str(run_dir), *as_json]) == exit_codes.CRASHED
+        assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from exported_model import TAG, Exported, refused
 
 from ds_gpt2.checkpoint import weights
 from ds_gpt2.checkpoint.manifest import FileEntry, encode
 from ds_gpt2.checkpoint.manifest import read as read_manifest
+from ds_gpt2.checkpoint.naming import rolling_tag
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
 from ds_gpt2.tools.models.open import open_model
 
@@ -92,3 +95,12 @@ def test_an_unfinished_checkpoint_is_ignored(
 @pytest.mark.parametrize("tag", ["rolling_step_000099", "epoch_00009"])
 def test_an_unknown_tag_is_refused(exported: Exported, capsys: pytest.CaptureFixture[str], tag: str) -> None:
     assert f"no checkpoint '{tag}'" in refused(capsys, "export", exported[0] / "runs" / "test", "--tag", tag)
+
+
+def test_the_error_of_a_damaged_checkpoint_gives_the_command_that_lists_others(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "my checkpoints", rolling_tag(10), 10)
+    (path / "mp_rank_00_model_states.pt").write_bytes(b"other")
+    with pytest.raises(UserError) as refused:
+        open_model(str(path), None)
+    assert str(refused.value).startswith(f"{path} is damaged (mp_rank_00_model_states.pt ")
+    assert str(refused.value).endswith(f"): choose another with --tag, see `./launch.sh list '{path.parent}'`")

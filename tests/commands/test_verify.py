@@ -47,6 +47,25 @@ def test_verify_accepts_the_path_of_a_checkpoint(history: Path, command: Command
     assert command("verify", copy)[:2] == (exit_codes.DONE, "copy for the paper: ok\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test", "100", "--all"], "--all includes every checkpoint: remove 100 or --all"),
+        (["DATA", "10", "--deep"], "DATA is a dataset, of which every shard is verified: remove 10 and --deep"),
+        (["DATA", "--deep"], "DATA is a dataset, of which every shard is verified: remove --deep"),
+        (["COPY", "100"], "COPY is one checkpoint: remove 100, or give its run and 100"),
+    ],
+)
+def test_an_argument_that_would_have_no_effect_is_refused(
+    history: Path, command: Command, dataset_dir: Path, words: list[str], message: str
+) -> None:
+    paths = {"DATA": str(dataset_dir), "COPY": str(history / rolling_tag(100))}
+    code, out, error = command("verify", *(paths.get(word, word) for word in words))
+    assert (code, out) == (exit_codes.MISTAKE, "")
+    expected = message.replace("DATA", paths["DATA"]).replace("COPY", paths["COPY"])
+    assert error == f"error: {expected}\n"
+
+
 def test_verify_skips_superseded_checkpoints_by_default(history: Path, command: Command) -> None:
     write_checkpoint(history, superseded_tag(900), 900)
     assert command("verify", "test")[1] == f"{rolling_tag(300)}: ok\n"

@@ -128,3 +128,15 @@ def test_deepspeed_reads_every_known_key() -> None:
     missing = [key for key in deepspeed_file._TOP_LEVEL if not re.search(rf"""["']{key}["']""", text)]
     fields = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))  # pydantic blocks such as the monitor's
     assert not set(missing) - fields
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"# Title\n", "Expecting value: line 1 column 1 (char 0)"), (b"\xff\xb6\xb6", "not text")],
+)
+def test_a_file_that_is_not_json_is_reported_as_such(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.md").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_deepspeed_file(tmp_path / "a.md")
+    expected = f"DeepSpeed file {tmp_path / 'a.md'} is not valid JSON ({reason}): correct it, or set deepspeed=PATH"
+    assert str(refused.value) == expected

@@ -299,3 +299,25 @@ def test_a_step_with_too_many_windows_is_refused() -> None:
 def test_backups_to_memory_are_refused() -> None:
     with pytest.raises(UserError, match="backups in memory are lost when the process ends"):
         load_settings(GPT2_124M, parse_overrides(["checkpoint.backup.to=memory://x"]))
+
+
+def test_an_error_in_a_name_from_the_file_says_where_it_is_from(tmp_path: Path) -> None:
+    path = tmp_path / "my config.yaml"
+    path.write_text("model: {preset: 7M}\ndata: {dir: data}\nschedule: {steps: 100, warmup_steps: 1}\n")
+    with pytest.raises(UserError) as refused:
+        load_settings(path)
+    hint = "; that is the name of the settings file, because run.name is not set: set run.name=NAME"
+    assert str(refused.value).startswith(f"{path}: run.name=my config: must be letters")
+    assert str(refused.value).endswith(hint)
+    with pytest.raises(UserError) as refused:
+        load_settings(path, {"run.name": "my config"})
+    assert str(refused.value).startswith("command line: run.name=my config: ") and hint not in str(refused.value)
+    assert load_settings(path, {"run.name": "mine"}).run.name == "mine"
+
+
+def test_an_error_in_a_file_and_an_override_names_both(tmp_path: Path) -> None:
+    path = tmp_path / "k.yaml"
+    path.write_text("model: {preset: 7M}\ndata: {dir: data}\nschedule: {steps: 100, warmup_steps: 1}\n")
+    with pytest.raises(UserError) as refused:
+        load_settings(path, {"schedule.warmup_steps": "5000"})
+    assert str(refused.value).startswith(f"{path} and command line: schedule.warmup_steps 5000 must be below ")

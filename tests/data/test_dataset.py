@@ -150,7 +150,7 @@ def test_shards_of_a_test_split_are_left_out_and_reported(llm_c: Path, log_messa
     dataset = open_dataset(llm_c)
     assert (dataset.tokens("train"), dataset.tokens("val")) == (158, 80)
     assert dataset.left_out == ("fineweb_test_000000.bin",) and "fineweb_test_000000.bin" in dataset.source
-    assert [line for line in log_messages if "1 shards are a test split by their names and are not used" in line]
+    assert [line for line in log_messages if "left out 1 shard of a test split, recognized by name: " in line]
     assert dataset.fingerprint != before
 
 
@@ -248,3 +248,26 @@ def test_a_run_keeps_the_split_of_an_earlier_version(tmp_path: Path) -> None:
     assert as_first_read(now, before.fingerprint).shards == shards
     assert as_first_read(now, now.fingerprint) is now
     assert as_first_read(now, "that of other data") is now
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xb6\xff", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"{}", "a field is missing or has another type"),
+        (b"[]", "a field is missing or has another type"),
+    ],
+)
+def test_the_error_of_a_damaged_index_has_no_words_of_python(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        open_dataset(tmp_path)
+    fix = "restore it from a copy, or prepare the data again"
+    assert str(refused.value) == f"{tmp_path / INDEX} is not a dataset index of ds_gpt2 ({reason}): {fix}"
+
+
+def test_the_command_that_creates_missing_data_has_its_directory_quoted(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        open_dataset(tmp_path / "my data")
+    assert f"`./launch.sh prepare text FILE... --out '{tmp_path / 'my data'}'`" in str(refused.value)

@@ -115,7 +115,7 @@ def test_an_invalid_line_is_an_error_with_its_number(tmp_path: Path, line: objec
 
 
 def test_a_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file.*prepare hellaswag"):
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file.*`./launch.sh prepare hellaswag`"):
         load_items(tmp_path / "gone.jsonl", "original", tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,10 @@ def test_inspect_prints_counts_and_examples(data: Path, capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "documents  100" in output and "null       1" in output
     assert "This is document number" in output
+    parts = [int(count) for count in re.findall(r": (\d+) documents of ", output)]
+    assert len(parts) == 2 and sum(parts) > 100  # shards of 400 tokens cut documents
+    cut = f"  {sum(parts) - 100} times, the end of a shard or split cuts a document; each part counts as a document\n"
+    assert cut in output
 
 
 def test_inspect_reports_a_shard_of_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,32 @@ def test_a_run_that_was_never_saved_may_start_again(tmp_path: Path, write_config
         choose_source(settings, "auto")
 
 
+def test_the_refusal_of_a_new_run_suggests_a_command_that_works(
+    tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(write_config(tmp_path), {"run.dir": str(tmp_path / "my runs")})
+    tag = settings.checkpoint_dir / "rolling_step_000006"
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text("any content")
+    wrong = (
+        f"run test already has checkpoints in {settings.checkpoint_dir}, the newest is rolling_step_000006: resume it"
+    )
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as refused:
+            choose_source(settings, None)
+        return str(refused.value)
+
+    end = "; ds_gpt2/train.py: --resume latest), or choose another run.name"
+    assert refusal() == f"{wrong} (`./launch.sh train CONFIG run.name=test --auto`{end}"
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "config.yaml").write_text("")
+    assert refusal() == f"{wrong} (`./launch.sh resume '{settings.run_dir}'`{end}"
+    monkeypatch.setattr("ds_gpt2.config.settings.PROJECT_DIR", tmp_path)
+    monkeypatch.setattr("ds_gpt2.config.settings.RUNS", "my runs")
+    assert refusal() == f"{wrong} (`./launch.sh resume test`{end}"
+
+
 def test_unreadable_records_are_reported_in_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     (settings.run_dir / "journal.jsonl").mkdir(parents=True)

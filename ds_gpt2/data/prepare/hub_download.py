@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.files import sha256
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.data import hub_client
 from ds_gpt2.data.hub_client import endpoint
 from ds_gpt2.data.prepare.documents import COLUMN
@@ -167,7 +168,7 @@ def hub_source(repository: Repository, column: str, directory: Path) -> Source:
     listed = list_files(repository, PARQUET) or _converted(repository)
     files = [file for file in listed if not _TEST_SPLIT.search(file.path)] or listed
     if len(files) < len(listed):
-        log.warning(f"{repository.name}: {len(listed) - len(files)} files of its test split left out")
+        log.warning(f"{repository.name}: left out {counted(len(listed) - len(files), 'file')} of its test split")
     return Source(source_name(repository, files), [HubPart(file, directory, column) for file in files])
 
 
@@ -188,7 +189,7 @@ def _converted(repository: Repository) -> list[HubFile]:
         files = []
     if not files or any("partial-" in file.path for file in files):
         raise UserError(
-            f"{repository.name} has no parquet files: download it yourself, then use `prepare text FILE...`"
+            f"{repository.name} has no parquet files: download it yourself, then use `./launch.sh prepare text FILE...`"
         )
     return files
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ds_gpt2.common import files, host
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.formatting import tokens as format_tokens
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import INDEX, Dataset, Shard, Split, index_content, open_dataset
@@ -121,15 +122,16 @@ class _Preparation:
         held_out, trained = progress.splits["val"].total, progress.splits["train"].total
         if held_out and not trained:
             fewer = f" or --tokens {held_out} (which holds out fewer)" if limit != held_out and held_out > 1 else ""
-            return f"too little text: all of its {held_out:,} tokens are held out for validation; give more{fewer}"
+            held = counted(held_out, "token")
+            return f"too little text: all of it, {held}, is held out for validation; give more{fewer}"
         if limit is not None and trained >= limit:
             return (
                 f"--tokens {limit} is too small: the first piece of text alone has more, so that nothing is left for"
                 " validation; give larger --tokens"
             )
         return (
-            f"too little text for training and validation: {progress.counts.documents:,} documents with {trained:,}"
-            " tokens, in fewer than two pieces; give more"
+            f"too little text for training and validation: {counted(progress.counts.documents, 'document')}"
+            f" with {counted(trained, 'token')}, but at least two pieces of text are needed; give more text"
         )
 
     def _write_piece(self, piece: Piece, counts: Counts, tokens: Tokens, is_last: bool) -> int:

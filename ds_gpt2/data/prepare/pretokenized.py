@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.data.dataset import Dataset, Shard, index_content, open_dataset
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.hub_download import HubFile, fetch, list_files, source_name
@@ -34,7 +35,7 @@ def fetch_shards(repository: Repository, out: Path, tokens: int | None) -> Datas
     with unfinished(out) as directory:
         files = _chosen(list_files(repository, (".bin",)), repository, tokens)
         present = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        check_free_space(directory, sum(file.size for file in files) - present, f"{len(files)} shards")
+        check_free_space(directory, sum(file.size for file in files) - present, "the shards")
         bar = tqdm(files, desc="downloading", unit="shard", disable=not sys.stderr.isatty())
         shards = [_checked(fetch(file, directory), directory, file) for file in bar]
         publish(directory, out, shards, index_content(shards, source_name(repository, files), {}))
@@ -50,7 +51,7 @@ def _chosen(files: list[HubFile], repository: Repository, tokens: int | None) ->
     if len({Path(file.path).name for file in (*held_out, *training)}) < len(held_out) + len(training):
         raise UserError(f"{repository.name} has shards of the same name in several directories")
     if test := [file.path for file, split in splits if split is None]:
-        log.warning(f"{repository.name}: {len(test)} shards are a test split by their names and are not used")
+        log.warning(f"{repository.name}: left out {counted(len(test), 'shard')} of a test split, recognized by name")
     ends = itertools.accumulate(map(_tokens_in, training))
     enough = next((number for number, end in enumerate(ends, start=1) if tokens and end >= tokens), len(training))
     return [*held_out, *training[:enough]]

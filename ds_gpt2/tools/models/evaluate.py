@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
@@ -31,7 +32,7 @@ from ds_gpt2.evaluation.loss import (
     window_losses,
 )
 from ds_gpt2.pretrained import load
-from ds_gpt2.tools.models.open import OpenedModel, find_outside, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, damaged, find_outside, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
 DEFAULT_TOKENS = 1_048_576  # to measure the loss on, if no settings have a number
@@ -146,12 +147,12 @@ def choose_data(sources: EvalSources, models: Sequence[EvaluatedModel], warn: Ca
         shortest = min(model.sequence_length for model in models)
         windows = Windows(open_dataset(data), "val", shortest, warn)
         count = count_windows(windows, sources.tokens or _setting(settings, "validation", "tokens") or DEFAULT_TOKENS)
-        notes.append(f"loss: {count:,} validation windows of {shortest:,} tokens, {data}{data_origin}")
+        notes.append(f"loss: {counted(count, 'validation window')} of {shortest:,} tokens, {data}{data_origin}")
     if file is not None:
         style: TextStyle = "cleaned" if _setting(settings, "hellaswag", "text") == "cleaned" else "original"
         with tempfile.TemporaryDirectory() as cache:  # not kept: it would save one second
             items = load_items(file, style, Path(cache))[: sources.items]
-        notes.append(f"HellaSwag: {len(items):,} items, text {style}, {file}{file_origin}")
+        notes.append(f"HellaSwag: {counted(len(items), 'item')}, text {style}, {file}{file_origin}")
     return EvalData(windows, count, items, [*notes, *_notes_on_lengths(models)])
 
 
@@ -186,7 +187,7 @@ def _find_model(name: str | None, tag: str | None) -> EvaluatedModel:
         return EvaluatedModel(str(name), load.shape_at(outside).sequence_length, {})
     found = find_checkpoint(name, tag)
     if found.manifest is None:
-        raise UserError(f"{found.path} is damaged ({found.problem}): choose another with --tag, see `list`")
+        raise damaged(found.path, found.problem)
     settings = current_settings(found.path, found.manifest.settings)
     return EvaluatedModel(str(found.path), shape_of(found.manifest).sequence_length, settings)
 

@@ -21,7 +21,7 @@ from ds_gpt2.pretrained.model_card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.models.export_output import atomic_output
-from ds_gpt2.tools.models.open import OpenedModel, open_model, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, damaged, open_model, shape_of
 
 Format = Literal["hf", "bf16", "fp32"]
 
@@ -50,7 +50,7 @@ def export(generation: Generation, out: Path | None, kind: Format, force: bool, 
         UserError: the checkpoint is damaged, or the export cannot be written.
     """
     if generation.manifest is None:
-        raise UserError(f"{generation.path} is damaged ({generation.problem}): choose another with --tag, see `list`")
+        raise damaged(generation.path, generation.problem)
     settings = current_settings(generation.path, generation.manifest.settings)
     out = Path(os.path.abspath(out or _default_out(settings, generation.tag, kind)))
     _check_replaceable(out, force)

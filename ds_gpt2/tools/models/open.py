@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def open_model(name: str | None, tag: str | None) -> OpenedModel:
         if identity(path) == before:
             return opened
     raise UserError(f"{path} was replaced repeatedly while it was read: choose another with --tag")
+
+
+def damaged(path: Path, problem: str | None) -> UserError:
+    """Return the error that a checkpoint is damaged."""
+    listing = f"`./launch.sh list {shlex.quote(str(path.parent))}`"
+    return UserError(f"{path} is damaged ({problem}): choose another with --tag, see {listing}")
 
 
 def find_outside(name: str | None, tag: str | None) -> Path | None:
@@ -147,5 +154,5 @@ def _verified(path: Path) -> Manifest:
     if verdict is None:
         raise UserError(f"{path} was deleted while it was read: try again, or choose another with --tag")
     if verdict.problem is not None or verdict.generation.manifest is None:
-        raise UserError(f"{path} is damaged ({verdict.problem}): choose another with --tag, see `list`")
+        raise damaged(path, verdict.problem)
     return verdict.generation.manifest

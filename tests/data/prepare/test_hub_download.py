@@ -173,7 +173,7 @@ def test_test_splits_are_left_out(hub: Hub, tmp_path: Path) -> None:
     ]
     hub.datasets["some/splits"] = {name: table_of([f"{name} {row}" for row in range(90)]) for name in names}
     output = finish(start(hub, tmp_path, "hub", "some/splits", "--workers", "1"))
-    assert "some/splits: 1 files of its test split left out" in output
+    assert "some/splits: left out 1 file of its test split" in output
     assert open_dataset(tmp_path / "out").counts["documents"] == 180
     assert not any("test-00000" in path for path in hub.requests)
 
@@ -183,7 +183,7 @@ def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> 
     shards = hub.datasets["karpathy/fineweb-edu-100B-gpt2-token-shards"]
     shards["edu_fineweb_test_000000.bin"] = shard([tokenizer.END_OF_TEXT, *range(300)])
     output = finish(start(hub, tmp_path, "pretokenized", "fineweb-edu100B"))
-    assert "1 shards are a test split by their names and are not used" in output
+    assert "left out 1 shard of a test split, recognized by name" in output
     assert open_dataset(tmp_path / "out").tokens("train") == 3000
     shards["more/edu_fineweb_train_000001.bin"] = shard([tokenizer.END_OF_TEXT, 5])
     output = finish(start(hub, tmp_path / "second", "pretokenized", "fineweb-edu100B"), code=2)

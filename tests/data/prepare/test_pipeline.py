@@ -226,9 +226,13 @@ def test_a_small_limit_of_tokens_has_validation_tokens_too(tmp_path: Path, token
         (
             ["words " * 100] * 9,
             Recipe(FirstTokens(5000)),
-            "all of its 918 tokens are held out for validation; give m",
+            "all of it, 918 tokens, is held out for validation; give m",
         ),
-        (["words"], Recipe(), "too little text for training and validation: 1 documents with 2 tokens"),
+        (
+            ["words"],
+            Recipe(),
+            "too little text for training and validation: 1 document with 2 tokens, but at least two",
+        ),
     ],
 )
 def test_too_little_text_is_explained(tmp_path: Path, documents: list[str], recipe: Recipe, reason: str) -> None:
