@@ -56,6 +56,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Undo changes of the environment: a rank that runs in this process sets RANK, WORLD_SIZE and others."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_log() -> None:
     """Reset the logger of the package to its initial state: earlier tests may have configured it."""
     log = logging.getLogger("ds_gpt2")
