@@ -73,7 +73,8 @@ class RestartPolicy:
         if outcome.code == ROLLBACK and outcome.before is not None:
             return self._roll_back(outcome.before, result.from_step, outcome.leave_out, seconds)
         if self._at_same_step <= 1 or result.saved_step < 0 or result.from_step is None:
-            return Restart(seconds, "auto", (), "from the newest checkpoint")
+            text = "from the beginning" if result.saved_step < 0 else "from the newest checkpoint"
+            return Restart(seconds, "auto", (), text)
         return self._avoid_step(result, seconds)
 
     def _count(self, result: LaunchResult) -> None:
