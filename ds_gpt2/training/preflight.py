@@ -22,6 +22,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, count_windows_of
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.run_dir.file_checks import check_files
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
@@ -40,6 +41,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         UserError: the user has to change something first.
     """
     check_outputs(settings)
+    check_files(settings.run_dir)
     check_backup(settings)
     source = choose_source(settings, resume)
     if commit.has_unfinished_commit(settings.checkpoint_dir):

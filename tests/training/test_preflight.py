@@ -184,8 +184,21 @@ def test_a_run_that_was_never_saved_may_start_again(tmp_path: Path, write_config
 def test_unreadable_records_are_reported_in_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     (settings.run_dir / "journal.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory; move it away, or restore"):
         choose_source(settings, "auto")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics_replaced.jsonl", "journal.jsonl", "starts.jsonl"])
+def test_a_directory_in_place_of_a_file_of_the_run_is_reported_before_the_start(
+    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    run_dir = tmp_path / "runs" / "test"
+    (run_dir / name).mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(write_config(tmp_path).read_text())
+    before = tree(tmp_path)
+    message = f"{run_dir / name} is not a regular file: move it away, or restore the file from a copy of the run"
+    assert refused("resume", str(run_dir)) == f"error: {message}\n"
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(

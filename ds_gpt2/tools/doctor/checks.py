@@ -35,6 +35,7 @@ from ds_gpt2.tools.doctor import (
     network,
     processes,
     ranks,
+    run_files,
     software,
 )
 from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
@@ -69,6 +70,7 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("settings", "DeepSpeed's file", partial(_deepspeed_file, settings)),
         Check("settings", "batch", partial(_batch, settings, count)),
         Check("settings", "run's name", partial(_name, settings)),
+        Check("settings", "metrics", partial(run_files.metrics, settings), quick=True),
         Check("settings", "versions", software.versions),
         Check("settings", "TensorBoard", software.tensorboard),
         Check("settings", "compiler", partial(software.compiler, settings.run.compile, accelerator)),
