@@ -100,7 +100,7 @@ class RestartPolicy:
         """Resume from a checkpoint before the divergence; from an older one each time it recurs at the same step."""
         if self._at_same_step > 1 and from_step is not None:
             before = min(before, from_step)
-        text = f"from the newest checkpoint before step {before}"
+        text = f"from the newest checkpoint before step {before:,}"
         if leave_out:
             text += f", excluding batches {format_batches(leave_out)} of the data"
         return Restart(seconds, f"before:{before}", leave_out, text)

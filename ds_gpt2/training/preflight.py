@@ -50,7 +50,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
-            f"schedule.warmup_steps {settings.schedule.warmup_steps} must be below the {steps} steps of the run"
+            f"schedule.warmup_steps {settings.schedule.warmup_steps:,} must be below the {steps:,} steps of the run"
         )
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
@@ -129,6 +129,6 @@ def _check_resume(settings: Settings, source: str, identity: dict[str, Any], ste
     check_identity(first, first.manifest, identity)
     if first.step > steps:
         raise UserError(
-            f"{first.tag} is at step {first.step}, beyond the {steps} steps of the run: increase schedule.steps, or"
+            f"{first.tag} is at step {first.step:,}, beyond the {steps:,} steps of the run: increase schedule.steps, or"
             " resume from an older checkpoint with --from STEP"
         )

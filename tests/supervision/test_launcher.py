@@ -79,7 +79,7 @@ def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeyp
     assert "Traceback" not in output
     last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
     assert newest_tag(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
-    assert f"stopped on request at step {last} of 1000000" in output
+    assert f"stopped on request at step {last:,} of 1,000,000" in output
     assert _ranks_of(endless) == []
 
 
