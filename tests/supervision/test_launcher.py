@@ -164,6 +164,16 @@ def test_the_exit_status_names_the_signal_that_killed_a_rank(tmp_path: Path) -> 
     assert not ranks.launcher_was_killed and ranks.have_exited
 
 
+@pytest.mark.ranks
+def test_the_signal_that_killed_a_rank_is_known_also_if_another_rank_is_noticed_first(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    program = "import os, signal, sys\n\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    script.write_text(f"{program}sys.exit(1)\n", encoding="utf-8")
+    ranks = launcher.Ranks([], RankLayout("cpu", 2), tmp_path / "outcome", {}, script)
+    assert ranks.exit_status in ("exit status 1", "a rank was killed by SIGKILL")
+    assert ranks.kills() == {1: "SIGKILL"}
+
+
 @pytest.fixture
 def as_rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Make this process the only rank; restore its signal handlers and environment afterwards."""
