@@ -71,7 +71,7 @@ def test_missing_data_is_one_finding(settings: Settings, tmp_path: Path) -> None
     without_data = changed(settings, data={"dir": tmp_path / "missing"})
     rows = [row for check in checks(without_data, "cpu", 2) if check.group == "data" for row in run_check(check)]
     assert [(row.name, row.status) for row in rows] == [("data", "fail"), ("HellaSwag", "ok")]
-    assert f"prepare text FILE... --out {tmp_path}" in rows[0].found
+    assert f"prepare text FILE... --out {tmp_path}" in rows[0].fix and "prepare" not in rows[0].found
 
 
 def test_quick_checks_are_fast_and_do_not_import_torch(settings: Settings, tmp_path: Path) -> None:
