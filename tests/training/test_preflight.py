@@ -16,7 +16,7 @@ from launched import Launched
 from ds_gpt2 import cli
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
-from ds_gpt2.config.run_location import load_run_settings
+from ds_gpt2.config.run_location import load_run_settings, write_settings
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
@@ -179,6 +179,26 @@ def test_a_run_that_was_never_saved_may_start_again(tmp_path: Path, write_config
     (settings.run_dir / "journal.jsonl").unlink()
     with pytest.raises(CheckpointsGoneError, match="saved at step 3"):  # according to the metrics; the journal is lost
         choose_source(settings, "auto")
+
+
+@pytest.mark.parametrize("source", ["latest", "999"])
+def test_a_resume_without_checkpoints_does_not_announce_another_micro_batch(
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+) -> None:
+    batch = {"tokens_per_step": 256, "micro_batch": 16, "sequence_length": 16}  # fits one rank, not four
+    settings = load_settings(write_config(tmp_path, batch=batch))
+    settings.run_dir.mkdir(parents=True)
+    write_settings(settings)
+    Journal(settings.run_dir).write("save", "saved", 35)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert cli.main(["resume", str(settings.run_dir), "--from", source]) == exit_codes.MISTAKE
+    out, err = capsys.readouterr()
+    expected = "was saved at step 35, but there is no checkpoint" if source == "latest" else "no checkpoint '999'"
+    assert out == "" and expected in err and err.count("\n") == 1
 
 
 def test_unreadable_records_are_reported_in_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
