@@ -26,7 +26,8 @@ def check_files(run_dir: Path) -> None:
         is_file = os.path.isfile(file)
         if os.path.exists(file) and not is_file:
             raise UserError(f"{file} is not a regular file: {_RESTORE}")
-        if is_file and not os.access(file, os.R_OK | os.W_OK):
+        needed = os.R_OK if file.is_symlink() else os.R_OK | os.W_OK  # a link is replaced, see ``files.no_links``
+        if is_file and not os.access(file, needed, effective_ids=True):
             raise UserError(f"{file} cannot be read and written: {os.strerror(errno.EACCES)}; check its permissions")
 
 
