@@ -134,6 +134,9 @@ def test_missing_metrics_of_a_saved_run_are_reported_with_the_step_of_its_checkp
     assert cli.main(["report", run_dirs[0], "--json"]) == exit_codes.DONE
     out, err = capsys.readouterr()
     assert (json.loads(out)[0]["step"], err) == (35, warning)
+    assert cli.main(["report", run_dirs[0]]) == exit_codes.DONE
+    assert "record: step 35 is known from a checkpoint." in (folder / "runs" / "one" / "report.html").read_text()
+    capsys.readouterr()
     assert cli.main(["status", run_dirs[0], "--json"]) == exit_codes.CRASHED
     assert json.loads(capsys.readouterr().out)["progress"]["step"] == 35
     assert cli.main(["diff", *run_dirs, "--json"]) == exit_codes.DONE
