@@ -24,7 +24,7 @@ from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
 from ds_gpt2.tools.doctor.finding import in_one_line
-from ds_gpt2.training.preflight import check_initial_model, check_start
+from ds_gpt2.training.preflight import check_initial_model, check_source, check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 
 
@@ -71,6 +71,7 @@ def resume(options: argparse.Namespace) -> int:
             " `train`"
         )
     ranks = options.num_gpus
+    check_source(settings, options.source)
     if ranks is None:
         ranks, overrides = _fit_ranks(settings, overrides)
     settings = load_run_settings(run_dir, overrides)

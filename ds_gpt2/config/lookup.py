@@ -6,11 +6,15 @@ import contextlib
 import difflib
 import errno
 import os
+import shlex
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.run_location import CONFIG, absolute_run_dir, last_started, run_of
-from ds_gpt2.config.settings import PROJECT_DIR, RUNS
+from ds_gpt2.config.run_location import CONFIG, RESTORE, absolute_run_dir, last_started, run_of
+from ds_gpt2.config.settings import CHECKPOINTS, PROJECT_DIR, RUNS
+from ds_gpt2.run_dir.journal import JOURNAL
+from ds_gpt2.run_dir.metrics import METRICS
+from ds_gpt2.run_dir.starts import STARTS
 
 
 def started_runs() -> list[Path]:
@@ -40,11 +44,22 @@ def find_run(name: str | None) -> Path:
             if (path / CONFIG).is_file():
                 return absolute_run_dir(path)
             if os.path.lexists(path / CONFIG):
-                raise UserError(f"{path / CONFIG} is not a regular file: restore it from a copy of the run")
+                raise UserError(f"{path / CONFIG} is not a regular file: {RESTORE}")
         if (run_dir := run_of(Path(name))) is not None:
             return absolute_run_dir(run_dir)
+        for path in (runs / name, Path(name)):
+            if any((path / file).is_file() for file in (JOURNAL, STARTS, METRICS)):
+                raise UserError(f"{path / CONFIG} is missing: {RESTORE}{_hint_at_checkpoints(path.name)}")
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}; runs in {runs}: {known}")
+
+
+def _hint_at_checkpoints(name: str) -> str:
+    """Return what works on the checkpoints of a run without settings; empty if it has none in the usual directory."""
+    if not (PROJECT_DIR / CHECKPOINTS / name).is_dir():
+        return ""
+    command = f"./launch.sh list {shlex.quote(name)}"
+    return f"; `{command}` and `verify` work on its checkpoints also without it"
 
 
 def find_config(name: str) -> Path:

@@ -36,6 +36,7 @@ from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
 
 CONFIG = "config.yaml"
 HIDDEN = "(not shown)"
+RESTORE = "restore it from a copy of the run"
 
 _RUN_DIR = "$RUN_DIR"
 _OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never taken from a previous location of the run
@@ -56,7 +57,7 @@ def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None,
         UserError: the stored settings cannot be read, or an override is wrong.
     """
     run_dir = absolute_run_dir(run_dir)
-    tree = read_tree(run_dir / CONFIG)
+    tree = _read_stored_tree(run_dir)
     before = _last_seen(run_dir, tree)
     for key in PATH_KEYS:
         section, name = section_of(tree, key)
@@ -103,7 +104,7 @@ def absolute_run_dir(run_dir: Path) -> Path:
     if not path.is_symlink():
         return path
     target = path.resolve()
-    stored, _ = section_of(read_tree(target / CONFIG), "run.name")
+    stored, _ = section_of(_read_stored_tree(target), "run.name")
     return target if stored.get("name") == target.name else path
 
 
@@ -161,7 +162,7 @@ def last_seen(run_dir: Path) -> Path:
     Raises:
         UserError: the stored settings cannot be read.
     """
-    return _last_seen(run_dir, read_tree(run_dir / CONFIG))
+    return _last_seen(run_dir, _read_stored_tree(run_dir))
 
 
 def last_started(run_dir: Path) -> float:
@@ -222,13 +223,22 @@ def checkpoint_dirs_before(run_dir: Path) -> list[Path]:
     Raises:
         UserError: the stored settings cannot be read.
     """
-    tree = read_tree(run_dir / CONFIG)
+    tree = _read_stored_tree(run_dir)
     before = _last_seen(run_dir, tree)
     section, name = section_of(tree, "checkpoint.dir")
     text = str(section.get(name, CHECKPOINTS))
     inside = text[len(_RUN_DIR) :].lstrip("/") if text.startswith(_RUN_DIR) else None
     then = PROJECT_DIR / text if inside is None else Path(os.path.normpath(before / inside))
     return [then / before.name, then / run_dir.name]
+
+
+def _read_stored_tree(run_dir: Path) -> dict[str, Any]:
+    """Return the stored settings of a run as nested dicts of text.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    return read_tree(run_dir / CONFIG, fix=RESTORE)
 
 
 def _without_run(key: str, text: str) -> str | None:

@@ -18,13 +18,17 @@ from ds_gpt2.common.paths import expanded
 from ds_gpt2.config.model_names import resolve
 
 _MAX_FILE_BYTES = 1_000_000
+_EXAMPLE = "give a YAML file such as those in ds_configs/"
 _SHAPE = ("layers", "heads", "width")
 # A setting in an override removes the settings that it excludes from the file.
 _EXCLUDED = {"steps": ("epochs",), "epochs": ("steps",), "preset": _SHAPE, **dict.fromkeys(_SHAPE, ("preset",))}
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path, fix: str | None = None) -> dict[str, Any]:
     """Return the sections of a settings file as nested dicts whose leaves are text.
+
+    Args:
+        fix: the fix that errors suggest for a damaged or missing file; None: advice for a file that the user has given.
 
     Raises:
         UserError: the file does not exist or is not a settings file.
@@ -33,17 +37,21 @@ def read_tree(path: Path) -> dict[str, Any]:
         with open(path, "rb", opener=regular_only) as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES or b"\0" in content:
-            raise UserError(f"{path} is not a settings file: give a YAML file such as those in ds_configs/")
+            raise UserError(f"{path} is not a settings file: {fix or _EXAMPLE}")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"config not found: {path}; examples are in ds_configs/") from None
+        raise UserError(f"config not found: {path}; {fix or 'examples are in ds_configs/'}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise UserError(f"config file {path} is not UTF-8 (byte {error.start}): {fix or 'save it as UTF-8'}") from None
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
-    tree = strict_yaml.parse(text, str(path))
+    try:
+        tree = strict_yaml.parse(text, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {fix}" if fix else str(error)) from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must be a mapping of sections (run:, model:, data:, ...)")
+        empty = "is empty and " if tree is None else ""
+        raise UserError(f"{path} {empty}must be a mapping of sections (run:, model:, data:, ...): {fix or _EXAMPLE}")
     return tree
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,10 @@ class ExitReports:
         """Return the errors of failed ranks by rank, the first to fail first."""
         return {report["rank"]: report["failure"] for report in self._reports() if "failure" in report}
 
+    def kills(self) -> dict[int, str]:
+        """Return the names of the signals that have killed ranks, by rank, as the launcher has seen them."""
+        return {report["rank"]: report["signal"] for report in self._reports() if "signal" in report}
+
     def _reports(self) -> list[dict[str, Any]]:
         with contextlib.suppress(BlockingIOError):
             while block := os.read(self._pipe[0], 65_536):
@@ -88,6 +93,19 @@ def report_failure(rank: int, error: BaseException) -> None:
     """Report the error that has ended ``rank``."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     _report({"rank": rank, "failure": truncated(f"{kind}{one_line_reason(error)}", _MAX_FAILURE)})
+
+
+def report_kill(rank: int, number: int) -> None:
+    """Report, in the launcher, that signal ``number`` has killed ``rank``."""
+    _report({"rank": rank, "signal": signal_name(number)})
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal; signals without a name, such as real-time signals, have their number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _as_values(outcome: Outcome) -> dict[str, Any]:

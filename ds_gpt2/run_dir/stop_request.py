@@ -64,6 +64,15 @@ class StopRequest:
             return f"{self._run_dir.path} was deleted while the run trained"
         return None
 
+    @property
+    def cause(self) -> str:
+        """Why the run has stopped, to follow "stopped" in a sentence."""
+        if self.supervisor_lost:
+            return "because the supervisor is gone"
+        if not self._is_signalled and self.reason is not None:
+            return "because a directory of the run was moved or deleted"
+        return "on request"
+
     def listen(self) -> None:
         """Install signal handlers: from now on the signals are requests to stop."""
         for number in SIGNALS:

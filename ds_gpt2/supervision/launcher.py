@@ -19,7 +19,7 @@ from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.distributed.launch_environment import without_ranks
 from ds_gpt2.run_dir.exit_codes import CRASHED
-from ds_gpt2.run_dir.exit_report import ExitReports, Outcome
+from ds_gpt2.run_dir.exit_report import ExitReports, Outcome, signal_name
 from ds_gpt2.supervision import rank_processes, stacks
 from ds_gpt2.supervision.oom_kills import out_of_memory_kills
 
@@ -147,7 +147,7 @@ class Ranks:
         number = -code if code < 0 else 256 - code if code > 128 else 0
         if 0 < number < signal.NSIG:
             killed = "DeepSpeed's launcher" if code < 0 else "a rank"
-            return f"{killed} was killed by {signal.Signals(number).name}"
+            return f"{killed} was killed by {signal_name(number)}"
         return f"exit status {code}"
 
     @property
@@ -162,6 +162,10 @@ class Ranks:
     def failures(self) -> dict[int, str]:
         """Return the error of each rank that reported one, the first to fail first."""
         return self._exit_reports.failures()
+
+    def kills(self) -> dict[int, str]:
+        """Return the name of the signal that killed each rank that was killed before the launcher ended the others."""
+        return self._exit_reports.kills()
 
     def request_stop(self) -> None:
         rank_processes.request_stop(self.group)

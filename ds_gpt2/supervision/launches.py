@@ -104,9 +104,10 @@ def _crash_text(ranks: Ranks, exit_kind: ExitKind, outcome: Outcome) -> str:
         return "DeepSpeed's launcher was killed"
     if ranks.ran_out_of_memory:
         return "the kernel killed a process because memory ran out"
-    failures = ranks.failures()
-    silent = sorted(set(range(ranks.count)) - set(failures))
-    parts = [f"rank {rank}: {text}" for rank, text in list(failures.items())[:1]]
-    if silent:
-        parts.insert(0, f"rank {', '.join(map(str, silent))} exited without an error message")
-    return "; ".join([*parts, ranks.exit_status])
+    failures, kills = ranks.failures(), ranks.kills()
+    silent = sorted(set(range(ranks.count)) - set(failures) - set(kills))
+    parts = [f"rank {rank} was killed by {signal}" for rank, signal in sorted(kills.items())]
+    if silent and not kills:
+        parts.append(f"rank {', '.join(map(str, silent))} exited without an error message")
+    parts += [f"rank {rank}: {text}" for rank, text in list(failures.items())[:1]]
+    return "; ".join(parts if kills else [*parts, ranks.exit_status])

@@ -71,9 +71,10 @@ class RestartPolicy:
             return GiveUp(self._give_up_text())
         seconds = self._backoff()
         if outcome.code == ROLLBACK and outcome.before is not None:
-            return self._roll_back(outcome.before, result.from_step, outcome.leave_out, seconds)
+            return self._roll_back(outcome.before, result, seconds)
         if self._at_same_step <= 1 or result.saved_step < 0 or result.from_step is None:
-            return Restart(seconds, "auto", (), "from the newest checkpoint")
+            text = "from the beginning" if result.saved_step < 0 else "from the newest checkpoint"
+            return Restart(seconds, "auto", (), text)
         return self._avoid_step(result, seconds)
 
     def _count(self, result: LaunchResult) -> None:
@@ -95,11 +96,12 @@ class RestartPolicy:
         longest = self._settings.longest_backoff_seconds
         return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._without_progress - 1, 30))
 
-    def _roll_back(self, before: int, from_step: int | None, leave_out: tuple[int, ...], seconds: float) -> Restart:
+    def _roll_back(self, before: int, result: LaunchResult, seconds: float) -> Restart:
         """Resume from a checkpoint before the divergence; from an older one each time it recurs at the same step."""
-        if self._at_same_step > 1 and from_step is not None:
-            before = min(before, from_step)
-        text = f"from the newest checkpoint before step {before}"
+        leave_out = result.outcome.leave_out
+        if self._at_same_step > 1 and result.from_step is not None:
+            before = min(before, result.from_step)
+        text = "from the beginning" if result.saved_step < 0 else f"from the newest checkpoint before step {before:,}"
         if leave_out:
             text += f", excluding batches {format_batches(leave_out)} of the data"
         return Restart(seconds, f"before:{before}", leave_out, text)

@@ -9,7 +9,10 @@ from ds_gpt2.run_dir.stop_request import SIGNALS
 
 
 class StopSignals:
-    """A context in which Ctrl+C, SIGTERM, SIGUSR1 and a closing terminal only set a flag."""
+    """A context in which Ctrl+C, SIGTERM, SIGUSR1 and a closing terminal only set a flag.
+
+    After a request, the signals stay ignored: a further one during the shutdown of Python would change the exit code.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -24,7 +27,8 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal has returned
+            # handler: what signal.signal has returned
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

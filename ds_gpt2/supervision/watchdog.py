@@ -115,7 +115,7 @@ class Watchdog:
             return Hang(rank, 0, f"rank {rank} has written no heartbeat for {silent[rank]:.0f} s since its start")
         usual = f", usually {statistics.median(self._step_seconds):.1f} s per step" if self._step_seconds else ""
         state = ", its process is stopped" if _is_stopped(beat) else ""
-        where = f"in step {beat.step} ({beat.phase}{usual}{state})"
+        where = f"in step {beat.step:,} ({beat.phase}{usual}{state})"
         return Hang(rank, beat.step, f"rank {rank} has made no progress for {silent[rank]:.0f} s {where}")
 
     def _time_step(self, beat: Beat | None) -> None:

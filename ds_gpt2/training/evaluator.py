@@ -57,5 +57,5 @@ class Evaluator:
             state.unevaluated = to_plain(retained)
             if isinstance(reason, UserError):
                 return str(reason)
-            log.info(f"step {state.step}: a stop interrupts the evaluation; it is repeated when the run resumes")
+            log.info(f"step {state.step:,}: a stop interrupts the evaluation; it is repeated when the run resumes")
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import candidates, check_identity
+from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
@@ -22,6 +22,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX, count_windows_of
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.run_dir.file_checks import check_files
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
@@ -40,6 +41,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
         UserError: the user has to change something first.
     """
     check_outputs(settings)
+    check_files(settings.run_dir)
     check_backup(settings)
     source = choose_source(settings, resume)
     if commit.has_unfinished_commit(settings.checkpoint_dir):
@@ -48,7 +50,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
-            f"schedule.warmup_steps {settings.schedule.warmup_steps} must be below the {steps} steps of the run"
+            f"schedule.warmup_steps {settings.schedule.warmup_steps:,} must be below the {steps:,} steps of the run"
         )
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
@@ -60,6 +62,22 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
             check_initial_model(settings)
     for directory in settings.output_dirs:
         files.check_can_write(directory, full_is_allowed=directory == settings.checkpoint_dir)
+
+
+def check_source(settings: Settings, source: str) -> None:
+    """Check that a run can be read and has a checkpoint to resume from, before its ranks are chosen.
+
+    Args:
+        source: see ``catalog.candidates``.
+
+    Raises:
+        UserError: there is no such checkpoint, or the files of the run cannot be read and written.
+    """
+    check_outputs(settings)
+    check_files(settings.run_dir)
+    if commit.has_unfinished_commit(settings.checkpoint_dir):
+        return  # the ranks complete or remove interrupted saves first
+    _candidates(settings, source)
 
 
 def check_initial_model(settings: Settings) -> None:
@@ -117,16 +135,26 @@ def _check_resume(settings: Settings, source: str, identity: dict[str, Any], ste
     Raises:
         UserError: there is nothing to resume from, or the newest candidate does not fit the run.
     """
-    found = candidates(settings.checkpoint_dir, source)
-    if not found and not has_backups(settings):
-        check_never_saved(settings)
-        raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
+    found = _candidates(settings, source)
     first = next((one for one in found if one.manifest is not None), None)
     if first is None or first.manifest is None:
         return
     check_identity(first, first.manifest, identity)
     if first.step > steps:
         raise UserError(
-            f"{first.tag} is at step {first.step}, beyond the {steps} steps of the run: increase schedule.steps, or"
+            f"{first.tag} is at step {first.step:,}, beyond the {steps:,} steps of the run: increase schedule.steps, or"
             " resume from an older checkpoint with --from STEP"
         )
+
+
+def _candidates(settings: Settings, source: str) -> list[Generation]:
+    """Return the checkpoints to resume from, the first choice first; none if there are only backups.
+
+    Raises:
+        UserError: there is neither a checkpoint nor a backup.
+    """
+    found = candidates(settings.checkpoint_dir, source)
+    if not found and not has_backups(settings):
+        check_never_saved(settings)
+        raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
+    return found

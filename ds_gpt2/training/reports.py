@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 def report_anomaly(journal: Journal, anomaly: Anomaly) -> None:
     """Report an anomaly of training, on rank 0."""
     if collectives.is_main():
-        log.warning(f"step {anomaly.step}: {anomaly.text}")
+        log.warning(f"step {anomaly.step:,}: {anomaly.text}")
         facts = {"policy": anomaly.policy, "begun": anomaly.first_step, "batches": list(anomaly.batches)}
         journal.write(anomaly.kind, anomaly.text, anomaly.step, **facts)
 

@@ -9,6 +9,7 @@ from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir.file_checks import read_error
 from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.starts import read_starts, started_from
@@ -79,7 +80,7 @@ def saved_step(settings: Settings) -> int | None:
     except NotADirectoryError:  # there is no run; whether its directory can be created is checked later
         return None
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}; check its permissions and disk") from None
+        raise read_error(error, settings.run_dir) from None
 
 
 def _saved_step(settings: Settings) -> int | None:

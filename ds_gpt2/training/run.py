@@ -61,7 +61,8 @@ def _close(built: BuiltRun, ending: Ending) -> None:
     saved = f"checkpoint {directory / newest}" if newest else "no checkpoint is saved"
     if ending is Ending.STOPPED and trainer.stop.reason is not None:
         log.warning(f"{trainer.stop.reason}: stopping")
-    log.info(f"{ending.value} at step {step} of {trainer.schedule.steps}; {saved}")
+    how = f"stopped {trainer.stop.cause}" if ending is Ending.STOPPED else ending.value
+    log.info(f"{how} at step {step:,} of {trainer.schedule.steps:,}; {saved}")
     trainer.engine.close()
 
 
@@ -90,4 +91,4 @@ def _record_end(built: BuiltRun, ending: Ending, outcome: Outcome) -> None:
     if outcome.code == DONE:
         journal.write("done", f"done, {steps:,} steps", step)
     elif outcome.code == STOPPED:
-        journal.write("stop", f"stopped on request at step {step:,} of {steps:,}, saved", step)
+        journal.write("stop", f"stopped {built.trainer.stop.cause} at step {step:,} of {steps:,}, saved", step)

@@ -85,7 +85,7 @@ def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan:
 
 def log_resume(restored: Restored, settings: Settings, steps: int) -> None:
     """Log the checkpoint that a run of ``steps`` steps resumes from, and the settings that have changed since."""
-    log.info(f"resumed from {restored.generation.path}, step {restored.manifest.step} of {steps}")
+    log.info(f"resumed from {restored.generation.path}, step {restored.manifest.step:,} of {steps:,}")
     for change in changed_settings(restored.manifest.settings, settings):
         log.info(f"changed since then: {change}")
 

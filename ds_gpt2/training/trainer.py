@@ -189,7 +189,7 @@ class Trainer:
             if left < pause:
                 return
             if collectives.is_main():
-                log.error(f"step {state.step} is not saved: retrying in {pause:g} s, for another {duration(left)}")
+                log.error(f"step {state.step:,} is not saved: retrying in {pause:g} s, for another {duration(left)}")
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
             self.reporter.heartbeat.beat()

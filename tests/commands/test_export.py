@@ -131,6 +131,12 @@ def test_the_model_card_has_the_facts_of_the_run(exported: Exported) -> None:
     assert str(folder) not in card.replace(f"export {folder}", "").split("exported by")[0], "no path of this machine"
 
 
+def test_unreadable_metrics_are_named_with_a_fix(tmp_path: Path) -> None:
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(UserError, match=rf"^{tmp_path / METRICS} cannot be read: Is a directory; move it away"):
+        export._last_values(tmp_path / METRICS, 40)
+
+
 @pytest.mark.ranks
 def test_a_run_starts_from_an_export_exactly(
     exported: Exported, write_config: Callable[..., Path], tmp_path: Path

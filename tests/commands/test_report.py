@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_files import write_checkpoint
 from launched import PROJECT
 
+from ds_gpt2 import cli
 from ds_gpt2.commands import report
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir import exit_codes
@@ -112,8 +114,42 @@ def test_unknown_run_is_an_error(folder: Path) -> None:
 def test_unreadable_file_is_an_error(folder: Path) -> None:
     (folder / "runs" / "one" / "metrics.jsonl").unlink()
     (folder / "runs" / "one" / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Is a directory; move it away, or restore"):
         run(folder)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\0\xff" * 100])
+def test_missing_metrics_of_a_saved_run_are_reported_with_the_step_of_its_checkpoint(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    shutil.rmtree(folder / "runs" / "one" / "heartbeat")
+    write_checkpoint(folder / "checkpoints" / "one", "rolling_step_000035", 35)
+    file = folder / "runs" / "one" / "metrics.jsonl"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    what = "is missing" if content is None else "has no readable record"
+    warning = f"warning: {file} {what}: the losses up to step 35 are unknown; restore it from a copy of the run\n"
+    run_dirs = [str(folder / "runs" / name) for name in ("one", "two")]
+    assert cli.main(["report", run_dirs[0], "--json"]) == exit_codes.DONE
+    out, err = capsys.readouterr()
+    assert (json.loads(out)[0]["step"], err) == (35, warning)
+    assert cli.main(["report", run_dirs[0]]) == exit_codes.DONE
+    assert "record: step 35 is known from a checkpoint." in (folder / "runs" / "one" / "report.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["status", run_dirs[0], "--json"]) == exit_codes.CRASHED
+    assert json.loads(capsys.readouterr().out)["progress"]["step"] == 35
+    assert cli.main(["diff", *run_dirs, "--json"]) == exit_codes.DONE
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["final_metrics"]["steps"], err) == ({"a": 35, "b": 40}, warning)
+
+
+def test_counts_are_integers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"step": 41, "time": time.time(), "train/tokens": 286720.0, "train/skipped_steps": 2.0}
+    with (folder / "runs" / "one" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    (one,) = figures(folder, capsys)
+    assert [json.dumps(one[name]) for name in ("step", "tokens", "skipped_steps")] == ["41", "286720", "2"]
 
 
 def test_report_of_a_run_with_settings_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

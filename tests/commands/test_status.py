@@ -148,7 +148,8 @@ def test_unreadable_file_is_an_error(folder: Path, capsys: pytest.CaptureFixture
     (folder / "runs" / "old" / "metrics.jsonl").unlink()
     (folder / "runs" / "old" / "metrics.jsonl").mkdir()
     assert status("old") == exit_codes.MISTAKE
-    assert "old/metrics.jsonl cannot be read: Is a directory" in capsys.readouterr().err
+    fix = "move it away, or restore the file from a copy of the run"
+    assert f"old/metrics.jsonl cannot be read: Is a directory; {fix}" in capsys.readouterr().err
 
 
 def test_no_runs_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

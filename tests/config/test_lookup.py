@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_runs_are_found_by_name_and_path_and_the_newest_by_default(project: Path
 def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
     with pytest.raises(UserError, match=r"no run other; runs in .*/runs: older, newer$"):
         find_run("other")
+
+
+def test_a_run_without_settings_is_named_with_the_fix(project: Path) -> None:
+    run_dir = project / "runs" / "older"
+    (run_dir / "config.yaml").unlink()
+    message = f"{run_dir / 'config.yaml'} is missing: restore it from a copy of the run"
+    for name in ("older", str(run_dir)):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            find_run(name)
+    (project / "checkpoints" / "older").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"; `\./launch\.sh list older` and `verify` work on its checkpoints also with"):
+        find_run("older")
 
 
 def test_the_first_run_is_suggested_if_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

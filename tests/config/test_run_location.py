@@ -74,6 +74,26 @@ def save(checkpoints: Path) -> None:
     (checkpoints / "rolling_step_000010" / "manifest.json").write_text("{}")
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty and must be a mapping of sections"),
+        (b"\0\1\2", "is not a settings file: "),
+        (b"run: \xff", "is not UTF-8 (byte 5): "),
+        (b"run: [", "is not valid YAML: "),
+        (b"word", "must be a mapping of sections (run:, model:, data:, ...): "),
+        (None, ""),
+    ],
+)
+def test_damaged_settings_of_a_run_are_to_be_restored(tmp_path: Path, content: bytes | None, what: str) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_run_settings(tmp_path)
+    text = str(raised.value)
+    assert what in text and text.endswith("restore it from a copy of the run") and str(tmp_path) in text
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["stored now", "stored by 0.1.0"])
 def test_settings_of_an_unmoved_run_are_unchanged(project: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     use(project, monkeypatch)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.kill_soak import curve_problems
 from ds_gpt2.checkpoint.catalog import scan
 from ds_gpt2.common.open_directory import OpenDirectory
+from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.run_dir.exit_codes import STOPPED
 from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats, read_beat
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -44,6 +45,24 @@ def test_a_file_that_cannot_be_deleted_is_reported_without_an_error(
     (tmp_path / STOP_FILE / "mine").mkdir(parents=True)
     request.clear()
     assert request.requested and "STOP cannot be removed" in caplog.text and (tmp_path / STOP_FILE / "mine").is_dir()
+
+
+def test_the_cause_of_a_stop_is_a_request_unless_the_supervisor_or_a_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert StopRequest().cause == StopRequest(OpenDirectory(run_dir)).cause == "on request"
+    with subprocess.Popen(["sleep", "600"]) as supervisor:
+        monkeypatch.setenv("DS_GPT2_SUPERVISOR", f"{supervisor.pid} {start_of(supervisor.pid)}")
+        request = StopRequest(OpenDirectory(run_dir))
+        assert not request.requested
+        supervisor.kill()
+    assert request.requested and request.cause == "because the supervisor is gone"
+    monkeypatch.delenv("DS_GPT2_SUPERVISOR")
+    moved = StopRequest(OpenDirectory(run_dir))
+    run_dir.rename(tmp_path / "elsewhere")
+    assert moved.requested and moved.cause == "because a directory of the run was moved or deleted"
 
 
 @pytest.mark.ranks

@@ -79,7 +79,7 @@ def test_ctrl_c_saves_the_last_step_and_leaves_no_process(endless: Path, monkeyp
     assert "Traceback" not in output
     last = int(re.findall(r"^step +(\d+)/", output, re.MULTILINE)[-1])
     assert newest_tag(endless.parent / "checkpoints" / "test") == f"rolling_step_{last:06d}"
-    assert f"stopped on request at step {last} of 1000000" in output
+    assert f"stopped on request at step {last:,} of 1,000,000" in output
     assert _ranks_of(endless) == []
 
 
@@ -162,6 +162,16 @@ def test_the_exit_status_names_the_signal_that_killed_a_rank(tmp_path: Path) -> 
     ranks = launcher.Ranks([], RankLayout("cpu", 1), tmp_path / "outcome", {}, script)
     assert ranks.exit_status == "a rank was killed by SIGKILL"
     assert not ranks.launcher_was_killed and ranks.have_exited
+
+
+@pytest.mark.ranks
+def test_the_signal_that_killed_a_rank_is_known_also_if_another_rank_is_noticed_first(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    program = "import os, signal, sys\n\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    script.write_text(f"{program}sys.exit(1)\n", encoding="utf-8")
+    ranks = launcher.Ranks([], RankLayout("cpu", 2), tmp_path / "outcome", {}, script)
+    assert ranks.exit_status in ("exit status 1", "a rank was killed by SIGKILL")
+    assert ranks.kills() == {1: "SIGKILL"}
 
 
 @pytest.fixture

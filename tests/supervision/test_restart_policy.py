@@ -112,3 +112,16 @@ def test_launches_without_a_step_resume_from_the_newest_checkpoint_and_skip_no_d
     same_step = LaunchResult(Outcome(CRASHED), False, step=46, batch=46, from_step=None, saved_step=40)
     decisions = [policy.decide(same_step) for _ in range(3)]
     assert all(isinstance(each, Restart) and each.resume == "auto" for each in decisions)
+
+
+@pytest.mark.parametrize(("saved", "text"), [(-1, "from the beginning"), (0, "from the newest checkpoint")])
+def test_the_text_of_a_restart_says_what_it_starts_from(saved: int, text: str) -> None:
+    restart = RestartPolicy(SETTINGS, -1).decide(_result(step=1, saved=saved))
+    assert isinstance(restart, Restart) and (restart.resume, restart.text) == ("auto", text)
+
+
+def test_the_text_of_a_rollback_of_a_run_without_a_checkpoint_does_not_name_one() -> None:
+    outcome = Outcome(ROLLBACK, before=7, leave_out=(8,))
+    restart = RestartPolicy(SETTINGS, -1).decide(LaunchResult(outcome, False, 9, 9, from_step=0, saved_step=-1))
+    assert isinstance(restart, Restart)
+    assert (restart.resume, restart.text) == ("before:7", "from the beginning, excluding batches 8 of the data")

@@ -16,7 +16,7 @@ from launched import Launched
 from ds_gpt2 import cli
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
-from ds_gpt2.config.run_location import load_run_settings
+from ds_gpt2.config.run_location import load_run_settings, write_settings
 from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
@@ -207,11 +207,44 @@ def test_the_refusal_of_a_new_run_suggests_a_command_that_works(
     assert refusal() == f"{wrong} (`./launch.sh resume test`{end}"
 
 
+@pytest.mark.parametrize("source", ["latest", "999"])
+def test_a_resume_without_checkpoints_does_not_announce_another_micro_batch(
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+) -> None:
+    batch = {"tokens_per_step": 256, "micro_batch": 16, "sequence_length": 16}  # fits one rank, not four
+    settings = load_settings(write_config(tmp_path, batch=batch))
+    settings.run_dir.mkdir(parents=True)
+    write_settings(settings)
+    Journal(settings.run_dir).write("save", "saved", 35)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert cli.main(["resume", str(settings.run_dir), "--from", source]) == exit_codes.MISTAKE
+    out, err = capsys.readouterr()
+    expected = "was saved at step 35, but there is no checkpoint" if source == "latest" else "no checkpoint '999'"
+    assert out == "" and expected in err and err.count("\n") == 1
+
+
 def test_unreadable_records_are_reported_in_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     (settings.run_dir / "journal.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"journal\.jsonl cannot be read: Is a directory; move it away, or restore"):
         choose_source(settings, "auto")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics_replaced.jsonl", "journal.jsonl", "starts.jsonl"])
+def test_a_directory_in_place_of_a_file_of_the_run_is_reported_before_the_start(
+    write_config: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    run_dir = tmp_path / "runs" / "test"
+    (run_dir / name).mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(write_config(tmp_path).read_text())
+    before = tree(tmp_path)
+    message = f"{run_dir / name} is not a regular file: move it away, or restore the file from a copy of the run"
+    assert refused("resume", str(run_dir)) == f"error: {message}\n"
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.cgroup import read_cgroup
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
@@ -35,9 +36,10 @@ from ds_gpt2.tools.doctor import (
     network,
     processes,
     ranks,
+    run_files,
     software,
 )
-from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
+from ds_gpt2.tools.doctor.finding import Check, Finding, failure, run_check
 from ds_gpt2.tools.resources import requirements
 from ds_gpt2.tools.resources.gpus import open_gpus
 from ds_gpt2.tools.resources.machine import existing
@@ -64,16 +66,18 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
     steps, epochs = _schedule(dataset, settings)
     storage = requirements.disk_requirement(settings, steps, epochs)
     directory, shards = settings.checkpoint_dir, _shards(dataset)
+    reserve = reserved_bytes(settings.checkpoint)
     environment = os.environ
     return [
         Check("settings", "DeepSpeed's file", partial(_deepspeed_file, settings)),
         Check("settings", "batch", partial(_batch, settings, count)),
         Check("settings", "run's name", partial(_name, settings)),
+        Check("settings", "metrics", partial(run_files.metrics, settings), quick=True),
         Check("settings", "versions", software.versions),
         Check("settings", "TensorBoard", software.tensorboard),
         Check("settings", "compiler", partial(software.compiler, settings.run.compile, accelerator)),
         Check("disk", "directories", partial(disk.directories, settings.output_dirs), quick=True),
-        Check("disk", "free space", partial(disk.free_space, directory, storage), quick=True),
+        Check("disk", "free space", partial(disk.free_space, directory, storage, reserve), quick=True),
         Check("disk", "space for logs", partial(disk.space_for_logs, settings.run_dir, directory), quick=True),
         Check("disk", "inodes", partial(disk.inodes, directory), quick=True),
         Check("disk", "quota", partial(disk.quota, directory, storage), quick=True),
@@ -168,7 +172,7 @@ def _shards(dataset: Dataset | UserError) -> int:
 
 
 def _data(dataset: Dataset | UserError) -> Finding:
-    return Finding("data", "fail", str(dataset)) if isinstance(dataset, UserError) else data.shards(dataset)
+    return failure("data", dataset) if isinstance(dataset, UserError) else data.shards(dataset)
 
 
 def _windows(dataset: Dataset | UserError, settings: Settings) -> list[Finding]:
@@ -185,7 +189,7 @@ def _deepspeed_file(settings: Settings) -> Finding:
         csv_monitor.check(content)
         tracker_checks.check(content)
     except UserError as error:
-        return Finding("DeepSpeed's file", "fail", str(error))
+        return failure("DeepSpeed's file", error)
     return Finding("DeepSpeed's file", "ok", f"{settings.deepspeed.name}: ZeRO-2")
 
 
@@ -194,7 +198,7 @@ def _batch(settings: Settings, count: int) -> Finding:
     try:
         plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, count)
     except UserError as error:
-        return Finding("batch", "fail", str(error))
+        return failure("batch", error)
     return Finding("batch", "ok", str(plan))
 
 
@@ -216,7 +220,7 @@ def _backup(settings: Settings) -> Finding:
         backup.check_exists()
         backup.check_named(settings.checkpoint_dir)
     except UserError as error:
-        return Finding("backup", "fail", str(error))
+        return failure("backup", error)
     if (problem := _problem_of(backup)) is not None:
         return Finding("backup", "fail", f"{backup.where()}: {problem}", _BACKUP_FIX)
     if backup.shares_disk_with(existing(settings.checkpoint_dir)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from ds_gpt2.common.host import usable_cores
 from ds_gpt2.config.batch_plan import steps_of
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
-from ds_gpt2.tools.doctor.finding import Finding
+from ds_gpt2.tools.doctor.finding import Finding, failure
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS
 
 
@@ -35,7 +36,8 @@ def windows(dataset: Dataset, settings: Settings) -> list[Finding]:
                 Finding("validation", "ok", f"{held_out:,} windows of {settings.batch.sequence_length} held out")
             )
         except UserError as error:
-            rows.append(Finding("validation", "fail", str(error), "or set validation.every=0"))
+            row = failure("validation", error)
+            rows.append(replace(row, fix=f"{row.fix}, or set validation.every=0".removeprefix(", or ")))
     return [*rows, _enough(dataset, settings)]
 
 
@@ -98,7 +100,7 @@ def _enough(dataset: Dataset, settings: Settings) -> Finding:
     try:
         steps, epochs = schedule(dataset, settings)
     except UserError as error:
-        return Finding(name, "fail", str(error))
+        return failure(name, error)
     found = f"{steps:,} steps train on the data {epochs:.2f} times"
     warmup = settings.schedule.warmup_steps
     if warmup >= steps:

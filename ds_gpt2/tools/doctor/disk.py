@@ -32,14 +32,21 @@ def directories(paths: Iterable[Path]) -> list[Finding]:
     return [Finding("directories", "ok", f"{len(unique)} directories are writable by {_user()}")]
 
 
-def free_space(directory: Path, need: DiskRequirement) -> Finding:
-    """Check the free space against all retained checkpoints; the run's own checkpoints count as free."""
+def free_space(directory: Path, need: DiskRequirement, reserve: int = 0) -> Finding:
+    """Check the free space against all retained checkpoints; the run's own checkpoints count as free.
+
+    Args:
+        need: includes ``reserve``.
+        reserve: bytes that must remain free.
+    """
     free = shutil.disk_usage(existing(directory)).free
     own = own_bytes(directory)
     found = f"{size(free)} free" + (f", {size(own)} used by this run already" if own else "")
-    found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.maximum)}"
+    found += f"; a checkpoint takes {size(need.checkpoint)}, all retained checkpoints {size(need.maximum - reserve)}"
+    found += f", and {size(reserve)} must remain free (checkpoint.min_free_gb)" if reserve else ""
     if free + own < need.minimum:
-        fix = f"at least {size(need.minimum)} are needed: free some space, or set checkpoint.dir to a larger disk"
+        needed = f"at least {size(need.minimum)} are needed{' in total' if reserve else ''}"
+        fix = f"{needed}: free some space, or set checkpoint.dir to a larger disk"
         return Finding("free space", "fail", found, fix)
     if free + own < need.maximum:
         fewer = need.rolling - -(-(need.maximum - free - own) // need.checkpoint)
@@ -85,7 +92,7 @@ def quota(directory: Path, need: DiskRequirement, mounts: Path = MOUNTS) -> Find
         fix = f"{size(need.minimum)} are needed: request a larger quota"
         return Finding("quota", "fail", f"{size(left)} left", fix)
     if left + own < need.maximum:
-        fix = f"the settings keep up to {size(need.maximum)}: keep fewer checkpoints"
+        fix = f"up to {size(need.maximum)} are needed: keep fewer checkpoints"
         return Finding("quota", "warn", f"{size(left)} left", fix)
     return Finding("quota", "ok", f"{size(left)} left")
 

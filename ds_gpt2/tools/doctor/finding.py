@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_gpt2.common.errors import one_line_reason
+from ds_gpt2.common.errors import UserError, one_line_reason
 
 Status = Literal["ok", "warn", "fail", "unknown"]
+
+# Where the fix begins in the message of a UserError: a separator, then an imperative or a command.
+_FIX = re.compile(
+    r"[:;] (?=(?:add|choose|create|give|increase|install|mount|move|prepare|remove|restore|run|set|use|write)\b"
+    r"|`\./launch)"
+)
+_SENTENCES = ("this run", "other runs")  # what these checks have found is a whole sentence, without their name
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,13 @@ def run_check(check: Check) -> list[Finding]:
     return [found] if isinstance(found, Finding) else found
 
 
+def failure(name: str, error: UserError) -> Finding:
+    """Return the finding of a check that failed with ``error``, whose message may contain the fix."""
+    found, *fix = _FIX.split(str(error), maxsplit=1)
+    return Finding(name, "fail", found, *fix)
+
+
 def in_one_line(finding: Finding) -> str:
     """Return ``name: what was found; fix``."""
-    return f"{finding.name}: {finding.found}" + (f"; {finding.fix}" if finding.fix else "")
+    name = "" if finding.name in _SENTENCES else f"{finding.name}: "
+    return f"{name}{finding.found}" + (f"; {finding.fix}" if finding.fix else "")

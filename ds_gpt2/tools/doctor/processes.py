@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ds_gpt2.common.locks import holder_of
 from ds_gpt2.config import train_arguments
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
+from ds_gpt2.run_dir.stop_request import STOP_FILE
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.tools.doctor.finding import Finding
 
@@ -57,7 +59,9 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     if supervised is not None and supervised.is_alive:
         found = f"{name} is supervised by process {supervised.pid} on {supervised.host}"
         local = supervised.host == socket.gethostname()
-        return Finding("this run", "fail" if local else "warn", found, "wait until it ends, or set another run.name")
+        stop = f"touch {shlex.quote(str(settings.run_dir / STOP_FILE))}"
+        fix = f"wait until it ends, or stop it (it saves first): `{stop}`; a new run needs another run.name"
+        return Finding("this run", "fail" if local else "warn", found, fix)
     if mine and supervised is not None and supervised.group is not None:
         found = f"processes {_list(mine)} of {name} still run without a supervisor"
         return Finding("this run", "warn", found, "the next start makes them save and stops them")

@@ -19,6 +19,7 @@ from ds_gpt2.data.tokenizer import END_OF_TEXT
 from ds_gpt2.pretrained import huggingface, torch_file
 from ds_gpt2.pretrained.model_card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
+from ds_gpt2.run_dir.file_checks import read_error
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.models.export_output import atomic_output
 from ds_gpt2.tools.models.open import OpenedModel, damaged, open_model, shape_of
@@ -141,11 +142,18 @@ def _facts(opened: OpenedModel, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _last_values(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
-    """Return (step, value) of the last record of each metric up to ``step``."""
+    """Return (step, value) of the last record of each metric up to ``step``.
+
+    Raises:
+        UserError: the file exists, but cannot be read.
+    """
     values: dict[str, tuple[int, float]] = {}
-    for record in read_metrics(metrics):
-        if record["step"] <= step:
-            values |= {name: (record["step"], value) for name, value in record.items() if isinstance(value, float)}
+    try:
+        for record in read_metrics(metrics):
+            if record["step"] <= step:
+                values |= {name: (record["step"], value) for name, value in record.items() if isinstance(value, float)}
+    except OSError as error:
+        raise read_error(error, metrics.parent) from None
     return values
 
 

@@ -80,8 +80,8 @@ def _tokens(run: Run, step: int) -> int:
 def final_metrics(a: Run, b: Run) -> dict[str, Pair]:
     """Return the last value of each metric of both runs, by name."""
     found = {
-        "steps": Pair(float(a.records.newest), float(b.records.newest)),
-        "tokens": Pair(*(float(_tokens(run, run.records.newest)) for run in (a, b))),
+        "steps": Pair(float(a.last_step()), float(b.last_step())),
+        "tokens": Pair(*(float(_tokens(run, run.last_step())) for run in (a, b))),
         "train/loss": Pair(*(run.records.curve("train/loss").recent() for run in (a, b))),
         "val/loss": Pair(*(run.records.curve("val/loss").last() for run in (a, b))),
         "val/loss, lowest": Pair(*(_lowest(run.records.curve("val/loss")) for run in (a, b))),

@@ -18,6 +18,7 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.common.formatting import HOUR, MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
 from ds_gpt2.monitoring.pace import RECENT_LABEL, Range
 from ds_gpt2.run_dir.journal import ROUTINE, Event
+from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.tools.report.charts import Chart
 from ds_gpt2.tools.report.run import Run, Start
 from ds_gpt2.tools.report.summary import Since, Summary
@@ -91,6 +92,8 @@ def _template() -> Template:
 def sentence(summary: Summary) -> str:
     """Return the most important figures of a run in one line."""
     if summary.last_record_age_seconds is None:
+        if summary.step > 0:
+            return f"{METRICS} is missing or has no readable record: step {summary.step:,} is known from a checkpoint."
         return "No data yet: nothing is recorded."
     share = f" of {summary.steps:,} ({done_share(summary.step, summary.steps)})" if summary.steps else ""
     age = f"last record {duration(summary.last_record_age_seconds)} ago"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import catalog
 from ds_gpt2.checkpoint.catalog import Generation
-from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import read_small
+from ds_gpt2.common.terminal import one_line
 from ds_gpt2.config.run_location import load_run_settings, public_tree
 from ds_gpt2.config.settings import Settings, to_yaml
+from ds_gpt2.run_dir.file_checks import RESTORE_METRICS, metrics_problem, read_error
+from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.run_dir.journal import Event
+from ds_gpt2.run_dir.last_step import last_step
 from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.notes import NOTES
 from ds_gpt2.run_dir.starts import planned_steps, read_starts, time_of
@@ -58,6 +62,24 @@ class Run:
         records = [] if newest is None else [{"step": newest[0], "train/epoch": newest[1]}]
         return total_steps(self.settings.schedule, self.planned, epochs_per_step(records))
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint that the run can resume from; 0 if there is none."""
+        return next((one.step for one in self.checkpoints if one.is_resumable), 0)
+
+    @property
+    def metrics_problem(self) -> str | None:
+        """What is wrong with the metrics if the run has checkpoints but no records; else None."""
+        return metrics_problem(self.directory, self.records.newest, self.saved_step)
+
+    def last_step(self, beat: Beat | None = None) -> int:
+        """Return the last completed step, as ``status`` does.
+
+        Args:
+            beat: the newest heartbeat of a rank that exists.
+        """
+        return last_step(self.records.newest, beat, self.saved_step)
+
     def since(self, time: float) -> Run:
         """Return the run reduced to ``time`` (seconds since 1970) and later; settings and notes are unchanged."""
         return replace(
@@ -70,15 +92,18 @@ class Run:
 
 
 def load_run(directory: Path) -> Run:
-    """Read the run in ``directory``; missing files leave their part empty.
+    """Read the run in ``directory``; missing files leave their part empty, with a warning if the metrics are missing.
 
     Raises:
         UserError: a file of the run cannot be read.
     """
     try:
-        return _load_run(directory)
+        run = _load_run(directory)
     except OSError as error:
-        raise UserError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+        raise read_error(error, directory) from None
+    if (problem := run.metrics_problem) is not None:
+        print(f"warning: {one_line(problem)}; {RESTORE_METRICS}", file=sys.stderr)
+    return run
 
 
 def _load_run(directory: Path) -> Run:

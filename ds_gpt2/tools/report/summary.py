@@ -44,7 +44,7 @@ class Summary:
     steps: int | None
     last_record: float | None  # seconds since 1970
     last_record_age_seconds: float | None
-    tokens: float | None
+    tokens: int | None
     epoch: float | None
     loss: float | None  # median of the last 50 steps
     not_finite_losses: int
@@ -56,7 +56,7 @@ class Summary:
     hellaswag_acc_norm: float | None
     grad_norm: float | None  # median of the last 50 steps
     clipped_share: float | None
-    skipped_steps: float | None
+    skipped_steps: int | None
     tokens_per_s: float | None  # median of the last 50 steps
     step_seconds: float | None  # the same
     mfu: float | None  # the same
@@ -85,7 +85,8 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
     curve = records.curve
     pace = pace_of(run)
     state = _state(run, now, pace)
-    left = pace.left(records.newest, steps) if steps and state.state != "finished" else None
+    step = run.last_step(state.beat)
+    left = pace.left(step, steps) if steps and state.state != "finished" else None
     newest = float(records.times[-1]) if len(records.times) else None
     best_step, best = curve("val/loss").lowest() or (None, None)
     starts = _starts(run, state.state, now)
@@ -93,11 +94,11 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         run=run.name,
         state=state.state,
         ending=state.why,
-        step=records.newest,
+        step=step,
         steps=steps,
         last_record=newest,
         last_record_age_seconds=None if newest is None else max(0.0, now - newest),
-        tokens=curve("train/tokens").last(),
+        tokens=_whole(curve("train/tokens").last()),
         epoch=curve("train/epoch").last(),
         loss=curve("train/loss").recent(),
         not_finite_losses=len(curve("train/loss")) - len(curve("train/loss").finite()),
@@ -109,7 +110,7 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         hellaswag_acc_norm=curve("hellaswag/acc_norm").last(),
         grad_norm=curve("train/grad_norm").recent(),
         clipped_share=curve("train/clipped_share").last(),
-        skipped_steps=curve("train/skipped_steps").last(),
+        skipped_steps=_whole(curve("train/skipped_steps").last()),
         tokens_per_s=curve("perf/tokens_per_s").recent(),
         step_seconds=recent_step_seconds(curve("perf/step_ms").values.tolist()),
         mfu=curve("perf/mfu").recent(),
@@ -126,6 +127,11 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         since=None if since_seconds is None else since(run, now, since_seconds),
         cost=None if left is None else cost_of(left, _power(records), prices or Prices()),
     )
+
+
+def _whole(value: float | None) -> int | None:
+    """Return a recorded count as an integer."""
+    return None if value is None else int(value)
 
 
 def pace_of(run: Run) -> Pace:

@@ -10,6 +10,7 @@ from ds_gpt2.checkpoint.backup.failure_log import failing_since
 from ds_gpt2.checkpoint.catalog import Generation, wrong_size
 from ds_gpt2.common.formatting import DAY, clock, duration, size
 from ds_gpt2.config.settings import Settings
+from ds_gpt2.run_dir.file_checks import RESTORE_METRICS, metrics_problem
 from ds_gpt2.run_dir.journal import Event, Kind
 from ds_gpt2.run_dir.metrics import METRICS, Record
 from ds_gpt2.run_dir.metrics_tail import time_of
@@ -68,7 +69,7 @@ def problems_of(run: Snapshot) -> list[Problem]:
         ]
     else:
         problems += _of_last_checkpoint(run)
-    return [*problems, *_of_messages(run.events)]
+    return [*problems, *_of_missing_records(run), *_of_messages(run.events)]
 
 
 _BY_STATE: dict[State, tuple[Kind, str]] = {
@@ -191,6 +192,12 @@ def _of_records(run: Snapshot) -> list[Problem]:
         return []
     text = f"nothing has been logged for {duration(run.now - logged)}: the ranks are at step {beat.step:,}"
     return [Problem("not_logged", f"{text}, {METRICS} ends at step {recorded['step']:,}")]
+
+
+def _of_missing_records(run: Snapshot) -> list[Problem]:
+    recorded, saved = (run.recorded or {}).get("step", 0), run.newest.step if run.newest is not None else 0
+    text = metrics_problem(run.settings.run_dir, recorded, saved)
+    return [] if text is None else [Problem("not_logged", f"{text}; {RESTORE_METRICS}")]
 
 
 def _of_unwritable_disks(disks: Sequence[DiskSpace]) -> list[Problem]:

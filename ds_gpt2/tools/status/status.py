@@ -11,12 +11,14 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.run_dir import metrics_tail
+from ds_gpt2.run_dir.file_checks import read_error
+from ds_gpt2.run_dir.last_step import last_step
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of, values
 from ds_gpt2.run_dir.starts import first_start, planned_steps, read_starts
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress, forecast_disks
 from ds_gpt2.tools.resources.history import Goodput, History, history_of, newest_events
-from ds_gpt2.tools.resources.run_state import RunState, State, finished_by_checkpoint, read_run_state
+from ds_gpt2.tools.resources.run_state import State, finished_by_checkpoint, read_run_state
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 from ds_gpt2.tools.status.problems import Problem, Snapshot, damage_of, problems_of
 from ds_gpt2.tools.status.progress import RECORDS, SMOOTHED, Loss, Progress, loss_of, progress_of, read_pace
@@ -68,8 +70,15 @@ def read_status(run_dir: Path, now: float) -> Status:
         now: seconds since 1970.
 
     Raises:
-        UserError: its settings cannot be read.
+        UserError: its settings or another of its files cannot be read.
     """
+    try:
+        return _read_status(run_dir, now)
+    except OSError as error:
+        raise read_error(error, run_dir) from None
+
+
+def _read_status(run_dir: Path, now: float) -> Status:
     settings = load_run_settings(run_dir)
     records, events = metrics_tail.newest(run_dir, RECORDS), newest_events(run_dir)
     checkpoints = catalog.scan(settings.checkpoint_dir)
@@ -79,7 +88,8 @@ def read_status(run_dir: Path, now: float) -> Status:
     steps = total_steps(settings.schedule, planned_steps(read_starts(run_dir)), epoch_share)
     state = read_run_state(run_dir, settings, events, pace.mean_step_seconds(), now)
     state = finished_by_checkpoint(state, newest, steps)
-    step = _last_step(records, state, newest)
+    recorded_step = records[-1]["step"] if records else 0
+    step = last_step(recorded_step, state.beat, newest.step if newest is not None else 0)
     progress, day_before = progress_of(settings, records, step, steps, pace), _day_before(run_dir, records)
     disks = forecast_disks(run_dir, settings, checkpoints, _run_progress(progress, epoch_share))
     loss = loss_of(records, day_before, newest, settings)
@@ -102,12 +112,6 @@ def read_status(run_dir: Path, now: float) -> Status:
         disks=disks,
         gpus=_gpus(records),
     )
-
-
-def _last_step(records: Sequence[Record], state: RunState, newest: Generation | None) -> int:
-    """Return the last completed step. Records arrive some seconds late, or not at all if the disk is full."""
-    recorded = records[-1]["step"] if records else 0
-    return max(recorded, state.beat.step - 1 if state.beat else 0, newest.step if newest is not None else 0)
 
 
 def _run_progress(progress: Progress, epoch_share: float | None) -> RunProgress | None:

@@ -50,7 +50,7 @@ class HellaSwag(Hook):
         counts = on_all_ranks(lambda: self._count_correct(engine))
         *correct, failed = collectives.sum_over_ranks(counts).tolist()
         if failed:
-            log.warning(f"step {state.step}: HellaSwag was not computed: {counted(int(failed), 'rank')} failed")
+            log.warning(f"step {state.step:,}: HellaSwag was not computed: {counted(int(failed), 'rank')} failed")
             return {}
         metrics: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):
@@ -59,7 +59,7 @@ class HellaSwag(Hook):
             metrics[f"hellaswag/{measure}_stderr"] = share_stderr(accuracy, self._items)
         accuracies = ", ".join(f"{measure} {metrics[f'hellaswag/{measure}']:.4f}" for measure in MEASURES)
         seconds = time.monotonic() - start
-        log.info(f"step {state.step}: HellaSwag {accuracies} ({self._items:,} items, {seconds:.1f} s)")
+        log.info(f"step {state.step:,}: HellaSwag {accuracies} ({self._items:,} items, {seconds:.1f} s)")
         return metrics
 
     def _count_correct(self, engine: Engine) -> torch.Tensor:

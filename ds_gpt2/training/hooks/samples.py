@@ -60,15 +60,15 @@ class Samples(Hook):
             with eval_mode(engine.model):
                 written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
         except (FloatingPointError, torch.OutOfMemoryError) as error:
-            log.warning(f"step {state.step}: no samples: {one_line_reason(error)}")
+            log.warning(f"step {state.step:,}: no samples: {one_line_reason(error)}")
             return {}
         for number, continuations in enumerate(written):
-            log.info(f"step {state.step}: sample {number}: {truncated(continuations[0], _SHOWN)!r}")
+            log.info(f"step {state.step:,}: sample {number}: {truncated(continuations[0], _SHOWN)!r}")
         try:
             self._save(state, written)
         except OSError as error:
             reason = error.strerror or error
-            log.warning(f"step {state.step}: samples are not written to {self._directory}: {reason}")
+            log.warning(f"step {state.step:,}: samples are not written to {self._directory}: {reason}")
         return {f"samples/{number}": self._text(number, continuations) for number, continuations in enumerate(written)}
 
     def _continue(self, model: GPT2, number: int) -> list[str]:

@@ -49,10 +49,10 @@ class Validation(Hook):
         loss = self.loss(engine)
         if not math.isfinite(loss):
             best = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
-            log.warning(f"step {state.step}: the validation loss is {loss}, not a finite number; best so far: {best}")
+            log.warning(f"step {state.step:,}: the validation loss is {loss}, not a finite number; best so far: {best}")
             return {"val/loss": loss, "val/perplexity": loss}
         is_best = state.is_best(loss)
-        log.info(f"step {state.step}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}")
+        log.info(f"step {state.step:,}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}")
         metrics: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
         return metrics | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if is_best else {})
 

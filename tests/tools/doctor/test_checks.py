@@ -54,11 +54,24 @@ def test_a_backup_that_does_not_answer_times_out(settings: Settings, monkeypatch
     assert time.monotonic() - start_time < 2
 
 
+def test_missing_metrics_of_a_saved_run_are_a_warning(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = [row for row in quick(settings, "cpu", 1) if row.name == "metrics"]
+    assert (row.status, row.found) == ("ok", "no step is recorded yet")
+    monkeypatch.setattr("ds_gpt2.tools.doctor.run_files.newest_step", lambda directory: 35)
+    (row,) = [row for row in quick(settings, "cpu", 1) if row.name == "metrics"]
+    found = f"{settings.run_dir / 'metrics.jsonl'} is missing: the losses up to step 35 are unknown"
+    assert (row.status, row.found, row.fix) == ("warn", found, "restore it from a copy of the run")
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "metrics.jsonl").write_text('{"step": 35}\n')
+    (row,) = [row for row in quick(settings, "cpu", 1) if row.name == "metrics"]
+    assert (row.status, row.found) == ("ok", "recorded up to step 35")
+
+
 def test_missing_data_is_one_finding(settings: Settings, tmp_path: Path) -> None:
     without_data = changed(settings, data={"dir": tmp_path / "missing"})
     rows = [row for check in checks(without_data, "cpu", 2) if check.group == "data" for row in run_check(check)]
     assert [(row.name, row.status) for row in rows] == [("data", "fail"), ("HellaSwag", "ok")]
-    assert f"prepare text FILE... --out {tmp_path}" in rows[0].found
+    assert f"prepare text FILE... --out {tmp_path}" in rows[0].fix and "prepare" not in rows[0].found
 
 
 def test_quick_checks_are_fast_and_do_not_import_torch(settings: Settings, tmp_path: Path) -> None:

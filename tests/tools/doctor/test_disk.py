@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_free_space_is_compared_with_the_requirement(tmp_path: Path) -> None:
     )
     assert full.status == "fail"
     assert "free some space" in full.fix
+
+
+def test_the_space_that_must_remain_free_is_not_counted_as_checkpoints(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with_reserve = changed(settings, checkpoint={"min_free_gb": 100_000.0})
+    (check,) = [check for check in checks(with_reserve, "cpu", 1) if check.name == "free space"]
+    (row,) = run_check(check)
+    assert row.status == "fail" and row.fix.startswith("at least 100.00 TB are needed in total")
+    assert row.found.endswith(", and 100.00 TB must remain free (checkpoint.min_free_gb)")
+    (retained,) = re.findall("all retained checkpoints ([^,]*),", row.found)
+    assert not retained.endswith("TB")
 
 
 def test_checkpoints_of_the_run_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ds_gpt2.tools.doctor.finding import Check, Finding, in_one_line, run_check
+import pytest
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.tools.doctor.finding import Check, Finding, failure, in_one_line, run_check
 
 
 def test_a_failing_check_becomes_a_finding_and_the_others_run() -> None:
@@ -19,6 +22,20 @@ def test_a_failing_check_becomes_a_finding_and_the_others_run() -> None:
         in_one_line(Finding("free space", "fail", "1 GB free", "delete files")) == "free space: 1 GB free; delete files"
     )
     assert in_one_line(rows[1]) == "time: noon"
+    assert in_one_line(Finding("this run", "fail", "k is supervised", "wait")) == "k is supervised; wait"
+
+
+@pytest.mark.parametrize(
+    ("message", "found", "fix"),
+    [
+        ("no data: /x is empty: run `./launch.sh prepare`", "no data: /x is empty", "run `./launch.sh prepare`"),
+        ("/x is broken; restore it, or set y: z", "/x is broken", "restore it, or set y: z"),
+        ("/x is missing; `./launch.sh list` shows more", "/x is missing", "`./launch.sh list` shows more"),
+        ("/x: settings are wrong", "/x: settings are wrong", ""),
+    ],
+)
+def test_the_fix_in_the_message_of_an_error_is_separate(message: str, found: str, fix: str) -> None:
+    assert failure("data", UserError(message)) == Finding("data", "fail", found, fix)
 
 
 def test_findings_are_plain_values() -> None:

@@ -81,7 +81,9 @@ def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
     assert processes.this_run(settings, []).status == "ok"
     process = psutil.Process()
     SupervisorRecord(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)
-    assert processes.this_run(settings, []).status == "fail"
+    row = processes.this_run(settings, [])
+    stop = f"wait until it ends, or stop it (it saves first): `touch {settings.run_dir / 'STOP'}`"
+    assert row.status == "fail" and row.fix.startswith(stop)
     SupervisorRecord(process.pid, process.create_time(), "another host", "running", 4).write(settings.run_dir)
     assert processes.this_run(settings, []).status == "warn"
 

@@ -71,6 +71,23 @@ def test_ended_run_with_undelivered_messages_is_unhealthy(files: RunFiles, kind:
     assert files.status().healthy
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\0\xff" * 100])
+def test_missing_metrics_of_a_saved_run_are_a_problem(files: RunFiles, content: bytes | None) -> None:
+    files.save(35)
+    files.journal("start", 100, 0)
+    files.journal("save", 60, 35)
+    files.journal("stop", 50, 35)
+    file = files.run_dir / "metrics.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    what = "is missing" if content is None else "has no readable record"
+    text = f"{file} {what}: the losses up to step 35 are unknown; restore it from a copy of the run"
+    assert files.problems() == [text]
+    assert files.status().progress.step == 35
+    files.train(35)
+    assert files.problems() == []
+
+
 def test_missing_checkpoints_are_a_problem(healthy_run: RunFiles) -> None:
     """The limit is three times checkpoint.every, in steps."""
     healthy_run.train(1250)
