@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ds_gpt2.run_dir.starts import TIME
 from ds_gpt2.tools.report.charts import charts_of, views_of
@@ -52,10 +52,16 @@ def journal(directory: Path, *events: tuple[str, float, int, dict[str, Any]]) ->
     (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+_opened: list[TextIO] = []  # a rank keeps its heartbeat open
+
+
 def beat(directory: Path, at: float = NOW, step: int = 41) -> None:
     """Write a heartbeat of this process as rank 0, in the format of an earlier version, which has no start time."""
     (directory / "heartbeat").mkdir()
-    (directory / "heartbeat" / "rank_00000").write_text(f"9 {at} {os.getpid()} {step} {step} training")
+    file = (directory / "heartbeat" / "rank_00000").open("w")
+    file.write(f"9 {at} {os.getpid()} {step} {step} training")
+    file.flush()
+    _opened.append(file)
 
 
 class Page(HTMLParser):

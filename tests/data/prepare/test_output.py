@@ -115,8 +115,8 @@ def test_existing_files_are_not_changed(corpus: Path, tmp_path: Path, capsys: py
     for name, reason in (
         ("full", "already exists"),
         ("to_full", "already exists"),
-        ("loop", "already exists"),
-        ("file", "already exists"),
+        ("loop", "is not a directory: give --out DIR"),
+        ("file", "is not a directory: give --out DIR"),
         ("file/below", "cannot write to"),
         ("x" * 300, "cannot write to"),
     ):
