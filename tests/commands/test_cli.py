@@ -41,7 +41,7 @@ def test_prepare_does_not_advise_to_remove_a_file(tmp_path: Path, capsys: pytest
     file = tmp_path / "a.txt"
     file.write_text("A line of text.\n" * 5000)
     assert cli.main(["prepare", "text", str(file), "--out", str(file)]) == exit_codes.MISTAKE
-    expected = f"error: {file} is not a directory: give --out DIR, a directory that does not exist or is empty\n"
+    expected = f"error: {file} is not a directory: give --out DIR, one that does not exist or is empty\n"
     assert capsys.readouterr().err == expected
 
 

@@ -43,9 +43,7 @@ def unfinished(out: Path) -> Iterator[Path]:
         directory, target = unfinished_directory(out), _target(out)
         if _is_taken(target, directory):
             if not target.is_dir():
-                raise UserError(
-                    f"{out} is not a directory: give --out DIR, a directory that does not exist or is empty"
-                )
+                raise UserError(f"{out} is not a directory: give --out DIR, one that does not exist or is empty")
             raise UserError(f"{out} already exists and is not an empty directory: remove it, or give another --out DIR")
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
