@@ -16,8 +16,7 @@ from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
 from ds_gpt2.checkpoint.naming import BEST_TAG, LATEST_BACKUP, MANIFEST, Role
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.lookup import find_run
-from ds_gpt2.config.run_location import run_of
+from ds_gpt2.config.run_location import run_argument, run_of
 from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 
 _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of checkpoints of one step
@@ -101,13 +100,10 @@ def newest_step(directory: Path) -> int:
 def name_in_commands(directory: Path) -> str:
     """Return how a command names the run with the checkpoints in ``directory``, quoted for the shell.
 
-    That is the name of the run if commands find this run by its name, else the path of ``directory``.
+    Without the run, the checkpoints are named by ``directory``.
     """
-    with contextlib.suppress(UserError, OSError):
-        run_dir = run_of(directory)
-        if run_dir is not None and find_run(directory.name).resolve() == run_dir.resolve():
-            return shlex.quote(directory.name)
-    return shlex.quote(str(directory))
+    run_dir = run_of(directory)
+    return shlex.quote(str(directory)) if run_dir is None else run_argument(run_dir)
 
 
 def file_problem(path: Path) -> str | None:

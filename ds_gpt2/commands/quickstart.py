@@ -10,6 +10,7 @@ from ds_gpt2.commands import prepare
 from ds_gpt2.commands.arguments import add_start_arguments
 from ds_gpt2.commands.train import start
 from ds_gpt2.config.lookup import find_config
+from ds_gpt2.config.run_location import run_argument
 from ds_gpt2.config.settings import Settings, load_settings, parse_overrides
 from ds_gpt2.data.prepare import datasets
 from ds_gpt2.run_dir import exit_codes
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         prepare.report(datasets.prepare_sample())
     code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
     if code in (exit_codes.DONE, exit_codes.STOPPED):
-        name = settings.run_argument
+        name = run_argument(settings.run_dir)
         print("\nNext steps:")
         print(f"  ./launch.sh tensorboard {name}                 show the curves and samples in a browser")
         print(f"  ./launch.sh resume {name} schedule.steps=600   resume and train about twice as long")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ _OUTPUTS = ("checkpoint.dir", "monitor.dir", "checkpoint.backup.to")  # never ta
 def is_run_dir(directory: Path) -> bool:
     """Return whether a run has been started in ``directory``."""
     return (directory / CONFIG).is_file() and any((directory / name).exists() for name in (JOURNAL, STARTS))
+
+
+def run_argument(run_dir: Path) -> str:
+    """Return how the verbs name a run, quoted for a shell: a run in ``runs/`` by its name, another by its directory."""
+    return shlex.quote(run_dir.name if run_dir.parent == PROJECT_DIR / RUNS else str(run_dir))
 
 
 def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:

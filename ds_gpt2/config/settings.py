@@ -7,7 +7,6 @@ both.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,11 +110,6 @@ class Settings(Section):
     def run_dir(self) -> Path:
         """``runs/<run>``: the log, metrics, event files, journal and stored settings."""
         return self.run.dir / self.run.name
-
-    @property
-    def run_argument(self) -> str:
-        """How the verbs name this run, quoted for a shell: a run in ``runs/`` by its name, another by its directory."""
-        return shlex.quote(self.run.name if self.run.dir == PROJECT_DIR / RUNS else str(self.run_dir))
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -7,7 +7,7 @@ from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.run_location import CONFIG
+from ds_gpt2.config.run_location import CONFIG, run_argument
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.file_checks import read_error
 from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
@@ -34,7 +34,7 @@ def choose_source(settings: Settings, resume: str | None) -> str | None:
     if resume is None and newest is not None:
         known = (settings.run_dir / CONFIG).is_file()
         name = settings.run.name
-        command = f"resume {settings.run_argument}" if known else f"train CONFIG run.name={name} --auto"
+        command = f"resume {run_argument(settings.run_dir)}" if known else f"train CONFIG run.name={name} --auto"
         raise UserError(
             f"run {name} already has checkpoints in {directory}, the newest is {newest}: resume it"
             f" (`./launch.sh {command}`; ds_gpt2/train.py: --resume latest), or choose another run.name"

@@ -202,8 +202,8 @@ def test_the_refusal_of_a_new_run_suggests_a_command_that_works(
     settings.run_dir.mkdir(parents=True)
     (settings.run_dir / "config.yaml").write_text("")
     assert refusal() == f"{wrong} (`./launch.sh resume '{settings.run_dir}'`{end}"
-    monkeypatch.setattr("ds_gpt2.config.settings.PROJECT_DIR", tmp_path)
-    monkeypatch.setattr("ds_gpt2.config.settings.RUNS", "my runs")
+    monkeypatch.setattr("ds_gpt2.config.run_location.PROJECT_DIR", tmp_path)
+    monkeypatch.setattr("ds_gpt2.config.run_location.RUNS", "my runs")
     assert refusal() == f"{wrong} (`./launch.sh resume test`{end}"
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_gpt2.common.formatting import clock, counted, truncated
-from ds_gpt2.config.settings import LOG, PROJECT_DIR, RUNS
+from ds_gpt2.config.run_location import run_argument
+from ds_gpt2.config.settings import LOG
 from ds_gpt2.run_dir.journal import INCIDENTS, Event
 
 FINAL_KINDS = frozenset({"gave_up", "mistake", "done", "stop"})  # the run does not continue after one of these
@@ -52,7 +53,7 @@ def from_events(run_dir: Path, events: Sequence[Event]) -> Message:
     if len(events) > _MAX_EVENTS:
         parts.append(count_more([event.kind for event in newest_first[_MAX_EVENTS:]], events[0].time))
     if leading.kind in _NEXT_STEPS:
-        parts.append(_NEXT_STEPS[leading.kind].format(run=_run_argument(run_dir), log=run_dir / LOG))
+        parts.append(_NEXT_STEPS[leading.kind].format(run=run_argument(run_dir), log=run_dir / LOG))
     title = f"{run_dir.name}: {_kinds_text([event.kind for event in newest_first])}"
     text = truncated("\n\n".join(parts), _MAX_CHARACTERS)
     return Message(run_dir.name, leading.kind, title, text, leading.time, leading.step)
@@ -100,8 +101,3 @@ def _kinds_text(kinds: Sequence[str]) -> str:
     """Return the three most important kinds of event, as many as fit on a lock screen."""
     distinct = sorted(dict.fromkeys(kinds), key=_importance, reverse=True)
     return ", ".join([*(_label(kind) for kind in distinct[:3]), *(["..."] if distinct[3:] else [])])
-
-
-def _run_argument(run_dir: Path) -> str:
-    """Return the run as an argument of ``launch.sh``: its name if it is in the project's ``runs``, else its path."""
-    return run_dir.name if run_dir.parent == PROJECT_DIR / RUNS else str(run_dir)

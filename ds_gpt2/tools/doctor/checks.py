@@ -18,6 +18,7 @@ from ds_gpt2.common.cgroup import read_cgroup
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
+from ds_gpt2.config.run_location import run_argument
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.data.dataset import Dataset, open_dataset
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
@@ -205,7 +206,7 @@ def _batch(settings: Settings, count: int) -> Finding:
 def _name(settings: Settings) -> Finding:
     name = settings.run.name
     if (tag := newest_tag(settings.checkpoint_dir)) is not None:
-        fix = f"`./launch.sh resume {name}` continues it; for a new run set run.name=NAME"
+        fix = f"`./launch.sh resume {run_argument(settings.run_dir)}` continues it; for a new run set run.name=NAME"
         return Finding("run's name", "warn", f"{name} already has checkpoints, the newest is {tag}", fix)
     return Finding("run's name", "ok", f"{name} has no checkpoints yet: a new run")
 

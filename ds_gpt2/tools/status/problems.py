@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ds_gpt2.checkpoint.backup.failure_log import failing_since
 from ds_gpt2.checkpoint.catalog import Generation, wrong_size
 from ds_gpt2.common.formatting import DAY, clock, duration, size
+from ds_gpt2.config.run_location import run_argument
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.file_checks import RESTORE_METRICS, metrics_problem
 from ds_gpt2.run_dir.journal import Event, Kind
@@ -85,7 +86,9 @@ def _of_state(run: Snapshot) -> list[Problem]:
     if state.state in _BY_STATE:
         kind, text = _BY_STATE[state.state]
         first = "correct it, then resume" if state.state == "mistake" else "resume"
-        fix = "" if state.state == "hung?" else f"; {first} with ./launch.sh resume {run.settings.run.name}"
+        fix = (
+            "" if state.state == "hung?" else f"; {first} with ./launch.sh resume {run_argument(run.settings.run_dir)}"
+        )
         return [Problem(kind, (state.why or text) + fix)]
     if state.overdue and state.next_start is not None:
         return [Problem("hang", f"the supervisor's restart is overdue by {duration(run.now - state.next_start)}")]
