@@ -40,8 +40,6 @@ class _Process(subprocess.Popen[Any]):
         return code
 
     def _report_kills(self) -> None:
-        from ds_gpt2.run_dir.exit_report import report_kill
-
         for rank, process in self._ranks.items():
             if (code := process.poll()) is not None and code < 0:
                 report_kill(rank, -code)
@@ -50,6 +48,7 @@ class _Process(subprocess.Popen[Any]):
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from ds_gpt2.common.module_search_path import ignore_working_directory
+    from ds_gpt2.run_dir.exit_report import report_kill  # not later: the project may be moved while it trains
 
     ignore_working_directory()
     subprocess.Popen = _Process  # type: ignore[misc]

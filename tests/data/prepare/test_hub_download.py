@@ -197,7 +197,7 @@ def test_token_shards_of_a_test_split_are_left_out(hub: Hub, tmp_path: Path) -> 
         (["hub", "no/such"], "error: no/such on {url}: there is no such dataset, or it requires an HF_TOKEN"),
         (
             ["hub", "some/text"],
-            "error: some/text has no parquet files: download it yourself, then use `prepare text FILE...`",
+            "error: some/text has no parquet files: download it yourself, then use `./launch.sh prepare text FILE...`",
         ),
         (["pretokenized", "some/text"], "error: some/text has no .bin shards for both training and validation"),
         (
