@@ -84,10 +84,10 @@ def test_dead_after_the_rank_is_killed(files: RunFiles, other_process: subproces
     status = files.status()
     assert (status.state, status.healthy) == ("dead", False)
     assert [problem.text for problem in status.problems] == [
-        "the run has no process; resume with ./launch.sh resume test"
+        f"the run has no process; resume with ./launch.sh resume {files.run_dir}"
     ]
     files.journal("crash", 0, 1000, "rank 0: RuntimeError: out of memory")
-    assert files.problems() == ["rank 0: RuntimeError: out of memory; resume with ./launch.sh resume test"]
+    assert files.problems() == [f"rank 0: RuntimeError: out of memory; resume with ./launch.sh resume {files.run_dir}"]
 
 
 @pytest.mark.parametrize("kind", ["save_failed", "not_finite"])
