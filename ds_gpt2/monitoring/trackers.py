@@ -141,9 +141,8 @@ class Tracker:
         assert self._process.stdout is not None
         self._process.wait()  # it forks and exits immediately; this removes the zombie
         for line in self._process.stdout:
-            try:
-                answer = safe_json.parse(line)
-            except ValueError:  # printed by a library in the process
+            answer = safe_json.parse_object(line)
+            if answer is None:  # printed by a library in the process
                 continue
             if "warning" in answer:
                 log.warning(f"{self.name} {answer['warning']}")

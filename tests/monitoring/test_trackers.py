@@ -393,3 +393,12 @@ def triples(values: dict[int, float]) -> list[tuple[int, int, float]]:
 
 def pairs(values: dict[int, float]) -> list[list[str]]:
     return [[str(step), str(value)] for step, value in values.items()]
+
+
+def test_json_that_a_library_prints_is_not_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""print('5\\n"text"\\n[1]\\n{"opened": "here"}', flush=True)\n""")
+    monkeypatch.setattr(tracker_process, "__file__", str(program))
+    tracker = trackers.Tracker("printing", {})
+    tracker.wait_opened()
+    assert tracker.location == "here"
