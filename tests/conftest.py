@@ -89,7 +89,7 @@ def log_messages(_fresh_log: None) -> list[str]:
     """Collect the messages that the package logs at level INFO or above."""
     messages: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # of one object
     log = logging.getLogger("ds_gpt2")
     log.addHandler(listener)
     log.setLevel(logging.INFO)

@@ -211,7 +211,7 @@ def _slow_disk(bench: Bench, messages: list[str]) -> dict[str, Any]:
 
 
 def _inline(bench: Bench) -> dict[str, Any]:
-    checkpoints = bench.checkpoints(**{"async": False})  # type: ignore[arg-type]
+    checkpoints = bench.checkpoints(**{"async": False})  # type: ignore[arg-type]  # async is a keyword
     bench.steps(1)
     checkpoints.save(bench.state, 0.1)
     collectives.barrier()

@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _RANK = "--local_rank="  # the launcher adds it to the arguments of each rank
 
@@ -22,7 +22,7 @@ _RANK = "--local_rank="  # the launcher adds it to the arguments of each rank
 class _Process(subprocess.Popen[Any]):
     """A process of the launcher, which reports killed ranks as soon as one rank has failed."""
 
-    _ranks: dict[int, _Process] = {}  # noqa: RUF012  # one launcher per process
+    _ranks: ClassVar[dict[int, _Process]] = {}  # of this launcher
     _has_reported = False
 
     def __init__(self, args: Any, *others: Any, **options: Any) -> None:
@@ -51,5 +51,6 @@ if __name__ == "__main__":
     from ds_gpt2.run_dir.exit_report import report_kill  # not later: the project may be moved while it trains
 
     ignore_working_directory()
-    subprocess.Popen = _Process  # type: ignore[misc]
+    # The launcher polls its ranks and has no other place to see which of them a signal has killed.
+    subprocess.Popen = _Process  # type: ignore[misc]  # replaces a class on purpose
     runpy.run_module("deepspeed.launcher.launch", run_name="__main__", alter_sys=True)

@@ -11,8 +11,8 @@ from ds_gpt2.common.cgroup import groups
 def out_of_memory_kills() -> int:
     """Return the number of processes killed for lack of memory so far.
 
-    The count is that of this process's control group, or of the nearest group above it, or of the machine, whichever
-    has a counter; 0 if none has.
+    This process's control group is asked first, then each group above it, then the machine: the first that has a
+    counter decides. Without any counter the number is 0.
     """
     for file in (*_memory_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")), Path("/proc/vmstat")):
         if (kills := _kills_in(file)) is not None:

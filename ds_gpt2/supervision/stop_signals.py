@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 from ds_gpt2.run_dir.stop_request import SIGNALS
 
@@ -16,7 +17,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # signal -> its handler before, as signal.signal returned it
 
     def __enter__(self) -> StopSignals:
         signals = list(SIGNALS)
@@ -27,8 +28,7 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            # handler: what signal.signal has returned
-            signal.signal(number, signal.SIG_IGN if self.requested else handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

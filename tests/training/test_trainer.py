@@ -325,8 +325,12 @@ def test_a_rollback_ends_without_saving() -> None:
 
 def test_differing_weights_are_not_saved() -> None:
     parts = Parts()
-    guard = Guard(GuardSettings(), lambda _: None)
-    guard.check_weights = lambda state, _: Guard.check_weights(guard, state, ["a", "b"])  # type: ignore[method-assign,assignment]
+
+    class TwoDifferent(Guard):
+        def check_weights(self, state: TrainState, fingerprints: Sequence[str]) -> None:
+            super().check_weights(state, ["a", "b"])
+
+    guard = TwoDifferent(GuardSettings(), lambda _: None)
     assert _train(parts, TrainState(), steps=10, save=5, guard=guard) is Ending.ROLLBACK
     assert [note for note in parts.notes if note.startswith("save")] == []
     assert guard.rollback is not None and guard.rollback.first_step == 5
