@@ -98,8 +98,8 @@ class CheckpointDirectory:
                 commit.supersede(self.disk, directory, newer.tag)
         self._attempt("update the best checkpoint", self._update_best)
         self._verified.add(tag)
-        if read_pointer(directory, LATEST) != tag:
-            commit.point_to(self.disk, directory, tag)
+        if read_pointer(directory, LATEST) != tag:  # the history does not depend on it; a full disk may prevent it
+            self._attempt("update latest", commit.point_to, self.disk, directory, tag)
 
     def _import(self, generation: Generation) -> str:
         """Return the tag of ``generation`` in the run's history. It is linked or copied here if it is not there yet."""

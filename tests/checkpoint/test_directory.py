@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from disks import SmallDisk
+from disks import PausableDisk, SmallDisk
 
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import problem_of, scan
@@ -128,6 +128,19 @@ def test_a_checkpoint_of_another_run_becomes_part_of_the_history(tmp_path: Path)
     assert [problem_of(generation) for generation in scan(own)] == [None] * 3
     assert commit.read_pointer(own, "latest") == rolling_tag(10)
     assert _tags(other) == [rolling_tag(10)]
+
+
+def test_a_run_resumes_on_a_full_disk_although_latest_cannot_be_updated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (5, 10):
+        _save(tmp_path, step)
+    commit.point_to(Disk(), tmp_path, rolling_tag(5))
+    disk = PausableDisk()
+    disk.full = True
+    CheckpointDirectory(disk, tmp_path, SETTINGS).resume_from(scan(tmp_path)[0])
+    assert "could not update latest: OSError(28, 'No space left on device')" in caplog.text
+    assert _tags(tmp_path) == [rolling_tag(10), rolling_tag(5)]
 
 
 def test_the_deletion_of_superseded_checkpoints_is_announced_and_logged(

@@ -192,6 +192,9 @@ class Backup:
         for name in missing:  # before anything is sent or replaced
             if (problem := size_problem_of(generation.path, name, files[name])) is not None:
                 raise DamagedError(problem)
+        if self._storage.content(tag, MANIFEST) is not None:  # only an intact checkpoint replaces a backup
+            for name in missing:
+                self._check_content(generation, name, files[name], progress)
         self._storage.make(tag)
         self._clear(tag, files.keys() - set(missing))
         for name in missing:
@@ -288,6 +291,13 @@ class Backup:
         with contextlib.suppress(OSError):
             if self._storage.names(tag) and self._storage.content(tag, MANIFEST) is None:
                 self._storage.remove(tag)
+
+    def _check_content(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
+        digest = hashlib.sha256()
+        for _ in _blocks_of(generation.path, name, digest.update):
+            progress(0)
+        if digest.hexdigest() != entry.sha256:
+            raise DamagedError(f"{name} is damaged: sha256 mismatch")
 
     def _send(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
         digest = hashlib.sha256()

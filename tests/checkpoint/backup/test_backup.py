@@ -144,6 +144,19 @@ def test_a_missing_source_file_does_not_invalidate_another_backup_of_the_tag(run
     assert [copy.manifest for copy in backup.copies()] == [earlier.manifest]
 
 
+def test_a_damaged_source_does_not_invalidate_another_backup_of_the_tag(run_dir: Path, location: str) -> None:
+    backup = Backup(location, "run", SETTINGS)
+    earlier = save(run_dir, 250)
+    backup.copy(earlier)
+    files = read_at(location, earlier.tag)
+    commit.remove(Disk(), run_dir, rolling_tag(250))
+    later = save(run_dir, 250, seed=1)
+    (later.path / "c.pt").write_bytes(flipped(content("c.pt", 1)))
+    with pytest.raises(DamagedError, match=r"c\.pt is damaged: sha256 mismatch"):
+        backup.copy(later)
+    assert read_at(location, earlier.tag) == files
+
+
 def test_a_backup_with_a_missing_file_is_damaged(run_dir: Path, tmp_path: Path, local_location: Path) -> None:
     backup = Backup(str(local_location), "run", SETTINGS)
     generation = save(run_dir, 250)
@@ -169,7 +182,8 @@ def test_a_copy_is_not_valid_while_it_is_repaired(run_dir: Path, location: str) 
     backup.copy(generation)
     write_at(location, generation.tag, "b.pt", flipped(content("b.pt", 0)))
     with pytest.raises(StoppedError):
-        backup.copy(generation, Interrupter(4))  # three calls for the files that are read, one for the intact files
+        # Three calls for the files that are read, one for the intact files, one for the source of the damaged file.
+        backup.copy(generation, Interrupter(5))
     assert backup.copies() == []
 
 
@@ -202,7 +216,8 @@ def test_an_interrupted_replacement_is_not_a_valid_copy(run_dir: Path, location:
     commit.remove(Disk(), run_dir, rolling_tag(250))
     second = save(run_dir, 250, seed=1)
     with pytest.raises(StoppedError):
-        backup.copy(second, Interrupter(4 + blocks if blocks < 6 else 0))
+        # Three calls for the files that are read, one for the intact files, three for the sources.
+        backup.copy(second, Interrupter(7 + blocks if blocks < 6 else 0))
     assert tags(backup) == ([rolling_tag(250)] if blocks == 6 else [])  # 6: stopped before anything was written
     backup.copy(second)
     assert read_at(location, second.tag) == read_in(second.path)
