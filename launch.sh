@@ -143,13 +143,13 @@ fi
 if [ "$verb" = test ]; then
   shift
   cd "$project"
-  parallel=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-  if [ "${1:-}" = --fast ]; then
-    shift
-    set -- -m 'not ranks and not slow' "${parallel[@]}" "$@"
-  elif [ $# = 0 ]; then
-    set -- "${parallel[@]}"
-  fi
+  workers=$(($(nproc 2>/dev/null || echo 2) + 1)) # a test that waits leaves its core to another one
+  parallel=(--numprocesses $((workers < 4 ? workers : 4)) --dist loadfile --no-loadscope-reorder)
+  case ${1:-} in
+    '') set -- -m 'not extended' "${parallel[@]}" ;;
+    --all) set -- "${parallel[@]}" "${@:2}" ;;
+    --fast) set -- -m 'not ranks and not slow and not extended' "${parallel[@]}" "${@:2}" ;;
+  esac
   exec "$python" -m pytest "$@"
 fi
 # By path, not with -m: a directory named ds_gpt2 in the working directory would be imported instead of the package.

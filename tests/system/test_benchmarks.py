@@ -23,6 +23,7 @@ def start(program: str, *words: object) -> str:
     return done.output
 
 
+@pytest.mark.extended
 def test_the_gpu_suite_runs_on_any_machine_and_shows_no_figures_of_tiny_models(
     tmp_path: Path, dataset_dir: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_goal_is_reached_at_ratio_one() -> None:
     assert (speed.ratio(100), speed.ratio(50), time.ratio(5), time.ratio(10)) == (1, 0.5, 1, 0.5)
 
 
+@pytest.mark.extended
 def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The statement of a program is read, and it runs."] * 2000), encoding="utf-8")
@@ -63,6 +65,7 @@ def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     start("export.py", "--preset", "7M", "--ranks", 2, *small)
 
 
+@pytest.mark.extended
 def test_the_memory_and_traffic_of_zero_match_the_documentation(tmp_path: Path, dataset_dir: Path) -> None:
     out = tmp_path / "scaling.json"
     done = launch(2, "--data", str(dataset_dir), "--out", str(out), script=PROJECT / "benchmarks" / "scaling.py")

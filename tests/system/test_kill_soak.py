@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.kill_soak import soak
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 
 def test_a_run_with_six_kills_has_the_same_result_as_a_run_without(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ DEEP = ("model.preset=null", "model.layers=32", "model.heads=4", "model.width=25
         (2, 1, (), "embedding"),
         (1, 1, DEEP, "reduction"),
         (1, 16, (), "loss"),
-        (1, 32, ("run.compile=true",), "loss"),
+        pytest.param(1, 32, ("run.compile=true",), "loss", marks=pytest.mark.extended),
     ],
 )
 def test_predicted_tensors_agree_with_the_allocator(
