@@ -87,6 +87,29 @@ def path_text(argument: str) -> Callable[[str], str]:
     return convert
 
 
+def add_hostfile_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of verbs that may use several machines; see ``with_hostfile``."""
+    parser.add_argument(
+        "--hostfile",
+        type=path("--hostfile"),
+        metavar="FILE",
+        help="train on several machines: lines `HOST slots=N` (cluster.hostfile)",
+    )
+
+
+def with_hostfile(overrides: dict[str, str], hostfile: Path | None) -> dict[str, str]:
+    """Return the overrides with ``--hostfile`` as the setting that it stands for.
+
+    Raises:
+        UserError: both are given, with different values.
+    """
+    if hostfile is None:
+        return overrides
+    if overrides.get("cluster.hostfile", str(hostfile)) != str(hostfile):
+        raise UserError(f"--hostfile {hostfile} and cluster.hostfile={overrides['cluster.hostfile']}: remove one")
+    return {**overrides, "cluster.hostfile": str(hostfile)}
+
+
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every verb that starts ranks."""
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the file")

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     overrides = {**_batch_for(settings, ranks), **overrides}
     if settings.data.dir == datasets.SAMPLE_DIR:
         prepare.report(datasets.prepare_sample())
-    code = start(config, overrides, load_settings(config, overrides), options.num_gpus)
+    code = start(config, overrides, load_settings(config, overrides), (), options.num_gpus)
     if code in (exit_codes.DONE, exit_codes.STOPPED):
         name = run_argument(settings.run_dir)
         print("\nNext steps:")

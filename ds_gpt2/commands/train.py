@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ds_gpt2.commands.arguments import add_start_arguments
+from ds_gpt2.commands.arguments import add_hostfile_argument, add_start_arguments, with_hostfile
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
@@ -19,11 +21,14 @@ from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.alerts import channels
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.setup import cluster_of, hosts_of
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
-from ds_gpt2.tools.doctor.finding import in_one_line
+from ds_gpt2.tools.doctor.finding import Finding, in_one_line
+from ds_gpt2.tools.doctor.nodes import node_findings
 from ds_gpt2.training.preflight import check_initial_model, check_source, check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 
@@ -32,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     parser.add_argument("--auto", action="store_true", help="resume the run if it has checkpoints")
     add_start_arguments(parser)
+    add_hostfile_argument(parser)
 
 
 def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,13 +54,15 @@ def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
         "--leave_out", metavar="BATCHES", help="exclude these batches of the data from training, such as 1200-1210,1250"
     )
     add_start_arguments(parser)
+    add_hostfile_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     config = find_config(options.config)
-    overrides = parse_overrides(options.settings)
+    overrides = with_hostfile(parse_overrides(options.settings), options.hostfile)
     resume = "auto" if options.auto else None
-    return start(config, overrides, run_location.load(config, overrides), options.num_gpus, resume)
+    settings = run_location.load(config, overrides)
+    return start(config, overrides, settings, hosts_of(settings, options.num_gpus), options.num_gpus, resume)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -62,7 +70,7 @@ def resume(options: argparse.Namespace) -> int:
     if words and "=" in words[0]:  # RUN is omitted: the first word is a setting
         options.run, options.settings = None, words
     run_dir = find_run(options.run)
-    overrides = parse_overrides(options.settings)
+    overrides = with_hostfile(parse_overrides(options.settings), options.hostfile)
     settings = load_run_settings(run_dir, overrides)
     if settings.run_dir != run_dir:
         named = "run.name" if "run.name" in overrides else "run.dir"
@@ -72,16 +80,18 @@ def resume(options: argparse.Namespace) -> int:
         )
     ranks = options.num_gpus
     check_source(settings, options.source)
-    if ranks is None:
-        ranks, overrides = _fit_ranks(settings, overrides)
+    hosts = hosts_of(settings, ranks)
+    if hosts or ranks is None:
+        ranks, overrides = _fit_ranks(settings, overrides, hosts)
     settings = load_run_settings(run_dir, overrides)
-    return start(run_dir / CONFIG, overrides, settings, ranks, options.source, parse_batches(options.leave_out))
+    leave_out = parse_batches(options.leave_out)
+    return start(run_dir / CONFIG, overrides, settings, hosts, ranks, options.source, leave_out)
 
 
-def _fit_ranks(settings: Settings, overrides: dict[str, str]) -> tuple[int, dict[str, str]]:
-    """Return how many of this machine's devices can divide the run's token budget, and overrides that fit them."""
+def _fit_ranks(settings: Settings, overrides: dict[str, str], hosts: Sequence[Host]) -> tuple[int, dict[str, str]]:
+    """Return how many of the devices can divide the run's token budget, and overrides that fit them."""
     batch = settings.batch
-    available = choose_ranks(settings, None).ranks
+    available = sum(host.slots for host in hosts) if hosts else choose_ranks(settings, None).ranks
     ranks, micro_batch = fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, available)
     if ranks < available:
         print(f"{available} ranks cannot divide {batch.tokens_per_step} tokens per step equally: resuming with {ranks}")
@@ -97,13 +107,16 @@ def start(
     config: Path,
     overrides: dict[str, str],
     settings: Settings,
-    num_gpus: int | None,
+    hosts: Sequence[Host],
+    ranks: int | None,
     resume: str | None = None,
     leave_out: tuple[int, ...] = (),
 ) -> int:
     """Check the settings without starting ranks, then supervise the run to its end; return the exit code.
 
     Args:
+        hosts: of the ranks; none for this machine.
+        ranks: their number; None for all devices.
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
         leave_out: batches of the data to exclude from training.
 
@@ -113,7 +126,8 @@ def start(
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
     tracker_checks.check(deepspeed_settings)
-    layout = choose_ranks(settings, num_gpus)
+    slots = sum(host.slots for host in hosts)
+    layout = RankLayout(settings.run.device, ranks or slots) if hosts else choose_ranks(settings, ranks)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
     handled_later = (CheckpointsGoneError,) if resume == "auto" else ()  # the supervisor waits for the checkpoints
@@ -123,17 +137,39 @@ def start(
     with contextlib.suppress(*handled_later):
         if starts_new_run(settings, resume):
             check_initial_model(settings)
-    if not _is_ready(settings, layout):
+    words = [str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
+    run = SupervisedRun(("--config", *words), layout, resume, leave_out)
+    if hosts:
+        return _start_on_hosts(run, settings, hosts, words)
+    if not _is_ready(quick(settings, layout.accelerator, layout.ranks)):
         return exit_codes.MISTAKE
     where = "GPUs" if layout.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
-    arguments = ("--config", str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items()))
-    return supervise(SupervisedRun(arguments, layout, resume, leave_out), settings)
+    return supervise(run, settings)
 
 
-def _is_ready(settings: Settings, layout: RankLayout) -> bool:
+def _start_on_hosts(run: SupervisedRun, settings: Settings, hosts: Sequence[Host], words: Sequence[str]) -> int:
+    """Connect to the hosts, check them, and supervise the run there; return the exit code.
+
+    Args:
+        words: the settings file and the overrides.
+
+    Raises:
+        UserError: a host does not answer or does not fit the others.
+    """
+    print(f"connecting to {counted(len(hosts), 'host')} ...", flush=True)
+    with cluster_of(settings, hosts, run.arguments) as cluster:
+        cluster.start()
+        if not _is_ready(node_findings(cluster, words)):
+            return exit_codes.MISTAKE
+        where = cluster.describe(run.layout.ranks)
+        print(f"starting {counted(run.layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
+        layout = replace(run.layout, accelerator=cluster.accelerator)
+        return supervise(replace(run, layout=layout), settings, cluster)
+
+
+def _is_ready(rows: Sequence[Finding]) -> bool:
     """Print the findings of the fast checks of ``doctor``; return False if the run would fail."""
-    rows = quick(settings, layout.accelerator, layout.ranks)
     failed = [row for row in rows if row.status == "fail"]
     for row in failed or (row for row in rows if row.status == "warn"):
         print(f"{'error' if failed else 'warning'}: {in_one_line(row)}", file=sys.stderr)

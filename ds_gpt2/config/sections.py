@@ -287,6 +287,15 @@ class SupervisorSettings(Section):
     skip_data: bool = False  # skip the data of a step at which the run crashed repeatedly
 
 
+class ClusterSettings(Section):
+    """The machines of a run that uses several."""
+
+    hostfile: Path | None = None  # lines "HOST slots=N"; null: this machine, or the nodes of the Slurm job with srun
+    launch: Literal["ssh", "srun"] = "ssh"  # how the agent of each host is started
+    interface: str | None = None  # network interface of the ranks; null: the one that leads to the first host
+    min_nodes: PositiveInt = 1  # a restart waits until so many hosts answer
+
+
 class AlertSettings(Section):
     """Which events are sent as messages, and how. Addresses are in the environment or in ``urls_file``, never here."""
 

@@ -22,6 +22,7 @@ from ds_gpt2.config.sections import (
     BackupSettings,
     BatchSettings,
     CheckpointSettings,
+    ClusterSettings,
     DataSettings,
     GuardSettings,
     HellaswagSettings,
@@ -59,6 +60,7 @@ __all__ = [
     "BackupSettings",
     "BatchSettings",
     "CheckpointSettings",
+    "ClusterSettings",
     "DataSettings",
     "GuardSettings",
     "HellaswagSettings",
@@ -103,6 +105,7 @@ class Settings(Section):
     monitor: MonitorSettings = MonitorSettings()
     guards: GuardSettings = GuardSettings()
     supervisor: SupervisorSettings = SupervisorSettings()
+    cluster: ClusterSettings = ClusterSettings()
     alerts: AlertSettings = AlertSettings()
     deepspeed: Path = Path("ds_configs/zero2_bf16.json")
 
@@ -133,6 +136,7 @@ class Settings(Section):
 
 
 PATH_KEYS = (
+    "cluster.hostfile",
     "run.dir",
     "model.init_from",
     "data.dir",

@@ -39,6 +39,9 @@ Kind = Literal[
     "hang",
     "restart",  # the supervisor will start the ranks again; the text says how
     "gave_up",  # no more restarts
+    "host_lost",  # a host of several has stopped to answer: the run continues on the others
+    "host_back",  # it answers again, and takes part from this launch on
+    "few_hosts",  # fewer hosts answer than cluster.min_nodes: the supervisor waits
     "orphans",  # processes of a launcher or supervisor that had died were ended
     "not_finite",  # a loss or gradient was Inf or NaN: the update was skipped
     "spike",
@@ -60,7 +63,7 @@ _MAX_PENDING = 1000  # events
 
 KINDS: tuple[str, ...] = get_args(Kind)
 
-ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "backup_ok", "alert"})
+ROUTINE = frozenset({"launch", "start", "restart", "save", "best", "done", "stop", "host_back", "backup_ok", "alert"})
 INCIDENTS = frozenset(KINDS) - ROUTINE  # events that the user should check
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,16 @@ _Pid = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
+class AgentRecord:
+    """The agent of one host of several."""
+
+    host: str  # as in the hostfile
+    pid: _Pid
+    start: str  # start time of the process, see ``process_identity``
+    group: _Pid | None = None  # process group of the ranks there; None if none were launched
+
+
+@dataclass(frozen=True)
 class SupervisorRecord:
     """The content of ``supervisor.json``, as the supervisor has written it."""
 
@@ -37,6 +47,7 @@ class SupervisorRecord:
     next_start: Time | None = None  # seconds since 1970; None unless the supervisor waits before a restart
     code: int | None = None  # exit code; None until it ends
     start: str = ""  # start time of the process, see ``process_identity``; not recorded by earlier versions
+    agents: tuple[AgentRecord, ...] = ()  # on several hosts
 
     def write(self, run_dir: Path) -> None:
         """Replace ``supervisor.json`` in ``run_dir``.

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-_RANK = "--local_rank="  # the launcher adds it to the arguments of each rank
+_LOCAL_RANK = "--local_rank="  # the launcher adds it to the arguments of each rank
 
 
 class _Process(subprocess.Popen[Any]):
@@ -27,9 +27,8 @@ class _Process(subprocess.Popen[Any]):
 
     def __init__(self, args: Any, *others: Any, **options: Any) -> None:
         super().__init__(args, *others, **options)
-        for word in args if isinstance(args, list) else []:
-            if isinstance(word, str) and word.startswith(_RANK):
-                self._ranks[int(word.removeprefix(_RANK))] = self
+        if isinstance(args, list) and any(str(word).startswith(_LOCAL_RANK) for word in args):
+            self._ranks[int(options["env"]["RANK"])] = self
 
     def poll(self) -> int | None:
         """Return the exit status; None while the process runs."""

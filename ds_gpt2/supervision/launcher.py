@@ -1,4 +1,7 @@
-"""Start the ranks on this machine with DeepSpeed's launcher, stop them, and report how they exited."""
+"""Start the ranks on this machine with DeepSpeed's launcher, stop them, and report how they exited.
+
+They may be a part of the ranks of a run on several machines: see ``Place``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from pathlib import Path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.host import free_port
+from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.distributed.launch_environment import without_ranks
+from ds_gpt2.distributed.launch_environment import LOOPBACK, without_ranks
 from ds_gpt2.run_dir.exit_codes import CRASHED
 from ds_gpt2.run_dir.exit_report import ExitReports, Outcome, signal_name
 from ds_gpt2.supervision import rank_processes, stacks
 from ds_gpt2.supervision.oom_kills import out_of_memory_kills
+from ds_gpt2.supervision.rank_heartbeats import LocalHeartbeats
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 LAUNCHER = Path(__file__).with_name("launch_ranks.py")
@@ -36,6 +41,22 @@ class RankLayout:
     ranks: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """The place of this machine among those of a run."""
+
+    slots: tuple[int, ...]  # ranks on each machine
+    node: int = 0  # number of this machine
+    master_address: str = LOOPBACK[0]  # where rank 0 listens
+    master_port: int | None = None  # None: a free one
+
+    @property
+    def ranks(self) -> range:
+        """The numbers of the ranks on this machine."""
+        first = sum(self.slots[: self.node])
+        return range(first, first + self.slots[self.node])
+
+
 def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     """Return the layout for this machine: one rank per GPU, or ``CPU_RANKS`` ranks if there is no GPU.
 
@@ -48,7 +69,7 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     accelerator = settings.run.device
     if accelerator == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu":
         accelerator = "cpu"
-    gpus = 0 if accelerator == "cpu" else _gpus()
+    gpus = 0 if accelerator == "cpu" else gpus_of_machine()
     if accelerator == "cpu" or (accelerator == "auto" and not gpus):
         return RankLayout("cpu", requested or CPU_RANKS)
     if not gpus:
@@ -58,7 +79,7 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     return RankLayout("cuda", requested or gpus)
 
 
-def _gpus() -> int:
+def gpus_of_machine() -> int:
     """Return the number of GPUs that PyTorch finds.
 
     A build for CPUs shows that in its version, which saves the second that importing PyTorch takes.
@@ -70,15 +91,20 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def start_command(layout: RankLayout, script: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that runs ``script`` on all ranks with DeepSpeed's launcher of one machine.
+def start_command(layout: RankLayout, script: Path, arguments: Sequence[str], place: Place | None = None) -> list[str]:
+    """Return the command that runs ``script`` on the ranks of this machine with DeepSpeed's launcher of one node.
 
     ``deepspeed --num_gpus`` starts the same launcher, but from a second process that imports PyTorch and stays in
     memory until the run ends.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(layout)}).encode()).decode()
+    place = place or Place((layout.ranks,))
+    world = {f"node_{node}": list(map(str, range(slots))) for node, slots in enumerate(place.slots)}
+    world[f"node_{place.node}"] = _devices(layout)
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    master = ["--master_addr", place.master_address, "--master_port", str(place.master_port or free_port())]
     launch = [sys.executable, "-u", str(LAUNCHER), "--log_level", "critical"]
-    return [*launch, f"--world_info={world}", "--master_port", str(free_port()), str(script), *arguments]
+    node = [f"--world_info={encoded}", "--node_rank", str(place.node)]
+    return [*launch, *node, *master, str(script), *arguments]
 
 
 def _devices(layout: RankLayout) -> list[str]:
@@ -102,22 +128,31 @@ class Ranks:
         outcome_file: Path,
         environment: Mapping[str, str],
         script: Path = TRAIN,
+        place: Place | None = None,
+        output: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
             arguments: of ``script``.
             outcome_file: where ranks report how they ended if they cannot use a pipe.
             environment: added to this process's own.
+            place: of this machine among those of the run; None: it is the only one.
+            output: descriptors for standard output and standard error; None: those of this process.
 
         Raises:
             OSError: the launcher cannot be started.
         """
-        command = start_command(layout, script, arguments)
+        place = place or Place((layout.ranks,))
+        command = start_command(layout, script, arguments, place)
         self._exit_reports = ExitReports(outcome_file)
         inherited = {**without_ranks(os.environ), **environment, **self._exit_reports.request()}
         inherited["DS_ACCELERATOR"] = layout.accelerator
         self._oom_kills_before = out_of_memory_kills()
-        self._process = subprocess.Popen(command, env=inherited, start_new_session=True)
+        stdout, stderr = output or (None, None)
+        self._process = subprocess.Popen(
+            command, env=inherited, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+        self._numbers = place.ranks
         self.count = layout.ranks
 
     @property
@@ -141,9 +176,24 @@ class Ranks:
         return code is not None and code < 0 and self._exit_reports.outcome() is None
 
     @property
+    def are_stuck(self) -> bool:
+        """Whether ranks wait for others that are gone: on one machine the launcher ends them."""
+        return False
+
+    @property
+    def lost_hosts(self) -> dict[str, str]:
+        """The hosts that have stopped to answer: none, all ranks are on this machine."""
+        return {}
+
+    @property
+    def exit_code(self) -> int:
+        """The launcher's exit code, negative if a signal has killed it; waits until it exits."""
+        return self._process.wait()
+
+    @property
     def exit_status(self) -> str:
         """The launcher's exit status as text. It reports a rank that signal N killed as status 256 - N."""
-        code = self._process.wait()
+        code = self.exit_code
         number = -code if code < 0 else 256 - code if code > 128 else 0
         if 0 < number < signal.NSIG:
             killed = "DeepSpeed's launcher" if code < 0 else "a rank"
@@ -155,9 +205,14 @@ class Ranks:
         """Whether the kernel has killed a process for lack of memory since the launch."""
         return out_of_memory_kills() > self._oom_kills_before
 
+    @property
+    def reported_outcome(self) -> Outcome | None:
+        """What rank 0 reported about the end of the run; None if it has reported nothing."""
+        return self._exit_reports.outcome()
+
     def outcome(self) -> Outcome:
         """Return what rank 0 reported about the end of the run; a crash if it reported nothing."""
-        return self._exit_reports.outcome() or Outcome(CRASHED)
+        return self.reported_outcome or Outcome(CRASHED)
 
     def failures(self) -> dict[int, str]:
         """Return the error of each rank that reported one, the first to fail first."""
@@ -173,6 +228,10 @@ class Ranks:
     def kill(self) -> None:
         rank_processes.kill(self.group)
 
+    def heartbeats(self, run_dir: OpenDirectory) -> LocalHeartbeats:
+        """Return the heartbeats of the ranks; call this once, right after the launch."""
+        return LocalHeartbeats(run_dir, self._numbers)
+
     def write_stacks(self, run_dir: Path, directory: Path) -> None:
         """Write what each rank is executing to ``directory``, see ``stacks.write_stacks``."""
-        stacks.write_stacks(run_dir, self.count, self.group, directory)
+        stacks.write_stacks(run_dir, self._numbers, self.group, directory)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
+from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.run_dir import exit_codes, stop_request
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats
-from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
+from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, AgentRecord
+from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import Context
+from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.launcher import Ranks
 from ds_gpt2.supervision.rank_watch import ExitKind, RankWatch
 from ds_gpt2.supervision.restart_policy import LaunchResult
@@ -21,12 +25,14 @@ _OUTCOME = "outcome"  # file in the supervisor's directory
 class Launches:
     """The launches of one run, one after another. The results of earlier launches affect how a later one is judged."""
 
-    def __init__(self, context: Context, is_restart: bool) -> None:
+    def __init__(self, context: Context, is_restart: bool, cluster: Cluster | None = None) -> None:
         """
         Args:
             is_restart: whether the run was launched before, by the supervisor that this one replaces.
+            cluster: the hosts of the ranks; None: this machine.
         """
         self._context = context
+        self._cluster = cluster
         self._is_restart = is_restart
         self._has_trained = False  # a rank has reached its first step or evaluation
         self.has_started = False  # the ranks have recorded a start in the journal
@@ -44,23 +50,41 @@ class Launches:
         with contextlib.suppress(OSError):
             outcome_file.unlink()
         journal_size = reporter.journal_size()
-        text = f"starting {counted(run.layout.ranks, 'rank')}, {run.origin()}"
+        where = f" on {self._cluster.describe(run.layout.ranks)}" if self._cluster is not None else ""
+        text = f"starting {counted(run.layout.ranks, 'rank')}{where}, {run.origin()}"
         reporter.add_event("launch", text, restart=self._is_restart)
         self._is_restart = True
-        environment = {**run.environment, **stop_request.supervisor_environment()}
         try:
-            ranks = Ranks(run.command(), run.layout, outcome_file, environment, run.script)
-        except OSError as error:  # possibly temporary, such as too many processes
-            reporter.report("crash", f"the ranks cannot be started: {error.strerror}")
+            ranks = self._start(run, outcome_file)
+        except (OSError, UserError) as error:  # possibly temporary, such as too many processes, or a host that is away
+            reporter.report("crash", f"the ranks cannot be started: {reason_of(error)}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
-            return LaunchResult(Outcome(exit_codes.CRASHED), stopped, 0, 0, from_step=0, saved_step=saved_step)
-        reporter.record_running(ranks.group)
+            away = tuple(self._cluster.away) if self._cluster is not None else ()
+            outcome = Outcome(exit_codes.CRASHED)
+            return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=away)
+        reporter.record_running(ranks.group, self._agents())
         watch = RankWatch(self._context, ranks)
         exit_kind = watch.wait()
-        reporter.record_running()
+        reporter.record_running(agents=self._agents())
         return self._summarize(ranks, exit_kind, watch.newest_beat, journal_size)
 
-    def _summarize(self, ranks: Ranks, exit_kind: ExitKind, beat: Beat | None, journal_size: int) -> LaunchResult:
+    def _start(self, run: SupervisedRun, outcome_file: Path) -> LaunchedRanks:
+        """Start the ranks.
+
+        Raises:
+            OSError, UserError: they cannot be started.
+        """
+        if self._cluster is not None:
+            return self._cluster.launch(run)
+        environment = {**run.environment, **stop_request.supervisor_environment()}
+        return Ranks(run.command(), run.layout, outcome_file, environment, run.script)
+
+    def _agents(self) -> tuple[AgentRecord, ...]:
+        return self._cluster.agents() if self._cluster is not None else ()
+
+    def _summarize(
+        self, ranks: LaunchedRanks, exit_kind: ExitKind, beat: Beat | None, journal_size: int
+    ) -> LaunchResult:
         """Report how the launch ended, and return it.
 
         Args:
@@ -68,6 +92,11 @@ class Launches:
             journal_size: bytes of the journal before the launch.
         """
         stop, reporter = self._context.stop, self._context.reporter
+        lost = ranks.lost_hosts
+        if self._cluster is not None:
+            self._cluster.note_end(ranks)
+        for host, reason in lost.items():
+            reporter.report("host_lost", f"host {host} is lost: {reason}", beat.step if beat else None)
         outcome = self._judge(ranks.outcome(), exit_kind, beat)
         if not stop.requested and exit_kind != "hung" and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
@@ -83,6 +112,7 @@ class Launches:
             batch=beat.batch if beat else 0,
             from_step=starts[-1].step or 0 if starts else None,
             saved_step=self._context.directories.saved_step(),
+            lost_hosts=tuple(lost),
         )
 
     def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
@@ -96,12 +126,14 @@ class Launches:
         return outcome
 
 
-def _crash_text(ranks: Ranks, exit_kind: ExitKind, outcome: Outcome) -> str:
+def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome) -> str:
     """Return the most likely cause of a crash."""
     if outcome.supervisor_lost:
         return "the ranks stopped because they found no supervisor process"
     if exit_kind == "launcher killed":
         return "DeepSpeed's launcher was killed"
+    if lost := ranks.lost_hosts:
+        return f"the ranks on {', '.join(lost)} are gone with the host"
     if ranks.ran_out_of_memory:
         return "the kernel killed a process because memory ran out"
     failures, kills = ranks.failures(), ranks.kills()

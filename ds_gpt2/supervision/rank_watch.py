@@ -8,7 +8,7 @@ from typing import Literal
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
-from ds_gpt2.supervision.launcher import Ranks
+from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.watchdog import Hang, Watchdog
 
 ExitKind = Literal["exited", "hung", "launcher killed"]
@@ -19,10 +19,10 @@ _KILL_INTERVAL_SECONDS = 0.1
 class RankWatch:
     """Stops the ranks on request, and kills them if they hang or do not stop in time."""
 
-    def __init__(self, context: Context, ranks: Ranks) -> None:
+    def __init__(self, context: Context, ranks: LaunchedRanks) -> None:
         self._context = context
         self._ranks = ranks
-        self._watchdog = Watchdog(context.settings.supervisor, context.directories.run, ranks.count)
+        self._watchdog = Watchdog(context.settings.supervisor, ranks.heartbeats(context.directories.run), ranks.count)
         self._reported_kill = False
 
     @property
@@ -46,6 +46,8 @@ class RankWatch:
                 deadline = time.monotonic() + context.settings.supervisor.stop_seconds
             if deadline is not None and time.monotonic() > deadline:
                 self._report_kill()
+                ranks.kill()
+            elif ranks.are_stuck:
                 ranks.kill()
             elif (hang := self._watchdog.check()) is not None and not ranks.have_exited:
                 if ranks.failures():  # the other ranks wait for one that has failed: a crash

@@ -14,7 +14,7 @@ from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.common.terminal import one_line
 from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal
-from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
+from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord
 from ds_gpt2.supervision.alerts.alerts import Alerts
 
 
@@ -64,12 +64,14 @@ class Reporter:
         with contextlib.suppress(OSError):
             self._journal.write_pending()
 
-    def record_running(self, group: int | None = None) -> None:
+    def record_running(self, group: int | None = None, agents: tuple[AgentRecord, ...] = ()) -> None:
         """Record that the run is supervised.
 
         Args:
-            group: the process group of the ranks; None while there are none.
+            group: the process group of the ranks on this machine; None while there are none.
+            agents: on several hosts.
         """
+        self._record = replace(self._record, agents=agents)
         self._write(replace(self._record, group=group))
 
     def record_waiting(self, seconds: float) -> None:

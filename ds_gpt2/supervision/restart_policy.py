@@ -20,6 +20,7 @@ class LaunchResult:
     batch: int  # the batch of the data of that step
     from_step: int | None  # the step that the launch resumed from; None if no step began or the journal has no record
     saved_step: int  # of the newest checkpoint now; -1 if there is none
+    lost_hosts: tuple[str, ...] = ()  # hosts of several that stopped to answer, which ended the launch
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,32 @@ class RestartPolicy:
         self._at_same_step = 0  # launches in a row that ended at the same step
         self._last_step: int | None = None
         self._rollbacks = 0  # launches in a row that ended in a rollback
+        self._host_losses = 0  # launches in a row without progress that ended in the loss of a host
 
     def decide(self, result: LaunchResult) -> Finish | GiveUp | Restart:
         """Return what to do after a launch that ended with ``result``."""
         outcome = result.outcome
         if outcome.code in (DONE, STOPPED, MISTAKE) or result.stop_requested:
             return Finish(CRASHED if outcome.code == ROLLBACK else outcome.code)
+        if result.lost_hosts:
+            return self._continue_without(result)
         self._count(result)
         if self._without_progress > self._settings.restarts:
             return GiveUp(self._give_up_text())
-        seconds = self._backoff()
+        seconds = self._backoff(self._without_progress)
         if outcome.code == ROLLBACK and outcome.before is not None:
             return self._roll_back(outcome.before, result, seconds)
         if self._at_same_step <= 1 or result.saved_step < 0 or result.from_step is None:
             text = "from the beginning" if result.saved_step < 0 else "from the newest checkpoint"
             return Restart(seconds, "auto", (), text)
         return self._avoid_step(result, seconds)
+
+    def _continue_without(self, result: LaunchResult) -> Restart:
+        """Handle the loss of a host: that is no launch without progress, but a host may be lost again and again."""
+        self._host_losses = 1 if result.saved_step > self._newest_saved_step else self._host_losses + 1
+        self._newest_saved_step = max(self._newest_saved_step, result.saved_step)
+        text = "from the beginning" if result.saved_step < 0 else "from the newest checkpoint"
+        return Restart(self._backoff(self._host_losses), "auto", (), f"{text} on the hosts that answer")
 
     def _count(self, result: LaunchResult) -> None:
         self._without_progress = 1 if result.saved_step > self._newest_saved_step else self._without_progress + 1
@@ -91,10 +102,10 @@ class RestartPolicy:
             text += f"; the last {self._rollbacks} diverged on different data: schedule.max_lr may be too high"
         return text
 
-    def _backoff(self) -> float:
+    def _backoff(self, launches: int) -> float:
         """Return the seconds until the next launch: twice as long after each launch without progress, up to a limit."""
         longest = self._settings.longest_backoff_seconds
-        return min(longest, self._settings.backoff_seconds * 2.0 ** min(self._without_progress - 1, 30))
+        return min(longest, self._settings.backoff_seconds * 2.0 ** min(launches - 1, 30))
 
     def _roll_back(self, before: int, result: LaunchResult, seconds: float) -> Restart:
         """Resume from a checkpoint before the divergence; from an older one each time it recurs at the same step."""

@@ -7,6 +7,7 @@ import ctypes
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ _TIMEOUT_SECONDS = 10.0  # for the ranks to write their stacks
 _POLL_SECONDS = 0.2
 
 
-def write_stacks(run_dir: Path, ranks: int, group: int, directory: Path) -> None:
+def write_stacks(run_dir: Path, ranks: Sequence[int], group: int, directory: Path) -> None:
     """Write a file for each rank of process group ``group``: the stacks of its threads and the state of its process.
 
     Ranks that are stopped (SIGSTOP) are resumed, because a stopped process cannot write its stacks.
@@ -28,7 +29,7 @@ def write_stacks(run_dir: Path, ranks: int, group: int, directory: Path) -> None
     """
     directory.mkdir(parents=True, exist_ok=True)
     processes = {process.pid: process for process in members(group)}
-    beats = {rank: read_beat(run_dir, rank) for rank in range(ranks)}
+    beats = {rank: read_beat(run_dir, rank) for rank in ranks}
     found = {rank: processes[beat.pid] for rank, beat in beats.items() if beat is not None and beat.pid in processes}
     states = {rank: _state(process) for rank, process in found.items()}
     for process in found.values():

@@ -22,6 +22,16 @@ class SupervisedRun:
     script: Path = TRAIN
     environment: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
 
+    def on_ranks(self, ranks: int, micro_batch: int) -> SupervisedRun:
+        """Return the run on another number of ranks.
+
+        Args:
+            micro_batch: that divides the token budget of a step on them.
+        """
+        key = "batch.micro_batch="
+        others = tuple(word for word in self.arguments if not word.startswith(key))
+        return replace(self, arguments=(*others, f"{key}{micro_batch}"), layout=replace(self.layout, ranks=ranks))
+
     def command(self) -> list[str]:
         """Return the arguments of ``train.py``."""
         resume = ["--resume", self.resume] if self.resume else []

@@ -18,6 +18,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR
 from ds_gpt2.supervision import relocation, waiting
+from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import Context
 from ds_gpt2.supervision.launches import Launches
 from ds_gpt2.supervision.orphans import end_orphans
@@ -26,8 +27,11 @@ from ds_gpt2.supervision.stop_signals import StopSignals
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
 
-def supervise(run: SupervisedRun, settings: Settings) -> int:
+def supervise(run: SupervisedRun, settings: Settings, cluster: Cluster | None = None) -> int:
     """Supervise ``run`` until it ends.
+
+    Args:
+        cluster: the hosts of the ranks, connected and checked; None: this machine.
 
     Returns:
         The exit code, see ``exit_codes``.
@@ -38,7 +42,7 @@ def supervise(run: SupervisedRun, settings: Settings) -> int:
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
     with locks.lock(directory / LOCK, f"run {settings.run.name}"), StopSignals() as stop:
-        supervisor = _Supervisor(run, settings, stop)
+        supervisor = _Supervisor(run, settings, stop, cluster)
         code = supervisor.run_to_end()
     if supervisor.next_command and not stop.requested:
         try:
@@ -51,10 +55,11 @@ def supervise(run: SupervisedRun, settings: Settings) -> int:
 class _Supervisor:
     """The supervisor of one run."""
 
-    def __init__(self, run: SupervisedRun, settings: Settings, stop: StopSignals) -> None:
+    def __init__(self, run: SupervisedRun, settings: Settings, stop: StopSignals, cluster: Cluster | None) -> None:
         self._run = run
         self._context = Context(settings, stop, run.layout.ranks)
-        self._launches = Launches(self._context, relocation.was_resumed_after_move(settings.run.name))
+        self._cluster = cluster
+        self._launches = Launches(self._context, relocation.was_resumed_after_move(settings.run.name), cluster)
         self.next_command: list[str] = []  # to execute after the end
 
     def run_to_end(self) -> int:
@@ -62,7 +67,7 @@ class _Supervisor:
         context, directories = self._context, self._context.directories
         write_first_settings(context.settings)
         directories.take_stop_file()  # of an earlier run
-        end_orphans(context)
+        end_orphans(context, self._cluster)
         policy = RestartPolicy(context.settings.supervisor, directories.saved_step())
         run = self._run
         while True:
@@ -70,6 +75,8 @@ class _Supervisor:
                 return self._end(exit_codes.STOPPED, None)
             if directories.run_was_relocated():
                 return self._move_on(run, None)
+            if self._cluster is not None and self._launches.next_is_restart:
+                run = waiting.on_hosts(context, self._cluster, run)
             result = self._launches.run(run)
             decision = policy.decide(result)
             if directories.run_was_relocated() and not context.stop.requested:
@@ -89,6 +96,9 @@ class _Supervisor:
     def _wait_until_ready(self, run: SupervisedRun) -> bool:
         """Wait until the ranks can be launched; return False if a stop is requested first."""
         if self._launches.next_is_restart and not waiting.wait_for_writable_logs(self._context):
+            return False
+        cluster = self._cluster if self._launches.next_is_restart else None
+        if cluster is not None and not waiting.wait_for_hosts(self._context, cluster):
             return False
         return waiting.wait_for_checkpoints(self._context, run.resume)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 
 from ds_gpt2.common.errors import UserError, reason_of
-from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.formatting import counted, duration
+from ds_gpt2.config.batch_plan import fit_ranks
+from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
 from ds_gpt2.supervision.restart_policy import Restart
+from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
 _WRITE_RETRY_SECONDS = 5.0  # between two attempts to write to a directory that cannot be written
@@ -43,6 +46,35 @@ def wait_for_checkpoints(context: Context, resume: str | None) -> bool:
             return False
         seconds = min(limits.longest_backoff_seconds, max(1.0, 2 * seconds))
     return True
+
+
+def wait_for_hosts(context: Context, cluster: Cluster) -> bool:
+    """Connect to hosts that do not answer; wait until enough do. Return False if a stop is requested first."""
+    limits = context.settings.supervisor
+    seconds, reported = max(1.0, limits.backoff_seconds), ""
+    while not context.directories.run_was_relocated():
+        before = {node.host.name for node in cluster.nodes}
+        away = cluster.reconnect()
+        for node in cluster.nodes:
+            if node.host.name not in before:
+                context.reporter.report("host_back", f"host {node.host.name} answers again")
+        if len(cluster.nodes) >= context.settings.cluster.min_nodes:
+            return True
+        reasons = "; ".join(f"{host}: {reason}" for host, reason in away.items())
+        text = f"{counted(len(cluster.nodes), 'host')} of {len(cluster.spec.hosts)} answer, cluster.min_nodes is"
+        if (problem := f"{text} {context.settings.cluster.min_nodes}: waiting for more ({reasons})") != reported:
+            context.reporter.report("few_hosts", problem)
+            reported = problem
+        if not _pause(context, seconds):
+            return False
+        seconds = min(limits.longest_backoff_seconds, 2 * seconds)
+    return True
+
+
+def on_hosts(context: Context, cluster: Cluster, run: SupervisedRun) -> SupervisedRun:
+    """Return ``run`` on as many ranks of the hosts that answer as divide the token budget of a step."""
+    batch = context.settings.batch
+    return run.on_ranks(*fit_ranks(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, cluster.slots))
 
 
 def _missing_checkpoints(context: Context, resume: str | None) -> str | None:

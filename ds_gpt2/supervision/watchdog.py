@@ -9,11 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
-
-from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import SupervisorSettings
-from ds_gpt2.run_dir.heartbeat import Beat, beat_problem, read_beat
+from ds_gpt2.run_dir.heartbeat import Beat
+from ds_gpt2.supervision.rank_heartbeats import RankHeartbeats
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ class Watchdog:
     def __init__(
         self,
         settings: SupervisorSettings,
-        run_dir: OpenDirectory,
+        heartbeats: RankHeartbeats,
         ranks: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,12 +55,10 @@ class Watchdog:
             clock: seconds.
         """
         self._settings = settings
-        self._run_dir = run_dir
+        self._heartbeats = heartbeats
         self._clock = clock
         self._last_check = clock()
         self._now = 0.0  # seconds of watching so far
-        # Heartbeats of an earlier launch that could not be deleted are ignored.
-        self._old = [read_beat(run_dir.path, rank) for rank in range(ranks)]
         self._beats: list[Beat | None] = [None] * ranks
         self._changed = [0.0] * ranks  # time of each rank's newest heartbeat, as ``_now``
         self._is_blind = False
@@ -79,14 +75,13 @@ class Watchdog:
         clock = self._clock()
         self._now += min(clock - self._last_check, _LONGEST_INTERVAL)
         self._last_check = clock
-        for rank in range(len(self._beats)):
-            beat = read_beat(self._run_dir.path, rank)
-            if beat is not None and beat != self._beats[rank] and beat != self._old[rank]:
+        for rank, beat in enumerate(self._heartbeats.read()):
+            if beat is not None and beat != self._beats[rank]:
                 self._beats[rank], self._changed[rank] = beat, self._now
                 self._is_blind = False
         self._time_step(self._beats[0])
         hang = self._hang()
-        if hang is not None and beat_problem(self._run_dir.path) is not None:
+        if hang is not None and self._heartbeats.problem() is not None:
             self._suspend()
             return None
         return hang
@@ -109,12 +104,13 @@ class Watchdog:
         overdue = [rank for rank, beat in enumerate(self._beats) if silent[rank] > self.patience(beat)]
         if not overdue:
             return None
-        rank = min(overdue, key=lambda each: (not _is_stopped(self._beats[each]), _progress(self._beats[each])))
+        stopped = self._heartbeats.stopped()
+        rank = min(overdue, key=lambda each: (each not in stopped, _progress(self._beats[each])))
         beat = self._beats[rank]
         if beat is None:
             return Hang(rank, 0, f"rank {rank} has written no heartbeat for {silent[rank]:.0f} s since its start")
         usual = f", usually {statistics.median(self._step_seconds):.1f} s per step" if self._step_seconds else ""
-        state = ", its process is stopped" if _is_stopped(beat) else ""
+        state = ", its process is stopped" if rank in stopped else ""
         where = f"in step {beat.step:,} ({beat.phase}{usual}{state})"
         return Hang(rank, beat.step, f"rank {rank} has made no progress for {silent[rank]:.0f} s {where}")
 
@@ -131,10 +127,3 @@ class Watchdog:
 def _progress(beat: Beat | None) -> tuple[int, bool]:
     """Return a key that orders ranks by progress: within a step, training comes before evaluation."""
     return (-1, False) if beat is None else (beat.step, beat.phase != "training")
-
-
-def _is_stopped(beat: Beat | None) -> bool:
-    try:
-        return beat is not None and psutil.Process(beat.pid).status() == psutil.STATUS_STOPPED
-    except psutil.Error:
-        return False

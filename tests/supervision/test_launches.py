@@ -27,6 +27,6 @@ LOST = {0: "RuntimeError: connection closed by peer"}
 def test_a_killed_rank_is_named_before_the_errors_that_it_causes(
     failures: dict[int, str], kills: dict[int, str], text: str
 ) -> None:
-    ranks: Any = mock.Mock(count=2, ran_out_of_memory=False, exit_status="STATUS")
+    ranks: Any = mock.Mock(count=2, ran_out_of_memory=False, exit_status="STATUS", lost_hosts={})
     ranks.failures.return_value, ranks.kills.return_value = failures, kills
     assert _crash_text(ranks, "exited", Outcome(CRASHED)) == text

@@ -47,7 +47,7 @@ def test_the_stack_of_a_stopped_rank_shows_where_it_was_stopped(tmp_path: Path) 
             while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.01)
-            write_stacks(run_dir, 1, process.pid, directory)
+            write_stacks(run_dir, range(1), process.pid, directory)
             stacks = (directory / "rank_00000.txt").read_text(encoding="utf-8")
         finally:
             end_session(process.pid)

@@ -18,6 +18,7 @@ from launched import PROJECT
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config.settings import SupervisorSettings
 from ds_gpt2.run_dir.heartbeat import Heartbeat, beat_problem, clear_heartbeats, read_beat
+from ds_gpt2.supervision.rank_heartbeats import LocalHeartbeats
 from ds_gpt2.supervision.watchdog import Watchdog
 
 SETTINGS = SupervisorSettings(hang_seconds=60, hang_factor=10, patience_minutes=30)
@@ -29,7 +30,9 @@ class Watched:
     def __init__(self, folder: Path, ranks: int = 2, settings: SupervisorSettings = SETTINGS) -> None:
         self.now = 0.0
         self.ranks = [Heartbeat(folder, rank) for rank in range(ranks)]
-        self.watchdog = Watchdog(settings, OpenDirectory(folder), ranks, clock=lambda: self.now)
+        self.watchdog = Watchdog(
+            settings, LocalHeartbeats(OpenDirectory(folder), range(ranks)), ranks, clock=lambda: self.now
+        )
 
     def step(self, number: int, seconds: float, silent: int | None = None) -> None:
         for rank, heartbeat in enumerate(self.ranks):
@@ -165,7 +168,7 @@ def test_no_hang_is_detected_while_heartbeats_cannot_be_written(
     if problem == "missing":
         beats.rename(tmp_path / "elsewhere")
     else:
-        monkeypatch.setattr("ds_gpt2.supervision.watchdog.beat_problem", lambda _: "No space left on device")
+        monkeypatch.setattr("ds_gpt2.supervision.rank_heartbeats.beat_problem", lambda _: "No space left on device")
     assert watched.wait(10_000) is None
     assert caplog.text.count("heartbeats cannot be written") == 1
     if problem == "missing":
@@ -190,7 +193,7 @@ def test_beat_problem_detects_a_disk_that_cannot_be_written(tmp_path: Path) -> N
 
 def test_heartbeats_of_an_earlier_launch_are_ignored(tmp_path: Path) -> None:
     Heartbeat(tmp_path, 0).begin_step(46, 46)
-    watchdog = Watchdog(SupervisorSettings(), OpenDirectory(tmp_path), 1)
+    watchdog = Watchdog(SupervisorSettings(), LocalHeartbeats(OpenDirectory(tmp_path), range(1)), 1)
     assert watchdog.check() is None and watchdog.newest is None
     Heartbeat(tmp_path, 0).begin_step(47, 47)
     watchdog.check()

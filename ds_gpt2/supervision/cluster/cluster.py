@@ -1,0 +1,268 @@
+"""The hosts of a supervised run: connect to their agents, check them, and launch the ranks on those that answer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.distributed.launch_environment import LOOPBACK
+from ds_gpt2.run_dir.supervisor_record import AgentRecord
+from ds_gpt2.supervision.cluster import environment, host_checks
+from ds_gpt2.supervision.cluster.cluster_ranks import ClusterRanks
+from ds_gpt2.supervision.cluster.host_checks import Network, Node
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
+from ds_gpt2.supervision.cluster.messages import LaunchRequest
+from ds_gpt2.supervision.launched_ranks import LaunchedRanks
+from ds_gpt2.supervision.launcher import Place
+from ds_gpt2.supervision.supervised_run import SupervisedRun
+
+_KILL_SECONDS = 60.0  # for ranks to be gone after they were killed
+_CLOSE_SECONDS = 10.0  # for agents to end after the ranks have
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What a cluster needs to know about the run."""
+
+    hosts: Sequence[Host]
+    launch: Way  # how agents are started: ssh or srun
+    interface: str | None  # see ``ClusterSettings``
+    arguments: Sequence[str]  # of train.py
+    accelerator: str  # auto, cuda or cpu
+    run_dir: Path
+    checkpoint_dir: Path
+    stop_seconds: float  # for ranks to save
+
+
+class Cluster:
+    """The hosts of one run, for one supervisor."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self.spec = spec
+        self.accelerator = spec.accelerator
+        self._links: dict[str, AgentLink] = {}  # host -> its newest connection
+        self._nodes: dict[str, Node] = {}
+        self._previous: dict[str, tuple[int, str]] = {}  # host -> the agent that was lost there
+        self._groups: dict[str, int] = {}  # host -> process group of its newest ranks
+        self._numbers = itertools.count(1)
+
+    def start(self) -> None:
+        """Connect to all hosts and check them.
+
+        Raises:
+            UserError: a host does not answer, or does not fit the others.
+        """
+        problems = self._connect(self.spec.hosts)
+        if problems:
+            host, problem = next(iter(problems.items()))
+            raise UserError(f"host {host}: {problem}")
+        nodes = self.nodes
+        self._choose_accelerator(nodes)
+        host_checks.check_equal(nodes)
+        host_checks.check_slots(nodes, self.accelerator)
+        host_checks.check_shared(nodes, self._shared)
+        self._network(nodes)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The hosts that answer, in the order of the hostfile."""
+        return [
+            self._nodes[host.name]
+            for host in self.spec.hosts
+            if host.name in self._nodes and self._nodes[host.name].link.is_open
+        ]
+
+    @property
+    def away(self) -> list[str]:
+        """The names of the hosts that do not answer."""
+        answering = {node.host.name for node in self.nodes}
+        return [host.name for host in self.spec.hosts if host.name not in answering]
+
+    @property
+    def slots(self) -> int:
+        """The number of ranks that the hosts that answer can run."""
+        return sum(node.host.slots for node in self.nodes)
+
+    def reconnect(self) -> dict[str, str]:
+        """Connect to hosts that do not answer; return those that still do not, or do not fit the others, and why."""
+        missing = [host for host in self.spec.hosts if host.name in self.away]
+        problems = self._connect(missing)
+        for host in missing:
+            if host.name in problems:
+                continue
+            try:
+                self._check_again(host)
+            except UserError as error:
+                problems[host.name] = str(error)
+                self._drop(host.name)
+        return problems
+
+    def launch(self, run: SupervisedRun) -> ClusterRanks:
+        """Launch the ranks of ``run`` on the first of the hosts that answer.
+
+        Raises:
+            UserError: rank 0 cannot be reached, or no host answers.
+        """
+        nodes, slots = _divide(self.nodes, run.layout.ranks)
+        network = self._network(nodes)
+        number = next(self._numbers)
+        shared = environment.passed_on(os.environ)
+        requests = [
+            LaunchRequest(
+                number,
+                run.script,
+                tuple(run.command()),
+                run.layout.accelerator,
+                Place(slots, place, network.address, network.port),
+                {**shared, **_interfaces(interface), **run.environment},
+                self.spec.run_dir,
+            )
+            for place, interface in enumerate(network.interfaces)
+        ]
+        return ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
+
+    def describe(self, ranks: int) -> str:
+        """Return which hosts run ``ranks`` ranks, as text."""
+        nodes, slots = _divide(self.nodes, ranks)
+        return ", ".join(f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True))
+
+    def note_end(self, ranks: LaunchedRanks) -> None:
+        """Note the process groups of ``ranks``, to end those that a lost agent leaves."""
+        if isinstance(ranks, ClusterRanks):
+            self._groups |= ranks.groups
+
+    def end_left_over(self, agents: Sequence[AgentRecord]) -> None:
+        """End the agents of an earlier supervisor, and the ranks that they have left."""
+        left = [agent for agent in agents if agent.host in self._links]
+        host_checks.on_all(lambda agent: self._end_agent(self._links[agent.host], agent), left)
+
+    def agents(self) -> tuple[AgentRecord, ...]:
+        """Return the agents of all hosts, and the process groups of their ranks."""
+        return tuple(
+            AgentRecord(host, *link.agent, self._groups.get(host))
+            for host, link in self._links.items()
+            if link.agent is not None
+        )
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all agents."""
+        for link in self._links.values():
+            link.close()
+        for link in self._links.values():
+            if not link.wait(_CLOSE_SECONDS):
+                link.kill()
+
+    def _connect(self, hosts: Sequence[Host]) -> dict[str, str]:
+        """Start agents on ``hosts`` and ask them about their hosts; return the problems by host."""
+        for host in hosts:
+            self._drop(host.name)
+            self._links[host.name] = AgentLink(host.name, "local" if is_this_machine(host.name) else self.spec.launch)
+        problems = host_checks.on_all(self._welcome, hosts)
+        return {host.name: problem for host, problem in zip(hosts, problems, strict=True) if problem is not None}
+
+    def _welcome(self, host: Host) -> str | None:
+        """Wait for the agent of ``host`` and ask it about its host; return the problem, if any."""
+        link = self._links[host.name]
+        try:
+            link.wait_for_start()
+            if (previous := self._previous.pop(host.name, None)) is not None:
+                self._end_agent(link, AgentRecord(host.name, *previous, self._groups.pop(host.name, None)))
+            self._nodes[host.name] = host_checks.node_of(host, link, self.spec.arguments, self.accelerator)
+        except LostHostError as error:
+            return str(error)
+        except UserError as error:
+            return str(error).removeprefix(f"host {host.name}: ")
+        return None
+
+    def _end_agent(self, link: AgentLink, agent: AgentRecord) -> None:
+        """Let the present agent of a host end an earlier one and its ranks.
+
+        Raises:
+            LostHostError, UserError: it does not.
+        """
+        seconds = self.spec.stop_seconds
+        words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": seconds}
+        link.call("end_previous", seconds + _KILL_SECONDS, **words)
+
+    def _check_again(self, host: Host) -> None:
+        """Check that a host that answers again fits the others."""
+        nodes = self.nodes
+        others = [node for node in nodes if node.host != host]
+        node = self._nodes[host.name]
+        host_checks.check_slots([node], self.accelerator)
+        if others:
+            host_checks.check_equal([others[0], node])
+            host_checks.check_shared([others[0], node], self._shared)
+
+    def _drop(self, name: str) -> None:
+        """Forget the connection to a host; remember its agent, which may still run."""
+        self._nodes.pop(name, None)
+        if (link := self._links.pop(name, None)) is not None:
+            if link.agent is not None:
+                self._previous[name] = link.agent
+            link.kill()
+
+    @property
+    def _shared(self) -> tuple[Path, Path]:
+        """The directories that all hosts must share."""
+        return self.spec.run_dir, self.spec.checkpoint_dir
+
+    def _network(self, nodes: Sequence[Node]) -> Network:
+        return host_checks.find_network(nodes, self.spec.interface)
+
+    def _choose_accelerator(self, nodes: Sequence[Node]) -> None:
+        """Decide whether the ranks use GPUs: all hosts must have some, or none."""
+        if self.accelerator != "auto":
+            return
+        without = [node.host.name for node in nodes if not node.gpus]
+        if without and len(without) < len(nodes):
+            raise UserError(f"host {without[0]} has no GPU, but another host has: remove it, or set run.device=cpu")
+        self.accelerator = "cpu" if without else "cuda"
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether ``host`` is a name or an address of this machine."""
+    if host in (*LOOPBACK, socket.gethostname()):
+        return True
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    try:
+        return not own.isdisjoint(str(found[4][0]) for found in socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+def _divide(nodes: Sequence[Node], ranks: int) -> tuple[list[Node], tuple[int, ...]]:
+    """Return the nodes that run ``ranks`` ranks, and how many each runs: the first nodes are filled first."""
+    chosen: list[Node] = []
+    slots: list[int] = []
+    for node in nodes:
+        if (left := ranks - sum(slots)) > 0:
+            chosen.append(node)
+            slots.append(min(left, node.host.slots))
+    if sum(slots) < ranks:
+        raise UserError(
+            f"{ranks} ranks do not fit the hosts that answer: {', '.join(each.host.name for each in nodes) or 'none'}"
+        )
+    return chosen, tuple(slots)
+
+
+def _interfaces(interface: str | None) -> dict[str, str]:
+    """Return the variables that make gloo and NCCL use ``interface``, unless the user has set them."""
+    if interface is None:
+        return {}
+    values = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return {name: value for name, value in values.items() if name not in os.environ}

@@ -1,0 +1,184 @@
+"""One launch of the ranks on several hosts: what ``launcher.Ranks`` is for one machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.open_directory import OpenDirectory
+from ds_gpt2.run_dir.exit_codes import CRASHED
+from ds_gpt2.run_dir.exit_report import Outcome
+from ds_gpt2.run_dir.heartbeat import Beat
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
+from ds_gpt2.supervision.cluster.messages import LaunchRequest, NodeReport, as_values
+
+_LAUNCH_SECONDS, _STACKS_SECONDS = 30.0, 30.0
+_STUCK_SECONDS = 10.0  # without a new heartbeat after a part of the ranks is gone
+
+
+@dataclass
+class _Part:
+    """The ranks of one host."""
+
+    host: str
+    link: AgentLink
+    request: LaunchRequest
+    lost: str | None = None  # why the host does not answer any more
+
+    @property
+    def report(self) -> NodeReport | None:
+        """The host's newest report about this launch; None before the first."""
+        report = self.link.report
+        return report if report is not None and report.launch == self.request.number else None
+
+    @property
+    def has_exited(self) -> bool:
+        return self.lost is not None or (self.report is not None and self.report.has_exited)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether these ranks have not ended as the others may: by an error, a signal, or the loss of their host."""
+        report = self.report
+        return self.lost is not None or (report is not None and not report.launcher_runs and report.exit_code != 0)
+
+
+class ClusterRanks:
+    """The ranks of one launch on several hosts."""
+
+    def __init__(self, parts: Sequence[tuple[AgentLink, LaunchRequest]], clock: Callable[[], float] = time.monotonic):
+        """Start the ranks on all hosts. A host that cannot start them counts as lost."""
+        self._parts = [_Part(link.host, link, request) for link, request in parts]
+        self._clock = clock
+        self._failures: dict[int, str] = {}  # in the order of their arrival
+        self._beats: dict[int, Beat] = {}
+        self._beat_time = clock()
+        self.count = sum(self._parts[0].request.place.slots)
+        self._on_each(self._start)
+
+    @property
+    def group(self) -> int | None:
+        """Agents own the process groups."""
+        return None
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """The process groups of the ranks, by host."""
+        return {part.host: part.report.group for part in self._parts if part.report is not None}
+
+    @property
+    def lost_hosts(self) -> dict[str, str]:
+        """The hosts that have stopped to answer during this launch, and why."""
+        self._update()
+        return {part.host: part.lost for part in self._parts if part.lost is not None}
+
+    @property
+    def is_launcher_running(self) -> bool:
+        """Whether the ranks run on all hosts, or have ended as they should on some."""
+        self._update()
+        return not any(part.has_failed for part in self._parts) and not self.have_exited
+
+    @property
+    def have_exited(self) -> bool:
+        """Whether no process of this launch is left on any host that answers."""
+        self._update()
+        return all(part.has_exited for part in self._parts)
+
+    @property
+    def launcher_was_killed(self) -> bool:
+        return any(report.launcher_was_killed for report in self._reports())
+
+    @property
+    def are_stuck(self) -> bool:
+        """Whether a part of the ranks is gone and the others make no progress: they wait for it."""
+        self._update()
+        return any(part.has_failed for part in self._parts) and self._clock() - self._beat_time > _STUCK_SECONDS
+
+    @property
+    def exit_status(self) -> str:
+        """Why the ranks of the first failed host have exited, as text."""
+        failed = [part for part in self._parts if part.has_failed]
+        part = failed[0] if failed else self._parts[0]
+        status = part.lost or (part.report.exit_status if part.report is not None else None)
+        return f"host {part.host}: {status}"
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        return any(report.ran_out_of_memory for report in self._reports())
+
+    def outcome(self) -> Outcome:
+        """Return what rank 0 reported about the end of the run; a crash if it reported nothing."""
+        return next((report.outcome for report in self._reports() if report.outcome is not None), Outcome(CRASHED))
+
+    def failures(self) -> dict[int, str]:
+        """Return the error of each rank that reported one, the first to fail first."""
+        self._update()
+        return self._failures
+
+    def kills(self) -> dict[int, str]:
+        """Return the name of the signal that killed each rank that was killed before its launcher ended the others."""
+        return {rank: name for report in self._reports() for rank, name in report.kills.items()}
+
+    def request_stop(self) -> None:
+        for part in self._parts:
+            part.link.request("stop")
+
+    def kill(self) -> None:
+        for part in self._parts:
+            part.link.request("kill")
+
+    def write_stacks(self, run_dir: Path, directory: Path) -> None:
+        """Let each host write what its ranks are executing to ``directory``."""
+
+        def write(part: _Part) -> None:
+            try:
+                part.link.call("stacks", _STACKS_SECONDS, run_dir=str(run_dir), directory=str(directory))
+            except (LostHostError, UserError):  # the stacks of the other hosts are written
+                return
+
+        self._on_each(write)
+
+    def heartbeats(self, run_dir: OpenDirectory) -> ClusterRanks:
+        """Return the heartbeats of the ranks: the agents read them."""
+        return self
+
+    def read(self) -> list[Beat | None]:
+        """Return the newest heartbeat of each rank; None for a rank without one since the launch."""
+        self._update()
+        return [self._beats.get(rank) for rank in range(self.count)]
+
+    def stopped(self) -> set[int]:
+        """Return the ranks whose process is stopped (SIGSTOP)."""
+        return {rank for report in self._reports() for rank in report.stopped}
+
+    def problem(self) -> str | None:
+        """Return why ranks cannot write heartbeats; None if they can."""
+        return next((report.beat_problem for report in self._reports() if report.beat_problem is not None), None)
+
+    def _start(self, part: _Part) -> None:
+        try:
+            part.link.call("launch", _LAUNCH_SECONDS, request=as_values(part.request))
+        except (LostHostError, UserError) as error:
+            part.lost = str(error)
+
+    def _update(self) -> None:
+        """Note which hosts are lost, and what the others have reported."""
+        for part in self._parts:
+            if part.lost is None and not part.has_exited:
+                part.lost = part.link.problem
+        for report in self._reports():
+            for rank, failure in report.failures.items():
+                self._failures.setdefault(rank, failure)
+            for rank, beat in report.beats.items():
+                if beat != self._beats.get(rank):
+                    self._beats[rank], self._beat_time = beat, self._clock()
+
+    def _reports(self) -> list[NodeReport]:
+        return [part.report for part in self._parts if part.report is not None]
+
+    def _on_each(self, action: Callable[[_Part], None]) -> None:
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            list(pool.map(action, self._parts))

@@ -1,0 +1,206 @@
+"""Compare what the agents of all hosts have found out, before any rank starts; the actions are in ``node_checks``."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
+
+_CALL_SECONDS = 60.0  # for an answer that needs PyTorch, the index of the data or a network disk
+_CLOCK_SECONDS = 1.0  # the largest difference between two clocks: heartbeats and leases carry times
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host whose agent answers."""
+
+    host: Host
+    link: AgentLink
+    name: str  # the host's own name
+    gpus: int | None  # None: not counted
+    addresses: Mapping[str, list[str]]  # network interface -> IPv4 addresses
+    same: Mapping[str, str]  # what must be equal on all hosts
+
+    def call(self, what: str, **words: Any) -> Any:
+        """Return the answer of the agent to a request.
+
+        Raises:
+            UserError: the agent refuses, or does not answer.
+        """
+        return call(self.link, what, **words)
+
+
+def call(link: AgentLink, what: str, **words: Any) -> Any:
+    """Return the answer of an agent to a request.
+
+    Raises:
+        UserError: the agent refuses, or does not answer.
+    """
+    try:
+        return link.call(what, _CALL_SECONDS, **words)
+    except LostHostError as error:
+        raise UserError(f"host {link.host}: {error}") from None
+
+
+def on_all(action: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    """Return the results of ``action`` for all items, computed at the same time; the first error is raised."""
+    with ThreadPoolExecutor(max(1, len(items))) as pool:
+        return list(pool.map(action, items))
+
+
+def node_of(host: Host, link: AgentLink, arguments: Sequence[str], accelerator: str) -> Node:
+    """Return the node of a connected host.
+
+    Args:
+        arguments: of train.py.
+        accelerator: GPUs are counted unless it is "cpu".
+
+    Raises:
+        UserError: the run cannot be read there, or the host's clock differs from this one.
+    """
+    check_clock(link)
+    facts = call(link, "facts", arguments=list(arguments), cwd=str(Path.cwd()), accelerator=accelerator)
+    return Node(host, link, facts["name"], facts["gpus"], facts["addresses"], facts["same"])
+
+
+def check_clock(link: AgentLink) -> None:
+    """Compare the clock of a host with that of this machine.
+
+    Raises:
+        UserError: they differ by more than a second.
+    """
+    before = time.time()
+    there = float(call(link, "ping"))
+    after = time.time()
+    if (ahead := there - after) > _CLOCK_SECONDS or (ahead := there - before) < -_CLOCK_SECONDS:
+        raise UserError(
+            f"host {link.host}: its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} that of this"
+            " machine: synchronize both (chrony, systemd-timesyncd)"
+        )
+
+
+def check_equal(nodes: Sequence[Node]) -> None:
+    """Check that Python, the libraries, the code and the data are equal on all nodes.
+
+    Raises:
+        UserError: something differs.
+    """
+    first = nodes[0]
+    for node in nodes[1:]:
+        for what, value in first.same.items():
+            if node.same.get(what) != value:
+                raise UserError(
+                    f"{what}: {value} on {first.host.name}, {node.same.get(what)} on {node.host.name}: make them equal"
+                )
+
+
+def check_slots(nodes: Sequence[Node], accelerator: str) -> None:
+    """Check that every node has a GPU for each of its ranks.
+
+    Raises:
+        UserError: a node has fewer.
+    """
+    for node in nodes if accelerator == "cuda" else ():
+        if (node.gpus or 0) < node.host.slots:
+            raise UserError(
+                f"host {node.host.name}: slots={node.host.slots}, but it has {counted(node.gpus or 0, 'GPU')}"
+            )
+
+
+def check_shared(nodes: Sequence[Node], directories: Sequence[Path]) -> None:
+    """Check that each directory is the same on all nodes: every node creates a file there, and all others must see it.
+
+    Raises:
+        UserError: a directory is not shared, or cannot be written on a node.
+    """
+    if len(nodes) == 1:
+        return
+    nonce = secrets.token_hex(8)
+    names = [f"{nonce}-{number}" for number in range(len(nodes))]
+    paths = list(map(str, directories))
+    marked: list[list[str]] = []
+    try:
+        for node, name in zip(nodes, names, strict=True):
+            marked.append(node.call("mark", directories=paths, name=name))
+        for node, missing in zip(
+            nodes, on_all(lambda node: node.call("has_marks", directories=marked[0], names=names), nodes), strict=True
+        ):
+            for path, absent in zip(paths, missing, strict=True):
+                if absent:
+                    other = nodes[names.index(absent[0])].host.name
+                    raise UserError(
+                        f"{path} is not the same directory on {node.host.name} and {other}: mount a shared file system"
+                        " there, or set run.dir and checkpoint.dir to one"
+                    )
+    finally:
+        for node, name, where in zip(nodes, names, marked, strict=False):
+            node.link.request("unmark", directories=where, name=name)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How the ranks of all nodes reach rank 0."""
+
+    address: str  # of the first node
+    port: int
+    interfaces: tuple[str | None, ...]  # of each node, for the connections between ranks; None: unknown
+    round_trips: tuple[float, ...]  # seconds from each other node to the first
+
+
+def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network:
+    """Find an address of the first node that all others reach, and the interface that each uses for it.
+
+    Args:
+        interface: use only addresses of this interface of the first node.
+
+    Raises:
+        UserError: there is no such address.
+    """
+    first, others = nodes[0], nodes[1:]
+    if not others:
+        return Network("127.0.0.1", first.call("free_port", address="127.0.0.1"), (None,), ())
+    own = {address: name for name, found in first.addresses.items() for address in found}
+    if interface is not None and interface not in first.addresses:
+        available = ", ".join(sorted(first.addresses))
+        raise UserError(
+            f"cluster.interface={interface}: host {first.host.name} has no such interface; it has {available}"
+        )
+    named = sorted(
+        {
+            address
+            for found in on_all(lambda node: node.call("resolve", name=first.host.name), others)
+            for address in found
+        }
+    )
+    candidates = [address for address in [*named, *own] if address in own and not address.startswith("127.")]
+    if interface is not None:
+        candidates = [address for address in candidates if own[address] == interface]
+    port = first.call("listen")
+    reached = on_all(lambda node: node.call("reach", addresses=list(dict.fromkeys(candidates)), port=port), others)
+    for address in candidates:
+        if all(address in found for found in reached):
+            return Network(
+                address,
+                first.call("free_port", address=address),
+                (own[address], *(interface or found[address]["interface"] for found in reached)),
+                tuple(found[address]["round_trip"] for found in reached),
+            )
+    isolated = next(
+        (node.host.name for node, found in zip(others, reached, strict=True) if not found), others[-1].host.name
+    )
+    tried = ", ".join(dict.fromkeys(candidates)) or "it has no address besides that of the loopback interface"
+    raise UserError(
+        f"host {isolated} cannot connect to {first.host.name} ({tried}): check the firewall between them, or set"
+        " cluster.interface"
+    )

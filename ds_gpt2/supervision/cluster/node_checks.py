@@ -1,0 +1,195 @@
+"""What an agent finds out about its host: is the same code there, the same data, the same directories, a way to rank 0?
+
+Each function is an action that a supervisor requests; ``host_checks`` compares the answers of all hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ds_gpt2 import __version__
+from ds_gpt2.common import files
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.config import train_arguments
+from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.supervision.launcher import gpus_of_machine
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_MARK = ".node-"  # start of the names of files that show whether hosts share a directory
+_LISTEN_SECONDS, _CONNECT_SECONDS = 60.0, 3.0
+_ROUND_TRIPS = 20
+_COMMAND_SECONDS = 600.0
+
+
+def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any]:
+    """Return what must be equal on all hosts, and what is needed to place the ranks.
+
+    Args:
+        arguments: of train.py.
+        cwd: the working directory of the run, which becomes that of the agent.
+        accelerator: GPUs are counted unless it is "cpu".
+
+    Raises:
+        UserError: the working directory, the settings or the data cannot be read here.
+    """
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        raise UserError(f"the working directory {cwd} cannot be entered: {reason_of(error)}") from None
+    settings = train_arguments.parse(arguments).settings()
+    libraries = ("torch", "deepspeed", "numpy", "pydantic", "tiktoken", "tensorboard")
+    return {
+        "name": socket.gethostname(),
+        "same": {
+            "Python": platform.python_version(),
+            "ds_gpt2": __version__,
+            **{name: metadata.version(name) for name in libraries},
+            "the code of ds_gpt2": code_fingerprint(),
+            "the data": open_dataset(settings.data.dir).fingerprint,
+        },
+        "gpus": None if accelerator == "cpu" else gpus_of_machine(),
+        "addresses": _addresses(),
+    }
+
+
+def code_fingerprint() -> str:
+    """Return a hash of the package's modules."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE)} {files.sha256(file)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def mark(directories: Sequence[str], name: str) -> list[str]:
+    """Create a file ``name`` in each directory, or in the nearest parent that exists; return where.
+
+    Raises:
+        OSError: a directory cannot be written.
+    """
+    parents = [files.nearest_existing(Path(directory)) for directory in directories]
+    for parent in parents:
+        files.open_for_writing(parent / f"{_MARK}{name}", "wb").close()
+    return list(map(str, parents))
+
+
+def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float = 5.0) -> list[list[str]]:
+    """Return for each directory the ``names`` whose files are missing there.
+
+    Args:
+        seconds: to wait for them: a network file system may show new files late.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        missing = [[name for name in names if not os.path.exists(f"{each}/{_MARK}{name}")] for each in directories]
+        if not any(missing) or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.2)
+
+
+def unmark(directories: Sequence[str], name: str) -> None:
+    """Delete the files that ``mark`` has created."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            Path(directory, f"{_MARK}{name}").unlink(missing_ok=True)
+
+
+def listen() -> int:
+    """Answer connections on a free port of all addresses for a minute; return the port."""
+    server = socket.create_server(("", 0))
+    server.settimeout(_LISTEN_SECONDS)
+
+    def answer() -> None:
+        with server, contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                threading.Thread(target=_echo, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=answer, daemon=True).start()
+    return int(server.getsockname()[1])
+
+
+def reach(addresses: Sequence[str], port: int) -> dict[str, dict[str, Any]]:
+    """Connect to ``port`` of each address; return the interface and the round trip (seconds) for those that answer."""
+    found = {}
+    for address in addresses:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            times = []
+            for _ in range(_ROUND_TRIPS):
+                start_time = time.perf_counter()
+                connection.sendall(b"x")
+                if connection.recv(1) != b"x":
+                    raise OSError("another program answers")
+                times.append(time.perf_counter() - start_time)
+            own = connection.getsockname()[0]
+            found[address] = {"interface": interface_of(own), "round_trip": sorted(times)[len(times) // 2]}
+    return found
+
+
+def resolve(name: str) -> list[str]:
+    """Return the IPv4 addresses of a host name on this host; none if it is unknown."""
+    with contextlib.suppress(OSError):
+        return sorted(
+            {str(found[4][0]) for found in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)}
+        )
+    return []
+
+
+def free_port(address: str) -> int:
+    """Return a free port of an address of this host.
+
+    Raises:
+        OSError: it is not an address of this host.
+    """
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def interface_of(address: str) -> str | None:
+    """Return the network interface of this host that has ``address``; None if none has it."""
+    return next((name for name, own in _addresses().items() if address in own), None)
+
+
+def command(words: Sequence[str]) -> dict[str, Any]:
+    """Run a command of ds_gpt2 on this host; return its exit code and output."""
+    program = [sys.executable, str(_PACKAGE / "__main__.py"), *words]
+    done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_COMMAND_SECONDS)
+    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+
+def _addresses() -> dict[str, list[str]]:
+    """Return the IPv4 addresses of each network interface that is up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    return {
+        name: [address.address for address in addresses if address.family == socket.AF_INET]
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in up
+    }
+
+
+def _echo(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(_LISTEN_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while data := connection.recv(1 << 16):
+            connection.sendall(data)
+
+
+ACTIONS: dict[str, Callable[..., Any]] = {
+    action.__name__: action for action in (facts, mark, has_marks, unmark, listen, reach, resolve, free_port, command)
+}
