@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity
+from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, nothing_to_resume
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
@@ -156,5 +156,5 @@ def _candidates(settings: Settings, source: str) -> list[Generation]:
     found = candidates(settings.checkpoint_dir, source)
     if not found and not has_backups(settings):
         check_never_saved(settings)
-        raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
+        raise nothing_to_resume(settings.checkpoint_dir)
     return found

@@ -207,6 +207,22 @@ def test_the_refusal_of_a_new_run_suggests_a_command_that_works(
     assert refusal() == f"{wrong} (`./launch.sh resume test`{end}"
 
 
+def test_a_resume_with_a_file_in_the_place_of_its_checkpoint_names_the_file(
+    tmp_path: Path, write_config: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    settings.run_dir.mkdir(parents=True)
+    write_settings(settings)
+    settings.checkpoint_dir.mkdir(parents=True)
+    (settings.checkpoint_dir / "rolling_step_000035").write_text("")
+    problem = f"{settings.checkpoint_dir}/rolling_step_000035 is a file, not the directory of a checkpoint: delete it"
+    line = refused("resume", str(settings.run_dir))
+    assert line.startswith(f"error: nothing to resume: {problem}")
+    Journal(settings.run_dir).write("save", "saved", 35)
+    line = refused("resume", str(settings.run_dir))
+    assert f"was saved at step 35, but there is no checkpoint in {settings.checkpoint_dir}: {problem}" in line
+
+
 @pytest.mark.parametrize("source", ["latest", "999"])
 def test_a_resume_without_checkpoints_does_not_announce_another_micro_batch(
     tmp_path: Path,
