@@ -51,6 +51,20 @@ def test_a_run_without_settings_is_named_with_the_fix(project: Path) -> None:
         find_run("older")
 
 
+@pytest.mark.parametrize("record", ["starts.jsonl", "journal.jsonl", "metrics.jsonl"])
+def test_the_newest_run_is_not_replaced_by_another_if_its_settings_are_lost(project: Path, record: str) -> None:
+    runs = project / "runs"
+    (runs / "newer" / "config.yaml").unlink()
+    (runs / "newer" / "starts.jsonl").rename(runs / "newer" / record)  # without starts, the time of the file counts
+    assert started_runs() == [runs / "older", runs / "newer"]
+    message = f"{runs}/newer/config.yaml of the newest run is missing: restore it from a copy of the run, or name"
+    with pytest.raises(UserError, match=rf"^{re.escape(message)} another run \(older\)$"):
+        find_run(None)
+    (runs / "older" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"restore it from a copy of the run$"):
+        find_run(None)
+
+
 def test_the_first_run_is_suggested_if_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_as_project(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"no runs in .*: start one with `\./launch\.sh quickstart`"):
