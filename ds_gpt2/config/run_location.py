@@ -18,6 +18,7 @@ from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.paths import absolute
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
@@ -107,7 +108,7 @@ def absolute_run_dir(run_dir: Path) -> Path:
     Raises:
         UserError: the settings in the target of a symbolic link cannot be read.
     """
-    path = Path(os.path.abspath(run_dir))
+    path = absolute(run_dir)
     if not path.is_symlink():
         return path
     target = path.resolve()

@@ -34,6 +34,12 @@ def test_runs_are_found_by_name_and_path_and_the_newest_by_default(project: Path
     assert find_run(None) == runs / "newer"
 
 
+def test_a_run_behind_the_parent_of_a_link_is_found(project: Path) -> None:
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere" / "link").symlink_to(project / "runs" / "older")
+    assert find_run(str(project / "elsewhere" / "link" / ".." / "newer")) == project / "runs" / "newer"
+
+
 def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
     with pytest.raises(UserError, match=r"no run other; runs in .*/runs: older, newer$"):
         find_run("other")
