@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoint_files import write_checkpoint
 from file_tree import tree
 from fsspec.registry import known_implementations
 from launched import Launched
@@ -221,6 +222,22 @@ def test_a_resume_with_a_file_in_the_place_of_its_checkpoint_names_the_file(
     Journal(settings.run_dir).write("save", "saved", 35)
     line = refused("resume", str(settings.run_dir))
     assert f"was saved at step 35, but there is no checkpoint in {settings.checkpoint_dir}: {problem}" in line
+
+
+def test_the_checkpoints_are_searched_once_for_what_to_resume_from(
+    tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    write_checkpoint(settings.checkpoint_dir, "rolling_step_000006", 6, identity={})
+    searched = []
+
+    def search(selector: str) -> int:
+        searched.append(selector)
+        return 9
+
+    monkeypatch.setattr("ds_gpt2.checkpoint.catalog.step_limit", search)  # ``candidates`` calls it once
+    check_start(settings, plan_batch(settings.batch.tokens_per_step, 2, settings.batch.sequence_length, 1), "before:9")
+    assert searched == ["before:9"]
 
 
 @pytest.mark.parametrize("source", ["latest", "999"])
