@@ -30,6 +30,9 @@ settings.load_profile("suite")
 # Shells start background jobs with SIGINT ignored, and child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; commands then wrap their output
+_HANDLERS = {
+    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+}
 
 
 # The first use of one of these fixtures starts real ranks.
@@ -62,6 +65,19 @@ def _same_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _usual_signals() -> Iterator[None]:
+    """Restore the signal handlers: a supervisor that has run in this process ignores the signals afterwards."""
+    _restore_handlers()
+    yield
+    _restore_handlers()
+
+
+def _restore_handlers() -> None:
+    for number, handler in _HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

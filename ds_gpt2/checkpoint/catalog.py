@@ -114,6 +114,36 @@ def file_problem(path: Path) -> str | None:
     return None
 
 
+def files_instead_of_checkpoints(directory: Path) -> dict[Path, str]:
+    """Return the files in ``directory`` that have the name of a checkpoint, each with its problem."""
+    named = sorted(path for path in directory.iterdir() if naming.role_of(path.name)) if directory.is_dir() else []
+    return {path: problem for path in named if (problem := file_problem(path)) is not None}
+
+
+def describe_files(directory: Path) -> str | None:
+    """Return one line about the first of ``files_instead_of_checkpoints`` and how many follow; None if there are none.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    found = files_instead_of_checkpoints(directory)
+    if not found:
+        return None
+    path, problem = next(iter(found.items()))
+    return f"{path} {problem}" + (f" ({len(found) - 1} more like it)" if len(found) > 1 else "")
+
+
+def nothing_to_resume(directory: Path) -> UserError:
+    """Return the error that ``directory`` has no checkpoint; it names a file in the place of one.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    if (text := describe_files(directory)) is not None:
+        return UserError(f"nothing to resume: {text}")
+    return UserError(f"nothing to resume: {directory} has no checkpoint; start a new run")
+
+
 def problem_of(generation: Generation, part: int = 0, parts: int = 1) -> str | None:
     """Return why ``generation`` must not be loaded; None if all its files are intact.
 

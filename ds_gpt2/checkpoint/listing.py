@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, file_problem, wrong_size
+from ds_gpt2.checkpoint.catalog import Generation, files_instead_of_checkpoints, wrong_size
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, MANIFEST, PARTIAL, role_of
 from ds_gpt2.checkpoint.verify import Verdict, examine
 from ds_gpt2.common.disk_usage import bytes_below
@@ -85,12 +85,6 @@ def unfinished(directory: Path) -> dict[Path, str]:
         except OSError as error:
             found[path] = f"not readable: {reason_of(error)}"
     return found
-
-
-def files_instead_of_checkpoints(directory: Path) -> dict[Path, str]:
-    """Return the files in ``directory`` that have the name of a checkpoint, each with its problem."""
-    named = sorted(path for path in directory.iterdir() if role_of(path.name)) if directory.is_dir() else []
-    return {path: problem for path in named if (problem := file_problem(path)) is not None}
 
 
 def unfinished_row(path: Path, problem: str) -> CheckpointRow:

@@ -16,7 +16,9 @@ from ds_gpt2.checkpoint.catalog import (
     Generation,
     candidates,
     check_identity,
+    describe_files,
     name_in_commands,
+    nothing_to_resume,
     problem_of,
     step_limit,
 )
@@ -67,7 +69,7 @@ def choose_checkpoint(
             return Restored(generation, generation.manifest, contents)
         log.warning(f"checkpoint {generation.path} cannot be used: {reasons[0]}")
     if not tried:
-        raise UserError(f"nothing to resume: {directory} has no checkpoint; start a new run")
+        raise nothing_to_resume(directory)
     command = f"./launch.sh resume {name_in_commands(directory)} --from TAG"
     raise UserError(
         f"none of {', '.join(tried)} in {directory} can be used (the reasons are above):"
@@ -86,11 +88,18 @@ def _warn_if_too_new(generation: Generation, selector: str) -> None:
 
 def _to_try(directory: Path, selector: str, backup: Backup | None) -> Iterator[Generation]:
     """Yield the candidates, the same on every rank. Backups are fetched only if all others are damaged."""
-    yield from collectives.broadcast_from_main(lambda: candidates(directory, selector))
+    yield from collectives.broadcast_from_main(lambda: _local(directory, selector))
     if backup is None or selector not in ("latest", "auto"):
         return
     for tag in collectives.broadcast_slow_from_main(partial(_copies, backup)):
         yield from collectives.broadcast_slow_from_main(partial(_fetched, backup, tag, directory))
+
+
+def _local(directory: Path, selector: str) -> list[Generation]:
+    """Return ``catalog.candidates``; a file in the place of a checkpoint is logged."""
+    if (text := describe_files(directory)) is not None:
+        log.warning(text)
+    return candidates(directory, selector)
 
 
 def _copies(backup: Backup) -> list[str]:

@@ -15,15 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ds_gpt2.checkpoint import pruning
-from ds_gpt2.checkpoint.catalog import Generation, candidates, open_generation
-from ds_gpt2.checkpoint.listing import (
-    CheckpointRow,
-    files_instead_of_checkpoints,
-    rows_of,
-    step_of,
-    unfinished,
-    unfinished_row,
-)
+from ds_gpt2.checkpoint.catalog import Generation, candidates, files_instead_of_checkpoints, open_generation
+from ds_gpt2.checkpoint.listing import CheckpointRow, rows_of, step_of, unfinished, unfinished_row
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST, role_of
 from ds_gpt2.checkpoint.verify import Check, deep_problem, examine, hashing
 from ds_gpt2.commands import inspect

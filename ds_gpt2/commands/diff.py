@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ds_gpt2.common.formatting import MISSING, table, tokens, truncated
+from ds_gpt2.common.formatting import MISSING, fixed, signed, table, tokens, truncated
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.run_dir import exit_codes
@@ -59,7 +59,8 @@ def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
 
 def _cells(pair: Pair) -> list[str]:
-    whole = any(value is not None and (abs(value) >= 1000 or value.is_integer()) for value in (pair.a, pair.b))
-    digits = ",.0f" if whole else ".4f"
-    numbers = [(pair.a, digits), (pair.b, digits), (pair.difference, f"+{digits}")]
-    return [MISSING if value is None else format(value, form) for value, form in numbers]
+    known = [value for value in (pair.a, pair.b) if value is not None]
+    is_whole = any(abs(value) >= 1000 for value in known) or all(value.is_integer() for value in known)
+    digits = 0 if is_whole else 4
+    difference = MISSING if pair.difference is None else signed(pair.difference, digits)
+    return [fixed(pair.a, digits), fixed(pair.b, digits), difference]

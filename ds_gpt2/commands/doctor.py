@@ -19,7 +19,7 @@ from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.launcher import choose_ranks
 from ds_gpt2.tools.doctor.checks import checks
-from ds_gpt2.tools.doctor.finding import Check, Finding, run_check
+from ds_gpt2.tools.doctor.finding import Check, Finding, failure, run_check
 
 WIDTH = 100  # columns
 
@@ -53,8 +53,8 @@ def _checks(settings: Settings, num_gpus: int | None) -> list[Check]:
     try:
         layout = choose_ranks(settings, num_gpus)
     except UserError as error:
-        reason = str(error)
-        first = Check("settings", "device", lambda: Finding("device", "fail", reason), quick=True)
+        finding = failure("device", error)
+        first = Check("settings", "device", lambda: finding, quick=True)
         return [first, *(check for check in checks(settings, "cuda", num_gpus or 1) if check.group != "ranks")]
     return checks(settings, layout.accelerator, layout.ranks)
 

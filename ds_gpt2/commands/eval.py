@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ds_gpt2.commands.arguments import path, positive
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import MISSING, fixed, table, tokens
+from ds_gpt2.common.formatting import MISSING, fixed, signed, table, tokens
 from ds_gpt2.distributed import device
 from ds_gpt2.evaluation.loss import Estimate
 from ds_gpt2.run_dir import exit_codes
@@ -134,12 +134,12 @@ def _cells_of_difference(row: EvalRow) -> list[str]:
     less = row.difference
     assert less is not None
     accuracies = (less.hellaswag[measure] if less.hellaswag else None for measure in _SHOWN)
-    return [row.title, *(_with_error(estimate, "+") for estimate in (less.loss, *accuracies))]
+    return [row.title, *(_with_error(estimate, signed) for estimate in (less.loss, *accuracies))]
 
 
-def _with_error(estimate: Estimate | None, sign: str = "") -> str:
+def _with_error(estimate: Estimate | None, format_value: Callable[[float, int], str] = fixed) -> str:
     """Return the value and its standard error, as ``3.2874 ± 0.0031``."""
     if estimate is None:
         return MISSING
     error = "" if estimate.stderr is None else f" ± {estimate.stderr:.4f}"
-    return f"{estimate.value:{sign}.4f}{error}"
+    return f"{format_value(estimate.value, 4)}{error}"

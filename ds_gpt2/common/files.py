@@ -11,9 +11,12 @@ import errno
 import functools
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -23,6 +26,9 @@ from ds_gpt2.common.errors import UserError
 LARGEST = 256 << 20  # bytes of a file that is read as a whole
 _NEWLINE = b"\n"
 _PROBE, _PROBE_BYTES = ".write_probe", 160
+_TEMPORARY, _TOKEN_BYTES = ".tmp", 4  # suffix of temporary files, and the random part of their names
+_MAX_PREFIX = 50  # characters of the file's name in that of its temporary file: a name has at most 255 bytes
+_ABANDONED_SECONDS = 3600.0  # a temporary file that was not written to for so long is of a killed process
 
 
 class NotDurableError(OSError):
@@ -185,38 +191,57 @@ def replace_file(
     *,
     durable: bool = False,
     mode: int = 0o666,
-    temporary: Path | None = None,
+    hidden: bool = False,
 ) -> None:
     """Replace the file ``path`` atomically: a reader sees either the old or the new content.
+
+    The new content is written to a temporary file in the same directory. Several processes, also on several machines,
+    may replace the same file: each has a temporary file of its own, and the last to finish wins.
 
     Args:
         content: text, written as UTF-8 with lone surrogates escaped; bytes; or an open file, copied from its position.
         durable: sync the content before the rename, so that the replacement is atomic also at a power failure.
         mode: permissions of the file, restricted by the umask.
-        temporary: the file that is written and then renamed, in the same directory; default: ``path`` with ``.tmp``
-            appended.
+        hidden: give the temporary file a hidden name that does not contain the name of ``path``.
 
     Raises:
         OSError: the new content cannot be written; the old content is unchanged.
     """
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    partial = temporary or path.with_name(path.name + ".tmp")
+    prefix = "." if hidden else f"{path.name[:_MAX_PREFIX]}."
+    _delete_abandoned(path.parent, prefix)
+    partial = path.with_name(f"{prefix}{secrets.token_hex(_TOKEN_BYTES)}{_TEMPORARY}")
+    file = open(partial, "xb", opener=functools.partial(no_links, mode=mode))  # noqa: SIM115  # closed by _write
     try:
-        partial.unlink(missing_ok=True)  # left by a killed process, perhaps with other permissions
-        with open(partial, "wb", opener=functools.partial(no_links, mode=mode)) as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                shutil.copyfileobj(content, file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        _write(file, content, durable)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _write(file: BinaryIO, content: bytes | BinaryIO, durable: bool) -> None:
+    """Write ``content`` to ``file`` and close it."""
+    with file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            shutil.copyfileobj(content, file)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _delete_abandoned(directory: Path, prefix: str) -> None:
+    """Delete temporary files of ``replace_file`` that killed processes have left; a file in use is younger."""
+    name = re.compile(rf"{re.escape(prefix)}[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_TEMPORARY)}")
+    oldest = time.time() - _ABANDONED_SECONDS
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if name.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                os.unlink(entry.path)
 
 
 def check_writable(directory: Path) -> None:

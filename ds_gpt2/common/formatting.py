@@ -92,6 +92,11 @@ def fixed(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
+def signed(difference: float, digits: int = 4) -> str:
+    """Format a difference with its sign; what rounds to zero, such as the rounding error of a float, is ``+0``."""
+    return f"{round(difference, digits) + 0.0:+,.{digits}f}"  # -0.0 + 0.0 is 0.0
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """Format a share between 0 and 1 in percent; ``MISSING`` for None."""
     return MISSING if share is None else f"{100 * share:.{digits}f}%"

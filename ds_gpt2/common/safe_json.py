@@ -30,7 +30,7 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
     """
     try:
         if isinstance(text, bytes):
-            text = text.decode(json.detect_encoding(text))
+            text = _decoded(text)
         if object_pairs_hook is not None:
             return json.loads(text, object_pairs_hook=object_pairs_hook, parse_int=_whole_number)
         return _DECODER.decode(text)
@@ -38,6 +38,16 @@ def parse(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]]
         raise BadJsonError("nested too deeply") from None
     except (ValueError, OverflowError, MemoryError) as error:
         raise BadJsonError(one_line_reason(error, 200)) from None
+
+
+def _decoded(text: bytes) -> str:
+    encoding = json.detect_encoding(text)
+    try:
+        return text.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = encoding.upper().removesuffix("-SIG")
+        start = len(text) - len(error.object) + error.start  # utf-8-sig counts from the end of the byte order mark
+        raise BadJsonError(f"not a text in {name} (byte {start})") from None
 
 
 def parse_object(text: str | bytes) -> dict[str, Any] | None:

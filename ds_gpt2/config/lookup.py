@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
@@ -16,10 +17,24 @@ from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.starts import STARTS
 
+_RECORDS = (JOURNAL, STARTS, METRICS)
+
 
 def started_runs() -> list[Path]:
-    """Return the directories of all runs in ``runs/``, ordered by the time of their last start."""
-    return sorted((config.parent for config in (PROJECT_DIR / RUNS).glob(f"*/{CONFIG}")), key=last_started)
+    """Return the directories of all runs in ``runs/``, ordered by the time of their last start.
+
+    Runs whose settings are lost are included.
+    """
+    return sorted((path for path in (PROJECT_DIR / RUNS).glob("*") if is_run(path)), key=last_started)
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a directory has settings or records of a run."""
+    return os.path.lexists(directory / CONFIG) or _has_records(directory)
+
+
+def _has_records(directory: Path) -> bool:
+    return any(os.path.isfile(directory / name) for name in _RECORDS)
 
 
 def find_run(name: str | None) -> Path:
@@ -36,7 +51,7 @@ def find_run(name: str | None) -> Path:
     if name is None:
         if not started:
             raise UserError(f"no runs in {runs} yet: start one with `./launch.sh quickstart`")
-        return absolute_run_dir(started[-1])
+        return _newest_run(started)
     with contextlib.suppress(OSError):  # a name that is too long
         for path in (runs / name, Path(name)):
             if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
@@ -48,10 +63,25 @@ def find_run(name: str | None) -> Path:
         if (run_dir := run_of(Path(name))) is not None:
             return absolute_run_dir(run_dir)
         for path in (runs / name, Path(name)):
-            if any((path / file).is_file() for file in (JOURNAL, STARTS, METRICS)):
+            if _has_records(path):
                 raise UserError(f"{path / CONFIG} is missing: {RESTORE}{_hint_at_checkpoints(path.name)}")
     known = ", ".join(run_dir.name for run_dir in started) or "none"
     raise UserError(f"no run {name}; runs in {runs}: {known}")
+
+
+def _newest_run(started: Sequence[Path]) -> Path:
+    """Return the last of ``started``.
+
+    Raises:
+        UserError: it has no settings: another run must not be chosen in its place.
+    """
+    *others, newest = started
+    if (newest / CONFIG).is_file():
+        return absolute_run_dir(newest)
+    problem = "is not a regular file" if os.path.lexists(newest / CONFIG) else "is missing"
+    usable = [run_dir.name for run_dir in others if (run_dir / CONFIG).is_file()]
+    other = f", or name another run ({', '.join(usable)})" if usable else ""
+    raise UserError(f"{newest / CONFIG} of the newest run {problem}: {RESTORE}{other}")
 
 
 def _hint_at_checkpoints(name: str) -> str:

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_gpt2.common.paths import absolute
+
 # The hub's only GPT-2 models without an owner in their name; the hub redirects them to openai-community and distilbert.
 _WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -35,7 +37,7 @@ def resolve(name: str, base: Path) -> str:
     """
     if hub_name(name) is not None and not (base / name).exists():
         return name
-    return str(base / name)
+    return str(absolute(name, base))
 
 
 def hub_name(resolved: str) -> HubName | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.paths import absolute
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.settings import (
@@ -33,6 +34,7 @@ from ds_gpt2.config.settings import (
 )
 from ds_gpt2.config.settings_tree import read_tree, section_of
 from ds_gpt2.run_dir.journal import JOURNAL
+from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
 
 CONFIG = "config.yaml"
@@ -106,7 +108,7 @@ def absolute_run_dir(run_dir: Path) -> Path:
     Raises:
         UserError: the settings in the target of a symbolic link cannot be read.
     """
-    path = Path(os.path.abspath(run_dir))
+    path = absolute(run_dir)
     if not path.is_symlink():
         return path
     target = path.resolve()
@@ -172,11 +174,15 @@ def last_seen(run_dir: Path) -> Path:
 
 
 def last_started(run_dir: Path) -> float:
-    """Return when the run was last started, in seconds since 1970, or when its settings were written if unknown."""
+    """Return when the run was last started, in seconds since 1970.
+
+    If that is unknown, it is when its settings or, without settings, its records were written.
+    """
     if (started := time_of(last_start(run_dir))) is not None:
         return started
-    with contextlib.suppress(OSError):
-        return (run_dir / CONFIG).stat().st_mtime
+    for name in (CONFIG, JOURNAL, STARTS, METRICS):
+        with contextlib.suppress(OSError):
+            return (run_dir / name).stat().st_mtime
     return 0.0
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ds_gpt2.common import strict_yaml
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import regular_only
-from ds_gpt2.common.paths import expanded
+from ds_gpt2.common.paths import absolute, expanded
 from ds_gpt2.config.model_names import resolve
 
 _MAX_FILE_BYTES = 1_000_000
@@ -130,7 +130,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_absolute(tree: dict[str, Any], keys: tuple[str, ...], base: Path, expand: bool = True) -> None:
-    """Make the paths in ``tree`` absolute, in place; URLs and names of models on the hub are unchanged.
+    """Make the paths in ``tree`` absolute and remove ``..``, in place; URLs and names on the hub are unchanged.
 
     Args:
         keys: the dotted settings that are paths.
@@ -178,4 +178,4 @@ def _absolute(key: str, text: str, base: Path) -> str:
         return text
     if not text or "\0" in text:
         raise UserError(f"{key} is an empty path or not a path: give a path")
-    return resolve(text, base) if key == "model.init_from" else str(base / text)
+    return resolve(text, base) if key == "model.init_from" else str(absolute(text, base))

@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         const="latest",
         metavar="WHERE",
         help="resume from latest, auto (latest, or a new run), backup (the checkpoint before the newest; it is not"
-        " related to checkpoint.backup), best, a step, a tag or a path",
+        " related to checkpoint.backup), before:STEP (the newest good one before a step), best, a step, an"
+        " epoch (epoch_00003), a tag or a path",
     )
     result.add_argument(
         "--leave_out", metavar="BATCHES", help="batches of the data to exclude from training, such as 1200-1210,1250"

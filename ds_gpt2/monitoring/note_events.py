@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -30,8 +29,7 @@ def show_in_tensorboard(notes: list[Note], directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     earlier = list(directory.glob("*tfevents*"))
     file = directory / f"events.out.tfevents.{time.time_ns():020d}.notes"
-    hidden = directory / f".{os.getpid()}.tmp"  # TensorBoard reads every file with "tfevents" in its name
-    files.replace_file(file, _events(notes), temporary=hidden)
+    files.replace_file(file, _events(notes), hidden=True)  # TensorBoard reads every file with "tfevents" in its name
     for old in earlier:
         old.unlink(missing_ok=True)
 

@@ -75,7 +75,7 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     if not gpus:
         raise UserError(f"run.device is cuda, but PyTorch {version('torch')} finds no GPU: set run.device=cpu")
     if requested and requested > gpus:
-        raise UserError(f"--num_gpus {requested}, but this machine has {counted(gpus, 'GPU')}")
+        raise UserError(f"--num_gpus {requested}, but this machine has {counted(gpus, 'GPU')}: give --num_gpus {gpus}")
     return RankLayout("cuda", requested or gpus)
 
 

@@ -35,7 +35,7 @@ class Launches:
         self._cluster = cluster
         self._is_restart = is_restart
         self._has_trained = False  # a rank has reached its first step or evaluation
-        self.has_started = False  # the ranks have recorded a start in the journal
+        self.has_started = False  # the ranks have started to train
 
     @property
     def next_is_restart(self) -> bool:
@@ -101,8 +101,9 @@ class Launches:
         if not stop.requested and exit_kind != "hung" and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
-        self.has_started |= bool(starts)
-        if stop.requested and outcome.code == exit_codes.CRASHED and not starts:
+        has_started = bool(starts) or _has_trained(beat)  # the journal may not be readable
+        self.has_started |= has_started
+        if stop.requested and outcome.code == exit_codes.CRASHED and not has_started:
             reporter.report("stop", "stopped before the first step of this start: nothing to save")
             outcome = Outcome(exit_codes.STOPPED)
         return LaunchResult(
@@ -117,13 +118,18 @@ class Launches:
 
     def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
-        self._has_trained |= beat is not None and (beat.step > 0 or beat.phase == "evaluating")
+        self._has_trained |= _has_trained(beat)
         if outcome.code == exit_codes.MISTAKE and self._has_trained:  # the same command has trained before
             return Outcome(exit_codes.CRASHED)
         on_request = exit_kind != "launcher killed" and not outcome.supervisor_lost
         if outcome.code == exit_codes.STOPPED and not on_request:
             return Outcome(exit_codes.CRASHED, supervisor_lost=outcome.supervisor_lost)
         return outcome
+
+
+def _has_trained(beat: Beat | None) -> bool:
+    """Return whether a rank has reached its first step or evaluation."""
+    return beat is not None and (beat.step > 0 or beat.phase == "evaluating")
 
 
 def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome) -> str:

@@ -41,15 +41,23 @@ def supervise(run: SupervisedRun, settings: Settings, cluster: Cluster | None = 
     """
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
-    with locks.lock(directory / LOCK, f"run {settings.run.name}"), StopSignals() as stop:
-        supervisor = _Supervisor(run, settings, stop, cluster)
-        code = supervisor.run_to_end()
-    if supervisor.next_command and not stop.requested:
-        try:
-            os.execvp(supervisor.next_command[0], supervisor.next_command)
-        except OSError as error:
-            print(f"cannot start {shlex.join(supervisor.next_command)}: {error.strerror}", file=sys.stderr)
+    with StopSignals() as stop:
+        with locks.lock(directory / LOCK, f"run {settings.run.name}"):
+            supervisor = _Supervisor(run, settings, stop, cluster)
+            code = supervisor.run_to_end()
+        if supervisor.next_command and not stop.end_requests():
+            if cluster is not None:
+                cluster.close()
+            _execute(supervisor.next_command)
     return code
+
+
+def _execute(command: list[str]) -> None:
+    """Replace this process by ``command``; return only if that fails, which is reported."""
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"cannot start {shlex.join(command)}: {error.strerror}", file=sys.stderr)
 
 
 class _Supervisor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity
+from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, nothing_to_resume
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
@@ -46,7 +46,8 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     source = choose_source(settings, resume)
     if commit.has_unfinished_commit(settings.checkpoint_dir):
         source = None  # the ranks complete or remove interrupted saves first
-    dataset = dataset_of(settings, source)
+    found = _candidates(settings, source) if source is not None else []
+    dataset = dataset_of(settings, found)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
     if settings.schedule.warmup_steps >= steps:
         raise UserError(
@@ -55,7 +56,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
     if source is not None:
-        _check_resume(settings, source, identity_of(settings, dataset), steps)
+        _check_resume(found, identity_of(settings, dataset), steps)
     elif starts_new_run(settings, resume):
         _check_new_directories(settings)
         if hub_name(settings.model.init_from or "") is None:
@@ -129,13 +130,12 @@ def _check_none(directory: Path, is_forbidden: Callable[[str], object], setting:
                 raise UserError(f"{directory} has {name}, which does not belong to this run: choose another {setting}")
 
 
-def _check_resume(settings: Settings, source: str, identity: dict[str, Any], steps: int) -> None:
-    """Check that the newest checkpoint fits the run.
+def _check_resume(found: Sequence[Generation], identity: dict[str, Any], steps: int) -> None:
+    """Check that the first readable of the checkpoints to resume from fits the run.
 
     Raises:
-        UserError: there is nothing to resume from, or the newest candidate does not fit the run.
+        UserError: it does not.
     """
-    found = _candidates(settings, source)
     first = next((one for one in found if one.manifest is not None), None)
     if first is None or first.manifest is None:
         return
@@ -156,5 +156,5 @@ def _candidates(settings: Settings, source: str) -> list[Generation]:
     found = candidates(settings.checkpoint_dir, source)
     if not found and not has_backups(settings):
         check_never_saved(settings)
-        raise UserError(f"nothing to resume: {settings.checkpoint_dir} has no checkpoint; start a new run instead")
+        raise nothing_to_resume(settings.checkpoint_dir)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.storage import redacted_reason
-from ds_gpt2.checkpoint.catalog import newest_tag
+from ds_gpt2.checkpoint.catalog import describe_files, newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG, run_argument
 from ds_gpt2.config.settings import Settings
@@ -61,11 +61,12 @@ def check_never_saved(settings: Settings) -> None:
     Raises:
         CheckpointsGoneError: the run was saved, and has no checkpoint.
     """
-    if (step := saved_step(settings)) is not None and not commit.has_unfinished_commit(settings.checkpoint_dir):
+    directory = settings.checkpoint_dir
+    if (step := saved_step(settings)) is not None and not commit.has_unfinished_commit(directory):
+        fix = describe_files(directory) or "mount or restore it"
         raise CheckpointsGoneError(
-            f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in"
-            f" {settings.checkpoint_dir}: mount or restore it; to start a new run, move {settings.run_dir} away or"
-            " choose another run.name"
+            f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in {directory}: {fix}; to"
+            f" start a new run, move {settings.run_dir} away or choose another run.name"
         )
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ds_gpt2.checkpoint.catalog import candidates
+from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Dataset, as_first_read, open_dataset
 
 
-def dataset_of(settings: Settings, source: str | None) -> Dataset:
-    """Return the run's data; of a resumed run, as the checkpoints that ``source`` matches have recorded it.
+def dataset_of(settings: Settings, found: Sequence[Generation]) -> Dataset:
+    """Return the run's data; of a resumed run, as its checkpoints have recorded it.
+
+    Args:
+        found: the checkpoints to resume from, the first choice first; empty for a new run.
 
     Raises:
-        UserError: the data cannot be read, or there is no such checkpoint.
+        UserError: the data cannot be read.
     """
     dataset = open_dataset(settings.data.dir)
-    found = candidates(settings.checkpoint_dir, source) if source is not None else []
     known = [one.manifest.identity.get("data") for one in found if one.manifest is not None]
     return as_first_read(dataset, str(known[0])) if known else dataset
 

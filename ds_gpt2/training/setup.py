@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
+from ds_gpt2.checkpoint.catalog import Generation, candidates
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
@@ -219,7 +220,7 @@ def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunDa
     settings = spec.settings
     source = collectives.broadcast_from_main(lambda: choose_source(settings, spec.resume))
     run_files.heartbeat.beat()
-    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, source))
+    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, _candidates(settings, source)))
     check_shards(dataset, settings.run_dir / "data_checked.json")
     run_files.heartbeat.beat()
     report = functools.partial(report_data_error, run_files.journal)
@@ -230,6 +231,11 @@ def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunDa
 
     training = TrainingData(windows("train"), spec.plan, collectives.rank(), settings.run.seed, spec.device)
     return _RunData(training, lambda: windows("val"), identity_of(settings, dataset), source)
+
+
+def _candidates(settings: Settings, source: str | None) -> list[Generation]:
+    """Return the checkpoints to resume from; none for a new run."""
+    return candidates(settings.checkpoint_dir, source) if source is not None else []
 
 
 def _build_engine(spec: RunSpec) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,18 @@ def test_a_tag_that_leaves_the_directory_is_refused(tmp_path: Path, wanted: str)
 def test_a_run_without_checkpoints_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to resume"):
         resume.choose_checkpoint(tmp_path / "nowhere", "latest", IDENTITY)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "run"
+    _checkpoint(directory, 5)
+    (directory / "rolling_step_000010").write_text("")
+    text = f"{directory}/rolling_step_000010 is a file, not the directory of a checkpoint: delete it, or restore"
+    assert resume.choose_checkpoint(directory, "latest", IDENTITY).generation.step == 5
+    assert text in caplog.text
+    shutil.rmtree(directory / "rolling_step_000005")
+    with pytest.raises(UserError, match=f"^nothing to resume: {re.escape(text)}"):
+        resume.choose_checkpoint(directory, "latest", IDENTITY)
 
 
 @pytest.mark.parametrize("local", ["gone", "damaged"])

@@ -106,3 +106,16 @@ def test_training_losses_that_are_not_finite_are_counted(make: Made, capsys: pyt
     assert row.split()[-3:] == ["0", "1", "+1"]
     assert main(["diff", good, good]) == exit_codes.DONE
     assert "not finite" not in capsys.readouterr().out
+
+
+def test_equal_and_whole_values_have_all_decimals(make: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make("one", 10, 100, 0.3), make("other", 10, 100, 0.1 + 0.2)
+    for name, loss in ((one, 3.0), (other, 2.5)):
+        with (Path(name) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 11, "time": 11.0, "hellaswag/acc": loss}) + "\n")
+    assert main(["diff", one, other]) == exit_codes.DONE
+    rows = {row.split()[0]: row.split()[-1] for row in capsys.readouterr().out.splitlines() if row.strip()}
+    assert rows["val/loss"] == "+0.0000"
+    assert rows["hellaswag/acc"] == "-0.5000"
+    assert main(["diff", other, one]) == exit_codes.DONE
+    assert "-0.0000" not in capsys.readouterr().out

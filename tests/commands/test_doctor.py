@@ -15,6 +15,7 @@ from doctor_helpers import flip
 from ds_gpt2.commands import doctor
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
+from ds_gpt2.supervision import launcher
 from ds_gpt2.tools.doctor.finding import Finding
 
 
@@ -62,13 +63,20 @@ def test_printed_rows_and_summary(
     assert re.search(r", 1 FAIL(, 1 not known)?: not ready; fix the checks marked FAIL", lines[-1])
 
 
-def test_ranks_that_cannot_be_chosen_are_a_finding(
-    tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("gpus", "fix"), [(0, "set run.device=cpu"), (2, "give --num_gpus 2")])
+def test_ranks_that_cannot_be_chosen_are_a_finding_with_a_fix(
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    fix: str,
 ) -> None:
-    config = write_config(tmp_path)
-    code = run(config, "--quick", "--json", "run.device=cuda", "--num_gpus", "4096")
+    monkeypatch.setattr(launcher, "_gpus", lambda: gpus)
+    code = run(write_config(tmp_path), "--quick", "--json", "run.device=cuda", "--num_gpus", "4096")
     rows = json.loads(capsys.readouterr().out)
     assert (code, rows[0]["name"], rows[0]["status"]) == (exit_codes.MISTAKE, "device", "fail")
+    assert rows[0]["fix"] == fix and fix not in rows[0]["found"]
     assert len(rows) > 10
 
 

@@ -117,6 +117,18 @@ def test_unreadable_run_does_not_hide_other_runs(folder: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_run_without_settings_is_shown_among_all_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "runs" / "old" / "config.yaml").unlink()
+    assert status("--all") == 1
+    old, new = sorted(capsys.readouterr().out.splitlines(), reverse=True)
+    assert new.startswith("  new ")
+    fix = "restore it from a copy of the run"
+    assert old == f"old: config not found: {folder}/runs/old/config.yaml; {fix}"
+    (folder / "runs" / "new" / "config.yaml").unlink()
+    assert status() == exit_codes.MISTAKE
+    assert "new/config.yaml of the newest run is missing" in capsys.readouterr().err
+
+
 def test_json_contains_all_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -208,6 +208,16 @@ def test_links_follow_the_runs(tmp_path: Path) -> None:
     assert {link.name: link.resolve() for link in links.iterdir()} == {"first": first / "tensorboard"}
 
 
+def test_a_run_without_settings_is_linked(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "lost")
+    (run_dir / "config.yaml").rename(run_dir / "metrics.jsonl")
+    links = tmp_path / "links"
+    links.mkdir()
+    write_events(run_dir / "tensorboard")
+    link_runs(tmp_path / "runs", links)
+    assert [link.resolve() for link in links.iterdir()] == [run_dir / "tensorboard"]
+
+
 def test_event_files_are_found_by_the_settings_or_in_the_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "test", f"monitor: {{dir: {tmp_path / 'other'}}}\n")
     assert event_directory(run_dir) == tmp_path / "other" / "test"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_gpt2.common.formatting import counted, done_share, duration, size, tokens, truncated, uncapitalized
+from ds_gpt2.common.formatting import counted, done_share, duration, signed, size, tokens, truncated, uncapitalized
 from ds_gpt2.config.batch_plan import BatchPlan
 
 
@@ -17,6 +17,12 @@ def test_durations_are_short(seconds: float, words: str) -> None:
 def test_sizes_and_counts_of_tokens() -> None:
     assert [size(999_999_999), size(1_740_000_000), size(23 * 10**12)] == ["1000.0 MB", "1.74 GB", "23.00 TB"]
     assert [tokens(999), tokens(524_288), tokens(2_500_000), tokens(50e9)] == ["999", "524,288", "2.50 M", "50.00 B"]
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
+    assert [signed(value) for value in (0.3 - (0.1 + 0.2), -0.00004, -0.00006)] == ["+0.0000", "+0.0000", "-0.0001"]
+    assert [signed(value, 0) for value in (-0.4, 1234.0, -1234.0)] == ["+0", "+1,234", "-1,234"]
+    assert [signed(value) for value in (float("-inf"), float("nan"))] == ["-inf", "+nan"]
 
 
 def test_the_noun_of_one_is_singular() -> None:

@@ -34,6 +34,12 @@ def test_runs_are_found_by_name_and_path_and_the_newest_by_default(project: Path
     assert find_run(None) == runs / "newer"
 
 
+def test_a_run_behind_the_parent_of_a_link_is_found(project: Path) -> None:
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere" / "link").symlink_to(project / "runs" / "older")
+    assert find_run(str(project / "elsewhere" / "link" / ".." / "newer")) == project / "runs" / "newer"
+
+
 def test_an_unknown_run_lists_the_known_ones(project: Path) -> None:
     with pytest.raises(UserError, match=r"no run other; runs in .*/runs: older, newer$"):
         find_run("other")
@@ -49,6 +55,20 @@ def test_a_run_without_settings_is_named_with_the_fix(project: Path) -> None:
     (project / "checkpoints" / "older").mkdir(parents=True)
     with pytest.raises(UserError, match=r"; `\./launch\.sh list older` and `verify` work on its checkpoints also with"):
         find_run("older")
+
+
+@pytest.mark.parametrize("record", ["starts.jsonl", "journal.jsonl", "metrics.jsonl"])
+def test_the_newest_run_is_not_replaced_by_another_if_its_settings_are_lost(project: Path, record: str) -> None:
+    runs = project / "runs"
+    (runs / "newer" / "config.yaml").unlink()
+    (runs / "newer" / "starts.jsonl").rename(runs / "newer" / record)  # without starts, the time of the file counts
+    assert started_runs() == [runs / "older", runs / "newer"]
+    message = f"{runs}/newer/config.yaml of the newest run is missing: restore it from a copy of the run, or name"
+    with pytest.raises(UserError, match=rf"^{re.escape(message)} another run \(older\)$"):
+        find_run(None)
+    (runs / "older" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"restore it from a copy of the run$"):
+        find_run(None)
 
 
 def test_the_first_run_is_suggested_if_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,16 @@ def test_paths_are_relative_to_the_project_in_a_file_and_to_the_working_director
     assert load_settings(GPT2_124M, {"data.dir": "/absolute"}, cwd=tmp_path).data.dir == Path("/absolute")
 
 
+def test_paths_in_settings_have_no_parent_parts(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+    names = {"data.dir": "a/../b", "model.init_from": "../c", "monitor.dir": "link/../d"}
+    settings = load_settings(GPT2_124M, names, cwd=tmp_path)
+    assert settings.data.dir == tmp_path / "b"
+    assert settings.model.init_from == str(tmp_path.parent / "c")
+    assert settings.monitor.dir == tmp_path / "disk" / "d"
+
+
 def test_dumped_settings_are_read_back(tmp_path: Path) -> None:
     settings = load_settings(
         GPT2_124M, {"samples.prompts": '["é: \\n", "x"]', "schedule.max_lr": "1e-5", "schedule.min_lr": "0"}

@@ -307,7 +307,7 @@ def test_all_gpus_are_used_by_default(endless: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launcher, "version", lambda _: "2.13.0+cu130")
     assert launcher.choose_ranks(auto, None) == RankLayout("cuda", 3)
     assert launcher.choose_ranks(auto, 2) == RankLayout("cuda", 2)
-    with pytest.raises(UserError, match=r"--num_gpus 4, but this machine has 3 GPU"):
+    with pytest.raises(UserError, match=r"--num_gpus 4, but this machine has 3 GPUs: give --num_gpus 3$"):
         launcher.choose_ranks(auto, 4)
     assert launcher.choose_ranks(load_settings(endless), None) == RankLayout("cpu", 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""The text of a crash names its cause."""
+"""The end of a launch: the text of a crash names its cause, and a stop before the first step is recognized."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 
-from ds_gpt2.run_dir.exit_codes import CRASHED
+from ds_gpt2.run_dir.exit_codes import CRASHED, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
-from ds_gpt2.supervision.launches import _crash_text
+from ds_gpt2.run_dir.heartbeat import Beat
+from ds_gpt2.supervision.launches import Launches, _crash_text
 
 LOST = {0: "RuntimeError: connection closed by peer"}
 
@@ -30,3 +31,17 @@ def test_a_killed_rank_is_named_before_the_errors_that_it_causes(
     ranks: Any = mock.Mock(count=2, ran_out_of_memory=False, exit_status="STATUS", lost_hosts={})
     ranks.failures.return_value, ranks.kills.return_value = failures, kills
     assert _crash_text(ranks, "exited", Outcome(CRASHED)) == text
+
+
+@pytest.mark.parametrize(
+    ("step", "phase", "code"),
+    [(0, "starting", STOPPED), (7, "training", CRASHED), (7, "saving", CRASHED), (0, "evaluating", CRASHED)],
+)
+def test_steps_are_noticed_at_a_stop_if_the_journal_cannot_be_read(step: int, phase: str, code: int) -> None:
+    context: Any = mock.Mock(**{"reporter.events_since.return_value": [], "stop.requested": True})
+    ranks: Any = mock.Mock(**{"outcome.return_value": Outcome(CRASHED)})
+    launches = Launches(context, is_restart=False)
+    result = launches._summarize(ranks, "exited", Beat(1, 0.0, 1, step, step, phase), 0)
+    assert result.outcome == Outcome(code)
+    assert context.reporter.report.called == (code == STOPPED)  # "nothing to save"
+    assert launches.has_started == (code == CRASHED)

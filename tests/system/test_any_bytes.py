@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import threading
 from collections.abc import Callable
@@ -131,6 +132,20 @@ def test_reading_a_pipe_directory_or_device_does_not_block(tmp_path: Path, reade
     finally:
         resource.setrlimit(resource.RLIMIT_AS, usual)
     assert all(isinstance(error, EXPECTED) for error in found), found
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"a": "\xff"}', "not a text in UTF-8 (byte 7)"),
+        (b'\xef\xbb\xbf"\xff"', "not a text in UTF-8 (byte 4)"),
+        (b"\xff\xfe[\0]", "not a text in UTF-16 (byte 4)"),
+        (b"[\0\0\0\0\0\0\xff", "not a text in UTF-32-LE (byte 4)"),
+    ],
+)
+def test_the_reason_for_bytes_that_are_not_text_is_not_that_of_the_codec(data: bytes, reason: str) -> None:
+    with pytest.raises(safe_json.BadJsonError, match=f"^{re.escape(reason)}$"):
+        safe_json.parse(data)
 
 
 @pytest.mark.parametrize("number", ["1" + "0" * 30, "-" + "9" * 21, str(2**64 + 1)])

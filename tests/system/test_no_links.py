@@ -38,31 +38,26 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "settings": ("config.yaml.tmp", lambda run: files.replace_file(run / "config.yaml", "a: 1\n")),
+    "settings": ("config.yaml", lambda run: files.replace_file(run / "config.yaml", "a: 1\n")),
     "lock": ("lock", lambda run: locks.lock(run / "lock", "run").close()),
     "a pointer": ("latest.tmp", lambda run: commit.point_to(Disk(), run, "rolling_step_000001")),
     "a file of a checkpoint": ("manifest.json", lambda run: write_file(Disk(), run / "manifest.json", b"{}")),
     "journal": ("journal.jsonl", lambda run: Journal(run).write("done", "done")),
     "metrics": ("metrics.jsonl", lambda run: MetricsFile(run / "metrics.jsonl").append({"step": 1})),
     "metrics, replaced": ("metrics_replaced.jsonl", lambda run: drop_after(recorded(run / "metrics.jsonl"), 0)),
-    "metrics, linked": ("metrics.jsonl.tmp", lambda run: drop_after(linked(run / "metrics.jsonl"), 0)),
+    "metrics, linked": ("metrics.jsonl", lambda run: drop_after(run / "metrics.jsonl", 0)),
     "metrics, unwritten": (
-        "unwritten.jsonl.tmp",
+        "unwritten.jsonl",
         lambda run: write_to_fallback_file(run / "metrics.jsonl", run / "unwritten.jsonl"),
     ),
     "notes": (NOTES, lambda run: append(run, Note("now", 1, "text"))),
     "heartbeat": ("heartbeat/rank_00000", lambda run: Heartbeat(run, 0)),
-    "an index of data": ("dataset.json.tmp", lambda run: files.replace_file(run / "dataset.json", "{}", durable=True)),
+    "an index of data": ("dataset.json", lambda run: files.replace_file(run / "dataset.json", "{}", durable=True)),
 }
 
 
 def recorded(path: Path) -> Path:
     path.write_text('{"step": 1}\n')
-    return path
-
-
-def linked(path: Path) -> Path:
-    path.symlink_to(recorded(path.with_name("elsewhere.jsonl")))
     return path
 
 
@@ -81,6 +76,16 @@ def test_no_writer_follows_a_symbolic_link(run_dir: Path, victim: Path, writer: 
     write(run_dir)
     assert victim.read_text() == "years of work\n"
     assert not (run_dir / name).is_symlink()
+
+
+def test_a_temporary_file_is_not_written_through_a_symbolic_link(
+    run_dir: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda _: "00000000")
+    (run_dir / "config.yaml.00000000.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        files.replace_file(run_dir / "config.yaml", "a: 1\n")
+    assert victim.read_text() == "years of work\n"
 
 
 @pytest.mark.parametrize("name", ["rolling_step_000001", "rolling_step_000001.tmp", "backup_in_progress.tmp"])

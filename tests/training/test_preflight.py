@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoint_files import write_checkpoint
 from file_tree import tree
 from fsspec.registry import known_implementations
 from launched import Launched
@@ -205,6 +206,38 @@ def test_the_refusal_of_a_new_run_suggests_a_command_that_works(
     monkeypatch.setattr("ds_gpt2.config.run_location.PROJECT_DIR", tmp_path)
     monkeypatch.setattr("ds_gpt2.config.run_location.RUNS", "my runs")
     assert refusal() == f"{wrong} (`./launch.sh resume test`{end}"
+
+
+def test_a_resume_with_a_file_in_the_place_of_its_checkpoint_names_the_file(
+    tmp_path: Path, write_config: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    settings.run_dir.mkdir(parents=True)
+    write_settings(settings)
+    settings.checkpoint_dir.mkdir(parents=True)
+    (settings.checkpoint_dir / "rolling_step_000035").write_text("")
+    problem = f"{settings.checkpoint_dir}/rolling_step_000035 is a file, not the directory of a checkpoint: delete it"
+    line = refused("resume", str(settings.run_dir))
+    assert line.startswith(f"error: nothing to resume: {problem}")
+    Journal(settings.run_dir).write("save", "saved", 35)
+    line = refused("resume", str(settings.run_dir))
+    assert f"was saved at step 35, but there is no checkpoint in {settings.checkpoint_dir}: {problem}" in line
+
+
+def test_the_checkpoints_are_searched_once_for_what_to_resume_from(
+    tmp_path: Path, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    write_checkpoint(settings.checkpoint_dir, "rolling_step_000006", 6, identity={})
+    searched = []
+
+    def search(selector: str) -> int:
+        searched.append(selector)
+        return 9
+
+    monkeypatch.setattr("ds_gpt2.checkpoint.catalog.step_limit", search)  # ``candidates`` calls it once
+    check_start(settings, plan_batch(settings.batch.tokens_per_step, 2, settings.batch.sequence_length, 1), "before:9")
+    assert searched == ["before:9"]
 
 
 @pytest.mark.parametrize("source", ["latest", "999"])

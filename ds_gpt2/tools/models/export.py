@@ -14,6 +14,7 @@ from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import tokens
+from ds_gpt2.common.paths import absolute
 from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.tokenizer import END_OF_TEXT
 from ds_gpt2.pretrained import huggingface, torch_file
@@ -53,7 +54,7 @@ def export(generation: Generation, out: Path | None, kind: Format, force: bool, 
     if generation.manifest is None:
         raise damaged(generation.path, generation.problem)
     settings = current_settings(generation.path, generation.manifest.settings)
-    out = Path(os.path.abspath(out or _default_out(settings, generation.tag, kind)))
+    out = absolute(out or _default_out(settings, generation.tag, kind))
     _check_replaceable(out, force)
     needed = (2 if kind == "bf16" else 4) * shape_of(generation.manifest).unpadded_parameters + _OTHER_BYTES
     with atomic_output(out, needed) as unfinished:

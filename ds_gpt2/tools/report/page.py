@@ -15,7 +15,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from ds_gpt2.checkpoint.catalog import Generation
-from ds_gpt2.common.formatting import HOUR, MISSING, clock, done_share, duration, fixed, percent, size, tokens, zone
+from ds_gpt2.common.formatting import (
+    HOUR,
+    MISSING,
+    clock,
+    done_share,
+    duration,
+    fixed,
+    percent,
+    signed,
+    size,
+    tokens,
+    zone,
+)
 from ds_gpt2.monitoring.pace import RECENT_LABEL, Range
 from ds_gpt2.run_dir.journal import ROUTINE, Event
 from ds_gpt2.run_dir.metrics import METRICS
@@ -158,7 +170,7 @@ def _change(window: Since) -> str:
     if window.loss_before is None:
         return _loss(window.loss_now)
     change = window.loss_now - window.loss_before
-    return f"{_loss(window.loss_before)} → {_loss(window.loss_now)} ({change:+.4f})"
+    return f"{_loss(window.loss_before)} → {_loss(window.loss_now)} ({signed(change)})"
 
 
 def _figures(summaries: Sequence[Summary]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ds_gpt2.checkpoint.listing import freed_by, unfinished
 from ds_gpt2.checkpoint.naming import LATEST, MANIFEST
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.paths import absolute
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import CONFIG, load_run_settings, run_of
 from ds_gpt2.config.settings import CHECKPOINTS, PROJECT_DIR, RUNS, CheckpointSettings
@@ -103,7 +103,7 @@ def bare_directory(name: str | None) -> Path | None:
     if name is None or (PROJECT_DIR / RUNS / name / CONFIG).is_file():
         return None
     directories = (Path(name), PROJECT_DIR / CHECKPOINTS / name)
-    return next((Path(os.path.abspath(path)) for path in directories if scan(path) or unfinished(path)), None)
+    return next((absolute(path) for path in directories if scan(path) or unfinished(path)), None)
 
 
 def _settings_of_run_in(directory: Path) -> CheckpointSettings | None:

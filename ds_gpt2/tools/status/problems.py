@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ds_gpt2.checkpoint.backup.failure_log import failing_since
-from ds_gpt2.checkpoint.catalog import Generation, wrong_size
+from ds_gpt2.checkpoint.catalog import Generation, describe_files, wrong_size
 from ds_gpt2.common.formatting import DAY, clock, duration, size
 from ds_gpt2.config.run_location import run_argument
 from ds_gpt2.config.settings import Settings
@@ -50,7 +51,11 @@ class Snapshot:
 
 
 def problems_of(run: Snapshot) -> list[Problem]:
-    """Return the problems of a run; an empty list if it is healthy."""
+    """Return the problems of a run; an empty list if it is healthy.
+
+    Raises:
+        OSError: the directory of its checkpoints cannot be read.
+    """
     state = run.state.state
     problems = _of_state(run)
     if state in ACTIVE or state in ("waiting", "hung?", "finished"):
@@ -70,7 +75,7 @@ def problems_of(run: Snapshot) -> list[Problem]:
         ]
     else:
         problems += _of_last_checkpoint(run)
-    return [*problems, *_of_missing_records(run), *_of_messages(run.events)]
+    return [*problems, *_of_files(run.settings.checkpoint_dir), *_of_missing_records(run), *_of_messages(run.events)]
 
 
 _BY_STATE: dict[State, tuple[Kind, str]] = {
@@ -129,6 +134,11 @@ def _of_last_checkpoint(run: Snapshot) -> list[Problem]:
         return []
     text = f"the last checkpoint, of step {saved:,}, is not in {directory}: the newest is of step {newest.step:,}"
     return [Problem("save_failed", text)]
+
+
+def _of_files(checkpoints: Path) -> list[Problem]:
+    text = describe_files(checkpoints)
+    return [] if text is None else [Problem("save_failed", text)]
 
 
 def _of_backups(settings: Settings, events: Sequence[Event]) -> list[Problem]:

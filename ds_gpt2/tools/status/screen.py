@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_gpt2.common.formatting import clock, done_share, duration, size, truncated
+from ds_gpt2.common.formatting import clock, done_share, duration, signed, size, truncated
 from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.monitoring.reference_curves import REFERENCE
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace
@@ -103,7 +103,7 @@ def _losses(status: Status) -> Iterator[str]:
         if loss.best_val is not None and loss.best_val_step is not None and loss.best_val_step != loss.val_step:
             yield _labeled("  best", f"{loss.best_val:.4f} at step {loss.best_val_step:,}")
         if loss.reference is not None:
-            difference = f"{loss.val - loss.reference:+.4f}"
+            difference = signed(loss.val - loss.reference)
             yield _labeled(REFERENCE.split("-")[0], f"{loss.reference:.4f} at that step: {difference}")
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.host import free_port
+from ds_gpt2.config.lookup import is_run
 from ds_gpt2.config.run_location import CONFIG, event_directory
 
 # The number of points per tag that TensorBoard loads; it samples longer series at random. Its defaults (1000, 100 and
@@ -29,7 +30,7 @@ def runs_in(directory: Path) -> list[Path]:
     try:
         if (directory / CONFIG).is_file():
             return [directory]
-        return sorted(config.parent for config in directory.glob(f"*/{CONFIG}"))
+        return sorted(path for path in directory.glob("*") if is_run(path))
     except OSError:  # such as a name that is too long
         return []
 

@@ -109,6 +109,17 @@ def test_damaged_newest_checkpoint_is_a_problem(healthy_run: RunFiles) -> None:
     assert "sizes match" not in screen(healthy_run.status())
 
 
+def test_file_in_the_place_of_a_checkpoint_is_a_problem(healthy_run: RunFiles) -> None:
+    directory = healthy_run.folder / "checkpoints" / "test"
+    (directory / "rolling_step_000010").write_text("")
+    problem = "is a file, not the directory of a checkpoint: delete it, or restore the directory from a copy"
+    assert healthy_run.problems() == [f"{directory}/rolling_step_000010 {problem}"]
+    (directory / "best_model").write_text("")
+    (directory / "epoch_00001").write_text("")
+    assert healthy_run.problems() == [f"{directory}/best_model {problem} (2 more like it)"]
+    assert not healthy_run.status().healthy
+
+
 @pytest.mark.parametrize("kind", ["divergence", "skipped_run", "frozen", "drift", "stuck_data", "rollback"])
 def test_incident_is_a_problem_until_a_later_step_is_saved(healthy_run: RunFiles, kind: str) -> None:
     healthy_run.journal("save", 200, 1000)  # before the rollback
