@@ -40,7 +40,6 @@ from ds_gpt2.supervision.cluster.messages import (
 )
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
 
-_END_SECONDS = 60.0  # for ranks to save after the supervisor is gone, if no launch has set another time
 _POLL_SECONDS = 0.1
 
 
@@ -75,13 +74,9 @@ class Agent:
             if time.monotonic() > last_report + PING_SECONDS / 2:
                 last_report = time.monotonic()
                 self._outbox.send({"report": as_values(self._launch.report()) if self._launch is not None else None})
-        if self._launch is not None:
-            end(
-                self._launch.ranks.request_stop,
-                self._launch.ranks.kill,
-                lambda: self._launch is None or self._launch.ranks.have_exited,
-                _END_SECONDS,
-            )
+        if (launch := self._launch) is not None:
+            ranks = launch.ranks
+            end(ranks.request_stop, ranks.kill, lambda: ranks.have_exited, launch.stop_seconds)
 
     def _serve(self, request: Mapping[str, Any]) -> None:
         words = {name: value for name, value in request.items() if name not in ("id", "do")}
@@ -123,6 +118,7 @@ class _Launch:
             OSError: the launcher cannot be started.
         """
         self._number = request.number
+        self.stop_seconds = request.stop_seconds
         self._numbers = request.place.ranks
         environment = {**request.environment, **stop_request.supervisor_environment()}
         outcome = request.run_dir / SUPERVISOR_DIR / f"outcome_{request.place.node}"

@@ -124,6 +124,7 @@ class Cluster:
                 Place(slots, place, network.address, network.port),
                 {**shared, **_interfaces(interface), **run.environment},
                 self.spec.run_dir,
+                self.spec.stop_seconds,
             )
             for place, interface in enumerate(network.interfaces)
         ]

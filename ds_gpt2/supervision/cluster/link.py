@@ -22,6 +22,7 @@ from ds_gpt2.supervision.cluster.messages import PING_SECONDS, SILENCE_SECONDS, 
 AGENT = Path(__file__).with_name("agent.py")
 _ANSWER_SECONDS = 5.0  # for a host to accept a connection
 _START_SECONDS = 30.0  # for the agent to start: Python may be on a slow network disk
+_SSH_FAILED = 255  # the exit status of ssh if it cannot connect
 _SSH = [
     "ssh", "-T", "-a", "-x",
     *("-o", "BatchMode=yes"),  # no question for a password
@@ -174,11 +175,14 @@ class AgentLink:
 
     def _end_text(self) -> str:
         """Return why the connection has ended."""
-        lines = [line for line in self._errors if line]
-        if self._way == "ssh" and self._process.poll() == 255:
-            hint = f"`ssh {self.host} true` must work without a password"
-            return f"ssh: {lines[-1]}: {hint}" if lines else f"the ssh connection has ended: {hint}"
-        return f"its agent has ended: {lines[-1]}" if lines else "its agent has ended"
+        last = next((line for line in reversed(self._errors) if line), None)
+        if self._hello.is_set():
+            return (
+                f"the connection to its agent has ended ({last})" if last else "the connection to its agent has ended"
+            )
+        if self._way == "ssh" and self._process.poll() == _SSH_FAILED:
+            return f"ssh: {last}: `ssh {self.host} true` must work without a password"
+        return f"its agent cannot be started: {last or f'exit status {self._process.poll()}'}"
 
     def _read(self) -> None:
         assert self._process.stdout is not None

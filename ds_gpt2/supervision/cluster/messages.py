@@ -34,6 +34,7 @@ class LaunchRequest:
     place: Place
     environment: Mapping[str, str]  # added to the agent's own
     run_dir: Path
+    stop_seconds: float  # for the ranks to save after the supervisor is gone
 
 
 @dataclass(frozen=True)

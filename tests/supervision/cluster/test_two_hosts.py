@@ -39,13 +39,28 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 class Started:
     """A supervised run that host a has started on both hosts."""
 
-    def __init__(self, hosts: TwoHosts, config: Path, *words: str, verb: str = "train", slots: int = 2) -> None:
+    def __init__(
+        self,
+        hosts: TwoHosts,
+        config: Path,
+        *words: str,
+        verb: str = "train",
+        slots: int = 2,
+        named: bool = False,
+        hostfile: str | None = None,
+    ) -> None:
+        """
+        Args:
+            named: hosts are given by name, not by address.
+            hostfile: its content, if it is not both hosts with ``slots`` ranks.
+        """
         self.hosts = hosts
         self.settings = load_settings(config)
-        hostfile = config.with_name("hosts")
-        hostfile.write_text("".join(f"{host.address} slots={slots}  # {host.name}\n" for host in hosts.all))
+        usual = "".join(f"{host.name if named else host.address} slots={slots}\n" for host in hosts.all)
+        path = config.with_name("hosts")
+        path.write_text(usual if hostfile is None else hostfile)
         target = str(config) if verb == "train" else str(self.settings.run_dir)
-        command = hosts.a.command([sys.executable, MAIN, verb, target, "--hostfile", str(hostfile), *words])
+        command = hosts.a.command([sys.executable, MAIN, verb, target, "--hostfile", str(path), *words])
         self.process = subprocess.Popen(
             command,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
@@ -103,17 +118,17 @@ Configure = Callable[..., Path]
 
 @pytest.fixture
 def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
-    def write(steps: int = 1_000_000, **sections: object) -> Path:
+    def write(steps: int = 1_000_000, folder: Path = tmp_path, **sections: object) -> Path:
         usual: dict[str, object] = {
             "model": MODEL,
             "batch": {"tokens_per_step": 512, "micro_batch": 2, "sequence_length": 64},
             "schedule": {"steps": steps, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
-            "checkpoint": {"dir": str(tmp_path / "checkpoints"), "every": 6, "min_free_gb": 0.0},
+            "checkpoint": {"dir": str(folder / "checkpoints"), "every": 6, "min_free_gb": 0.0},
             "validation": {"every": 0},
             "samples": {"every": 0},
             "supervisor": {"backoff_seconds": 0.5, "stop_seconds": 30},
         }
-        return write_config(tmp_path, **{**usual, **sections})
+        return write_config(folder, **{**usual, **sections})
 
     return write
 
@@ -150,3 +165,239 @@ def test_killed_ranks_of_the_other_host_are_restarted(hosts: TwoHosts, configure
     assert run.process.returncode == exit_codes.STOPPED, output
     assert problem_of(scan(run.settings.checkpoint_dir)[0]) is None
     run.assert_nothing_is_left()
+
+
+def test_a_run_survives_the_loss_of_an_agent_and_of_a_connection(hosts: TwoHosts, configure: Configure) -> None:
+    run = Started(hosts, configure())
+    run.wait_for(lambda: run.saved >= 6)
+    (agent,) = hosts.b.matching("cluster/agent.py")
+    agent.kill()
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    assert len(run.ranks(hosts.b)) == 2
+    for process in hosts.b.matching("sshd-session: root@notty") or hosts.b.matching("sshd: root@notty"):
+        process.kill()
+    run.wait_for(lambda: len(run.events("start")) == 3)
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    lost = [event.text for event in run.events("host_lost")]
+    assert lost == [f"host {hosts.b.address} is lost: the connection to its agent has ended"] * 2
+    assert len(run.events("host_back")) == 2
+    run.supervisor.terminate()
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    run.assert_nothing_is_left()
+
+
+def test_a_run_continues_without_a_host_and_takes_it_back(hosts: TwoHosts, configure: Configure) -> None:
+    run = Started(hosts, configure())
+    run.wait_for(lambda: run.saved >= 6)
+    hosts.kill(hosts.b)
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    assert "10.77" in run.events("launch")[1].text and hosts.b.address not in run.events("launch")[1].text
+    assert len(run.ranks(hosts.a)) == 2
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    hosts.start_host(hosts.b)
+    run.ranks(hosts.a)[0].kill()
+    run.wait_for(lambda: len(run.events("start")) == 3)
+    assert [event.text for event in run.events("host_back")] == [f"host {hosts.b.address} answers again"]
+    assert len(run.ranks(hosts.b)) == 2
+    run.supervisor.terminate()
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    run.assert_nothing_is_left()
+
+
+def test_a_run_waits_for_as_many_hosts_as_the_user_wants(hosts: TwoHosts, configure: Configure) -> None:
+    run = Started(hosts, configure(cluster={"min_nodes": 2}))
+    run.wait_for(lambda: run.saved >= 6)
+    hosts.kill(hosts.b)
+    run.wait_for(lambda: run.events("few_hosts"))
+    assert run.events("few_hosts")[0].text.startswith("1 host of 2 answer, cluster.min_nodes is 2: waiting for more")
+    assert run.ranks(hosts.a) == []
+    hosts.start_host(hosts.b)
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    run.supervisor.terminate()
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    run.assert_nothing_is_left()
+
+
+def test_a_cut_link_ends_the_ranks_within_seconds_and_the_run_continues(hosts: TwoHosts, configure: Configure) -> None:
+    run = Started(hosts, configure())
+    run.wait_for(lambda: run.saved >= 6)
+    cut = time.monotonic()
+    hosts.link("down")
+    try:
+        run.wait_for(lambda: len(run.events("start")) == 2, seconds=120)
+        assert "has not answered for" in run.events("host_lost")[0].text
+        assert time.monotonic() - cut < 90  # the collectives would wait for many minutes
+        time.sleep(max(0.0, cut + 60 - time.monotonic()))
+    finally:
+        hosts.link("up")
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    run.ranks(hosts.a)[0].kill()
+    run.wait_for(lambda: len(run.events("start")) == 3)
+    assert len(run.ranks(hosts.b)) == 2
+    saved = run.saved
+    run.wait_for(lambda: run.saved > saved)
+    run.supervisor.send_signal(signal.SIGINT)
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    run.assert_nothing_is_left()
+
+
+def test_a_killed_supervisor_leaves_a_saved_run_and_no_process(hosts: TwoHosts, configure: Configure) -> None:
+    config = configure()
+    run = Started(hosts, config)
+    run.wait_for(lambda: run.saved >= 6)
+    run.supervisor.kill()
+    run.process.wait()
+    step = run.step
+    run.assert_nothing_is_left()
+    assert run.saved >= step and problem_of(scan(run.settings.checkpoint_dir)[0]) is None
+    again = Started(hosts, config, f"schedule.steps={run.saved + 4}", verb="resume")
+    output = again.end()
+    assert again.process.returncode == exit_codes.DONE, output
+    again.assert_nothing_is_left()
+
+
+def test_a_resume_ends_the_ranks_that_a_killed_supervisor_has_left(hosts: TwoHosts, configure: Configure) -> None:
+    """The ranks of host b are stopped (SIGSTOP), so that they cannot save and exit."""
+    config = configure(supervisor={"stop_seconds": 5})
+    run = Started(hosts, config)
+    run.wait_for(lambda: run.saved >= 6)
+    for process in run.ranks(hosts.b):
+        process.suspend()
+    run.supervisor.kill()
+    run.process.wait()
+    again = Started(hosts, config, verb="resume")
+    again.wait_for(lambda: len(run.events("start")) == 2)
+    again.supervisor.terminate()
+    output = again.end()
+    assert again.process.returncode == exit_codes.STOPPED, output
+    again.assert_nothing_is_left()
+
+
+def test_a_hang_is_found_and_the_stacks_of_all_hosts_are_written(hosts: TwoHosts, configure: Configure) -> None:
+    run = Started(hosts, configure(supervisor={"hang_seconds": 8, "hang_factor": 5, "backoff_seconds": 0.5}))
+    run.wait_for(lambda: run.saved >= 6)
+    run.ranks(hosts.b)[0].suspend()
+    run.wait_for(lambda: run.events("hang"))
+    hang = run.events("hang")[0]
+    assert ("rank 2" in hang.text or "rank 3" in hang.text) and "its process is stopped" in hang.text
+    stacks = sorted(path.name for path in Path(hang.facts["stacks"]).iterdir())
+    assert stacks == [f"rank_{rank:05d}.txt" for rank in range(4)]
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    run.supervisor.terminate()
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    run.assert_nothing_is_left()
+
+
+def test_two_runs_on_the_same_hosts_do_not_touch_each_other(
+    hosts: TwoHosts, configure: Configure, tmp_path: Path
+) -> None:
+    first = Started(hosts, configure(), slots=1)
+    second = Started(hosts, configure(STEPS * 20, tmp_path / "other"), slots=1)
+    first.wait_for(lambda: first.saved >= 6)
+    second.wait_for(lambda: second.saved >= 6)
+    first.supervisor.terminate()
+    output = first.end()
+    assert first.process.returncode == exit_codes.STOPPED, output
+    output = second.end()
+    assert second.process.returncode == exit_codes.DONE, output
+    second.assert_nothing_is_left()
+
+
+def test_names_that_resolve_to_the_loopback_interface_on_their_own_host(configure: Configure, tmp_path: Path) -> None:
+    """As Debian's installer writes them."""
+    names = {name: f"127.0.1.1 {name}" for name in ("host-a", "host-b")}
+    with two_hosts(tmp_path / "pair", number=60, names=names) as hosts:
+        config = configure(4)
+        run = Started(hosts, config, named=True)
+        output = run.end()
+        assert run.process.returncode == exit_codes.DONE, output
+
+
+@pytest.fixture
+def refused(hosts: TwoHosts, configure: Configure) -> Callable[..., str]:
+    """Return a function that starts a run and returns its error, the only line besides the first."""
+
+    def start(*words: str, hostfile: str | None = None) -> str:
+        run = Started(hosts, configure(4), *words, hostfile=hostfile)
+        output = run.end()
+        assert run.process.returncode == exit_codes.MISTAKE, output
+        first, *errors = output.splitlines()
+        assert first == "connecting to 2 hosts ..." and len(errors) == 1, output
+        assert not run.settings.run_dir.exists()
+        run.assert_nothing_is_left()
+        return errors[0]
+
+    return start
+
+
+def test_a_host_that_does_not_answer_is_named(hosts: TwoHosts, refused: Callable[..., str]) -> None:
+    absent = hosts.b.address.removesuffix("2") + "77"
+    start_time = time.monotonic()
+    error = refused(hostfile=f"{hosts.a.address} slots=2\n{absent} slots=2\n")
+    assert error.startswith(f"error: host {absent}: ssh: ") and time.monotonic() - start_time < 15
+    assert error.endswith(f"`ssh {absent} true` must work without a password")
+
+
+def test_a_host_without_the_key_is_named(hosts: TwoHosts, refused: Callable[..., str]) -> None:
+    public = hosts.folder / "key.pub"
+    public.rename(hosts.folder / "away")
+    try:
+        error = refused()
+    finally:
+        (hosts.folder / "away").rename(public)
+    assert error.startswith(f"error: host {hosts.b.address}: ssh: ") and "Permission denied" in error
+
+
+@pytest.mark.parametrize("which", ["runs", "checkpoints"])
+def test_a_directory_that_is_not_shared_is_refused(
+    hosts: TwoHosts, refused: Callable[..., str], tmp_path: Path, which: str
+) -> None:
+    directory = tmp_path / which
+    directory.mkdir()
+    hosts.b.run("mount", "-t", "tmpfs", "none", str(directory))
+    try:
+        error = refused()
+    finally:
+        hosts.b.run("umount", str(directory))
+    assert error.startswith(f"error: {directory / 'test'} is not the same directory on {hosts.a.address} and")
+    assert list(directory.iterdir()) == []
+
+
+def test_other_code_on_a_host_is_refused(hosts: TwoHosts, refused: Callable[..., str], tmp_path: Path) -> None:
+    module, other = PROJECT / "ds_gpt2" / "common" / "formatting.py", tmp_path / "other.py"
+    other.write_text(module.read_text() + "\n")
+    hosts.b.run("mount", "--bind", str(other), str(module))
+    try:
+        error = refused()
+    finally:
+        hosts.b.run("umount", str(module))
+    assert error.startswith("error: the code of ds_gpt2: ") and error.endswith(": make them equal")
+
+
+def test_other_data_on_a_host_is_refused(
+    hosts: TwoHosts, refused: Callable[..., str], dataset_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    hosts.b.run("mount", "--bind", str(tmp_path / "empty"), str(dataset_dir))
+    try:
+        error = refused()
+    finally:
+        hosts.b.run("umount", str(dataset_dir))
+    assert error.startswith(f"error: host {hosts.b.address}: no data: ")
+
+
+def test_an_interface_that_does_not_exist_is_named(hosts: TwoHosts, refused: Callable[..., str]) -> None:
+    error = refused("cluster.interface=ib9")
+    assert error == f"error: cluster.interface=ib9: host {hosts.a.address} has no such interface; it has eth0, lo"
