@@ -1,0 +1,190 @@
+"""The agent of a host, started on this machine, and the supervisor's connection to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.supervision.cluster import host_checks, link, messages, node_checks
+from ds_gpt2.supervision.cluster.environment import passed_on
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.link import AGENT, AgentLink, LostHostError
+from ds_gpt2.supervision.cluster.messages import LaunchRequest
+from ds_gpt2.supervision.launcher import Place
+
+# A program in the place of train.py: it writes a line, then waits until it is ended.
+RANK = """
+import os, signal, sys, time
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], os.environ.get("OMP_NUM_THREADS"), flush=True)
+print("an error", file=sys.stderr, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + os.environ["RANK"], "w").close(), os._exit(0)))
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def agent() -> Iterator[AgentLink]:
+    connected = AgentLink("localhost", "local")
+    connected.wait_for_start()
+    yield connected
+    connected.close()
+    assert connected.wait(20)
+
+
+def _until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _request(tmp_path: Path, script: str = RANK) -> LaunchRequest:
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    (tmp_path / "run" / "supervisor").mkdir(parents=True, exist_ok=True)
+    place = Place((1, 2), 1, "127.0.0.1", 29999)
+    words = ("--out", str(tmp_path / "stopped_"))
+    return LaunchRequest(7, program, words, "cpu", place, {"OMP_NUM_THREADS": "3"}, tmp_path / "run", 5.0)
+
+
+@pytest.mark.ranks
+def test_an_agent_starts_reports_and_stops_its_ranks(
+    agent: AgentLink, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    agent.call("launch", 30, request=messages.as_values(_request(tmp_path)))
+    output = ""
+
+    def printed() -> str:
+        nonlocal output
+        output += capfd.readouterr().out
+        return output
+
+    _until(lambda: printed().count("rank") == 2)
+    assert sorted(output.split("\n")[:2]) == ["rank 1 of 3 3", "rank 2 of 3 3"]
+    report = agent.report
+    assert report is not None and (report.launch, report.launcher_runs, report.outcome) == (7, True, None)
+    agent.request("stop")
+    _until(lambda: agent.report is not None and agent.report.has_exited)
+    assert sorted(path.name for path in tmp_path.glob("stopped_*")) == ["stopped_1", "stopped_2"]
+
+
+@pytest.mark.ranks
+def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, str(AGENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    assert "hello" in json.loads(process.stdout.readline())
+    request = {"id": 0, "do": "launch", "request": messages.as_values(_request(tmp_path))}
+    process.stdin.write(messages.encode(request))
+    process.stdin.flush()
+    _until(lambda: len(_ranks(tmp_path)) == 2)
+    time.sleep(2)  # the ranks install their handlers
+    process.stdin.close()
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert sorted(path.name for path in tmp_path.glob("stopped_*")) == ["stopped_1", "stopped_2"]
+    assert _ranks(tmp_path) == []
+
+
+def _ranks(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if str(folder) in command and "--local_rank" in command and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def test_a_refusal_names_the_host_and_a_mistake_of_the_agent_does_not_end_it(agent: AgentLink) -> None:
+    with pytest.raises(
+        UserError, match=r"^host localhost: the working directory /nowhere cannot be entered: No such file"
+    ):
+        agent.call("facts", 30, arguments=[], cwd="/nowhere", accelerator="cpu")
+    with pytest.raises(UserError, match="host localhost: TypeError: "):
+        agent.call("mark", 30, unknown=1)
+    assert abs(agent.call("ping", 30) - time.time()) < 5
+
+
+def test_a_stopped_agent_is_lost_after_a_while(agent: AgentLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "SILENCE_SECONDS", 2.0)
+    assert agent.agent is not None and agent.is_open
+    os.kill(agent.agent[0], signal.SIGSTOP)
+    try:
+        with pytest.raises(LostHostError, match=r"it has not answered for [234] s"):
+            agent.call("ping", 60)
+    finally:
+        os.kill(agent.agent[0], signal.SIGCONT)
+    _until(lambda: agent.is_open)
+
+
+def test_an_agent_that_ends_is_lost_at_once(agent: AgentLink) -> None:
+    assert agent.agent is not None
+    os.kill(agent.agent[0], signal.SIGKILL)
+    with pytest.raises(LostHostError, match="the connection to its agent has ended"):
+        agent.call("mark", 60, directories=[], name="x")
+
+
+def test_an_agent_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link.sys, "executable", shutil.which("false"))
+    with pytest.raises(LostHostError, match="its agent cannot be started: exit status 1"):
+        AgentLink("localhost", "local").wait_for_start()
+    monkeypatch.setattr(link.sys, "executable", "/nowhere/python")
+    with pytest.raises(UserError, match="/nowhere/python cannot be started: No such file or directory"):
+        AgentLink("localhost", "local")
+
+
+def test_directories_are_compared_without_leaving_a_trace(tmp_path: Path) -> None:
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    shared.mkdir()
+    other.mkdir()
+    where = node_checks.mark([str(shared / "not" / "yet")], "one")
+    assert where == [str(shared)]
+    assert node_checks.has_marks(where, ["one", "two"], seconds=0) == [["two"]]
+    assert node_checks.has_marks([str(other)], ["one"], seconds=0) == [["one"]]
+    node_checks.unmark(where, "one")
+    assert list(shared.iterdir()) == []
+
+
+class _Clock:
+    host = "node1"
+
+    def __init__(self, ahead: float) -> None:
+        self._ahead = ahead
+
+    def call(self, *_: object) -> float:
+        return time.time() + self._ahead
+
+
+@pytest.mark.parametrize(("ahead", "message"), [(3.0, "3.0 s ahead of"), (-70.0, "70.0 s behind")])
+def test_a_clock_that_differs_is_refused(ahead: float, message: str) -> None:
+    fake: object = _Clock(ahead)
+    with pytest.raises(UserError, match=f"host node1: its clock is {message} that of this machine: synchronize both"):
+        host_checks.check_clock(fake)  # type: ignore[arg-type]  # a clock that no machine here has
+    host_checks.check_clock(_Clock(0.5))  # type: ignore[arg-type]  # see above
+
+
+def test_more_slots_than_gpus_are_refused(agent: AgentLink) -> None:
+    nodes = [host_checks.Node(Host("node1", slots), agent, "node1", 2, {}, {}) for slots in (2, 3)]
+    host_checks.check_slots(nodes[:1], "cuda")
+    host_checks.check_slots(nodes, "cpu")
+    with pytest.raises(UserError, match="host node1: slots=3, but it has 2 GPUs"):
+        host_checks.check_slots(nodes, "cuda")
+
+
+def test_only_variables_of_the_libraries_are_passed_on() -> None:
+    environment = {
+        "NCCL_DEBUG": "INFO", "WANDB_API_KEY": "secret", "LC_ALL": "C", "PATH": "/bin", "HOME": "/root",
+        "CUDA_VISIBLE_DEVICES": "1", "DS_GPT2_OUTCOME": "x", "DS_ACCELERATOR": "cpu", "LD_PRELOAD": "x",
+    }  # fmt: skip
+    assert sorted(passed_on(environment)) == ["DS_ACCELERATOR", "LC_ALL", "NCCL_DEBUG", "WANDB_API_KEY"]
