@@ -38,7 +38,6 @@ _HANDLERS = {
 # The first use of one of these fixtures starts real ranks.
 _RANK_FIXTURES = {
     "by_deepspeed",
-    "drilled",
     "four_ranks",
     "planned",
     "resumed",
@@ -50,6 +49,9 @@ _RANK_FIXTURES = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "drilled" in getattr(item, "fixturenames", ()):
+            item.add_marker("ranks")
+            item.add_marker("extended")
         if not _RANK_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -47,7 +47,7 @@ def _decoded(text: bytes) -> str:
     except UnicodeDecodeError as error:
         name = encoding.upper().removesuffix("-SIG")
         start = len(text) - len(error.object) + error.start  # utf-8-sig counts from the end of the byte order mark
-        raise BadJsonError(f"not a text in {name} (byte {start})") from None
+        raise BadJsonError(f"byte {start} is not text in {name}") from None
 
 
 def parse_object(text: str | bytes) -> dict[str, Any] | None:

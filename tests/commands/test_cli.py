@@ -212,7 +212,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ci_runs_the_tests_only() -> None:
     lines = (PROJECT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set "))]
-    assert commands == ['cd "$(dirname "$0")/.."', "exec ./launch.sh test"]
+    assert commands == ['cd "$(dirname "$0")/.."', "exec ./launch.sh test --all"]
+    assert "`test --all`" in (PROJECT / "README.md").read_text(encoding="utf-8")
     assert os.access(PROJECT / ".ci" / "run", os.X_OK)
 
 

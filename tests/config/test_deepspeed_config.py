@@ -132,7 +132,7 @@ def test_deepspeed_reads_every_known_key() -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"# Title\n", "Expecting value: line 1 column 1 (char 0)"), (b"\xff\xb6\xb6", "not text")],
+    [(b"# Title\n", "Expecting value: line 1 column 1 (char 0)"), (b"\xff\xb6\xb6", "byte 0 is not text in UTF-8")],
 )
 def test_a_file_that_is_not_json_is_reported_as_such(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.md").write_bytes(content)

@@ -39,6 +39,7 @@ def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.ranks
+@pytest.mark.extended
 def test_nothing_imports_the_compiler_before_its_variables_are_set() -> None:
     """PyTorch reads the variables when DeepSpeed imports the compiler; nothing may import it earlier."""
     program = (
@@ -63,6 +64,7 @@ def models() -> tuple[GPT2, GPT2]:
 
 
 @pytest.mark.ranks
+@pytest.mark.extended
 def test_compiled_loss_and_gradients_equal_eager_ones(models: tuple[GPT2, GPT2]) -> None:
     tokens, targets = torch.randint(50_257, (2, 3, 64), generator=torch.Generator().manual_seed(1))
     torch._dynamo.utils.counters.clear()
@@ -89,6 +91,7 @@ def test_evaluation_and_sampling_compile_nothing(models: tuple[GPT2, GPT2]) -> N
 
 
 @pytest.mark.ranks
+@pytest.mark.extended
 def test_a_compiled_run_resumes_bitwise_identically(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     run = {"name": "test", "dir": str(tmp_path / "one" / "runs"), "device": "cpu", "compile": True}
     config = write_config(

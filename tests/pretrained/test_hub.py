@@ -122,7 +122,7 @@ def test_names_on_the_hub_are_recognized(tmp_path: Path, name: str, repository: 
     ],
 )
 def test_other_names_are_paths(tmp_path: Path, name: str) -> None:
-    assert resolve(name, tmp_path) == str(tmp_path / name)
+    assert resolve(name, tmp_path) == os.path.normpath(tmp_path / name)
     assert hub_name(resolve(name, tmp_path)) is None
 
 

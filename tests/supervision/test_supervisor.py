@@ -176,6 +176,7 @@ def test_a_configuration_error_is_not_retried(configure: Configure, capfd: pytes
     assert "epoch_00009" in capfd.readouterr().err
 
 
+@pytest.mark.extended
 def test_an_error_in_a_configuration_that_has_worked_before_is_retried(
     configure: Configure, dataset_dir: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_a_stop_file_stops_a_run_that_waits_or_starts(configure: Configure) -> N
     assert newest_tag(settings.checkpoint_dir) == "rolling_step_000004"  # the second launch has made no step
 
 
+@pytest.mark.extended
 def test_a_run_with_nan_in_every_step_is_given_up(configure: Configure) -> None:
     settings = configure("nan", guards={"skipped_run": "off"}, supervisor={"restarts": 1})
     bad = [Fault("nan", batch=batch, micro_batch=1) for batch in range(1, STEPS + 1)]
@@ -272,6 +274,7 @@ def test_a_run_with_nan_in_every_step_is_given_up(configure: Configure) -> None:
     assert "done" not in _kinds(settings) and _kinds(settings)[-1] == "gave_up"
 
 
+@pytest.mark.extended
 def test_a_restart_waits_for_missing_checkpoints(configure: Configure) -> None:
     """A new supervisor waits, too: after a reboot, their disk may be mounted late."""
     settings = configure("away", schedule=ENDLESS, supervisor={"longest_backoff_seconds": 1})
@@ -302,6 +305,7 @@ def test_a_restart_waits_for_missing_checkpoints(configure: Configure) -> None:
     assert again[: len(steps)] == steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.extended
 def test_a_run_that_is_moved_while_it_waits_resumes_in_the_new_directory(tmp_path: Path, configure: Configure) -> None:
     settings = configure("waits", supervisor={"backoff_seconds": 600})
     process = _supervisor(settings, [Fault("crash", step=6)], ranks=1)
@@ -321,6 +325,7 @@ def test_a_run_that_is_moved_while_it_waits_resumes_in_the_new_directory(tmp_pat
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.extended
 def test_the_next_supervisor_ends_ranks_that_cannot_exit(configure: Configure) -> None:
     """One rank is stopped (SIGSTOP), the other waits for it, and the supervisor is killed."""
     settings = configure("frozen", schedule=ENDLESS, supervisor={"hang_seconds": 600, "stop_seconds": 3})

@@ -137,10 +137,10 @@ def test_reading_a_pipe_directory_or_device_does_not_block(tmp_path: Path, reade
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b'{"a": "\xff"}', "not a text in UTF-8 (byte 7)"),
-        (b'\xef\xbb\xbf"\xff"', "not a text in UTF-8 (byte 4)"),
-        (b"\xff\xfe[\0]", "not a text in UTF-16 (byte 4)"),
-        (b"[\0\0\0\0\0\0\xff", "not a text in UTF-32-LE (byte 4)"),
+        (b'{"a": "\xff"}', "byte 7 is not text in UTF-8"),
+        (b'\xef\xbb\xbf"\xff"', "byte 4 is not text in UTF-8"),
+        (b"\xff\xfe[\0]", "byte 4 is not text in UTF-16"),
+        (b"[\0\0\0\0\0\0\xff", "byte 4 is not text in UTF-32-LE"),
     ],
 )
 def test_the_reason_for_bytes_that_are_not_text_is_not_that_of_the_codec(data: bytes, reason: str) -> None:

@@ -24,7 +24,7 @@ from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
 from ds_gpt2.tools.status.status import read_status
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 EVERY = 5
 

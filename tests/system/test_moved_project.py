@@ -16,7 +16,7 @@ import yaml
 from file_tree import tree
 from launched import PROJECT, Launched, end_session, run, start
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 SEQUENCE = 16
 

@@ -127,9 +127,9 @@ DEEP = ("model.preset=null", "model.layers=32", "model.heads=4", "model.width=25
 @pytest.mark.parametrize(
     ("ranks", "windows", "settings", "moment"),
     [
-        (2, 1, (), "embedding"),
+        pytest.param(2, 1, (), "embedding", marks=pytest.mark.extended),
         (1, 1, DEEP, "reduction"),
-        (1, 16, (), "loss"),
+        pytest.param(1, 16, (), "loss", marks=pytest.mark.extended),
         pytest.param(1, 32, ("run.compile=true",), "loss", marks=pytest.mark.extended),
     ],
 )
