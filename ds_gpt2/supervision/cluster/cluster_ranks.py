@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.open_directory import OpenDirectory
-from ds_gpt2.run_dir.exit_codes import CRASHED
+from ds_gpt2.run_dir.exit_codes import CRASHED, DONE
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
@@ -40,10 +40,20 @@ class _Part:
         return self.lost is not None or (self.report is not None and self.report.has_exited)
 
     @property
-    def has_failed(self) -> bool:
-        """Whether these ranks have not ended as the others may: by an error, a signal, or the loss of their host."""
+    def has_ended(self) -> bool:
+        """Whether a part of the ranks is not needed any more, or is gone: all others should end, too."""
         report = self.report
-        return self.lost is not None or (report is not None and not report.launcher_runs and report.exit_code != 0)
+        return self.lost is not None or (report is not None and not report.launcher_runs and report.exit_code != DONE)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether these ranks are gone by an error, a signal or the loss of their host: others may wait for them.
+
+        After a stop request the launcher's exit code is not 0 either, while rank 0 may still save.
+        """
+        if self.lost is not None or not self.has_ended or self.report is None:
+            return self.lost is not None
+        return bool(self.report.failures or self.report.kills) or self.report.launcher_was_killed
 
 
 class ClusterRanks:
@@ -79,7 +89,7 @@ class ClusterRanks:
     def is_launcher_running(self) -> bool:
         """Whether the ranks run on all hosts, or have ended as they should on some."""
         self._update()
-        return not any(part.has_failed for part in self._parts) and not self.have_exited
+        return not any(part.has_ended for part in self._parts) and not self.have_exited
 
     @property
     def have_exited(self) -> bool:
@@ -100,7 +110,7 @@ class ClusterRanks:
     @property
     def exit_status(self) -> str:
         """Why the ranks of the first failed host have exited, as text."""
-        failed = [part for part in self._parts if part.has_failed]
+        failed = [part for part in self._parts if part.has_failed] or [part for part in self._parts if part.has_ended]
         part = failed[0] if failed else self._parts[0]
         status = part.lost or (part.report.exit_status if part.report is not None else None)
         return f"host {part.host}: {status}"

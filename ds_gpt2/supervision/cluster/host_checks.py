@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,11 @@ def call(link: AgentLink, what: str, **words: Any) -> Any:
 
 def on_all(action: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
     """Return the results of ``action`` for all items, computed at the same time; the first error is raised."""
-    with ThreadPoolExecutor(max(1, len(items))) as pool:
+    pool = ThreadPoolExecutor(max(1, len(items)))
+    try:
         return list(pool.map(action, items))
+    finally:
+        pool.shutdown(wait=False)  # after Ctrl+C the threads end when the connections are closed
 
 
 def node_of(host: Host, link: AgentLink, arguments: Sequence[str], accelerator: str) -> Node:
@@ -145,7 +149,8 @@ def check_shared(nodes: Sequence[Node], directories: Sequence[Path]) -> None:
                     )
     finally:
         for node, name, where in zip(nodes, names, marked, strict=False):
-            node.link.request("unmark", directories=where, name=name)
+            with contextlib.suppress(UserError):  # a host that is lost meanwhile
+                node.call("unmark", directories=where, name=name)
 
 
 @dataclass(frozen=True)
