@@ -82,12 +82,10 @@ class AgentLink:
         self._has_ended = threading.Event()
         self._is_closed = False
         self._requests: queue.Queue[bytes | None] = queue.Queue()
-        self._threads = [
-            threading.Thread(target=work, daemon=True)
-            for work in (self._read, self._read_errors, self._write, self._ping)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._error_reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._error_reader.start()
+        for work in (self._read, self._write, self._ping):
+            threading.Thread(target=work, daemon=True).start()
 
     @property
     def is_local(self) -> bool:
@@ -192,7 +190,7 @@ class AgentLink:
                 if (message := safe_json.parse_object(line)) is not None:
                     self._take(message)
         self._process.wait()
-        self._threads[1].join(1)  # the last lines of standard error
+        self._error_reader.join(1)  # the last lines of standard error
         self._has_ended.set()
         for reply in list(self._replies.values()):
             reply.put(None)

@@ -26,8 +26,9 @@ from ds_gpt2.supervision.launcher import Place
 # A program in the place of train.py: it writes a line, then waits until it is ended.
 RANK = """
 import os, signal, sys, time
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], os.environ.get("OMP_NUM_THREADS"), flush=True)
-print("an error", file=sys.stderr, flush=True)
+words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")]
+sys.stdout.write("rank " + " ".join(words) + "\n")
+sys.stderr.write("an error\n")
 signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + os.environ["RANK"], "w").close(), os._exit(0)))
 while True:
     time.sleep(0.05)
@@ -72,7 +73,7 @@ def test_an_agent_starts_reports_and_stops_its_ranks(
         return output
 
     _until(lambda: printed().count("rank") == 2)
-    assert sorted(output.split("\n")[:2]) == ["rank 1 of 3 3", "rank 2 of 3 3"]
+    assert sorted(output.split("\n")[:2]) == ["rank 1 3 3", "rank 2 3 3"]
     report = agent.report
     assert report is not None and (report.launch, report.launcher_runs, report.outcome) == (7, True, None)
     agent.request("stop")
@@ -136,10 +137,10 @@ def test_an_agent_that_ends_is_lost_at_once(agent: AgentLink) -> None:
 
 
 def test_an_agent_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(LostHostError, match="its agent cannot be started: exit status 1"):
         AgentLink("localhost", "local").wait_for_start()
-    monkeypatch.setattr(link.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UserError, match="/nowhere/python cannot be started: No such file or directory"):
         AgentLink("localhost", "local")
 
