@@ -40,6 +40,16 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def spans_machines() -> bool:
+    """Return whether the ranks are on several machines. Needs no process group."""
+    return world_size() > local_world_size()
+
+
+def is_first_of_machine() -> bool:
+    """Return whether this is the first rank of its machine. Needs no process group."""
+    return local_rank() == 0
+
+
 def is_main() -> bool:
     """Return whether this is rank 0, which logs and writes files for all ranks."""
     return launch_environment.is_main()

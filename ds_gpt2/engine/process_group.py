@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError, one_line_reason
-from ds_gpt2.distributed import collectives, launch_environment
+from ds_gpt2.distributed import collectives, launch_environment, network_interface
 from ds_gpt2.engine import internals
 from ds_gpt2.run_dir import exit_codes
 
@@ -42,6 +42,7 @@ def open_process_group(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         if collectives.local_world_size() == collectives.world_size() and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a single machine: its name need not resolve
+    network_interface.choose()
     # torchrun's agent listens on the port itself, and the ranks are its clients.
     if collectives.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         host.check_port_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))

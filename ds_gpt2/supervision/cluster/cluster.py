@@ -13,6 +13,7 @@ import psutil
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.distributed.launch_environment import LOOPBACK
+from ds_gpt2.distributed.network_interface import variables_of
 from ds_gpt2.run_dir.supervisor_record import AgentRecord
 from ds_gpt2.supervision.cluster import environment, host_checks
 from ds_gpt2.supervision.cluster.cluster_ranks import ClusterRanks
@@ -265,5 +266,4 @@ def _interfaces(interface: str | None) -> dict[str, str]:
     """Return the variables that make gloo and NCCL use ``interface``, unless the user has set them."""
     if interface is None:
         return {}
-    values = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
-    return {name: value for name, value in values.items() if name not in os.environ}
+    return {name: value for name, value in variables_of(interface).items() if name not in os.environ}

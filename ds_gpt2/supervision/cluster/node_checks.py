@@ -6,30 +6,25 @@ Each function is an action that a supervisor requests; ``host_checks`` compares 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import platform
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from ds_gpt2 import __version__
-from ds_gpt2.common import files
+from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.shared_directory import has_marks, mark, unmark
 from ds_gpt2.config import train_arguments
 from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.distributed.network_interface import addresses, interface_of
 from ds_gpt2.supervision.launcher import gpus_of_machine
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_MARK = ".node-"  # start of the names of files that show whether hosts share a directory
 _LISTEN_SECONDS, _CONNECT_SECONDS = 60.0, 3.0
 _ROUND_TRIPS = 20
 _COMMAND_SECONDS = 600.0
@@ -51,60 +46,12 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
     except OSError as error:
         raise UserError(f"the working directory {cwd} cannot be entered: {reason_of(error)}") from None
     settings = train_arguments.parse(arguments).settings()
-    libraries = ("torch", "deepspeed", "numpy", "pydantic", "tiktoken", "tensorboard")
     return {
         "name": socket.gethostname(),
-        "same": {
-            "Python": platform.python_version(),
-            "ds_gpt2": __version__,
-            **{name: metadata.version(name) for name in libraries},
-            "the code of ds_gpt2": code_fingerprint(),
-            "the data": open_dataset(settings.data.dir).fingerprint,
-        },
+        "same": {**installation.describe(), "the data": open_dataset(settings.data.dir).fingerprint},
         "gpus": None if accelerator == "cpu" else gpus_of_machine(),
-        "addresses": _addresses(),
+        "addresses": addresses((socket.AF_INET,)),
     }
-
-
-def code_fingerprint() -> str:
-    """Return a hash of the package's modules."""
-    digest = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"{file.relative_to(_PACKAGE)} {files.sha256(file)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def mark(directories: Sequence[str], name: str) -> list[str]:
-    """Create a file ``name`` in each directory, or in the nearest parent that exists; return where.
-
-    Raises:
-        OSError: a directory cannot be written.
-    """
-    parents = [files.nearest_existing(Path(directory)) for directory in directories]
-    for parent in parents:
-        files.open_for_writing(parent / f"{_MARK}{name}", "wb").close()
-    return list(map(str, parents))
-
-
-def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float = 5.0) -> list[list[str]]:
-    """Return for each directory the ``names`` whose files are missing there.
-
-    Args:
-        seconds: to wait for them: a network file system may show new files late.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        missing = [[name for name in names if not os.path.exists(f"{each}/{_MARK}{name}")] for each in directories]
-        if not any(missing) or time.monotonic() > deadline:
-            return missing
-        time.sleep(0.2)
-
-
-def unmark(directories: Sequence[str], name: str) -> None:
-    """Delete the files that ``mark`` has created."""
-    for directory in directories:
-        with contextlib.suppress(OSError):
-            Path(directory, f"{_MARK}{name}").unlink(missing_ok=True)
 
 
 def listen() -> int:
@@ -160,26 +107,11 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def interface_of(address: str) -> str | None:
-    """Return the network interface of this host that has ``address``; None if none has it."""
-    return next((name for name, own in _addresses().items() if address in own), None)
-
-
 def command(words: Sequence[str]) -> dict[str, Any]:
     """Run a command of ds_gpt2 on this host; return its exit code and output."""
     program = [sys.executable, str(_PACKAGE / "__main__.py"), *words]
     done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_COMMAND_SECONDS)
     return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
-
-
-def _addresses() -> dict[str, list[str]]:
-    """Return the IPv4 addresses of each network interface that is up."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    return {
-        name: [address.address for address in addresses if address.family == socket.AF_INET]
-        for name, addresses in psutil.net_if_addrs().items()
-        if name in up
-    }
 
 
 def _echo(connection: socket.socket) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.supervision.cluster import host_checks, link, messages, node_checks
+from ds_gpt2.supervision.cluster import host_checks, link, messages
 from ds_gpt2.supervision.cluster.environment import passed_on
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AGENT, AgentLink, LostHostError
@@ -143,18 +143,6 @@ def test_an_agent_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UserError, match="/nowhere/python cannot be started: No such file or directory"):
         AgentLink("localhost", "local")
-
-
-def test_directories_are_compared_without_leaving_a_trace(tmp_path: Path) -> None:
-    shared, other = tmp_path / "shared", tmp_path / "other"
-    shared.mkdir()
-    other.mkdir()
-    where = node_checks.mark([str(shared / "not" / "yet")], "one")
-    assert where == [str(shared)]
-    assert node_checks.has_marks(where, ["one", "two"], seconds=0) == [["two"]]
-    assert node_checks.has_marks([str(other)], ["one"], seconds=0) == [["one"]]
-    node_checks.unmark(where, "one")
-    assert list(shared.iterdir()) == []
 
 
 class _Clock:

@@ -1,0 +1,47 @@
+"""Find out whether machines share a directory: one creates a file with a unique name, the others look for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_gpt2.common import files
+
+_MARK = ".node-"  # start of the names of the files
+_POLL_SECONDS = 0.2
+
+
+def mark(directories: Sequence[str], name: str) -> list[str]:
+    """Create a file ``name`` in each directory, or in the nearest parent that exists; return where.
+
+    Raises:
+        OSError: a directory cannot be written.
+    """
+    parents = [files.nearest_existing(Path(directory)) for directory in directories]
+    for parent in parents:
+        files.open_for_writing(parent / f"{_MARK}{name}", "wb").close()
+    return list(map(str, parents))
+
+
+def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float = 5.0) -> list[list[str]]:
+    """Return for each directory the ``names`` whose files are missing there.
+
+    Args:
+        seconds: to wait for them: a network file system may show new files late.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        missing = [[name for name in names if not os.path.exists(f"{each}/{_MARK}{name}")] for each in directories]
+        if not any(missing) or time.monotonic() > deadline:
+            return missing
+        time.sleep(_POLL_SECONDS)
+
+
+def unmark(directories: Sequence[str], name: str) -> None:
+    """Delete the files that ``mark`` has created."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            Path(directory, f"{_MARK}{name}").unlink(missing_ok=True)
