@@ -25,7 +25,7 @@ from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.run_dir import exit_codes, exit_report, process_end
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.stop_request import restore_default_handlers
-from ds_gpt2.training import preflight
+from ds_gpt2.training import machines, preflight
 
 _PATIENCE_SECONDS = 20.0
 
@@ -86,7 +86,7 @@ def _run(settings: Settings, command: TrainArguments, prepare: Callable[[], None
     tracker_checks.check_packages(deepspeed_settings)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size())
-    preflight.check_start(settings, plan, command.resume)
+    problem = machines.problem_of(lambda: preflight.check_start(settings, plan, command.resume))
     torch_device = device.choose(settings.run.device)
     is_compiled = torch_compile.decide(settings.run.compile, torch_device)
     torch_compile.set_up(is_compiled)
@@ -97,7 +97,8 @@ def _run(settings: Settings, command: TrainArguments, prepare: Callable[[], None
 
     prepare()
     excluded = parse_batches(command.excluded)
-    return run(RunSpec(settings, deepspeed_settings, plan, torch_device, is_compiled, command.resume, excluded))
+    spec = RunSpec(settings, deepspeed_settings, plan, torch_device, is_compiled, command.resume, excluded)
+    return run(spec, problem)
 
 
 if __name__ == "__main__":

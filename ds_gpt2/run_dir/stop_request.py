@@ -112,6 +112,11 @@ def supervisor_environment() -> dict[str, str]:
     return {_SUPERVISOR: f"{os.getpid()} {start_of(os.getpid())}"}
 
 
+def is_supervised() -> bool:
+    """Return whether this process was started by a supervisor."""
+    return _supervisor() is not None
+
+
 def _supervisor() -> tuple[int, str] | None:
     pid, _, start = os.environ.get(_SUPERVISOR, "").partition(" ")
     return (int(pid), start) if start else None

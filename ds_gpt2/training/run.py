@@ -12,6 +12,7 @@ from ds_gpt2.config.batch_plan import format_batches
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, ROLLBACK, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
+from ds_gpt2.training.machines import check_machines
 from ds_gpt2.training.setup import BuiltRun, RunSpec, build_run
 from ds_gpt2.training.trainer import Ending
 
@@ -20,8 +21,11 @@ log = logging.getLogger(__name__)
 _NOT_FINITE_HINT = "resume from an earlier checkpoint with a lower schedule.max_lr"
 
 
-def run(spec: RunSpec) -> Outcome:
+def run(spec: RunSpec, problem: str | None = None) -> Outcome:
     """Train one rank's part of a run.
+
+    Args:
+        problem: see ``check_machines``.
 
     Raises:
         UserError: on every rank, for mistakes that the user can fix.
@@ -29,6 +33,7 @@ def run(spec: RunSpec) -> Outcome:
     open_process_group(spec.device)
     with contextlib.ExitStack() as cleanup:
         try:
+            check_machines(spec.settings, problem)
             built = build_run(spec, cleanup)
             outcome = _train(built)
         except UserError:

@@ -1,0 +1,123 @@
+"""Check that the machines of a run fit each other, if no supervisor has: the code, the data and the directories."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ds_gpt2.common import installation
+from ds_gpt2.common.errors import UserError, reason_of
+from ds_gpt2.common.files import nearest_existing
+from ds_gpt2.common.shared_directory import has_marks, mark, unmark
+from ds_gpt2.config.settings import Settings
+from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.distributed import collectives
+from ds_gpt2.run_dir import stop_request
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def problem_of(check: Callable[[], None]) -> str | None:
+    """Call ``check`` before the process group is open; return its problem, if ``check_machines`` will report it.
+
+    On several machines, a rank that ended with an error which only its machine has would leave the others waiting.
+
+    Raises:
+        UserError: ``check`` raises it, and all ranks are on this machine or started by a supervisor.
+    """
+    try:
+        check()
+    except UserError as error:
+        if not _are_unchecked():
+            raise
+        return str(error)
+    return None
+
+
+def check_machines(settings: Settings, problem: str | None) -> None:
+    """Check that the ranks on all machines have the same code, data and directories. The process group must be open.
+
+    Args:
+        problem: what this rank has found before.
+
+    Raises:
+        UserError: on every rank, if something differs or any rank has a problem.
+    """
+    if not _are_unchecked():
+        return
+    collectives.raise_on_all_ranks(problem if collectives.is_main() else None)
+    hosts = collectives.gather_objects(socket.gethostname())
+    _check_equal(hosts, collectives.call_on_all_ranks(installation.describe))
+    _check_shared(settings, hosts[0])
+    host = hosts[collectives.rank()]
+    collectives.raise_on_all_ranks(None if problem is None else f"host {host}: {problem}")
+    dataset = collectives.call_on_all_ranks(lambda: open_dataset(settings.data.dir))
+    _check_equal(hosts, {"the data": dataset.fingerprint})
+
+
+def _are_unchecked() -> bool:
+    """Return whether the ranks are on several machines, which no supervisor has compared."""
+    return collectives.spans_machines() and not stop_request.is_supervised()
+
+
+def _check_equal(hosts: Sequence[str], mine: dict[str, str]) -> None:
+    """Check that ``mine`` is equal on all ranks.
+
+    Raises:
+        UserError: on every rank, if a value differs.
+    """
+    first, *others = collectives.gather_objects(mine)
+    for rank, other in enumerate(others, 1):
+        for what, value in first.items():
+            if other[what] != value:
+                raise UserError(f"{what}: {value} on {hosts[0]}, {other[what]} on {hosts[rank]}: make them equal")
+
+
+def _check_shared(settings: Settings, main_host: str) -> None:
+    """Check that the directories of the run are the same on all machines. Nothing is left in them.
+
+    Raises:
+        UserError: on every rank, if they are not, or if rank 0 cannot write to them.
+    """
+    directories = [str(settings.run_dir), str(settings.checkpoint_dir)]
+    nonce = secrets.token_hex(8)
+    try:
+        name, marked = collectives.broadcast_from_main(lambda: (nonce, _mark(directories, nonce)))
+        absent = None
+        if collectives.is_first_of_machine() and not collectives.is_main():
+            absent = _first_absent(name, marked)
+        collectives.raise_on_all_ranks(
+            absent
+            and f"{absent} is not the same directory on {main_host} and {socket.gethostname()}: mount a shared file"
+            " system there, or set run.dir and checkpoint.dir to one"
+        )
+    finally:
+        if collectives.is_main():
+            unmark([str(nearest_existing(Path(directory))) for directory in directories], nonce)
+
+
+def _mark(directories: Sequence[str], name: str) -> dict[str, str]:
+    """Create a file ``name`` for each directory, except on full disks; return where.
+
+    Raises:
+        UserError: a file cannot be created.
+    """
+    marked: dict[str, str] = {}
+    for directory in directories:
+        try:
+            (marked[directory],) = mark([directory], name)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise UserError(
+                    f"cannot write to {directory}: {reason_of(error)}; check its permissions and its disk"
+                ) from None
+    return marked
+
+
+def _first_absent(name: str, marked: Mapping[str, str]) -> str | None:
+    """Return the first directory that is not the one that rank 0 has marked with ``name``."""
+    missing = has_marks(list(marked.values()), [name])
+    return next((directory for directory, absent in zip(marked, missing, strict=True) if absent), None)
