@@ -62,7 +62,9 @@ def run(options: argparse.Namespace) -> int:
     overrides = with_hostfile(parse_overrides(options.settings), options.hostfile)
     resume = "auto" if options.auto else None
     settings = run_location.load(config, overrides)
-    return start(config, overrides, settings, hosts_of(settings, options.num_gpus), options.num_gpus, resume)
+    hosts = hosts_of(settings, options.num_gpus)
+    ranks = None if hosts else options.num_gpus  # of a Slurm job, --num_gpus is the number on each node
+    return start(config, overrides, settings, hosts, ranks, resume)
 
 
 def resume(options: argparse.Namespace) -> int:
