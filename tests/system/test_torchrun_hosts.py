@@ -6,16 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 from launched import PROJECT
 from small_run import MODEL
 from two_hosts import TwoHosts, problem, two_hosts
 
+from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.common.host import free_port
 from ds_gpt2.run_dir.metrics import METRICS
+from ds_gpt2.run_dir.starts import read_starts, started_from
 from ds_gpt2.supervision.launcher import TRAIN
 
 pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
@@ -45,12 +50,12 @@ def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
     )
 
 
-def on_both(
+def started_on_both(
     hosts: TwoHosts, command: Callable[[int], list[str]], variables: Callable[[int], dict[str, str]] = lambda _: {}
-) -> tuple[list[int], str]:
-    """Run a command on both hosts; return the exit codes and the output of both."""
+) -> list[subprocess.Popen[str]]:
+    """Start a command on both hosts."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    started = [
+    return [
         subprocess.Popen(
             host.command(command(number)),
             env={**environment, **variables(number)},
@@ -61,6 +66,13 @@ def on_both(
         )
         for number, host in enumerate(hosts.all)
     ]
+
+
+def on_both(
+    hosts: TwoHosts, command: Callable[[int], list[str]], variables: Callable[[int], dict[str, str]] = lambda _: {}
+) -> tuple[list[int], str]:
+    """Run a command on both hosts; return the exit codes and the output of both."""
+    started = started_on_both(hosts, command, variables)
     try:
         outputs = [process.communicate(timeout=240)[0] for process in started]
     finally:
@@ -78,6 +90,18 @@ def torchrun(hosts: TwoHosts, config: Path, *words: str, master: str | None = No
     rendezvous = ["--master_addr", address, "--master_port", port]
     training = [str(TRAIN), "--config", str(config), *words]
     return on_both(hosts, lambda number: [*program, "--node_rank", str(number), *rendezvous, *training])
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def starts(folder: Path) -> list[int]:
+    """Return the steps at which the run has started."""
+    return started_from(read_starts(folder / "runs" / "test"))
 
 
 def steps(folder: Path) -> int:
@@ -199,3 +223,38 @@ def test_other_data_on_a_host_are_refused(
     else:
         assert error.startswith("error: the data: ") and error.endswith(" on host-b: make them equal")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_of_the_kubernetes_job_starts_all_ranks_again_after_one_was_killed(
+    config: Path, tmp_path: Path
+) -> None:
+    _, job = yaml.safe_load_all((PROJECT / "deploy" / "kubernetes_multinode.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    changed = {"--nproc_per_node": "2", "--config": str(config), "--rdzv_endpoint": f"ADDRESS:{free_port()}"}
+    parts = [word.partition("=") for word in container["command"][1:]]
+    flags = [f"{flag}={changed.get(flag, value)}" if equals else flag for flag, equals, value in parts]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    endless = [
+        *(str(TRAIN) if flag == "ds_gpt2/train.py" else flag for flag in flags),
+        "schedule.steps=1000000",
+    ]
+    checkpoints = tmp_path / "checkpoints" / "test"
+    with two_hosts(tmp_path / "pair", number=72) as hosts:  # the names of pods resolve to their own addresses
+        program = [sys.executable, "-m", "torch.distributed.run"]
+        command = [word.replace("ADDRESS", hosts.a.address) for word in (*program, *endless)]
+        started = started_on_both(hosts, lambda _: command, lambda _: variables)
+        try:
+            wait_for(lambda: newest_step(checkpoints) >= 4)
+            hosts.b.matching(str(TRAIN), "-u")[-1].kill()
+            wait_for(lambda: len(starts(tmp_path)) == 2)
+            saved = newest_step(checkpoints)
+            wait_for(lambda: newest_step(checkpoints) > saved)
+            for process in started:  # `kubectl delete`
+                psutil.Process(process.pid).children()[0].terminate()
+            outputs = [process.communicate(timeout=120)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process for host in hosts.all for process in host.matching(str(TRAIN))] == []
+    assert "stopped on request at step" in "".join(outputs) and starts(tmp_path)[1] >= 4
+    assert problem_of(scan(checkpoints)[0]) is None
