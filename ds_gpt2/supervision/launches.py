@@ -97,8 +97,8 @@ class Launches:
             self._cluster.note_end(ranks)
         for host, reason in lost.items():
             reporter.report("host_lost", f"host {host} is lost: {reason}", beat.step if beat else None)
-        outcome = self._judge(ranks.outcome(), exit_kind, beat)
-        if not stop.requested and exit_kind != "hung" and outcome.code == exit_codes.CRASHED:
+        outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))
+        if not stop.requested and exit_kind != "hung" and not lost and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
         has_started = bool(starts) or _has_trained(beat)  # the journal may not be readable
@@ -116,12 +116,13 @@ class Launches:
             lost_hosts=tuple(lost),
         )
 
-    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
+    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None, host_was_lost: bool) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
         self._has_trained |= _has_trained(beat)
         if outcome.code == exit_codes.MISTAKE and self._has_trained:  # the same command has trained before
             return Outcome(exit_codes.CRASHED)
-        on_request = exit_kind != "launcher killed" and not outcome.supervisor_lost
+        lost = exit_kind == "launcher killed" or host_was_lost or outcome.supervisor_lost  # so the ranks were to save
+        on_request = self._context.stop.requested or not lost
         if outcome.code == exit_codes.STOPPED and not on_request:
             return Outcome(exit_codes.CRASHED, supervisor_lost=outcome.supervisor_lost)
         return outcome
@@ -138,8 +139,6 @@ def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome) -> 
         return "the ranks stopped because they found no supervisor process"
     if exit_kind == "launcher killed":
         return "DeepSpeed's launcher was killed"
-    if lost := ranks.lost_hosts:
-        return f"the ranks on {', '.join(lost)} are gone with the host"
     if ranks.ran_out_of_memory:
         return "the kernel killed a process because memory ran out"
     failures, kills = ranks.failures(), ranks.kills()
