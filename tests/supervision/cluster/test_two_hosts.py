@@ -267,20 +267,21 @@ def test_a_killed_supervisor_leaves_a_saved_run_and_no_process(hosts: TwoHosts, 
     again.assert_nothing_is_left()
 
 
-def test_a_resume_ends_the_ranks_that_a_killed_supervisor_has_left(hosts: TwoHosts, configure: Configure) -> None:
-    """The ranks of host b are stopped (SIGSTOP), so that they cannot save and exit."""
+def test_ranks_that_cannot_save_are_killed_after_the_supervisor(hosts: TwoHosts, configure: Configure) -> None:
+    """The ranks of host b are stopped (SIGSTOP), so that those of host a wait for them."""
     config = configure(supervisor={"stop_seconds": 5})
     run = Started(hosts, config)
     run.wait_for(lambda: run.saved >= 6)
+    saved = run.saved
     for process in run.ranks(hosts.b):
         process.suspend()
     run.supervisor.kill()
     run.process.wait()
-    again = Started(hosts, config, verb="resume")
-    again.wait_for(lambda: len(run.events("start")) == 2)
-    again.supervisor.terminate()
+    run.assert_nothing_is_left()
+    again = Started(hosts, config, f"schedule.steps={run.saved + 4}", verb="resume")
     output = again.end()
-    assert again.process.returncode == exit_codes.STOPPED, output
+    assert again.process.returncode == exit_codes.DONE, output
+    assert f"resumed from {run.settings.checkpoint_dir}/rolling_step_" in output and again.saved > saved
     again.assert_nothing_is_left()
 
 
