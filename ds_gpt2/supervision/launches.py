@@ -93,8 +93,6 @@ class Launches:
         """
         stop, reporter = self._context.stop, self._context.reporter
         lost = ranks.lost_hosts
-        if self._cluster is not None:
-            self._cluster.note_end(ranks)
         for host, reason in lost.items():
             reporter.report("host_lost", f"host {host} is lost: {reason}", beat.step if beat else None)
         outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,10 @@ from ds_gpt2.supervision.cluster.host_checks import Network, Node
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
 from ds_gpt2.supervision.cluster.messages import LaunchRequest
-from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.launcher import Place
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
+_SHOWN = 6  # hosts in a message
 _KILL_SECONDS = 60.0  # for ranks to be gone after they were killed
 _CLOSE_SECONDS = 10.0  # for agents to end after the ranks have
 
@@ -50,7 +51,7 @@ class Cluster:
         self.accelerator = spec.accelerator
         self._links: dict[str, AgentLink] = {}  # host -> its newest connection
         self._nodes: dict[str, Node] = {}
-        self._previous: dict[str, tuple[int, str]] = {}  # host -> the agent that was lost there
+        self._previous: dict[str, AgentRecord] = {}  # host -> the agent that was lost there
         self._groups: dict[str, int] = {}  # host -> process group of its newest ranks
         self._numbers = itertools.count(1)
 
@@ -128,17 +129,16 @@ class Cluster:
             )
             for place, interface in enumerate(network.interfaces)
         ]
-        return ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
+        ranks = ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
+        self._groups |= ranks.groups
+        return ranks
 
     def describe(self, ranks: int) -> str:
         """Return which hosts run ``ranks`` ranks, as text."""
         nodes, slots = _divide(self.nodes, ranks)
-        return ", ".join(f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True))
-
-    def note_end(self, ranks: LaunchedRanks) -> None:
-        """Note the process groups of ``ranks``, to end those that a lost agent leaves."""
-        if isinstance(ranks, ClusterRanks):
-            self._groups |= ranks.groups
+        parts = [f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True)]
+        shown = parts if len(parts) <= _SHOWN else [*parts[: _SHOWN - 1], f"{len(parts) - _SHOWN + 1} other hosts"]
+        return ", ".join(shown)
 
     def end_left_over(self, agents: Sequence[AgentRecord]) -> None:
         """End the agents of an earlier supervisor, and the ranks that they have left."""
@@ -163,8 +163,9 @@ class Cluster:
         """End all agents."""
         for link in self._links.values():
             link.close()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for link in self._links.values():
-            if not link.wait(_CLOSE_SECONDS):
+            if not link.wait(deadline - time.monotonic() if link.is_open else 0.0):
                 link.kill()
 
     def _connect(self, hosts: Sequence[Host]) -> dict[str, str]:
@@ -180,8 +181,9 @@ class Cluster:
         link = self._links[host.name]
         try:
             link.wait_for_start()
-            if (previous := self._previous.pop(host.name, None)) is not None:
-                self._end_agent(link, AgentRecord(host.name, *previous, self._groups.pop(host.name, None)))
+            if (previous := self._previous.get(host.name)) is not None:
+                self._end_agent(link, previous)
+                del self._previous[host.name]
             self._nodes[host.name] = host_checks.node_of(host, link, self.spec.arguments, self.accelerator)
         except LostHostError as error:
             return str(error)
@@ -214,7 +216,7 @@ class Cluster:
         self._nodes.pop(name, None)
         if (link := self._links.pop(name, None)) is not None:
             if link.agent is not None:
-                self._previous[name] = link.agent
+                self._previous.setdefault(name, AgentRecord(name, *link.agent, self._groups.get(name)))
             link.kill()
 
     @property

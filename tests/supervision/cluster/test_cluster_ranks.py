@@ -52,7 +52,7 @@ class Stage:
             {rank: Beat(step, 1.0, 10 + rank, step, step, "training") for rank in (first, first + 1)} if step else {}
         )
         values: dict[str, Any] = {
-            "launch": launch, "group": 100, "launcher_runs": True, "has_exited": False, "launcher_was_killed": False,
+            "launch": launch, "launcher_runs": True, "has_exited": False, "launcher_was_killed": False,
             "exit_status": None, "exit_code": None, "ran_out_of_memory": False, "outcome": None, "failures": {},
             "kills": {}, "beats": beats, "stopped": frozenset(), "beat_problem": None,
         }  # fmt: skip
