@@ -132,8 +132,13 @@ class Cluster:
 
     def describe(self, ranks: int) -> str:
         """Return which hosts run ``ranks`` ranks, as text."""
+        return ", ".join(f"{host} ({count})" for host, count in self.ranks_by_host(ranks).items() if count)
+
+    def ranks_by_host(self, ranks: int) -> dict[str, int]:
+        """Return how many of ``ranks`` ranks each host that answers runs, possibly none."""
         nodes, slots = _divide(self.nodes, ranks)
-        return ", ".join(f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True))
+        counts = {node.host.name: count for node, count in zip(nodes, slots, strict=True)}
+        return {node.host.name: counts.get(node.host.name, 0) for node in self.nodes}
 
     def note_end(self, ranks: LaunchedRanks) -> None:
         """Note the process groups of ``ranks``, to end those that a lost agent leaves."""
