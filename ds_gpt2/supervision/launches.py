@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.formatting import counted
@@ -52,7 +53,10 @@ class Launches:
         journal_size = reporter.journal_size()
         where = f" on {self._cluster.describe(run.layout.ranks)}" if self._cluster is not None else ""
         text = f"starting {counted(run.layout.ranks, 'rank')}{where}, {run.origin()}"
-        reporter.add_event("launch", text, restart=self._is_restart)
+        hosts: dict[str, Any] = (
+            {"hosts": self._cluster.ranks_by_host(run.layout.ranks)} if self._cluster is not None else {}
+        )
+        reporter.add_event("launch", text, restart=self._is_restart, **hosts)
         self._is_restart = True
         try:
             ranks = self._start(run, outcome_file)
@@ -62,10 +66,10 @@ class Launches:
             away = tuple(self._cluster.away) if self._cluster is not None else ()
             outcome = Outcome(exit_codes.CRASHED)
             return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=away)
-        reporter.record_running(ranks.group, self._agents())
+        reporter.record_running(run.layout.ranks, ranks.group, self._agents())
         watch = RankWatch(self._context, ranks)
         exit_kind = watch.wait()
-        reporter.record_running(agents=self._agents())
+        reporter.record_running(run.layout.ranks, agents=self._agents())
         return self._summarize(ranks, exit_kind, watch.newest_beat, journal_size)
 
     def _start(self, run: SupervisedRun, outcome_file: Path) -> LaunchedRanks:
@@ -94,7 +98,8 @@ class Launches:
         stop, reporter = self._context.stop, self._context.reporter
         lost = ranks.lost_hosts
         for host, reason in lost.items():
-            reporter.report("host_lost", f"host {host} is lost: {reason}", beat.step if beat else None)
+            step = beat.step if beat else None
+            reporter.report("host_lost", f"host {host} is lost: {reason}", step, host=host, reason=reason)
         outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))
         if not stop.requested and exit_kind != "hung" and not lost and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)

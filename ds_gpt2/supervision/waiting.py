@@ -57,13 +57,13 @@ def wait_for_hosts(context: Context, cluster: Cluster) -> bool:
         away = cluster.reconnect()
         for node in cluster.nodes:
             if node.host.name not in before:
-                context.reporter.report("host_back", f"host {node.host.name} answers again")
+                context.reporter.report("host_back", f"host {node.host.name} answers again", host=node.host.name)
         if len(cluster.nodes) >= context.settings.cluster.min_nodes:
             return True
         reasons = "; ".join(f"{host}: {reason}" for host, reason in away.items())
         text = f"{counted(len(cluster.nodes), 'host')} of {len(cluster.spec.hosts)} answer, cluster.min_nodes is"
         if (problem := f"{text} {context.settings.cluster.min_nodes}: waiting for more ({reasons})") != reported:
-            context.reporter.report("few_hosts", problem)
+            context.reporter.report("few_hosts", problem, away=away)
             reported = problem
         if not _pause(context, seconds):
             return False

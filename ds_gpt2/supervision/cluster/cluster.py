@@ -135,10 +135,15 @@ class Cluster:
 
     def describe(self, ranks: int) -> str:
         """Return which hosts run ``ranks`` ranks, as text."""
-        nodes, slots = _divide(self.nodes, ranks)
-        parts = [f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True)]
+        parts = [f"{host} ({count})" for host, count in self.ranks_by_host(ranks).items() if count]
         shown = parts if len(parts) <= _SHOWN else [*parts[: _SHOWN - 1], f"{len(parts) - _SHOWN + 1} other hosts"]
         return ", ".join(shown)
+
+    def ranks_by_host(self, ranks: int) -> dict[str, int]:
+        """Return how many of ``ranks`` ranks each host that answers runs, possibly none."""
+        nodes, slots = _divide(self.nodes, ranks)
+        counts = {node.host.name: count for node, count in zip(nodes, slots, strict=True)}
+        return {node.host.name: counts.get(node.host.name, 0) for node in self.nodes}
 
     def end_left_over(self, agents: Sequence[AgentRecord]) -> None:
         """End the agents of an earlier supervisor, and the ranks that they have left."""

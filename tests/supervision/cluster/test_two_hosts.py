@@ -23,6 +23,7 @@ from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
+from ds_gpt2.tools.status.status import read_status
 
 pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
 
@@ -254,6 +255,42 @@ def test_a_killed_supervisor_leaves_a_saved_run_and_no_process(hosts: TwoHosts, 
     output = again.end()
     assert again.process.returncode == exit_codes.DONE, output
     again.assert_nothing_is_left()
+
+
+def test_a_run_whose_head_is_lost_is_resumed_elsewhere_after_its_lease(hosts: TwoHosts, configure: Configure) -> None:
+    """File locks do not tell: the system frees those of a lost host at once here, a file server may never do so."""
+    run = Started(hosts, configure(supervisor={"stop_seconds": 5}))
+    run.wait_for(lambda: run.saved >= 6)
+    status = read_status(run.settings.run_dir, time.time())
+    assert (status.state, [host.ranks for host in status.hosts]) == ("running", [2, 2])
+    hosts.kill(hosts.a)
+    run.process.wait()
+    lost = time.monotonic()
+    words = [sys.executable, MAIN, "resume", str(run.settings.run_dir), "cluster.hostfile=null", "--num_gpus", "2"]
+    words.append(f"schedule.steps={run.saved + 4}")
+    try:
+        early = _on_host(hosts.b, *words)
+        assert early.returncode == exit_codes.MISTAKE, early.stdout
+        assert "is supervised by process" in early.stdout and "on host-a, last seen" in early.stdout
+        time.sleep(max(0.0, lost + 65 - time.monotonic()))
+        seen = _on_host(hosts.b, sys.executable, MAIN, "status", str(run.settings.run_dir), "--json").stdout
+        assert '"state": "dead"' in seen and "the supervisor on host-a is gone, or that machine" in seen
+        late = _on_host(hosts.b, *words)
+        assert late.returncode == exit_codes.DONE, late.stdout
+    finally:
+        hosts.start_host(hosts.a)
+    run.assert_nothing_is_left()
+
+
+def _on_host(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        host.command(words),
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
 
 
 def test_ranks_that_cannot_save_are_killed_after_the_supervisor(hosts: TwoHosts, configure: Configure) -> None:
