@@ -14,6 +14,7 @@ from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, AgentRecord
 from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import Context
+from ds_gpt2.supervision.host_events import report_lost_hosts
 from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.launcher import Ranks
 from ds_gpt2.supervision.rank_watch import ExitKind, RankWatch
@@ -64,6 +65,7 @@ class Launches:
             reporter.report("crash", f"the ranks cannot be started: {reason_of(error)}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
             away = tuple(self._cluster.away) if self._cluster is not None else ()
+            self._report_lost({}, None)
             outcome = Outcome(exit_codes.CRASHED)
             return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=away)
         reporter.record_running(run.layout.ranks, ranks.group, self._agents())
@@ -97,9 +99,7 @@ class Launches:
         """
         stop, reporter = self._context.stop, self._context.reporter
         lost = ranks.lost_hosts
-        for host, reason in lost.items():
-            step = beat.step if beat else None
-            reporter.report("host_lost", f"host {host} is lost: {reason}", step, host=host, reason=reason)
+        self._report_lost(lost, beat.step if beat else None)
         outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))
         if not stop.requested and exit_kind != "hung" and not lost and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
@@ -118,6 +118,15 @@ class Launches:
             saved_step=self._context.directories.saved_step(),
             lost_hosts=tuple(lost),
         )
+
+    def _report_lost(self, reasons: dict[str, str], step: int | None) -> None:
+        """Report the hosts that have stopped to answer.
+
+        Args:
+            reasons: host -> why it is lost, where that is known.
+        """
+        if self._cluster is not None:
+            report_lost_hosts(self._context.reporter, self._cluster, reasons, step)
 
     def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None, host_was_lost: bool) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""

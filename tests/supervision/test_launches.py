@@ -37,6 +37,7 @@ def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> Non
     context: Any = mock.MagicMock(**{"reporter.events_since.return_value": [], "stop.requested": False})
     cluster: Any = mock.Mock(**{"ranks_by_host.return_value": {"a": 2, "b": 2}, "launch.side_effect": OSError("no")})
     cluster.away = ["b"]
+    cluster.newly_lost.side_effect = [{}, {"b": "no answer"}]
     Launches(context, False, cluster).run(mock.MagicMock(**{"layout.ranks": 4}))
     launch = context.reporter.add_event.call_args
     assert launch.args[0] == "launch" and launch.kwargs == {"restart": False, "hosts": {"a": 2, "b": 2}}

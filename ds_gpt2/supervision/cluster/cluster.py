@@ -6,13 +6,14 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.distributed.launch_environment import LOOPBACK
 from ds_gpt2.run_dir.supervisor_record import AgentRecord
 from ds_gpt2.supervision.cluster import environment, host_checks
@@ -53,6 +54,7 @@ class Cluster:
         self._nodes: dict[str, Node] = {}
         self._previous: dict[str, AgentRecord] = {}  # host -> the agent that was lost there
         self._groups: dict[str, int] = {}  # host -> process group of its newest ranks
+        self._noted_lost: set[str] = set()  # hosts that ``newly_lost`` has returned, and that are still away
         self._numbers = itertools.count(1)
 
     def start(self) -> None:
@@ -87,6 +89,17 @@ class Cluster:
         answering = {node.host.name for node in self.nodes}
         return [host.name for host in self.spec.hosts if host.name not in answering]
 
+    def newly_lost(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Return the hosts that have stopped to answer since the last call, and why.
+
+        Args:
+            reasons: host -> why it is lost, where that is known.
+        """
+        away = {name: reasons.get(name) or self._links[name].problem for name in self.away if name in self._links}
+        new = {name: reason or "it does not answer" for name, reason in away.items() if name not in self._noted_lost}
+        self._noted_lost = set(self.away)
+        return new
+
     @property
     def slots(self) -> int:
         """The number of ranks that the hosts that answer can run."""
@@ -113,6 +126,9 @@ class Cluster:
             UserError: rank 0 cannot be reached, or no host answers.
         """
         nodes, slots = _divide(self.nodes, run.layout.ranks)
+        if sum(slots) < run.layout.ranks:
+            answering = ", ".join(node.host.name for node in nodes) or "none"
+            raise UserError(f"{counted(run.layout.ranks, 'rank')} do not fit the hosts that answer: {answering}")
         network = self._network(nodes)
         number = next(self._numbers)
         shared = environment.passed_on(os.environ)
@@ -261,10 +277,6 @@ def _divide(nodes: Sequence[Node], ranks: int) -> tuple[list[Node], tuple[int, .
         if (left := ranks - sum(slots)) > 0:
             chosen.append(node)
             slots.append(min(left, node.host.slots))
-    if sum(slots) < ranks:
-        raise UserError(
-            f"{ranks} ranks do not fit the hosts that answer: {', '.join(each.host.name for each in nodes) or 'none'}"
-        )
     return chosen, tuple(slots)
 
 

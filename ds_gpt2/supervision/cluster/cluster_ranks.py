@@ -178,8 +178,9 @@ class ClusterRanks:
     def _update(self) -> None:
         """Note which hosts are lost, and what the others have reported."""
         for part in self._parts:
-            if part.lost is None and not part.has_exited:
-                part.lost = part.link.problem
+            if part.lost is None and not part.has_exited and (problem := part.link.problem) is not None:
+                part.lost = problem
+                part.link.kill()  # it must not come back in the middle of the next launch
         for report in self._reports():
             for rank, failure in report.failures.items():
                 self._failures.setdefault(rank, failure)
