@@ -38,6 +38,7 @@ _HANDLERS = {
 # The first use of one of these fixtures starts real ranks.
 _RANK_FIXTURES = {
     "by_deepspeed",
+    "drilled",
     "four_ranks",
     "planned",
     "resumed",
@@ -45,15 +46,16 @@ _RANK_FIXTURES = {
     "trained",
     "trained_run",
 }
+_EXTENDED_FIXTURES = {"drilled"}  # some of these take minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "drilled" in getattr(item, "fixturenames", ()):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & _RANK_FIXTURES:
             item.add_marker("ranks")
+        if fixtures & _EXTENDED_FIXTURES:
             item.add_marker("extended")
-        if not _RANK_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
-            item.add_marker("ranks")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
     files = Counter(item.path for item in items if "ranks" in item.keywords)

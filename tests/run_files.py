@@ -19,7 +19,7 @@ from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase
-from ds_gpt2.run_dir.supervisor_record import SupervisorRecord
+from ds_gpt2.run_dir.supervisor_record import RECORD, SupervisorRecord
 from ds_gpt2.tools.status.status import Status, read_status
 
 HOUR, DAY = 3600.0, 86_400.0
@@ -87,6 +87,8 @@ class RunFiles:
         process = psutil.Process(pid)
         values = {"host": socket.gethostname(), "ranks": 1, **values}
         SupervisorRecord(process.pid, process.create_time(), state=state, **values).write(self.run_dir)
+        if values.get("renewed") is not None:
+            os.utime(self.run_dir / RECORD, (values["renewed"], values["renewed"]))
 
     def beat(self, phase: Phase = "training", step: int = 1000) -> Heartbeat:
         """Write a heartbeat of this process as rank 0."""
@@ -95,11 +97,14 @@ class RunFiles:
         heart.enter(phase)
         return heart
 
-    def beat_on_other_host(self, phase: Phase, step: int, time: float = NOW) -> None:
-        """Write a heartbeat of a rank that is not a process of this host."""
+    def beat_on_other_host(
+        self, phase: Phase, step: int, time: float = NOW, rank: int = 0, host: str | None = None
+    ) -> None:
+        """Write a heartbeat of a rank that is not a process of this host, of an earlier version without ``host``."""
         (self.run_dir / "heartbeat").mkdir(exist_ok=True)
-        file = self.run_dir / "heartbeat" / "rank_00000"
-        file.write_text(f"9 {time} 1 {step} {step} {phase}")
+        file = self.run_dir / "heartbeat" / f"rank_{rank:05d}"
+        process = "" if host is None else f" 9.boot {host}"
+        file.write_text(f"9 {time} 1 {step} {step} {phase}{process}")
         os.utime(file, (max(NOW, time), max(NOW, time)))
 
     def status(self, later: float = 0.0) -> Status:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hashlib
 import os
+import re
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 
 _DIRECTORY = "heartbeat"  # in the run's directory, one small file per rank
 _stacks: list[BinaryIO] = []  # faulthandler needs open files
+_HOST_CHARACTERS, _HASH_CHARACTERS = 32, 10
 _SIZE = 160  # bytes of a beat: the same bytes are overwritten, so that a full disk does not matter
 
 
@@ -34,6 +38,12 @@ class Beat:
     batch: int  # the batch of the data, see TrainState.batch
     phase: str
     start: str = ""  # start time of the process, see ``process_identity``; not recorded by earlier versions
+    host: str = ""  # see ``_this_host``; not recorded by earlier versions
+
+    @property
+    def is_of_other_host(self) -> bool:
+        """Whether it is of a rank on another host: its process id means nothing here. False if unknown."""
+        return self.host not in ("", _this_host())
 
 
 class Heartbeat:
@@ -46,6 +56,7 @@ class Heartbeat:
         self._phase: Phase = "starting"
         self._file: int | None = None
         self._start = start_of(os.getpid())
+        self._host = _this_host()
         with contextlib.suppress(OSError):  # the run continues; the watchdog reports the missing heartbeats
             file = _file(run_dir, rank)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +79,7 @@ class Heartbeat:
         if self._file is None:
             return
         now, pid = f"{time.time():.3f}", os.getpid()
-        line = f"{self._count} {now} {pid} {self._step} {self._batch} {self._phase} {self._start}"
+        line = f"{self._count} {now} {pid} {self._step} {self._batch} {self._phase} {self._start} {self._host}"
         with contextlib.suppress(OSError):
             os.pwrite(self._file, line.ljust(_SIZE - 1).encode() + b"\n", 0)
 
@@ -92,8 +103,8 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
     """Return the newest heartbeat of ``rank``; None if there is none, or if it is unreadable."""
     try:
-        count, when, pid, step, batch, phase, *start = read_small(_file(run_dir, rank)).decode("ascii").split()
-        beat = Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *start[:1])
+        count, when, pid, step, batch, phase, *process = read_small(_file(run_dir, rank)).decode("ascii").split()
+        beat = Beat(int(count), float(when), int(pid), int(step), int(batch), phase, *process[:2])
         return beat if is_time(beat.time) and 0 < beat.pid < 2**31 and 0 <= beat.step < LARGEST else None
     except (OSError, ValueError):
         return None
@@ -122,6 +133,15 @@ def clear_heartbeats(run_dir: Path) -> None:
     with contextlib.suppress(OSError):
         for file in (run_dir / _DIRECTORY).iterdir():
             file.unlink(missing_ok=True)
+
+
+def _this_host() -> str:
+    """Return the name of this machine as a word of at most ``_HOST_CHARACTERS``; of a longer name the end is hashed."""
+    name = re.sub(r"[^!-~]", "_", socket.gethostname())
+    if len(name) <= _HOST_CHARACTERS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH_CHARACTERS]
+    return f"{name[: _HOST_CHARACTERS - _HASH_CHARACTERS]}{digest}"
 
 
 def _file(run_dir: Path, rank: int) -> Path:

@@ -1,10 +1,15 @@
-"""``supervisor.json`` in a run's directory: the run's supervisor and the processes that it has started."""
+"""``supervisor.json`` in a run's directory: the run's supervisor and the processes that it has started.
+
+The supervisor renews its lease, see ``lease``: the modification time of the file. It shows other machines whether the
+supervisor is running.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.lease import LEASE_SECONDS
 from ds_gpt2.common.open_files import has_original_open
 from ds_gpt2.common.process_identity import is_running, was_running_by_clock
 from ds_gpt2.run_dir.heartbeat import is_of_original, read_beat
@@ -48,6 +54,7 @@ class SupervisorRecord:
     code: int | None = None  # exit code; None until it ends
     start: str = ""  # start time of the process, see ``process_identity``; not recorded by earlier versions
     agents: tuple[AgentRecord, ...] = ()  # on several hosts
+    renewed: Time | None = None  # when it was last seen, by the clock of the file system; None in earlier versions
 
     def write(self, run_dir: Path) -> None:
         """Replace ``supervisor.json`` in ``run_dir``.
@@ -58,15 +65,36 @@ class SupervisorRecord:
         replace_file(run_dir / RECORD, json.dumps(asdict(self)))
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the supervisor is running. On another machine this cannot be checked: ``state`` decides."""
+    def is_here(self) -> bool:
+        """Whether it is the record of a supervisor on this machine."""
+        return self.host == socket.gethostname()
+
+    def is_alive(self, now: float) -> bool:
+        """Return whether the supervisor is running. On another machine its lease decides, or ``state`` without one.
+
+        Args:
+            now: seconds since 1970; only for a supervisor on another machine.
+        """
         if self.state == "ended":
             return False
-        return self.host != socket.gethostname() or self.is_running()
+        return self.is_running() if self.is_here else not self.has_expired(now)
+
+    def has_expired(self, now: float) -> bool:
+        """Return whether the lease has ended without an end of the supervisor; False if it has none."""
+        return self.state != "ended" and self.renewed is not None and now - self.renewed >= LEASE_SECONDS
 
     def is_running(self) -> bool:
         """Return whether its process is running on this machine."""
         return is_running(self.pid, self.start) if self.start else was_running_by_clock(self.pid, self.started)
+
+
+def renew(run_dir: Path) -> None:
+    """Renew the lease of the supervisor that has written the record in ``run_dir``. A full disk does not matter.
+
+    Raises:
+        OSError: there is no record, or its disk does not answer.
+    """
+    os.utime(run_dir / RECORD)
 
 
 _SUPERVISED = TypeAdapter(SupervisorRecord)
@@ -81,6 +109,8 @@ def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
     try:
         values = safe_json.read(run_dir / RECORD)
         record = _SUPERVISED.validate_python(values)
+        if record.renewed is not None:
+            record = replace(record, renewed=(run_dir / RECORD).stat().st_mtime)
     except (OSError, ValueError):
         return None
     return None if _is_of_another_run(record, run_dir) else record
@@ -88,9 +118,11 @@ def read_supervisor_record(run_dir: Path) -> SupervisorRecord | None:
 
 def _is_of_another_run(record: SupervisorRecord, run_dir: Path) -> bool:
     """Return whether the supervisor, or a rank that it has left, is of the run of which ``run_dir`` is a copy."""
-    if record.host != socket.gethostname():
+    if not record.is_here:
         return False
     if record.is_running():
         return has_original_open(record.pid, run_dir / SUPERVISOR_DIR / LOCK)
     beat = read_beat(run_dir, 0)
-    return beat is not None and is_running(beat.pid, beat.start) and is_of_original(run_dir, 0, beat.pid)
+    if beat is None or beat.is_of_other_host:
+        return False
+    return is_running(beat.pid, beat.start) and is_of_original(run_dir, 0, beat.pid)

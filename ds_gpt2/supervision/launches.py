@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.formatting import counted
@@ -13,6 +14,7 @@ from ds_gpt2.run_dir.heartbeat import Beat, clear_heartbeats
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR, AgentRecord
 from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import Context
+from ds_gpt2.supervision.host_events import report_lost_hosts
 from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.launcher import Ranks
 from ds_gpt2.supervision.rank_watch import ExitKind, RankWatch
@@ -52,7 +54,10 @@ class Launches:
         journal_size = reporter.journal_size()
         where = f" on {self._cluster.describe(run.layout.ranks)}" if self._cluster is not None else ""
         text = f"starting {counted(run.layout.ranks, 'rank')}{where}, {run.origin()}"
-        reporter.add_event("launch", text, restart=self._is_restart)
+        hosts: dict[str, Any] = (
+            {"hosts": self._cluster.ranks_by_host(run.layout.ranks)} if self._cluster is not None else {}
+        )
+        reporter.add_event("launch", text, restart=self._is_restart, **hosts)
         self._is_restart = True
         try:
             ranks = self._start(run, outcome_file)
@@ -60,12 +65,13 @@ class Launches:
             reporter.report("crash", f"the ranks cannot be started: {reason_of(error)}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
             away = tuple(self._cluster.away) if self._cluster is not None else ()
+            self._report_lost({}, None)
             outcome = Outcome(exit_codes.CRASHED)
             return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=away)
-        reporter.record_running(ranks.group, self._agents())
+        reporter.record_running(run.layout.ranks, ranks.group, self._agents())
         watch = RankWatch(self._context, ranks)
         exit_kind = watch.wait()
-        reporter.record_running(agents=self._agents())
+        reporter.record_running(run.layout.ranks, agents=self._agents())
         return self._summarize(ranks, exit_kind, watch.newest_beat, journal_size)
 
     def _start(self, run: SupervisedRun, outcome_file: Path) -> LaunchedRanks:
@@ -93,12 +99,9 @@ class Launches:
         """
         stop, reporter = self._context.stop, self._context.reporter
         lost = ranks.lost_hosts
-        if self._cluster is not None:
-            self._cluster.note_end(ranks)
-        for host, reason in lost.items():
-            reporter.report("host_lost", f"host {host} is lost: {reason}", beat.step if beat else None)
-        outcome = self._judge(ranks.outcome(), exit_kind, beat)
-        if not stop.requested and exit_kind != "hung" and outcome.code == exit_codes.CRASHED:
+        self._report_lost(lost, beat.step if beat else None)
+        outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))
+        if not stop.requested and exit_kind != "hung" and not lost and outcome.code == exit_codes.CRASHED:
             reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
         has_started = bool(starts) or _has_trained(beat)  # the journal may not be readable
@@ -116,12 +119,22 @@ class Launches:
             lost_hosts=tuple(lost),
         )
 
-    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None) -> Outcome:
+    def _report_lost(self, reasons: dict[str, str], step: int | None) -> None:
+        """Report the hosts that have stopped to answer.
+
+        Args:
+            reasons: host -> why it is lost, where that is known.
+        """
+        if self._cluster is not None:
+            report_lost_hosts(self._context.reporter, self._cluster, reasons, step)
+
+    def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None, host_was_lost: bool) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""
         self._has_trained |= _has_trained(beat)
         if outcome.code == exit_codes.MISTAKE and self._has_trained:  # the same command has trained before
             return Outcome(exit_codes.CRASHED)
-        on_request = exit_kind != "launcher killed" and not outcome.supervisor_lost
+        lost = exit_kind == "launcher killed" or host_was_lost or outcome.supervisor_lost  # so the ranks were to save
+        on_request = self._context.stop.requested or not lost
         if outcome.code == exit_codes.STOPPED and not on_request:
             return Outcome(exit_codes.CRASHED, supervisor_lost=outcome.supervisor_lost)
         return outcome
@@ -138,8 +151,6 @@ def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome) -> 
         return "the ranks stopped because they found no supervisor process"
     if exit_kind == "launcher killed":
         return "DeepSpeed's launcher was killed"
-    if lost := ranks.lost_hosts:
-        return f"the ranks on {', '.join(lost)} are gone with the host"
     if ranks.ran_out_of_memory:
         return "the kernel killed a process because memory ran out"
     failures, kills = ranks.failures(), ranks.kills()

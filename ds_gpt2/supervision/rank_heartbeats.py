@@ -39,9 +39,15 @@ class LocalHeartbeats:
         self._old = {rank: read_beat(run_dir.path, rank) for rank in ranks}
 
     def read(self) -> list[Beat | None]:
-        """Return the newest heartbeat of each rank; None for a rank without one since the launch."""
+        """Return the newest heartbeat of each rank; None for a rank without one since the launch.
+
+        Ranks of an earlier launch may still run on a host that is lost: their heartbeats are ignored.
+        """
         found = {rank: read_beat(self._run_dir.path, rank) for rank in self._ranks}
-        return [None if beat == self._old[rank] else beat for rank, beat in found.items()]
+        return [
+            None if beat == self._old[rank] or (beat is not None and beat.is_of_other_host) else beat
+            for rank, beat in found.items()
+        ]
 
     def stopped(self) -> set[int]:
         """Return the ranks whose process is stopped (SIGSTOP)."""

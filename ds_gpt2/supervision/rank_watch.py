@@ -7,7 +7,7 @@ from typing import Literal
 
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.run_dir.heartbeat import Beat
-from ds_gpt2.supervision.context import POLL_SECONDS, Context
+from ds_gpt2.supervision.context import POLL_SECONDS, Context, TakenOverError
 from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.watchdog import Hang, Watchdog
 
@@ -31,7 +31,18 @@ class RankWatch:
         return self._watchdog.newest
 
     def wait(self) -> ExitKind:
-        """Wait until all processes of the launch have exited; return how they ended."""
+        """Wait until all processes of the launch have exited; return how they ended.
+
+        Raises:
+            TakenOverError: another supervisor has taken over the run; the ranks are killed, so that they save nothing.
+        """
+        try:
+            return self._wait()
+        except TakenOverError:
+            self._kill_all()
+            raise
+
+    def _wait(self) -> ExitKind:
         context, ranks = self._context, self._ranks
         exit_kind: ExitKind = "exited"
         deadline: float | None = None  # after it, processes that are left are killed
@@ -77,6 +88,9 @@ class RankWatch:
             report("hang", f"{hang.text}; stacks in {stacks}", hang.step, stacks=str(stacks))
         except OSError as error:
             report("hang", f"{hang.text}; the stacks cannot be written: {error.strerror}", hang.step)
+        self._kill_all()
+
+    def _kill_all(self) -> None:
         while not self._ranks.have_exited:
             self._ranks.kill()
             time.sleep(_KILL_INTERVAL_SECONDS)

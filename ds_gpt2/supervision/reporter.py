@@ -9,12 +9,13 @@ import time
 from dataclasses import replace
 
 from ds_gpt2.common.files import append_lines
+from ds_gpt2.common.lease import Renewal
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.common.terminal import one_line
 from ds_gpt2.config.settings import LOG, Settings
 from ds_gpt2.run_dir.journal import Event, Journal, Kind, read_journal
-from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord
+from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord, renew
 from ds_gpt2.supervision.alerts.alerts import Alerts
 
 
@@ -26,7 +27,11 @@ class Reporter:
         self._journal = Journal(settings.run_dir)
         self._alerts = Alerts(settings.alerts, settings.run_dir)
         start = start_of(os.getpid()) or ""
-        self._record = SupervisorRecord(os.getpid(), time.time(), socket.gethostname(), "running", ranks, start=start)
+        now = time.time()
+        self._record = SupervisorRecord(
+            os.getpid(), now, socket.gethostname(), "running", ranks, start=start, renewed=now
+        )
+        self._renewal: Renewal | None = None  # from the first record on: before, it is that of an earlier supervisor
 
     @property
     def host(self) -> str:
@@ -64,14 +69,15 @@ class Reporter:
         with contextlib.suppress(OSError):
             self._journal.write_pending()
 
-    def record_running(self, group: int | None = None, agents: tuple[AgentRecord, ...] = ()) -> None:
+    def record_running(self, ranks: int, group: int | None = None, agents: tuple[AgentRecord, ...] = ()) -> None:
         """Record that the run is supervised.
 
         Args:
+            ranks: their number in this launch.
             group: the process group of the ranks on this machine; None while there are none.
             agents: on several hosts.
         """
-        self._record = replace(self._record, agents=agents)
+        self._record = replace(self._record, ranks=ranks, agents=agents)
         self._write(replace(self._record, group=group))
 
     def record_waiting(self, seconds: float) -> None:
@@ -82,11 +88,19 @@ class Reporter:
         """Record that the supervisor ends with exit code ``code``."""
         self._write(replace(self._record, state="ended", code=code))
 
+    def end_lease(self) -> None:
+        """Renew the record's lease no more."""
+        if self._renewal is not None:
+            self._renewal.close()
+
     def close(self) -> None:
         """Send the remaining alerts."""
+        self.end_lease()
         self._alerts.send_news()
         self._alerts.close()
 
     def _write(self, record: SupervisorRecord) -> None:
         with contextlib.suppress(OSError):  # a full disk: the run continues
-            record.write(self._run_dir.path)
+            replace(record, renewed=time.time()).write(self._run_dir.path)
+            if self._renewal is None and record.state != "ended":
+                self._renewal = Renewal(lambda: renew(self._run_dir.path))

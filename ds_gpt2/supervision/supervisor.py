@@ -13,13 +13,17 @@ import sys
 from dataclasses import replace
 
 from ds_gpt2.common import locks
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.lease import LEASE_SECONDS, file_time
+from ds_gpt2.common.locks import Lock
 from ds_gpt2.config.run_location import write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR
+from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR, read_supervisor_record
 from ds_gpt2.supervision import relocation, waiting
 from ds_gpt2.supervision.cluster.cluster import Cluster
-from ds_gpt2.supervision.context import Context
+from ds_gpt2.supervision.context import Context, TakenOverError
 from ds_gpt2.supervision.launches import Launches
 from ds_gpt2.supervision.orphans import end_orphans
 from ds_gpt2.supervision.restart_policy import Finish, GiveUp, LaunchResult, Restart, RestartPolicy
@@ -37,19 +41,39 @@ def supervise(run: SupervisedRun, settings: Settings, cluster: Cluster | None = 
         The exit code, see ``exit_codes``.
 
     Raises:
-        UserError: the run has a supervisor already.
+        UserError: the run has a supervisor already, here or on another machine.
     """
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
     with StopSignals() as stop:
-        with locks.lock(directory / LOCK, f"run {settings.run.name}"):
-            supervisor = _Supervisor(run, settings, stop, cluster)
+        _check_other_host(settings)
+        with locks.lock(directory / LOCK, f"run {settings.run.name}") as lock:
+            supervisor = _Supervisor(run, settings, stop, cluster, lock)
             code = supervisor.run_to_end()
         if supervisor.next_command and not stop.end_requests():
             if cluster is not None:
                 cluster.close()
             _execute(supervisor.next_command)
     return code
+
+
+def _check_other_host(settings: Settings) -> None:
+    """Check that no supervisor on another host has a valid lease: its lock may not be visible here.
+
+    Raises:
+        UserError: one has.
+    """
+    record = read_supervisor_record(settings.run_dir)
+    if record is None or record.is_here or record.renewed is None:
+        return
+    now = file_time(settings.run_dir)
+    if record.is_alive(now):
+        age = max(0.0, now - record.renewed)
+        wait = duration(LEASE_SECONDS - age + 1)
+        raise UserError(
+            f"run {settings.run.name} is supervised by process {record.pid} on {record.host}, last seen"
+            f" {duration(age)} ago: stop it first, or, if that machine is lost, wait {wait}"
+        )
 
 
 def _execute(command: list[str]) -> None:
@@ -63,15 +87,25 @@ def _execute(command: list[str]) -> None:
 class _Supervisor:
     """The supervisor of one run."""
 
-    def __init__(self, run: SupervisedRun, settings: Settings, stop: StopSignals, cluster: Cluster | None) -> None:
+    def __init__(
+        self, run: SupervisedRun, settings: Settings, stop: StopSignals, cluster: Cluster | None, lock: Lock
+    ) -> None:
         self._run = run
-        self._context = Context(settings, stop, run.layout.ranks)
+        self._context = Context(settings, stop, run.layout.ranks, lock)
         self._cluster = cluster
         self._launches = Launches(self._context, relocation.was_resumed_after_move(settings.run.name), cluster)
         self.next_command: list[str] = []  # to execute after the end
 
     def run_to_end(self) -> int:
-        """Launch the ranks until the run is done, stopped or given up; return the exit code."""
+        """Launch the ranks until the run is done, stopped, given up or taken over; return the exit code."""
+        try:
+            return self._run_to_end()
+        except TakenOverError as error:  # the journal and the record are those of the other supervisor
+            self._context.reporter.end_lease()
+            print(f"supervisor: {error}: the ranks of this supervisor were ended", file=sys.stderr, flush=True)
+            return exit_codes.CRASHED
+
+    def _run_to_end(self) -> int:
         context, directories = self._context, self._context.directories
         write_first_settings(context.settings)
         directories.take_stop_file()  # of an earlier run

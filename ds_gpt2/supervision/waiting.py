@@ -7,6 +7,7 @@ import time
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.formatting import counted, duration
 from ds_gpt2.config.batch_plan import fit_ranks
+from ds_gpt2.supervision import host_events
 from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
 from ds_gpt2.supervision.restart_policy import Restart
@@ -53,17 +54,13 @@ def wait_for_hosts(context: Context, cluster: Cluster) -> bool:
     limits = context.settings.supervisor
     seconds, reported = max(1.0, limits.backoff_seconds), ""
     while not context.directories.run_was_relocated():
-        before = {node.host.name for node in cluster.nodes}
-        away = cluster.reconnect()
-        for node in cluster.nodes:
-            if node.host.name not in before:
-                context.reporter.report("host_back", f"host {node.host.name} answers again")
+        away = host_events.reconnect(context.reporter, cluster)
         if len(cluster.nodes) >= context.settings.cluster.min_nodes:
             return True
         reasons = "; ".join(f"{host}: {reason}" for host, reason in away.items())
         text = f"{counted(len(cluster.nodes), 'host')} of {len(cluster.spec.hosts)} answer, cluster.min_nodes is"
         if (problem := f"{text} {context.settings.cluster.min_nodes}: waiting for more ({reasons})") != reported:
-            context.reporter.report("few_hosts", problem)
+            context.reporter.report("few_hosts", problem, away=away)
             reported = problem
         if not _pause(context, seconds):
             return False

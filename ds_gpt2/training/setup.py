@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.checkpoint.resume import Restored, choose_checkpoint
 from ds_gpt2.common import files, locks
+from ds_gpt2.common.locks import Lock
 from ds_gpt2.common.open_directory import OpenDirectory
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import BatchPlan, steps_of
@@ -88,7 +89,7 @@ class BuiltRun:
     trainer: Trainer
     state: TrainState
     journal: Journal
-    lock: BinaryIO | None  # on rank 0: held until the run has ended
+    lock: Lock | None  # on rank 0: held until the run has ended
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _RunFiles:
     heartbeat: Heartbeat
     journal: Journal
     checkpoints: CheckpointDirectory
-    lock: BinaryIO | None  # on rank 0
+    lock: Lock | None  # on rank 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _check_directories(settings: Settings) -> None:
         write_first_settings(settings)
 
 
-def _lock_checkpoints(settings: Settings, checkpoints: CheckpointDirectory) -> BinaryIO | None:
+def _lock_checkpoints(settings: Settings, checkpoints: CheckpointDirectory) -> Lock | None:
     """On rank 0, lock the run's checkpoints, and complete or remove interrupted saves."""
     if not collectives.is_main():
         return None

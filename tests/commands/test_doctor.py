@@ -72,7 +72,7 @@ def test_ranks_that_cannot_be_chosen_are_a_finding_with_a_fix(
     gpus: int,
     fix: str,
 ) -> None:
-    monkeypatch.setattr(launcher, "_gpus", lambda: gpus)
+    monkeypatch.setattr(launcher, "gpus_of_machine", lambda: gpus)
     code = run(write_config(tmp_path), "--quick", "--json", "run.device=cuda", "--num_gpus", "4096")
     rows = json.loads(capsys.readouterr().out)
     assert (code, rows[0]["name"], rows[0]["status"]) == (exit_codes.MISTAKE, "device", "fail")

@@ -33,13 +33,28 @@ def test_a_killed_rank_is_named_before_the_errors_that_it_causes(
     assert _crash_text(ranks, "exited", Outcome(CRASHED)) == text
 
 
+def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> None:
+    context: Any = mock.MagicMock(**{"reporter.events_since.return_value": [], "stop.requested": False})
+    cluster: Any = mock.Mock(**{"ranks_by_host.return_value": {"a": 2, "b": 2}, "launch.side_effect": OSError("no")})
+    cluster.away = ["b"]
+    cluster.newly_lost.side_effect = [{}, {"b": "no answer"}]
+    Launches(context, False, cluster).run(mock.MagicMock(**{"layout.ranks": 4}))
+    launch = context.reporter.add_event.call_args
+    assert launch.args[0] == "launch" and launch.kwargs == {"restart": False, "hosts": {"a": 2, "b": 2}}
+    ranks: Any = mock.Mock(**{"outcome.return_value": Outcome(CRASHED), "lost_hosts": {"b": "no answer"}})
+    ranks.failures.return_value, ranks.kills.return_value = {}, {}
+    Launches(context, False, cluster)._summarize(ranks, "exited", Beat(1, 0.0, 1, 7, 7, "training"), 0)
+    text = "host b is lost: no answer"
+    assert context.reporter.report.call_args_list[1] == mock.call("host_lost", text, 7, host="b", reason="no answer")
+
+
 @pytest.mark.parametrize(
     ("step", "phase", "code"),
     [(0, "starting", STOPPED), (7, "training", CRASHED), (7, "saving", CRASHED), (0, "evaluating", CRASHED)],
 )
 def test_steps_are_noticed_at_a_stop_if_the_journal_cannot_be_read(step: int, phase: str, code: int) -> None:
     context: Any = mock.Mock(**{"reporter.events_since.return_value": [], "stop.requested": True})
-    ranks: Any = mock.Mock(**{"outcome.return_value": Outcome(CRASHED)})
+    ranks: Any = mock.Mock(**{"outcome.return_value": Outcome(CRASHED), "lost_hosts": {}})
     launches = Launches(context, is_restart=False)
     result = launches._summarize(ranks, "exited", Beat(1, 0.0, 1, step, step, phase), 0)
     assert result.outcome == Outcome(code)

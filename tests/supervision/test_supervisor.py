@@ -217,7 +217,7 @@ def test_the_run_survives_a_kill_of_the_launcher_and_saves_after_a_kill_of_the_s
     try:
         _until(lambda: "save" in _kinds(settings))
         record = read_supervisor_record(settings.run_dir)
-        assert record is not None and record.is_alive and record.group is not None
+        assert record is not None and record.is_alive(time.time()) and record.group is not None
         psutil.Process(record.group).kill()  # DeepSpeed's launcher: its ranks save and are restarted
         _until(lambda: _kinds(settings).count("launch") == 2)
         assert "DeepSpeed's launcher was killed" in [event.text for event in _events(settings)]

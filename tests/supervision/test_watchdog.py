@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,3 +199,16 @@ def test_heartbeats_of_an_earlier_launch_are_ignored(tmp_path: Path) -> None:
     Heartbeat(tmp_path, 0).begin_step(47, 47)
     watchdog.check()
     assert watchdog.newest is not None and watchdog.newest.step == 47
+
+
+def test_ranks_of_an_earlier_launch_on_a_lost_host_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeats = LocalHeartbeats(OpenDirectory(tmp_path), range(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "gethostname", lambda: "elsewhere")
+        left = Heartbeat(tmp_path, 0)
+    assert heartbeats.read() == [None]
+    Heartbeat(tmp_path, 0).begin_step(3, 3)
+    beat = heartbeats.read()[0]
+    assert beat is not None and beat.step == 3
+    left.beat()
+    assert heartbeats.read() == [None]

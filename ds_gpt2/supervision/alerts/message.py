@@ -25,6 +25,8 @@ _NEXT_STEPS = {
     "mistake": "read {log}, fix the cause, then start the run again",
     "stop": "`./launch.sh resume {run}` continues the run",
     "done": "`./launch.sh report {run}` writes a report with the curves",
+    "host_lost": "the run restarts on the hosts that answer: `./launch.sh status {run}` shows them",
+    "few_hosts": "the run restarts automatically when enough hosts answer",
     "disk_low": "`./launch.sh prune {run} --dry-run` shows what can be deleted",
     "not_logged": "free space on the disk of the run's directory, or mount it again: training continues meanwhile",
     "backup_failed": "`./launch.sh backup {run}` makes a backup now; training retries after its next checkpoint",

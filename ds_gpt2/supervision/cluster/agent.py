@@ -93,8 +93,10 @@ class Agent:
         except Exception as error:  # the supervisor reports it; the agent goes on watching its ranks
             self._outbox.send({"id": number, "error": f"{type(error).__name__}: {one_line_reason(error)}"})
 
-    def _start(self, request: Mapping[str, Any]) -> None:
+    def _start(self, request: Mapping[str, Any]) -> int:
+        """Start ranks; return their process group."""
         self._launch = _Launch(launch_request(request), self._outbox)
+        return self._launch.ranks.group
 
     def _for_launch(self, action: Callable[[_Launch], None]) -> Callable[[], None]:
         def run() -> None:
@@ -134,7 +136,6 @@ class _Launch:
         beats = zip(self._numbers, self._heartbeats.read(), strict=True)
         return NodeReport(
             launch=self._number,
-            group=ranks.group,
             launcher_runs=runs,
             has_exited=ranks.have_exited,
             launcher_was_killed=ranks.launcher_was_killed,

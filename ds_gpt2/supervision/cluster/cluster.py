@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.distributed.launch_environment import LOOPBACK
 from ds_gpt2.distributed.network_interface import variables_of
 from ds_gpt2.run_dir.supervisor_record import AgentRecord
@@ -21,10 +23,10 @@ from ds_gpt2.supervision.cluster.host_checks import Network, Node
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
 from ds_gpt2.supervision.cluster.messages import LaunchRequest
-from ds_gpt2.supervision.launched_ranks import LaunchedRanks
 from ds_gpt2.supervision.launcher import Place
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
+_SHOWN = 6  # hosts in a message
 _KILL_SECONDS = 60.0  # for ranks to be gone after they were killed
 _CLOSE_SECONDS = 10.0  # for agents to end after the ranks have
 
@@ -51,8 +53,9 @@ class Cluster:
         self.accelerator = spec.accelerator
         self._links: dict[str, AgentLink] = {}  # host -> its newest connection
         self._nodes: dict[str, Node] = {}
-        self._previous: dict[str, tuple[int, str]] = {}  # host -> the agent that was lost there
+        self._previous: dict[str, AgentRecord] = {}  # host -> the agent that was lost there
         self._groups: dict[str, int] = {}  # host -> process group of its newest ranks
+        self._noted_lost: set[str] = set()  # hosts that ``newly_lost`` has returned, and that are still away
         self._numbers = itertools.count(1)
 
     def start(self) -> None:
@@ -87,6 +90,17 @@ class Cluster:
         answering = {node.host.name for node in self.nodes}
         return [host.name for host in self.spec.hosts if host.name not in answering]
 
+    def newly_lost(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Return the hosts that have stopped to answer since the last call, and why.
+
+        Args:
+            reasons: host -> why it is lost, where that is known.
+        """
+        away = {name: reasons.get(name) or self._links[name].problem for name in self.away if name in self._links}
+        new = {name: reason or "it does not answer" for name, reason in away.items() if name not in self._noted_lost}
+        self._noted_lost = set(self.away)
+        return new
+
     @property
     def slots(self) -> int:
         """The number of ranks that the hosts that answer can run."""
@@ -113,6 +127,9 @@ class Cluster:
             UserError: rank 0 cannot be reached, or no host answers.
         """
         nodes, slots = _divide(self.nodes, run.layout.ranks)
+        if sum(slots) < run.layout.ranks:
+            answering = ", ".join(node.host.name for node in nodes) or "none"
+            raise UserError(f"{counted(run.layout.ranks, 'rank')} do not fit the hosts that answer: {answering}")
         network = self._network(nodes)
         number = next(self._numbers)
         shared = environment.passed_on(os.environ)
@@ -129,17 +146,21 @@ class Cluster:
             )
             for place, interface in enumerate(network.interfaces)
         ]
-        return ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
+        ranks = ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
+        self._groups |= ranks.groups
+        return ranks
 
     def describe(self, ranks: int) -> str:
         """Return which hosts run ``ranks`` ranks, as text."""
-        nodes, slots = _divide(self.nodes, ranks)
-        return ", ".join(f"{node.host.name} ({count})" for node, count in zip(nodes, slots, strict=True))
+        parts = [f"{host} ({count})" for host, count in self.ranks_by_host(ranks).items() if count]
+        shown = parts if len(parts) <= _SHOWN else [*parts[: _SHOWN - 1], f"{len(parts) - _SHOWN + 1} other hosts"]
+        return ", ".join(shown)
 
-    def note_end(self, ranks: LaunchedRanks) -> None:
-        """Note the process groups of ``ranks``, to end those that a lost agent leaves."""
-        if isinstance(ranks, ClusterRanks):
-            self._groups |= ranks.groups
+    def ranks_by_host(self, ranks: int) -> dict[str, int]:
+        """Return how many of ``ranks`` ranks each host that answers runs, possibly none."""
+        nodes, slots = _divide(self.nodes, ranks)
+        counts = {node.host.name: count for node, count in zip(nodes, slots, strict=True)}
+        return {node.host.name: counts.get(node.host.name, 0) for node in self.nodes}
 
     def end_left_over(self, agents: Sequence[AgentRecord]) -> None:
         """End the agents of an earlier supervisor, and the ranks that they have left."""
@@ -164,8 +185,9 @@ class Cluster:
         """End all agents."""
         for link in self._links.values():
             link.close()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for link in self._links.values():
-            if not link.wait(_CLOSE_SECONDS):
+            if not link.wait(deadline - time.monotonic() if link.is_open else 0.0):
                 link.kill()
 
     def _connect(self, hosts: Sequence[Host]) -> dict[str, str]:
@@ -181,8 +203,9 @@ class Cluster:
         link = self._links[host.name]
         try:
             link.wait_for_start()
-            if (previous := self._previous.pop(host.name, None)) is not None:
-                self._end_agent(link, AgentRecord(host.name, *previous, self._groups.pop(host.name, None)))
+            if (previous := self._previous.get(host.name)) is not None:
+                self._end_agent(link, previous)
+                del self._previous[host.name]
             self._nodes[host.name] = host_checks.node_of(host, link, self.spec.arguments, self.accelerator)
         except LostHostError as error:
             return str(error)
@@ -215,7 +238,7 @@ class Cluster:
         self._nodes.pop(name, None)
         if (link := self._links.pop(name, None)) is not None:
             if link.agent is not None:
-                self._previous[name] = link.agent
+                self._previous.setdefault(name, AgentRecord(name, *link.agent, self._groups.get(name)))
             link.kill()
 
     @property
@@ -255,10 +278,6 @@ def _divide(nodes: Sequence[Node], ranks: int) -> tuple[list[Node], tuple[int, .
         if (left := ranks - sum(slots)) > 0:
             chosen.append(node)
             slots.append(min(left, node.host.slots))
-    if sum(slots) < ranks:
-        raise UserError(
-            f"{ranks} ranks do not fit the hosts that answer: {', '.join(each.host.name for each in nodes) or 'none'}"
-        )
     return chosen, tuple(slots)
 
 

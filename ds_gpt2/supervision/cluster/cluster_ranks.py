@@ -28,6 +28,7 @@ class _Part:
     link: AgentLink
     request: LaunchRequest
     lost: str | None = None  # why the host does not answer any more
+    group: int | None = None  # process group of the launcher and the ranks; None if they were not started
 
     @property
     def report(self) -> NodeReport | None:
@@ -77,7 +78,7 @@ class ClusterRanks:
     @property
     def groups(self) -> dict[str, int]:
         """The process groups of the ranks, by host."""
-        return {part.host: part.report.group for part in self._parts if part.report is not None}
+        return {part.host: part.group for part in self._parts if part.group is not None}
 
     @property
     def lost_hosts(self) -> dict[str, str]:
@@ -170,15 +171,16 @@ class ClusterRanks:
 
     def _start(self, part: _Part) -> None:
         try:
-            part.link.call("launch", _LAUNCH_SECONDS, request=as_values(part.request))
+            part.group = part.link.call("launch", _LAUNCH_SECONDS, request=as_values(part.request))
         except (LostHostError, UserError) as error:
             part.lost = str(error)
 
     def _update(self) -> None:
         """Note which hosts are lost, and what the others have reported."""
         for part in self._parts:
-            if part.lost is None and not part.has_exited:
-                part.lost = part.link.problem
+            if part.lost is None and not part.has_exited and (problem := part.link.problem) is not None:
+                part.lost = problem
+                part.link.kill()  # it must not come back in the middle of the next launch
         for report in self._reports():
             for rank, failure in report.failures.items():
                 self._failures.setdefault(rank, failure)

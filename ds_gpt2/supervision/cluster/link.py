@@ -160,7 +160,7 @@ class AgentLink:
     def wait(self, seconds: float) -> bool:
         """Wait until the agent has ended after ``close``; return False if it has not within ``seconds``."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
+            self._process.wait(max(0.0, seconds))
             return True
         return False
 

@@ -42,7 +42,6 @@ class NodeReport:
     """The state of one launch on one host."""
 
     launch: int  # its number
-    group: int  # process group of the launcher and the ranks
     launcher_runs: bool
     has_exited: bool  # no process is left
     launcher_was_killed: bool

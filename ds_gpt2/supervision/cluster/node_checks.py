@@ -25,7 +25,7 @@ from ds_gpt2.distributed.network_interface import addresses, interface_of
 from ds_gpt2.supervision.launcher import gpus_of_machine
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_LISTEN_SECONDS, _CONNECT_SECONDS = 60.0, 3.0
+_LISTEN_SECONDS, _CONNECT_SECONDS = 15.0, 3.0
 _ROUND_TRIPS = 20
 _COMMAND_SECONDS = 600.0
 
@@ -55,7 +55,7 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
 
 
 def listen() -> int:
-    """Answer connections on a free port of all addresses for a minute; return the port."""
+    """Answer connections on a free port of all addresses for some seconds; return the port."""
     server = socket.create_server(("", 0))
     server.settimeout(_LISTEN_SECONDS)
 

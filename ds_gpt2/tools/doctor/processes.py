@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,14 @@ import psutil
 
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.lease import LEASE_SECONDS, file_time
 from ds_gpt2.common.locks import holder_of
 from ds_gpt2.config import train_arguments
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
 from ds_gpt2.run_dir.stop_request import STOP_FILE
-from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
+from ds_gpt2.run_dir.supervisor_record import SupervisorRecord, read_supervisor_record
 from ds_gpt2.tools.doctor.finding import Finding
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
@@ -56,12 +57,8 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
     mine = [rank.pid for rank in ranks if rank.trains(settings)]
     supervised = read_supervisor_record(settings.run_dir)
     holder = holder_of(settings.checkpoint_dir / LOCK)
-    if supervised is not None and supervised.is_alive:
-        found = f"{name} is supervised by process {supervised.pid} on {supervised.host}"
-        local = supervised.host == socket.gethostname()
-        stop = f"touch {shlex.quote(str(settings.run_dir / STOP_FILE))}"
-        fix = f"wait until it ends, or stop it (it saves first): `{stop}`; a new run needs another run.name"
-        return Finding("this run", "fail" if local else "warn", found, fix)
+    if supervised is not None and supervised.is_alive(now := file_time(settings.run_dir)):
+        return _supervised(settings, supervised, now)
     if mine and supervised is not None and supervised.group is not None:
         found = f"processes {_list(mine)} of {name} still run without a supervisor"
         return Finding("this run", "warn", found, "the next start makes them save and stops them")
@@ -69,6 +66,19 @@ def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
         found = f"{name} is being trained by process {holder or _list(mine)}"
         return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait until it ends")
     return Finding("this run", "ok", f"no process trains {name}")
+
+
+def _supervised(settings: Settings, record: SupervisorRecord, now: float) -> Finding:
+    """Return the finding about a run that has a supervisor: whether another machine's runs is known by its lease."""
+    found = f"{settings.run.name} is supervised by process {record.pid} on {record.host}"
+    stop = f"touch {shlex.quote(str(settings.run_dir / STOP_FILE))}"
+    fix = f"wait until it ends, or stop it (it saves first): `{stop}`; a new run needs another run.name"
+    if record.is_here:
+        return Finding("this run", "fail", found, fix)
+    if record.renewed is None:
+        return Finding("this run", "warn", found, fix)
+    seen = f"{found}, last seen {duration(now - record.renewed)} ago"
+    return Finding("this run", "fail", seen, f"{fix}; if that machine is lost, wait {duration(LEASE_SECONDS)}")
 
 
 def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:

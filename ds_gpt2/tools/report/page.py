@@ -36,6 +36,7 @@ from ds_gpt2.tools.report.run import Run, Start
 from ds_gpt2.tools.report.summary import Since, Summary
 from ds_gpt2.tools.resources.losses import not_finite_warnings
 from ds_gpt2.tools.resources.prices import Cost
+from ds_gpt2.tools.resources.run_hosts import RunHost, names_of
 from ds_gpt2.tools.resources.run_state import ACTIVE, State
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -198,12 +199,18 @@ def _figures_of(summary: Summary) -> dict[str, str]:
         f"seconds per step ({RECENT_LABEL})": fixed(summary.step_seconds),
         f"MFU ({RECENT_LABEL})": percent(summary.mfu),
         "goodput (share of the time spent in steps)": percent(summary.goodput),
+        "hosts": _hosts(summary.hosts),
         "restarts by the supervisor": str(summary.restarts),
         "resumes by hand": str(summary.resumes),
         "time lost": MISSING if summary.lost_seconds is None else duration(summary.lost_seconds),
         "damaged lines (skipped)": _if_any(summary.damaged_lines),
         "records with an estimated time": _if_any(summary.estimated_times),
     }
+
+
+def _hosts(hosts: Sequence[RunHost]) -> str:
+    away = [f"{host.name} is away since {clock(host.away_since)}" for host in hosts if host.away_since is not None]
+    return "; ".join([names_of(hosts), *away]) if hosts else MISSING
 
 
 def _if_any(count: float | None) -> str:

@@ -13,6 +13,7 @@ from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
 from ds_gpt2.tools.resources.prices import Cost, Prices, cost_of
+from ds_gpt2.tools.resources.run_hosts import RunHost, hosts_of
 from ds_gpt2.tools.resources.run_state import RunState, State, finished_by_checkpoint, read_run_state
 
 _TIMES = ("perf/step_ms", "perf/eval_ms", "perf/save_ms")
@@ -72,6 +73,7 @@ class Summary:
     estimated_times: int
     since: Since | None
     cost: Cost | None
+    hosts: list[RunHost]  # of a run on several machines; else empty
 
 
 def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds: float | None = None) -> Summary:
@@ -126,6 +128,7 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         estimated_times=records.estimated,
         since=None if since_seconds is None else since(run, now, since_seconds),
         cost=None if left is None else cost_of(left, _power(records), prices or Prices()),
+        hosts=hosts_of(run.events),
     )
 
 

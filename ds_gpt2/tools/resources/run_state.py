@@ -12,7 +12,8 @@ from typing import Literal
 
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.naming import LOCK
-from ds_gpt2.common.formatting import duration
+from ds_gpt2.common.formatting import clock, duration
+from ds_gpt2.common.lease import LEASE_SECONDS
 from ds_gpt2.common.locks import last_host
 from ds_gpt2.common.process_identity import is_running, was_running_by_clock
 from ds_gpt2.config.settings import Settings, SupervisorSettings
@@ -134,6 +135,24 @@ class _Observed:
         """First step of the newest start."""
         return next((event.step or 0 for event in reversed(self.events) if event.kind == "start"), 0) + 1
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a supervisor with a valid lease runs, and has recorded no end of the ranks since their start."""
+        supervisor, last = self.supervisor, self.last_event
+        if supervisor is None or supervisor.renewed is None or not supervisor.is_alive(self.now):
+            return False
+        return supervisor.state == "running" and last is not None and last.kind == "start"
+
+    def is_lost(self, beat: Beat) -> bool:
+        """Return whether a rank on another host is lost together with its supervisor, whose lease has ended."""
+        supervisor = self.supervisor
+        if supervisor is None or supervisor.renewed is None or supervisor.is_alive(self.now):
+            return False
+        if not supervisor.has_expired(self.now):
+            return False
+        outlived_it = beat.time > supervisor.renewed + LEASE_SECONDS  # or was started later, by hand
+        return not outlived_it and self.now - beat.time >= LEASE_SECONDS
+
     def seconds_until_hung(self, beat: Beat) -> float:
         """Return the seconds until the watchdog treats a rank as hung; negative if it does already."""
         in_step = beat.phase == "training" and beat.step > self.first_step
@@ -142,14 +161,18 @@ class _Observed:
 
 def _state_of(observed: _Observed, is_here: bool) -> RunState:
     beats = _read_beats(observed.run_dir)
-    if is_here:
-        active = {rank: beat for rank, beat in beats.items() if _is_beating(observed.run_dir, rank, beat)}
-    else:
-        beats = {rank: _with_file_time(observed.run_dir, rank, beat) for rank, beat in beats.items()}
-        active = _still_beating(observed, beats)
+    elsewhere = {
+        rank: _with_file_time(observed.run_dir, rank, beat)
+        for rank, beat in beats.items()
+        if beat.is_of_other_host or not (beat.host or is_here)
+    }
+    here = {rank: beat for rank, beat in beats.items() if rank not in elsewhere}
+    active = {rank: beat for rank, beat in here.items() if _is_beating(observed.run_dir, rank, beat)}
+    active |= _still_beating(observed, elsewhere)
+    beats |= elsewhere
     if active:
         return _of_ranks(observed, active)
-    if observed.supervisor is not None and observed.supervisor.is_alive:
+    if observed.supervisor is not None and observed.supervisor.is_alive(observed.now):
         return _of_supervisor(observed, observed.supervisor, list(beats.values()))
     return _of_ended_run(observed)
 
@@ -158,7 +181,8 @@ def _still_beating(observed: _Observed, beats: Mapping[int, Beat]) -> dict[int, 
     """Return the ranks on another machine that run, according to their heartbeats: their processes are not visible.
 
     After the journal records the end of the ranks, heartbeats no longer count: they were written before. The order of
-    the journal decides, because the clocks of two machines may differ.
+    the journal decides, because the clocks of two machines may differ. Until then ranks of a supervisor with a valid
+    lease run, or hang.
     """
     last = observed.last_event
     ended = last is not None and last.kind in _RANKS_ENDED
@@ -166,7 +190,9 @@ def _still_beating(observed: _Observed, beats: Mapping[int, Beat]) -> dict[int, 
     return {
         rank: beat
         for rank, beat in beats.items()
-        if observed.seconds_until_hung(beat) > 0 and (not ended or (may_restart and beat.phase == "starting"))
+        if not observed.is_lost(beat)
+        and (observed.is_watched or observed.seconds_until_hung(beat) > 0)
+        and (not ended or (may_restart and beat.phase == "starting"))
     }
 
 
@@ -214,8 +240,21 @@ def _of_ended_run(observed: _Observed) -> RunState:
         if last is None or last.kind == "launch":  # stopped before there was anything to save
             return RunState("stopped")
         return RunState("dead", "it exited without saving its last state")
+    if supervisor is not None and (text := _not_seen(observed, supervisor)) is not None:
+        return RunState("dead", text)
     explains = last is not None and (last.kind in ("crash", "hang") or _is_failed_end(last))
     return RunState("dead", last.text if last is not None and explains else None)
+
+
+def _not_seen(observed: _Observed, supervisor: SupervisorRecord) -> str | None:
+    """Return since when a supervisor on another host has not been seen; None if the run has a later event."""
+    last = observed.last_event
+    if supervisor.is_here or supervisor.renewed is None or not supervisor.has_expired(observed.now):
+        return None
+    if last is not None and last.time > supervisor.renewed + LEASE_SECONDS:
+        return None
+    seen = clock(supervisor.renewed)
+    return f"not seen since {seen}: the supervisor on {supervisor.host} is gone, or that machine"
 
 
 def _is_failed_end(event: Event) -> bool:

@@ -18,6 +18,7 @@ from ds_gpt2.run_dir.metrics import METRICS, Record
 from ds_gpt2.run_dir.metrics_tail import time_of
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace
 from ds_gpt2.tools.resources.losses import not_finite_warnings
+from ds_gpt2.tools.resources.run_hosts import hosts_of
 from ds_gpt2.tools.resources.run_state import ACTIVE, TRAINING_OR_DONE, RunState, State
 from ds_gpt2.tools.status.progress import Loss
 
@@ -66,6 +67,7 @@ def problems_of(run: Snapshot) -> list[Problem]:
         ]
     if state in ACTIVE or state in ("waiting", "hung?"):
         problems += [
+            *_of_hosts(run),
             *_of_saves(run.events, run.newest),
             *(_of_late_saves(run) if state in TRAINING_OR_DONE else []),
             *_of_training(run.events, run.now),
@@ -98,6 +100,18 @@ def _of_state(run: Snapshot) -> list[Problem]:
     if state.overdue and state.next_start is not None:
         return [Problem("hang", f"the supervisor's restart is overdue by {duration(run.now - state.next_start)}")]
     return []
+
+
+def _of_hosts(run: Snapshot) -> list[Problem]:
+    """Report hosts that are away, and that the supervisor waits for them."""
+    last = next((event for event in reversed(run.events) if event.kind in ("few_hosts", "launch")), None)
+    if last is not None and last.kind == "few_hosts":
+        return [Problem("few_hosts", last.text)]
+    return [
+        Problem("host_lost", f"host {host.name} is away since {clock(host.away_since)}: {host.away_reason}")
+        for host in hosts_of(run.events)
+        if host.away_since is not None
+    ]
 
 
 def _of_loss(loss: Loss) -> list[Problem]:

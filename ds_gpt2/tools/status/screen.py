@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ds_gpt2.common.formatting import clock, done_share, duration, signed, size, truncated
@@ -11,6 +11,7 @@ from ds_gpt2.monitoring.pace import RECENT_LABEL
 from ds_gpt2.monitoring.reference_curves import REFERENCE
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace
 from ds_gpt2.tools.resources.history import History
+from ds_gpt2.tools.resources.run_hosts import RunHost, names_of
 from ds_gpt2.tools.status.problems import Problem
 from ds_gpt2.tools.status.progress import Loss
 from ds_gpt2.tools.status.status import Status
@@ -54,6 +55,7 @@ def _header(status: Status, colored: bool) -> str:
 
 def _lines(status: Status) -> Iterator[str]:
     yield from _progress_of(status)
+    yield from _hosts(status.hosts)
     yield from _losses(status)
     yield from _checkpoint(status)
     yield from _history(status.history, status.time)
@@ -73,7 +75,10 @@ def _progress_of(status: Status) -> Iterator[str]:
     if status.beat_age_seconds is not None:
         yield _labeled("alive", f"{duration(status.beat_age_seconds)} ago")
     if status.next_start_time is not None:
-        yield _labeled("next start", f"in {duration(status.next_start_time - status.time)}")
+        is_waiting = any(problem.kind == "few_hosts" for problem in status.problems)
+        yield _labeled(
+            "next try" if is_waiting else "next start", f"in {duration(status.next_start_time - status.time)}"
+        )
     step_seconds = progress.step_seconds or progress.seconds_per_step
     if progress.tokens_per_second is not None and step_seconds is not None:
         yield _labeled("speed", f"{progress.tokens_per_second:,.0f} tokens/s, {step_seconds:.3g} s/step")
@@ -83,6 +88,21 @@ def _progress_of(status: Status) -> Iterator[str]:
         yield _labeled("left", f"{duration(progress.left_seconds)}{between}")
     if status.finish_time is not None and progress.left_seconds:
         yield _labeled("done by", clock(status.finish_time))
+
+
+def _hosts(hosts: Sequence[RunHost]) -> Iterator[str]:
+    away = [host for host in hosts if host.away_since is not None]
+    idle = [host.name for host in hosts if host.away_since is None and not host.ranks]
+    yield from _wrapped("hosts", names_of(hosts) if hosts else "")
+    yield from _wrapped("  idle", ", ".join(idle))
+    yield from _wrapped("  away", ", ".join(f"{host.name} since {clock(host.away_since or 0.0)}" for host in away))
+
+
+def _wrapped(label: str, text: str) -> Iterator[str]:
+    """Yield ``text`` on at most three lines; none if it is empty."""
+    for part in textwrap.wrap(text, WIDTH - _LABEL, max_lines=3, placeholder=" ...", break_on_hyphens=False):
+        yield _labeled(label, part)
+        label = ""
 
 
 def _losses(status: Status) -> Iterator[str]:

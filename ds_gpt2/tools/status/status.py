@@ -18,6 +18,7 @@ from ds_gpt2.run_dir.metrics_tail import time_of, values
 from ds_gpt2.run_dir.starts import first_start, planned_steps, read_starts
 from ds_gpt2.tools.resources.disk_forecast import DiskSpace, RunProgress, forecast_disks
 from ds_gpt2.tools.resources.history import Goodput, History, history_of, newest_events
+from ds_gpt2.tools.resources.run_hosts import RunHost, hosts_of
 from ds_gpt2.tools.resources.run_state import State, finished_by_checkpoint, read_run_state
 from ds_gpt2.tools.resources.run_steps import epochs_per_step, total_steps
 from ds_gpt2.tools.status.problems import Problem, Snapshot, damage_of, problems_of
@@ -61,6 +62,7 @@ class Status:
     history: History
     disks: list[DiskSpace]
     gpus: Gpus | None
+    hosts: list[RunHost]  # of a run on several machines; else empty
 
 
 def read_status(run_dir: Path, now: float) -> Status:
@@ -111,6 +113,7 @@ def _read_status(run_dir: Path, now: float) -> Status:
         history=history_of(events, state.state, now, _goodput(run_dir, records, day_before)),
         disks=disks,
         gpus=_gpus(records),
+        hosts=hosts_of(events),
     )
 
 

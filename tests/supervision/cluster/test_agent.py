@@ -24,7 +24,7 @@ from ds_gpt2.supervision.cluster.messages import LaunchRequest
 from ds_gpt2.supervision.launcher import Place
 
 # A program in the place of train.py: it writes a line, then waits until it is ended.
-RANK = """
+RANK = r"""
 import os, signal, sys, time
 words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")]
 sys.stdout.write("rank " + " ".join(words) + "\n")

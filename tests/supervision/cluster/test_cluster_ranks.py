@@ -32,6 +32,9 @@ class FakeLink:
     def request(self, what: str) -> None:
         self.requests.append(what)
 
+    def kill(self) -> None:
+        self.requests.append("the connection is ended")
+
 
 class Stage:
     """Two hosts with two ranks each, and a clock."""
@@ -52,7 +55,7 @@ class Stage:
             {rank: Beat(step, 1.0, 10 + rank, step, step, "training") for rank in (first, first + 1)} if step else {}
         )
         values: dict[str, Any] = {
-            "launch": launch, "group": 100, "launcher_runs": True, "has_exited": False, "launcher_was_killed": False,
+            "launch": launch, "launcher_runs": True, "has_exited": False, "launcher_was_killed": False,
             "exit_status": None, "exit_code": None, "ran_out_of_memory": False, "outcome": None, "failures": {},
             "kills": {}, "beats": beats, "stopped": frozenset(), "beat_problem": None,
         }  # fmt: skip
@@ -119,6 +122,7 @@ def test_a_lost_host_counts_as_exited_and_the_others_as_stuck(starts: bool) -> N
         stage.report(stage.b, 5)
         assert stage.ranks.is_launcher_running
         stage.b.problem = "it has not answered for 11 s"  # type: ignore[assignment]  # the test's own class
+        assert not stage.ranks.is_launcher_running and stage.b.requests[-1] == "the connection is ended"
     reason = "it has not answered for 11 s" if starts else "the connection to its agent has ended"
     assert stage.ranks.lost_hosts == {"b": reason}
     assert not stage.ranks.is_launcher_running and not stage.ranks.have_exited

@@ -97,3 +97,14 @@ def test_a_copy_of_a_supervised_run_can_be_resumed(settings: Settings) -> None:
         settings.run_dir.rename(original)
         shutil.copytree(original, settings.run_dir)
         assert processes.this_run(settings, []).status == "ok"
+
+
+def test_a_run_that_another_machine_supervises_is_refused_while_its_lease_is_valid(settings: Settings) -> None:
+    settings.run_dir.mkdir(parents=True)
+    SupervisorRecord(12, 1.0, "elsewhere", "running", 4, renewed=1.0).write(settings.run_dir)
+    row = processes.this_run(settings, [])
+    assert row.status == "fail"
+    assert row.found.startswith("test is supervised by process 12 on elsewhere, last seen ")
+    assert row.fix.endswith("; if that machine is lost, wait 1m")
+    os.utime(settings.run_dir / "supervisor.json", (1e9, 1e9))
+    assert processes.this_run(settings, []).status == "ok"

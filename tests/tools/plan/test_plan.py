@@ -93,6 +93,7 @@ def test_plan_leaves_no_process_and_no_file(config: Path, planned: tuple[Launche
 
 
 @pytest.mark.ranks
+@pytest.mark.extended
 def test_predicted_memory_and_disk_agree_with_the_run(
     planned: tuple[Launched, dict[str, Any]], trained: dict[str, float]
 ) -> None:

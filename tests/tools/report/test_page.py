@@ -6,6 +6,7 @@ import json
 
 from report_files import NOW, Page, WriteRun, record, rendered, start
 
+from ds_gpt2.common.formatting import clock
 from ds_gpt2.tools.report import page
 from ds_gpt2.tools.report.charts import Chart
 from ds_gpt2.tools.report.page import RunSection, render
@@ -87,3 +88,17 @@ def test_page_of_a_run_without_records(write_run: WriteRun) -> None:
 def test_spread_returns_the_first_the_last_and_some_between() -> None:
     assert page._spread(list(range(1000, 0, -10)), 5) == [1000, 750, 500, 260, 10]
     assert page._spread([3, 2], 5) == [3, 2]
+
+
+def test_hosts_of_a_run_on_several_machines_are_shown(write_run: WriteRun) -> None:
+    directory = write_run([record(1)])
+    assert ">hosts<" not in rendered(directory).text
+    hosts = {"restart": False, "hosts": {"node1": 2, "node2": 2}}
+    events = [
+        {"time": NOW - 50, "kind": "launch", "text": "starting", "facts": hosts},
+        {"time": NOW - 40, "kind": "host_lost", "text": "lost", "facts": {"host": "node2", "reason": "no answer"}},
+    ]
+    (directory / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    text = f"2 ranks on 1 host: node1 (2); node2 is away since {clock(NOW - 40)}"
+    assert text in rendered(directory).text
+    assert [host.name for host in summarize(load_run(directory), NOW).hosts] == ["node1", "node2"]

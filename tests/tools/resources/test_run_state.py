@@ -13,6 +13,7 @@ import pytest
 from run_files import DAY, HOUR, NOW, RunFiles
 
 from ds_gpt2.checkpoint.naming import LOCK
+from ds_gpt2.common.formatting import clock
 from ds_gpt2.common.locks import lock
 from ds_gpt2.run_dir.heartbeat import Heartbeat, Phase, read_beat
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
@@ -316,3 +317,65 @@ def test_a_copy_does_not_take_over_ranks_that_the_supervisor_of_the_original_has
     shutil.copytree(run_dir, run_dir.with_name("copy"))
     assert read_supervisor_record(run_dir) is not None
     assert read_supervisor_record(run_dir.with_name("copy")) is None
+
+
+def _lose(run: RunFiles, ago: float) -> None:
+    """Write what is left of a run whose machine was lost ``ago`` seconds before now."""
+    run.supervise("running", host="elsewhere", renewed=NOW - ago)
+    run.beat_on_other_host("training", 1000, NOW - ago, host="elsewhere")
+    os.utime(run.run_dir / "heartbeat" / "rank_00000", (NOW - ago, NOW - ago))
+
+
+def test_a_run_whose_machine_is_lost_is_dead_after_a_minute(on_other_host: RunFiles) -> None:
+    _lose(on_other_host, 50)
+    assert (on_other_host.status().state, on_other_host.status().healthy) == ("running", True)
+    _lose(on_other_host, 70)
+    status = on_other_host.status()
+    assert (status.state, status.healthy) == ("dead", False)
+    text = f"not seen since {clock(NOW - 70)}: the supervisor on elsewhere is gone, or that machine"
+    assert status.state_text == text
+    assert status.problems[0].text == f"{text}; resume with ./launch.sh resume {on_other_host.run_dir}"
+
+
+def test_a_waiting_supervisor_on_a_lost_machine_is_dead(on_other_host: RunFiles) -> None:
+    on_other_host.journal("crash", 20, 1000)
+    on_other_host.supervise("waiting", host="elsewhere", renewed=NOW - 50, next_start=NOW + 10)
+    assert on_other_host.status().state == "waiting"
+    on_other_host.supervise("waiting", host="elsewhere", renewed=NOW - 70, next_start=NOW - 60)
+    assert on_other_host.status().state == "dead"
+
+
+def test_ranks_that_were_started_by_hand_after_the_loss_of_a_supervisor_are_running(on_other_host: RunFiles) -> None:
+    on_other_host.supervise("running", host="elsewhere", renewed=NOW - HOUR)
+    on_other_host.journal("start", 200, 950)
+    on_other_host.beat_on_other_host("training", 1000, NOW - 100, host="elsewhere")
+    os.utime(on_other_host.run_dir / "heartbeat" / "rank_00000", (NOW - 100, NOW - 100))
+    assert on_other_host.status().state == "running"
+    assert on_other_host.status(later=250).state_text is None
+
+
+def test_a_run_of_which_the_other_host_has_ended_the_supervisor_is_not_lost(on_other_host: RunFiles) -> None:
+    on_other_host.journal("stop", 100, 1000)
+    on_other_host.supervise("ended", host="elsewhere", code=3, renewed=NOW - HOUR)
+    assert on_other_host.status().state == "stopped"
+
+
+def test_ranks_on_another_host_are_not_looked_for_here(healthy_run: RunFiles) -> None:
+    """Rank 0 and the supervisor are on this host, rank 1 on another."""
+    healthy_run.supervise("running", ranks=2, renewed=NOW)
+    waited = time.time() - NOW
+    healthy_run.beat()
+    old = NOW + waited - 200
+    healthy_run.beat_on_other_host("training", 1000, old, rank=1, host="elsewhere")
+    os.utime(healthy_run.run_dir / "heartbeat" / "rank_00001", (old, old))
+    assert healthy_run.status(waited).state == "running"
+    status = healthy_run.status(waited + 150)
+    assert status.state == "hung?"
+    assert status.state_text is not None and status.state_text.startswith("rank 1: no heartbeat for 5m 50s")
+
+
+def test_ranks_on_another_host_run_although_rank_0_is_gone(healthy_run: RunFiles) -> None:
+    """The lock names this host, but their process ids are not of this host."""
+    (healthy_run.run_dir / "heartbeat" / "rank_00000").unlink()
+    healthy_run.beat_on_other_host("saving", 1000, NOW, host="elsewhere")
+    assert healthy_run.status().state == "saving"

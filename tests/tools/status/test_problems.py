@@ -227,3 +227,35 @@ def test_newest_loss_that_is_not_finite_is_a_problem_while_running_and_finished(
     with (files.run_dir / "metrics.jsonl").open("a") as records:
         records.write(json.dumps({"step": 7, "time": NOW, "train/loss": 3.0, "val/loss": 3.0}) + "\n")
     assert files.status().healthy
+
+
+def test_a_lost_host_is_a_problem_until_it_is_back(healthy_run: RunFiles) -> None:
+    healthy_run.journal("launch", 300, facts={"restart": False, "hosts": {"node1": 2, "node2": 2}})
+    assert healthy_run.status().healthy
+    healthy_run.journal("host_lost", 200, 900, facts={"host": "node2", "reason": "it has not answered for 10 s"})
+    healthy_run.journal("launch", 100, facts={"restart": True, "hosts": {"node1": 2}})
+    healthy_run.journal("start", 90, 900)
+    (problem,) = healthy_run.status().problems
+    text = f"host node2 is away since {clock(NOW - 200)}: it has not answered for 10 s"
+    assert (problem.kind, problem.text) == ("host_lost", text)
+    healthy_run.journal("host_back", 50, facts={"host": "node2"})
+    assert healthy_run.status().healthy
+
+
+def test_waiting_for_hosts_is_a_problem_until_the_ranks_start(healthy_run: RunFiles) -> None:
+    (healthy_run.run_dir / "heartbeat" / "rank_00000").unlink()
+    healthy_run.journal("launch", 300, facts={"restart": False, "hosts": {"node1": 2, "node2": 2}})
+    healthy_run.journal("host_lost", 200, 900, facts={"host": "node2", "reason": "it has not answered for 10 s"})
+    healthy_run.journal("crash", 200, 900)
+    text = "1 host of 2 answer, cluster.min_nodes is 2: waiting for more (node2: no answer)"
+    healthy_run.journal("few_hosts", 150, text=text, facts={"away": {"node2": "no answer"}})
+    healthy_run.supervise("waiting", next_start=NOW + 30)
+    status = healthy_run.status()
+    assert (status.state, [(problem.kind, problem.text) for problem in status.problems]) == (
+        "waiting",
+        [("few_hosts", text)],
+    )
+    assert "next try    in 30s" in screen(status)
+    healthy_run.journal("host_back", 50, facts={"host": "node2"})
+    healthy_run.journal("launch", 40, facts={"restart": True, "hosts": {"node1": 2, "node2": 2}})
+    assert healthy_run.status().healthy

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from run_files import CONFIG, NOW, RunFiles, set_free_bytes
 
+from ds_gpt2.common.formatting import clock
+from ds_gpt2.tools.resources.run_hosts import RunHost
 from ds_gpt2.tools.status.screen import WIDTH, line, screen
 
 
@@ -82,3 +84,21 @@ def test_line_has_the_main_figures(healthy_run: RunFiles) -> None:
     assert line(healthy_run.status()) == "  test         running     50%  9.024  2h 46m"
     healthy_run.journal("save_failed", 60, 1000)
     assert line(healthy_run.status()).startswith("! test ")
+
+
+def test_hosts_are_shown_if_there_are_several(healthy_run: RunFiles) -> None:
+    status = healthy_run.status()
+    assert status.hosts == [] and "hosts" not in screen(status)
+    hosts = [RunHost("node1", 2), RunHost("node3", 0), RunHost("node2", 0, NOW - 60, "no answer")]
+    lines = screen(replace(status, hosts=hosts)).splitlines()
+    first = next(number for number, text in enumerate(lines) if text.startswith("hosts"))
+    assert lines[first : first + 3] == [
+        "hosts       2 ranks on 1 host: node1 (2)",
+        "  idle      node3",
+        f"  away      node2 since {clock(NOW - 60)}",
+    ]
+    many = [RunHost(f"gpu-cluster-node-{number:03d}.example", 8) for number in range(64)]
+    lines = screen(replace(status, hosts=many)).splitlines()
+    assert lines[first] == "hosts       512 ranks on 64 hosts:"
+    assert lines[first + 2].endswith(" ...") and lines[first + 3].startswith("loss ")
+    assert max(map(len, lines)) <= WIDTH
