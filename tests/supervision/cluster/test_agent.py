@@ -30,6 +30,7 @@ words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "OMP_NUM_TH
 sys.stdout.write("rank " + " ".join(words) + "\n")
 sys.stderr.write("an error\n")
 signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + os.environ["RANK"], "w").close(), os._exit(0)))
+open(sys.argv[-1] + "ready_" + os.environ["RANK"], "w").close()
 while True:
     time.sleep(0.05)
 """
@@ -41,10 +42,10 @@ def agent() -> Iterator[AgentLink]:
     connected.wait_for_start()
     yield connected
     connected.close()
-    assert connected.wait(20)
+    assert connected.wait(120)
 
 
-def _until(condition: Callable[[], object], seconds: float = 60) -> None:
+def _until(condition: Callable[[], object], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -56,8 +57,8 @@ def _request(tmp_path: Path, script: str = RANK) -> LaunchRequest:
     program.write_text(script)
     (tmp_path / "run" / "supervisor").mkdir(parents=True, exist_ok=True)
     place = Place((1, 2), 1, "127.0.0.1", 29999)
-    words = ("--out", str(tmp_path / "stopped_"))
-    return LaunchRequest(7, program, words, "cpu", place, {"OMP_NUM_THREADS": "3"}, tmp_path / "run", 5.0)
+    words = ("--out", f"{tmp_path}/stopped_")
+    return LaunchRequest(7, program, words, "cpu", place, {"OMP_NUM_THREADS": "3"}, tmp_path / "run", 60.0)
 
 
 @pytest.mark.ranks
@@ -76,9 +77,10 @@ def test_an_agent_starts_reports_and_stops_its_ranks(
     assert sorted(output.split("\n")[:2]) == ["rank 1 3 3", "rank 2 3 3"]
     report = agent.report
     assert report is not None and (report.launch, report.launcher_runs, report.outcome) == (7, True, None)
+    _until(lambda: len(list(tmp_path.glob("stopped_ready_*"))) == 2)
     agent.request("stop")
     _until(lambda: agent.report is not None and agent.report.has_exited)
-    assert sorted(path.name for path in tmp_path.glob("stopped_*")) == ["stopped_1", "stopped_2"]
+    assert sorted(path.name for path in tmp_path.glob("stopped_[0-9]")) == ["stopped_1", "stopped_2"]
 
 
 @pytest.mark.ranks
@@ -89,12 +91,11 @@ def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -
     request = {"id": 0, "do": "launch", "request": messages.as_values(_request(tmp_path))}
     process.stdin.write(messages.encode(request))
     process.stdin.flush()
-    _until(lambda: len(_ranks(tmp_path)) == 2)
-    time.sleep(2)  # the ranks install their handlers
+    _until(lambda: len(list(tmp_path.glob("stopped_ready_*"))) == 2)
     process.stdin.close()
     process.stdout.close()
-    assert process.wait(30) == 0
-    assert sorted(path.name for path in tmp_path.glob("stopped_*")) == ["stopped_1", "stopped_2"]
+    assert process.wait(120) == 0
+    assert sorted(path.name for path in tmp_path.glob("stopped_[0-9]")) == ["stopped_1", "stopped_2"]
     assert _ranks(tmp_path) == []
 
 
