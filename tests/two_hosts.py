@@ -178,6 +178,13 @@ class TwoHosts:
         """Cut the link (``down``) or connect it (``up``)."""
         _do("ip", "-n", self.b.namespace, "link", "set", "eth0", state)
 
+    def limit(self, rate: str | None) -> None:
+        """Limit what host b sends to a rate as ``tc`` takes it, such as 10mbit; None: no limit."""
+        subprocess.run(["tc", "-n", self.b.namespace, "qdisc", "del", "dev", "eth0", "root"], capture_output=True)
+        if rate is not None:
+            _do("tc", "-n", self.b.namespace, "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate,
+                "burst", "64kbit", "latency", "50ms")  # fmt: skip
+
     def kill(self, host: Host) -> None:
         """End all processes of a host, as a loss of power does."""
         host.init.kill()

@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+from collections.abc import Sequence
 
-from ds_gpt2.commands.arguments import add_start_arguments, whole_number
+from ds_gpt2.commands.arguments import add_hostfile_argument, add_start_arguments, whole_number, with_hostfile
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.lookup import find_config
-from ds_gpt2.config.settings import parse_overrides
+from ds_gpt2.config.settings import Settings, parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.supervision.launcher import choose_ranks
-from ds_gpt2.tools.drill.plan import NAMES, DrillPlan
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.setup import hosts_of
+from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
+from ds_gpt2.tools.drill.plan import NAMES, DrillPlan, left_out
 from ds_gpt2.tools.drill.record import SceneResult, header, lines_of, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     add_start_arguments(parser)
+    add_hostfile_argument(parser)
     parser.add_argument(
         "--whole", action="store_true", help="use the full model and batch (default: scaled down, takes minutes)"
     )
@@ -37,14 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     plan = _plan(options)
-    os.environ.setdefault("DS_ACCELERATOR", plan.layout.accelerator)
+    if plan.layout.accelerator != "auto":
+        os.environ.setdefault("DS_ACCELERATOR", plan.layout.accelerator)
     from ds_gpt2.tools.drill.drill import run_drill  # imported late: DeepSpeed selects its accelerator at import
 
     if not options.json:
         size = "full size" if plan.whole else "scaled down"
         ranks = counted(plan.layout.ranks, "rank")
+        if plan.hosts:
+            ranks += f" of {counted(len(plan.hosts), 'host')}"
         print(f"drill of {plan.settings.run.name}, {size}, on {ranks} ({plan.layout.accelerator})")
-        print(f"to repeat it with the same fault times and ranks: --seed {plan.seed}\n\n{header()}", flush=True)
+        print(f"to repeat it with the same fault times and ranks: --seed {plan.seed}")
+        if plan.hosts and not options.only:
+            for name, reason in left_out(True).items():
+                print(f"left out: {name} ({reason})")
+        print(f"\n{header()}", flush=True)
     record, folder = run_drill(plan, _quiet if options.json else _show)
     if options.json:
         print(record.to_json(), end="")
@@ -59,18 +70,30 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
     Raises:
         UserError: the settings cannot train, or there is no such scene.
     """
-    settings = run_location.load(find_config(options.config), parse_overrides(options.settings))
+    overrides = with_hostfile(parse_overrides(options.settings), options.hostfile)
+    settings = run_location.load(find_config(options.config), overrides)
     load_deepspeed_file(settings.deepspeed)
     open_dataset(settings.data.dir)
-    layout = choose_ranks(settings, options.num_gpus)
+    hosts = hosts_of(settings, options.num_gpus)
+    layout = _layout_on(hosts, settings) if hosts else choose_ranks(settings, options.num_gpus)
     if options.whole:
         batch = settings.batch
         plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
-    names = options.only.split(",") if options.only else NAMES
+    not_possible = left_out(bool(hosts))
+    names = options.only.split(",") if options.only else [name for name in NAMES if name not in not_possible]
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"--only {','.join(unknown)}: no such scene; known are {', '.join(NAMES)}")
+    for name in names:
+        if name in not_possible:
+            raise UserError(f"--only {name}: {not_possible[name]}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    return DrillPlan(settings, layout, names, options.whole, seed, options.keep)
+    return DrillPlan(settings, layout, hosts, names, options.whole, seed, options.keep)
+
+
+def _layout_on(hosts: Sequence[Host], settings: Settings) -> RankLayout:
+    """Return the ranks on all hosts; with ``auto`` the hosts decide whether they use GPUs."""
+    accelerator = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else settings.run.device
+    return RankLayout(accelerator, sum(host.slots for host in hosts))
 
 
 def _show(row: SceneResult) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ds_gpt2.commands import doctor
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision import launcher
-from ds_gpt2.tools.doctor.finding import Finding
+from ds_gpt2.tools.doctor.finding import Finding, Row
 
 
 def run(*words: str | Path) -> int:
@@ -78,6 +79,53 @@ def test_ranks_that_cannot_be_chosen_are_a_finding_with_a_fix(
     assert (code, rows[0]["name"], rows[0]["status"]) == (exit_codes.MISTAKE, "device", "fail")
     assert rows[0]["fix"] == fix and fix not in rows[0]["found"]
     assert len(rows) > 10
+
+
+@pytest.fixture
+def ssh_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho no route to host >&2\nexit 255\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.slow
+def test_hosts_are_checked_although_one_does_not_answer(
+    tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], ssh_that_fails: None
+) -> None:
+    config, hostfile = write_config(tmp_path / "folder"), tmp_path / "hosts"
+    hostfile.write_text("localhost slots=1\nnode2 slots=2\n127.0.0.1 slots=1\n")
+    assert run(config, "--hostfile", hostfile, "--quick", "--json") == exit_codes.MISTAKE
+    rows = json.loads(capsys.readouterr().out)
+    connections = [(row["host"], row["status"], row["fix"]) for row in rows if row["name"] == "connection"]
+    fix = "`ssh node2 true` must work without a password"
+    assert [row[:2] for row in connections] == [("localhost", "ok"), ("node2", "fail"), ("127.0.0.1", "ok")]
+    assert "no route to host" in next(row["found"] for row in rows if row["host"] == "node2")
+    assert any(fix in row["found"] + row["fix"] for row in rows if row["host"] == "node2")
+    for host in ("localhost", "127.0.0.1"):
+        names = [row["name"] for row in rows if row["host"] == host]
+        assert names[0] == "connection" and {"memory", "open files", "loopback"} <= set(names)
+        assert not {"terminal", "logout", "port 6006"} & set(names)
+    own = [row["name"] for row in rows if row["host"] is None]
+    assert own[:4] == ["time limit", "terminal", "logout", "port 6006"]
+    assert own[4:] == ["versions", "directories", "rank 0"]
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["run.yaml"]
+
+
+def test_rows_of_hosts_are_printed_under_their_host(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        Row("disk", Finding("free space", "ok", "enough"), "node1"),
+        Row("disk", Finding("inodes", "ok", "enough"), "node1"),
+        Row("disk", Finding("free space", "warn", "little"), "node2"),
+        Row("network", Finding("node1 - node2", "ok", "fast")),
+    ]
+    assert list(doctor._shown(rows)) == rows
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == [
+        ["node1:", "disk"], ["ok", "free"], ["ok", "inodes"], ["node2:", "disk"], ["warn", "free"], ["network"],
+        ["ok", "node1"],
+    ]  # fmt: skip
 
 
 def test_long_findings_are_wrapped_and_indented() -> None:

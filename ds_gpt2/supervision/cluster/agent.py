@@ -28,7 +28,7 @@ from ds_gpt2.common.process_identity import is_running, start_of
 from ds_gpt2.run_dir import stop_request
 from ds_gpt2.run_dir.supervisor_record import SUPERVISOR_DIR
 from ds_gpt2.supervision import rank_processes
-from ds_gpt2.supervision.cluster import node_checks
+from ds_gpt2.supervision.cluster import link_speed, node_checks
 from ds_gpt2.supervision.cluster.channel import Inbox, Outbox, forward
 from ds_gpt2.supervision.cluster.messages import (
     PING_SECONDS,
@@ -61,6 +61,7 @@ class Agent:
             "stacks": self._write_stacks,
             "end_previous": end_previous,
             **node_checks.ACTIONS,
+            **link_speed.ACTIONS,
         }
 
     def serve(self) -> None:
@@ -74,6 +75,7 @@ class Agent:
             if time.monotonic() > last_report + PING_SECONDS / 2:
                 last_report = time.monotonic()
                 self._outbox.send({"report": as_values(self._launch.report()) if self._launch is not None else None})
+        node_checks.end_commands()
         if (launch := self._launch) is not None:
             ranks = launch.ranks
             end(ranks.request_stop, ranks.kill, lambda: ranks.have_exited, launch.stop_seconds)

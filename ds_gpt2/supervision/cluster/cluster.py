@@ -58,22 +58,48 @@ class Cluster:
         self._noted_lost: set[str] = set()  # hosts that ``newly_lost`` has returned, and that are still away
         self._numbers = itertools.count(1)
 
+    def connect(self) -> dict[str, str]:
+        """Connect to all hosts; return those that do not answer or cannot read the run, and why."""
+        return self._connect(self.spec.hosts)
+
     def start(self) -> None:
         """Connect to all hosts and check them.
 
         Raises:
             UserError: a host does not answer, or does not fit the others.
         """
-        problems = self._connect(self.spec.hosts)
-        if problems:
+        if problems := self.connect():
             host, problem = next(iter(problems.items()))
             raise UserError(f"host {host}: {problem}")
-        nodes = self.nodes
-        self._choose_accelerator(nodes)
-        host_checks.check_equal(nodes)
-        host_checks.check_slots(nodes, self.accelerator)
-        host_checks.check_shared(nodes, self._shared)
-        self._network(nodes)
+        self.check_devices()
+        host_checks.check_equal(self.nodes)
+        self.check_shared()
+        self.find_network()
+
+    def check_devices(self) -> None:
+        """Decide whether the ranks use GPUs, and check that each host has enough.
+
+        Raises:
+            UserError: it has not, or only some of the hosts have GPUs.
+        """
+        self._choose_accelerator(self.nodes)
+        host_checks.check_slots(self.nodes, self.accelerator)
+
+    def check_shared(self) -> None:
+        """Check that the directories of the run and its checkpoints are the same on all hosts.
+
+        Raises:
+            UserError: one is not.
+        """
+        host_checks.check_shared(self.nodes, self._shared)
+
+    def find_network(self) -> Network:
+        """Return how the ranks of all hosts reach rank 0.
+
+        Raises:
+            UserError: they do not.
+        """
+        return self._network(self.nodes)
 
     @property
     def nodes(self) -> list[Node]:
@@ -120,8 +146,11 @@ class Cluster:
                 self._drop(host.name)
         return problems
 
-    def launch(self, run: SupervisedRun) -> ClusterRanks:
+    def launch(self, run: SupervisedRun, run_dir: Path | None = None) -> ClusterRanks:
         """Launch the ranks of ``run`` on the first of the hosts that answer.
+
+        Args:
+            run_dir: for heartbeats and reports, a directory of all hosts; None: that of the run.
 
         Raises:
             UserError: rank 0 cannot be reached, or no host answers.
@@ -141,7 +170,7 @@ class Cluster:
                 run.layout.accelerator,
                 Place(slots, place, network.address, network.port),
                 {**shared, **_interfaces(interface), **run.environment},
-                self.spec.run_dir,
+                run_dir or self.spec.run_dir,
                 self.spec.stop_seconds,
             )
             for place, interface in enumerate(network.interfaces)

@@ -100,13 +100,19 @@ def check_equal(nodes: Sequence[Node]) -> None:
     Raises:
         UserError: something differs.
     """
+    for difference in differences(nodes):
+        raise UserError(f"{difference}: make them equal")
+
+
+def differences(nodes: Sequence[Node]) -> list[str]:
+    """Return what differs between the first node and the others: Python, the libraries, the code and the data."""
     first = nodes[0]
-    for node in nodes[1:]:
-        for what, value in first.same.items():
-            if node.same.get(what) != value:
-                raise UserError(
-                    f"{what}: {value} on {first.host.name}, {node.same.get(what)} on {node.host.name}: make them equal"
-                )
+    return [
+        f"{what}: {value} on {first.host.name}, {node.same.get(what)} on {node.host.name}"
+        for node in nodes[1:]
+        for what, value in first.same.items()
+        if node.same.get(what) != value
+    ]
 
 
 def check_slots(nodes: Sequence[Node], accelerator: str) -> None:

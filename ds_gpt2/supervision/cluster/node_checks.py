@@ -27,7 +27,8 @@ from ds_gpt2.supervision.launcher import gpus_of_machine
 _PACKAGE = Path(__file__).resolve().parents[2]
 _LISTEN_SECONDS, _CONNECT_SECONDS = 15.0, 3.0
 _ROUND_TRIPS = 20
-_COMMAND_SECONDS = 600.0
+_END_SECONDS = 5.0  # for a command to end after SIGTERM
+_commands: list[subprocess.Popen[str]] = []  # that run
 
 
 def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any]:
@@ -110,8 +111,27 @@ def free_port(address: str) -> int:
 def command(words: Sequence[str]) -> dict[str, Any]:
     """Run a command of ds_gpt2 on this host; return its exit code and output."""
     program = [sys.executable, str(_PACKAGE / "__main__.py"), *words]
-    done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_COMMAND_SECONDS)
-    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
+    _commands.append(process)
+    try:
+        out, err = process.communicate()
+    finally:
+        _commands.remove(process)
+    return {"code": process.returncode, "out": out, "err": err}
+
+
+def end_commands() -> None:
+    """End the commands that still run: the supervisor is gone, and nothing reads their output."""
+    processes = list(_commands)
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _END_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _echo(connection: socket.socket) -> None:

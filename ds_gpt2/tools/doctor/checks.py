@@ -61,17 +61,21 @@ def quick(settings: Settings, accelerator: str, count: int) -> list[Finding]:
     return [row for check in checks(settings, accelerator, count) if check.quick for row in run_check(check)]
 
 
-def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
-    """Return all checks without running them; arguments as for ``quick``."""
+def checks(settings: Settings, accelerator: str, count: int, world_size: int | None = None) -> list[Check]:
+    """Return all checks without running them; arguments as for ``quick``.
+
+    Args:
+        world_size: ranks on all hosts, if this machine is one of several; they share batch and optimizer state.
+    """
+    total = world_size or count
     dataset = _opened(settings)
     steps, epochs = _schedule(dataset, settings)
     storage = requirements.disk_requirement(settings, steps, epochs)
     directory, shards = settings.checkpoint_dir, _shards(dataset)
     reserve = reserved_bytes(settings.checkpoint)
-    environment = os.environ
     return [
         Check("settings", "DeepSpeed's file", partial(_deepspeed_file, settings)),
-        Check("settings", "batch", partial(_batch, settings, count)),
+        Check("settings", "batch", partial(_batch, settings, total)),
         Check("settings", "run's name", partial(_name, settings)),
         Check("settings", "metrics", partial(run_files.metrics, settings), quick=True),
         Check("settings", "versions", software.versions),
@@ -84,22 +88,42 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         Check("disk", "quota", partial(disk.quota, directory, storage), quick=True),
         Check("disk", "file system", partial(file_system.kind_of_file_system, directory), quick=True),
         Check("disk", "file operations", partial(file_system.operations, directory)),
-        Check("disk", "write speed", partial(_speed, settings, count)),
+        Check("disk", "write speed", partial(_speed, settings, count, total)),
         Check("disk", "backup", partial(_backup, settings)),
         Check("data", "data", partial(_data, dataset)),
         Check("data", "windows", partial(_windows, dataset, settings)),
         Check("data", "checksums", partial(_checksums, dataset)),
         Check("data", "HellaSwag", partial(data.hellaswag, settings.hellaswag)),
-        *_gpu_checks(settings, accelerator, count),
-        Check("memory", "memory", partial(_memory, settings, accelerator, count), quick=True),
+        *_gpu_checks(settings, accelerator, count, total),
+        Check("memory", "memory", partial(_memory, settings, accelerator, count, total), quick=True),
         Check("memory", "shared memory", partial(memory.shared_memory, accelerator), quick=True),
         Check("memory", "cores", lambda: memory.cores(accelerator, count, read_cgroup()), quick=True),
         Check("memory", "swap", memory.swap, quick=True),
         Check("limits", "open files", partial(limits.open_files, count, shards), quick=True),
         Check("limits", "processes", partial(limits.processes, count), quick=True),
         Check("limits", "cgroup tasks", lambda: memory.tasks(count, read_cgroup()), quick=True),
-        Check("limits", "memory limits", partial(limits.sizes, requirements.largest_file(settings, count)), quick=True),
+        Check("limits", "memory limits", partial(limits.sizes, requirements.largest_file(settings, total)), quick=True),
         Check("limits", "CPU time", limits.cpu_time, quick=True),
+        *_session_checks(),
+        Check("limits", "reboot", partial(limits.reboots, accelerator == "cuda")),
+        Check("machine", "runs", partial(processes.runs, settings), quick=True),
+        Check("machine", "clock", clock.synchronized),
+        Check("machine", "time", partial(_time, settings), quick=True),
+        Check("machine", "kernel log", lambda: gpus.kernel_log(gpus.read_kernel_log(), _uptime())),
+        Check("network", "loopback", network.loopback, quick=True),
+        *_port_checks(),
+        Check("ranks", "ranks", partial(ranks.check_ranks, RankLayout(accelerator, count))),
+    ]
+
+
+def supervisor_checks() -> list[Check]:
+    """Return the checks that concern only the machine, and the session, in which the supervisor runs."""
+    return [*_session_checks(), *_port_checks()]
+
+
+def _session_checks() -> list[Check]:
+    environment = os.environ
+    return [
         Check(
             "limits",
             "time limit",
@@ -108,19 +132,17 @@ def checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
         ),
         Check("limits", "terminal", lambda: limits.terminal(environment, software.terminal_tools()), quick=True),
         Check("limits", "logout", lambda: limits.logout(environment, getpass.getuser()), quick=True),
-        Check("limits", "reboot", partial(limits.reboots, accelerator == "cuda")),
-        Check("machine", "runs", partial(processes.runs, settings), quick=True),
-        Check("machine", "clock", clock.synchronized),
-        Check("machine", "time", partial(_time, settings), quick=True),
-        Check("machine", "kernel log", lambda: gpus.kernel_log(gpus.read_kernel_log(), _uptime())),
-        Check("network", "loopback", network.loopback, quick=True),
-        Check("network", "port", network.deepspeed_port),
-        Check("network", "port", network.tensorboard_port, quick=True),
-        Check("ranks", "ranks", partial(ranks.check_ranks, RankLayout(accelerator, count))),
     ]
 
 
-def _gpu_checks(settings: Settings, accelerator: str, count: int) -> list[Check]:
+def _port_checks() -> list[Check]:
+    return [
+        Check("network", "port", network.deepspeed_port),
+        Check("network", "port", network.tensorboard_port, quick=True),
+    ]
+
+
+def _gpu_checks(settings: Settings, accelerator: str, count: int, total: int) -> list[Check]:
     if accelerator == "cpu":
         return [Check("GPUs", "GPUs", partial(gpus.unused, accelerator, count), quick=True)]
     try:
@@ -137,7 +159,7 @@ def _gpu_checks(settings: Settings, accelerator: str, count: int) -> list[Check]
 
     return [
         Check("GPUs", "GPUs", of_gpus(gpus.count, count), quick=True),
-        Check("GPUs", "GPU memory", of_gpus(gpus.memory, requirements.gpu_memory(settings, count)), quick=True),
+        Check("GPUs", "GPU memory", of_gpus(gpus.memory, requirements.gpu_memory(settings, total)), quick=True),
         Check("GPUs", "GPU programs", of_gpus(gpus.other_programs), quick=True),
         Check("GPUs", "CUDA", lambda: gpus.versions(pynvml, _torch_cuda())),
         Check("GPUs", "ECC", of_gpus(gpus.ecc_errors)),
@@ -247,12 +269,13 @@ def _problem_of(backup: Backup) -> str | None:
     return (found[0] or None) if found else f"no answer within {_BACKUP_SECONDS:g} s"
 
 
-def _speed(settings: Settings, count: int) -> list[Finding]:
+def _speed(settings: Settings, count: int, total: int) -> list[Finding]:
     limit = count * settings.checkpoint.write_mb_per_s * 1e6
     between = _step_seconds(settings)
     if between is not None:
         between *= settings.checkpoint.every
-    return disk_speed.speed(settings.checkpoint_dir, requirements.checkpoint_bytes(settings), limit, between or None)
+    part = requirements.checkpoint_bytes(settings) * count // total  # that this machine writes
+    return disk_speed.speed(settings.checkpoint_dir, part, limit, between or None)
 
 
 def _step_seconds(settings: Settings) -> float | None:
@@ -260,8 +283,8 @@ def _step_seconds(settings: Settings) -> float | None:
     return recent_step_seconds([record.get("perf/step_ms") for record in read_metrics(settings.run_dir / METRICS)])
 
 
-def _memory(settings: Settings, accelerator: str, count: int) -> Finding:
-    return memory.host(requirements.host_memory(settings, accelerator, count), read_cgroup())
+def _memory(settings: Settings, accelerator: str, count: int, total: int) -> Finding:
+    return memory.host(requirements.host_memory(settings, accelerator, count, total), read_cgroup())
 
 
 def _time(settings: Settings) -> Finding:

@@ -30,6 +30,15 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A finding, and the heading under which it is printed."""
+
+    group: str
+    finding: Finding
+    host: str | None = None  # one of several hosts; None: this machine, or all hosts
+
+
+@dataclass(frozen=True)
 class Check:
     """One check and how to run it."""
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -25,9 +25,12 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import size
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file, without_trackers
 from ds_gpt2.config.settings import Settings, load_settings
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.link import LostHostError
 from ds_gpt2.tools.drill import shrink
 from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
 from ds_gpt2.tools.drill.record import Record, SceneResult
+from ds_gpt2.tools.drill.run_hosts import RunHosts
 from ds_gpt2.tools.drill.run_process import FailedError, RunProcess, end_all
 from ds_gpt2.tools.drill.scenes.registry import FINISH, SCENES
 from ds_gpt2.tools.drill.scenes.scene import NotDoneError, Scene, SceneContext
@@ -54,7 +57,13 @@ def run_drill(plan: DrillPlan, report: Callable[[SceneResult], None]) -> tuple[R
     folder = plan.settings.run_dir / "drill" / time.strftime("%Y-%m-%dT%H-%M-%S")
     checkpoints = plan.settings.checkpoint.dir / f".drill-{folder.name}"
     mark = str(checkpoints)
-    with _cleaned_up(mark, checkpoints, plan.keep):
+    hosts = RunHosts(plan.hosts, plan.settings.cluster.launch, folder)
+    run_dirs = [folder / name for name in (shrink.UNDISTURBED, shrink.DISTURBED)]
+
+    def end_processes() -> list[str]:
+        return [*end_all(mark), *hosts.end_all(run_dirs)]
+
+    with _cleaned_up(end_processes, checkpoints, plan.keep):
         folder.mkdir(parents=True)
         directories = (folder, checkpoints)
         undisturbed, disturbed = (
@@ -74,8 +83,8 @@ def run_drill(plan: DrillPlan, report: Callable[[SceneResult], None]) -> tuple[R
         for scene in (*exact, FINISH, *changing):
             add(_play(scene, context))
             if record.rows[-1].verdict == "FAIL":
-                end_all(mark)
-        add(_check_no_process_left(mark))
+                end_processes()
+        add(_check_no_process_left(end_processes))
     return record, folder
 
 
@@ -104,22 +113,21 @@ def _play(scene: Scene, context: SceneContext) -> SceneResult:
         recovery = scene.play(context)
     except NotDoneError as error:
         return SceneResult(scene.name, "not done", str(error))
-    except (FailedError, DamagedError, UserError) as error:
+    except (FailedError, DamagedError, LostHostError, UserError) as error:
         return SceneResult(scene.name, "FAIL", str(error))
     except Exception as error:  # the following scenes are still useful after any error
         return SceneResult(scene.name, "FAIL", f"{type(error).__name__}: {error}")
     return SceneResult(scene.name, "pass", recovery.text, recovery.lost_steps, round(recovery.lost_seconds, 1))
 
 
-def _check_no_process_left(mark: str) -> SceneResult:
-    left = end_all(mark)
-    if left:
+def _check_no_process_left(end_processes: Callable[[], list[str]]) -> SceneResult:
+    if left := end_processes():
         return SceneResult("no_process_left", "FAIL", f"{len(left)} processes were left: {left[0]}")
     return SceneResult("no_process_left", "pass", "no process of the drill is left")
 
 
 @contextlib.contextmanager
-def _cleaned_up(mark: str, checkpoints: Path, keep: bool) -> Iterator[None]:
+def _cleaned_up(end_processes: Callable[[], object], checkpoints: Path, keep: bool) -> Iterator[None]:
     """Kill the processes of the drill and remove its checkpoints when the block ends, also after signals."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -130,7 +138,7 @@ def _cleaned_up(mark: str, checkpoints: Path, keep: bool) -> Iterator[None]:
         yield
     finally:
         interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C must not stop the clean-up
-        end_all(mark)
+        end_processes()
         if not keep:
             shutil.rmtree(checkpoints, ignore_errors=True)
         signal.signal(signal.SIGINT, interrupt_handler)
@@ -148,6 +156,8 @@ def _run_process(plan: DrillPlan, name: str, steps: int, directories: tuple[Path
     tree = shrink.tree_for(plan.settings, plan.layout.ranks, steps, plan.whole)
     tree["run"] |= {"name": name, "dir": str(folder)}
     tree["checkpoint"]["dir"] = str(checkpoints)
+    if plan.hosts:
+        tree["cluster"] |= {"hostfile": str(_hostfile(plan.hosts, folder)), "min_nodes": 1}
     tree["deepspeed"] = str(_deepspeed_file(plan.settings, folder))
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
@@ -155,8 +165,21 @@ def _run_process(plan: DrillPlan, name: str, steps: int, directories: tuple[Path
     for directory in settings.output_dirs:
         files.check_writable(directory)
     return RunProcess(
-        config, settings, plan.layout, folder / f"{name}.log", mark=str(checkpoints), timeout=_TIMEOUT[plan.whole]
+        config,
+        settings,
+        plan.layout,
+        folder / f"{name}.log",
+        mark=str(checkpoints),
+        timeout=_TIMEOUT[plan.whole],
+        hosts=RunHosts(plan.hosts, settings.cluster.launch, folder),
     )
+
+
+def _hostfile(hosts: Sequence[Host], folder: Path) -> Path:
+    """Write the hosts of the run, which may come from Slurm."""
+    file = folder / "hosts"
+    file.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")
+    return file
 
 
 def _deepspeed_file(settings: Settings, folder: Path) -> Path:

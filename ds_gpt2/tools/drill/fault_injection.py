@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,11 @@ class Fault:
 def request(faults: Sequence[Fault]) -> dict[str, str]:
     """Return the environment variables that make ``SCRIPT`` inject ``faults``."""
     return {_VARIABLE: json.dumps([asdict(fault) for fault in faults])}
+
+
+def requested(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return those variables of ``environment`` that ``request`` has returned."""
+    return {_VARIABLE: environment[_VARIABLE]} if _VARIABLE in environment else {}
 
 
 class _Faults:

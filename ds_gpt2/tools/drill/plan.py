@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.config.settings import Settings
+from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.launcher import RankLayout
 
 # The scenes in their order: first those after which the run must equal the undisturbed run ...
@@ -26,8 +27,22 @@ EXACT = (
     "unreadable_data",
 )
 # ... then those that change the result of the run; each has its own verification.
-CHANGING = ("nan", "other_ranks", "divergence", "long_divergence")
+CHANGING = ("node", "nan", "other_ranks", "divergence", "long_divergence")
 NAMES = (*EXACT, *CHANGING)
+
+_SMALL_DISK = "a disk that is filled is seen on one machine only"
+# Scenes that are left out on several hosts, and on one machine, with the reason.
+NOT_ON_HOSTS = {
+    "disk_full": _SMALL_DISK,
+    "run_dir_full": _SMALL_DISK,
+    "other_ranks": "a run uses all slots of its hosts; node changes the number of ranks",
+}
+ONLY_ON_HOSTS = {"node": "needs --hostfile"}
+
+
+def left_out(has_hosts: bool) -> dict[str, str]:
+    """Return the scenes that are not played, with the reason."""
+    return NOT_ON_HOSTS if has_hosts else ONLY_ON_HOSTS
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class DrillPlan:
 
     settings: Settings  # the user's
     layout: RankLayout
+    hosts: Sequence[Host] = ()  # none: this machine
     names: Sequence[str] = NAMES
     whole: bool = False  # with the real model and batch
     seed: int = 0  # of the random moments and ranks

@@ -25,6 +25,7 @@ from ds_gpt2.supervision import rank_processes
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import fault_injection, supervisor_child
 from ds_gpt2.tools.drill.fault_injection import Fault
+from ds_gpt2.tools.drill.run_hosts import RunHosts
 from ds_gpt2.tools.drill.small_disk import SmallDisks
 
 _MARK = "DS_GPT2_DRILL"  # environment variable of all processes that a drill starts
@@ -46,6 +47,7 @@ class RunProcess:
     output: Path  # receives what the supervisor and the ranks print
     mark: str  # identifies the processes of the drill
     timeout: float  # seconds for a start, a stop, or a few steps
+    hosts: RunHosts = field(default_factory=lambda: RunHosts((), "ssh", Path()))
     started_at: int = field(default=0, init=False)  # position in the journal at the newest start
     _has_small_disk: bool = field(default=False, init=False)  # for the run's directory
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
@@ -127,15 +129,21 @@ class RunProcess:
         return [event for event in read_journal(self.run_dir, since) if event.kind in kinds]
 
     @property
+    def local_ranks(self) -> list[int]:
+        """The ranks on this machine."""
+        return self.hosts.local_ranks if self.hosts.hosts else list(range(self.layout.ranks))
+
+    @property
     def group(self) -> int:
-        """The process group of DeepSpeed's launcher and the ranks."""
+        """The process group of DeepSpeed's launcher and the ranks on this machine."""
         record = read_supervisor_record(self.run_dir)
-        if record is None or record.group is None:
+        group = record.group if record is not None else None
+        if (group := group or self.hosts.local_group(self.run_dir)) is None:
             raise FailedError("the supervisor has not recorded the processes of the run")
-        return record.group
+        return group
 
     def rank(self, number: int) -> psutil.Process:
-        """Return the process of a rank.
+        """Return the process of a rank on this machine.
 
         Raises:
             FailedError: the rank does not run.
@@ -207,10 +215,13 @@ class RunProcess:
         self.wait_end(10)
 
     def kill_everything(self) -> None:
-        """Send SIGKILL to the supervisor, the launcher and the ranks."""
+        """Send SIGKILL to the supervisor, the launcher and the ranks, on all hosts."""
         group = self.group
-        os.kill(self.pid, signal.SIGKILL)
-        rank_processes.kill(group)
+        with self.hosts.connected(self.hosts.others) as links:
+            os.kill(self.pid, signal.SIGKILL)
+            rank_processes.kill(group)
+            for link in links.values():
+                self.hosts.kill_on(link, self.run_dir)
         self.wait_end(10)
 
 

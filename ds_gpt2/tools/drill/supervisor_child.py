@@ -8,7 +8,9 @@ CHECKPOINT_BYTES and RUN_DIR_BYTES are the sizes of small file systems to mount 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # started by the path of this file
@@ -19,12 +21,13 @@ if not __package__:  # started by the path of this file
 
 from ds_gpt2.checkpoint.catalog import candidates
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.settings import load_settings, parse_overrides
+from ds_gpt2.config.settings import Settings, load_settings, parse_overrides
 from ds_gpt2.run_dir import exit_codes
+from ds_gpt2.supervision.cluster.setup import cluster_of, hosts_of
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
-from ds_gpt2.tools.drill import fault_injection, small_disk
+from ds_gpt2.tools.drill import fault_injection, run_hosts, small_disk
 
 SCRIPT = Path(__file__)
 
@@ -45,7 +48,20 @@ def main(words: list[str]) -> int:
             newest = candidates(directory, "latest")[0]
             mounted = small_disk.mounted_on_checkpoints(directory, staging, int(checkpoint_bytes), newest)
             disks.enter_context(mounted)
+        return _supervise(run, settings)
+
+
+def _supervise(run: SupervisedRun, settings: Settings) -> int:
+    """Supervise the run on this machine, or on the hosts of its hostfile; return its exit code."""
+    hosts = hosts_of(settings, None)
+    if not hosts:
         return supervise(run, settings)
+    run_hosts.make_unreachable(settings.run.dir)
+    run = replace(run, environment=fault_injection.requested(os.environ))  # agents do not pass it on
+    with cluster_of(settings, hosts, run.arguments) as cluster:
+        cluster.start()
+        layout = replace(run.layout, accelerator=cluster.accelerator)
+        return supervise(replace(run, layout=layout), settings, cluster)
 
 
 if __name__ == "__main__":

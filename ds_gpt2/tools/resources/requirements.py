@@ -62,17 +62,22 @@ def gpu_memory(settings: Settings, ranks: int) -> int:
     return _shape(settings).parameters * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
 
 
-def host_memory(settings: Settings, accelerator: str, ranks: int) -> int:
-    """Return the host memory of all ranks in bytes, without activations.
+def host_memory(settings: Settings, accelerator: str, ranks: int, world_size: int | None = None) -> int:
+    """Return the host memory of the ranks of one host in bytes, without activations.
 
     It holds the libraries, the copy of the state while it is saved, and on the CPU also the state itself.
+
+    Args:
+        ranks: on the host.
+        world_size: ranks on all hosts, which share the optimizer state; None: there are no others.
     """
-    needed = ranks * _MIN_LIBRARY_BYTES
+    share = ranks / (world_size or ranks)
+    needed = float(ranks * _MIN_LIBRARY_BYTES)
     if settings.checkpoint.in_background:
-        needed += checkpoint_bytes(settings)
+        needed += share * checkpoint_bytes(settings)
     if accelerator == "cpu":
-        needed += _shape(settings).parameters * (ranks * _REPLICATED_BYTES + _SHARDED_BYTES)
-    return needed
+        needed += _shape(settings).parameters * (ranks * _REPLICATED_BYTES + share * _SHARDED_BYTES)
+    return round(needed)
 
 
 def _shape(settings: Settings) -> ModelShape:

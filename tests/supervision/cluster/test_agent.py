@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -144,6 +145,32 @@ def test_an_agent_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UserError, match="/nowhere/python cannot be started: No such file or directory"):
         AgentLink("localhost", "local")
+
+
+@pytest.mark.ranks
+def test_a_command_ends_with_the_supervisor(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """The command is a doctor that has started ranks."""
+    connected = AgentLink("localhost", "local")
+    connected.wait_for_start()
+    assert connected.agent is not None
+    process = psutil.Process(connected.agent[0])
+    connected.request("command", words=["doctor", str(write_config(tmp_path)), "--num_gpus", "2"])
+
+    def ranks() -> list[psutil.Process]:
+        return [child for child in process.children(recursive=True) if "--local_rank=1" in _command_of(child)]
+
+    _until(ranks)
+    started = process.children(recursive=True)
+    connected.close()
+    assert connected.wait(20)
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert [_command_of(child) for child in alive] == []
+
+
+def _command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 class _Clock:

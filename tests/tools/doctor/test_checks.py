@@ -67,6 +67,11 @@ def test_missing_metrics_of_a_saved_run_are_a_warning(settings: Settings, monkey
     assert (row.status, row.found) == ("ok", "recorded up to step 35")
 
 
+def test_one_of_several_hosts_counts_the_ranks_of_all(settings: Settings) -> None:
+    (batch,) = (row for check in checks(settings, "cpu", 2, 8) if check.name == "batch" for row in run_check(check))
+    assert batch.found.endswith("x 8 ranks")
+
+
 def test_missing_data_is_one_finding(settings: Settings, tmp_path: Path) -> None:
     without_data = changed(settings, data={"dir": tmp_path / "missing"})
     rows = [row for check in checks(without_data, "cpu", 2) if check.group == "data" for row in run_check(check)]

@@ -30,12 +30,16 @@ from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat
+from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord
+from ds_gpt2.supervision.cluster import link
+from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import drill as drill_run
 from ds_gpt2.tools.drill import small_disk
 from ds_gpt2.tools.drill.compare import curve_differences, differences, expected_ledger
 from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
 from ds_gpt2.tools.drill.record import WIDTH, Record, SceneResult, header, lines_of
+from ds_gpt2.tools.drill.run_hosts import RunHosts, make_unreachable
 from ds_gpt2.tools.drill.run_process import FailedError, RunProcess, end_all, marked
 from ds_gpt2.tools.drill.scenes.registry import SCENES
 from ds_gpt2.tools.drill.scenes.scene import NotDoneError, Recovery, Scene, SceneContext
@@ -303,3 +307,52 @@ def test_drill_disables_trackers_and_csv_files(tmp_path: Path, write_config: Cal
     assert drilled["wandb"] == {"enabled": False}
     assert drilled["csv_monitor"] == {"enabled": False}
     assert drilled["optimizer"] == content["optimizer"]
+
+
+def test_scenes_of_hosts_and_of_one_machine(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    config, hostfile = str(write_config(tmp_path)), tmp_path / "hosts"
+    hostfile.write_text("localhost slots=2\nnode2 slots=3\n")
+    plan = drill._plan(parse(config, "--hostfile", str(hostfile)))
+    assert plan.layout.ranks == 5 and [host.name for host in plan.hosts] == ["localhost", "node2"]
+    assert set(EXACT + CHANGING) - set(plan.names) == {"disk_full", "run_dir_full", "other_ranks"}
+    with pytest.raises(UserError, match="--only disk_full: a disk that is filled is seen on one machine only"):
+        drill._plan(parse(config, "--hostfile", str(hostfile), "--only", "disk_full"))
+    alone = drill._plan(parse(config, "--num_gpus", "2"))
+    assert set(EXACT + CHANGING) - set(alone.names) == {"node"}
+    with pytest.raises(UserError, match="--only node: needs --hostfile"):
+        drill._plan(parse(config, "--num_gpus", "2", "--only", "node"))
+
+
+def test_the_ranks_of_this_machine_are_those_of_its_place_in_the_hostfile(tmp_path: Path) -> None:
+    hosts = RunHosts([Host("192.0.2.201", 2), Host("localhost", 3), Host("192.0.2.202", 1)], "ssh", tmp_path)
+    assert hosts.local_ranks == [2, 3, 4]
+    assert [host.name for host in hosts.others] == ["192.0.2.201", "192.0.2.202"]
+
+
+def test_the_supervisor_cannot_connect_to_a_host_that_is_set_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "start_command", lambda host, way: [way, host])
+    hosts = RunHosts([], "ssh", tmp_path)
+    make_unreachable(tmp_path)
+    assert link.start_command("node1", "ssh") == ["ssh", "node1"]
+    hosts.set_away(["node1"])
+    assert link.start_command("node1", "ssh") == ["false"]
+    assert link.start_command("node2", "srun") == ["srun", "node2"]
+    hosts.set_away([])
+    assert link.start_command("node1", "ssh") == ["ssh", "node1"]
+
+
+@pytest.mark.ranks
+def test_only_the_agent_and_the_ranks_of_the_run_are_killed_on_a_host(tmp_path: Path) -> None:
+    """The host is this machine, the agents are those of two runs."""
+    hosts = RunHosts([], "local", tmp_path)
+    host = Host("node1", 1)
+    with hosts.connected([host]) as drills, hosts.connected([host]) as runs, hosts.connected([host]) as others:
+        agent = runs["node1"].agent
+        assert agent is not None
+        record = SupervisorRecord(1, 1.0, "host", "running", 1, agents=(AgentRecord("node1", *agent),))
+        record.write(tmp_path)
+        assert hosts.kill_on(drills["node1"], tmp_path)
+        assert runs["node1"].wait(10) and others["node1"].is_open
+        assert not hosts.kill_on(drills["node1"], tmp_path)

@@ -33,3 +33,13 @@ def test_disk_space_that_the_settings_require() -> None:
     keep_every = preset("gpt2_124m", checkpoint__keep_every=10_000, **few)
     with_keep_every = requirements.disk_requirement(keep_every, 95_365, 0.0)
     assert with_keep_every.maximum == (3 + 9 + 1 + 1) * full
+
+
+def test_hosts_share_the_optimizer_state_and_the_copy_that_is_saved() -> None:
+    chosen = preset("gpt2_124m")
+    alone = requirements.host_memory(chosen, "cuda", 2)
+    libraries = alone - requirements.checkpoint_bytes(chosen)
+    one_of_four = requirements.host_memory(chosen, "cuda", 2, world_size=8)
+    assert one_of_four == pytest.approx(libraries + requirements.checkpoint_bytes(chosen) / 4)
+    one, four = (requirements.host_memory(chosen, "cpu", 2, world_size) for world_size in (2, 8))
+    assert one - four > 0.75 * requirements.checkpoint_bytes(chosen)

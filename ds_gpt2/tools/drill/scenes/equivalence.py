@@ -57,7 +57,7 @@ def other_ranks(context: SceneContext) -> Recovery:
     if manifest is None or manifest.world_size != ranks:
         raise FailedError(f"{rolling_tag(steps)} is not of {ranks} ranks")
     verify_ledger(context, steps, range(1, steps + 1))
-    difference = _largest_loss_difference(context, older.step)
+    difference = largest_loss_difference(context, older.step, steps)
     run.start(f"schedule.steps={steps + 1}")
     run.wait_done()
     verify_ledger(context, steps + 1, range(1, steps + 2))
@@ -82,10 +82,17 @@ def _another_number_of_ranks(run: RunProcess) -> tuple[int, int]:
     return ranks, micro_batch
 
 
-def _largest_loss_difference(context: SceneContext, after: int) -> float:
-    """Return the largest relative difference between a step's loss and that of the undisturbed run."""
+def largest_loss_difference(context: SceneContext, after: int, last: int) -> float:
+    """Return the largest relative difference between a step's loss and that of the undisturbed run.
+
+    Args:
+        after: the steps after this one, up to ``last``, are compared.
+
+    Raises:
+        FailedError: it is too large.
+    """
     losses, expected = (loss_by_step(run.run_dir) for run in (context.run, context.undisturbed))
-    difference = max(abs(losses[step] / expected[step] - 1) for step in range(after + 1, context.steps + 1))
+    difference = max(abs(losses[step] / expected[step] - 1) for step in range(after + 1, last + 1))
     dropout = context.run.settings.model.dropout
     tolerance = _LOSS_TOLERANCE_WITH_DROPOUT if dropout else _LOSS_TOLERANCE
     if not difference <= tolerance:

@@ -16,7 +16,7 @@ from ds_gpt2.tools.drill.scenes.scene import (
     Recovery,
     SceneContext,
     plan_fault,
-    random_rank,
+    random_local_rank,
     recovery,
     run_to_fault,
     run_to_random_point,
@@ -40,7 +40,7 @@ def exception(context: SceneContext) -> Recovery:
 def kill_rank(context: SceneContext) -> Recovery:
     """Send SIGKILL to one rank."""
     since, fault_time = run_to_fault(context)
-    run, rank = context.run, random_rank(context)
+    run, rank = context.run, random_local_rank(context)
     run.rank(rank).kill()
     run.wait_for("detection of the killed rank", lambda: run.events(since, "crash"))
     reached = run.done_steps()
@@ -51,7 +51,7 @@ def kill_rank(context: SceneContext) -> Recovery:
 def freeze_rank(context: SceneContext) -> Recovery:
     """Send SIGSTOP to one rank while it trains."""
     run_to_random_point(context)
-    run, rank = context.run, random_rank(context)
+    run, rank = context.run, random_local_rank(context)
     since, limit = run.journal_position(), _longest_hang(context)
     fault_time = _freeze_in_training(run, rank)
     reached = run.done_steps()

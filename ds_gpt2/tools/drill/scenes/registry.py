@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_gpt2.tools.drill.scenes import checkpoints, data, disks, equivalence, numerics, processes
+from ds_gpt2.tools.drill.scenes import checkpoints, data, disks, equivalence, hosts, numerics, processes
 from ds_gpt2.tools.drill.scenes.scene import Scene
 from ds_gpt2.tools.drill.shrink import EVERY
 
@@ -23,6 +23,7 @@ SCENES = {
         Scene("disk_full", disks.disk_full, 4 * EVERY),
         Scene("run_dir_full", disks.run_dir_full, 8 * EVERY),
         Scene("unreadable_data", data.unreadable_data),
+        Scene("node", hosts.node),
         Scene("nan", numerics.nan),
         Scene("other_ranks", equivalence.other_ranks),
         Scene("divergence", numerics.divergence),

@@ -98,6 +98,17 @@ def random_rank(context: SceneContext) -> int:
     return context.generator.randrange(context.run.layout.ranks)
 
 
+def random_local_rank(context: SceneContext) -> int:
+    """Return a rank on this machine, whose process a scene can reach.
+
+    Raises:
+        NotDoneError: all ranks are on other hosts.
+    """
+    if not (ranks := context.run.local_ranks):
+        raise NotDoneError("needs ranks on this machine: add it to the hostfile")
+    return context.generator.choice(ranks)
+
+
 def wait_for_checkpoint(run: RunProcess) -> None:
     """Wait for a checkpoint that the run has saved since its last start."""
     run.wait_for("a checkpoint", lambda: _has_saved_since_start(run))
