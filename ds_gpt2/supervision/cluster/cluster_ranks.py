@@ -20,6 +20,10 @@ _LAUNCH_SECONDS, _STACKS_SECONDS = 30.0, 30.0
 _STUCK_SECONDS = 10.0  # without a new heartbeat after a part of the ranks is gone
 
 
+# In the errors of collectives: gloo names its source file, NCCL its error codes.
+_LOST_CONNECTION = ("gloo/transport/", "ncclRemoteError", "ncclSystemError")
+
+
 @dataclass
 class _Part:
     """The ranks of one host."""
@@ -112,6 +116,8 @@ class ClusterRanks:
     def exit_status(self) -> str:
         """Why the ranks of the first failed host have exited, as text."""
         failed = [part for part in self._parts if part.has_failed] or [part for part in self._parts if part.has_ended]
+        first = next(iter(self.failures()), None)  # the rank
+        failed.sort(key=lambda part: first not in part.request.place.ranks)
         part = failed[0] if failed else self._parts[0]
         status = part.lost or (part.report.exit_status if part.report is not None else None)
         return f"host {part.host}: {status}"
@@ -125,9 +131,13 @@ class ClusterRanks:
         return next((report.outcome for report in self._reports() if report.outcome is not None), Outcome(CRASHED))
 
     def failures(self) -> dict[int, str]:
-        """Return the error of each rank that reported one, the first to fail first."""
+        """Return the error of each rank that reported one, the first to fail first.
+
+        The reports of another host may arrive earlier than those of the host where the first rank failed. So lost
+        connections between ranks, which follow from a failure, come last.
+        """
         self._update()
-        return self._failures
+        return dict(sorted(self._failures.items(), key=lambda failure: _is_lost_connection(failure[1])))
 
     def kills(self) -> dict[int, str]:
         """Return the name of the signal that killed each rank that was killed before its launcher ended the others."""
@@ -194,3 +204,8 @@ class ClusterRanks:
     def _on_each(self, action: Callable[[_Part], None]) -> None:
         with ThreadPoolExecutor(len(self._parts)) as pool:
             list(pool.map(action, self._parts))
+
+
+def _is_lost_connection(failure: str) -> bool:
+    """Return whether the error of a rank is that its connection to another rank was lost."""
+    return any(words in failure for words in _LOST_CONNECTION)

@@ -156,3 +156,13 @@ def test_requests_reach_all_hosts() -> None:
     stage.ranks.kill()
     stage.ranks.write_stacks(Path("run"), Path("stacks"))
     assert stage.a.requests == stage.b.requests == ["launch", "stop", "kill", "stacks"]
+
+
+def test_a_lost_connection_that_is_reported_earlier_is_not_the_cause() -> None:
+    stage = Stage()
+    lost = "RuntimeError: [/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    stage.report(stage.a, exit_code=1, failures={1: lost, 0: lost})
+    assert list(stage.ranks.failures()) == [1, 0]
+    stage.report(stage.b, exit_code=2, failures={3: lost, 2: "RuntimeError: the cause"})
+    assert next(iter(stage.ranks.failures())) == 2
+    assert stage.ranks.exit_status == "host b: exit status 2"

@@ -18,7 +18,7 @@ from ds_gpt2.run_dir import exit_codes
 
 pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
 
-PLAYED = "kill_rank,kill_all,node"
+PLAYED = "exception,kill_rank,kill_all,node"
 
 
 def test_a_drill_on_two_hosts_passes(tmp_path: Path, write_config: Callable[..., Path]) -> None:
@@ -32,7 +32,7 @@ def test_a_drill_on_two_hosts_passes(tmp_path: Path, write_config: Callable[...,
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         output = done.stdout + done.stderr
         rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
-        names = ["undisturbed", "kill_rank", "kill_all", "bit_for_bit", "node", "no_process_left"]
+        names = ["undisturbed", "exception", "kill_rank", "kill_all", "bit_for_bit", "node", "no_process_left"]
         assert [(name, row["verdict"]) for name, row in rows.items()] == [(name, "pass") for name in names], output
         assert done.returncode == exit_codes.DONE
         assert rows["node"]["text"].startswith(f"all processes of {hosts.b.address} killed after step ")
