@@ -6,6 +6,7 @@ It needs Linux, root, iproute2, util-linux and openssh; missing packages are ins
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 _PACKAGES = {
     "ip": "iproute2",
@@ -28,21 +30,33 @@ _START_SECONDS = 20.0
 _SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def problem() -> str | None:
+@functools.cache
+def _problem() -> str | None:
     """Return why two hosts cannot be made here; None if they can. Installs what is missing, if it may."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "two hosts need Linux and root"
-    if missing := _missing():
-        if shutil.which("apt-get") is None:
-            return f"two hosts need {', '.join(missing)}"
-        command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if missing := _missing():
-            return f"two hosts need {', '.join(missing)}, which cannot be installed: {done.stderr.strip()[-200:]}"
-    if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "this machine does not allow network namespaces"
+    if _missing() and (problem := _install()) is not None:
+        return problem
+    name = f"probe{os.getpid()}"
+    for command in (["ip", "netns", "add", name], ["unshare", "--net", "--pid", "--fork", "--mount", "true"]):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": _SEARCH})
+        if done.returncode:
+            return f"this machine does not allow what two hosts need: {' '.join(command)}: {done.stderr.strip()}"
+    _do("ip", "netns", "delete", name)
     return None
+
+
+def _install() -> str | None:
+    """Install the missing packages with apt; return the problem, if any."""
+    if shutil.which("apt-get") is None:
+        return f"two hosts need {', '.join(_missing())}"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    apt = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout=300"]  # another process of the tests may install, too
+    for words in (["install", "--no-install-recommends", *_missing()], ["update"], ["install", *_missing()]):
+        done = subprocess.run([*apt, *words], env=environment, capture_output=True, text=True)
+        if not (missing := _missing()):
+            return None
+    return f"two hosts need {', '.join(missing)}, which cannot be installed: {done.stderr.strip()[-200:]}"
 
 
 def _missing() -> list[str]:
@@ -204,7 +218,9 @@ class TwoHosts:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path, number: int = 0, names: Mapping[str, str] | None = None) -> Iterator[TwoHosts]:
-    """Make two hosts, and remove them at the end."""
+    """Make two hosts, and remove them at the end. The test is skipped if that is not possible here."""
+    if (reason := _problem()) is not None:
+        pytest.skip(reason)
     hosts = TwoHosts(folder, number)
     try:
         hosts.start(names)

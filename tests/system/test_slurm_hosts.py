@@ -15,14 +15,14 @@ import psutil
 import pytest
 from launched import PROJECT
 from small_run import MODEL
-from two_hosts import TwoHosts, problem, two_hosts
+from two_hosts import TwoHosts, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import read_journal
 
-pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 BATCH = PROJECT / "deploy" / "ds_gpt2_multinode.sbatch"
 # Starts its task on the node of --nodelist, in the same directory, with the variables that Slurm sets for a task.

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from launched import PROJECT, launch
 from small_run import MODEL
-from two_hosts import Host, TwoHosts, problem, two_hosts
+from two_hosts import Host, TwoHosts, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import load_settings
@@ -25,7 +25,7 @@ from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
 from ds_gpt2.tools.status.status import read_status
 
-pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 STEPS = 24
 MAIN = str(PROJECT / "ds_gpt2" / "__main__.py")

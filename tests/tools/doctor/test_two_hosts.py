@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from launched import PROJECT
-from two_hosts import TwoHosts, problem, two_hosts
+from two_hosts import TwoHosts, two_hosts
 
 from ds_gpt2.run_dir import exit_codes
 
-pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 
 def _rows(hosts: TwoHosts, config: Path) -> list[dict[str, Any]]:

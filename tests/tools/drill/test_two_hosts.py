@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from launched import PROJECT
 from small_run import MODEL
-from two_hosts import problem, two_hosts
+from two_hosts import two_hosts
 
 from ds_gpt2.run_dir import exit_codes
 
-pytestmark = [pytest.mark.ranks, pytest.mark.extended, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
+pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
 PLAYED = "exception,kill_rank,kill_all,node"
 
