@@ -167,8 +167,10 @@ class TwoHosts:
             f"ListenAddress {host.address}:22\nHostKey {host_key}\nAuthorizedKeysFile {self.folder}/key.pub\n"
             "PermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\n"
         )
+        # Without the disks that other tests have mounted, which could not unmount them otherwise.
+        forget = "awk '$1 ~ /^.dev.loop/ {print $2}' /proc/mounts | xargs --no-run-if-empty umount --lazy"
         boot = (
-            f"hostname {host.name}; mkdir -p /run/sshd; mount --bind '{host.folder}/hosts' /etc/hosts;"
+            f"{forget}; hostname {host.name}; mkdir -p /run/sshd; mount --bind '{host.folder}/hosts' /etc/hosts;"
             f" exec {shutil.which('sshd', path=_SEARCH)} -D -e -f '{host.folder}/sshd_config'"
         )
         unshare = ["unshare", "--pid", "--fork", "--mount", "--uts", "--mount-proc", "--kill-child"]

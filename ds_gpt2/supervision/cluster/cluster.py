@@ -144,6 +144,7 @@ class Cluster:
             except UserError as error:
                 problems[host.name] = str(error)
                 self._drop(host.name)
+        self._noted_lost &= set(self.away)
         return problems
 
     def launch(self, run: SupervisedRun, run_dir: Path | None = None) -> ClusterRanks:

@@ -37,6 +37,22 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield pair
 
 
+_started: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_runs() -> Iterator[None]:
+    """End runs that a failed test has left: the next test uses the same hosts."""
+    yield
+    while _started:
+        run = _started.pop()
+        for process in (process for host in run.hosts.all for process in host.matching("ds_gpt2")):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        run.process.kill()
+        run.process.communicate()
+
+
 class Started:
     """A supervised run that host a has started on both hosts."""
 
@@ -70,6 +86,7 @@ class Started:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _started.append(self)
 
     @property
     def supervisor(self) -> psutil.Process:
