@@ -46,6 +46,8 @@ def _end_runs() -> Iterator[None]:
     yield
     while _started:
         run = _started.pop()
+        if run.process.poll() is not None:
+            continue
         for process in (process for host in run.hosts.all for process in host.matching("ds_gpt2")):
             with contextlib.suppress(psutil.Error):
                 process.kill()
