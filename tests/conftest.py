@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
     files = Counter(item.path for item in items if "ranks" in item.keywords)
     items.sort(key=lambda item: -files[item.path])  # long files first, so that all workers end at the same time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give whole files to workers, and all files that use the run on four ranks to one: each worker would train it."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):  # type: ignore[misc]  # pytest-xdist has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "four_ranks" if _uses_four_ranks(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _uses_four_ranks(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    return "four_ranks" in text or "exported" in text  # a fixture that needs the other
 
 
 @pytest.fixture(autouse=True)

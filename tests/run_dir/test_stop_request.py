@@ -66,6 +66,7 @@ def test_the_cause_of_a_stop_is_a_request_unless_the_supervisor_or_a_directory_i
 
 
 @pytest.mark.ranks
+@pytest.mark.extended
 def test_a_stop_interrupts_an_evaluation_which_is_repeated_after_the_resume(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:

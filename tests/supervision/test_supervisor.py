@@ -135,10 +135,15 @@ def test_a_run_with_faults_has_the_same_results_as_a_run_without(
     assert "State:" in (stacks / "rank_00000.txt").read_text(encoding="utf-8")
     assert "rank 0: RuntimeError: a fault injected by the drill" in crashed.text and crashed.step == 19
     record = read_supervisor_record(disturbed.run_dir)
-    assert record is not None and (record.state, record.code, record.is_alive) == ("ended", exit_codes.DONE, False)
+    assert record is not None and (record.state, record.code, record.is_alive(time.time())) == (
+        "ended",
+        exit_codes.DONE,
+        False,
+    )
     assert _processes(disturbed) == []
 
 
+@pytest.mark.extended
 def test_a_failing_step_is_skipped_and_repeated_bad_gradients_are_rolled_back(configure: Configure) -> None:
     """After the same crash an older checkpoint is tried, then the batch is skipped; skipped updates are rolled back."""
     settings = configure("bad", supervisor={"skip_data": True}, guards={"skipped_run_steps": 2})
