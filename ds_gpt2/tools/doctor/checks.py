@@ -106,7 +106,7 @@ def checks(settings: Settings, accelerator: str, count: int, world_size: int | N
         Check("limits", "CPU time", limits.cpu_time, quick=True),
         *_session_checks(),
         Check("limits", "reboot", partial(limits.reboots, accelerator == "cuda")),
-        Check("machine", "runs", partial(processes.runs, settings), quick=True),
+        Check("machine", "runs", partial(processes.runs, settings, world_size is not None), quick=True),
         Check("machine", "clock", clock.synchronized),
         Check("machine", "time", partial(_time, settings), quick=True),
         Check("machine", "kernel log", lambda: gpus.kernel_log(gpus.read_kernel_log(), _uptime())),

@@ -42,20 +42,28 @@ class Rank:
         return self.run_dir.resolve() == settings.run_dir.resolve()
 
 
-def runs(settings: Settings) -> list[Finding]:
-    """Return the findings about this run and about other runs."""
+def runs(settings: Settings, is_one_of_several: bool = False) -> list[Finding]:
+    """Return the findings about this run and about other runs.
+
+    Args:
+        is_one_of_several: this machine is a host of a run on several; only the supervisor's knows whether an earlier
+            supervisor is alive.
+    """
     ranks = find_ranks()
-    return [this_run(settings, ranks), other_runs(settings, ranks)]
+    return [this_run(settings, ranks, is_one_of_several), other_runs(settings, ranks)]
 
 
-def this_run(settings: Settings, ranks: list[Rank]) -> Finding:
+def this_run(settings: Settings, ranks: list[Rank], is_one_of_several: bool = False) -> Finding:
     """Check that no other process trains this run.
 
     Ranks that a dead supervisor has left are only a warning: the next start stops them.
+
+    Args:
+        is_one_of_several: see ``runs``.
     """
     name = settings.run.name
     mine = [rank.pid for rank in ranks if rank.trains(settings)]
-    supervised = read_supervisor_record(settings.run_dir)
+    supervised = None if is_one_of_several else read_supervisor_record(settings.run_dir)
     holder = holder_of(settings.checkpoint_dir / LOCK)
     if supervised is not None and supervised.is_alive(now := file_time(settings.run_dir)):
         return _supervised(settings, supervised, now)
