@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_run import MODEL
 
 _PACKAGES = {
     "ip": "iproute2",
@@ -63,6 +64,25 @@ def _missing() -> list[str]:
     return sorted({package for program, package in _PACKAGES.items() if shutil.which(program, path=_SEARCH) is None})
 
 
+def small_run(folder: Path, steps: int, every: int, **sections: object) -> dict[str, object]:
+    """Return the settings of a small run on two hosts with two ranks each.
+
+    Args:
+        every: steps between two checkpoints.
+        sections: replace or add whole sections.
+    """
+    usual: dict[str, object] = {
+        "model": MODEL,
+        "batch": {"tokens_per_step": 512, "micro_batch": 2, "sequence_length": 64},
+        "schedule": {"steps": steps, "warmup_steps": min(3, steps - 1), "max_lr": 3e-3, "min_lr": 3e-4},
+        "checkpoint": {"dir": str(folder / "checkpoints"), "every": every, "min_free_gb": 0.0},
+        "validation": {"every": 0},
+        "samples": {"every": 0},
+        "supervisor": {"backoff_seconds": 0.5, "stop_seconds": 30},
+    }
+    return {**usual, **sections}
+
+
 @dataclass
 class Host:
     """One of the hosts."""
@@ -87,6 +107,15 @@ class Host:
     def run(self, *words: str) -> str:
         """Run ``words`` on this host and return the output."""
         return subprocess.run(self.command(words), check=True, capture_output=True, text=True).stdout
+
+    @contextlib.contextmanager
+    def without(self, directory: Path) -> Iterator[None]:
+        """Put an empty directory of this host in the place of ``directory``, which is then not shared."""
+        self.run("mount", "-t", "tmpfs", "none", str(directory))
+        try:
+            yield
+        finally:
+            self.run("umount", str(directory))
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes of this host, without number 1 and zombies."""

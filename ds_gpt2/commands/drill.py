@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-from collections.abc import Sequence
 
 from ds_gpt2.commands.arguments import add_hostfile_argument, add_start_arguments, whole_number, with_hostfile
 from ds_gpt2.common.errors import UserError
@@ -14,12 +13,11 @@ from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.lookup import find_config
-from ds_gpt2.config.settings import Settings, parse_overrides
+from ds_gpt2.config.settings import parse_overrides
 from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.setup import hosts_of
-from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
+from ds_gpt2.supervision.launcher import RankLayout, choose_ranks, requested_accelerator
 from ds_gpt2.tools.drill.plan import NAMES, DrillPlan, left_out
 from ds_gpt2.tools.drill.record import SceneResult, header, lines_of, summary
 
@@ -75,7 +73,8 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
     load_deepspeed_file(settings.deepspeed)
     open_dataset(settings.data.dir)
     hosts = hosts_of(settings, options.num_gpus)
-    layout = _layout_on(hosts, settings) if hosts else choose_ranks(settings, options.num_gpus)
+    slots = sum(host.slots for host in hosts)  # with auto, the hosts decide whether they use GPUs
+    layout = RankLayout(requested_accelerator(settings), slots) if hosts else choose_ranks(settings, options.num_gpus)
     if options.whole:
         batch = settings.batch
         plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
@@ -88,12 +87,6 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
             raise UserError(f"--only {name}: {not_possible[name]}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     return DrillPlan(settings, layout, hosts, names, options.whole, seed, options.keep)
-
-
-def _layout_on(hosts: Sequence[Host], settings: Settings) -> RankLayout:
-    """Return the ranks on all hosts; with ``auto`` the hosts decide whether they use GPUs."""
-    accelerator = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else settings.run.device
-    return RankLayout(accelerator, sum(host.slots for host in hosts))
 
 
 def _show(row: SceneResult) -> None:

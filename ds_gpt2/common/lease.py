@@ -1,8 +1,8 @@
 """Leases: signs of life of a process that other machines can see, for files on a shared disk.
 
-A process id says nothing on another machine, and a machine may be lost without a word. A lease is the modification time
-of a file: its owner sets it to the present every ``RENEW_SECONDS``. Others take the owner for lost when the time is
-older than ``LEASE_SECONDS``. Setting the time needs no free space, and a file server uses its own clock for it.
+A process id has no meaning on another machine, and a machine that is lost sends no message. A lease is the modification
+time of a file: its owner sets it to the present every ``RENEW_SECONDS``. Others take the owner for lost when the time
+is older than ``LEASE_SECONDS``. Setting the time needs no free space, and a file server uses its own clock for it.
 """
 
 from __future__ import annotations

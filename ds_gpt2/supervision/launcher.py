@@ -66,9 +66,7 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     Raises:
         UserError: run.device is cuda and there is no GPU, or more ranks than GPUs are requested.
     """
-    accelerator = settings.run.device
-    if accelerator == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu":
-        accelerator = "cpu"
+    accelerator = requested_accelerator(settings)
     gpus = 0 if accelerator == "cpu" else gpus_of_machine()
     if accelerator == "cpu" or (accelerator == "auto" and not gpus):
         return RankLayout("cpu", requested or CPU_RANKS)
@@ -77,6 +75,12 @@ def choose_ranks(settings: Settings, requested: int | None) -> RankLayout:
     if requested and requested > gpus:
         raise UserError(f"--num_gpus {requested}, but this machine has {counted(gpus, 'GPU')}: give --num_gpus {gpus}")
     return RankLayout("cuda", requested or gpus)
+
+
+def requested_accelerator(settings: Settings) -> str:
+    """Return ``run.device``; DS_ACCELERATOR=cpu decides where it is ``auto``."""
+    device = settings.run.device
+    return "cpu" if device == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu" else device
 
 
 def gpus_of_machine() -> int:

@@ -4,6 +4,8 @@ The models have the fields that the file uses, as https://kubernetes.io/docs/ref
 unknown field or another type is an error. ``kubernetes-validate --strict`` 1.37.0 accepts the file for 1.31 and 1.37.
 """
 
+# ruff: noqa: N815  # the fields have the names of the Kubernetes API
+
 from __future__ import annotations
 
 import re
@@ -28,13 +30,13 @@ class Metadata(Part):
 
 
 class ServiceSpec(Part):
-    clusterIP: Literal["None"]  # noqa: N815
-    publishNotReadyAddresses: bool  # noqa: N815
+    clusterIP: Literal["None"]
+    publishNotReadyAddresses: bool
     selector: dict[str, str]
 
 
 class Service(Part):
-    apiVersion: Literal["v1"]  # noqa: N815
+    apiVersion: Literal["v1"]
     kind: Literal["Service"]
     metadata: Metadata
     spec: ServiceSpec
@@ -47,7 +49,7 @@ class Condition(Part):
 
 class Rule(Part):
     action: Literal["FailJob", "FailIndex", "Ignore", "Count"]
-    onPodConditions: list[Condition]  # noqa: N815
+    onPodConditions: list[Condition]
 
 
 class FailurePolicy(Part):
@@ -65,38 +67,38 @@ class Resources(Part):
 
 class Mount(Part):
     name: str
-    mountPath: str  # noqa: N815
+    mountPath: str
 
 
 class Container(Part):
     name: str
     image: str
-    workingDir: str  # noqa: N815
+    workingDir: str
     command: list[str]
     env: list[Variable]
     resources: Resources
-    volumeMounts: list[Mount]  # noqa: N815
+    volumeMounts: list[Mount]
 
 
 class Claim(Part):
-    claimName: str  # noqa: N815
+    claimName: str
 
 
 class EmptyDirectory(Part):
     medium: Literal["", "Memory"]
-    sizeLimit: str = Field(pattern=r"^\d+(Ki|Mi|Gi|Ti)$")  # noqa: N815
+    sizeLimit: str = Field(pattern=r"^\d+(Ki|Mi|Gi|Ti)$")
 
 
 class Volume(Part):
     name: str
-    persistentVolumeClaim: Claim | None = None  # noqa: N815
-    emptyDir: EmptyDirectory | None = None  # noqa: N815
+    persistentVolumeClaim: Claim | None = None
+    emptyDir: EmptyDirectory | None = None
 
 
 class PodSpec(Part):
     subdomain: str
-    restartPolicy: Literal["Never", "OnFailure"]  # noqa: N815  # those that a Job allows
-    terminationGracePeriodSeconds: int  # noqa: N815
+    restartPolicy: Literal["Never", "OnFailure"]  # those that a Job allows
+    terminationGracePeriodSeconds: int
     containers: list[Container]
     volumes: list[Volume]
 
@@ -106,16 +108,16 @@ class PodTemplate(Part):
 
 
 class JobSpec(Part):
-    completionMode: Literal["Indexed", "NonIndexed"]  # noqa: N815
+    completionMode: Literal["Indexed", "NonIndexed"]
     completions: int = Field(ge=1)
     parallelism: int = Field(ge=1)
-    backoffLimit: int = Field(ge=0)  # noqa: N815
-    podFailurePolicy: FailurePolicy  # noqa: N815
+    backoffLimit: int = Field(ge=0)
+    podFailurePolicy: FailurePolicy
     template: PodTemplate
 
 
 class Job(Part):
-    apiVersion: Literal["batch/v1"]  # noqa: N815
+    apiVersion: Literal["batch/v1"]
     kind: Literal["Job"]
     metadata: Metadata
     spec: JobSpec

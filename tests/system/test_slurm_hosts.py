@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launched import PROJECT
-from small_run import MODEL
-from two_hosts import TwoHosts, two_hosts
+from two_hosts import TwoHosts, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import Settings, load_settings
@@ -101,16 +100,7 @@ def wait_for_the_end_of_agents(hosts: TwoHosts) -> None:
 
 @pytest.fixture
 def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
-    return write_config(
-        tmp_path,
-        model=MODEL,
-        batch={"tokens_per_step": 512, "micro_batch": 2, "sequence_length": 64},
-        schedule={"steps": 1_000_000, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
-        checkpoint={"dir": str(tmp_path / "checkpoints"), "every": 6, "min_free_gb": 0.0},
-        validation={"every": 0},
-        samples={"every": 0},
-        supervisor={"stop_seconds": 30},
-    )
+    return write_config(tmp_path, **small_run(tmp_path, 1_000_000, 6))
 
 
 def starts(settings: Settings) -> int:

@@ -14,8 +14,7 @@ import psutil
 import pytest
 import yaml
 from launched import PROJECT
-from small_run import MODEL
-from two_hosts import TwoHosts, two_hosts
+from two_hosts import TwoHosts, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.common.host import free_port
@@ -39,15 +38,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 
 @pytest.fixture
 def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
-    return write_config(
-        tmp_path,
-        model=MODEL,
-        batch={"tokens_per_step": 512, "micro_batch": 2, "sequence_length": 64},
-        schedule={"steps": STEPS, "warmup_steps": 1, "max_lr": 3e-3, "min_lr": 3e-4},
-        checkpoint={"dir": str(tmp_path / "checkpoints"), "every": 2, "min_free_gb": 0.0},
-        validation={"every": 0},
-        samples={"every": 0},
-    )
+    return write_config(tmp_path, **small_run(tmp_path, STEPS, 2))
 
 
 def started_on_both(
@@ -163,12 +154,9 @@ def test_a_directory_that_is_not_shared_is_refused(
 ) -> None:
     directory = tmp_path / which
     directory.mkdir()
-    hosts.b.run("mount", "-t", "tmpfs", "none", str(directory))
-    try:
+    with hosts.b.without(directory):
         error = refused()
         assert hosts.b.run("ls", "-A", str(directory)) == ""
-    finally:
-        hosts.b.run("umount", str(directory))
     assert error.startswith(
         f"error: {directory / 'test'} is not the same directory on host-a and host-b: mount a shared"
     )
@@ -181,11 +169,8 @@ def test_checkpoints_that_only_one_host_has_are_refused(
 ) -> None:
     codes, output = torchrun(hosts, config)
     assert codes == [0, 0], output
-    hosts.b.run("mount", "-t", "tmpfs", "none", str(tmp_path / "checkpoints"))
-    try:
+    with hosts.b.without(tmp_path / "checkpoints"):
         error = refused("--resume", "latest", "schedule.steps=8")
-    finally:
-        hosts.b.run("umount", str(tmp_path / "checkpoints"))
     assert error.startswith(f"error: {tmp_path}/checkpoints/test is not the same directory on host-a and host-b")
 
 

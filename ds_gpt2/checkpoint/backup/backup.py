@@ -34,6 +34,7 @@ from ds_gpt2.checkpoint.backup.storage import (
 from ds_gpt2.checkpoint.catalog import Generation, open_generation, problem_of, tags_of
 from ds_gpt2.checkpoint.filesystem import Disk, HashingFile
 from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, decode, encode, size_problem_of
+from ds_gpt2.checkpoint.manifest import problem_of as file_problem_of
 from ds_gpt2.checkpoint.naming import MANIFEST, PARTIAL, Role, is_plain_name, role_of
 from ds_gpt2.checkpoint.retention import RetentionCandidate
 from ds_gpt2.common.errors import UserError
@@ -189,12 +190,11 @@ class Backup:
         progress(sum(entry.bytes for name, entry in files.items() if name not in missing))  # as if they had been sent
         if not missing and self._storage.content(tag, MANIFEST) == marker:
             return 0
+        is_replaced = self._storage.content(tag, MANIFEST) is not None  # only by an intact checkpoint
+        problem_in = file_problem_of if is_replaced else size_problem_of
         for name in missing:  # before anything is sent or replaced
-            if (problem := size_problem_of(generation.path, name, files[name])) is not None:
+            if (problem := problem_in(generation.path, name, files[name])) is not None:
                 raise DamagedError(problem)
-        if self._storage.content(tag, MANIFEST) is not None:  # only an intact checkpoint replaces a backup
-            for name in missing:
-                self._check_content(generation, name, files[name], progress)
         self._storage.make(tag)
         self._clear(tag, files.keys() - set(missing))
         for name in missing:
@@ -291,13 +291,6 @@ class Backup:
         with contextlib.suppress(OSError):
             if self._storage.names(tag) and self._storage.content(tag, MANIFEST) is None:
                 self._storage.remove(tag)
-
-    def _check_content(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
-        digest = hashlib.sha256()
-        for _ in _blocks_of(generation.path, name, digest.update):
-            progress(0)
-        if digest.hexdigest() != entry.sha256:
-            raise DamagedError(f"{name} is damaged: sha256 mismatch")
 
     def _send(self, generation: Generation, name: str, entry: FileEntry, progress: Progress) -> None:
         digest = hashlib.sha256()

@@ -58,6 +58,8 @@ class Agent:
             "kill": self._for_launch(lambda launch: launch.ranks.kill()),
         }
         self._slow_actions: dict[str, Callable[..., Any]] = {
+            "stopped": lambda: sorted(self._launch.heartbeats.stopped()) if self._launch is not None else [],
+            "heartbeat_problem": lambda: self._launch.heartbeats.problem() if self._launch is not None else None,
             "stacks": self._write_stacks,
             "end_previous": end_previous,
             **node_checks.ACTIONS,
@@ -130,12 +132,12 @@ class _Launch:
         layout = RankLayout(request.accelerator, len(self._numbers))
         with forward(outbox) as output:
             self.ranks = Ranks(request.arguments, layout, outcome, environment, request.script, request.place, output)
-        self._heartbeats = self.ranks.heartbeats(OpenDirectory(request.run_dir))
+        self.heartbeats = self.ranks.heartbeats(OpenDirectory(request.run_dir))
 
     def report(self) -> NodeReport:
         ranks = self.ranks
         runs = ranks.is_launcher_running
-        beats = zip(self._numbers, self._heartbeats.read(), strict=True)
+        beats = zip(self._numbers, self.heartbeats.read(), strict=True)
         return NodeReport(
             launch=self._number,
             launcher_runs=runs,
@@ -148,8 +150,6 @@ class _Launch:
             failures=ranks.failures(),
             kills=ranks.kills(),
             beats={rank: beat for rank, beat in beats if beat is not None},
-            stopped=frozenset(self._heartbeats.stopped()),
-            beat_problem=self._heartbeats.problem(),
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.open_directory import OpenDirectory
@@ -16,7 +18,7 @@ from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
 from ds_gpt2.supervision.cluster.messages import LaunchRequest, NodeReport, as_values
 
-_LAUNCH_SECONDS, _STACKS_SECONDS = 30.0, 30.0
+_LAUNCH_SECONDS, _STACKS_SECONDS, _ANSWER_SECONDS = 30.0, 30.0, 10.0
 _STUCK_SECONDS = 10.0  # without a new heartbeat after a part of the ranks is gone
 
 
@@ -173,11 +175,22 @@ class ClusterRanks:
 
     def stopped(self) -> set[int]:
         """Return the ranks whose process is stopped (SIGSTOP)."""
-        return {rank for report in self._reports() for rank in report.stopped}
+        return {rank for ranks in self._answers("stopped") for rank in ranks}
 
     def problem(self) -> str | None:
         """Return why ranks cannot write heartbeats; None if they can."""
-        return next((report.beat_problem for report in self._reports() if report.beat_problem is not None), None)
+        return next((problem for problem in self._answers("heartbeat_problem") if problem is not None), None)
+
+    def _answers(self, what: str) -> list[Any]:
+        """Return the answers of the hosts that answer."""
+        found: list[Any] = []
+
+        def ask(part: _Part) -> None:
+            with contextlib.suppress(LostHostError, UserError):
+                found.append(part.link.call(what, _ANSWER_SECONDS))
+
+        self._on_each(ask)
+        return found
 
     def _start(self, part: _Part) -> None:
         try:

@@ -52,8 +52,6 @@ class NodeReport:
     failures: Mapping[int, str]  # rank -> its error
     kills: Mapping[int, str]  # rank -> the signal that killed it
     beats: Mapping[int, Beat]  # rank -> its newest heartbeat
-    stopped: frozenset[int]  # ranks whose process is stopped (SIGSTOP)
-    beat_problem: str | None  # why ranks cannot write heartbeats
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

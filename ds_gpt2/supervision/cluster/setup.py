@@ -10,6 +10,7 @@ from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.supervision.cluster.cluster import Cluster, ClusterSpec
 from ds_gpt2.supervision.cluster.hostfile import Host, read_hostfile, slurm_hosts
+from ds_gpt2.supervision.launcher import requested_accelerator
 
 
 def hosts_of(settings: Settings, num_gpus: int | None, environment: Mapping[str, str] = os.environ) -> list[Host]:
@@ -54,7 +55,7 @@ def cluster_of(settings: Settings, hosts: Sequence[Host], arguments: Sequence[st
             launch=settings.cluster.launch,
             interface=settings.cluster.interface,
             arguments=arguments,
-            accelerator="cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else settings.run.device,
+            accelerator=requested_accelerator(settings),
             run_dir=settings.run_dir,
             checkpoint_dir=settings.checkpoint_dir,
             stop_seconds=settings.supervisor.stop_seconds,

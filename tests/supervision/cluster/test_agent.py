@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -174,6 +175,8 @@ def _command_of(process: psutil.Process) -> str:
 
 
 class _Clock:
+    """The agent of a host whose clock differs."""
+
     host = "node1"
 
     def __init__(self, ahead: float) -> None:
@@ -185,10 +188,11 @@ class _Clock:
 
 @pytest.mark.parametrize(("ahead", "message"), [(3.0, "3.0 s ahead of"), (-70.0, "70.0 s behind")])
 def test_a_clock_that_differs_is_refused(ahead: float, message: str) -> None:
-    fake: object = _Clock(ahead)
+    clock: Any = _Clock(ahead)
+    good: Any = _Clock(0.5)
     with pytest.raises(UserError, match=f"host node1: its clock is {message} that of this machine: synchronize both"):
-        host_checks.check_clock(fake)  # type: ignore[arg-type]  # a clock that no machine here has
-    host_checks.check_clock(_Clock(0.5))  # type: ignore[arg-type]  # see above
+        host_checks.check_clock(clock)
+    host_checks.check_clock(good)
 
 
 def test_more_slots_than_gpus_are_refused(agent: AgentLink) -> None:

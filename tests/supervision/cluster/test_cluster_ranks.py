@@ -20,14 +20,18 @@ class FakeLink:
     """The connection to a host whose agent the test plays."""
 
     def __init__(self, host: str, starts: bool = True) -> None:
-        self.host, self.problem, self.report = host, None, None
+        self.host = host
+        self.problem: str | None = None
+        self.report: NodeReport | None = None
+        self.answers: dict[str, Any] = {}
         self.requests: list[str] = []
         self._starts = starts
 
-    def call(self, what: str, seconds: float, **words: object) -> None:
+    def call(self, what: str, seconds: float, **words: object) -> Any:
         self.requests.append(what)
         if not self._starts:
             raise LostHostError("the connection to its agent has ended")
+        return self.answers.get(what)
 
     def request(self, what: str) -> None:
         self.requests.append(what)
@@ -57,22 +61,22 @@ class Stage:
         values: dict[str, Any] = {
             "launch": launch, "launcher_runs": True, "has_exited": False, "launcher_was_killed": False,
             "exit_status": None, "exit_code": None, "ran_out_of_memory": False, "outcome": None, "failures": {},
-            "kills": {}, "beats": beats, "stopped": frozenset(), "beat_problem": None,
+            "kills": {}, "beats": beats,
         }  # fmt: skip
         if "exit_code" in changes:
             values |= {"launcher_runs": False, "has_exited": True, "exit_status": f"exit status {changes['exit_code']}"}
         report = NodeReport(**{**values, **changes})
-        link.report = node_report(as_values(report))  # type: ignore[assignment]  # the test's own class
+        link.report = node_report(as_values(report))
 
 
 def test_messages_survive_the_way_over_json() -> None:
     request = Stage.request(1)
     assert launch_request(as_values(request)) == request
     stage = Stage()
-    stage.report(stage.b, 7, outcome=Outcome(4, 12, (3, 4)), failures={2: "an error"}, stopped=frozenset({3}))
+    stage.report(stage.b, 7, outcome=Outcome(4, 12, (3, 4)), failures={2: "an error"})
     report: Any = stage.b.report
     assert report.outcome == Outcome(4, 12, (3, 4)) and report.failures == {2: "an error"}
-    assert (report.beats[3].step, report.stopped) == (7, {3})
+    assert report.beats[3].step == 7
 
 
 def test_all_hosts_end_as_they_should() -> None:
@@ -121,7 +125,7 @@ def test_a_lost_host_counts_as_exited_and_the_others_as_stuck(starts: bool) -> N
     if starts:
         stage.report(stage.b, 5)
         assert stage.ranks.is_launcher_running
-        stage.b.problem = "it has not answered for 11 s"  # type: ignore[assignment]  # the test's own class
+        stage.b.problem = "it has not answered for 11 s"
         assert not stage.ranks.is_launcher_running and stage.b.requests[-1] == "the connection is ended"
     reason = "it has not answered for 11 s" if starts else "the connection to its agent has ended"
     assert stage.ranks.lost_hosts == {"b": reason}
@@ -137,7 +141,7 @@ def test_a_host_that_is_lost_after_its_ranks_have_exited_does_not_matter() -> No
     stage = Stage()
     stage.report(stage.b, 5, exit_code=DONE)
     assert not stage.ranks.have_exited
-    stage.b.problem = "the connection to its agent has ended"  # type: ignore[assignment]  # the test's own class
+    stage.b.problem = "the connection to its agent has ended"
     stage.report(stage.a, 5, exit_code=DONE, outcome=Outcome(DONE))
     assert stage.ranks.have_exited and stage.ranks.lost_hosts == {}
 
@@ -166,3 +170,10 @@ def test_a_lost_connection_that_is_reported_earlier_is_not_the_cause() -> None:
     stage.report(stage.b, exit_code=2, failures={3: lost, 2: "RuntimeError: the cause"})
     assert next(iter(stage.ranks.failures())) == 2
     assert stage.ranks.exit_status == "host b: exit status 2"
+
+
+def test_hosts_are_asked_for_stopped_ranks_and_problems_of_heartbeats() -> None:
+    stage = Stage()
+    stage.a.answers = {"stopped": [0], "heartbeat_problem": None}
+    stage.b.answers = {"stopped": [2, 3], "heartbeat_problem": "No space left on device"}
+    assert stage.ranks.stopped() == {0, 2, 3} and stage.ranks.problem() == "No space left on device"

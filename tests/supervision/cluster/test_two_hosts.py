@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launched import PROJECT, launch
-from small_run import MODEL
-from two_hosts import Host, TwoHosts, two_hosts
+from two_hosts import Host, TwoHosts, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import load_settings
@@ -152,16 +151,7 @@ Configure = Callable[..., Path]
 @pytest.fixture
 def configure(tmp_path: Path, write_config: Callable[..., Path]) -> Configure:
     def write(steps: int = 1_000_000, folder: Path = tmp_path, **sections: object) -> Path:
-        usual: dict[str, object] = {
-            "model": MODEL,
-            "batch": {"tokens_per_step": 512, "micro_batch": 2, "sequence_length": 64},
-            "schedule": {"steps": steps, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4},
-            "checkpoint": {"dir": str(folder / "checkpoints"), "every": 6, "min_free_gb": 0.0},
-            "validation": {"every": 0},
-            "samples": {"every": 0},
-            "supervisor": {"backoff_seconds": 0.5, "stop_seconds": 30},
-        }
-        return write_config(folder, **{**usual, **sections})
+        return write_config(folder, **small_run(folder, steps, 6, **sections))
 
     return write
 
@@ -409,11 +399,8 @@ def test_a_directory_that_is_not_shared_is_refused(
 ) -> None:
     directory = tmp_path / which
     directory.mkdir()
-    hosts.b.run("mount", "-t", "tmpfs", "none", str(directory))
-    try:
+    with hosts.b.without(directory):
         error = refused()
-    finally:
-        hosts.b.run("umount", str(directory))
     assert error.startswith(f"error: {directory / 'test'} is not the same directory on {hosts.a.address} and")
     assert list(directory.iterdir()) == []
 
