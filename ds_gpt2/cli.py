@@ -86,18 +86,18 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if terminal.is_stdout_broken():
             terminal.ignore_write_errors()
-            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            terminal.print_error(f"the output cannot be written: {error.strerror}")
             return exit_codes.CRASHED
-        print(f"error: {terminal.one_line(_describe(error))}", file=sys.stderr)
+        terminal.print_error(_describe(error))
         return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
     except MemoryError:
-        print("error: out of memory", file=sys.stderr)
+        terminal.print_error("out of memory")
         return exit_codes.CRASHED
     except UserError as error:
-        print(f"error: {terminal.one_line(error)}", file=sys.stderr)
+        terminal.print_error(error)
         return exit_codes.MISTAKE
     except UnicodeEncodeError as error:
-        print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr)
+        terminal.print_error(terminal.encoding_error_message(error))
         return exit_codes.MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

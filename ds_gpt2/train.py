@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     try:
         launch_environment.adopt()
     except UserError as error:  # the rank is unknown
-        print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
+        terminal.print_error(error)
         return exit_codes.MISTAKE
     try:
         command = train_arguments.parse(arguments)
@@ -55,12 +55,12 @@ def main(arguments: list[str] | None = None, prepare: Callable[[], None] = lambd
     except UserError as error:
         if not collectives.is_main():
             _let_rank_0_report()
-        print(f"error: {terminal.one_line(error)}", file=sys.stderr, flush=True)
+        terminal.print_error(error)
         exit_report.report_failure(collectives.rank(), error)
         exit_report.report_outcome(Outcome(exit_codes.MISTAKE))
         return exit_codes.MISTAKE
     except UnicodeEncodeError as error:
-        print(f"error: {terminal.encoding_error_message(error)}", file=sys.stderr, flush=True)
+        terminal.print_error(terminal.encoding_error_message(error))
         exit_report.report_outcome(Outcome(exit_codes.MISTAKE))
         return exit_codes.MISTAKE
     except Exception as error:

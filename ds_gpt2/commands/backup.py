@@ -21,6 +21,7 @@ from ds_gpt2.commands.arguments import path_text
 from ds_gpt2.common import files, locks
 from ds_gpt2.common.errors import UserError, is_wrong_path
 from ds_gpt2.common.formatting import table
+from ds_gpt2.common.terminal import print_error
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import Settings
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             BackupReporter(Journal(settings.run_dir)).recovered(f"manual backup to {backup.where()}")
         return copied
     except OSError as error:
-        print(f"error: {redacted_reason(error)}", file=sys.stderr)
+        print_error(redacted_reason(error))
         return exit_codes.MISTAKE if is_wrong_path(error) else exit_codes.CRASHED
 
 
@@ -105,7 +106,7 @@ def _fetch(backup: Backup, selector: str, settings: Settings, as_json: bool) -> 
             with _bar(tag, copy.manifest.bytes) as bar:
                 fetched = backup.fetch(tag, directory, bar.update)
         except DamagedError as error:
-            print(f"error: {tag} was not fetched: {error}", file=sys.stderr)
+            print_error(f"{tag} was not fetched: {error}")
             return exit_codes.CRASHED
     if as_json:
         print(json.dumps({"tag": tag, "path": str(fetched.path), "step": fetched.step, "verified": True}))
@@ -125,7 +126,7 @@ def _copy(backup: Backup, found: list[Generation], directory: Path, as_json: boo
         _report(backup, generation, sent, as_json)
         return exit_codes.DONE
     others = f"`./launch.sh list {name_in_commands(directory)}` shows those of the run"
-    print(f"error: no good checkpoint to back up; {others}", file=sys.stderr)
+    print_error(f"no good checkpoint to back up; {others}")
     return exit_codes.CRASHED
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ds_gpt2.commands.arguments import add_start_arguments, positive, positive_float
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
+from ds_gpt2.common.terminal import print_error
 from ds_gpt2.config import run_location
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             results = _trial(config, overrides, inputs, Limits(options.steps, options.seconds))
         except TrialError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             return exit_codes.CRASHED
     plan = make_plan(inputs, results, prices, time.time())
     if options.json:
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join(lines_of(plan, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))))
     for problem in plan.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print_error(problem)
     return exit_codes.MISTAKE if plan.problems else exit_codes.DONE
 
 

@@ -96,6 +96,12 @@ def one_line(message: object) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(message))
 
 
+def print_error(message: object) -> None:
+    """Print an error to standard error as one line, by one write: lines of several ranks must not mix."""
+    sys.stderr.write(f"error: {one_line(message)}\n")
+    sys.stderr.flush()
+
+
 def printable_lines(text: str) -> str:
     """Return text from a file for printing: control characters are escaped, except line ends and tabs."""
     return "".join(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_gpt2.common import host
 from ds_gpt2.common.errors import UserError, one_line_reason
+from ds_gpt2.common.terminal import print_error
 from ds_gpt2.distributed import collectives, launch_environment, network_interface
 from ds_gpt2.engine import internals
 from ds_gpt2.run_dir import exit_codes
@@ -68,7 +68,7 @@ def _waiting_for_ranks(started_by: launch_environment.Launcher) -> Iterator[None
     may_be_leftover = started_by == "environment" and os.environ["MASTER_ADDR"] in launch_environment.LOOPBACK
 
     def give_up() -> None:  # the main thread waits in C++ and cannot be interrupted
-        print(f"error: {text.format(_LEFTOVER_SECONDS)}", file=sys.stderr, flush=True)
+        print_error(text.format(_LEFTOVER_SECONDS))
         os._exit(exit_codes.MISTAKE)
 
     timers = [threading.Timer(_NOTICE_SECONDS, lambda: log.warning(text.format(_NOTICE_SECONDS)))]

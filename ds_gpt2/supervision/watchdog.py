@@ -104,8 +104,8 @@ class Watchdog:
         overdue = [rank for rank, beat in enumerate(self._beats) if silent[rank] > self.patience(beat)]
         if not overdue:
             return None
-        stopped = self._heartbeats.stopped()
-        rank = min(overdue, key=lambda each: (each not in stopped, _progress(self._beats[each])))
+        stopped = self._heartbeats.stopped()  # the others wait for them, and may have been silent for longer
+        rank = min(stopped or overdue, key=lambda each: _progress(self._beats[each]))
         beat = self._beats[rank]
         if beat is None:
             return Hang(rank, 0, f"rank {rank} has written no heartbeat for {silent[rank]:.0f} s since its start")

@@ -120,15 +120,16 @@ def test_the_hang_names_the_rank_whose_process_is_stopped(tmp_path: Path) -> Non
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from ds_gpt2.run_dir.heartbeat import Heartbeat\n"
-        "Heartbeat(Path(sys.argv[2]), 1).begin_step(5, 5); print('ready', flush=True); time.sleep(600)"
+        "Heartbeat(Path(sys.argv[2]), 1).begin_step(6, 6); print('ready', flush=True); time.sleep(600)"
     )
     watched = Watched(tmp_path)
+    watched.ranks[0].begin_step(5, 5)
+    watched.wait(1)  # rank 0 has been silent for longer, and has made less progress
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(PROJECT), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        watched.ranks[0].begin_step(5, 5)
         watched.wait(1)
         process.send_signal(signal.SIGSTOP)
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
