@@ -100,9 +100,24 @@ def _ring(name: str, ranks: int) -> float:
     return (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks
 
 
-def zero_2(parameters: int, ranks: int) -> float:
-    """Return the bytes that a rank sends per step: gradients all-reduced once in fp32, weights gathered in bf16."""
-    return parameters * (2 * GRADIENT + WEIGHT) * (ranks - 1) / ranks
+def zero_2(parameters: int, ranks: int, gradient: int = GRADIENT) -> float:
+    """Return the bytes that a rank sends per step: gradients all-reduced once, weights gathered in bf16.
+
+    Args:
+        gradient: bytes per parameter in which gradients are sent.
+    """
+    return parameters * (2 * gradient + WEIGHT) * (ranks - 1) / ranks
+
+
+def step_seconds(computation: float, sent: float, link: float | None) -> float:
+    """Return the time of a step whose communication does not overlap computation.
+
+    Args:
+        computation: seconds without the slowest link.
+        sent: bytes over the slowest link, in each direction.
+        link: its bytes per second in each direction; None: it takes no time.
+    """
+    return computation + (0.0 if link is None else sent / link)
 
 
 def zero_3(parameters: int, ranks: int, accumulation: int) -> float:

@@ -52,7 +52,7 @@ def test_hosts_and_links_are_measured_and_a_slow_link_is_named(
         (started,) = (row for row in common if row["name"] == "ranks")
         assert started["status"] == "ok" and started["found"].startswith("4 started, connected over gloo, summed")
 
-        hosts.limit("10mbit")
+        hosts.limit(10e6)
         (measured,) = (row for row in _rows(hosts, config) if row["name"] == link)
         assert measured["status"] == "warn" and measured["fix"]
         pattern = r"slow link: [\d.]+ [GM]B/s there, 1\.[0-3] MB/s back, .*; less than Gigabit Ethernet has"
