@@ -34,7 +34,7 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.model.gpt2 import GPT2, parameter_groups
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.lr_schedule import LearningRate
 
 
 class PlainLoss(nn.Module):
@@ -104,13 +104,7 @@ def rate(settings: Settings, step: int) -> float:
     """Return the learning rate of ``step``."""
     schedule = settings.schedule
     assert schedule.steps is not None
-    return learning_rate(
-        step,
-        steps=schedule.steps,
-        warmup_steps=schedule.warmup_steps,
-        max_lr=schedule.max_lr,
-        min_lr=schedule.min_lr,
-    )
+    return LearningRate(schedule, schedule.steps)(step)
 
 
 def train_reference(config: Path, steps: int, seconds: list[float] | None = None) -> list[float]:

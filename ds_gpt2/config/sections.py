@@ -144,13 +144,17 @@ class BatchSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """The length of the run, and the learning rate at each step: linear warm-up, then cosine decay."""
+    """The length of the run, and the learning rate at each step: linear warm-up, then a decay."""
 
     steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # of the whole run; give steps or epochs
     epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None  # passes over the data
     warmup_steps: Count = 715  # steps of linear warm-up
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up
     min_lr: NonNegativeFloat = 6e-5  # learning rate at the last step
+    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: decay at the end only
+    decay_steps: PositiveInt | None = None  # wsd: steps of the decay at the end of the run
+    decay_fraction: Annotated[_Float, Field(gt=0, le=1)] | None = None  # wsd: the same as a part of the run's steps
+    decay_shape: Literal["linear", "sqrt", "cosine"] | None = None  # wsd: curve of the decay; None: linear
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
@@ -161,6 +165,21 @@ class ScheduleSettings(Section):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must be below schedule.steps {self.steps}")
         return self
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> ScheduleSettings:
+        names = ("decay_steps", "decay_fraction", "decay_shape")
+        given = [f"schedule.{name}" for name in names if getattr(self, name) is not None]
+        if given and self.shape != "wsd":
+            raise ValueError(f"{given[0]} is for schedule.shape=wsd; with {self.shape} set {given[0]}=null")
+        if self.decay_steps is not None and self.decay_fraction is not None:
+            raise ValueError("give schedule.decay_steps or schedule.decay_fraction, not both")
+        return self
+
+    @property
+    def decay_curve(self) -> str:
+        """The curve of the decay: ``linear``, ``sqrt`` or ``cosine``."""
+        return (self.decay_shape or "linear") if self.shape == "wsd" else self.shape
 
 
 class OptimizerSettings(Section):

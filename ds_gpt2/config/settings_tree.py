@@ -21,7 +21,14 @@ _MAX_FILE_BYTES = 1_000_000
 _EXAMPLE = "give a YAML file such as those in ds_configs/"
 _SHAPE = ("layers", "heads", "width")
 # A setting in an override removes the settings that it excludes from the file.
-_EXCLUDED = {"steps": ("epochs",), "epochs": ("steps",), "preset": _SHAPE, **dict.fromkeys(_SHAPE, ("preset",))}
+_EXCLUDED = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "decay_steps": ("decay_fraction",),
+    "decay_fraction": ("decay_steps",),
+    "preset": _SHAPE,
+    **dict.fromkeys(_SHAPE, ("preset",)),
+}
 
 
 def read_tree(path: Path, fix: str | None = None) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, A
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated with ``over``, section by section.
 
-    Settings of ``base`` that exclude a setting of ``over`` are removed: steps and epochs, preset and shape.
+    Settings of ``base`` that exclude a setting of ``over`` are removed: see ``_EXCLUDED``.
     """
     result = dict(base)
     for key, value in over.items():

@@ -14,7 +14,7 @@ from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.batch_plan import BatchPlan, steps_of
+from ds_gpt2.config.batch_plan import BatchPlan, check_schedule, steps_of
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import OWNER, read_owner
 from ds_gpt2.config.run_location import CONFIG
@@ -49,10 +49,7 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     found = _candidates(settings, source) if source is not None else []
     dataset = dataset_of(settings, found)
     steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
-    if settings.schedule.warmup_steps >= steps:
-        raise UserError(
-            f"schedule.warmup_steps {settings.schedule.warmup_steps:,} must be below the {steps:,} steps of the run"
-        )
+    check_schedule(settings.schedule, steps)
     if settings.validation.every:
         count_windows_of(dataset, "val", plan.sequence_length)
     if source is not None:

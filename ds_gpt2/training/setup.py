@@ -55,7 +55,7 @@ from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
-from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
 from ds_gpt2.training.reports import report_anomaly, report_data_error
@@ -163,7 +163,7 @@ def _record_start(
     log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
     log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows per epoch")
     if restored:
-        log_resume(restored, settings, steps)
+        log_resume(restored, settings, len(trainer.data.windows), plan.windows_per_step)
 
 
 def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
@@ -262,15 +262,10 @@ def _new_state(settings: Settings, engine: Engine) -> TrainState:
 def _schedule(settings: Settings, data: TrainingData) -> TrainingSchedule:
     schedule = settings.schedule
     steps = steps_of(schedule, len(data.windows), data.plan.windows_per_step)
-    rate = functools.partial(
-        learning_rate,
-        steps=steps,
-        warmup_steps=schedule.warmup_steps,
-        max_lr=schedule.max_lr,
-        min_lr=schedule.min_lr,
-    )
     stop_seconds = _SAVE_SHARE * settings.supervisor.stop_seconds
-    return TrainingSchedule(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
+    return TrainingSchedule(
+        steps, LearningRate(schedule, steps), Every(settings.checkpoint.every or steps), stop_seconds
+    )
 
 
 def _open_monitor(

@@ -11,7 +11,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
 from ds_gpt2.common.formatting import size, tokens
 from ds_gpt2.common.host import usable_cores
-from ds_gpt2.config.batch_plan import steps_of
+from ds_gpt2.config.batch_plan import check_schedule, steps_of
 from ds_gpt2.config.settings import HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard, Windows
 from ds_gpt2.tools.doctor.finding import Finding, failure
@@ -102,10 +102,10 @@ def _enough(dataset: Dataset, settings: Settings) -> Finding:
     except UserError as error:
         return failure(name, error)
     found = f"{steps:,} steps train on the data {epochs:.2f} times"
-    warmup = settings.schedule.warmup_steps
-    if warmup >= steps:
-        fix = "set schedule.warmup_steps lower or schedule.epochs higher"
-        return Finding(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
+    try:
+        check_schedule(settings.schedule, steps)
+    except UserError as error:
+        return Finding(name, "fail", f"{found}; {error}", "a longer run, or a shorter warm-up and decay")
     if epochs > steps:
         fix = "prepare more text, or set a smaller batch.tokens_per_step"
         return Finding(name, "warn", f"{found}: a step is more than an epoch", fix)
