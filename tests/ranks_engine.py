@@ -93,6 +93,7 @@ def main(config: Path, out: Path) -> None:
     found["dropped"] = _dropped(engine, data)
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
     found["bad"] = inject(engine, data, count=25, seed=collectives.world_size())
+    found["unaccepted"] = _unaccepted_norm(engine, data)
     found["fingerprints"] = _fingerprints(engine)
     found["after_skip"] = steps(engine, 1)
     found["histograms"] = _histograms(engine, data)
@@ -166,6 +167,28 @@ def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -
     assert gradient is not None
     trained.apply(0.0)
     return float(gradient.mean())
+
+
+def _unaccepted_norm(trained: Engine, data: TrainingData) -> dict[str, object]:
+    """Refuse the norm of a step's gradients, then train on: return what the update reported, and what it changed."""
+    asked: list[float] = []
+
+    def refuse(norm: float) -> bool:
+        asked.append(norm)
+        return False
+
+    before = {name: part.clone() for name, part in trained.masters().items()}
+    trained.accumulate(data.micro_batches(6))
+    update = trained.apply(LR, refuse)
+    unchanged = all(torch.equal(part, before[name]) for name, part in trained.masters().items())
+    trained.accumulate(data.micro_batches(6))
+    again = trained.apply(0.0)
+    return {
+        "asked": asked == [update.grad_norm],
+        "norms": [update.grad_norm, again.grad_norm],
+        "applied": [update.applied, again.applied],
+        "unchanged": all(collectives.gather_objects(unchanged)),
+    }
 
 
 def _fingerprints(trained: Engine) -> dict[str, object]:

@@ -284,6 +284,8 @@ class GuardSettings(Section):
 
     spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent losses
     spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent losses
+    grad_spike: Literal["off", "alert", "skip"] = "alert"  # a gradient norm far above the recent norms
+    grad_spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent norms
     divergence: Literal["off", "alert", "rollback"] = "rollback"  # `divergence_steps` such losses in a row
     divergence_steps: PositiveInt = 20  # spikes in a row that count as divergence
     skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # `skipped_run_steps` skipped updates in a row

@@ -45,6 +45,7 @@ Kind = Literal[
     "orphans",  # processes of a launcher or supervisor that had died were ended
     "not_finite",  # a loss or gradient was Inf or NaN: the update was skipped
     "spike",
+    "grad_spike",
     "divergence",
     "skipped_run",
     "frozen",

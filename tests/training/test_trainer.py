@@ -68,7 +68,8 @@ class Parts:
         self.requested = self.step in (self._stop_at, self._stop_within)
         return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
 
-    def apply(self, lr: float) -> Update:
+    def apply(self, lr: float, accept: Callable[[float], bool]) -> Update:
+        assert accept(1.0)
         self.notes.append(f"apply {lr}")
         return Update(applied=self.step != self._skip_at, grad_norm=1.0, clipped=False)
 
