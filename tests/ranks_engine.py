@@ -22,8 +22,8 @@ from benchmarks.bad_gradients import inject
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import HistogramsSettings, ValidationSettings, load_settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import MicroBatch, TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine import zero2_gradients
 from ds_gpt2.engine.engine import Engine
@@ -59,9 +59,9 @@ def main(config: Path, out: Path) -> None:
     cpu = device.choose("cpu")
     open_process_group(cpu)
     plan = plan_batch(16 * SEQUENCE, 2, SEQUENCE, collectives.world_size())
-    dataset = open_dataset(settings.data.dir)
-    data = TrainingData(Windows(dataset, "train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
-    validation = Validation(ValidationSettings(tokens=7 * SEQUENCE), Windows(dataset, "val", SEQUENCE), group=2)
+    dataset = open_sources(settings.data)
+    data = TrainingData(dataset.windows("train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
+    validation = Validation(ValidationSettings(tokens=7 * SEQUENCE), dataset.windows("val", SEQUENCE), group=2)
 
     def fresh_engine() -> Engine:
         torch.manual_seed(5)

@@ -142,6 +142,8 @@ PATH_KEYS = (
     "run.dir",
     "model.init_from",
     "data.dir",
+    "data.mixture.*.dir",
+    "data.stages.*.mixture.*.dir",
     "checkpoint.dir",
     "checkpoint.backup.to",
     "hellaswag.path",

@@ -14,9 +14,9 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from ds_gpt2.config.sections import MIXTURE_PERIOD as PERIOD
 from ds_gpt2.data.shuffle import permute
 
-PERIOD = 1000  # windows
 _GOLDEN = 0x9E3779B97F4A7C15  # see ``shuffle``: distinct seeds for the sources
 
 Array = npt.NDArray[np.int64]
@@ -74,12 +74,14 @@ def pattern_of(shares: tuple[int, ...]) -> Array:
 class Mixture:
     """Which window of which source is at each position."""
 
-    def __init__(self, windows: Sequence[int], stages: Sequence[Stage], seed: int) -> None:
+    def __init__(self, windows: Sequence[int], stages: Sequence[Stage], seed: int, names: Sequence[str] = ()) -> None:
         """
         Args:
             windows: of each source, at least 1.
             stages: by ascending position, the first at 0.
+            names: of the sources; empty for a single dataset.
         """
+        self.names = tuple(names)
         self._windows = np.array(windows, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._windows)[:-1]])  # of each source in the numbers of windows
         self._stages = tuple(stages)
@@ -94,6 +96,11 @@ class Mixture:
         for number in range(1, len(stages)):
             length = int(self._firsts[number] - self._firsts[number - 1])
             self._begun[number] = self._begun[number - 1] + self._taken(number - 1, length)
+
+    @classmethod
+    def of_one(cls, windows: int, seed: int) -> Mixture:
+        """Return the order of a single dataset."""
+        return cls([windows], [Stage(0, (PERIOD,))], seed)
 
     def __len__(self) -> int:
         """Return the number of windows of all sources."""

@@ -81,7 +81,7 @@ def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan:
     hyper_parameters = {
         "parameters": parameters,
         "world_size": plan.world_size,
-        "data": settings.data.dir.name,
+        "data": ", ".join(source.label for source in settings.data.sources),
         **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, is_comparable_to_reference(settings))

@@ -60,7 +60,7 @@ from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
 from ds_gpt2.training.reports import report_anomaly, report_data_error
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
-from ds_gpt2.training.run_identity import dataset_of, identity_of
+from ds_gpt2.training.run_identity import data_of, identity_of
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
@@ -218,20 +218,22 @@ def _stop_request(settings: Settings) -> StopRequest:
 
 def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunData:
     """Choose what to resume from, and open and check the data that belongs to it."""
-    settings = spec.settings
+    settings, plan = spec.settings, spec.plan
     source = collectives.broadcast_from_main(lambda: choose_source(settings, spec.resume))
     run_files.heartbeat.beat()
-    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, _candidates(settings, source)))
-    check_shards(dataset, settings.run_dir / "data_checked.json")
+    data = collectives.call_on_all_ranks(lambda: data_of(settings, _candidates(settings, source)))
+    for dataset in data.datasets:
+        check_shards(dataset, settings.run_dir / data.record_name(dataset))
     run_files.heartbeat.beat()
     report = functools.partial(report_data_error, run_files.journal)
     stopped = functools.partial(is_stopped, stop, settings.run_dir / STOP_FILE)
 
     def windows(split: Literal["train", "val"]) -> Windows:
-        return Windows(dataset, split, spec.plan.sequence_length, report, stopped)
+        return data.windows(split, plan.sequence_length, report, stopped)
 
-    training = TrainingData(windows("train"), spec.plan, collectives.rank(), settings.run.seed, spec.device)
-    return _RunData(training, lambda: windows("val"), identity_of(settings, dataset), source)
+    mixture = data.mixture(plan.sequence_length, plan.windows_per_step, settings.run.seed)
+    training = TrainingData(windows("train"), plan, collectives.rank(), settings.run.seed, spec.device, mixture)
+    return _RunData(training, lambda: windows("val"), identity_of(settings, data), source)
 
 
 def _candidates(settings: Settings, source: str | None) -> list[Generation]:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_gpt2.data.mixture import PERIOD, Mixture, Stage, pattern_of, shares_of
+from ds_gpt2.config.sections import MIXTURE_PERIOD as PERIOD
+from ds_gpt2.data.mixture import Mixture, Stage, pattern_of, shares_of
 
 WEIGHTS = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
 
