@@ -148,7 +148,7 @@ class _Supervisor:
         """End this supervisor because the run's directory was moved; ``next_command`` resumes the run there."""
         step, code = (result.step, result.outcome.code) if result is not None else (None, exit_codes.STOPPED)
         has_started = self._launches.has_started
-        self.next_command = relocation.command_to_resume(self._context, run, step, has_started)
+        self.next_command = relocation.command_to_resume(self._context, run, step, has_started, self._cluster)
         return self._close(code)
 
     def _end(self, code: int, result: LaunchResult | None) -> int:
