@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,17 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def command(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command of ds_gpt2 on this host; return its exit code and output."""
+def command(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run a command of ds_gpt2 on this host; return its exit code and output.
+
+    Args:
+        environment: added to the agent's own.
+    """
     program = [sys.executable, str(_PACKAGE / "__main__.py"), *words]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        program, env={**os.environ, **environment}, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True
+    )
     _commands.append(process)
     try:
         out, err = process.communicate()

@@ -155,7 +155,7 @@ def test_a_command_ends_with_the_supervisor(tmp_path: Path, write_config: Callab
     connected.wait_for_start()
     assert connected.agent is not None
     process = psutil.Process(connected.agent[0])
-    connected.request("command", words=["doctor", str(write_config(tmp_path)), "--num_gpus", "2"])
+    connected.request("command", words=["doctor", str(write_config(tmp_path)), "--num_gpus", "2"], environment={})
 
     def ranks() -> list[psutil.Process]:
         return [child for child in process.children(recursive=True) if "--local_rank=1" in _command_of(child)]
@@ -207,5 +207,7 @@ def test_only_variables_of_the_libraries_are_passed_on() -> None:
     environment = {
         "NCCL_DEBUG": "INFO", "WANDB_API_KEY": "secret", "LC_ALL": "C", "PATH": "/bin", "HOME": "/root",
         "CUDA_VISIBLE_DEVICES": "1", "DS_GPT2_OUTCOME": "x", "DS_ACCELERATOR": "cpu", "LD_PRELOAD": "x",
+        "TRITON_CACHE_DIR": "/tmp", "LD_LIBRARY_PATH": "/opt/lib", "SSL_CERT_FILE": "/cert", "XDG_CACHE_HOME": "/c",
     }  # fmt: skip
-    assert sorted(passed_on(environment)) == ["DS_ACCELERATOR", "LC_ALL", "NCCL_DEBUG", "WANDB_API_KEY"]
+    passed = ["DS_ACCELERATOR", "LC_ALL", "LD_LIBRARY_PATH", "NCCL_DEBUG", "SSL_CERT_FILE", "TRITON_CACHE_DIR"]
+    assert sorted(passed_on(environment)) == [*passed, "WANDB_API_KEY", "XDG_CACHE_HOME"]
