@@ -35,23 +35,23 @@ class Node:
     addresses: Mapping[str, list[str]]  # network interface -> IPv4 addresses
     same: Mapping[str, str]  # what must be equal on all hosts
 
-    def call(self, what: str, **words: Any) -> Any:
+    def call(self, what: str, **parameters: Any) -> Any:
         """Return the answer of the agent to a request.
 
         Raises:
             UserError: the agent refuses, or does not answer.
         """
-        return call(self.link, what, **words)
+        return call(self.link, what, **parameters)
 
 
-def call(link: AgentLink, what: str, **words: Any) -> Any:
+def call(link: AgentLink, what: str, **parameters: Any) -> Any:
     """Return the answer of an agent to a request.
 
     Raises:
         UserError: the agent refuses, or does not answer.
     """
     try:
-        return link.call(what, _CALL_SECONDS, **words)
+        return link.call(what, _CALL_SECONDS, **parameters)
     except LostHostError as error:
         raise UserError(f"host {link.host}: {error}") from None
 
@@ -227,7 +227,8 @@ def _no_network(first: str, candidates: Sequence[str], reached: Mapping[str, Col
     fix = "check the firewall between them, or set cluster.interface"
     isolated = [host for host, found in reached.items() if not found]
     if isolated:
-        tried = ", ".join(candidates) or "it has no IPv4 address besides that of the loopback interface"
-        return UserError(f"host {', '.join(isolated)} cannot connect to {first} ({tried}): {fix}")
+        tried = ", ".join(candidates) or f"{first} has no address besides that of the loopback interface"
+        hosts = ", ".join(isolated)
+        return UserError(f"host {hosts} cannot connect to {first} by IPv4 ({tried}), IPv6 is not used: {fix}")
     each = "; ".join(f"{host} reaches {', '.join(found)}" for host, found in reached.items())
     return UserError(f"no address of {first} can be reached from all hosts: {each}: {fix}")

@@ -53,7 +53,7 @@ def test_the_first_address_that_all_hosts_reach_is_used() -> None:
 def test_the_addresses_of_the_name_of_the_first_host_are_tried_first() -> None:
     asked: list[Any] = []
 
-    def reach(addresses: list[str], port: int) -> dict[str, dict[str, Any]]:
+    def reach(addresses: list[str], **_: object) -> dict[str, dict[str, Any]]:
         asked.append(addresses)
         return _reached(eth0="eth0", ib0="ib0")
 
@@ -73,11 +73,13 @@ def test_an_interface_must_exist_on_all_hosts() -> None:
 
 def test_a_host_that_reaches_no_address_is_named() -> None:
     nodes = [_node("a"), _node("b", reach=_reached(eth0="eth0")), _node("c", reach={}), _node("d", reach={})]
-    message = r"^host c, d cannot connect to a \(10\.0\.0\.1, 10\.1\.0\.1\): check the firewall between them, or set"
+    message = (
+        r"^host c, d cannot connect to a by IPv4 \(10\.0\.0\.1, 10\.1\.0\.1\), IPv6 is not used: check the firewall"
+    )
     with pytest.raises(UserError, match=message):
         find_network(nodes)
     nodes[0] = _node("a", {"lo": ["127.0.0.1"]})
-    with pytest.raises(UserError, match=r"\(it has no IPv4 address besides that of the loopback interface\)"):
+    with pytest.raises(UserError, match=r"\(a has no address besides that of the loopback interface\)"):
         find_network([nodes[0], nodes[2]])
 
 
