@@ -250,7 +250,7 @@ class Cluster:
             LostHostError, UserError: it does not.
         """
         seconds = self.spec.stop_seconds
-        words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": seconds}
+        words = {"agent": [agent.pid, agent.start], "stop_seconds": seconds}
         link.call("end_previous", seconds + _KILL_SECONDS, **words)
 
     def _check_again(self, host: Host) -> None:

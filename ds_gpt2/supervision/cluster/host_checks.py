@@ -197,8 +197,9 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
     candidates = [address for address in [*named, *own] if address in own and not address.startswith("127.")]
     if interface is not None:
         candidates = [address for address in candidates if own[address] == interface]
-    port = first.call("listen")
-    reached = on_all(lambda node: node.call("reach", addresses=list(dict.fromkeys(candidates)), port=port), others)
+    listener = first.call("listen")
+    tried = list(dict.fromkeys(candidates))
+    reached = on_all(lambda node: node.call("reach", addresses=tried, listener=listener), others)
     for address in candidates:
         if all(address in found for found in reached):
             return Network(
@@ -210,8 +211,8 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
     isolated = next(
         (node.host.name for node, found in zip(others, reached, strict=True) if not found), others[-1].host.name
     )
-    tried = ", ".join(dict.fromkeys(candidates)) or "it has no address besides that of the loopback interface"
+    where = ", ".join(tried) or f"{first.host.name} has no address besides that of the loopback interface"
     raise UserError(
-        f"host {isolated} cannot connect to {first.host.name} ({tried}): check the firewall between them, or set"
-        " cluster.interface"
+        f"host {isolated} cannot connect to {first.host.name} by IPv4 ({where}), IPv6 is not used: check the firewall"
+        " between them, or set cluster.interface"
     )

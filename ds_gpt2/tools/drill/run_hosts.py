@@ -73,7 +73,7 @@ class RunHosts:
         found = False
         for agent in _agents(run_dir):
             if agent.host == connection.host:
-                words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": 0}
+                words = {"agent": [agent.pid, agent.start], "stop_seconds": 0}
                 found |= bool(connection.call("end_previous", _KILL_SECONDS, **words))
         return found
 
