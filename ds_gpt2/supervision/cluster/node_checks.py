@@ -26,7 +26,10 @@ from ds_gpt2.supervision.cluster.keyed_connections import Listener
 from ds_gpt2.supervision.cluster.keyed_connections import listen as listen_for_key
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_COUNT_GPUS = "from ds_gpt2.supervision.launcher import gpus_of_machine; print(gpus_of_machine())"
+_COUNT_GPUS = (
+    f"import sys; sys.path.insert(0, {str(_PACKAGE.parent)!r}); "
+    "from ds_gpt2.supervision.launcher import gpus_of_machine; print(gpus_of_machine())"
+)
 _LISTEN_SECONDS = 30.0
 _ROUND_TRIPS = 20
 _END_SECONDS = 5.0  # for a command to end after SIGTERM

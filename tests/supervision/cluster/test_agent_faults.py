@@ -21,7 +21,7 @@ from ds_gpt2.supervision.cluster import agent as agents
 from ds_gpt2.supervision.cluster.agent import Agent, end_previous
 from ds_gpt2.supervision.cluster.channel import Outbox
 from ds_gpt2.supervision.cluster.link import AGENT
-from ds_gpt2.supervision.cluster.messages import encode
+from ds_gpt2.supervision.cluster.messages import NodeReport, encode
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -149,6 +149,21 @@ def test_a_disk_that_does_not_answer_ends_nothing_and_delays_only_what_needs_it(
     launch.answers.set()
     assert served.reply(1)["value"] == []
     served.close()
+
+
+def test_an_agent_that_ends_does_not_report_that_its_ranks_have_exited() -> None:
+    """Then the supervisor sees the loss of the host, not a crash."""
+    launch: Any = FakeLaunch(FakeRanks())
+    launch.report = lambda: NodeReport(1, False, True, False, "exit status 4", 4, False, None, {}, {}, {})
+    served = Served(launch)
+    _until(lambda: any("report" in message for message in served.messages))
+    with served.agent._launching:  # the ranks are not ended yet
+        served.agent.end("a reason")
+        _until(lambda: {"end": "a reason"} in served.messages)
+        time.sleep(1.2)
+    served.close()
+    (number,) = [number for number, message in enumerate(served.messages) if "end" in message]
+    assert not any("report" in message for message in served.messages[number + 2 :])  # one may have been under way
 
 
 def test_an_agent_that_hears_nothing_ends_the_ranks(monkeypatch: pytest.MonkeyPatch, spawn: Spawn) -> None:

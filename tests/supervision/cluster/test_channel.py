@@ -42,10 +42,12 @@ def test_an_outbox_is_closed_as_soon_as_everything_is_sent_or_fails(is_read: boo
         os.close(read_end)
     outbox = Outbox(write_end)
     outbox.send({"id": 1, "value": 2})
+    if not is_read:
+        outbox.send({"output": "a line", "stream": 1})
     start_time = time.monotonic()
     outbox.close()
     assert time.monotonic() - start_time < 1
-    assert not outbox._queue._thread.is_alive()
+    assert not outbox._queue._thread.is_alive() and outbox._queue._items.empty()
     os.close(write_end)
     if is_read:
         assert os.read(read_end, 100) == b'{"id": 1, "value": 2}\n'
