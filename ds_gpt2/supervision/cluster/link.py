@@ -37,19 +37,19 @@ _SSH = [
 ]  # fmt: skip
 _SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--cpu-bind=none", "--unbuffered"]
 
-Way = Literal["ssh", "srun", "local"]
+StartMethod = Literal["ssh", "srun", "local"]
 
 
 class LostHostError(Exception):
     """A host does not answer, or its agent has ended. The message says why, without the name of the host."""
 
 
-def start_command(host: str, way: Way) -> list[str]:
+def start_command(host: str, method: StartMethod) -> list[str]:
     """Return the command that starts the agent of ``host``; Python and the project have the same path on all hosts."""
     program = [sys.executable, "-u", str(AGENT)]
-    if way == "local":
+    if method == "local":
         return program
-    if way == "srun":
+    if method == "srun":
         return [*_SRUN, f"--nodelist={host}", *program]
     return [*_SSH, host, f"exec {shlex.join(program)}"]
 
@@ -57,7 +57,7 @@ def start_command(host: str, way: Way) -> list[str]:
 class AgentLink:
     """A connection to an agent. Threads read what it sends, and send it signs of life."""
 
-    def __init__(self, host: str, way: Way) -> None:
+    def __init__(self, host: str, method: StartMethod) -> None:
         """Start the agent; ``wait_for_start`` waits for it.
 
         Raises:
@@ -66,8 +66,8 @@ class AgentLink:
         self.host = host
         self.report: NodeReport | None = None  # the newest
         self.agent: tuple[int, str] | None = None  # process id and start time
-        self._way = way
-        command = start_command(host, way)
+        self._method = method
+        command = start_command(host, method)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -97,7 +97,7 @@ class AgentLink:
     @property
     def is_local(self) -> bool:
         """Whether the host is this machine."""
-        return self._way == "local"
+        return self._method == "local"
 
     @property
     def is_open(self) -> bool:
@@ -205,7 +205,7 @@ class AgentLink:
             return (
                 f"the connection to its agent has ended ({last})" if last else "the connection to its agent has ended"
             )
-        if self._way == "ssh" and self._process.poll() == _SSH_FAILED:
+        if self._method == "ssh" and self._process.poll() == _SSH_FAILED:
             return f"ssh: {last}: `ssh {self.host} true` must work without a password"
         return f"its agent cannot be started: {last or f'exit status {self._process.poll()}'}"
 

@@ -1,4 +1,4 @@
-"""What an agent finds out about its host: is the same code there, the same data, the same directories, a way to rank 0?
+"""What an agent finds out about its host: are code, data and directories the same there, can it connect to rank 0?
 
 Each function is an action that a supervisor requests; ``host_checks`` compares the answers of all hosts.
 """
