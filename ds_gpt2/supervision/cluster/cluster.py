@@ -21,7 +21,7 @@ from ds_gpt2.supervision.cluster import environment, host_checks
 from ds_gpt2.supervision.cluster.cluster_ranks import ClusterRanks
 from ds_gpt2.supervision.cluster.host_checks import Network, Node
 from ds_gpt2.supervision.cluster.hostfile import Host
-from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
 from ds_gpt2.supervision.cluster.messages import LaunchRequest
 from ds_gpt2.supervision.launcher import Place
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -36,7 +36,7 @@ class ClusterSpec:
     """What a cluster needs to know about the run."""
 
     hosts: Sequence[Host]
-    launch: Way  # how agents are started: ssh or srun
+    launch: StartMethod  # how agents are started: ssh or srun
     interface: str | None  # see ``ClusterSettings``
     arguments: Sequence[str]  # of train.py
     accelerator: str  # auto, cuda or cpu
@@ -250,7 +250,7 @@ class Cluster:
             LostHostError, UserError: it does not.
         """
         seconds = self.spec.stop_seconds
-        words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": seconds}
+        words = {"agent": [agent.pid, agent.start], "stop_seconds": seconds}
         link.call("end_previous", seconds + _KILL_SECONDS, **words)
 
     def _check_again(self, host: Host) -> None:

@@ -187,8 +187,8 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
     addresses = dict.fromkeys([*sorted(address for found in named for address in found), *own])
     usable = {address for address in own if not address.startswith("127.") and interface in (None, own[address])}
     candidates = [address for address in addresses if address in usable]
-    port = first.call("listen")
-    reached = on_all(lambda node: node.call("reach", addresses=candidates, port=port), others)
+    listener = first.call("listen")
+    reached = on_all(lambda node: node.call("reach", addresses=candidates, listener=listener), others)
     for address in candidates:
         if all(address in found for found in reached):
             return Network(

@@ -12,7 +12,7 @@ from ds_gpt2.run_dir.supervisor_record import AgentRecord, read_supervisor_recor
 from ds_gpt2.supervision.cluster import link
 from ds_gpt2.supervision.cluster.cluster import is_this_machine
 from ds_gpt2.supervision.cluster.hostfile import Host
-from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
 
 _KILL_SECONDS = 60.0
 _AWAY = "away_host"  # file in the drill's directory: the name of a host that the supervisor cannot connect to
@@ -23,7 +23,7 @@ class RunHosts:
     """The hosts of the runs of one drill; none if they use only this machine."""
 
     hosts: Sequence[Host]
-    launch: Way
+    launch: StartMethod
     folder: Path  # of the drill
 
     @property
@@ -82,7 +82,7 @@ class RunHosts:
         found = False
         for agent in _agents(run_dir):
             if agent.host == connection.host:
-                words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": 0}
+                words = {"agent": [agent.pid, agent.start], "stop_seconds": 0}
                 found |= bool(connection.call("end_previous", _KILL_SECONDS, **words))
         return found
 
@@ -113,10 +113,10 @@ def make_unreachable(folder: Path) -> None:
     """
     start_command = link.start_command
 
-    def command(host: str, way: Way) -> list[str]:
+    def command(host: str, method: StartMethod) -> list[str]:
         with contextlib.suppress(OSError):
             if host == (folder / _AWAY).read_text(encoding="utf-8"):
                 return ["false"]
-        return start_command(host, way)
+        return start_command(host, method)
 
     link.start_command = command  # fault injection

@@ -86,7 +86,10 @@ def test_an_agent_starts_reports_and_stops_its_ranks(
 
 
 @pytest.mark.ranks
-def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_signalled", [True, False])
+def test_an_agent_whose_supervisor_is_gone_or_whose_host_shuts_down_lets_the_ranks_save(
+    tmp_path: Path, is_signalled: bool
+) -> None:
     process = subprocess.Popen([sys.executable, str(AGENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     assert "hello" in json.loads(process.stdout.readline())
@@ -94,6 +97,11 @@ def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -
     process.stdin.write(messages.encode(request))
     process.stdin.flush()
     _until(lambda: len(list(tmp_path.glob("stopped_ready_*"))) == 2)
+    if is_signalled:
+        process.terminate()
+        sent = [json.loads(line) for line in process.stdout]
+        assert any("received SIGTERM" in message.get("end", "") for message in sent)
+        assert not any(message["report"]["has_exited"] for message in sent if "report" in message)
     process.stdin.close()
     process.stdout.close()
     assert process.wait(120) == 0
@@ -126,7 +134,7 @@ def test_a_stopped_agent_is_lost_after_a_while(agent: AgentLink, monkeypatch: py
     os.kill(agent.agent[0], signal.SIGSTOP)
     try:
         with pytest.raises(LostHostError, match=r"it has not answered for [234] s"):
-            agent.call("ping", 60)
+            _until(lambda: agent.call("ping", 60) is None)  # its threads do not stop at once
     finally:
         os.kill(agent.agent[0], signal.SIGCONT)
     _until(lambda: agent.is_open)

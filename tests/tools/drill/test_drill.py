@@ -34,7 +34,7 @@ from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord
 from ds_gpt2.supervision.cluster import link
 from ds_gpt2.supervision.cluster.hostfile import Host
-from ds_gpt2.supervision.cluster.link import AgentLink, Way
+from ds_gpt2.supervision.cluster.link import AgentLink, StartMethod
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import drill as drill_run
 from ds_gpt2.tools.drill import run_hosts, small_disk
@@ -348,7 +348,7 @@ def test_a_host_that_cannot_be_connected_leaves_no_connection_to_another(
 ) -> None:
     started: list[AgentLink] = []
 
-    def connect(host: str, way: Way) -> AgentLink:
+    def connect(host: str, way: StartMethod) -> AgentLink:
         if started:
             raise UserError("ssh cannot be started: Resource temporarily unavailable")
         started.append(AgentLink(host, way))
