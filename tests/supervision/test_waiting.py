@@ -125,12 +125,15 @@ def test_the_errors_of_an_action_are_raised() -> None:
         waiting.run_polled(_context(1), lambda: 1 // 0)
 
 
-def test_hosts_that_are_lost_while_checkpoints_are_missing_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launch would have no host."""
+@pytest.mark.parametrize("is_restart", [True, False])
+def test_hosts_that_are_lost_while_checkpoints_are_missing_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, is_restart: bool
+) -> None:
+    """The launch would have no host. Before the first one, a host may be away with ranks that cannot be ended."""
     supervisor = object.__new__(_Supervisor)
-    cluster: Any = SimpleNamespace(nodes=["a"], away=[])
+    cluster: Any = SimpleNamespace(nodes=["a"], away=[] if is_restart else ["b"])
     supervisor._context, supervisor._cluster = _context(1), cluster
-    supervisor._launches = mock.Mock(next_is_restart=True)
+    supervisor._launches = mock.Mock(next_is_restart=is_restart)
     calls: list[str] = []
 
     def wait_for_hosts(context: object, cluster: Any) -> bool:
