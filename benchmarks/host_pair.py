@@ -1,6 +1,7 @@
 """Two hosts on this machine: namespaces for network, processes, mounts and host name, joined by a link; sshd in each.
 
-It needs Linux, root, iproute2, util-linux and openssh; missing packages are installed on Debian.
+It needs Linux, root, iproute2, util-linux and openssh. Missing packages are installed on Debian, but only where systemd
+does not run: it would start sshd on all addresses of the machine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _PACKAGES = {
     "ssh": "openssh-client",
     "sshd": "openssh-server",
 }
+_SYSTEMD = Path("/run/systemd/system")  # exists while systemd runs
 _START_SECONDS = 20.0
 _LARGEST_PACKET = 65_536  # bytes: a veth pair passes on what TCP gives it
 _BURST_SECONDS = 0.002
@@ -33,24 +35,28 @@ _SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 @functools.cache
 def problem() -> str | None:
-    """Return why two hosts cannot be made here; None if they can. Installs what is missing, if it may."""
+    """Return why two hosts cannot be made here; None if they can. Installs what is missing, if services do not run."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "two hosts need Linux and root"
     if _missing() and (problem := _install()) is not None:
         return problem
     name = f"probe{os.getpid()}"
-    for command in (["ip", "netns", "add", name], ["unshare", "--net", "--pid", "--fork", "--mount", "true"]):
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": _SEARCH})
-        if done.returncode:
-            return f"this machine does not allow what two hosts need: {' '.join(command)}: {done.stderr.strip()}"
-    _do("ip", "netns", "delete", name)
+    try:
+        for command in (["ip", "netns", "add", name], ["unshare", "--net", "--pid", "--fork", "--mount", "true"]):
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": _SEARCH})
+            if done.returncode:
+                return f"this machine does not allow what two hosts need: {' '.join(command)}: {done.stderr.strip()}"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True, env={**os.environ, "PATH": _SEARCH})
     return None
 
 
 def _install() -> str | None:
-    """Install the missing packages with apt; return the problem, if any."""
+    """Install the missing packages with apt, unless services run here; return the problem, if any."""
     if shutil.which("apt-get") is None:
-        return f"two hosts need {', '.join(_missing())}"
+        return f"two hosts need the packages {', '.join(_missing())}"
+    if _SYSTEMD.exists():
+        return f"two hosts need missing packages: `apt-get install {' '.join(_missing())}`"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     apt = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout=300"]  # another process of the tests may install, too
     for words in (["install", "--no-install-recommends", *_missing()], ["update"], ["install", *_missing()]):

@@ -23,7 +23,7 @@ from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import HistogramsSettings, ValidationSettings, load_settings
 from ds_gpt2.data.loader import MicroBatch, TrainingData
-from ds_gpt2.data.sources import open_sources
+from ds_gpt2.data.sources import HeldOut, open_sources
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine import zero2_gradients
 from ds_gpt2.engine.engine import Engine
@@ -61,7 +61,9 @@ def main(config: Path, out: Path) -> None:
     plan = plan_batch(16 * SEQUENCE, 2, SEQUENCE, collectives.world_size())
     dataset = open_sources(settings.data)
     data = TrainingData(dataset.windows("train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
-    validation = Validation(ValidationSettings(tokens=7 * SEQUENCE), dataset.windows("val", SEQUENCE), group=2)
+    validation = Validation(
+        ValidationSettings(tokens=7 * SEQUENCE), [HeldOut(dataset.windows("val", SEQUENCE))], group=2
+    )
 
     def fresh_engine() -> Engine:
         torch.manual_seed(5)

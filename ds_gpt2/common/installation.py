@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def describe() -> dict[str, str]:
         **versions,
         "the code of ds_gpt2": code_fingerprint(),
     }
+
+
+def differences(one: str, first: Mapping[str, str], other: str, second: Mapping[str, str]) -> list[str]:
+    """Return what differs between two machines.
+
+    Args:
+        one, other: their names.
+        first, second: what must be equal, by name.
+    """
+    return [
+        f"{what}: {first.get(what, 'missing')} on {one}, {second.get(what, 'missing')} on {other}"
+        for what in {**first, **second}
+        if first.get(what) != second.get(what)
+    ]
 
 
 def code_fingerprint() -> str:

@@ -18,12 +18,16 @@ def mark(directories: Sequence[str], name: str) -> list[str]:
     """Create a file ``name`` in each directory, or in the nearest parent that exists; return where.
 
     Raises:
-        OSError: a directory cannot be written.
+        OSError: a directory cannot be written; no file is left.
     """
-    parents = [files.nearest_existing(Path(directory)) for directory in directories]
-    for parent in parents:
-        files.open_for_writing(parent / f"{_MARK}{name}", "wb").close()
-    return list(map(str, parents))
+    files_to_create = [_file(directory, name) for directory in directories]
+    try:
+        for file in files_to_create:
+            files.open_for_writing(file, "wb").close()
+    except OSError:
+        unmark(directories, name)
+        raise
+    return [str(file.parent) for file in files_to_create]
 
 
 def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float = 5.0) -> list[list[str]]:
@@ -41,7 +45,19 @@ def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float =
 
 
 def unmark(directories: Sequence[str], name: str) -> None:
-    """Delete the files that ``mark`` has created."""
+    """Delete the files that ``mark`` has created for ``directories``."""
     for directory in directories:
         with contextlib.suppress(OSError):
-            Path(directory, f"{_MARK}{name}").unlink(missing_ok=True)
+            _file(directory, name).unlink(missing_ok=True)
+
+
+def not_shared(directory: str, one: str, other: str) -> str:
+    """Return that ``directory`` is not the same on two hosts, and the fix."""
+    return (
+        f"{directory} is not the same directory on {one} and {other}: mount a shared file system there, or set run.dir"
+        " and checkpoint.dir to one"
+    )
+
+
+def _file(directory: str, name: str) -> Path:
+    return files.nearest_existing(Path(directory)) / f"{_MARK}{name}"

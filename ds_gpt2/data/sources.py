@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.sections import DataSettings
+from ds_gpt2.config.sections import MIXTURE_PERIOD, DataSettings
 from ds_gpt2.data.dataset import Dataset, Split, Windows, count_windows_of, log, open_dataset
 from ds_gpt2.data.mixture import Mixture, Stage, shares_of
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation windows of one source."""
+
+    windows: Windows
+    name: str | None = None  # of the source of a mixture; None: of a single dataset
+    share: float = 1.0  # of its loss in the validation loss: that of the first stage
+    size: float = 1.0  # share of the validation tokens
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Sources:
 
     datasets: tuple[Dataset, ...]
     names: tuple[str, ...] = ()  # of the sources of a mixture; empty for a single dataset
-    stages: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (1000,)),)  # first step, share of each source
+    stages: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (MIXTURE_PERIOD,)),)  # first step, share of each source
     limits: tuple[float | None, ...] = (None,)  # the most passes over each source
 
     @property
@@ -33,16 +43,14 @@ class Sources:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
-    def identity(self) -> list[dict[str, Any]]:
-        """The stages for the identity of a run, see ``run_identity``: a stage that has begun must not change."""
+    def stage_identities(self) -> list[dict[str, Any]]:
+        """What must not change of each stage of a mixture once it has begun: the first step, and shares by dataset."""
         return [
             {
                 "from_step": step,
-                "windows in 1,000": {
-                    f"{name} {dataset.fingerprint}": share
-                    for name, dataset, share in zip(self.names, self.datasets, shares, strict=True)
-                    if share
-                },
+                "shares": [
+                    [dataset.fingerprint, share] for dataset, share in zip(self.datasets, shares, strict=True) if share
+                ],
             }
             for step, shares in self.stages
         ]
@@ -68,6 +76,22 @@ class Sources:
             UserError: a source has none.
         """
         return Windows(self.datasets, split, sequence_length, warn, stopped)
+
+    def held_out(self, sequence_length: int, warn: Callable[[str], None], stopped: Callable[[], bool]) -> list[HeldOut]:
+        """Return the validation windows of each source.
+
+        A source that only later stages use counts for no part of the validation loss; its own loss is measured on
+        an equal part of the tokens.
+
+        Raises:
+            UserError: a source has no validation window.
+        """
+        windows = [Windows(dataset, "val", sequence_length, warn, stopped) for dataset in self.datasets]
+        if not self.names:
+            return [HeldOut(windows[0])]
+        shares = [share / MIXTURE_PERIOD for share in self.stages[0][1]]
+        parts = zip(self.names, windows, shares, strict=True)
+        return [HeldOut(own, name, share, share or 1 / len(windows)) for name, own, share in parts]
 
     def mixture(self, sequence_length: int, windows_per_step: int, seed: int) -> Mixture:
         """Return the order of the training windows.

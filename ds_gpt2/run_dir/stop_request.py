@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -34,7 +35,7 @@ class StopRequest:
         self.supervisor_lost = False  # the supervisor has died
         self._is_signalled = False
         self._run_dir, self._checkpoints = run_dir, checkpoints
-        self._supervisor = _supervisor() if run_dir is not None else None
+        self._supervisor = supervisor_of(os.environ) if run_dir is not None else None
 
     @property
     def is_supervised(self) -> bool:
@@ -114,11 +115,12 @@ def supervisor_environment() -> dict[str, str]:
 
 def is_supervised() -> bool:
     """Return whether this process was started by a supervisor."""
-    return _supervisor() is not None
+    return supervisor_of(os.environ) is not None
 
 
-def _supervisor() -> tuple[int, str] | None:
-    pid, _, start = os.environ.get(_SUPERVISOR, "").partition(" ")
+def supervisor_of(environment: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the process id and the start time of the supervisor that has set ``environment``; None without one."""
+    pid, _, start = environment.get(_SUPERVISOR, "").partition(" ")
     return (int(pid), start) if start else None
 
 

@@ -8,6 +8,24 @@ import signal
 
 import psutil
 
+from ds_gpt2.run_dir import stop_request
+
+
+def groups_of(supervisor: tuple[int, str]) -> set[int]:
+    """Return the process groups of what a supervisor, or an agent, has launched and what still runs.
+
+    Its processes are recognized by their environment: a launcher that has started no rank yet, too.
+
+    Args:
+        supervisor: process id and start time.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError, ValueError):
+            if stop_request.supervisor_of(process.environ()) == supervisor and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(os.getpgid(process.pid))
+    return found
+
 
 def members(group: int) -> list[psutil.Process]:
     """Return the running processes of a process group, without zombies."""

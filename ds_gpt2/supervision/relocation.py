@@ -11,6 +11,7 @@ from pathlib import Path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import POLL_SECONDS, Context
 from ds_gpt2.supervision.run_directories import RunDirectories
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -24,12 +25,15 @@ def was_resumed_after_move(run_name: str) -> bool:
     return os.environ.pop(_MOVED, "") == run_name
 
 
-def command_to_resume(context: Context, run: SupervisedRun, step: int | None, has_started: bool) -> list[str]:
+def command_to_resume(
+    context: Context, run: SupervisedRun, step: int | None, has_started: bool, cluster: Cluster | None = None
+) -> list[str]:
     """Report that the run's directory was moved or deleted, after all ranks have exited.
 
     Args:
         step: the newest step; None if no rank was launched.
         has_started: whether the ranks have started to train under this supervisor.
+        cluster: the hosts of the ranks; None: this machine.
 
     Returns:
         The command that resumes the run in its new location; empty if it cannot be resumed.
@@ -47,7 +51,14 @@ def command_to_resume(context: Context, run: SupervisedRun, step: int | None, ha
         return []
     report("restart", f"{before} was moved to {now}: resuming there", step)
     os.environ[_MOVED] = now.name
-    return [*_program(directories.project.path), *run.resume_arguments(now)]
+    return [*_program(directories.project.path), *run.resume_arguments(now, _num_gpus(context, run, cluster))]
+
+
+def _num_gpus(context: Context, run: SupervisedRun, cluster: Cluster | None) -> int | None:
+    """Return the number of ranks to resume with, as ``--num_gpus`` takes it; None if a hostfile has it."""
+    if cluster is None:
+        return run.layout.ranks
+    return None if context.settings.cluster.hostfile is not None else cluster.spec.hosts[0].slots
 
 
 def _await_checkpoints(context: Context) -> str | None:

@@ -37,11 +37,15 @@ class SupervisedRun:
         resume = ["--resume", self.resume] if self.resume else []
         return [*self.arguments, *resume, *self._leave_out_arguments()]
 
-    def resume_arguments(self, run_dir: Path) -> list[str]:
-        """Return the arguments with which ``launch.sh`` resumes the run from its directory and its stored settings."""
+    def resume_arguments(self, run_dir: Path, num_gpus: int | None) -> list[str]:
+        """Return the arguments with which ``launch.sh`` resumes the run from its directory and its stored settings.
+
+        Args:
+            num_gpus: ranks on this machine, or on each node of a Slurm job; None: the hostfile lists them.
+        """
         source = "latest" if self.resume in (None, "auto") else str(self.resume)
-        ranks = str(self.layout.ranks)
-        return ["resume", str(run_dir), "--num_gpus", ranks, "--from", source, *self._leave_out_arguments()]
+        ranks = [] if num_gpus is None else ["--num_gpus", str(num_gpus)]
+        return ["resume", str(run_dir), *ranks, "--from", source, *self._leave_out_arguments()]
 
     def after(self, restart: Restart) -> SupervisedRun:
         """Return the next launch. It excludes all batches excluded so far: an older checkpoint does not list them."""

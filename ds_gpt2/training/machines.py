@@ -6,12 +6,10 @@ import errno
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError, reason_of
-from ds_gpt2.common.files import nearest_existing
-from ds_gpt2.common.shared_directory import has_marks, mark, unmark
+from ds_gpt2.common.shared_directory import has_marks, mark, not_shared, unmark
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives
@@ -70,10 +68,9 @@ def _check_equal(hosts: Sequence[str], mine: dict[str, str]) -> None:
         UserError: on every rank, if a value differs.
     """
     first, *others = collectives.gather_objects(mine)
-    for rank, other in enumerate(others, 1):
-        for what, value in first.items():
-            if other[what] != value:
-                raise UserError(f"{what}: {value} on {hosts[0]}, {other[what]} on {hosts[rank]}: make them equal")
+    for host, other in zip(hosts[1:], others, strict=True):
+        for difference in installation.differences(hosts[0], first, host, other):
+            raise UserError(f"{difference}: make them equal")
 
 
 def _check_shared(settings: Settings, main_host: str) -> None:
@@ -89,14 +86,10 @@ def _check_shared(settings: Settings, main_host: str) -> None:
         absent = None
         if collectives.is_first_of_machine() and not collectives.is_main():
             absent = _first_absent(name, marked)
-        collectives.raise_on_all_ranks(
-            absent
-            and f"{absent} is not the same directory on {main_host} and {socket.gethostname()}: mount a shared file"
-            " system there, or set run.dir and checkpoint.dir to one"
-        )
+        collectives.raise_on_all_ranks(absent and not_shared(absent, main_host, socket.gethostname()))
     finally:
         if collectives.is_main():
-            unmark([str(nearest_existing(Path(directory))) for directory in directories], nonce)
+            unmark(directories, nonce)
 
 
 def _mark(directories: Sequence[str], name: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ds_gpt2.checkpoint.catalog import Generation
+from ds_gpt2.checkpoint.catalog import STAGES, Generation
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import as_first_read
 from ds_gpt2.data.sources import Sources, open_sources
@@ -30,6 +30,7 @@ def data_of(settings: Settings, found: Sequence[Generation]) -> Sources:
 def identity_of(settings: Settings, data: Sources) -> dict[str, Any]:
     """Return what a resumed run must share with its checkpoint: with any other value it is another experiment."""
     layers, heads, width = settings.model.shape
+    mixture = {STAGES: data.stage_identities} if data.names else {}
     return {
         "model.layers": layers,
         "model.heads": heads,
@@ -37,5 +38,6 @@ def identity_of(settings: Settings, data: Sources) -> dict[str, Any]:
         "batch.sequence_length": settings.batch.sequence_length,
         "batch.tokens_per_step": settings.batch.tokens_per_step,
         "run.seed": settings.run.seed,
-        "data": data.fingerprint,
+        "data": "a mixture" if data.names else data.fingerprint,
+        **mixture,
     }

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,8 +30,8 @@ from ds_gpt2.config.interval import Every
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import public_tree, write_first_settings
 from ds_gpt2.config.settings import LOG, Settings
-from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.data.verify_on_ranks import check_shards
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.distributed.peak_flops import peak_flops
@@ -107,7 +107,7 @@ class _RunData:
     """The run's data, as its checkpoints have recorded it."""
 
     training: TrainingData
-    held_out: Callable[[], Windows]
+    held_out: Callable[[], list[HeldOut]]
     identity: dict[str, Any]
     source: str | None  # what to resume from, see ``catalog.candidates``
 
@@ -228,12 +228,15 @@ def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunDa
     report = functools.partial(report_data_error, run_files.journal)
     stopped = functools.partial(is_stopped, stop, settings.run_dir / STOP_FILE)
 
-    def windows(split: Literal["train", "val"]) -> Windows:
-        return data.windows(split, plan.sequence_length, report, stopped)
-
+    windows = data.windows("train", plan.sequence_length, report, stopped)
     mixture = data.mixture(plan.sequence_length, plan.windows_per_step, settings.run.seed)
-    training = TrainingData(windows("train"), plan, collectives.rank(), settings.run.seed, spec.device, mixture)
-    return _RunData(training, lambda: windows("val"), identity_of(settings, data), source)
+    training = TrainingData(windows, plan, collectives.rank(), settings.run.seed, spec.device, mixture)
+    return _RunData(
+        training,
+        lambda: data.held_out(plan.sequence_length, report, stopped),
+        identity_of(settings, data),
+        source,
+    )
 
 
 def _candidates(settings: Settings, source: str | None) -> list[Generation]:
@@ -317,7 +320,7 @@ def _earlier_time(settings: Settings, step: int) -> EarlierTime:
 
 
 def _build_hooks(
-    settings: Settings, held_out: Callable[[], Windows], engine: Engine, progress: Callable[[], None]
+    settings: Settings, held_out: Callable[[], list[HeldOut]], engine: Engine, progress: Callable[[], None]
 ) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
     if settings.histograms.every:  # before the hooks that a stop may interrupt: it cannot be repeated

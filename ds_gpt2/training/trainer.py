@@ -95,6 +95,7 @@ class Trainer:
             update = self._update(state, mean_loss, lr)
             self.reporter.end_phase("update")
             metrics = _step_metrics(mean_loss, lr, update, state, self.data.epoch(state.batch))
+            metrics |= self.data.source_metrics(state.batch)
             self.reporter.end_step(step, metrics)
             problem = self._finish_step(state, due, metrics)
         return self._end(state, stopping, problem)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ds_gpt2.common.shared_directory import has_marks, mark, unmark
 
 
@@ -17,3 +19,9 @@ def test_directories_are_compared_without_leaving_a_trace(tmp_path: Path) -> Non
     assert has_marks([str(other)], ["one"], seconds=0) == [["one"]]
     unmark(where, "one")
     assert list(shared.iterdir()) == []
+
+
+def test_no_file_is_left_if_a_directory_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        mark([str(tmp_path / "runs"), "/proc/self/checkpoints"], "one")
+    assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir.exit_codes import CRASHED, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat
+from ds_gpt2.supervision import launches as launches_module
 from ds_gpt2.supervision.launches import Launches, _crash_text
 
 LOST = {0: "RuntimeError: connection closed by peer"}
@@ -36,7 +38,6 @@ def test_a_killed_rank_is_named_before_the_errors_that_it_causes(
 def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> None:
     context: Any = mock.MagicMock(**{"reporter.events_since.return_value": [], "stop.requested": False})
     cluster: Any = mock.Mock(**{"ranks_by_host.return_value": {"a": 2, "b": 2}, "launch.side_effect": OSError("no")})
-    cluster.away = ["b"]
     cluster.newly_lost.side_effect = [{}, {"b": "no answer"}]
     Launches(context, False, cluster).run(mock.MagicMock(**{"layout.ranks": 4}))
     launch = context.reporter.add_event.call_args
@@ -46,6 +47,34 @@ def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> Non
     Launches(context, False, cluster)._summarize(ranks, "exited", Beat(1, 0.0, 1, 7, 7, "training"), 0)
     text = "host b is lost: no answer"
     assert context.reporter.report.call_args_list[1] == mock.call("host_lost", text, 7, host="b", reason="no answer")
+
+
+def test_only_hosts_that_a_failed_launch_has_lost_excuse_it() -> None:
+    """Others may be away for days, while the ranks of the rest cannot be started."""
+    context: Any = mock.MagicMock(**{"stop.requested": False, "directories.saved_step.return_value": 5})
+    cluster: Any = mock.Mock(
+        away=["c"], **{"launch.side_effect": UserError("host b: no"), "ranks_by_host.return_value": {}}
+    )
+    cluster.newly_lost.side_effect = [{}, {"b": "it does not respond"}]
+    launches = Launches(context, False, cluster)
+    run: Any = mock.MagicMock(**{"layout.ranks": 4})
+    assert launches.run(run).lost_hosts == ()
+    context.reporter.report.assert_called_once_with("crash", "the ranks cannot be started: host b: no")
+    assert launches.run(run).lost_hosts == ("b",)
+
+
+def test_the_event_of_a_launch_has_the_network_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches_module, "RankWatch", mock.Mock())
+    context: Any = mock.MagicMock(**{"reporter.events_since.return_value": []})
+    network = {"address": "10.0.0.1", "interfaces": {"a": "eth0", "b": "eth1"}}
+    cluster: Any = mock.Mock(network_facts=network, **{"ranks_by_host.return_value": {"a": 2, "b": 2}})
+    cluster.launch.return_value.outcome.return_value = Outcome(STOPPED)
+    cluster.newly_lost.return_value = {}
+    launches = Launches(context, True, cluster)
+    monkeypatch.setattr(launches, "_summarize", mock.Mock())
+    launches.run(mock.MagicMock(**{"layout.ranks": 4}))
+    facts = context.reporter.add_event.call_args.kwargs
+    assert facts == {"restart": True, "hosts": {"a": 2, "b": 2}, **network}
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import pytest
 from alert_service import command_messages, settings_with_command
 
 from ds_gpt2.config.run_location import CONFIG, write_first_settings
+from ds_gpt2.config.sections import ClusterSettings
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.run_dir.journal import read_journal
 from ds_gpt2.run_dir.supervisor_record import read_supervisor_record
 from ds_gpt2.supervision import relocation
+from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.setup import cluster_of
 from ds_gpt2.supervision.context import Context
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.supervision.stop_signals import StopSignals
@@ -51,17 +54,33 @@ def test_a_run_that_cannot_be_resumed_is_reported_also_by_an_alert(settings: Set
         assert record is not None and (record.state, record.code) == ("ended", 3)
 
 
+@pytest.mark.parametrize(
+    ("cluster", "ranks"),
+    [
+        (ClusterSettings(), ["--num_gpus", "2"]),
+        (ClusterSettings(hostfile=Path("hosts")), []),
+        (ClusterSettings(launch="srun"), ["--num_gpus", "3"]),
+    ],
+    ids=["this machine", "hostfile", "Slurm"],
+)
 def test_a_moved_run_is_resumed_with_its_ranks_and_skipped_batches(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: ClusterSettings, ranks: list[str]
 ) -> None:
     monkeypatch.setenv("DS_GPT2_MOVED", "")
     monkeypatch.setattr("ds_gpt2.supervision.run_directories.newest_step", lambda _: 4)
     settings.checkpoint_dir.mkdir(parents=True)
+    settings = settings.model_copy(update={"cluster": cluster})
     context, moved = Context(settings, StopSignals(), 2), tmp_path / "elsewhere" / "test"
     moved.parent.mkdir()
     settings.run_dir.rename(moved)
-    command = relocation.command_to_resume(context, RUN, 5, has_started=True)
-    assert command[-8:] == ["resume", str(moved), "--num_gpus", "2", "--from", "latest", "--leave_out", "3-4"]
+    hosts = None if cluster == ClusterSettings() else cluster_of(settings, [Host("a", 3), Host("b", 3)], ())
+    command = relocation.command_to_resume(context, RUN, 5, has_started=True, cluster=hosts)
+    assert command[command.index("resume") :] == [
+        "resume",
+        str(moved),
+        *ranks,
+        *"--from latest --leave_out 3-4".split(),
+    ]
     assert os.environ["DS_GPT2_MOVED"] == "test"
     assert relocation.was_resumed_after_move("test") and not relocation.was_resumed_after_move("test")
     context.reporter.close()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from launched import PROJECT
-from two_hosts import TwoHosts, small_run, two_hosts
+from two_hosts import HostCommand, TwoHosts, assert_nothing_is_left, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import Settings, load_settings
@@ -56,7 +52,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield pair
 
 
-class Job:
+class Job(HostCommand):
     """The batch script on the first node, as Slurm starts it."""
 
     def __init__(self, hosts: TwoHosts, *words: str) -> None:
@@ -65,37 +61,9 @@ class Job:
             "SLURM_JOB_NODELIST": "host-[a,b]",
             "SLURM_SUBMIT_DIR": str(PROJECT),
             "SLURM_CPUS_PER_TASK": "1",
+            "DS_GPT2_PYTHON": sys.executable,
         }
-        project = {"DS_GPT2_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            hosts.a.command(["bash", str(BATCH), *words]),
-            env={**os.environ, **slurm, **project},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def signal_script(self, number: signal.Signals) -> None:
-        """Signal the script alone, as --signal=B:USR1 does."""
-        psutil.Process(self.process.pid).children()[0].send_signal(number)
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 180
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-    def end(self) -> str:
-        return self.process.communicate(timeout=180)[0]
-
-
-def wait_for_the_end_of_agents(hosts: TwoHosts) -> None:
-    deadline = time.monotonic() + 30
-    while left := [process for host in hosts.all for process in host.matching("ds_gpt2/", "python")]:
-        assert time.monotonic() < deadline, [process.cmdline() for process in left]
-        time.sleep(0.2)
+        super().__init__(hosts.a, ["bash", str(BATCH), *words], slurm)
 
 
 @pytest.fixture
@@ -114,14 +82,14 @@ def test_a_job_on_two_nodes_saves_before_its_time_limit_and_continues_after_it(h
     job = Job(hosts, str(config), "--num_gpus", "2")
     job.wait_for(lambda: newest_step(settings.checkpoint_dir) >= 6)
     assert [len(host.matching("--local_rank=", str(config))) for host in hosts.all] == [2, 2]
-    job.signal_script(signal.SIGUSR1)
+    job.program.send_signal(signal.SIGUSR1)  # the script alone, as --signal=B:USR1 does
     output = job.end()
     assert job.process.returncode == exit_codes.STOPPED, output
     assert "starting 4 ranks on host-a (2), host-b (2)" in output
     assert (hosts.folder / "scontrol.log").read_text() == "requeue 4711\n"
     (step,) = (hosts.folder / "srun.log").read_text().splitlines()  # the agent of the first node needs none
     assert "--nodelist=host-b" in step and step.endswith("cluster/agent.py")
-    wait_for_the_end_of_agents(hosts)
+    assert_nothing_is_left(hosts)
     newest = scan(settings.checkpoint_dir)[0]
     assert problem_of(newest) is None
 
@@ -130,4 +98,4 @@ def test_a_job_on_two_nodes_saves_before_its_time_limit_and_continues_after_it(h
     assert again.process.returncode == exit_codes.DONE, output
     assert starts(settings) == 2 and newest_step(settings.checkpoint_dir) == newest.step + 4
     assert (hosts.folder / "scontrol.log").read_text() == "requeue 4711\n"
-    wait_for_the_end_of_agents(hosts)
+    assert_nothing_is_left(hosts)

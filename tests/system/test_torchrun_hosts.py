@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from launched import PROJECT
-from two_hosts import TwoHosts, small_run, two_hosts
+from two_hosts import HostCommand, TwoHosts, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.common.host import free_port
@@ -41,37 +38,18 @@ def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
     return write_config(tmp_path, **small_run(tmp_path, STEPS, 2))
 
 
-def started_on_both(
-    hosts: TwoHosts, command: Callable[[int], list[str]], variables: Callable[[int], dict[str, str]] = lambda _: {}
-) -> list[subprocess.Popen[str]]:
-    """Start a command on both hosts."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return [
-        subprocess.Popen(
-            host.command(command(number)),
-            env={**environment, **variables(number)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for number, host in enumerate(hosts.all)
-    ]
-
-
 def on_both(
     hosts: TwoHosts, command: Callable[[int], list[str]], variables: Callable[[int], dict[str, str]] = lambda _: {}
 ) -> tuple[list[int], str]:
     """Run a command on both hosts; return the exit codes and the output of both."""
-    started = started_on_both(hosts, command, variables)
+    started = [HostCommand(host, command(number), variables(number)) for number, host in enumerate(hosts.all)]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
+        outputs = [each.end(240) for each in started]
     finally:
-        for process in started:
-            process.kill()
-    left = [process for host in hosts.all for process in host.matching(str(TRAIN))]
-    assert left == []
-    return [process.returncode for process in started], "".join(outputs)
+        for each in started:
+            each.process.kill()
+    assert [process for host in hosts.all for process in host.matching(str(TRAIN))] == []
+    return [each.process.returncode for each in started], "".join(outputs)
 
 
 def torchrun(hosts: TwoHosts, config: Path, *words: str, master: str | None = None) -> tuple[list[int], str]:
@@ -81,13 +59,6 @@ def torchrun(hosts: TwoHosts, config: Path, *words: str, master: str | None = No
     rendezvous = ["--master_addr", address, "--master_port", port]
     training = [str(TRAIN), "--config", str(config), *words]
     return on_both(hosts, lambda number: [*program, "--node_rank", str(number), *rendezvous, *training])
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def starts(folder: Path) -> list[int]:
@@ -227,19 +198,20 @@ def test_the_command_of_the_kubernetes_job_starts_all_ranks_again_after_one_was_
     with two_hosts(tmp_path / "pair", number=72) as hosts:  # the names of pods resolve to their own addresses
         program = [sys.executable, "-m", "torch.distributed.run"]
         command = [word.replace("ADDRESS", hosts.a.address) for word in (*program, *endless)]
-        started = started_on_both(hosts, lambda _: command, lambda _: variables)
+        started = [HostCommand(host, command, variables) for host in hosts.all]
         try:
+            wait_for = started[0].wait_for
             wait_for(lambda: newest_step(checkpoints) >= 4)
             hosts.b.matching(str(TRAIN), "-u")[-1].kill()
             wait_for(lambda: len(starts(tmp_path)) == 2)
             saved = newest_step(checkpoints)
             wait_for(lambda: newest_step(checkpoints) > saved)
-            for process in started:  # `kubectl delete`
-                psutil.Process(process.pid).children()[0].terminate()
-            outputs = [process.communicate(timeout=120)[0] for process in started]
+            for each in started:  # `kubectl delete`
+                each.program.terminate()
+            outputs = [each.end(120) for each in started]
         finally:
-            for process in started:
-                process.kill()
+            for each in started:
+                each.process.kill()
         assert [process for host in hosts.all for process in host.matching(str(TRAIN))] == []
     assert "stopped on request at step" in "".join(outputs) and starts(tmp_path)[1] >= 4
     assert problem_of(scan(checkpoints)[0]) is None

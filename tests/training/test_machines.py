@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ds_gpt2.common import shared_directory
+from ds_gpt2.common import installation, shared_directory
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.distributed import collectives
@@ -78,6 +78,26 @@ def test_a_difference_is_named(settings: Settings, two_machines: Callable[..., N
 
     two_machines(0, other)
     with pytest.raises(UserError, match=rf"^{what}: \S+ on \S+, another on node2: make them equal$"):
+        check_machines(settings, None)
+
+
+@pytest.mark.parametrize("is_missing_here", [True, False])
+def test_what_only_one_machine_describes_is_a_difference(
+    settings: Settings, two_machines: Callable[..., None], monkeypatch: pytest.MonkeyPatch, is_missing_here: bool
+) -> None:
+    mine = installation.describe()
+    more = {**mine, "apex": "1.0"}
+    first, second = (mine, more) if is_missing_here else (more, mine)
+
+    def other(value: Any) -> Any:
+        if isinstance(value, dict):
+            return second
+        return "node2" if isinstance(value, str) else value
+
+    two_machines(0, other)
+    monkeypatch.setattr(installation, "describe", lambda: first)
+    expected = r"missing on \S+, 1\.0 on node2" if is_missing_here else r"1\.0 on \S+, missing on node2"
+    with pytest.raises(UserError, match=rf"^apex: {expected}: make them equal$"):
         check_machines(settings, None)
 
 

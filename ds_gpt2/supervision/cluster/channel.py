@@ -1,7 +1,7 @@
-"""The agent's side of the connection to its supervisor: requests come in, reports and output go out, without blocking.
+"""Queues between the processes of a run on several machines: whoever sends never waits for a slow reader.
 
-The connection may stop moving at any time, as when a cable is pulled. Then neither the agent nor the ranks, whose
-output passes through it, may wait.
+A connection may stop moving at any time, as when a cable is pulled, and a terminal may stop reading. Then neither the
+supervisor, nor the agents, nor the ranks, whose output passes through both, may wait.
 """
 
 from __future__ import annotations
@@ -10,67 +10,84 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
-from ds_gpt2.common import safe_json
 from ds_gpt2.supervision.cluster.messages import encode
 
-_MAX_WAITING = 10_000  # lines of output that wait to be sent; further ones are dropped
+_MAX_WAITING = 10_000  # lines of output that wait; further ones are dropped
+_MAX_LINE = 1 << 16  # characters; a longer line of output, such as that of a progress bar, is sent in parts
 _CLOSE_SECONDS = 2.0
 
+T = TypeVar("T")
 
-class Inbox:
-    """Requests from a descriptor, read by a thread."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._requests: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.has_ended = False
-        threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
+class OutputQueue(Generic[T]):
+    """Delivers items by a thread, in their order. If too many wait, output is dropped, and a line says how much."""
 
-    def take(self, seconds: float) -> Iterator[dict[str, Any]]:
-        """Wait up to ``seconds`` for a request; yield those that have arrived."""
-        with contextlib.suppress(queue.Empty):
-            request = self._requests.get(timeout=seconds)
-            while request is not None:
-                yield request
-                request = self._requests.get_nowait()
-            self.has_ended = True
+    def __init__(self, deliver: Callable[[T], None], as_item: Callable[[str], T]) -> None:
+        """
+        Args:
+            deliver: called in the thread; it must not raise.
+            as_item: returns a line of output as an item.
+        """
+        self._deliver = deliver
+        self._as_item = as_item
+        self._items: queue.Queue[T | None] = queue.Queue()
+        self._dropped = 0  # lines of output that are not reported yet
+        self._lock = threading.Lock()  # of ``_dropped``
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def _read(self, descriptor: int) -> None:
-        with contextlib.suppress(OSError), open(descriptor, "rb", closefd=False) as file:
-            for line in file:
-                if (request := safe_json.parse_object(line)) is not None:
-                    self._requests.put(request)
-        self._requests.put(None)
+    def put(self, item: T, is_output: bool = True) -> None:
+        """Add an item; only output may be dropped."""
+        if is_output and self._items.qsize() >= _MAX_WAITING:
+            with self._lock:
+                self._dropped += 1
+        else:
+            self._items.put(item)
+
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """Wait until everything is delivered, at most ``seconds``; nothing may be added any more."""
+        self._items.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        item: T | None
+        while (item := self._items.get()) is not None:
+            self._deliver(item)
+            if self._items.empty():
+                self._report_dropped()
+        self._report_dropped()
+
+    def _report_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._deliver(self._as_item(f"{dropped:,} lines of output were dropped: they were not read in time\n"))
 
 
 class Outbox:
-    """Messages to a descriptor, written by a thread. After an error they are dropped."""
+    """Messages of an agent to a descriptor. After an error they are dropped."""
 
     def __init__(self, descriptor: int) -> None:
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
-        self._descriptor = descriptor
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
+        self._descriptor: int | None = descriptor
+        self._queue = OutputQueue(self._write, lambda line: encode({"output": line, "stream": 2}))
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send ``message``; output is dropped if too much waits."""
-        if "output" not in message or self._lines.qsize() < _MAX_WAITING:
-            self._lines.put(encode(message))
+        self._queue.put(encode(message), "output" in message)
 
     def close(self) -> None:
         """Wait a moment until everything is sent."""
-        self._lines.put(None)
-        self._thread.join(_CLOSE_SECONDS)
+        self._queue.close()
 
-    def _write(self) -> None:
-        with contextlib.suppress(OSError):
-            while (line := self._lines.get()) is not None:
-                while line:
-                    line = line[os.write(self._descriptor, line) :]
-        while self._lines.get() is not None:
-            pass
+    def _write(self, line: bytes) -> None:
+        try:
+            while line and self._descriptor is not None:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            self._descriptor = None
 
 
 @contextlib.contextmanager
@@ -91,5 +108,5 @@ def forward(outbox: Outbox) -> Iterator[tuple[int, int]]:
 
 def _send_lines(outbox: Outbox, descriptor: int, stream: int) -> None:
     with open(descriptor, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for line in file:
+        while line := file.readline(_MAX_LINE):
             outbox.send({"output": line, "stream": stream})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
+from ds_gpt2.common.shared_directory import not_shared
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
 
@@ -33,23 +35,23 @@ class Node:
     addresses: Mapping[str, list[str]]  # network interface -> IPv4 addresses
     same: Mapping[str, str]  # what must be equal on all hosts
 
-    def call(self, what: str, **words: Any) -> Any:
+    def call(self, what: str, **parameters: Any) -> Any:
         """Return the answer of the agent to a request.
 
         Raises:
             UserError: the agent refuses, or does not answer.
         """
-        return call(self.link, what, **words)
+        return call(self.link, what, **parameters)
 
 
-def call(link: AgentLink, what: str, **words: Any) -> Any:
+def call(link: AgentLink, what: str, **parameters: Any) -> Any:
     """Return the answer of an agent to a request.
 
     Raises:
         UserError: the agent refuses, or does not answer.
     """
     try:
-        return link.call(what, _CALL_SECONDS, **words)
+        return link.call(what, _CALL_SECONDS, **parameters)
     except LostHostError as error:
         raise UserError(f"host {link.host}: {error}") from None
 
@@ -108,11 +110,25 @@ def differences(nodes: Sequence[Node]) -> list[str]:
     """Return what differs between the first node and the others: Python, the libraries, the code and the data."""
     first = nodes[0]
     return [
-        f"{what}: {value} on {first.host.name}, {node.same.get(what)} on {node.host.name}"
+        difference
         for node in nodes[1:]
-        for what, value in first.same.items()
-        if node.same.get(what) != value
+        for difference in installation.differences(first.host.name, first.same, node.host.name, node.same)
     ]
+
+
+def check_names(nodes: Sequence[Node]) -> None:
+    """Check that every node has a host name of its own: locks, heartbeats and the run's record name the host.
+
+    Raises:
+        UserError: two have the same, perhaps because they are the same machine.
+    """
+    hosts: dict[str, str] = {}
+    for node in nodes:
+        if (other := hosts.setdefault(node.name, node.host.name)) != node.host.name:
+            raise UserError(
+                f"{other} and {node.host.name} have the same host name {node.name}: if they are one machine, list it"
+                " once, with all its slots; otherwise rename one"
+            )
 
 
 def check_slots(nodes: Sequence[Node], accelerator: str) -> None:
@@ -137,26 +153,24 @@ def check_shared(nodes: Sequence[Node], directories: Sequence[Path]) -> None:
     if len(nodes) == 1:
         return
     nonce = secrets.token_hex(8)
-    names = [f"{nonce}-{number}" for number in range(len(nodes))]
+    names = {node.host.name: f"{nonce}-{number}" for number, node in enumerate(nodes)}
+    hosts = {name: host for host, name in names.items()}
     paths = list(map(str, directories))
-    marked: list[list[str]] = []
     try:
-        for node, name in zip(nodes, names, strict=True):
-            marked.append(node.call("mark", directories=paths, name=name))
-        for node, missing in zip(
-            nodes, on_all(lambda node: node.call("has_marks", directories=marked[0], names=names), nodes), strict=True
-        ):
+        marked = [node.call("mark", directories=paths, name=names[node.host.name]) for node in nodes]
+        found = on_all(lambda node: node.call("has_marks", directories=marked[0], names=list(hosts)), nodes)
+        for node, missing in zip(nodes, found, strict=True):
             for path, absent in zip(paths, missing, strict=True):
                 if absent:
-                    other = nodes[names.index(absent[0])].host.name
-                    raise UserError(
-                        f"{path} is not the same directory on {node.host.name} and {other}: mount a shared file system"
-                        " there, or set run.dir and checkpoint.dir to one"
-                    )
+                    raise UserError(not_shared(path, node.host.name, hosts[absent[0]]))
     finally:
-        for node, name, where in zip(nodes, names, marked, strict=False):
-            with contextlib.suppress(UserError):  # a host that is lost meanwhile
-                node.call("unmark", directories=where, name=name)
+        on_all(lambda node: _unmark(node, paths, names[node.host.name]), nodes)
+
+
+def _unmark(node: Node, directories: Sequence[str], name: str) -> None:
+    """Delete the files that a node has created, also those of a request that it has not answered."""
+    with contextlib.suppress(UserError):  # a host that is lost
+        node.call("unmark", directories=directories, name=name)
 
 
 @dataclass(frozen=True)
@@ -181,24 +195,15 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
     first, others = nodes[0], nodes[1:]
     if not others:
         return Network("127.0.0.1", first.call("free_port", address="127.0.0.1"), (None,), ())
-    own = {address: name for name, found in first.addresses.items() for address in found}
-    if interface is not None and interface not in first.addresses:
-        available = ", ".join(sorted(first.addresses))
-        raise UserError(
-            f"cluster.interface={interface}: host {first.host.name} has no such interface; it has {available}"
-        )
-    named = sorted(
-        {
-            address
-            for found in on_all(lambda node: node.call("resolve", name=first.host.name), others)
-            for address in found
-        }
-    )
-    candidates = [address for address in [*named, *own] if address in own and not address.startswith("127.")]
     if interface is not None:
-        candidates = [address for address in candidates if own[address] == interface]
-    port = first.call("listen")
-    reached = on_all(lambda node: node.call("reach", addresses=list(dict.fromkeys(candidates)), port=port), others)
+        _check_interface(nodes, interface)
+    own = {address: name for name, found in first.addresses.items() for address in found}
+    named = on_all(lambda node: node.call("resolve", name=first.host.name), others)
+    addresses = dict.fromkeys([*sorted(address for found in named for address in found), *own])
+    usable = {address for address in own if not address.startswith("127.") and interface in (None, own[address])}
+    candidates = [address for address in addresses if address in usable]
+    listener = first.call("listen")
+    reached = on_all(lambda node: node.call("reach", addresses=candidates, listener=listener), others)
     for address in candidates:
         if all(address in found for found in reached):
             return Network(
@@ -207,11 +212,38 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
                 (own[address], *(interface or found[address]["interface"] for found in reached)),
                 tuple(found[address]["round_trip"] for found in reached),
             )
-    isolated = next(
-        (node.host.name for node, found in zip(others, reached, strict=True) if not found), others[-1].host.name
+    raise _no_network(
+        first.host.name, candidates, {node.host.name: found for node, found in zip(others, reached, strict=True)}
     )
-    tried = ", ".join(dict.fromkeys(candidates)) or "it has no address besides that of the loopback interface"
-    raise UserError(
-        f"host {isolated} cannot connect to {first.host.name} ({tried}): check the firewall between them, or set"
-        " cluster.interface"
-    )
+
+
+def _check_interface(nodes: Sequence[Node], interface: str) -> None:
+    """Check that every node has the interface.
+
+    Raises:
+        UserError: one has not.
+    """
+    for node in nodes:
+        if interface not in node.addresses:
+            available = ", ".join(sorted(node.addresses))
+            raise UserError(
+                f"cluster.interface={interface}: host {node.host.name} has no such interface; it has {available}"
+            )
+
+
+def _no_network(first: str, candidates: Sequence[str], reached: Mapping[str, Collection[str]]) -> UserError:
+    """Return why the nodes cannot be connected.
+
+    Args:
+        first: the first host.
+        candidates: its addresses.
+        reached: another host -> those of the addresses that it reaches; there is none that all reach.
+    """
+    fix = "check the firewall between them, or set cluster.interface"
+    isolated = [host for host, found in reached.items() if not found]
+    if isolated:
+        tried = ", ".join(candidates) or f"{first} has no address besides that of the loopback interface"
+        hosts = ", ".join(isolated)
+        return UserError(f"host {hosts} cannot connect to {first} by IPv4 ({tried}), IPv6 is not used: {fix}")
+    each = "; ".join(f"{host} reaches {', '.join(found)}" for host, found in reached.items())
+    return UserError(f"no address of {first} can be reached from all hosts: {each}: {fix}")

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, one_line_reason
+from ds_gpt2.supervision.cluster.channel import OutputQueue
 from ds_gpt2.supervision.cluster.messages import PING_SECONDS, SILENCE_SECONDS, NodeReport, encode, node_report
 
 AGENT = Path(__file__).with_name("agent.py")
 _ANSWER_SECONDS = 5.0  # for a host to accept a connection
 _START_SECONDS = 30.0  # for the agent to start: Python may be on a slow network disk
+_READ_SECONDS = 1.0  # for what an agent has sent before it has ended
+_MAX_REASON = 200  # characters
 _SSH_FAILED = 255  # the exit status of ssh if it cannot connect
 _SSH = [
     "ssh", "-T", "-a", "-x",
@@ -29,23 +32,24 @@ _SSH = [
     *("-o", f"ConnectTimeout={_ANSWER_SECONDS:.0f}"),
     *("-o", "ControlMaster=no", "-o", "ControlPath=none"),  # a shared connection would end with another program
     *("-o", f"ServerAliveInterval={PING_SECONDS * 3:.0f}", "-o", "ServerAliveCountMax=3"),
-    *("-o", "LogLevel=ERROR"),
+    *("-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none"),  # those of the user's configuration
+    *("-o", "PermitLocalCommand=no", "-o", "LogLevel=ERROR"),
 ]  # fmt: skip
 _SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--cpu-bind=none", "--unbuffered"]
 
-Way = Literal["ssh", "srun", "local"]
+StartMethod = Literal["ssh", "srun", "local"]
 
 
 class LostHostError(Exception):
     """A host does not answer, or its agent has ended. The message says why, without the name of the host."""
 
 
-def start_command(host: str, way: Way) -> list[str]:
+def start_command(host: str, method: StartMethod) -> list[str]:
     """Return the command that starts the agent of ``host``; Python and the project have the same path on all hosts."""
     program = [sys.executable, "-u", str(AGENT)]
-    if way == "local":
+    if method == "local":
         return program
-    if way == "srun":
+    if method == "srun":
         return [*_SRUN, f"--nodelist={host}", *program]
     return [*_SSH, host, f"exec {shlex.join(program)}"]
 
@@ -53,7 +57,7 @@ def start_command(host: str, way: Way) -> list[str]:
 class AgentLink:
     """A connection to an agent. Threads read what it sends, and send it signs of life."""
 
-    def __init__(self, host: str, way: Way) -> None:
+    def __init__(self, host: str, method: StartMethod) -> None:
         """Start the agent; ``wait_for_start`` waits for it.
 
         Raises:
@@ -62,8 +66,8 @@ class AgentLink:
         self.host = host
         self.report: NodeReport | None = None  # the newest
         self.agent: tuple[int, str] | None = None  # process id and start time
-        self._way = way
-        command = start_command(host, way)
+        self._method = method
+        command = start_command(host, method)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -77,6 +81,9 @@ class AgentLink:
         self._numbers = itertools.count()
         self._replies: dict[int, queue.Queue[dict[str, Any] | None]] = {}
         self._errors: deque[str] = deque(maxlen=20)  # the last lines of standard error
+        self._end_reason: str | None = None  # why the agent ends, as it has said
+        self._failure: str | None = None  # why the connection is not used any more, although it may still be open
+        self._output: OutputQueue[tuple[int, str]] = OutputQueue(_print, lambda line: (2, line))
         self._hello = threading.Event()
         self._last_heard = time.monotonic()
         self._has_ended = threading.Event()
@@ -90,7 +97,7 @@ class AgentLink:
     @property
     def is_local(self) -> bool:
         """Whether the host is this machine."""
-        return self._way == "local"
+        return self._method == "local"
 
     @property
     def is_open(self) -> bool:
@@ -100,8 +107,8 @@ class AgentLink:
     @property
     def problem(self) -> str | None:
         """Why the agent does not answer; None if it does."""
-        if self._has_ended.is_set():
-            return self._end_text()
+        if (end := self._end) is not None:
+            return end
         silence = time.monotonic() - self._last_heard
         return f"it has not answered for {silence:.0f} s" if silence > SILENCE_SECONDS else None
 
@@ -113,19 +120,19 @@ class AgentLink:
         """
         deadline = time.monotonic() + _START_SECONDS
         while not self._hello.wait(0.05):
-            if self._has_ended.is_set():
-                raise LostHostError(self._end_text())
+            if (end := self._end) is not None:
+                raise LostHostError(end)
             if time.monotonic() > deadline:
                 self.close()
                 raise LostHostError(
                     f"its agent has not started within {_START_SECONDS:.0f} s ({sys.executable} {AGENT})"
                 )
 
-    def request(self, what: str, **words: Any) -> None:
+    def request(self, what: str, **parameters: Any) -> None:
         """Send a request; do not wait for the reply."""
-        self._requests.put(encode({"id": next(self._numbers), "do": what, **words}))
+        self._requests.put(encode({"id": next(self._numbers), "do": what, **parameters}))
 
-    def call(self, what: str, seconds: float, **words: Any) -> Any:
+    def call(self, what: str, seconds: float, **parameters: Any) -> Any:
         """Send a request and return the value of its reply.
 
         Raises:
@@ -134,7 +141,7 @@ class AgentLink:
         """
         number = next(self._numbers)
         reply = self._replies[number] = queue.Queue()
-        self._requests.put(encode({"id": number, "do": what, **words}))
+        self._requests.put(encode({"id": number, "do": what, **parameters}))
         deadline = time.monotonic() + seconds
         try:
             while True:
@@ -148,37 +155,57 @@ class AgentLink:
             del self._replies[number]
 
     def close(self) -> None:
-        """End the connection: the agent ends its ranks and itself."""
+        """End the connection: the agent lets its ranks save, ends them and then itself, which may take stop_seconds."""
         self._is_closed = True
         self._requests.put(None)
 
     def kill(self) -> None:
-        """End the connection and the process that holds it; an agent on this machine ends, too."""
-        self.close()
-        self._process.kill()
+        """End the connection at once. The agent ends as after ``close``, also one on this machine, or it hangs.
+
+        The connection counts as lost from now on; ``end_previous`` ends what is left.
+        """
+        self._fail("the connection to its agent was ended")
+        if not self.is_local:
+            self._process.kill()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the agent has ended after ``close``; return False if it has not within ``seconds``."""
+        """Wait until the agent has ended after ``close``; return False if it has not within ``seconds``.
+
+        Then what it has sent is printed, unless that takes long.
+        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, seconds))
+            self._has_ended.wait(_READ_SECONDS)
+            self._output.close()
             return True
         return False
 
+    def _fail(self, reason: str) -> None:
+        self._failure = self.problem or reason
+        self.close()
+
     def _value_of(self, reply: Mapping[str, Any] | None) -> Any:
         if reply is None:
-            raise LostHostError(self._end_text())
+            raise LostHostError(self._end or self._end_text())
         if "error" in reply:
             raise UserError(f"host {self.host}: {reply['error']}")
         return reply["value"]
 
+    @property
+    def _end(self) -> str | None:
+        """Why the connection is not used any more; None if it is."""
+        return self._failure or (self._end_text() if self._has_ended.is_set() else None)
+
     def _end_text(self) -> str:
         """Return why the connection has ended."""
+        if self._end_reason is not None:
+            return self._end_reason
         last = next((line for line in reversed(self._errors) if line), None)
         if self._hello.is_set():
             return (
                 f"the connection to its agent has ended ({last})" if last else "the connection to its agent has ended"
             )
-        if self._way == "ssh" and self._process.poll() == _SSH_FAILED:
+        if self._method == "ssh" and self._process.poll() == _SSH_FAILED:
             return f"ssh: {last}: `ssh {self.host} true` must work without a password"
         return f"its agent cannot be started: {last or f'exit status {self._process.poll()}'}"
 
@@ -187,10 +214,17 @@ class AgentLink:
         with contextlib.suppress(OSError, ValueError):
             for line in self._process.stdout:
                 self._last_heard = time.monotonic()
-                if (message := safe_json.parse_object(line)) is not None:
+                message = safe_json.parse_object(line)
+                if message is None or self._failure is not None:
+                    continue
+                try:
                     self._take(message)
+                except Exception as error:  # the agent has other code than this process
+                    reason = f"{type(error).__name__}: {one_line_reason(error, _MAX_REASON)}"
+                    self._fail(f"its agent has sent a message that is not understood ({reason})")
         self._process.wait()
         self._error_reader.join(1)  # the last lines of standard error
+        self._output.close(0)
         self._has_ended.set()
         for reply in list(self._replies.values()):
             reply.put(None)
@@ -202,10 +236,9 @@ class AgentLink:
         elif message.get("report") is not None:
             self.report = node_report(message["report"])
         elif "output" in message:
-            stream = sys.stderr if message["stream"] == 2 else sys.stdout
-            with contextlib.suppress(OSError, ValueError):  # a closed terminal
-                stream.write(message["output"])
-                stream.flush()
+            self._output.put((int(message["stream"]), str(message["output"])))
+        elif "end" in message:
+            self._end_reason = str(message["end"])
         elif (reply := self._replies.get(message.get("id", -1))) is not None:
             reply.put(dict(message))
 
@@ -227,3 +260,12 @@ class AgentLink:
     def _ping(self) -> None:
         while not self._is_closed and not self._has_ended.wait(PING_SECONDS):
             self.request("ping")
+
+
+def _print(output: tuple[int, str]) -> None:
+    """Print output of ranks, given with the number of the stream."""
+    number, text = output
+    stream = sys.stderr if number == 2 else sys.stdout
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal
+        stream.write(text)
+        stream.flush()

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_LISTEN_SECONDS, _CONNECT_SECONDS = 60.0, 3.0
-_SILENCE_SECONDS = 5.0  # without a byte: the connection is broken
+from ds_gpt2.supervision.cluster.keyed_connections import Listener, listen
+
+_LISTEN_SECONDS = 60.0
 _BLOCK = 1 << 20  # bytes
 
 
-def send_stream() -> int:
-    """Send bytes to the next program that connects, until it closes the connection; return the port.
-
-    The port listens on all addresses, for a minute at most.
-    """
-    server = socket.create_server(("", 0))
-    server.settimeout(_LISTEN_SECONDS)
-
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            with server:
-                connection, _ = server.accept()
-            with connection:
-                connection.settimeout(_SILENCE_SECONDS)
-                block = bytes(_BLOCK)
-                while True:
-                    connection.sendall(block)
-
-    threading.Thread(target=send, daemon=True).start()
-    return int(server.getsockname()[1])
+def send_stream() -> dict[str, Any]:
+    """Send bytes to programs that connect, until they close the connection; return the listener."""
+    return listen(_send, _LISTEN_SECONDS)
 
 
-def receive_stream(addresses: Sequence[str], port: int, duration: float) -> float | None:
+def receive_stream(addresses: Sequence[str], listener: Mapping[str, Any], duration: float) -> float | None:
     """Receive from ``send_stream`` of another host; return the bytes per second, None if no address answers.
 
     Args:
         addresses: of the other host; the first that answers is used.
+        listener: what ``send_stream`` has returned.
         duration: how long to receive from the first byte on, in seconds.
 
     Raises:
@@ -48,13 +31,18 @@ def receive_stream(addresses: Sequence[str], port: int, duration: float) -> floa
     """
     for address in addresses:
         try:
-            connection = socket.create_connection((address, port), _CONNECT_SECONDS)
+            connection = Listener(**listener).connect(address)
         except OSError:
             continue
         with connection:
-            connection.settimeout(_SILENCE_SECONDS)
             return _rate(connection, duration)
     return None
+
+
+def _send(connection: socket.socket) -> None:
+    block = bytes(_BLOCK)
+    while True:
+        connection.sendall(block)
 
 
 def _rate(connection: socket.socket, seconds: float) -> float:

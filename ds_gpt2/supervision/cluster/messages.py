@@ -2,7 +2,8 @@
 
 The supervisor sends requests: ``{"id": 3, "do": "stop", ...}``. An agent sends for each request a reply, ``{"id": 3,
 "value": ...}`` or ``{"id": 3, "error": "..."}``; without being asked, ``{"report": {...}}`` about its ranks and
-``{"output": "...", "stream": 1}``, what they print. Both sides have the same version of the code, which is checked.
+``{"output": "...", "stream": 1}``, what they print, and ``{"end": "..."}``, why the agent ends. Both sides have the
+same version of the code, which is checked.
 """
 
 from __future__ import annotations

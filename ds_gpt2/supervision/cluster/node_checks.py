@@ -1,4 +1,4 @@
-"""What an agent finds out about its host: is the same code there, the same data, the same directories, a way to rank 0?
+"""What an agent finds out about its host: are code, data and directories the same there, can it connect to rank 0?
 
 Each function is an action that a supervisor requests; ``host_checks`` compares the answers of all hosts.
 """
@@ -10,9 +10,9 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,15 @@ from ds_gpt2.common.shared_directory import has_marks, mark, unmark
 from ds_gpt2.config import train_arguments
 from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed.network_interface import addresses, interface_of
-from ds_gpt2.supervision.launcher import gpus_of_machine
+from ds_gpt2.supervision.cluster.keyed_connections import Listener
+from ds_gpt2.supervision.cluster.keyed_connections import listen as listen_for_key
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_LISTEN_SECONDS, _CONNECT_SECONDS = 15.0, 3.0
+_COUNT_GPUS = (
+    f"import sys; sys.path.insert(0, {str(_PACKAGE.parent)!r}); "
+    "from ds_gpt2.supervision.launcher import gpus_of_machine; print(gpus_of_machine())"
+)
+_LISTEN_SECONDS = 30.0
 _ROUND_TRIPS = 20
 _END_SECONDS = 5.0  # for a command to end after SIGTERM
 _commands: list[subprocess.Popen[str]] = []  # that run
@@ -40,7 +45,7 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
         accelerator: GPUs are counted unless it is "cpu".
 
     Raises:
-        UserError: the working directory, the settings or the data cannot be read here.
+        UserError: the working directory, the settings or the data cannot be read here, or the GPUs cannot be counted.
     """
     try:
         os.chdir(cwd)
@@ -50,42 +55,28 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
     return {
         "name": socket.gethostname(),
         "same": {**installation.describe(), "the data": open_sources(settings.data).fingerprint},
-        "gpus": None if accelerator == "cpu" else gpus_of_machine(),
+        "gpus": None if accelerator == "cpu" else _count_gpus(),
         "addresses": addresses((socket.AF_INET,)),
     }
 
 
-def listen() -> int:
-    """Answer connections on a free port of all addresses for some seconds; return the port."""
-    server = socket.create_server(("", 0))
-    server.settimeout(_LISTEN_SECONDS)
-
-    def answer() -> None:
-        with server, contextlib.suppress(OSError):
-            while True:
-                connection, _ = server.accept()
-                threading.Thread(target=_echo, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=answer, daemon=True).start()
-    return int(server.getsockname()[1])
+def listen() -> dict[str, Any]:
+    """Answer ``reach`` of other hosts for some seconds; return the listener."""
+    return listen_for_key(_echo, _LISTEN_SECONDS)
 
 
-def reach(addresses: Sequence[str], port: int) -> dict[str, dict[str, Any]]:
-    """Connect to ``port`` of each address; return the interface and the round trip (seconds) for those that answer."""
-    found = {}
-    for address in addresses:
-        with contextlib.suppress(OSError), socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            times = []
-            for _ in range(_ROUND_TRIPS):
-                start_time = time.perf_counter()
-                connection.sendall(b"x")
-                if connection.recv(1) != b"x":
-                    raise OSError("another program answers")
-                times.append(time.perf_counter() - start_time)
-            own = connection.getsockname()[0]
-            found[address] = {"interface": interface_of(own), "round_trip": sorted(times)[len(times) // 2]}
-    return found
+def reach(addresses: Sequence[str], listener: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Connect to each address, to all at the same time; return the interface and the round trip of those that answer.
+
+    Args:
+        listener: what ``listen`` has returned on the other host.
+
+    Returns:
+        By address: the interface of this host, None if unknown, and the median round trip in seconds.
+    """
+    with ThreadPoolExecutor(max(1, len(addresses))) as pool:  # an address that does not answer takes seconds
+        answers = pool.map(lambda address: _reach(address, Listener(**listener)), addresses)
+        return {address: found for address, found in zip(addresses, answers, strict=True) if found is not None}
 
 
 def resolve(name: str) -> list[str]:
@@ -108,17 +99,13 @@ def free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def command(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command of ds_gpt2 on this host; return its exit code and output."""
-    program = [sys.executable, str(_PACKAGE / "__main__.py"), *words]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
-    _commands.append(process)
-    try:
-        out, err = process.communicate()
-    finally:
-        _commands.remove(process)
-    return {"code": process.returncode, "out": out, "err": err}
+def command(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run a command of ds_gpt2 on this host; return its exit code and output.
+
+    Args:
+        environment: added to the agent's own.
+    """
+    return _run([sys.executable, str(_PACKAGE / "__main__.py"), *words], environment)
 
 
 def end_commands() -> None:
@@ -134,12 +121,64 @@ def end_commands() -> None:
             process.kill()
 
 
+def _count_gpus() -> int:
+    """Return the number of GPUs that PyTorch finds.
+
+    Another process imports PyTorch: while its libraries are loaded from a slow disk, no thread of that process runs.
+
+    Raises:
+        UserError: PyTorch cannot be imported or fails.
+    """
+    done = _run([sys.executable, "-c", _COUNT_GPUS], cwd=_PACKAGE.parent)
+    if done["code"]:
+        raise UserError(f"PyTorch cannot count the GPUs: {done['err'].strip().rpartition(chr(10))[2]}")
+    return int(done["out"].split()[-1])
+
+
+def _run(
+    program: Sequence[str], environment: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> dict[str, Any]:
+    """Run a program that ends with this agent; return its exit code and output.
+
+    Args:
+        environment: added to the agent's own.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        program,
+        env={**os.environ, **(environment or {})},
+        stdout=pipe,
+        stderr=pipe,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        cwd=cwd,
+    )
+    _commands.append(process)
+    try:
+        out, err = process.communicate()
+    finally:
+        _commands.remove(process)
+    return {"code": process.returncode, "out": out, "err": err}
+
+
+def _reach(address: str, listener: Listener) -> dict[str, Any] | None:
+    """Return the interface and the round trip of a connection to ``address``; None if the listener does not answer."""
+    with contextlib.suppress(OSError), listener.connect(address) as connection:
+        times = []
+        for _ in range(_ROUND_TRIPS):
+            start_time = time.perf_counter()
+            connection.sendall(b"x")
+            if connection.recv(1) != b"x":
+                return None  # another program answers
+            times.append(time.perf_counter() - start_time)
+        own = connection.getsockname()[0]
+        return {"interface": interface_of(own), "round_trip": sorted(times)[len(times) // 2]}
+    return None
+
+
 def _echo(connection: socket.socket) -> None:
-    with connection, contextlib.suppress(OSError):
-        connection.settimeout(_LISTEN_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while data := connection.recv(1 << 16):
-            connection.sendall(data)
+    while data := connection.recv(_ROUND_TRIPS):
+        connection.sendall(data)
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {

@@ -78,7 +78,7 @@ def checksums(dataset: Dataset) -> Finding:
             bar.update(shard.bytes)
             damaged += [shard.file] if is_bad else []
     if damaged:
-        fix = "restore them, or prepare the data again: training does not detect the damage"
+        fix = "restore them, or prepare the data again"
         return Finding("checksums", "fail", f"checksum mismatch: {', '.join(damaged)}", fix)
     return Finding("checksums", "ok", f"{len(known)} shards, {size(total)}, match dataset.json")
 

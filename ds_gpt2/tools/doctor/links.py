@@ -76,8 +76,8 @@ def _measure(one: tuple[Node, str | None], other: tuple[Node, str | None]) -> Li
     Raises:
         UserError: they cannot connect, or one is lost.
     """
-    port = other[0].call("listen")
-    reached = one[0].call("reach", addresses=_addresses(*other), port=port)
+    listener = other[0].call("listen")
+    reached = one[0].call("reach", addresses=_addresses(*other), listener=listener)
     if not reached:
         raise _not_connected(one[0], other[0])
     round_trip = float(next(iter(reached.values()))["round_trip"])
@@ -86,8 +86,9 @@ def _measure(one: tuple[Node, str | None], other: tuple[Node, str | None]) -> Li
 
 
 def _bandwidth(sender: tuple[Node, str | None], receiver: tuple[Node, str | None]) -> float:
-    port = sender[0].call("send_stream")
-    rate = receiver[0].call("receive_stream", addresses=_addresses(*sender), port=port, duration=_SECONDS)
+    listener = sender[0].call("send_stream")
+    addresses = _addresses(*sender)
+    rate = receiver[0].call("receive_stream", addresses=addresses, listener=listener, duration=_SECONDS)
     if rate is None:
         raise _not_connected(receiver[0], sender[0])
     return float(rate)

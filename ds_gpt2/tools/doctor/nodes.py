@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.supervision.cluster.cluster import Cluster
+from ds_gpt2.supervision.cluster.environment import passed_on
 from ds_gpt2.supervision.cluster.host_checks import Node, on_all
 from ds_gpt2.supervision.cluster.link import LostHostError
 from ds_gpt2.tools.doctor.checks import supervisor_checks
@@ -20,13 +22,19 @@ _FULL_SECONDS = 3600.0  # every byte of the data is read
 
 
 def node_findings(cluster: Cluster, words: Sequence[str]) -> list[Finding]:
-    """Run the quick checks of the doctor on all hosts at the same time; the names of the findings include the host.
+    """Run the quick checks of the doctor on all hosts at the same time.
 
     Args:
         words: the settings file and the overrides.
+
+    Returns:
+        The findings of this machine and of the hosts; the same finding of several hosts only once, such as that of a
+        shared directory. Its name includes the hosts.
     """
-    rows = node_rows(cluster, words, is_quick=True)
-    of_hosts = [replace(row.finding, name=f"host {row.host}: {row.finding.name}") for row in rows]
+    hosts: dict[Finding, list[str | None]] = {}
+    for row in node_rows(cluster, words, is_quick=True):
+        hosts.setdefault(row.finding, []).append(row.host)
+    of_hosts = [replace(each, name=f"{_names(names, cluster)}: {each.name}") for each, names in hosts.items()]
     return [*(row.finding for row in supervisor_rows(is_quick=True)), *of_hosts]
 
 
@@ -43,7 +51,8 @@ def node_rows(cluster: Cluster, words: Sequence[str], is_quick: bool) -> list[Ro
         words: the settings file and the overrides.
         is_quick: only the quick checks.
     """
-    settings = [word for word in words if not word.startswith("cluster.")]
+    settings = [word for word in words if not word.startswith(("cluster.", "run.device="))]
+    settings.append(f"run.device={cluster.accelerator}")
     world_size = sum(host.slots for host in cluster.spec.hosts)
     alone = ["cluster.hostfile=null", "cluster.launch=ssh", "--json", "--world_size", str(world_size)]
     command = ["doctor", *settings, *alone, *(["--quick"] if is_quick else [])]
@@ -52,11 +61,18 @@ def node_rows(cluster: Cluster, words: Sequence[str], is_quick: bool) -> list[Ro
     return [row for found in rows for row in found]
 
 
+def _names(hosts: Sequence[str | None], cluster: Cluster) -> str:
+    """Return some of the hosts of a cluster as text."""
+    if len(hosts) > 1 and len(hosts) == len(cluster.nodes):
+        return "all hosts"
+    return f"host{'s' if len(hosts) > 1 else ''} {', '.join(filter(None, hosts))}"
+
+
 def _rows(node: Node, command: Sequence[str], seconds: float) -> list[Row]:
     """Run the doctor on a host; what prevents that is a finding."""
     host = node.host.name
     try:
-        done = node.link.call("command", seconds, words=list(command))
+        done = node.link.call("command", seconds, words=list(command), environment=passed_on(os.environ))
         rows = [
             Row(row["group"], Finding(row["name"], row["status"], row["found"], row["fix"]), host)
             for row in json.loads(done["out"])

@@ -10,12 +10,12 @@ from pathlib import Path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir.supervisor_record import AgentRecord, read_supervisor_record
 from ds_gpt2.supervision.cluster import link
-from ds_gpt2.supervision.cluster.cluster import is_this_machine
 from ds_gpt2.supervision.cluster.hostfile import Host
-from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, Way
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
+from ds_gpt2.supervision.cluster.this_machine import is_this_machine
 
 _KILL_SECONDS = 60.0
-_AWAY = "away_hosts"  # file in the drill's directory: names of hosts that the supervisor cannot connect to
+_AWAY = "away_host"  # file in the drill's directory: the name of a host that the supervisor cannot connect to
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunHosts:
     """The hosts of the runs of one drill; none if they use only this machine."""
 
     hosts: Sequence[Host]
-    launch: Way
+    launch: StartMethod
     folder: Path  # of the drill
 
     @property
@@ -41,9 +41,15 @@ class RunHosts:
         """Return the process group of the ranks of a run on this machine; None if it is not known."""
         return next((agent.group for agent in _agents(run_dir) if is_this_machine(agent.host)), None)
 
-    def set_away(self, names: Sequence[str]) -> None:
-        """Make hosts unreachable for the supervisor, as if they were switched off, or reachable again."""
-        (self.folder / _AWAY).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    @contextlib.contextmanager
+    def unreachable(self, host: Host) -> Iterator[None]:
+        """Make a host unreachable for the supervisor, as if it were switched off, until the end of the context."""
+        path = self.folder / _AWAY
+        path.write_text(host.name, encoding="utf-8")
+        try:
+            yield
+        finally:
+            path.unlink()
 
     @contextlib.contextmanager
     def connected(self, hosts: Sequence[Host]) -> Iterator[dict[str, AgentLink]]:
@@ -51,9 +57,12 @@ class RunHosts:
 
         Raises:
             LostHostError: a host does not answer.
+            UserError: ssh or srun cannot be started.
         """
-        links = {host.name: AgentLink(host.name, self.launch) for host in hosts}
+        links: dict[str, AgentLink] = {}
         try:
+            for host in hosts:
+                links[host.name] = AgentLink(host.name, self.launch)
             for each in links.values():
                 each.wait_for_start()
             yield links
@@ -73,7 +82,7 @@ class RunHosts:
         found = False
         for agent in _agents(run_dir):
             if agent.host == connection.host:
-                words = {"agent": [agent.pid, agent.start], "group": agent.group, "stop_seconds": 0}
+                words = {"agent": [agent.pid, agent.start], "stop_seconds": 0}
                 found |= bool(connection.call("end_previous", _KILL_SECONDS, **words))
         return found
 
@@ -97,17 +106,17 @@ def _agents(run_dir: Path) -> Sequence[AgentRecord]:
 
 
 def make_unreachable(folder: Path) -> None:
-    """Let this process, the supervisor, not connect to hosts for which ``set_away`` was called.
+    """Let this process, the supervisor, not connect to hosts that are ``unreachable``.
 
     Args:
         folder: of the drill.
     """
     start_command = link.start_command
 
-    def command(host: str, way: Way) -> list[str]:
+    def command(host: str, method: StartMethod) -> list[str]:
         with contextlib.suppress(OSError):
-            if host in (folder / _AWAY).read_text(encoding="utf-8").splitlines():
+            if host == (folder / _AWAY).read_text(encoding="utf-8"):
                 return ["false"]
-        return start_command(host, way)
+        return start_command(host, method)
 
     link.start_command = command  # fault injection

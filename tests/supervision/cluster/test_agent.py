@@ -86,7 +86,10 @@ def test_an_agent_starts_reports_and_stops_its_ranks(
 
 
 @pytest.mark.ranks
-def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_signalled", [True, False])
+def test_an_agent_whose_supervisor_is_gone_or_whose_host_shuts_down_lets_the_ranks_save(
+    tmp_path: Path, is_signalled: bool
+) -> None:
     process = subprocess.Popen([sys.executable, str(AGENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     assert "hello" in json.loads(process.stdout.readline())
@@ -94,6 +97,11 @@ def test_an_agent_whose_supervisor_is_gone_lets_the_ranks_save(tmp_path: Path) -
     process.stdin.write(messages.encode(request))
     process.stdin.flush()
     _until(lambda: len(list(tmp_path.glob("stopped_ready_*"))) == 2)
+    if is_signalled:
+        process.terminate()
+        sent = [json.loads(line) for line in process.stdout]
+        assert any("received SIGTERM" in message.get("end", "") for message in sent)
+        assert not any(message["report"]["has_exited"] for message in sent if "report" in message)
     process.stdin.close()
     process.stdout.close()
     assert process.wait(120) == 0
@@ -126,7 +134,7 @@ def test_a_stopped_agent_is_lost_after_a_while(agent: AgentLink, monkeypatch: py
     os.kill(agent.agent[0], signal.SIGSTOP)
     try:
         with pytest.raises(LostHostError, match=r"it has not answered for [234] s"):
-            agent.call("ping", 60)
+            _until(lambda: agent.call("ping", 60) is None)  # its threads do not stop at once
     finally:
         os.kill(agent.agent[0], signal.SIGCONT)
     _until(lambda: agent.is_open)
@@ -155,7 +163,7 @@ def test_a_command_ends_with_the_supervisor(tmp_path: Path, write_config: Callab
     connected.wait_for_start()
     assert connected.agent is not None
     process = psutil.Process(connected.agent[0])
-    connected.request("command", words=["doctor", str(write_config(tmp_path)), "--num_gpus", "2"])
+    connected.request("command", words=["doctor", str(write_config(tmp_path)), "--num_gpus", "2"], environment={})
 
     def ranks() -> list[psutil.Process]:
         return [child for child in process.children(recursive=True) if "--local_rank=1" in _command_of(child)]
@@ -207,5 +215,7 @@ def test_only_variables_of_the_libraries_are_passed_on() -> None:
     environment = {
         "NCCL_DEBUG": "INFO", "WANDB_API_KEY": "secret", "LC_ALL": "C", "PATH": "/bin", "HOME": "/root",
         "CUDA_VISIBLE_DEVICES": "1", "DS_GPT2_OUTCOME": "x", "DS_ACCELERATOR": "cpu", "LD_PRELOAD": "x",
+        "TRITON_CACHE_DIR": "/tmp", "LD_LIBRARY_PATH": "/opt/lib", "SSL_CERT_FILE": "/cert", "XDG_CACHE_HOME": "/c",
     }  # fmt: skip
-    assert sorted(passed_on(environment)) == ["DS_ACCELERATOR", "LC_ALL", "NCCL_DEBUG", "WANDB_API_KEY"]
+    passed = ["DS_ACCELERATOR", "LC_ALL", "LD_LIBRARY_PATH", "NCCL_DEBUG", "SSL_CERT_FILE", "TRITON_CACHE_DIR"]
+    assert sorted(passed_on(environment)) == [*passed, "WANDB_API_KEY", "XDG_CACHE_HOME"]

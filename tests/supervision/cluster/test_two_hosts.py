@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 from launched import PROJECT, launch
-from two_hosts import Host, TwoHosts, small_run, two_hosts
+from two_hosts import Host, HostCommand, TwoHosts, assert_nothing_is_left, small_run, two_hosts
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import load_settings
+from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -54,7 +54,7 @@ def _end_runs() -> Iterator[None]:
         run.process.communicate()
 
 
-class Started:
+class Started(HostCommand):
     """A supervised run that host a has started on both hosts."""
 
     def __init__(
@@ -78,20 +78,8 @@ class Started:
         path = config.with_name("hosts")
         path.write_text(usual if hostfile is None else hostfile)
         target = str(config) if verb == "train" else str(self.settings.run_dir)
-        command = hosts.a.command([sys.executable, MAIN, verb, target, "--hostfile", str(path), *words])
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        super().__init__(hosts.a, [sys.executable, MAIN, verb, target, "--hostfile", str(path), *words])
         _started.append(self)
-
-    @property
-    def supervisor(self) -> psutil.Process:
-        return psutil.Process(self.process.pid).children()[0]
 
     @property
     def saved(self) -> int:
@@ -106,17 +94,6 @@ class Started:
             return [event for event in read_journal(self.settings.run_dir) if event.kind == kind]
         return []
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 180) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline, (self.process.kill(), self.process.communicate()[0])
-            time.sleep(0.1)
-
-    def end(self, seconds: float = 180) -> str:
-        """Wait for the end of the supervisor; return its output."""
-        return self.process.communicate(timeout=seconds)[0]
-
     def progress(self) -> None:
         """Wait until another checkpoint is saved."""
         saved = self.saved
@@ -124,25 +101,14 @@ class Started:
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Stop the run; check that it is saved and that no process is left."""
-        self.supervisor.send_signal(number)
+        self.program.send_signal(number)
         output = self.end()
         assert self.process.returncode == exit_codes.STOPPED, output
         assert problem_of(scan(self.settings.checkpoint_dir)[0]) is None
-        self.assert_nothing_is_left()
+        assert_nothing_is_left(self.hosts)
 
     def ranks(self, host: Host) -> list[psutil.Process]:
         return host.matching("--local_rank=", str(self.settings.run.dir.parent))
-
-    def assert_nothing_is_left(self, seconds: float = 60) -> None:
-        """Check that both hosts have no process of the run any more, soon after its end."""
-        deadline = time.monotonic() + seconds
-        left: list[psutil.Process] = []
-        while time.monotonic() < deadline:
-            left = [process for host in self.hosts.all for process in host.matching("ds_gpt2")]
-            if not left:
-                return
-            time.sleep(0.5)
-        raise AssertionError([process.cmdline() for process in left])
 
 
 Configure = Callable[..., Path]
@@ -162,7 +128,7 @@ def test_a_run_on_two_hosts_equals_the_run_on_one(hosts: TwoHosts, configure: Co
     output = run.end()
     assert run.process.returncode == exit_codes.DONE, output
     assert f"starting 4 ranks on {hosts.a.address} (2), {hosts.b.address} (2)" in output
-    run.assert_nothing_is_left()
+    assert_nothing_is_left(run.hosts)
     one = Path(tmp_path / "one")
     words = [f"run.dir={one / 'runs'}", f"checkpoint.dir={one / 'checkpoints'}"]
     assert launch(4, "--config", str(config), *words).code == exit_codes.DONE
@@ -255,15 +221,15 @@ def test_a_killed_supervisor_leaves_a_saved_run_and_no_process(hosts: TwoHosts, 
     config = configure()
     run = Started(hosts, config)
     run.wait_for(lambda: run.saved >= 6)
-    run.supervisor.kill()
+    run.program.kill()
     run.process.wait()
     step = run.step
-    run.assert_nothing_is_left()
+    assert_nothing_is_left(run.hosts)
     assert run.saved >= step and problem_of(scan(run.settings.checkpoint_dir)[0]) is None
     again = Started(hosts, config, f"schedule.steps={run.saved + 4}", verb="resume")
     output = again.end()
     assert again.process.returncode == exit_codes.DONE, output
-    again.assert_nothing_is_left()
+    assert_nothing_is_left(again.hosts)
 
 
 def test_a_run_whose_head_is_lost_is_resumed_elsewhere_after_its_lease(hosts: TwoHosts, configure: Configure) -> None:
@@ -278,28 +244,24 @@ def test_a_run_whose_head_is_lost_is_resumed_elsewhere_after_its_lease(hosts: Tw
     words = [sys.executable, MAIN, "resume", str(run.settings.run_dir), "cluster.hostfile=null", "--num_gpus", "2"]
     words.append(f"schedule.steps={run.saved + 4}")
     try:
-        early = _on_host(hosts.b, *words)
-        assert early.returncode == exit_codes.MISTAKE, early.stdout
-        assert "is supervised by process" in early.stdout and "on host-a, last seen" in early.stdout
+        code, output = _on_host(hosts.b, *words)
+        assert code == exit_codes.MISTAKE, output
+        assert "is supervised by process" in output and "on host-a, last seen" in output
         time.sleep(max(0.0, lost + 65 - time.monotonic()))
-        seen = _on_host(hosts.b, sys.executable, MAIN, "status", str(run.settings.run_dir), "--json").stdout
+        _, seen = _on_host(hosts.b, sys.executable, MAIN, "status", str(run.settings.run_dir), "--json")
         assert '"state": "dead"' in seen and "the supervisor on host-a is gone, or that machine" in seen
-        late = _on_host(hosts.b, *words)
-        assert late.returncode == exit_codes.DONE, late.stdout
+        code, output = _on_host(hosts.b, *words)
+        assert code == exit_codes.DONE, output
     finally:
         hosts.start_host(hosts.a)
-    run.assert_nothing_is_left()
+    assert_nothing_is_left(run.hosts)
 
 
-def _on_host(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        host.command(words),
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
-    )
+def _on_host(host: Host, *words: str) -> tuple[int, str]:
+    """Run a command on a host; return its exit code and output."""
+    command = HostCommand(host, words)
+    output = command.end()
+    return command.process.returncode, output
 
 
 def test_ranks_that_cannot_save_are_killed_after_the_supervisor(hosts: TwoHosts, configure: Configure) -> None:
@@ -310,14 +272,14 @@ def test_ranks_that_cannot_save_are_killed_after_the_supervisor(hosts: TwoHosts,
     saved = run.saved
     for process in run.ranks(hosts.b):
         process.suspend()
-    run.supervisor.kill()
+    run.program.kill()
     run.process.wait()
-    run.assert_nothing_is_left()
+    assert_nothing_is_left(run.hosts)
     again = Started(hosts, config, f"schedule.steps={run.saved + 4}", verb="resume")
     output = again.end()
     assert again.process.returncode == exit_codes.DONE, output
     assert f"resumed from {run.settings.checkpoint_dir}/rolling_step_" in output and again.saved > saved
-    again.assert_nothing_is_left()
+    assert_nothing_is_left(again.hosts)
 
 
 def test_a_hang_is_found_and_the_stacks_of_all_hosts_are_written(hosts: TwoHosts, configure: Configure) -> None:
@@ -337,15 +299,38 @@ def test_two_runs_on_the_same_hosts_do_not_touch_each_other(
     hosts: TwoHosts, configure: Configure, tmp_path: Path
 ) -> None:
     first = Started(hosts, configure(), slots=1)
-    second = Started(hosts, configure(STEPS * 20, tmp_path / "other"), slots=1)
+    second = Started(hosts, configure(folder=tmp_path / "other"), slots=1)
     first.wait_for(lambda: first.saved >= 6)
     second.wait_for(lambda: second.saved >= 6)
-    first.supervisor.terminate()
+    first.program.terminate()
     output = first.end()
     assert first.process.returncode == exit_codes.STOPPED, output
-    output = second.end()
-    assert second.process.returncode == exit_codes.DONE, output
-    second.assert_nothing_is_left()
+    second.progress()
+    assert [kind for kind in ("start", "crash", "host_lost") for _ in second.events(kind)] == ["start"]
+    second.stop()
+
+
+def test_a_run_whose_directories_are_moved_resumes_there(hosts: TwoHosts, configure: Configure, tmp_path: Path) -> None:
+    run = Started(hosts, configure())
+    run.wait_for(lambda: run.saved >= 6)
+    old, moved = run.settings.run_dir, tmp_path / "moved"
+    checkpoints = run.settings.checkpoint_dir
+    moved.mkdir()
+    for directory in (old.parent, checkpoints.parent):
+        directory.rename(moved / directory.name)
+    run_dir, moved_checkpoints = (moved / path.relative_to(tmp_path) for path in (old, checkpoints))
+
+    def starts() -> list[int | None]:
+        return [event.step for event in read_journal(run_dir) if event.kind == "start"]
+
+    run.wait_for(lambda: len(starts()) == 2)
+    saved = newest_step(moved_checkpoints)
+    run.wait_for(lambda: newest_step(moved_checkpoints) > saved)
+    run.program.terminate()
+    output = run.end()
+    assert run.process.returncode == exit_codes.STOPPED, output
+    assert f"{old} was moved to {run_dir}: resuming there" in output and not old.exists()
+    assert_nothing_is_left(hosts)
 
 
 def test_names_that_resolve_to_the_loopback_interface_on_their_own_host(configure: Configure, tmp_path: Path) -> None:
@@ -369,7 +354,7 @@ def refused(hosts: TwoHosts, configure: Configure) -> Callable[..., str]:
         first, *errors = output.splitlines()
         assert first == "connecting to 2 hosts ..." and len(errors) == 1, output
         assert not run.settings.run_dir.exists()
-        run.assert_nothing_is_left()
+        assert_nothing_is_left(run.hosts)
         return errors[0]
 
     return start
@@ -426,6 +411,31 @@ def test_other_data_on_a_host_is_refused(
     finally:
         hosts.b.run("umount", str(dataset_dir))
     assert error.startswith(f"error: host {hosts.b.address}: no data: ")
+
+
+def test_a_damaged_copy_of_the_data_on_a_host_is_refused(
+    hosts: TwoHosts, configure: Configure, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """The copy has the same index, and the shards have the right size."""
+    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+    shard = copy / open_dataset(copy).split("train")[0].file
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    config = configure(4)
+    hosts.b.run("mount", "--bind", str(copy), str(dataset_dir))
+    try:
+        good = Started(hosts, config)
+        output = good.end()
+        assert good.process.returncode == exit_codes.DONE, output
+        shard.write_bytes(content)
+        damaged = Started(hosts, config, "schedule.steps=8", verb="resume")
+        output = damaged.end()
+    finally:
+        hosts.b.run("umount", str(dataset_dir))
+    assert damaged.process.returncode == exit_codes.MISTAKE, output
+    assert f"{shard.name} was changed (checksum mismatch)" in output
+    records = sorted(path.name for path in good.settings.run_dir.glob("data_checked*"))
+    assert records == ["data_checked.json", "data_checked_host-b.json"]
 
 
 def test_an_interface_that_does_not_exist_is_named(hosts: TwoHosts, refused: Callable[..., str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import random
@@ -33,9 +34,10 @@ from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord
 from ds_gpt2.supervision.cluster import link
 from ds_gpt2.supervision.cluster.hostfile import Host
+from ds_gpt2.supervision.cluster.link import AgentLink, StartMethod
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.drill import drill as drill_run
-from ds_gpt2.tools.drill import small_disk
+from ds_gpt2.tools.drill import run_hosts, small_disk
 from ds_gpt2.tools.drill.compare import curve_differences, differences, expected_ledger
 from ds_gpt2.tools.drill.plan import CHANGING, EXACT, DrillPlan
 from ds_gpt2.tools.drill.record import WIDTH, Record, SceneResult, header, lines_of
@@ -329,18 +331,34 @@ def test_the_ranks_of_this_machine_are_those_of_its_place_in_the_hostfile(tmp_pa
     assert [host.name for host in hosts.others] == ["192.0.2.201", "192.0.2.202"]
 
 
-def test_the_supervisor_cannot_connect_to_a_host_that_is_set_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_supervisor_cannot_connect_to_an_unreachable_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "start_command", lambda host, way: [way, host])
     hosts = RunHosts([], "ssh", tmp_path)
     make_unreachable(tmp_path)
     assert link.start_command("node1", "ssh") == ["ssh", "node1"]
-    hosts.set_away(["node1"])
-    assert link.start_command("node1", "ssh") == ["false"]
-    assert link.start_command("node2", "srun") == ["srun", "node2"]
-    hosts.set_away([])
+    with contextlib.suppress(FailedError), hosts.unreachable(Host("node1", 1)):
+        assert link.start_command("node1", "ssh") == ["false"]
+        assert link.start_command("node2", "srun") == ["srun", "node2"]
+        raise FailedError("the scene has failed")
     assert link.start_command("node1", "ssh") == ["ssh", "node1"]
+
+
+def test_a_host_that_cannot_be_connected_leaves_no_connection_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[AgentLink] = []
+
+    def connect(host: str, way: StartMethod) -> AgentLink:
+        if started:
+            raise UserError("ssh cannot be started: Resource temporarily unavailable")
+        started.append(AgentLink(host, way))
+        return started[0]
+
+    monkeypatch.setattr(run_hosts, "AgentLink", connect)
+    hosts = [Host("node1", 1), Host("node2", 1)]
+    with pytest.raises(UserError, match="cannot be started"), RunHosts(hosts, "local", tmp_path).connected(hosts):
+        pass
+    assert started[0].wait(0)
 
 
 @pytest.mark.ranks

@@ -40,11 +40,10 @@ def node(context: SceneContext) -> Recovery:
         run.start(f"schedule.steps={steps}", resume=older.tag, faults=[back])
         wait_for_checkpoint(run)
         since, reached, fault_time = run.journal_position(), run.done_steps(), time.time()
-        run.hosts.set_away([host])
-        if not run.hosts.kill_on(links[host], run.run_dir):
-            raise FailedError(f"the run has no processes on {host}")
-    origin, when = wait_for_recovery(run, since, reached)
-    run.hosts.set_away([])
+        with run.hosts.unreachable(chosen):
+            if not run.hosts.kill_on(links[host], run.run_dir):
+                raise FailedError(f"the run has no processes on {host}")
+            origin, when = wait_for_recovery(run, since, reached)
     lost = run.events(since, "host_lost")
     if not lost or host not in lost[0].text:
         raise FailedError(f"the journal does not report the loss of {host}")

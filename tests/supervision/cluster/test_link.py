@@ -1,0 +1,130 @@
+"""The supervisor's connection to an agent, whose part a small program plays."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.supervision.cluster import link
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
+
+HELLO = """
+import json, sys, time
+def send(**message):
+    print(json.dumps(message), flush=True)
+send(hello={"pid": 1, "start": "1"})
+"""
+Connect = Callable[[str], AgentLink]
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Return a function that connects to an agent with the given program."""
+
+    def start(program: str) -> AgentLink:
+        monkeypatch.setattr(link, "start_command", lambda *_: [sys.executable, "-c", HELLO + program])
+        connected = AgentLink("node1", "local")
+        connected.wait_for_start()
+        return connected
+
+    return start
+
+
+class _Unread:
+    """A terminal that does not read."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.is_waiting, self.reads = threading.Event(), threading.Event()
+
+    def write(self, text: str) -> None:
+        self.is_waiting.set()
+        assert self.reads.wait(60)
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_terminal_that_does_not_read_is_not_the_loss_of_a_host(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "SILENCE_SECONDS", 0.5)
+    terminal = _Unread()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    connected = connect("""
+for number in range(30):
+    send(output=f"line {number}\\n", stream=1)
+    time.sleep(0.1)
+""")
+    assert terminal.is_waiting.wait(30)
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        assert connected.problem is None
+        time.sleep(0.1)
+    terminal.reads.set()
+    assert connected.wait(60)
+    assert terminal.text == "".join(f"line {number}\n" for number in range(30))
+
+
+@pytest.mark.parametrize("message", ['report={"launch": "x"}', 'hello={"pid": 1}', 'output="x", stream="y"'])
+def test_a_message_that_is_not_understood_ends_the_connection(connect: Connect, message: str, tmp_path: Path) -> None:
+    connected = connect(f"""
+send({message})
+for _ in sys.stdin: pass
+open({str(tmp_path / "ended")!r}, "w").close()
+""")
+    with pytest.raises(LostHostError, match="has sent a message that is not understood") as error:
+        connected.call("ping", 60)
+    assert "\n" not in str(error.value)
+    assert connected.wait(60) and (tmp_path / "ended").exists()
+
+
+def test_an_agent_on_this_machine_may_let_its_ranks_save_although_its_connection_is_killed(
+    connect: Connect, tmp_path: Path
+) -> None:
+    connected = connect(f"""
+for _ in sys.stdin: send(id=-1)
+time.sleep(1)
+open({str(tmp_path / "saved")!r}, "w").close()
+""")
+    connected.kill()
+    assert connected.problem == "the connection to its agent was ended"
+    assert connected.wait(60) and (tmp_path / "saved").exists()
+
+
+def test_an_agent_says_why_it_ends(connect: Connect) -> None:
+    connected = connect('send(end="its agent has received SIGTERM"); time.sleep(0.5)')
+    assert connected.is_open  # the ranks may be saving
+    with pytest.raises(LostHostError, match=r"^its agent has received SIGTERM$"):
+        connected.call("ping", 60)
+
+
+def test_forwardings_and_commands_of_the_ssh_configuration_are_not_used(tmp_path: Path) -> None:
+    if shutil.which("ssh") is None:
+        pytest.skip("there is no ssh")
+    config = tmp_path / "config"
+    config.write_text("Host node1\nLocalForward 8080 localhost:80\nRemoteCommand tmux\nPermitLocalCommand yes\n")
+    ssh, *options = link.start_command("node1", "ssh")[:-1]
+    done = subprocess.run([ssh, "-F", str(config), "-G", *options], capture_output=True, text=True, check=True)
+    found = dict(line.split(" ", 1) for line in done.stdout.lower().splitlines() if " " in line)
+    assert found["permitlocalcommand"] == "no" and found["clearallforwardings"] == "yes"
+    assert found.get("remotecommand", "none") == "none"
+
+
+def test_an_unknown_request_is_refused() -> None:
+    connected = AgentLink("localhost", "local")
+    connected.wait_for_start()
+    with pytest.raises(UserError, match=r"^host localhost: the request 'x' is unknown$"):
+        connected.call("x", 30)
+    assert isinstance(connected.call("ping", 30), float)
+    connected.close()
+    assert connected.wait(30)
