@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.sections import (
@@ -255,7 +254,7 @@ def default_values(section: type[BaseModel] = Settings, prefix: str = "") -> dic
         if is_section(inner):
             found |= default_values(inner, f"{prefix}{name}.")
         elif not field.is_required():
-            found[prefix + (field.alias or name)] = to_jsonable_python(field.default)
+            found[prefix + (field.alias or name)] = TypeAdapter(Any).dump_python(field.default, mode="json")
     return found
 
 

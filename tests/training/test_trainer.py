@@ -60,6 +60,9 @@ class Parts:
         self.problem = "shard cannot be read" if batch == self.unreadable_at else None
         return f"data of {batch}"
 
+    def source_metrics(self, batch: int) -> dict[str, float]:
+        return {}
+
     def begin_step(self, step: int, batch: int) -> None:
         self.step = step
 
