@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.paths import expanded
@@ -91,10 +92,27 @@ def add_hostfile_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument of verbs that may use several machines; see ``with_hostfile``."""
     parser.add_argument(
         "--hostfile",
+        action=_Once,
         type=path("--hostfile"),
         metavar="FILE",
         help="train on several machines: lines `HOST slots=N` (cluster.hostfile)",
     )
+
+
+class _Once(argparse.Action):
+    """Store the value of an option that must not be given with two values."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        """Store ``value``.
+
+        Raises:
+            UserError: there is another value already.
+        """
+        if (earlier := getattr(namespace, self.dest)) not in (None, value):
+            raise UserError(f"{option} is given twice, as {earlier} and as {value}: remove one")
+        setattr(namespace, self.dest, value)
 
 
 def with_hostfile(overrides: dict[str, str], hostfile: Path | None) -> dict[str, str]:

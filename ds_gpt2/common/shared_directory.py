@@ -18,16 +18,18 @@ def mark(directories: Sequence[str], name: str) -> list[str]:
     """Create a file ``name`` in each directory, or in the nearest parent that exists; return where.
 
     Raises:
-        OSError: a directory cannot be written; no file is left.
+        OSError: a directory, which the error names, cannot be written; no file is left.
     """
-    files_to_create = [_file(directory, name) for directory in directories]
-    try:
-        for file in files_to_create:
+    parents: list[str] = []
+    for directory in directories:
+        file = _file(directory, name)
+        try:
             files.open_for_writing(file, "wb").close()
-    except OSError:
-        unmark(directories, name)
-        raise
-    return [str(file.parent) for file in files_to_create]
+        except OSError as error:
+            unmark(directories, name)
+            raise OSError(error.errno, error.strerror, directory) from None
+        parents.append(str(file.parent))
+    return parents
 
 
 def has_marks(directories: Sequence[str], names: Sequence[str], seconds: float = 5.0) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,12 @@ def test_a_wrong_value_is_explained_without_names_of_the_code(
     assert cli.main(words) == exit_codes.MISTAKE
     command = " ".join(words[: 2 if words[0] == "prepare" else 1])
     assert capsys.readouterr().err == f"error: {message}; see `./launch.sh {command} --help`\n"
+
+
+def test_two_hostfiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "quickstart", "--hostfile", "a", "--hostfile", "b"]) == exit_codes.MISTAKE
+    assert capsys.readouterr().err == "error: --hostfile is given twice, as a and as b: remove one\n"
+    assert cli._parse(["train", "quickstart", "--hostfile", "a", "--hostfile", "a"]).hostfile == Path("a")
 
 
 @pytest.mark.parametrize("verb", cli._VERBS)

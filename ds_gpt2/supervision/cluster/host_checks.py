@@ -15,6 +15,8 @@ from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.common.shared_directory import not_shared
+from ds_gpt2.config import train_arguments
+from ds_gpt2.config.run_location import CONFIG, is_run_dir
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
 
@@ -76,8 +78,24 @@ def node_of(host: Host, link: AgentLink, arguments: Sequence[str], accelerator: 
         UserError: the run cannot be read there, or the host's clock differs from this one.
     """
     check_clock(link)
+    _check_config(link, train_arguments.parse(arguments).config.absolute())
     facts = call(link, "facts", arguments=list(arguments), cwd=str(Path.cwd()), accelerator=accelerator)
     return Node(host, link, facts["name"], facts["gpus"], facts["addresses"], facts["same"])
+
+
+def _check_config(link: AgentLink, config: Path) -> None:
+    """Check that a host has the settings file, which is in the directory of the run when it resumes.
+
+    Raises:
+        UserError: it has not.
+    """
+    if call(link, "exists", path=str(config)):
+        return
+    if config.name == CONFIG and is_run_dir(config.parent):
+        problem = not_shared(str(config.parent), "that host", "this machine")
+    else:
+        problem = f"the settings file {config} does not exist there: copy it, or use a shared directory"
+    raise UserError(f"host {link.host}: {problem}")
 
 
 def check_clock(link: AgentLink) -> None:
@@ -193,10 +211,10 @@ def find_network(nodes: Sequence[Node], interface: str | None = None) -> Network
         UserError: there is no such address.
     """
     first, others = nodes[0], nodes[1:]
-    if not others:
-        return Network("127.0.0.1", first.call("free_port", address="127.0.0.1"), (None,), ())
     if interface is not None:
         _check_interface(nodes, interface)
+    if not others:
+        return Network("127.0.0.1", first.call("free_port", address="127.0.0.1"), (None,), ())
     own = {address: name for name, found in first.addresses.items() for address in found}
     named = on_all(lambda node: node.call("resolve", name=first.host.name), others)
     addresses = dict.fromkeys([*sorted(address for found in named for address in found), *own])

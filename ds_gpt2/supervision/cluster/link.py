@@ -17,14 +17,17 @@ from typing import Any, Literal
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError, one_line_reason
+from ds_gpt2.common.formatting import truncated
 from ds_gpt2.supervision.cluster.channel import OutputQueue
 from ds_gpt2.supervision.cluster.messages import PING_SECONDS, SILENCE_SECONDS, NodeReport, encode, node_report
+from ds_gpt2.supervision.cluster.ssh_errors import advice_on
 
 AGENT = Path(__file__).with_name("agent.py")
 _ANSWER_SECONDS = 5.0  # for a host to accept a connection
 _START_SECONDS = 30.0  # for the agent to start: Python may be on a slow network disk
 _READ_SECONDS = 1.0  # for what an agent has sent before it has ended
 _MAX_REASON = 200  # characters
+_HELLO = b'{"hello"'  # start of an agent's first message
 _SSH_FAILED = 255  # the exit status of ssh if it cannot connect
 _SSH = [
     "ssh", "-T", "-a", "-x",
@@ -35,6 +38,7 @@ _SSH = [
     *("-o", "ClearAllForwardings=yes", "-o", "RemoteCommand=none"),  # those of the user's configuration
     *("-o", "PermitLocalCommand=no", "-o", "LogLevel=ERROR"),
 ]  # fmt: skip
+_NEEDED = {"ssh": ": install the client of OpenSSH", "srun": ": cluster.launch=srun is for Slurm jobs"}
 _SRUN = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--cpu-bind=none", "--unbuffered"]
 
 StartMethod = Literal["ssh", "srun", "local"]
@@ -77,10 +81,11 @@ class AgentLink:
                 start_new_session=True,  # Ctrl+C in the terminal must not end it
             )
         except OSError as error:
-            raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
+            raise UserError(f"{command[0]} cannot be started: {error.strerror}{_NEEDED.get(method, '')}") from None
         self._numbers = itertools.count()
         self._replies: dict[int, queue.Queue[dict[str, Any] | None]] = {}
         self._errors: deque[str] = deque(maxlen=20)  # the last lines of standard error
+        self._first_output = ""  # the last line of standard output before the first message, such as of a shell
         self._end_reason: str | None = None  # why the agent ends, as it has said
         self._failure: str | None = None  # why the connection is not used any more, although it may still be open
         self._output: OutputQueue[tuple[int, str]] = OutputQueue(_print, lambda line: (2, line))
@@ -124,9 +129,7 @@ class AgentLink:
                 raise LostHostError(end)
             if time.monotonic() > deadline:
                 self.close()
-                raise LostHostError(
-                    f"its agent has not started within {_START_SECONDS:.0f} s ({sys.executable} {AGENT})"
-                )
+                raise LostHostError(self._late_text())
 
     def request(self, what: str, **parameters: Any) -> None:
         """Send a request; do not wait for the reply."""
@@ -200,20 +203,40 @@ class AgentLink:
         """Return why the connection has ended."""
         if self._end_reason is not None:
             return self._end_reason
-        last = next((line for line in reversed(self._errors) if line), None)
+        last = self._last_line()
         if self._hello.is_set():
             return (
                 f"the connection to its agent has ended ({last})" if last else "the connection to its agent has ended"
             )
         if self._method == "ssh" and self._process.poll() == _SSH_FAILED:
-            return f"ssh: {last}: `ssh {self.host} true` must work without a password"
+            return advice_on(self.host, list(self._errors))
         return f"its agent cannot be started: {last or f'exit status {self._process.poll()}'}"
+
+    def _late_text(self) -> str:
+        """Return that the agent has not started in time, and why perhaps."""
+        text = f"its agent has not started within {_START_SECONDS:.0f} s ({sys.executable} {AGENT})"
+        if last := self._last_line():
+            text += f", last output: {last}"
+        if self._method == "ssh":
+            text += (
+                f"; a startup file of the shell there may wait: `ssh {self.host} true` must end at once and print"
+                " nothing"
+            )
+        return text
+
+    def _last_line(self) -> str:
+        """Return the last line of standard error, else of what came before the first message; "" if there is none."""
+        return next((line for line in reversed(self._errors) if line), self._first_output)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         with contextlib.suppress(OSError, ValueError):
             for line in self._process.stdout:
                 self._last_heard = time.monotonic()
+                if not self._hello.is_set():  # startup files of the shell may have printed something
+                    before, start, rest = line.partition(_HELLO)
+                    self._first_output = _shown(before) or self._first_output
+                    line = start + rest
                 message = safe_json.parse_object(line)
                 if message is None or self._failure is not None:
                     continue
@@ -246,7 +269,7 @@ class AgentLink:
         assert self._process.stderr is not None
         with contextlib.suppress(OSError, ValueError):
             for line in self._process.stderr:
-                self._errors.append(line.decode(errors="backslashreplace").strip())
+                self._errors.append(_shown(line))
 
     def _write(self) -> None:
         assert self._process.stdin is not None
@@ -260,6 +283,11 @@ class AgentLink:
     def _ping(self) -> None:
         while not self._is_closed and not self._has_ended.wait(PING_SECONDS):
             self.request("ping")
+
+
+def _shown(line: bytes) -> str:
+    """Return a line of output for messages."""
+    return truncated(line.decode(errors="backslashreplace").strip(), _MAX_REASON)
 
 
 def _print(output: tuple[int, str]) -> None:

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ds_gpt2.common import installation
+from ds_gpt2.common import installation, shared_directory
 from ds_gpt2.common.errors import UserError, reason_of
-from ds_gpt2.common.shared_directory import has_marks, mark, unmark
+from ds_gpt2.common.shared_directory import has_marks, unmark
 from ds_gpt2.config import train_arguments
 from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed.network_interface import addresses, interface_of
@@ -58,6 +58,25 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
         "gpus": None if accelerator == "cpu" else _count_gpus(),
         "addresses": addresses((socket.AF_INET,)),
     }
+
+
+def exists(path: str) -> bool:
+    """Return whether a file or directory exists on this host."""
+    return os.path.exists(path)
+
+
+def mark(directories: Sequence[str], name: str) -> list[str]:
+    """Create a file in each directory, see ``shared_directory.mark``.
+
+    Raises:
+        UserError: a directory cannot be written; no file is left.
+    """
+    try:
+        return shared_directory.mark(directories, name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {error.filename}: {reason_of(error)}; check its permissions and its disk"
+        ) from None
 
 
 def listen() -> dict[str, Any]:
@@ -182,5 +201,6 @@ def _echo(connection: socket.socket) -> None:
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
-    action.__name__: action for action in (facts, mark, has_marks, unmark, listen, reach, resolve, free_port, command)
+    action.__name__: action
+    for action in (exists, facts, mark, has_marks, unmark, listen, reach, resolve, free_port, command)
 }

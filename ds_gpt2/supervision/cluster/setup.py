@@ -9,7 +9,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.supervision.cluster.cluster import Cluster, ClusterSpec
-from ds_gpt2.supervision.cluster.hostfile import Host, read_hostfile, slurm_hosts
+from ds_gpt2.supervision.cluster.hostfile import Host, read_hostfile, slurm_hosts, slurm_nodes
 from ds_gpt2.supervision.launcher import requested_accelerator
 
 
@@ -20,9 +20,11 @@ def hosts_of(settings: Settings, num_gpus: int | None, environment: Mapping[str,
         num_gpus: ranks on each node of a Slurm job without a hostfile; None: as many as it has GPUs there.
 
     Raises:
-        UserError: the hostfile is invalid, or the number of ranks is not known.
+        UserError: the hostfile is invalid, the number of ranks is not known, or there is no Slurm job.
     """
     cluster = settings.cluster
+    if cluster.launch == "srun":
+        slurm_nodes(environment)
     if cluster.hostfile is not None:
         if num_gpus is not None:
             raise UserError(

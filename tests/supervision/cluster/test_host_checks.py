@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
-from ds_gpt2.common import shared_directory
+from ds_gpt2.common import files, shared_directory
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.supervision.cluster import host_checks
+from ds_gpt2.config.run_location import CONFIG
+from ds_gpt2.run_dir.journal import JOURNAL
+from ds_gpt2.supervision.cluster import host_checks, node_checks
 from ds_gpt2.supervision.cluster.host_checks import Node, find_network
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import LostHostError
@@ -69,6 +74,9 @@ def test_an_interface_must_exist_on_all_hosts() -> None:
     message = r"^cluster\.interface=eth0: host c has no such interface; it has ens5, lo$"
     with pytest.raises(UserError, match=message):
         find_network(nodes, "eth0")
+    with pytest.raises(UserError, match=r"^cluster\.interface=nope0: host a has no such interface"):
+        find_network(nodes[:1], "nope0")
+    assert find_network(nodes[:1], "eth0").address == "127.0.0.1"
 
 
 def test_a_host_that_reaches_no_address_is_named() -> None:
@@ -90,7 +98,7 @@ def test_hosts_that_reach_different_addresses_are_listed() -> None:
         find_network(nodes)
 
 
-def _with_disk(host: str, mark: Any = shared_directory.mark) -> Node:
+def _with_disk(host: str, mark: Any = node_checks.mark) -> Node:
     """Return a node that compares the directories of this machine."""
 
     def has_marks(directories: list[str], names: list[str]) -> list[list[str]]:
@@ -115,6 +123,41 @@ def test_a_directory_that_is_not_shared_is_named_with_both_hosts(tmp_path: Path)
     with pytest.raises(UserError, match=rf"^{here} is not the same directory on a and b: mount a shared file system"):
         host_checks.check_shared([_with_disk("a"), _with_disk("b", mark)], [here])
     assert list(here.iterdir()) == []
+
+
+def test_nothing_is_left_if_a_host_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = [tmp_path / "runs", tmp_path / "checkpoints"]
+    for directory in directories:
+        directory.mkdir()
+    open_for_writing = files.open_for_writing
+
+    def refuse(path: Path, mode: str) -> BinaryIO:
+        if path.parent == directories[1] and path.name.endswith("-1"):  # of host b
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_for_writing(path, mode)
+
+    monkeypatch.setattr(files, "open_for_writing", refuse)
+    message = rf"cannot write to {directories[1]}: Read-only file system; check its permissions and its disk$"
+    with pytest.raises(UserError, match=message):
+        host_checks.check_shared([_with_disk("a"), _with_disk("b")], directories)
+    assert [list(directory.iterdir()) for directory in directories] == [[], []]
+
+
+def test_a_settings_file_that_a_host_lacks_is_named(tmp_path: Path) -> None:
+    config = tmp_path / CONFIG
+    config.write_text("")
+
+    def problem(config: Path) -> str:
+        link: Any = FakeLink("b", ping=lambda: time.time(), exists=False)
+        with pytest.raises(UserError) as error:
+            host_checks.node_of(Host("b", 1), link, ["--config", str(config)], "cpu")
+        return str(error.value)
+
+    expected = f"host b: the settings file {config} does not exist there: copy it, or use a shared directory"
+    assert problem(config) == expected
+    (tmp_path / JOURNAL).write_text("")  # the directory of a run, which resumes
+    expected = f"host b: {tmp_path} is not the same directory on that host and this machine: mount a shared file system"
+    assert problem(config).startswith(expected)
 
 
 def test_the_files_of_a_host_that_has_not_answered_are_deleted(tmp_path: Path) -> None:

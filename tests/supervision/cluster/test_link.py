@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.supervision.cluster import link
-from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError
+from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
 
 HELLO = """
 import json, sys, time
@@ -106,6 +107,57 @@ def test_an_agent_says_why_it_ends(connect: Connect) -> None:
     assert connected.is_open  # the ranks may be saving
     with pytest.raises(LostHostError, match=r"^its agent has received SIGTERM$"):
         connected.call("ping", 60)
+
+
+def _error_at_start(monkeypatch: pytest.MonkeyPatch, script: str, method: StartMethod = "ssh") -> str:
+    """Return why an agent has not started whose shell runs ``script`` first."""
+    monkeypatch.setattr(link, "start_command", lambda *_: ["sh", "-c", script])
+    connected = AgentLink("node1", method)
+    with pytest.raises(LostHostError) as error:
+        connected.wait_for_start()
+    connected.kill()
+    assert connected.wait(60)
+    return str(error.value)
+
+
+def test_output_of_the_shell_before_the_first_message_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = shlex.join([sys.executable, "-u", str(link.AGENT)])
+    script = f"""printf '{{"id": 1}}\\n\\377 no newline'; exec {agent}"""
+    monkeypatch.setattr(link, "start_command", lambda *_: ["sh", "-c", script])
+    connected = AgentLink("node1", "ssh")
+    connected.wait_for_start()
+    assert isinstance(connected.call("ping", 30), float)
+    connected.close()
+    assert connected.wait(30)
+
+
+def test_a_shell_that_waits_is_named_with_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_START_SECONDS", 2.0)
+    advice = "; a startup file of the shell there may wait: `ssh node1 true` must end at once and print nothing"
+    text = f"its agent has not started within 2 s ({sys.executable} {link.AGENT})"
+    assert _error_at_start(monkeypatch, "echo welcome; exec sleep 60") == f"{text}, last output: welcome{advice}"
+    assert _error_at_start(monkeypatch, "exec sleep 60") == text + advice
+    assert _error_at_start(monkeypatch, "exec sleep 60", "srun") == text
+
+
+def test_a_shell_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "This account is currently not available."
+    assert _error_at_start(monkeypatch, f"echo '{message}'; exit 1") == f"its agent cannot be started: {message}"
+    assert _error_at_start(monkeypatch, "echo 1; echo 2 >&2; exit 1") == "its agent cannot be started: 2"
+    assert _error_at_start(monkeypatch, "exit 1") == "its agent cannot be started: exit status 1"
+    assert len(_error_at_start(monkeypatch, "printf '%5000s' x; printf '%5000s' y >&2; exit 1")) < 300
+
+
+def test_an_error_of_ssh_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "echo welcome; echo 'Host key verification failed.' >&2; exit 255"
+    assert _error_at_start(monkeypatch, script).startswith("ssh: its host key is not known: accept it with")
+
+
+@pytest.mark.parametrize(("method", "advice"), [("ssh", "install the client of OpenSSH"), ("srun", "is for Slurm")])
+def test_a_program_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, method: StartMethod, advice: str) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=f"^{method} cannot be started: No such file or directory: .*{advice}"):
+        AgentLink("node1", method)
 
 
 def test_forwardings_and_commands_of_the_ssh_configuration_are_not_used(tmp_path: Path) -> None:
