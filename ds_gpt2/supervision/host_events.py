@@ -24,7 +24,7 @@ def report_lost_hosts(
 def reconnect(reporter: Reporter, cluster: Cluster) -> dict[str, str]:
     """Connect to the hosts that do not answer and report the changes; return those that still do not, and why."""
     report_lost_hosts(reporter, cluster, {})
-    before = set(cluster.away)
+    before = set(cluster.away) - set(cluster.cut_off)
     away = cluster.reconnect()
     for host in sorted(before - set(cluster.away)):
         reporter.report("host_back", f"host {host} answers again", host=host)

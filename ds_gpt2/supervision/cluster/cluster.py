@@ -116,15 +116,21 @@ class Cluster:
         answering = {node.host.name for node in self.nodes}
         return [host.name for host in self.spec.hosts if host.name not in answering]
 
+    @property
+    def cut_off(self) -> list[str]:
+        """The hosts whose agents have ended because this process was stopped (SIGSTOP) or could not send to them."""
+        return [name for name, link in self._links.items() if link.was_cut_off]
+
     def newly_lost(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Return the hosts that have stopped to answer since the last call, and why.
+        """Return the hosts that have stopped to answer since the last call, and why; not those that were cut off.
 
         Args:
             reasons: host -> why it is lost, where that is known.
         """
-        away = {name: reasons.get(name) or self._links[name].problem for name in self.away if name in self._links}
+        lost = [name for name in self.away if name in self._links and name not in self.cut_off]
+        away = {name: reasons.get(name) or self._links[name].problem for name in lost}
         new = {name: reason or "it does not answer" for name, reason in away.items() if name not in self._noted_lost}
-        self._noted_lost = set(self.away)
+        self._noted_lost = set(lost)
         return new
 
     @property
