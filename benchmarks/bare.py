@@ -7,8 +7,8 @@ import torch
 from benchmarks.reference import rate
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import torch_compile
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.model.gpt2 import GPT2, parameter_groups
@@ -22,7 +22,7 @@ class Bare:
         batch, optimizer = settings.batch, settings.optimizer
         self.settings = settings
         self.plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, 1)
-        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        windows = open_sources(settings.data).windows("train", batch.sequence_length)
         self.data = TrainingData(windows, self.plan, 0, settings.run.seed, device)
         seed_everything(settings.run.seed)
         self.model = GPT2(ModelShape(*settings.model.shape, batch.sequence_length), settings.model.dropout)

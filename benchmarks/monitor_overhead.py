@@ -197,14 +197,14 @@ def _occasions(trainer: Trainer, hook: Hook, every: int, count: int, step_ms: fl
 
 def _hooks(trainer: Trainer, with_hellaswag: bool) -> Iterator[tuple[str, int, Hook, bool]]:
     """Yield name, interval in steps in gpt2_124m.yaml, hook, and whether ranks share its work."""
-    from ds_gpt2.data.dataset import Windows, open_dataset
+    from ds_gpt2.data.sources import HeldOut, open_sources
     from ds_gpt2.training.hooks import Histograms, Samples, Validation, open_hellaswag
 
     reference = load_settings(PROJECT_DIR / "ds_configs" / "gpt2_124m.yaml")
     settings = trainer.settings
     context = settings.batch.sequence_length
-    held_out = Windows(open_dataset(settings.data.dir), "val", context)
-    validation = Validation(reference.validation, held_out, settings.batch.micro_batch)
+    held_out = open_sources(settings.data).windows("val", context)
+    validation = Validation(reference.validation, [HeldOut(held_out)], settings.batch.micro_batch)
     yield f"validation, {len(held_out)} windows", reference.validation.every, validation, True
     samples = Samples(reference.samples, settings.run.seed, settings.run_dir / "samples", context)
     yield "samples", reference.samples.every, samples, False

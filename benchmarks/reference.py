@@ -28,13 +28,13 @@ if not __package__:
 from benchmarks.program import make_parser
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings, load_settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.rng_state import seed_everything
 from ds_gpt2.model.gpt2 import GPT2, parameter_groups
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.lr_schedule import LearningRate
 
 
 class PlainLoss(nn.Module):
@@ -61,7 +61,7 @@ class Reference:
         self.plan = plan_batch(
             batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
         )
-        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        windows = open_sources(settings.data).windows("train", batch.sequence_length)
         self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, device)
         self.device = device
         seed_everything(settings.run.seed)
@@ -104,13 +104,7 @@ def rate(settings: Settings, step: int) -> float:
     """Return the learning rate of ``step``."""
     schedule = settings.schedule
     assert schedule.steps is not None
-    return learning_rate(
-        step,
-        steps=schedule.steps,
-        warmup_steps=schedule.warmup_steps,
-        max_lr=schedule.max_lr,
-        min_lr=schedule.min_lr,
-    )
+    return LearningRate(schedule, schedule.steps)(step)
 
 
 def train_reference(config: Path, steps: int, seconds: list[float] | None = None) -> list[float]:

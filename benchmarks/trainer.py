@@ -10,8 +10,8 @@ from benchmarks.reference import rate
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives, torch_compile
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.rng_state import seed_everything
@@ -29,7 +29,7 @@ class Trainer:
         self.plan = plan_batch(
             batch.tokens_per_step, batch.micro_batch, batch.sequence_length, collectives.world_size()
         )
-        windows = Windows(open_dataset(settings.data.dir), "train", batch.sequence_length)
+        windows = open_sources(settings.data).windows("train", batch.sequence_length)
         self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, device)
         content = deepspeed_config.load_deepspeed_file(settings.deepspeed)
         seed_everything(settings.run.seed)

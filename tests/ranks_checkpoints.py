@@ -25,8 +25,8 @@ from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import CheckpointSettings, Settings, load_settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
@@ -45,7 +45,7 @@ class Bench:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.plan = plan_batch(16 * 64, 2, 64, collectives.world_size())
-        windows = Windows(open_dataset(settings.data.dir), "train", 64)
+        windows = open_sources(settings.data).windows("train", 64)
         self.data = TrainingData(windows, self.plan, collectives.rank(), settings.run.seed, torch.device("cpu"))
         self.engine = self.fresh_engine(settings)
         self.state = TrainState()

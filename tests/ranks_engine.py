@@ -22,8 +22,8 @@ from benchmarks.bad_gradients import inject
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import HistogramsSettings, ValidationSettings, load_settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import MicroBatch, TrainingData
+from ds_gpt2.data.sources import HeldOut, open_sources
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.engine import zero2_gradients
 from ds_gpt2.engine.engine import Engine
@@ -59,9 +59,11 @@ def main(config: Path, out: Path) -> None:
     cpu = device.choose("cpu")
     open_process_group(cpu)
     plan = plan_batch(16 * SEQUENCE, 2, SEQUENCE, collectives.world_size())
-    dataset = open_dataset(settings.data.dir)
-    data = TrainingData(Windows(dataset, "train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
-    validation = Validation(ValidationSettings(tokens=7 * SEQUENCE), Windows(dataset, "val", SEQUENCE), group=2)
+    dataset = open_sources(settings.data)
+    data = TrainingData(dataset.windows("train", SEQUENCE), plan, collectives.rank(), settings.run.seed, cpu)
+    validation = Validation(
+        ValidationSettings(tokens=7 * SEQUENCE), [HeldOut(dataset.windows("val", SEQUENCE))], group=2
+    )
 
     def fresh_engine() -> Engine:
         torch.manual_seed(5)
@@ -93,6 +95,7 @@ def main(config: Path, out: Path) -> None:
     found["dropped"] = _dropped(engine, data)
     found["summed_gradient"] = _sum_of_one_large_and_small_gradients(engine, data)
     found["bad"] = inject(engine, data, count=25, seed=collectives.world_size())
+    found["unaccepted"] = _unaccepted_norm(engine, data)
     found["fingerprints"] = _fingerprints(engine)
     found["after_skip"] = steps(engine, 1)
     found["histograms"] = _histograms(engine, data)
@@ -166,6 +169,28 @@ def _sum_of_one_large_and_small_gradients(trained: Engine, data: TrainingData) -
     assert gradient is not None
     trained.apply(0.0)
     return float(gradient.mean())
+
+
+def _unaccepted_norm(trained: Engine, data: TrainingData) -> dict[str, object]:
+    """Refuse the norm of a step's gradients, then train on: return what the update reported, and what it changed."""
+    asked: list[float] = []
+
+    def refuse(norm: float) -> bool:
+        asked.append(norm)
+        return False
+
+    before = {name: part.clone() for name, part in trained.masters().items()}
+    trained.accumulate(data.micro_batches(6))
+    update = trained.apply(LR, refuse)
+    unchanged = all(torch.equal(part, before[name]) for name, part in trained.masters().items())
+    trained.accumulate(data.micro_batches(6))
+    again = trained.apply(0.0)
+    return {
+        "asked": asked == [update.grad_norm],
+        "norms": [update.grad_norm, again.grad_norm],
+        "applied": [update.applied, again.applied],
+        "unchanged": all(collectives.gather_objects(unchanged)),
+    }
 
 
 def _fingerprints(trained: Engine) -> dict[str, object]:

@@ -19,6 +19,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import run_argument, run_of
 from ds_gpt2.engine.checkpoint_keys import PARTITION_SUFFIX
 
+STAGES = "data.stages"  # in the identity of a run that trains on a mixture: its stages
+
 _ORDER: tuple[Role, ...] = ("rolling", "epoch", "best", "superseded")  # of checkpoints of one step
 
 
@@ -177,13 +179,27 @@ def check_identity(generation: Generation, manifest: Manifest, identity: dict[st
     differing = [
         f"{name} {manifest.identity[name]} (this run has {value})"
         for name, value in identity.items()
-        if name in manifest.identity and manifest.identity[name] != value
+        if name in manifest.identity and name != STAGES and manifest.identity[name] != value
     ]
+    batch = manifest.state.get("batch", manifest.step)
+    if STAGES in identity and _begun(identity[STAGES], batch) != _begun(manifest.identity.get(STAGES, []), batch):
+        differing.append(f"another data.mixture until step {batch:,}")
     if differing:
         raise UserError(
             f"checkpoint {generation.path} was made with {', '.join(differing)}: restore these settings, or start a"
             " new run with run.name=NAME"
         )
+
+
+def _begun(stages: Any, batch: int) -> list[Any] | None:
+    """Return the stages of a mixture that have begun with ``batch``: only later ones may be changed.
+
+    None if ``stages``, from a manifest, are not stages.
+    """
+    try:
+        return [stage for stage in stages if stage["from_step"] <= batch]
+    except (TypeError, LookupError):
+        return None
 
 
 def candidates(directory: Path, selector: str) -> list[Generation]:

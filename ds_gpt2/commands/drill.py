@@ -14,7 +14,7 @@ from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.lookup import find_config
 from ds_gpt2.config.settings import parse_overrides
-from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.supervision.cluster.setup import hosts_of
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks, requested_accelerator
@@ -71,7 +71,7 @@ def _plan(options: argparse.Namespace) -> DrillPlan:
     overrides = with_hostfile(parse_overrides(options.settings), options.hostfile)
     settings = run_location.load(find_config(options.config), overrides)
     load_deepspeed_file(settings.deepspeed)
-    open_dataset(settings.data.dir)
+    open_sources(settings.data)
     hosts = hosts_of(settings, options.num_gpus)
     slots = sum(host.slots for host in hosts)  # with auto, the hosts decide whether they use GPUs
     layout = RankLayout(requested_accelerator(settings), slots) if hosts else choose_ranks(settings, options.num_gpus)

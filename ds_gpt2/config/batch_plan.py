@@ -12,6 +12,7 @@ from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.sections import ScheduleSettings
 
 _MAX_RANGE = 100_000
+_DECAY_FRACTION = 0.1  # of the steps, as in Hu et al. 2024 (MiniCPM), section 4.3
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,29 @@ def steps_of(schedule: ScheduleSettings, windows: int, windows_per_step: int) ->
     if schedule.steps is not None:
         return schedule.steps
     return math.ceil((schedule.epochs or 0) * windows / windows_per_step)
+
+
+def decay_steps_of(schedule: ScheduleSettings, steps: int) -> int:
+    """Return the number of steps at the end of a run of ``steps`` steps in which the learning rate decays."""
+    if schedule.shape == "wsd":
+        return schedule.decay_steps or max(1, round((schedule.decay_fraction or _DECAY_FRACTION) * steps))
+    return 0 if schedule.shape == "constant" else steps - schedule.warmup_steps
+
+
+def check_schedule(schedule: ScheduleSettings, steps: int) -> None:
+    """Check that the warm-up and the decay fit into a run of ``steps`` steps.
+
+    Raises:
+        UserError: they do not.
+    """
+    warmup, decay = schedule.warmup_steps, decay_steps_of(schedule, steps)
+    if warmup >= steps:
+        raise UserError(f"schedule.warmup_steps {warmup:,} must be below the {steps:,} steps of the run")
+    if warmup + decay > steps:
+        raise UserError(
+            f"schedule.warmup_steps {warmup:,} and a decay of {decay:,} steps are more than the {steps:,} steps of the"
+            f" run: set schedule.decay_steps to at most {steps - warmup}"
+        )
 
 
 def plan_batch(tokens_per_step: int, micro_batch: int, sequence_length: int, world_size: int) -> BatchPlan:

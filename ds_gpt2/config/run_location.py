@@ -32,7 +32,7 @@ from ds_gpt2.config.settings import (
     settings_of,
     to_yaml,
 )
-from ds_gpt2.config.settings_tree import read_tree, section_of
+from ds_gpt2.config.settings_tree import read_tree, section_of, sections_of
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
@@ -68,9 +68,10 @@ def load_run_settings(run_dir: Path, overrides: Mapping[str, str] | None = None,
     tree = _read_stored_tree(run_dir)
     before = _last_seen(run_dir, tree)
     for key in PATH_KEYS:
-        section, name = section_of(tree, key)
-        if isinstance(text := section.get(name), str) and "://" not in text:
-            section[name] = _moved(key, text, run_dir, before)
+        sections, name = sections_of(tree, key)
+        for section in sections:
+            if isinstance(text := section.get(name), str) and "://" not in text:
+                section[name] = _moved(key, text, run_dir, before)
     run = tree["run"] if isinstance(tree.get("run"), dict) else {}
     tree["run"] = {**run, "name": run_dir.name, "dir": str(run_dir.parent)}
     return settings_of(tree, run_dir / CONFIG, overrides, cwd=cwd, expand=False)
@@ -136,9 +137,10 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
     """Return the settings as nested dicts for JSON, without absolute paths into the project or the run."""
     tree = settings.model_dump(mode="json")
     for key in PATH_KEYS:
-        section, name = section_of(tree, key)
-        if isinstance(text := section.get(name), str) and "://" not in text:
-            section[name] = _portable(key, text, settings.run_dir)
+        sections, name = sections_of(tree, key)
+        for section in sections:
+            if isinstance(text := section.get(name), str) and "://" not in text:
+                section[name] = _portable(key, text, settings.run_dir)
     del tree["run"]["dir"]
     return tree
 
@@ -217,11 +219,13 @@ def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]
     now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
     tree = json.loads(json.dumps(stored))
     for key in PATH_KEYS:
-        section, name = section_of(tree, key)
-        if now:
-            section[name] = section_of(now, key)[0].get(name)
-        elif isinstance(text := section.get(name), str) and "://" not in text:
-            section[name] = _without_run(key, text)
+        sections, name = sections_of(tree, key)
+        current = sections_of(now, key)[0]
+        for number, section in enumerate(sections):
+            if now:
+                section[name] = current[number].get(name) if number < len(current) else None
+            elif isinstance(text := section.get(name), str) and "://" not in text:
+                section[name] = _without_run(key, text)
     if run_dir is None:
         section_of(tree, "run.dir")[0].pop("dir", None)
     else:

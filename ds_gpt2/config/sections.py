@@ -41,6 +41,8 @@ _Float = Annotated[float, BeforeValidator(_decimal_number)]
 # Limits beyond what any run needs; within them no arithmetic overflows and no memory is exhausted.
 _LARGEST, _SMALLEST = 10**9, 1e-12
 _SMALLEST_RATE = 0.001  # MB/s
+_MAX_SOURCES = 100  # of a mixture
+MIXTURE_PERIOD = 1000  # windows in which the shares of a mixture are exact
 _MAX_WINDOWS = 10**7  # per step: their indices take 80 MB on each rank
 
 PositiveInt = Annotated[_Int, Field(gt=0, le=_LARGEST)]
@@ -123,10 +125,84 @@ class ModelSettings(Section):
         return self.layers, self.heads, self.width
 
 
-class DataSettings(Section):
-    """The data to train on."""
+class SourceSettings(Section):
+    """One source of a mixture."""
 
     dir: Path  # shards written by `prepare`, by llm.c or by build-nanogpt
+    weight: PositiveFloat  # its share of the windows is weight / sum of the weights
+    epochs: PositiveFloat | None = None  # the most passes over it that the run may make; None: any number
+    name: str | None = None  # in metrics and messages; None: the name of the directory
+
+    @property
+    def label(self) -> str:
+        """The name of the source in metrics and messages."""
+        return self.dir.name if self.name is None else self.name
+
+    @model_validator(mode="after")
+    def _plain_label(self) -> SourceSettings:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", self.label):
+            raise ValueError(f"{self.label!r} is not the name of a source: set name, of letters, digits, '.', '_', '-'")
+        return self
+
+
+class StageSettings(Section):
+    """Another mixture from one step on."""
+
+    from_step: Annotated[PositiveInt, Field(ge=2)]  # the first step that trains on it
+    mixture: Annotated[tuple[SourceSettings, ...], Field(min_length=1, max_length=_MAX_SOURCES)]
+
+
+class DataSettings(Section):
+    """The data to train on: one directory, or a mixture of several."""
+
+    dir: Path | None = None  # shards written by `prepare`, by llm.c or by build-nanogpt
+    mixture: Annotated[tuple[SourceSettings, ...], Field(max_length=_MAX_SOURCES)] = ()
+    stages: Annotated[tuple[StageSettings, ...], Field(max_length=_MAX_SOURCES)] = ()  # later mixtures, by step
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DataSettings:
+        if (self.dir is None) != bool(self.mixture):
+            raise ValueError("give data.dir, the directory of a dataset, or data.mixture, a list of several; not both")
+        if self.stages and not self.mixture:
+            raise ValueError("data.stages needs data.mixture, which holds from step 1 on")
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"data.stages must be in the order of from_step, which is {', '.join(map(str, steps))}")
+        _check_sources(self.mixtures)
+        return self
+
+    @property
+    def mixtures(self) -> tuple[tuple[SourceSettings, ...], ...]:
+        """The mixture of each stage; of one directory, a mixture of it alone."""
+        if self.dir is not None:
+            return ((SourceSettings.model_construct(dir=self.dir, weight=1.0, epochs=None, name=None),),)
+        return self.mixture, *(stage.mixture for stage in self.stages)
+
+    @property
+    def sources(self) -> tuple[SourceSettings, ...]:
+        """Every source of any stage once, in the order of their first appearance."""
+        found: dict[str, SourceSettings] = {}
+        for mixture in self.mixtures:
+            for source in mixture:
+                found.setdefault(source.label, source)
+        return tuple(found.values())
+
+
+def _check_sources(mixtures: tuple[tuple[SourceSettings, ...], ...]) -> None:
+    """Check that names are unique and mean the same directory in every stage, and that no share is too small."""
+    directories: dict[str, Path] = {}
+    for mixture in mixtures:
+        labels = [source.label for source in mixture]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"data.mixture has two sources named {twice}: give one of them another name")
+        total = sum(source.weight for source in mixture)
+        for source in mixture:
+            if directories.setdefault(source.label, source.dir) != source.dir:
+                raise ValueError(f"data.stages: {source.label} is already another directory: give one of them a name")
+            if source.weight / total < 1 / MIXTURE_PERIOD:
+                raise ValueError(
+                    f"data.mixture: {source.label} has less than one window in {MIXTURE_PERIOD:,}: raise its weight"
+                )
 
 
 class BatchSettings(Section):
@@ -144,13 +220,17 @@ class BatchSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """The length of the run, and the learning rate at each step: linear warm-up, then cosine decay."""
+    """The length of the run, and the learning rate at each step: linear warm-up, then a decay."""
 
     steps: Annotated[PositiveInt, Field(le=100_000_000)] | None = None  # of the whole run; give steps or epochs
     epochs: Annotated[PositiveFloat, Field(le=100_000)] | None = None  # passes over the data
     warmup_steps: Count = 715  # steps of linear warm-up
     max_lr: PositiveFloat = 6e-4  # learning rate after the warm-up
     min_lr: NonNegativeFloat = 6e-5  # learning rate at the last step
+    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: decay at the end only
+    decay_steps: PositiveInt | None = None  # wsd: steps of the decay at the end of the run
+    decay_fraction: Annotated[_Float, Field(gt=0, le=1)] | None = None  # wsd: the same as a part of the run's steps
+    decay_shape: Literal["linear", "sqrt", "cosine"] | None = None  # wsd: curve of the decay; None: linear
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleSettings:
@@ -161,6 +241,21 @@ class ScheduleSettings(Section):
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"schedule.warmup_steps {self.warmup_steps} must be below schedule.steps {self.steps}")
         return self
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> ScheduleSettings:
+        names = ("decay_steps", "decay_fraction", "decay_shape")
+        given = [f"schedule.{name}" for name in names if getattr(self, name) is not None]
+        if given and self.shape != "wsd":
+            raise ValueError(f"{given[0]} is for schedule.shape=wsd; with {self.shape} set {given[0]}=null")
+        if self.decay_steps is not None and self.decay_fraction is not None:
+            raise ValueError("give schedule.decay_steps or schedule.decay_fraction, not both")
+        return self
+
+    @property
+    def decay_curve(self) -> str:
+        """The curve of the decay: ``linear``, ``sqrt`` or ``cosine``."""
+        return (self.decay_shape or "linear") if self.shape == "wsd" else self.shape
 
 
 class OptimizerSettings(Section):
@@ -265,6 +360,8 @@ class GuardSettings(Section):
 
     spike: Literal["off", "alert", "skip", "rollback"] = "alert"  # one loss far above the recent losses
     spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent losses
+    grad_spike: Literal["off", "alert", "skip"] = "alert"  # a gradient norm far above the recent norms
+    grad_spike_z: PositiveFloat = 10.0  # robust standard deviations above the median of recent norms
     divergence: Literal["off", "alert", "rollback"] = "rollback"  # `divergence_steps` such losses in a row
     divergence_steps: PositiveInt = 20  # spikes in a row that count as divergence
     skipped_run: Literal["off", "alert", "rollback"] = "rollback"  # `skipped_run_steps` skipped updates in a row

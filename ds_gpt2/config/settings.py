@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.sections import (
@@ -74,6 +74,7 @@ __all__ = [
     "Settings",
     "SupervisorSettings",
     "ValidationSettings",
+    "default_values",
     "dump_settings",
     "flat",
     "known_keys",
@@ -140,6 +141,8 @@ PATH_KEYS = (
     "run.dir",
     "model.init_from",
     "data.dir",
+    "data.mixture.*.dir",
+    "data.stages.*.mixture.*.dir",
     "checkpoint.dir",
     "checkpoint.backup.to",
     "hellaswag.path",
@@ -241,6 +244,18 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
         if overrides.setdefault(key, value) != value:
             raise UserError(f"{key} is given twice, as {overrides[key]} and as {value}: remove one")
     return overrides
+
+
+def default_values(section: type[BaseModel] = Settings, prefix: str = "") -> dict[str, Any]:
+    """Return the default of every dotted setting that has one, as ``flat`` returns the values of a run."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner: Any = field.annotation
+        if is_section(inner):
+            found |= default_values(inner, f"{prefix}{name}.")
+        elif not field.is_required():
+            found[prefix + (field.alias or name)] = TypeAdapter(Any).dump_python(field.default, mode="json")
+    return found
 
 
 def known_keys(section: type[BaseModel] = Settings, prefix: str = "") -> list[str]:

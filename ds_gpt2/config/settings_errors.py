@@ -63,7 +63,7 @@ def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
         too_short = isinstance(item["loc"][-1], int)
         return f"{key} has too few values" if too_short else f"{key} is not set"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.")):
+    if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.", "data.")):
         return message
     message = _PLAIN_MESSAGES.get(item["type"], message)
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
@@ -91,5 +91,12 @@ def _setting_at(location: tuple[int | str, ...], keys: Sequence[str]) -> str:
     for known in keys:
         names = known.split(".")
         if parts[: len(names)] == names:
-            return known
+            return known + _entry(location[len(names) :])
     return ".".join(str(part) for part in location)
+
+
+def _entry(rest: tuple[int | str, ...]) -> str:
+    """Return the part of a location below a setting that is a list of sections, such as ``[1].weight``."""
+    if len(rest) < 2 or not isinstance(rest[0], int):
+        return ""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)

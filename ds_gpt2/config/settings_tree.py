@@ -21,7 +21,16 @@ _MAX_FILE_BYTES = 1_000_000
 _EXAMPLE = "give a YAML file such as those in ds_configs/"
 _SHAPE = ("layers", "heads", "width")
 # A setting in an override removes the settings that it excludes from the file.
-_EXCLUDED = {"steps": ("epochs",), "epochs": ("steps",), "preset": _SHAPE, **dict.fromkeys(_SHAPE, ("preset",))}
+_EXCLUDED = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "decay_steps": ("decay_fraction",),
+    "decay_fraction": ("decay_steps",),
+    "dir": ("mixture", "stages"),
+    "mixture": ("dir",),
+    "preset": _SHAPE,
+    **dict.fromkeys(_SHAPE, ("preset",)),
+}
 
 
 def read_tree(path: Path, fix: str | None = None) -> dict[str, Any]:
@@ -87,11 +96,24 @@ def section_of(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
 
     The section is {} if the tree does not have it.
     """
+    found, name = sections_of(tree, dotted)
+    return (found[0] if found else {}), name
+
+
+def sections_of(tree: dict[str, Any], dotted: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the sections of ``tree`` that hold the setting ``dotted``, and the last part of its name.
+
+    Args:
+        dotted: ``*`` in it stands for every entry of a list.
+    """
     *sections, name = dotted.split(".")
-    node: Any = tree
+    nodes: list[Any] = [tree]
     for section in sections:
-        node = node.get(section) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else {}), name
+        if section == "*":
+            nodes = [entry for node in nodes if isinstance(node, list) for entry in node]
+        else:
+            nodes = [node.get(section) for node in nodes if isinstance(node, dict)]
+    return [node for node in nodes if isinstance(node, dict)], name
 
 
 def set_default(tree: dict[str, Any], section: str, name: str, value: Path | str) -> None:
@@ -112,6 +134,8 @@ def without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, A
         if is_section(inner):
             value = {} if strict_yaml.is_null(value) else value
             result[key] = without_nulls(inner, value) if isinstance(value, dict) else value
+        elif isinstance(value, list) and is_section(entry := next(iter(get_args(inner)), None)):
+            result[key] = [without_nulls(entry, each) if isinstance(each, dict) else each for each in value]
         elif strict_yaml.is_null(value) and type(None) in get_args(inner):
             result[key] = None
     return result
@@ -120,7 +144,7 @@ def without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, A
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated with ``over``, section by section.
 
-    Settings of ``base`` that exclude a setting of ``over`` are removed: steps and epochs, preset and shape.
+    Settings of ``base`` that exclude a setting of ``over`` are removed: see ``_EXCLUDED``.
     """
     result = dict(base)
     for key, value in over.items():
@@ -141,9 +165,10 @@ def make_absolute(tree: dict[str, Any], keys: tuple[str, ...], base: Path, expan
         UserError: an empty path, or a variable that is not set.
     """
     for key in keys:
-        section, name = section_of(tree, key)
-        if isinstance(text := section.get(name), str):
-            section[name] = _absolute(key, expanded(key, text) if expand else text, base)
+        sections, name = sections_of(tree, key)
+        for section in sections:
+            if isinstance(text := section.get(name), str):
+                section[name] = _absolute(key, expanded(key, text) if expand else text, base)
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -177,5 +202,5 @@ def _absolute(key: str, text: str, base: Path) -> str:
     if "://" in text:
         return text
     if not text or "\0" in text:
-        raise UserError(f"{key} is an empty path or not a path: give a path")
+        raise UserError(f"{key.replace('.*', '')} is an empty path or not a path: give a path")
     return resolve(text, base) if key == "model.init_from" else str(absolute(text, base))

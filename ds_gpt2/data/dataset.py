@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,12 +150,13 @@ def _windows_per_shard(dataset: Dataset, split: Split, sequence_length: int) -> 
 class Windows:
     """The windows of one split: ``sequence_length + 1`` consecutive tokens of a shard.
 
-    Neighboring windows share one token. The end of a shard that is shorter than a window is not used.
+    Neighboring windows share one token. The end of a shard that is shorter than a window is not used. The windows of
+    several datasets are numbered one dataset after the other.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        datasets: Dataset | Sequence[Dataset],
         split: Split,
         sequence_length: int,
         warn: Callable[[str], None] = log.warning,
@@ -167,12 +168,16 @@ class Windows:
             stopped: see ``ShardReader``.
 
         Raises:
-            UserError: no shard of this split is as long as one window.
+            UserError: a dataset has no shard of this split that is as long as one window.
         """
         self.sequence_length = sequence_length
-        self._reader = ShardReader([dataset.dir / shard.file for shard in dataset.split(split)], warn, stopped)
-        count_windows_of(dataset, split, sequence_length)
-        self._ends = np.cumsum(_windows_per_shard(dataset, split, sequence_length), dtype=np.int64)
+        datasets = [datasets] if isinstance(datasets, Dataset) else datasets
+        paths = [dataset.dir / shard.file for dataset in datasets for shard in dataset.split(split)]
+        self._reader = ShardReader(paths, warn, stopped)
+        for dataset in datasets:
+            count_windows_of(dataset, split, sequence_length)
+        counts = [count for dataset in datasets for count in _windows_per_shard(dataset, split, sequence_length)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

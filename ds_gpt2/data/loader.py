@@ -12,24 +12,36 @@ import torch
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.data.dataset import Windows
+from ds_gpt2.data.mixture import Mixture
 from ds_gpt2.data.prefetch import Prefetcher
 from ds_gpt2.data.shards import token_problem
-from ds_gpt2.data.shuffle import permute
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # tokens and targets, (micro_batch, sequence_length) int64
 
 
 class TrainingData:
-    """Training windows in shuffled order, each exactly once per epoch.
+    """Training windows in the order of a mixture; of a single dataset in shuffled order, each exactly once per epoch.
 
     The last step of an epoch is completed with windows of the next epoch.
     """
 
-    def __init__(self, windows: Windows, plan: BatchPlan, rank: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        device: torch.device,
+        mixture: Mixture | None = None,
+    ) -> None:
+        """
+        Args:
+            mixture: the order of the windows; None: all of them in shuffled order.
+        """
         self.windows = windows
         self.plan = plan
         self._rank = rank
-        self._seed = seed
+        self._mixture = mixture if mixture is not None else Mixture.of_one(len(windows), seed)
         self._device = device
         self.problem: str | None = None  # why this rank could not read its windows
         self._prefetcher = Prefetcher(self._read)
@@ -65,18 +77,20 @@ class TrainingData:
 
     def _permuted(self, batch: int) -> npt.NDArray[np.int64]:
         size = self.plan.windows_per_step
-        positions = np.arange((batch - 1) * size, batch * size, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, len(self.windows))
-        return np.concatenate(
-            [
-                permute(offsets[epochs == epoch], len(self.windows), self._seed, int(epoch))
-                for epoch in np.unique(epochs)
-            ]
-        )
+        return self._mixture.windows_at(np.arange((batch - 1) * size, batch * size, dtype=np.int64))
 
     def epoch(self, batch: int) -> float:
-        """Return the number of epochs completed after ``batch``."""
+        """Return the number of epochs completed after ``batch``: as many windows as all sources have, each time."""
         return batch * self.plan.windows_per_step / len(self.windows)
+
+    def source_metrics(self, batch: int) -> dict[str, float]:
+        """Return the tokens and epochs of each source of a mixture after ``batch``, by metric name."""
+        mixture, position = self._mixture, batch * self.plan.windows_per_step
+        tokens, epochs = mixture.used_before(position) * self.plan.sequence_length, mixture.epochs_before(position)
+        metrics: dict[str, float] = {}
+        for source, name in enumerate(mixture.names):
+            metrics |= {f"data/{name}/tokens": int(tokens[source]), f"data/{name}/epoch": float(epochs[source])}
+        return metrics
 
 
 def on_device(rows: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:

@@ -1,14 +1,16 @@
-"""Verify the shards before training: the ranks share the work. Each shard is read once; results are recorded."""
+"""Verify the shards before training. The ranks share the work; each file is read once, and the result is recorded."""
 
 from __future__ import annotations
 
 import json
 import logging
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_gpt2.common import safe_json
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.data.dataset import Dataset
 from ds_gpt2.data.verify import read_content
@@ -20,25 +22,62 @@ _Record = dict[str, dict[str, Any]]  # by shard: "stamp" (size, modification tim
 
 
 def check_shards(dataset: Dataset, record_file: Path) -> None:
-    """Read all shards that changed since this run last read them. The ranks share the work.
+    """Read all shards that changed since this run last read them. The ranks that read the same files share the work.
 
     Args:
-        record_file: JSON file with the record of earlier calls; written by rank 0.
+        record_file: JSON file with the record of earlier calls; a further copy of the data, on other machines, has a
+            file of its own beside it.
 
     Raises:
         UserError: on every rank, if a shard does not have the checksum of the index or, without an index, of the
-            record; or if a token id is out of range.
+            record and of the other copies; or if a token id is out of range.
     """
-    record: _Record = collectives.gather_objects(_read_record(record_file))[0]  # rank 0's, the same on all ranks
+    copies = _copies(dataset)
+    ranks = copies[collectives.rank()]
+    host = collectives.gather_objects(socket.gethostname())[ranks[0]]
+    own_file = record_file if ranks[0] == 0 else record_file.with_name(f"{record_file.stem}_{host}.json")
+    record: _Record = collectives.gather_objects(_read_record(own_file))[ranks[0]]  # the same on the ranks of a copy
     changed = [shard for shard in dataset.shards if not _is_verified(dataset.dir, shard.file, record)]
     if changed:
         log.info(f"verifying {sum(shard.tokens for shard in changed):,} tokens ...")
-    mine = changed[collectives.rank() :: collectives.world_size()]
+    mine = changed[ranks.index(collectives.rank()) :: len(ranks)]
     expected = {shard.file: shard.sha256 or record.get(shard.file, {}).get("sha256") for shard in mine}
-    for found in collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, expected))):
-        record |= found
-    if changed and collectives.is_main():
-        replace_file(record_file, json.dumps(record, indent=1) + "\n")
+    found = collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, expected)))
+    for rank in ranks:
+        record |= found[rank]
+    collectives.raise_on_all_ranks(_difference(dataset, collectives.gather_objects((host, record))))
+    if changed and collectives.rank() == ranks[0]:
+        replace_file(own_file, json.dumps(record, indent=1) + "\n")
+
+
+def _copies(dataset: Dataset) -> list[list[int]]:
+    """Return for each rank the ranks that read the same files: all, unless machines have copies of the data."""
+    if not collectives.spans_machines():
+        return [list(range(collectives.world_size()))] * collectives.world_size()
+
+    def files() -> list[list[int]]:
+        paths = [dataset.dir / shard.file for shard in dataset.shards]
+        try:
+            return [[path.stat().st_ino, *_stamp(path)] for path in paths]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {reason_of(error)}") from None
+
+    found = collectives.gather_objects(collectives.call_on_all_ranks(files))
+    return [[rank for rank, other in enumerate(found) if other == own] for own in found]
+
+
+def _difference(dataset: Dataset, records: Sequence[tuple[str, _Record]]) -> str | None:
+    """Return which shard differs between two copies of the data, if any.
+
+    Args:
+        records: host and record of each rank's copy.
+    """
+    first_host, first = records[0]
+    for host, record in records[1:]:
+        for name in first:
+            if name in record and record[name]["sha256"] != first[name]["sha256"]:
+                return f"shard {dataset.dir / name} differs between host {first_host} and host {host}: copy it again"
+    return None
 
 
 def _check(directory: Path, expected: dict[str, str | None]) -> _Record:

@@ -23,7 +23,7 @@ from ds_gpt2.engine import internals
 from ds_gpt2.engine.checkpoint_io import Serializer
 from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.engine.rng_state import get_rng_state, set_rng_state
-from ds_gpt2.engine.zero2_gradients import compute_norm_once, sum_gradients_in_fp32
+from ds_gpt2.engine.zero2_gradients import GradientCheck, sum_gradients_in_fp32
 from ds_gpt2.model.gpt2 import GPT2, parameter_groups
 
 
@@ -32,7 +32,7 @@ class Update:
     """The result of one optimizer update."""
 
     applied: bool  # False: the update was skipped, because a gradient is Inf or NaN or on request
-    grad_norm: float  # global norm before clipping; inf if skipped
+    grad_norm: float  # global norm before clipping; Inf or NaN if a gradient is, or if the caller skips the update
     clipped: bool  # the gradient was scaled down to optimizer.grad_clip
 
 
@@ -57,7 +57,7 @@ class Engine:
         self.model = model
         self.monitors = Monitors(self.deepspeed.monitor)
         sum_gradients_in_fp32(model, self.deepspeed.optimizer)
-        compute_norm_once(self.deepspeed.optimizer)
+        self._check = GradientCheck(self.deepspeed.optimizer)
         self._serializer = Serializer()
         self.deepspeed.checkpoint_engine = self._serializer
         self.deepspeed._copy_recovery_script = lambda _: None  # at every save; checkpoint/directory.py copies it once
@@ -107,16 +107,21 @@ class Engine:
             losses.append(loss.detach())
         return losses
 
-    def apply(self, lr: float) -> Update:
-        """Clip the gradients, update the weights and zero the gradients; skip if one is not finite."""
+    def apply(self, lr: float, accept: Callable[[float], bool] = lambda norm: True) -> Update:
+        """Clip the gradients, update the weights and zero the gradients; skip the update if one is not finite.
+
+        Args:
+            accept: called with the global norm before clipping if it is finite; False on all ranks skips the update.
+        """
         engine = self.deepspeed
+        self._check.accept = accept
         if self._snapshot is not None:
             self._snapshot.wait()
             self._snapshot = None
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
-        applied, norm, limit = engine.was_step_applied(), float(engine.get_global_grad_norm()), self._clip_norm
+        applied, norm, limit = engine.was_step_applied(), self._check.norm, self._clip_norm
         return Update(applied, norm, clipped=applied and 0 < limit < norm)
 
     def skip_update(self, lr: float) -> Update:

@@ -21,7 +21,6 @@ _OF_ENGINE = (
     "_copy_recovery_script",
     "checkpoint_engine",
     "coalesce_grad_reduction",
-    "get_global_grad_norm",
     "monitor",
     "set_gradient_accumulation_boundary",
     "was_step_applied",

@@ -30,6 +30,7 @@ class TrainState:
     best_step: int | None = None
     ledger: str = ""  # hash over the windows of every step so far, in order: equal for runs that saw the same data
     recent_losses: list[float] = field(default_factory=list)  # the newest losses without spikes
+    recent_norms: list[float] = field(default_factory=list)  # the newest finite norms of the gradients
     high_losses: int = 0  # spikes in a row, up to this step
     high_batches: list[int] = field(default_factory=list)  # the batches of the data with these spikes
     skipped_in_row: int = 0  # updates skipped in a row, up to this step

@@ -7,6 +7,7 @@ DeepSpeed calls the replacements.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,23 +29,31 @@ def sum_gradients_in_fp32(model: nn.Module, optimizer: Any) -> None:
     optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
 
-def compute_norm_once(optimizer: Any) -> None:
-    """Compute the gradients' norm with a few kernels and read it once, instead of about ten kernels per parameter.
+class GradientCheck:
+    """The check of the gradients before an update: DeepSpeed skips the update if their norm is not acceptable.
 
-    The overflow check needs no separate pass: the norm is Inf or NaN if a gradient is, or if one exceeds 1e19, the
-    square of which is Inf in fp32.
+    The norm is computed with a few kernels and read once, instead of about ten kernels per parameter. The check for
+    overflow needs no separate pass: the norm is Inf or NaN if a gradient is, or if one exceeds 1e19, the square of
+    which is Inf in fp32.
     """
-    norms: list[torch.Tensor] = []
 
-    def has_overflow(partition_gradients: bool = True) -> bool:
-        norms[:] = [_global_norm(optimizer)]
-        return not math.isfinite(norms[0])
+    def __init__(self, optimizer: Any) -> None:
+        """Replace the check and the norm of ``optimizer``."""
+        self.norm = math.nan  # of the newest gradients, over all ranks, before clipping
+        self.accept: Callable[[float], bool] = lambda norm: True  # of a finite norm, the same on all ranks
+        self._optimizer = optimizer
+        self._computed: torch.Tensor | None = None
+        optimizer.has_overflow = self._is_unacceptable
+        optimizer.scaled_global_norm = self._take_norm
 
-    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        return norms.pop() if norms else _global_norm(optimizer)
+    def _is_unacceptable(self, partition_gradients: bool = True) -> bool:
+        self._computed = _global_norm(self._optimizer)
+        self.norm = float(self._computed)
+        return not (math.isfinite(self.norm) and self.accept(self.norm))
 
-    optimizer.has_overflow = has_overflow
-    optimizer.scaled_global_norm = scaled_global_norm
+    def _take_norm(self, norm_type: int = 2) -> torch.Tensor:
+        norm, self._computed = self._computed, None
+        return norm if norm is not None else _global_norm(self._optimizer)
 
 
 def _global_norm(optimizer: Any) -> torch.Tensor:

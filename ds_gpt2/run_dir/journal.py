@@ -39,12 +39,13 @@ Kind = Literal[
     "hang",
     "restart",  # the supervisor will start the ranks again; the text says how
     "gave_up",  # no more restarts
-    "host_lost",  # a host of several has stopped to answer: the run continues on the others
+    "host_lost",  # a host of several has stopped responding, or cannot be used: the run continues on the others
     "host_back",  # it answers again, and takes part from this launch on
     "few_hosts",  # fewer hosts answer than cluster.min_nodes: the supervisor waits
     "orphans",  # processes of a launcher or supervisor that had died were ended
     "not_finite",  # a loss or gradient was Inf or NaN: the update was skipped
     "spike",
+    "grad_spike",
     "divergence",
     "skipped_run",
     "frozen",

@@ -186,7 +186,7 @@ class Ranks:
 
     @property
     def lost_hosts(self) -> dict[str, str]:
-        """The hosts that have stopped to answer: none, all ranks are on this machine."""
+        """The hosts that have stopped responding: none, all ranks are on this machine."""
         return {}
 
     @property

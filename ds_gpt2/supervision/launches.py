@@ -55,20 +55,20 @@ class Launches:
         journal_size = reporter.journal_size()
         where = f" on {self._cluster.describe(run.layout.ranks)}" if self._cluster is not None else ""
         text = f"starting {counted(run.layout.ranks, 'rank')}{where}, {run.origin()}"
-        hosts: dict[str, Any] = (
-            {"hosts": self._cluster.ranks_by_host(run.layout.ranks)} if self._cluster is not None else {}
-        )
-        reporter.add_event("launch", text, restart=self._is_restart, **hosts)
+        facts: dict[str, Any] = {"restart": self._is_restart}
+        if self._cluster is not None:
+            facts["hosts"] = self._cluster.ranks_by_host(run.layout.ranks)
         self._is_restart = True
         try:
             ranks = self._start(run, outcome_file)
         except (OSError, UserError) as error:  # possibly temporary, such as too many processes, or a host that is away
+            reporter.add_event("launch", text, **facts)
             reporter.report("crash", f"the ranks cannot be started: {reason_of(error)}")
             stopped, saved_step = self._context.stop.requested, directories.saved_step()
-            away = tuple(self._cluster.away) if self._cluster is not None else ()
-            self._report_lost({}, None)
+            lost = tuple(self._report_lost({}, None))  # not those that have been away before
             outcome = Outcome(exit_codes.CRASHED)
-            return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=away)
+            return LaunchResult(outcome, stopped, 0, 0, from_step=0, saved_step=saved_step, lost_hosts=lost)
+        reporter.add_event("launch", text, **facts, **self._network())
         reporter.record_running(run.layout.ranks, ranks.group, self._agents())
         watch = RankWatch(self._context, ranks)
         exit_kind = watch.wait()
@@ -85,6 +85,9 @@ class Launches:
             return self._cluster.launch(run)
         environment = {**run.environment, **stop_request.supervisor_environment()}
         return Ranks(run.command(), run.layout, outcome_file, environment, run.script)
+
+    def _network(self) -> dict[str, Any]:
+        return self._cluster.network_facts if self._cluster is not None else {}
 
     def _agents(self) -> tuple[AgentRecord, ...]:
         return self._cluster.agents() if self._cluster is not None else ()
@@ -122,14 +125,15 @@ class Launches:
             lost_hosts=tuple(lost),
         )
 
-    def _report_lost(self, reasons: dict[str, str], step: int | None) -> None:
-        """Report the hosts that have stopped to answer.
+    def _report_lost(self, reasons: dict[str, str], step: int | None) -> list[str]:
+        """Report the hosts that have stopped responding; return their names.
 
         Args:
             reasons: host -> why it is lost, where that is known.
         """
-        if self._cluster is not None:
-            report_lost_hosts(self._context.reporter, self._cluster, reasons, step)
+        if self._cluster is None:
+            return []
+        return report_lost_hosts(self._context.reporter, self._cluster, reasons, step)
 
     def _judge(self, outcome: Outcome, exit_kind: ExitKind, beat: Beat | None, host_was_lost: bool) -> Outcome:
         """Return what rank 0 reported, or a crash where the report does not describe the whole run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 from ds_gpt2.common.errors import UserError
@@ -41,4 +42,5 @@ def how_to_proceed(settings: Settings, record: SupervisorRecord, now: float) -> 
     fix = f"{how_to_end(settings)}; a new run needs another run.name"
     if record.is_here or record.renewed is None:
         return fix
-    return f"{fix}; if that machine is lost, wait {duration(record.renewed + LEASE_SECONDS + 1 - now)}"
+    left = math.ceil(min(LEASE_SECONDS, record.renewed + LEASE_SECONDS - now))
+    return f"{fix}; if that machine is lost, wait {duration(left)}"

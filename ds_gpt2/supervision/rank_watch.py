@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Literal
 
+from ds_gpt2.common.errors import reason_of
 from ds_gpt2.common.formatting import duration
 from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.supervision.context import POLL_SECONDS, Context, TakenOverError
@@ -83,14 +85,28 @@ class RankWatch:
         """Write the stacks of the ranks, then kill them: ranks that hang do not react to a stop request."""
         run_dir, report = self._context.directories.run_dir, self._context.reporter.report
         stacks = run_dir / "hangs" / time.strftime("%Y-%m-%dT%H-%M-%S")
+        missing = ""
         try:
             self._ranks.write_stacks(run_dir, stacks)
-            report("hang", f"{hang.text}; stacks in {stacks}", hang.step, stacks=str(stacks))
         except OSError as error:
-            report("hang", f"{hang.text}; the stacks cannot be written: {error.strerror}", hang.step)
-        self._kill_all()
+            missing = f"; stacks cannot be written: {reason_of(error)}"
+        if _has_files(stacks):
+            report("hang", f"{hang.text}; stacks in {stacks}{missing}", hang.step, stacks=str(stacks))
+        else:
+            report("hang", f"{hang.text}{missing}", hang.step)
+        while not self._ranks.have_exited:
+            self._ranks.kill()
+            time.sleep(POLL_SECONDS)
+            self._context.poll()
 
     def _kill_all(self) -> None:
         while not self._ranks.have_exited:
             self._ranks.kill()
             time.sleep(_KILL_INTERVAL_SECONDS)
+
+
+def _has_files(directory: Path) -> bool:
+    try:
+        return any(directory.iterdir())
+    except OSError:
+        return False

@@ -20,7 +20,7 @@ class LaunchResult:
     batch: int  # the batch of the data of that step
     from_step: int | None  # the step that the launch resumed from; None if no step began or the journal has no record
     saved_step: int  # of the newest checkpoint now; -1 if there is none
-    lost_hosts: tuple[str, ...] = ()  # hosts of several that stopped to answer, which ended the launch
+    lost_hosts: tuple[str, ...] = ()  # hosts of several that stopped responding, which ended the launch
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RestartPolicy:
         outcome = result.outcome
         if outcome.code in (DONE, STOPPED, MISTAKE) or result.stop_requested:
             return Finish(CRASHED if outcome.code == ROLLBACK else outcome.code)
-        if result.lost_hosts:
+        if result.lost_hosts and outcome.code != ROLLBACK:
             return self._continue_without(result)
         self._count(result)
         if self._without_progress > self._settings.restarts:

@@ -89,6 +89,10 @@ class _Supervisor:
         write_first_settings(context.settings)
         directories.take_stop_file()  # of an earlier run
         end_orphans(context, self._cluster)
+        if self._cluster is not None:
+            context.reporter.record_running(self._run.layout.ranks, agents=self._cluster.agents())
+            if context.stop.requested:
+                return self._end(exit_codes.STOPPED, None)
         policy = RestartPolicy(context.settings.supervisor, directories.saved_step())
         run = self._run
         while True:
@@ -96,7 +100,7 @@ class _Supervisor:
                 return self._end(exit_codes.STOPPED, None)
             if directories.run_was_relocated():
                 return self._move_on(run, None)
-            if self._cluster is not None and self._launches.next_is_restart:
+            if self._cluster is not None and self._may_lack_hosts:
                 run = waiting.on_hosts(context, self._cluster, run)
             result = self._launches.run(run)
             decision = policy.decide(result)
@@ -118,10 +122,19 @@ class _Supervisor:
         """Wait until the ranks can be launched; return False if a stop is requested first."""
         if self._launches.next_is_restart and not waiting.wait_for_writable_logs(self._context):
             return False
-        cluster = self._cluster if self._launches.next_is_restart else None
-        if cluster is not None and not waiting.wait_for_hosts(self._context, cluster):
-            return False
-        return waiting.wait_for_checkpoints(self._context, run.resume)
+        if self._cluster is None or not self._may_lack_hosts:
+            return waiting.wait_for_checkpoints(self._context, run.resume)
+        while waiting.wait_for_hosts(self._context, self._cluster):
+            if not waiting.wait_for_checkpoints(self._context, run.resume):
+                return False
+            if waiting.has_enough_hosts(self._context, self._cluster) or self._context.directories.run_was_relocated():
+                return True
+        return False
+
+    @property
+    def _may_lack_hosts(self) -> bool:
+        """Whether the next launch may be without some of the hosts: the first has all, unless they were lost since."""
+        return self._launches.next_is_restart or (self._cluster is not None and bool(self._cluster.away))
 
     def _move_on(self, run: SupervisedRun, result: LaunchResult | None) -> int:
         """End this supervisor because the run's directory was moved; ``next_command`` resumes the run there."""

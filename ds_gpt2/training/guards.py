@@ -16,8 +16,11 @@ from ds_gpt2.engine.train_state import ENOUGH_LOSSES, TrainState
 from ds_gpt2.run_dir.journal import Kind
 
 _WINDOW = 100  # recent losses that a new one is compared with
+_NORM_WINDOW, _ENOUGH_NORMS = 128, 32  # the same for norms of gradients, at most and at least
+_FIRST_LOSSES = 4  # before the first loss that is checked
 _SIGMA = 1.4826  # median absolute deviation -> standard deviation of a normal distribution
 _MIN_SPREAD = 0.002  # relative to the median: with nearly equal losses, a small increase is not a spike
+_MIN_EARLY_SPREAD = 0.015  # the same while the losses still fall steeply
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,32 @@ class Guard:
             state.recent_losses, state.high_losses, state.high_batches = [loss], 0, []
         return self._settings.spike != "skip"
 
-    def check_update(self, state: TrainState, loss: float, applied: bool, windows: bytes) -> None:
+    def check_gradient(self, state: TrainState, norm: float) -> bool:
+        """Check the norm of the gradients before the update of the next step; return whether it may be applied.
+
+        Args:
+            norm: over all ranks, before clipping; finite.
+        """
+        recent = state.recent_norms
+        state.recent_norms = [*recent, norm][-_NORM_WINDOW:]
+        z = robust_score(recent, norm) if len(recent) >= _ENOUGH_NORMS else 0.0
+        if z <= self._settings.grad_spike_z:
+            return True
+        step = state.step + 1
+        text = f"gradient norm {norm:.4g} is {z:.0f} deviations above the recent {statistics.median(recent):.4g}"
+        self._handle(Anomaly("grad_spike", step, text, self._settings.grad_spike, step, (state.next_batch,)))
+        return self._settings.grad_spike != "skip"
+
+    def check_update(self, state: TrainState, loss: float, grad_norm: float, applied: bool, windows: bytes) -> None:
         """Check a step after its update, when ``state`` has counted it.
 
         Args:
+            grad_norm: see ``Update``.
             windows: the step's window numbers, as bytes.
         """
         step, skipped = state.step, state.skipped_in_row
-        if not applied and not (math.isfinite(loss) and state.high_losses):  # a skipped spike was reported before
+        was_skipped_spike = math.isfinite(loss) and (state.high_losses > 0 or math.isfinite(grad_norm))
+        if not applied and not was_skipped_spike:  # which was reported before
             what = "the gradient norm" if math.isfinite(loss) else "the loss"
             self._handle(Anomaly("not_finite", step, f"{what} is Inf or NaN: update skipped", "skip", step))
         if skipped == self._settings.skipped_run_steps:
@@ -116,12 +137,38 @@ class Guard:
 
 
 def spike_score(recent: Sequence[float], loss: float) -> float | None:
-    """Return by how many robust standard deviations ``loss`` exceeds the median of ``recent``; None if too few."""
-    if len(recent) < ENOUGH_LOSSES:
+    """Return by how many robust standard deviations ``loss`` exceeds the usual loss after ``recent``; None if too few.
+
+    The first losses of a run fall steeply, so that their spread says little: until the window is full, a loss is also
+    compared with the lowest.
+    """
+    if len(recent) < _FIRST_LOSSES:
         return None
+    usual = robust_score(recent, loss) if len(recent) >= ENOUGH_LOSSES else -math.inf
+    return max(usual, _early_score(recent, loss)) if len(recent) < _WINDOW else usual
+
+
+def _early_score(recent: Sequence[float], loss: float) -> float:
+    lowest = min(recent)
+    least = _MIN_EARLY_SPREAD * (1 + _FIRST_LOSSES / len(recent)) * abs(lowest)  # few losses show little of the noise
+    return (loss - lowest) / max(_noise_of_a_trend(recent), least, 1e-12)
+
+
+def robust_score(recent: Sequence[float], value: float) -> float:
+    """Return by how many standard deviations, from the median absolute deviation, ``value`` exceeds the median."""
     middle = statistics.median(recent)
     deviation = statistics.median(abs(each - middle) for each in recent)
-    return (loss - middle) / max(_SIGMA * deviation, _MIN_SPREAD * abs(middle), 1e-12)
+    return (value - middle) / max(_SIGMA * deviation, _MIN_SPREAD * abs(middle), 1e-12)
+
+
+def _noise_of_a_trend(values: Sequence[float]) -> float:
+    """Return the standard deviation of the noise of values that follow a smooth curve, from their second differences.
+
+    The second difference of independent noise has 1 + 4 + 1 times its variance.
+    """
+    second = [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    middle = statistics.median(second)
+    return _SIGMA * statistics.median(abs(each - middle) for each in second) / math.sqrt(6)
 
 
 def _batches_up_to(last: int, count: int, left_out: Sequence[int]) -> tuple[int, ...]:

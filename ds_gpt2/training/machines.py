@@ -11,7 +11,7 @@ from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.shared_directory import has_marks, mark, not_shared, unmark
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed import collectives
 from ds_gpt2.run_dir import stop_request
 
@@ -52,8 +52,8 @@ def check_machines(settings: Settings, problem: str | None) -> None:
     _check_shared(settings, hosts[0])
     host = hosts[collectives.rank()]
     collectives.raise_on_all_ranks(None if problem is None else f"host {host}: {problem}")
-    dataset = collectives.call_on_all_ranks(lambda: open_dataset(settings.data.dir))
-    _check_equal(hosts, {"the data": dataset.fingerprint})
+    data = collectives.call_on_all_ranks(lambda: open_sources(settings.data))
+    _check_equal(hosts, {"the data": data.fingerprint})
 
 
 def _are_unchecked() -> bool:

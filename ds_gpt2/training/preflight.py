@@ -14,12 +14,12 @@ from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.batch_plan import BatchPlan, steps_of
+from ds_gpt2.config.batch_plan import BatchPlan, check_schedule, steps_of
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import OWNER, read_owner
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import INDEX, count_windows_of
+from ds_gpt2.data.dataset import INDEX
 from ds_gpt2.data.shards import is_shard
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir.file_checks import check_files
@@ -28,7 +28,7 @@ from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
 from ds_gpt2.run_dir.supervisor_record import RECORD
 from ds_gpt2.training.resume_choice import backup_of, check_never_saved, choose_source, has_backups, starts_new_run
-from ds_gpt2.training.run_identity import dataset_of, identity_of
+from ds_gpt2.training.run_identity import data_of, identity_of
 
 
 def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None:
@@ -47,16 +47,14 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     if commit.has_unfinished_commit(settings.checkpoint_dir):
         source = None  # the ranks complete or remove interrupted saves first
     found = _candidates(settings, source) if source is not None else []
-    dataset = dataset_of(settings, found)
-    steps = steps_of(settings.schedule, count_windows_of(dataset, "train", plan.sequence_length), plan.windows_per_step)
-    if settings.schedule.warmup_steps >= steps:
-        raise UserError(
-            f"schedule.warmup_steps {settings.schedule.warmup_steps:,} must be below the {steps:,} steps of the run"
-        )
+    data = data_of(settings, found)
+    steps = steps_of(settings.schedule, data.count("train", plan.sequence_length), plan.windows_per_step)
+    check_schedule(settings.schedule, steps)
+    data.check_limits(plan.sequence_length, plan.windows_per_step, steps)
     if settings.validation.every:
-        count_windows_of(dataset, "val", plan.sequence_length)
+        data.count("val", plan.sequence_length)
     if source is not None:
-        _check_resume(found, identity_of(settings, dataset), steps)
+        _check_resume(found, identity_of(settings, data), steps)
     elif starts_new_run(settings, resume):
         _check_new_directories(settings)
         if hub_name(settings.model.init_from or "") is None:

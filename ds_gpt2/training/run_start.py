@@ -8,17 +8,21 @@ import sys
 import time
 from typing import Any
 
+from pydantic import ValidationError
+
 from ds_gpt2.checkpoint.manager import library_versions
 from ds_gpt2.checkpoint.resume import Restored
-from ds_gpt2.config.batch_plan import BatchPlan, format_batches
+from ds_gpt2.config.batch_plan import BatchPlan, format_batches, steps_of
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import HIDDEN, public_tree, write_settings
-from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, Settings, flat, to_yaml
+from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, ScheduleSettings, Settings, default_values, flat, to_yaml
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import Monitor
 from ds_gpt2.monitoring.reference_curves import is_comparable_to_reference
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
 from ds_gpt2.run_dir.starts import TIME, append_start
+from ds_gpt2.training.lr_change import describe_change
+from ds_gpt2.training.lr_schedule import LearningRate
 
 _COMMAND = "alerts.command"  # may contain a password
 
@@ -77,23 +81,40 @@ def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan:
     hyper_parameters = {
         "parameters": parameters,
         "world_size": plan.world_size,
-        "data": settings.data.dir.name,
+        "data": ", ".join(source.label for source in settings.data.sources),
         **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, is_comparable_to_reference(settings))
 
 
-def log_resume(restored: Restored, settings: Settings, steps: int) -> None:
-    """Log the checkpoint that a run of ``steps`` steps resumes from, and the settings that have changed since."""
-    log.info(f"resumed from {restored.generation.path}, step {restored.manifest.step:,} of {steps:,}")
-    for change in changed_settings(restored.manifest.settings, settings):
+def log_resume(restored: Restored, settings: Settings, windows: int, windows_per_step: int) -> None:
+    """Log the checkpoint that a run resumes from, the settings that have changed since, and what follows for its rate.
+
+    Args:
+        windows: of one epoch.
+    """
+
+    def rate_of(schedule: ScheduleSettings) -> LearningRate:
+        return LearningRate(schedule, steps_of(schedule, windows, windows_per_step))
+
+    step, before = restored.manifest.step, restored.manifest.settings
+    rate = rate_of(settings.schedule)
+    log.info(f"resumed from {restored.generation.path}, step {step:,} of {rate.steps:,}")
+    for change in changed_settings(before, settings):
         log.info(f"changed since then: {change}")
+    try:
+        rate_before = rate_of(ScheduleSettings.model_validate(before.get("schedule")))
+    except ValidationError:  # of another version
+        return
+    for line in describe_change(rate_before, rate, step):
+        log.info(line)
 
 
 def changed_settings(before: dict[str, Any], settings: Settings) -> list[str]:
     """Return the settings that differ from those a checkpoint was saved with, as ``name old -> new``."""
-    old, new = flat(before), flat(public_tree(settings))
-    absolute = "run.dir" in old  # an earlier version stored absolute paths, which cannot be compared
+    stored, new = flat(before), flat(public_tree(settings))
+    old = {**default_values(), **stored}  # an earlier version does not have all settings
+    absolute = "run.dir" in stored  # an earlier version stored absolute paths, which cannot be compared
     ignored = {_COMMAND, *(PATH_KEYS if absolute else ())}  # an earlier version stored the command as it is
     names = [name for name in new if name not in ignored]
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

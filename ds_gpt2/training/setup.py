@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,8 +30,8 @@ from ds_gpt2.config.interval import Every
 from ds_gpt2.config.output_owner import write_owner
 from ds_gpt2.config.run_location import public_tree, write_first_settings
 from ds_gpt2.config.settings import LOG, Settings
-from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.data.verify_on_ranks import check_shards
 from ds_gpt2.distributed import collectives, device
 from ds_gpt2.distributed.peak_flops import peak_flops
@@ -55,12 +55,12 @@ from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
-from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
 from ds_gpt2.training.reports import report_anomaly, report_data_error
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
-from ds_gpt2.training.run_identity import dataset_of, identity_of
+from ds_gpt2.training.run_identity import data_of, identity_of
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
@@ -107,7 +107,7 @@ class _RunData:
     """The run's data, as its checkpoints have recorded it."""
 
     training: TrainingData
-    held_out: Callable[[], Windows]
+    held_out: Callable[[], list[HeldOut]]
     identity: dict[str, Any]
     source: str | None  # what to resume from, see ``catalog.candidates``
 
@@ -163,7 +163,7 @@ def _record_start(
     log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
     log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows per epoch")
     if restored:
-        log_resume(restored, settings, steps)
+        log_resume(restored, settings, len(trainer.data.windows), plan.windows_per_step)
 
 
 def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:
@@ -218,20 +218,25 @@ def _stop_request(settings: Settings) -> StopRequest:
 
 def _open_data(spec: RunSpec, run_files: _RunFiles, stop: StopRequest) -> _RunData:
     """Choose what to resume from, and open and check the data that belongs to it."""
-    settings = spec.settings
+    settings, plan = spec.settings, spec.plan
     source = collectives.broadcast_from_main(lambda: choose_source(settings, spec.resume))
     run_files.heartbeat.beat()
-    dataset = collectives.call_on_all_ranks(lambda: dataset_of(settings, _candidates(settings, source)))
-    check_shards(dataset, settings.run_dir / "data_checked.json")
+    data = collectives.call_on_all_ranks(lambda: data_of(settings, _candidates(settings, source)))
+    for dataset in data.datasets:
+        check_shards(dataset, settings.run_dir / data.record_name(dataset))
     run_files.heartbeat.beat()
     report = functools.partial(report_data_error, run_files.journal)
     stopped = functools.partial(is_stopped, stop, settings.run_dir / STOP_FILE)
 
-    def windows(split: Literal["train", "val"]) -> Windows:
-        return Windows(dataset, split, spec.plan.sequence_length, report, stopped)
-
-    training = TrainingData(windows("train"), spec.plan, collectives.rank(), settings.run.seed, spec.device)
-    return _RunData(training, lambda: windows("val"), identity_of(settings, dataset), source)
+    windows = data.windows("train", plan.sequence_length, report, stopped)
+    mixture = data.mixture(plan.sequence_length, plan.windows_per_step, settings.run.seed)
+    training = TrainingData(windows, plan, collectives.rank(), settings.run.seed, spec.device, mixture)
+    return _RunData(
+        training,
+        lambda: data.held_out(plan.sequence_length, report, stopped),
+        identity_of(settings, data),
+        source,
+    )
 
 
 def _candidates(settings: Settings, source: str | None) -> list[Generation]:
@@ -262,15 +267,10 @@ def _new_state(settings: Settings, engine: Engine) -> TrainState:
 def _schedule(settings: Settings, data: TrainingData) -> TrainingSchedule:
     schedule = settings.schedule
     steps = steps_of(schedule, len(data.windows), data.plan.windows_per_step)
-    rate = functools.partial(
-        learning_rate,
-        steps=steps,
-        warmup_steps=schedule.warmup_steps,
-        max_lr=schedule.max_lr,
-        min_lr=schedule.min_lr,
-    )
     stop_seconds = _SAVE_SHARE * settings.supervisor.stop_seconds
-    return TrainingSchedule(steps, rate, Every(settings.checkpoint.every or steps), stop_seconds)
+    return TrainingSchedule(
+        steps, LearningRate(schedule, steps), Every(settings.checkpoint.every or steps), stop_seconds
+    )
 
 
 def _open_monitor(
@@ -320,7 +320,7 @@ def _earlier_time(settings: Settings, step: int) -> EarlierTime:
 
 
 def _build_hooks(
-    settings: Settings, held_out: Callable[[], Windows], engine: Engine, progress: Callable[[], None]
+    settings: Settings, held_out: Callable[[], list[HeldOut]], engine: Engine, progress: Callable[[], None]
 ) -> list[Hook]:
     hooks: list[Hook] = [Health(engine.device)]
     if settings.histograms.every:  # before the hooks that a stop may interrupt: it cannot be repeated

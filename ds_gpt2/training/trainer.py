@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,7 @@ class Trainer:
             update = self._update(state, mean_loss, lr)
             self.reporter.end_phase("update")
             metrics = _step_metrics(mean_loss, lr, update, state, self.data.epoch(state.batch))
+            metrics |= self.data.source_metrics(state.batch)
             self.reporter.end_step(step, metrics)
             problem = self._finish_step(state, due, metrics)
         return self._end(state, stopping, problem)
@@ -108,12 +110,13 @@ class Trainer:
         return total_loss / collectives.world_size(), requests > 0, unread == 0
 
     def _update(self, state: TrainState, loss: float, lr: float) -> Update:
-        """Update the weights unless the guard objects to the loss, and count the step in ``state``."""
+        """Update the weights unless the guard objects to loss or gradient, and count the step in ``state``."""
         windows = self.data.windows_of(state.next_batch).tobytes()
         accepted = self.guard.check_loss(state, loss)
-        update = self.engine.apply(lr) if accepted else self.engine.skip_update(lr)
+        accept_norm = functools.partial(self.guard.check_gradient, state)
+        update = self.engine.apply(lr, accept_norm) if accepted else self.engine.skip_update(lr)
         state.advance(self.data.plan.tokens_per_step, update.applied, windows, update.clipped)
-        self.guard.check_update(state, loss, update.applied, windows)
+        self.guard.check_update(state, loss, update.grad_norm, update.applied, windows)
         return update
 
     def _repeat_evaluation(self, state: TrainState) -> str | None:

@@ -109,7 +109,9 @@ def test_hosts_are_checked_although_one_does_not_answer(
         assert not {"terminal", "logout", "port 6006"} & set(names)
     own = [row["name"] for row in rows if row["host"] is None]
     assert own[:4] == ["time limit", "terminal", "logout", "port 6006"]
-    assert own[4:] == ["versions", "directories", "rank 0"]
+    assert own[4:] == ["versions", "devices", "directories", "rank 0"]
+    devices = next(row for row in rows if row["name"] == "devices")
+    assert devices["status"] == "fail" and "localhost and 127.0.0.1 have the same host name" in devices["found"]
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["run.yaml"]
 
 

@@ -23,6 +23,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import Item, load_items
+from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.evaluation import loss as evaluation
 from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, score_one
 from ds_gpt2.evaluation.loss import Estimate, count_windows, difference, mean, right_answers, share, window_losses
@@ -143,7 +144,7 @@ def test_the_loss_equals_the_validation_loss_of_training(dataset_dir: Path) -> N
     model, windows = make_model(1), Windows(open_dataset(dataset_dir), "val", SEQUENCE)
     engine: Any = SimpleNamespace(model=model, device=torch.device("cpu"))  # the attributes that Validation uses
     for tokens in (10 * SEQUENCE + 1, 1, 10**9):
-        trained = Validation(ValidationSettings(tokens=tokens), windows, 3).loss(engine)
+        trained = Validation(ValidationSettings(tokens=tokens), [HeldOut(windows)], 3).loss(engine)
         model.eval()
         done: list[int] = []
         found = window_losses(model, windows, count_windows(windows, tokens), done.append)

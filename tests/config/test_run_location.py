@@ -116,7 +116,7 @@ def test_all_paths_of_a_copied_or_moved_project_are_inside_it(
     how(project, other)
     use(other, monkeypatch)
     settings = load_run_settings(other / "runs" / "a")
-    for path in (*settings.output_dirs, settings.data.dir, settings.deepspeed):
+    for path in (*settings.output_dirs, *(source.dir for source in settings.data.sources), settings.deepspeed):
         assert path.is_relative_to(other), path
     check_outputs(settings)
 

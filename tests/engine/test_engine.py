@@ -89,6 +89,14 @@ def test_a_bad_micro_batch_of_one_rank_never_reaches_the_state(seen: Seen) -> No
         assert math.isfinite(seen[ranks]["after_skip"][0][0])
 
 
+def test_an_update_whose_gradient_norm_is_refused_changes_nothing(seen: Seen) -> None:
+    for found in seen.values():
+        refused = found["unaccepted"]
+        assert refused["asked"] and refused["unchanged"] and refused["applied"] == [False, True]
+        first, again = refused["norms"]
+        assert math.isfinite(first) and first == again
+
+
 def test_one_differing_bit_changes_the_fingerprint(seen: Seen) -> None:
     for ranks in seen:
         same, flipped, back = (seen[ranks]["fingerprints"][name] for name in ("same", "flipped", "back"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ds_gpt2.config.settings import SupervisorSettings
@@ -100,6 +102,16 @@ def test_each_further_rollback_at_one_step_resumes_from_an_older_checkpoint() ->
     assert "42-43" in first.text
     assert roll_back(40, (44, 45)).resume == "before:40"
     assert roll_back(35, (46, 47)).resume == "before:35"
+
+
+def test_the_loss_of_a_host_does_not_cancel_a_rollback() -> None:
+    outcome = Outcome(ROLLBACK, before=42, leave_out=(42, 43))
+    result = LaunchResult(outcome, False, step=45, batch=45, from_step=0, saved_step=40, lost_hosts=("b",))
+    decision = RestartPolicy(SETTINGS, 40).decide(result)
+    assert isinstance(decision, Restart) and (decision.resume, decision.leave_out) == ("before:42", (42, 43))
+    crash = replace(result, outcome=Outcome(CRASHED))
+    decisions = [RestartPolicy(SETTINGS, 40).decide(crash) for _ in range(9)]
+    assert all(isinstance(each, Restart) and each.text.endswith("on the hosts that answer") for each in decisions)
 
 
 def test_launches_without_a_step_resume_from_the_newest_checkpoint_and_skip_no_data() -> None:

@@ -24,9 +24,10 @@ from ds_gpt2.checkpoint import manifest
 from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.commit import read_pointer
 from ds_gpt2.checkpoint.naming import PARTIAL
+from ds_gpt2.config.settings import ScheduleSettings
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences, differences
-from ds_gpt2.training.lr_schedule import learning_rate
+from ds_gpt2.training.lr_schedule import LearningRate
 
 pytestmark = pytest.mark.ranks
 
@@ -82,8 +83,8 @@ def test_the_console_shows_every_step_and_no_other_output(four_ranks: Run) -> No
 def test_metrics_have_every_step_once_with_the_scheduled_learning_rate(four_ranks: Run) -> None:
     records = metrics(four_ranks[1])
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    curve: dict[str, Any] = {"steps": STEPS, "warmup_steps": 3, "max_lr": 3e-3, "min_lr": 3e-4}
-    assert [record["train/lr"] for record in records] == [learning_rate(step, **curve) for step in range(1, STEPS + 1)]
+    rate = LearningRate(ScheduleSettings(steps=STEPS, warmup_steps=3, max_lr=3e-3, min_lr=3e-4), STEPS)
+    assert [record["train/lr"] for record in records] == [rate(step) for step in range(1, STEPS + 1)]
     assert records[-1]["train/loss"] < records[0]["train/loss"] - 0.5
     assert records[0]["train/loss"] == pytest.approx(math.log(50_257), abs=0.3)
     assert records[-1]["train/tokens"] == STEPS * 16 * 64

@@ -29,11 +29,13 @@ class Run:
         self.state = TrainState()
         self.applied: list[bool] = []
 
-    def step(self, loss: float, gradient_finite: bool = True, windows: bytes | None = None) -> None:
-        applied = self.guard.check_loss(self.state, loss) and gradient_finite
+    def step(self, loss: float, grad_norm: float = 1.0, windows: bytes | None = None) -> None:
+        accepted = self.guard.check_loss(self.state, loss)
+        norm = grad_norm if accepted else math.inf
+        applied = accepted and math.isfinite(norm) and self.guard.check_gradient(self.state, norm)
         windows = str(self.state.next_batch).encode() if windows is None else windows
         self.state.advance(10, applied, windows)
-        self.guard.check_update(self.state, loss, applied, windows)
+        self.guard.check_update(self.state, loss, norm, applied, windows)
         self.applied.append(applied)
 
     @property
@@ -98,7 +100,7 @@ def test_a_state_without_anomalies_is_healthy() -> None:
     assert not run.state.is_healthy
     run.step(_losses(31)[-1])
     assert run.state.is_healthy
-    run.step(_losses(32)[-1], gradient_finite=False)
+    run.step(_losses(32)[-1], grad_norm=math.inf)
     assert not run.state.is_healthy
 
 
@@ -123,7 +125,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(loss: float) -> None:
 def test_many_skipped_updates_in_a_row_cause_a_rollback() -> None:
     run = Run(skipped_run_steps=3)
     for finite in [True, False, False, True, False, False, False]:
-        run.step(3.0, gradient_finite=finite)
+        run.step(3.0, grad_norm=1.0 if finite else math.inf)
     assert run.kinds == ["not_finite"] * 5 + ["skipped_run"]
     assert run.reported[0].text == "the gradient norm is Inf or NaN: update skipped"
     assert run.guard.rollback is not None
@@ -151,7 +153,7 @@ def test_frozen_weights_are_reported_unless_no_update_was_applied() -> None:
     run = Run()
     run.step(3.0)
     run.guard.check_weights(run.state, ["a", "a"])
-    run.step(3.0, gradient_finite=False)
+    run.step(3.0, grad_norm=math.inf)
     run.guard.check_weights(run.state, ["a", "a"])
     assert run.kinds == ["not_finite"]
     run.step(3.0)
@@ -196,6 +198,74 @@ def test_a_loss_within_the_recent_range_has_a_low_score(losses: list[float], sca
     assert below is not None and below <= 0
 
 
-def test_few_losses_have_no_score() -> None:
-    assert spike_score([3.0] * 29, 100.0) is None
+def test_the_first_losses_have_no_score() -> None:
+    assert spike_score([3.0] * 3, 100.0) is None
+
+
+def _first_losses(noise: float, seed: int) -> list[float]:
+    """Return the first 60 losses of a run with warm-up, with noise relative to the loss."""
+    rng = random.Random(seed)
+    return [(6.0 + 4.9 * math.exp(-((step / 12) ** 2))) * (1 + rng.gauss(0, noise)) for step in range(60)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.002, 0.01, 0.04])
+def test_the_first_losses_of_a_normal_run_raise_no_anomaly(noise: float) -> None:
+    for seed in range(100):
+        run = Run(spike_z=10.0)
+        for loss in _first_losses(noise, seed):
+            run.step(loss)
+        assert run.reported == [], seed
+
+
+@pytest.mark.parametrize("first", [5, 8, 13, 20, 29])
+@pytest.mark.parametrize("rise", [0.05, 0.5])
+def test_an_early_divergence_is_found(first: int, rise: float) -> None:
+    """The loss falls for a few steps, then rises a little at each step, or at once."""
+    normal = _first_losses(0.005, first)[: first - 1]
+    run = Run(divergence_steps=10)
+    for loss in [*normal, *[normal[-1] * (1 + min(0.5, rise * (1 + number))) for number in range(20)]]:
+        run.step(loss)
+    assert run.kinds[:2] == ["spike", "divergence"], run.reported
+    assert first <= run.reported[0].step <= first + 4
+
+
+def _norms(count: int, seed: int) -> list[float]:
+    """Return norms of gradients like those of a run: first decreasing, with a long tail."""
+    rng = random.Random(seed)
+    return [(0.4 + 4 * math.exp(-step / 60)) * rng.lognormvariate(0, 0.25) for step in range(count)]
+
+
+def test_usual_gradient_norms_raise_no_anomaly() -> None:
+    for seed in range(5):
+        run = Run(grad_spike="skip")
+        for norm in _norms(3000, seed):
+            run.step(3.0, norm)
+        assert run.reported == [] and all(run.applied)
+
+
+@pytest.mark.parametrize("policy", ["alert", "skip"])
+def test_a_spike_of_the_gradient_norm_is_reported_and_its_update_skipped_if_so_set(policy: str) -> None:
+    run = Run(grad_spike=policy)
+    for norm in [*_norms(200, 1), 30.0, 0.4]:
+        run.step(3.0, norm)
+    (spike,) = run.reported
+    assert (spike.kind, spike.step, spike.batches, spike.policy) == ("grad_spike", 201, (201,), policy)
+    assert spike.text.startswith("gradient norm 30 is ")
+    assert run.applied == [True] * 200 + [policy == "alert", True]
+    assert len(run.state.recent_norms) == 128
+
+
+def test_a_lasting_rise_of_the_gradient_norm_becomes_usual() -> None:
+    run = Run(grad_spike="alert")
+    for norm in [*_norms(200, 2), *[5.0] * 200]:
+        run.step(3.0, norm)
+    assert 10 < len(run.reported) < 128
+    assert run.reported[-1].step < 200 + 128
+
+
+def test_the_first_gradient_norms_and_those_of_a_disabled_guard_are_not_judged() -> None:
+    for run, before in ((Run(grad_spike="skip"), 31), (Run(grad_spike="off"), 200)):
+        for norm in [*_norms(before, 3), 1000.0]:
+            run.step(3.0, norm)
+        assert run.reported == [] and all(run.applied)
     assert spike_score([3.0] * 30, 3.01) == pytest.approx(0.01 / 0.006)

@@ -60,6 +60,9 @@ class Parts:
         self.problem = "shard cannot be read" if batch == self.unreadable_at else None
         return f"data of {batch}"
 
+    def source_metrics(self, batch: int) -> dict[str, float]:
+        return {}
+
     def begin_step(self, step: int, batch: int) -> None:
         self.step = step
 
@@ -68,7 +71,8 @@ class Parts:
         self.requested = self.step in (self._stop_at, self._stop_within)
         return None if self.step == self._stop_within and interrupted() else torch.tensor(2.0)
 
-    def apply(self, lr: float) -> Update:
+    def apply(self, lr: float, accept: Callable[[float], bool]) -> Update:
+        assert accept(1.0)
         self.notes.append(f"apply {lr}")
         return Update(applied=self.step != self._skip_at, grad_norm=1.0, clipped=False)
 

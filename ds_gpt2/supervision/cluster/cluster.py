@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
-from ds_gpt2.distributed.launch_environment import LOOPBACK
 from ds_gpt2.distributed.network_interface import variables_of
 from ds_gpt2.run_dir.supervisor_record import AgentRecord
 from ds_gpt2.supervision.cluster import environment, host_checks
+from ds_gpt2.supervision.cluster.away_reasons import AwayReasons
 from ds_gpt2.supervision.cluster.cluster_ranks import ClusterRanks
 from ds_gpt2.supervision.cluster.host_checks import Network, Node
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
 from ds_gpt2.supervision.cluster.messages import LaunchRequest
+from ds_gpt2.supervision.cluster.this_machine import is_this_machine
 from ds_gpt2.supervision.launcher import Place
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 
@@ -45,6 +44,15 @@ class ClusterSpec:
     stop_seconds: float  # for ranks to save
 
 
+@dataclass
+class LeftOver:
+    """What an earlier supervisor has left on its hosts."""
+
+    ended: set[str] = field(default_factory=set)  # hosts where agents or ranks were ended
+    problems: dict[str, str] = field(default_factory=dict)  # host -> why that has failed
+    unknown: set[str] = field(default_factory=set)  # hosts that are not connected
+
+
 class Cluster:
     """The hosts of one run, for one supervisor."""
 
@@ -55,11 +63,15 @@ class Cluster:
         self._nodes: dict[str, Node] = {}
         self._previous: dict[str, AgentRecord] = {}  # host -> the agent that was lost there
         self._groups: dict[str, int] = {}  # host -> process group of its newest ranks
-        self._noted_lost: set[str] = set()  # hosts that ``newly_lost`` has returned, and that are still away
+        self._reasons = AwayReasons()  # that ``newly_lost`` has returned
         self._numbers = itertools.count(1)
+        self._network_of_launch: tuple[Network, list[str]] | None = None  # the newest, and its hosts
 
     def connect(self) -> dict[str, str]:
-        """Connect to all hosts; return those that do not answer or cannot read the run, and why."""
+        """Connect to all hosts; return those that do not answer or cannot read the run, and why.
+
+        This may take minutes where agents must first end what an earlier connection has left.
+        """
         return self._connect(self.spec.hosts)
 
     def start(self) -> None:
@@ -77,11 +89,12 @@ class Cluster:
         self.find_network()
 
     def check_devices(self) -> None:
-        """Decide whether the ranks use GPUs, and check that each host has enough.
+        """Decide whether the ranks use GPUs, and check that each host has enough and is listed once.
 
         Raises:
-            UserError: it has not, or only some of the hosts have GPUs.
+            UserError: it has not, only some of the hosts have GPUs, or two have the same host name.
         """
+        host_checks.check_names(self.nodes)
         self._choose_accelerator(self.nodes)
         host_checks.check_slots(self.nodes, self.accelerator)
 
@@ -122,16 +135,16 @@ class Cluster:
         return [name for name, link in self._links.items() if link.was_cut_off]
 
     def newly_lost(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Return the hosts that have stopped to answer since the last call, and why; not those that were cut off.
+        """Return the hosts that have stopped responding since the last call, or are away for a new reason, and why.
+
+        Those that were cut off are not lost, unless they do not answer again.
 
         Args:
-            reasons: host -> why it is lost, where that is known.
+            reasons: host -> why it is away, where that is known.
         """
-        lost = [name for name in self.away if name in self._links and name not in self.cut_off]
-        away = {name: reasons.get(name) or self._links[name].problem for name in lost}
-        new = {name: reason or "it does not answer" for name, reason in away.items() if name not in self._noted_lost}
-        self._noted_lost = set(lost)
-        return new
+        links = {name: self._links.get(name) for name in self.away if name not in self.cut_off}
+        problems = {name: link.problem if link is not None else None for name, link in links.items()}
+        return self._reasons.new(reasons, {name: why or "it does not respond" for name, why in problems.items()})
 
     @property
     def slots(self) -> int:
@@ -139,7 +152,10 @@ class Cluster:
         return sum(node.host.slots for node in self.nodes)
 
     def reconnect(self) -> dict[str, str]:
-        """Connect to hosts that do not answer; return those that still do not, or do not fit the others, and why."""
+        """Connect to hosts that are away; return those that do not answer or do not fit the others, and why.
+
+        This may take minutes where agents must first end what an earlier connection has left.
+        """
         missing = [host for host in self.spec.hosts if host.name in self.away]
         problems = self._connect(missing)
         for host in missing:
@@ -148,9 +164,8 @@ class Cluster:
             try:
                 self._check_again(host)
             except UserError as error:
-                problems[host.name] = str(error)
+                problems[host.name] = _without_host(error, host.name)
                 self._drop(host.name)
-        self._noted_lost &= set(self.away)
         return problems
 
     def launch(self, run: SupervisedRun, run_dir: Path | None = None) -> ClusterRanks:
@@ -160,13 +175,14 @@ class Cluster:
             run_dir: for heartbeats and reports, a directory of all hosts; None: that of the run.
 
         Raises:
-            UserError: rank 0 cannot be reached, or no host answers.
+            UserError: rank 0 cannot be reached, no host answers, or one cannot start its ranks.
         """
         nodes, slots = _divide(self.nodes, run.layout.ranks)
         if sum(slots) < run.layout.ranks:
             answering = ", ".join(node.host.name for node in nodes) or "none"
             raise UserError(f"{counted(run.layout.ranks, 'rank')} do not fit the hosts that answer: {answering}")
         network = self._network(nodes)
+        self._network_of_launch = network, [node.host.name for node in nodes]
         number = next(self._numbers)
         shared = environment.passed_on(os.environ)
         requests = [
@@ -175,16 +191,27 @@ class Cluster:
                 run.script,
                 tuple(run.command()),
                 run.layout.accelerator,
-                Place(slots, place, network.address, network.port),
-                {**shared, **_interfaces(interface), **run.environment},
+                Place(slots, number_of_node, network.address, network.port),
+                {**shared, **_interface_variables(interface), **run.environment},
                 run_dir or self.spec.run_dir,
                 self.spec.stop_seconds,
             )
-            for place, interface in enumerate(network.interfaces)
+            for number_of_node, interface in enumerate(network.interfaces)
         ]
         ranks = ClusterRanks([(node.link, request) for node, request in zip(nodes, requests, strict=True)])
-        self._groups |= ranks.groups
+        self._groups = ranks.groups
+        if ranks.refusals:
+            ranks.end()
+            raise UserError("; ".join(ranks.refusals))
         return ranks
+
+    @property
+    def network_facts(self) -> dict[str, Any]:
+        """The address of rank 0 and the network interface of each host in the newest launch; empty on one host."""
+        if self._network_of_launch is None or len(self._network_of_launch[1]) < 2:
+            return {}
+        network, names = self._network_of_launch
+        return {"address": network.address, "interfaces": dict(zip(names, network.interfaces, strict=True))}
 
     def describe(self, ranks: int) -> str:
         """Return which hosts run ``ranks`` ranks, as text."""
@@ -198,18 +225,45 @@ class Cluster:
         counts = {node.host.name: count for node, count in zip(nodes, slots, strict=True)}
         return {node.host.name: counts.get(node.host.name, 0) for node in self.nodes}
 
-    def end_left_over(self, agents: Sequence[AgentRecord]) -> None:
-        """End the agents of an earlier supervisor, and the ranks that they have left."""
-        left = [agent for agent in agents if agent.host in self._links]
-        host_checks.on_all(lambda agent: self._end_agent(self._links[agent.host], agent), left)
+    def end_left_over(self, agents: Sequence[AgentRecord]) -> LeftOver:
+        """End the agents of an earlier supervisor, and the ranks that they have left.
+
+        A host where that fails is away from then on.
+        """
+        left, failed = LeftOver(), dict[str, AgentRecord]()
+
+        def end(agent: AgentRecord) -> None:
+            if (name := self._host_with(agent)) is None:
+                left.unknown.add(agent.host)
+                return
+            try:
+                if self._end_agent(self._links[name], agent):
+                    left.ended.add(name)
+            except (LostHostError, UserError) as error:
+                failed[name] = replace(agent, host=name)
+                left.problems[name] = _without_host(error, name)
+
+        host_checks.on_all(end, agents)
+        for name, agent in failed.items():
+            self._previous[name] = agent
+            self._drop(name)
+        return left
+
+    def _host_with(self, agent: AgentRecord) -> str | None:
+        """Return the name of the connected host of an agent, which may have had another name; None if there is none."""
+        if agent.host in self._links:
+            return agent.host
+        local = next((name for name, link in self._links.items() if link.is_local), None)
+        return local if local is not None and is_this_machine(agent.host) else None
 
     def agents(self) -> tuple[AgentRecord, ...]:
-        """Return the agents of all hosts, and the process groups of their ranks."""
-        return tuple(
+        """Return the agents of all hosts, also lost ones that may still run, and the process groups of their ranks."""
+        connected = (
             AgentRecord(host, *link.agent, self._groups.get(host))
             for host, link in self._links.items()
             if link.agent is not None
         )
+        return (*connected, *self._previous.values())
 
     def __enter__(self) -> Cluster:
         return self
@@ -218,21 +272,29 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End all agents."""
-        for link in self._links.values():
+        """End all agents. An agent on this machine may take ``stop_seconds``, for ranks that save."""
+        links = list(self._links.values())
+        for link in links:
             link.close()
         deadline = time.monotonic() + _CLOSE_SECONDS
-        for link in self._links.values():
+        for link in links:
             if not link.wait(deadline - time.monotonic() if link.is_open else 0.0):
                 link.kill()
 
     def _connect(self, hosts: Sequence[Host]) -> dict[str, str]:
         """Start agents on ``hosts`` and ask them about their hosts; return the problems by host."""
-        for host in hosts:
+        problems: dict[str, str | None] = {}
+        are_local = host_checks.on_all(lambda host: is_this_machine(host.name), hosts)
+        for host, is_local in zip(hosts, are_local, strict=True):
             self._drop(host.name)
-            self._links[host.name] = AgentLink(host.name, "local" if is_this_machine(host.name) else self.spec.launch)
-        problems = host_checks.on_all(self._welcome, hosts)
-        return {host.name: problem for host, problem in zip(hosts, problems, strict=True) if problem is not None}
+            try:
+                self._links[host.name] = AgentLink(host.name, "local" if is_local else self.spec.launch)
+            except UserError as error:  # possibly temporary, such as too many processes
+                problems[host.name] = str(error)
+        started = [host for host in hosts if host.name not in problems]
+        found = host_checks.on_all(self._welcome, started)
+        problems |= {host.name: problem for host, problem in zip(started, found, strict=True)}
+        return {host.name: problem for host in hosts if (problem := problems[host.name]) is not None}
 
     def _welcome(self, host: Host) -> str | None:
         """Wait for the agent of ``host`` and ask it about its host; return the problem, if any."""
@@ -243,38 +305,44 @@ class Cluster:
                 self._end_agent(link, previous)
                 del self._previous[host.name]
             self._nodes[host.name] = host_checks.node_of(host, link, self.spec.arguments, self.accelerator)
-        except LostHostError as error:
-            return str(error)
-        except UserError as error:
-            return str(error).removeprefix(f"host {host.name}: ")
+        except (LostHostError, UserError) as error:
+            return _without_host(error, host.name)
         return None
 
-    def _end_agent(self, link: AgentLink, agent: AgentRecord) -> None:
-        """Let the present agent of a host end an earlier one and its ranks.
+    def _end_agent(self, link: AgentLink, agent: AgentRecord) -> bool:
+        """Let the present agent of a host end an earlier one and its ranks; return whether there were any.
 
         Raises:
             LostHostError, UserError: it does not.
         """
         seconds = self.spec.stop_seconds
-        words = {"agent": [agent.pid, agent.start], "stop_seconds": seconds}
-        link.call("end_previous", seconds + _KILL_SECONDS, **words)
+        parameters = {"agent": [agent.pid, agent.start], "stop_seconds": seconds}
+        return bool(link.call("end_previous", seconds + _KILL_SECONDS, **parameters))
 
     def _check_again(self, host: Host) -> None:
-        """Check that a host that answers again fits the others."""
-        nodes = self.nodes
-        others = [node for node in nodes if node.host != host]
+        """Check that a host that answers again fits the others.
+
+        Raises:
+            UserError: it does not.
+        """
         node = self._nodes[host.name]
+        others = [other for other in self.nodes if other.host != host]
+        host_checks.check_names([*others, node])
         host_checks.check_slots([node], self.accelerator)
         if others:
-            host_checks.check_equal([others[0], node])
-            host_checks.check_shared([others[0], node], self._shared)
+            first = others[0]  # the code may have been updated on all hosts since it was asked
+            first = host_checks.node_of(first.host, first.link, self.spec.arguments, self.accelerator)
+            self._nodes[first.host.name] = first
+            host_checks.check_equal([first, node])
+            host_checks.check_shared([first, node], self._shared)
 
     def _drop(self, name: str) -> None:
         """Forget the connection to a host; remember its agent, which may still run."""
         self._nodes.pop(name, None)
+        group = self._groups.pop(name, None)
         if (link := self._links.pop(name, None)) is not None:
             if link.agent is not None:
-                self._previous.setdefault(name, AgentRecord(name, *link.agent, self._groups.get(name)))
+                self._previous.setdefault(name, AgentRecord(name, *link.agent, group))
             link.kill()
 
     @property
@@ -295,15 +363,9 @@ class Cluster:
         self.accelerator = "cpu" if without else "cuda"
 
 
-def is_this_machine(host: str) -> bool:
-    """Return whether ``host`` is a name or an address of this machine."""
-    if host in (*LOOPBACK, socket.gethostname()):
-        return True
-    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    try:
-        return not own.isdisjoint(str(found[4][0]) for found in socket.getaddrinfo(host, None))
-    except OSError:
-        return False
+def _without_host(error: Exception, host: str) -> str:
+    """Return the message of an error of a host, without its name at the beginning."""
+    return str(error).removeprefix(f"host {host}: ")
 
 
 def _divide(nodes: Sequence[Node], ranks: int) -> tuple[list[Node], tuple[int, ...]]:
@@ -317,7 +379,7 @@ def _divide(nodes: Sequence[Node], ranks: int) -> tuple[list[Node], tuple[int, .
     return chosen, tuple(slots)
 
 
-def _interfaces(interface: str | None) -> dict[str, str]:
+def _interface_variables(interface: str | None) -> dict[str, str]:
     """Return the variables that make gloo and NCCL use ``interface``, unless the user has set them."""
     if interface is None:
         return {}

@@ -116,6 +116,21 @@ def differences(nodes: Sequence[Node]) -> list[str]:
     ]
 
 
+def check_names(nodes: Sequence[Node]) -> None:
+    """Check that every node has a host name of its own: locks, heartbeats and the run's record name the host.
+
+    Raises:
+        UserError: two have the same, perhaps because they are the same machine.
+    """
+    hosts: dict[str, str] = {}
+    for node in nodes:
+        if (other := hosts.setdefault(node.name, node.host.name)) != node.host.name:
+            raise UserError(
+                f"{other} and {node.host.name} have the same host name {node.name}: if they are one machine, list it"
+                " once, with all its slots; otherwise rename one"
+            )
+
+
 def check_slots(nodes: Sequence[Node], accelerator: str) -> None:
     """Check that every node has a GPU for each of its ranks.
 

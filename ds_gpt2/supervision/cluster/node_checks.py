@@ -20,7 +20,7 @@ from ds_gpt2.common import installation
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.shared_directory import has_marks, mark, unmark
 from ds_gpt2.config import train_arguments
-from ds_gpt2.data.dataset import open_dataset
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.distributed.network_interface import addresses, interface_of
 from ds_gpt2.supervision.cluster.keyed_connections import Listener
 from ds_gpt2.supervision.cluster.keyed_connections import listen as listen_for_key
@@ -54,7 +54,7 @@ def facts(arguments: Sequence[str], cwd: str, accelerator: str) -> dict[str, Any
     settings = train_arguments.parse(arguments).settings()
     return {
         "name": socket.gethostname(),
-        "same": {**installation.describe(), "the data": open_dataset(settings.data.dir).fingerprint},
+        "same": {**installation.describe(), "the data": open_sources(settings.data).fingerprint},
         "gpus": None if accelerator == "cpu" else _count_gpus(),
         "addresses": addresses((socket.AF_INET,)),
     }

@@ -15,12 +15,12 @@ from ds_gpt2.checkpoint.backup.storage import redacted_reason
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.cgroup import read_cgroup
-from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.run_location import run_argument
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
-from ds_gpt2.data.dataset import Dataset, open_dataset
+from ds_gpt2.data.sources import Sources, open_sources
 from ds_gpt2.monitoring import csv_monitor, tracker_checks
 from ds_gpt2.monitoring.pace import recent_step_seconds
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -68,10 +68,10 @@ def checks(settings: Settings, accelerator: str, count: int, world_size: int | N
         world_size: ranks on all hosts, if this machine is one of several; they share batch and optimizer state.
     """
     total = world_size or count
-    dataset = _opened(settings)
-    steps, epochs = _schedule(dataset, settings)
+    sources = _opened(settings)
+    steps, epochs = _schedule(sources, settings)
     storage = requirements.disk_requirement(settings, steps, epochs)
-    directory, shards = settings.checkpoint_dir, _shards(dataset)
+    directory, shards = settings.checkpoint_dir, _shards(sources)
     reserve = reserved_bytes(settings.checkpoint)
     return [
         Check("settings", "DeepSpeed's file", partial(_deepspeed_file, settings)),
@@ -90,9 +90,9 @@ def checks(settings: Settings, accelerator: str, count: int, world_size: int | N
         Check("disk", "file operations", partial(file_system.operations, directory)),
         Check("disk", "write speed", partial(_speed, settings, count, total)),
         Check("disk", "backup", partial(_backup, settings)),
-        Check("data", "data", partial(_data, dataset)),
-        Check("data", "windows", partial(_windows, dataset, settings)),
-        Check("data", "checksums", partial(_checksums, dataset)),
+        Check("data", "data", partial(_data, sources)),
+        Check("data", "windows", partial(_windows, sources, settings)),
+        Check("data", "checksums", partial(_checksums, sources)),
         Check("data", "HellaSwag", partial(data.hellaswag, settings.hellaswag)),
         *_gpu_checks(settings, accelerator, count, total),
         Check("memory", "memory", partial(_memory, settings, accelerator, count, total), quick=True),
@@ -171,39 +171,39 @@ def _gpu_checks(settings: Settings, accelerator: str, count: int, total: int) ->
     ]
 
 
-def _opened(settings: Settings) -> Dataset | UserError:
+def _opened(settings: Settings) -> Sources | UserError:
     try:
-        return open_dataset(settings.data.dir)
+        return open_sources(settings.data)
     except UserError as error:
         return error
     except OSError as error:
-        return UserError(f"{settings.data.dir} cannot be read: {error.strerror or error}")
+        return UserError(f"the data cannot be read: {reason_of(error)}")
 
 
-def _schedule(dataset: Dataset | UserError, settings: Settings) -> tuple[int | None, float | None]:
+def _schedule(sources: Sources | UserError, settings: Settings) -> tuple[int | None, float | None]:
     """Return the steps and epochs of the run; None for what is not known."""
-    if isinstance(dataset, UserError):
+    if isinstance(sources, UserError):
         return settings.schedule.steps, None
     try:
-        return data.schedule(dataset, settings)
+        return data.schedule(sources, settings)
     except UserError:
         return settings.schedule.steps, None
 
 
-def _shards(dataset: Dataset | UserError) -> int:
-    return 0 if isinstance(dataset, UserError) else len(dataset.shards)
+def _shards(sources: Sources | UserError) -> int:
+    return 0 if isinstance(sources, UserError) else sum(len(dataset.shards) for dataset in sources.datasets)
 
 
-def _data(dataset: Dataset | UserError) -> Finding:
-    return failure("data", dataset) if isinstance(dataset, UserError) else data.shards(dataset)
+def _data(sources: Sources | UserError) -> list[Finding]:
+    return [failure("data", sources)] if isinstance(sources, UserError) else data.shards(sources)
 
 
-def _windows(dataset: Dataset | UserError, settings: Settings) -> list[Finding]:
-    return [] if isinstance(dataset, UserError) else data.windows(dataset, settings)
+def _windows(sources: Sources | UserError, settings: Settings) -> list[Finding]:
+    return [] if isinstance(sources, UserError) else data.windows(sources, settings)
 
 
-def _checksums(dataset: Dataset | UserError) -> list[Finding]:
-    return [] if isinstance(dataset, UserError) else [data.checksums(dataset)]
+def _checksums(sources: Sources | UserError) -> list[Finding]:
+    return [] if isinstance(sources, UserError) else [data.checksums(each) for each in sources.datasets]
 
 
 def _deepspeed_file(settings: Settings) -> Finding:

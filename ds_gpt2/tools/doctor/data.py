@@ -11,46 +11,54 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
 from ds_gpt2.common.formatting import size, tokens
 from ds_gpt2.common.host import usable_cores
-from ds_gpt2.config.batch_plan import steps_of
+from ds_gpt2.config.batch_plan import check_schedule, steps_of
 from ds_gpt2.config.settings import HellaswagSettings, Settings
-from ds_gpt2.data.dataset import Dataset, Shard, Windows
+from ds_gpt2.data.dataset import Dataset, Shard
+from ds_gpt2.data.sources import Sources
 from ds_gpt2.tools.doctor.finding import Finding, failure
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS
 
 
-def shards(dataset: Dataset) -> Finding:
-    """Report the size of the data. Opening the dataset has compared the shards' sizes with the index."""
-    train, val = tokens(dataset.tokens("train")), tokens(dataset.tokens("val"))
-    return Finding(
-        "data", "ok", f"{train} training and {val} validation tokens, {len(dataset.shards)} shards of the right size"
-    )
+def shards(sources: Sources) -> list[Finding]:
+    """Report the size of the data. Opening the datasets has compared the shards' sizes with the index."""
+    rows = []
+    for number, dataset in enumerate(sources.datasets):
+        name = f"{sources.names[number]}: " if sources.names else ""
+        train, val = tokens(dataset.tokens("train")), tokens(dataset.tokens("val"))
+        found = f"{name}{train} training and {val} validation tokens, {len(dataset.shards)} shards of the right size"
+        rows.append(Finding("data", "ok", found))
+    return rows
 
 
-def windows(dataset: Dataset, settings: Settings) -> list[Finding]:
+def windows(sources: Sources, settings: Settings) -> list[Finding]:
     """Check that there are windows to train on and to validate on, and enough of them for the whole run."""
     rows = []
     if settings.validation.every:
         try:
-            held_out = len(Windows(dataset, "val", settings.batch.sequence_length))
+            held_out = sources.count("val", settings.batch.sequence_length)
             rows.append(
                 Finding("validation", "ok", f"{held_out:,} windows of {settings.batch.sequence_length} held out")
             )
         except UserError as error:
             row = failure("validation", error)
             rows.append(replace(row, fix=f"{row.fix}, or set validation.every=0".removeprefix(", or ")))
-    return [*rows, _enough(dataset, settings)]
+    return [*rows, _enough(sources, settings)]
 
 
-def schedule(dataset: Dataset, settings: Settings) -> tuple[int, float]:
+def schedule(sources: Sources, settings: Settings) -> tuple[int, float]:
     """Return (steps, epochs) of the whole run.
 
     Raises:
         UserError: the data has no training window.
     """
-    count = len(Windows(dataset, "train", settings.batch.sequence_length))
-    per_step = max(1, settings.batch.tokens_per_step // settings.batch.sequence_length)
+    count = sources.count("train", settings.batch.sequence_length)
+    per_step = _windows_per_step(settings)
     steps = steps_of(settings.schedule, count, per_step)
     return steps, steps * per_step / count
+
+
+def _windows_per_step(settings: Settings) -> int:
+    return max(1, settings.batch.tokens_per_step // settings.batch.sequence_length)
 
 
 def checksums(dataset: Dataset) -> Finding:
@@ -70,7 +78,7 @@ def checksums(dataset: Dataset) -> Finding:
             bar.update(shard.bytes)
             damaged += [shard.file] if is_bad else []
     if damaged:
-        fix = "restore them, or prepare the data again: training does not detect the damage"
+        fix = "restore them, or prepare the data again"
         return Finding("checksums", "fail", f"checksum mismatch: {', '.join(damaged)}", fix)
     return Finding("checksums", "ok", f"{len(known)} shards, {size(total)}, match dataset.json")
 
@@ -95,17 +103,18 @@ def hellaswag(settings: HellaswagSettings) -> Finding:
     return Finding(name, "warn", found, "results are not comparable with published ones")
 
 
-def _enough(dataset: Dataset, settings: Settings) -> Finding:
+def _enough(sources: Sources, settings: Settings) -> Finding:
     name = "epochs"
     try:
-        steps, epochs = schedule(dataset, settings)
+        steps, epochs = schedule(sources, settings)
     except UserError as error:
         return failure(name, error)
     found = f"{steps:,} steps train on the data {epochs:.2f} times"
-    warmup = settings.schedule.warmup_steps
-    if warmup >= steps:
-        fix = "set schedule.warmup_steps lower or schedule.epochs higher"
-        return Finding(name, "fail", f"{found}; the warm-up alone has {warmup:,} steps", fix)
+    try:
+        check_schedule(settings.schedule, steps)
+        sources.check_limits(settings.batch.sequence_length, _windows_per_step(settings), steps)
+    except UserError as error:
+        return failure(name, error)
     if epochs > steps:
         fix = "prepare more text, or set a smaller batch.tokens_per_step"
         return Finding(name, "warn", f"{found}: a step is more than an epoch", fix)

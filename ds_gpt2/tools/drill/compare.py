@@ -13,8 +13,8 @@ import torch
 from ds_gpt2.checkpoint.manifest import read
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, unpickle
 from ds_gpt2.engine.checkpoint_keys import BASE, MASTERS, MODULE, STATE
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -55,8 +55,10 @@ def expected_ledger(settings: Settings, ranks: int, batches: Iterable[int]) -> s
     """Return the ledger (see TrainState) of a run that has trained on ``batches`` of its data, in this order."""
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, ranks)
-    windows = Windows(open_dataset(settings.data.dir), "train", plan.sequence_length)
-    data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"))
+    sources = open_sources(settings.data)
+    windows = sources.windows("train", plan.sequence_length)
+    mixture = sources.mixture(plan.sequence_length, plan.windows_per_step, settings.run.seed)
+    data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"), mixture)
     ledger = ""
     for number in batches:
         ledger = hashlib.sha256(ledger.encode() + data.windows_of(number).tobytes()).hexdigest()

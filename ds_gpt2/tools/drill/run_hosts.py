@@ -10,9 +10,9 @@ from pathlib import Path
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir.supervisor_record import AgentRecord, read_supervisor_record
 from ds_gpt2.supervision.cluster import link
-from ds_gpt2.supervision.cluster.cluster import is_this_machine
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.link import AgentLink, LostHostError, StartMethod
+from ds_gpt2.supervision.cluster.this_machine import is_this_machine
 
 _KILL_SECONDS = 60.0
 _AWAY = "away_host"  # file in the drill's directory: the name of a host that the supervisor cannot connect to

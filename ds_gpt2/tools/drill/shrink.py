@@ -16,6 +16,7 @@ _LAYERS = 4
 _SEQUENCE = 64
 _SAVE_SECONDS = 0.6  # duration of a save of a scaled-down model: long enough that some faults occur during a save
 _HANG_SECONDS = 8.0
+_DECAY_FRACTION = 0.5  # of the schedule wsd: the runs reach both the stable part and the decay
 
 
 def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     tree["run"]["deterministic"] = True  # the runs are compared bit for bit
     warmup = min(settings.schedule.warmup_steps, steps // 10)
     tree["schedule"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup}
+    if settings.schedule.shape == "wsd":
+        tree["schedule"] |= {"decay_steps": None, "decay_fraction": _DECAY_FRACTION}
     tree["checkpoint"] |= {"every": EVERY, "keep_last": 4, "keep_every": 0, "keep_epochs": 1, "min_free_gb": 0.0}
     tree["checkpoint"]["backup"]["to"] = None
     reduced = {

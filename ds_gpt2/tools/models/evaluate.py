@@ -205,6 +205,8 @@ def _requested_or_set(
 def _check_sources(sources: EvalSources, settings: dict[str, Any], data: Path | None, file: Path | None) -> None:
     configured = _setting(settings, "data", "dir")
     no_data = f"; the run's data.dir, {configured}, does not exist" if configured else ""
+    if mixture := [str(source["dir"]) for source in _setting(settings, "data", "mixture") or ()]:
+        no_data = f"; the run trains on a mixture of {', '.join(mixture)}: give one of them"
     if data is None and file is None:
         fix = "give --data DIR (shards with a validation split) or --hellaswag FILE"
         raise UserError(f"nothing to measure on: {fix}{no_data}")

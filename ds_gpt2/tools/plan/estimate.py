@@ -9,7 +9,7 @@ from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.sources import missing_directories, open_sources
 from ds_gpt2.distributed import torch_compile
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.tools.plan import timing
@@ -97,10 +97,9 @@ def _windows(settings: Settings) -> tuple[int | None, str | None]:
     Raises:
         UserError: the data exists, but cannot be trained on.
     """
-    if not settings.data.dir.is_dir() or not any(settings.data.dir.iterdir()):
-        return None, f"{settings.data.dir} does not exist yet, or is empty"
-    dataset = open_dataset(settings.data.dir)
-    return len(Windows(dataset, "train", settings.batch.sequence_length)), None
+    if missing := missing_directories(settings.data):
+        return None, f"{missing[0]} does not exist yet, or is empty"
+    return open_sources(settings.data).count("train", settings.batch.sequence_length), None
 
 
 def _free_for_run(checkpoint_dir: Path) -> int:

@@ -37,7 +37,8 @@ def hosts_of(events: Sequence[Event]) -> list[RunHost]:
             still_away = {host.name: host for host in away if host.name not in launched}
             hosts = {**launched, **still_away} if launched else {}
         elif event.kind == "host_lost" and isinstance(name, str):
-            hosts[name] = RunHost(name, 0, event.time, str(event.facts.get("reason", event.text)))
+            since = hosts[name].away_since if name in hosts else None
+            hosts[name] = RunHost(name, 0, since or event.time, str(event.facts.get("reason", event.text)))
         elif event.kind == "host_back" and isinstance(name, str) and name in hosts:
             hosts[name] = replace(hosts[name], away_since=None, away_reason=None)
         elif event.kind == "few_hosts":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ import torch
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import ValidationSettings
-from ds_gpt2.data.dataset import Windows
 from ds_gpt2.data.loader import on_device, with_targets
+from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
@@ -33,20 +34,37 @@ class Validation(Hook):
     for each window, whose mean is the same up to fp32 rounding.
     """
 
-    def __init__(self, settings: ValidationSettings, windows: Windows, group: int) -> None:
+    def __init__(self, settings: ValidationSettings, held_out: Sequence[HeldOut], group: int) -> None:
         """
         Args:
-            windows: of the validation split; the number in the settings is used, at least one.
+            held_out: the validation windows of each source; of them the number in the settings is used, at least one
+                of each source.
             group: windows per forward pass.
         """
         self.every = Every(settings.every)
-        self._windows = windows
-        count = count_windows(windows, settings.tokens)
-        self._groups = [np.arange(start, min(start + group, count)) for start in range(0, count, group)]
-        self._sizes = torch.tensor([len(indices) for indices in self._groups], dtype=torch.float64)
+        self._held_out = held_out
+        self._groups: list[tuple[int, npt.NDArray[np.int64]]] = []  # source and windows
+        for source, part in enumerate(held_out):
+            count = count_windows(part.windows, round(part.size * settings.tokens))
+            self._groups += [(source, np.arange(start, min(start + group, count))) for start in range(0, count, group)]
+        self._sources = torch.tensor([source for source, _ in self._groups])
+        self._sizes = torch.tensor([len(indices) for _, indices in self._groups], dtype=torch.float64)
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
-        loss = self.loss(engine)
+        losses = self.losses(engine)
+        loss = self._mean(losses)
+        parts = {f"val/{part.name}/loss": each for part, each in zip(self._held_out, losses, strict=True) if part.name}
+        return parts | self._metrics(loss, state)
+
+    def loss(self, engine: Engine) -> float:
+        """Return the validation loss: the mean cross entropy over all tokens, in nats; see ``losses``."""
+        return self._mean(self.losses(engine))
+
+    def _mean(self, losses: Sequence[float]) -> float:
+        """Return the mean of the sources' losses, weighted by their shares."""
+        return sum(part.share * loss for part, loss in zip(self._held_out, losses, strict=True) if part.share)
+
+    def _metrics(self, loss: float, state: TrainState) -> StepMetrics:
         if not math.isfinite(loss):
             best = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
             log.warning(f"step {state.step:,}: the validation loss is {loss}, not a finite number; best so far: {best}")
@@ -57,8 +75,8 @@ class Validation(Hook):
         return metrics | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if is_best else {})
 
     @torch.no_grad()
-    def loss(self, engine: Engine) -> float:
-        """Return the mean cross entropy over all tokens of the set, in nats.
+    def losses(self, engine: Engine) -> list[float]:
+        """Return the mean cross entropy over the tokens of each source, in nats.
 
         Raises:
             Interrupted: on every rank: a stop is requested.
@@ -66,7 +84,11 @@ class Validation(Hook):
         """
         losses = on_all_ranks(lambda: self._losses(engine))
         per_group = collectives.sum_over_ranks(losses).cpu()
-        return float((per_group * self._sizes).sum() / self._sizes.sum())
+        means = []
+        for source in range(len(self._held_out)):
+            own = self._sources == source
+            means.append(float((per_group[own] * self._sizes[own]).sum() / self._sizes[own].sum()))
+        return means
 
     def _losses(self, engine: Engine) -> torch.Tensor:
         """Return the loss of each group, (groups,) fp64; 0 for the groups of other ranks."""
@@ -86,7 +108,8 @@ class Validation(Hook):
             UserError: a shard cannot be read.
         """
         try:
-            return self._windows.read(self._groups[group])
+            source, indices = self._groups[group]
+            return self._held_out[source].windows.read(indices)
         except UserError as error:
             self.progress()
             raise UserError(f"{error}; validation.every=0 trains without this data") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat
@@ -19,18 +20,18 @@ from ds_gpt2.supervision.launcher import Place
 class FakeLink:
     """The connection to a host whose agent the test plays."""
 
-    def __init__(self, host: str, starts: bool = True) -> None:
+    def __init__(self, host: str, start_error: Exception | None = None) -> None:
         self.host = host
         self.problem: str | None = None
         self.report: NodeReport | None = None
         self.answers: dict[str, Any] = {}
+        self.errors: dict[str, Exception | None] = {"launch": start_error}  # by request
         self.requests: list[str] = []
-        self._starts = starts
 
-    def call(self, what: str, seconds: float, **words: object) -> Any:
+    def call(self, what: str, seconds: float, **parameters: object) -> Any:
         self.requests.append(what)
-        if not self._starts:
-            raise LostHostError("the connection to its agent has ended")
+        if (error := self.errors.get(what)) is not None:
+            raise error
         return self.answers.get(what)
 
     def request(self, what: str) -> None:
@@ -43,9 +44,13 @@ class FakeLink:
 class Stage:
     """Two hosts with two ranks each, and a clock."""
 
-    def __init__(self, starts: bool = True) -> None:
+    def __init__(self, start_error: Exception | None = None) -> None:
+        """
+        Args:
+            start_error: of host b.
+        """
         self.now = 0.0
-        self.a, self.b = FakeLink("a"), FakeLink("b", starts)
+        self.a, self.b = FakeLink("a"), FakeLink("b", start_error)
         links: Any = [(link, self.request(node)) for node, link in enumerate((self.a, self.b))]
         self.ranks = ClusterRanks(links, clock=lambda: self.now)
 
@@ -120,13 +125,13 @@ def test_rank_0_may_save_for_long_after_the_other_host_has_stopped() -> None:
 
 @pytest.mark.parametrize("starts", [True, False])
 def test_a_lost_host_counts_as_exited_and_the_others_as_stuck(starts: bool) -> None:
-    stage = Stage(starts)
+    stage = Stage(None if starts else LostHostError("the connection to its agent has ended"))
     stage.report(stage.a, 5)
     if starts:
         stage.report(stage.b, 5)
         assert stage.ranks.is_launcher_running
         stage.b.problem = "it has not answered for 11 s"
-        assert not stage.ranks.is_launcher_running and stage.b.requests[-1] == "the connection is ended"
+    assert not stage.ranks.is_launcher_running and stage.b.requests[-1] == "the connection is ended"
     reason = "it has not answered for 11 s" if starts else "the connection to its agent has ended"
     assert stage.ranks.lost_hosts == {"b": reason}
     assert not stage.ranks.is_launcher_running and not stage.ranks.have_exited
@@ -177,3 +182,52 @@ def test_hosts_are_asked_for_stopped_ranks_and_problems_of_heartbeats() -> None:
     stage.a.answers = {"stopped": [0], "heartbeat_problem": None}
     stage.b.answers = {"stopped": [2, 3], "heartbeat_problem": "No space left on device"}
     assert stage.ranks.stopped() == {0, 2, 3} and stage.ranks.problem() == "No space left on device"
+
+
+def test_a_host_that_cannot_start_its_ranks_is_not_lost() -> None:
+    stage = Stage(UserError("host b: Is a directory"))
+    assert stage.ranks.refusals == ["host b: Is a directory"] and stage.ranks.lost_hosts == {}
+    assert stage.b.requests == ["launch"] and not stage.ranks.is_launcher_running
+    assert not stage.ranks.have_exited
+    stage.report(stage.a, exit_code=-9)
+    assert stage.ranks.have_exited
+
+
+def test_a_host_whose_ranks_cannot_be_killed_is_lost_after_a_minute() -> None:
+    stage = Stage()
+    stage.report(stage.a, 5, exit_code=-9)
+    stage.report(stage.b, 5)
+    stage.ranks.kill()
+    stage.now = 59.0
+    stage.ranks.kill()
+    assert not stage.ranks.have_exited and stage.ranks.lost_hosts == {}
+    stage.now = 61.0
+    assert stage.ranks.lost_hosts == {"b": "its processes have not exited 60 s after they were killed"}
+    assert stage.ranks.have_exited and stage.b.requests[-1] == "the connection is ended"
+
+
+def test_hosts_that_write_no_stacks_are_named() -> None:
+    stage = Stage()
+    stage.a.errors["stacks"] = LostHostError("it has not answered for 11 s")
+    with pytest.raises(OSError, match=r"^host a: it has not answered for 11 s$"):
+        stage.ranks.write_stacks(Path("run"), Path("stacks"))
+    assert stage.b.requests[-1] == "stacks"
+    stage.b.errors["stacks"] = UserError("host b: No space left on device")
+    with pytest.raises(OSError, match=r"^host a: it has not answered for 11 s; host b: No space left on device$"):
+        stage.ranks.write_stacks(Path("run"), Path("stacks"))
+
+
+def test_the_time_of_a_start_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def call(self: FakeLink, what: str, seconds: float, **parameters: object) -> None:
+        nonlocal now
+        now += 20.0
+        raise UserError("host b: no")
+
+    monkeypatch.setattr(FakeLink, "call", call)
+    links: Any = [(FakeLink("b"), Stage.request(0))]
+    ranks = ClusterRanks(links, clock=lambda: now)
+    assert not ranks.are_stuck
+    now += 11.0
+    assert ranks.are_stuck

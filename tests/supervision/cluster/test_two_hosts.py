@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from two_hosts import Host, HostCommand, TwoHosts, assert_nothing_is_left, small
 
 from ds_gpt2.checkpoint.catalog import newest_step, problem_of, scan
 from ds_gpt2.config.settings import load_settings
+from ds_gpt2.data.dataset import open_dataset
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Event, read_journal
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
@@ -433,6 +435,31 @@ def test_other_data_on_a_host_is_refused(
     finally:
         hosts.b.run("umount", str(dataset_dir))
     assert error.startswith(f"error: host {hosts.b.address}: no data: ")
+
+
+def test_a_damaged_copy_of_the_data_on_a_host_is_refused(
+    hosts: TwoHosts, configure: Configure, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """The copy has the same index, and the shards have the right size."""
+    copy = Path(shutil.copytree(dataset_dir, tmp_path / "copy"))
+    shard = copy / open_dataset(copy).split("train")[0].file
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    config = configure(4)
+    hosts.b.run("mount", "--bind", str(copy), str(dataset_dir))
+    try:
+        good = Started(hosts, config)
+        output = good.end()
+        assert good.process.returncode == exit_codes.DONE, output
+        shard.write_bytes(content)
+        damaged = Started(hosts, config, "schedule.steps=8", verb="resume")
+        output = damaged.end()
+    finally:
+        hosts.b.run("umount", str(dataset_dir))
+    assert damaged.process.returncode == exit_codes.MISTAKE, output
+    assert f"{shard.name} was changed (checksum mismatch)" in output
+    records = sorted(path.name for path in good.settings.run_dir.glob("data_checked*"))
+    assert records == ["data_checked.json", "data_checked_host-b.json"]
 
 
 def test_an_interface_that_does_not_exist_is_named(hosts: TwoHosts, refused: Callable[..., str]) -> None:

@@ -12,6 +12,7 @@ from doctor_helpers import changed, flip, preset
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.data.sources import Sources
 from ds_gpt2.tools.doctor import data
 
 
@@ -27,19 +28,20 @@ def test_checksums_reveal_a_flipped_bit(copied: Path) -> None:
 
 def test_schedule_and_windows_of_the_whole_run(dataset_dir: Path, settings: Settings) -> None:
     dataset = open_dataset(dataset_dir)
-    steps, epochs = data.schedule(dataset, settings)
+    sources = Sources((dataset,))
+    steps, epochs = data.schedule(sources, settings)
     windows = sum((shard.tokens - 1) // 64 for shard in dataset.split("train"))
     assert (steps, epochs) == (12, pytest.approx(12 * 16 / windows))
     whole = changed(settings, schedule={"steps": None, "epochs": 1.5})
     per_step = plan_batch(1024, 2, 64, 2).windows_per_step
-    assert data.schedule(dataset, whole)[0] == math.ceil(1.5 * len(Windows(dataset, "train", 64)) / per_step)
-    assert [(row.name, row.status) for row in data.windows(dataset, settings)] == [
+    assert data.schedule(sources, whole)[0] == math.ceil(1.5 * len(Windows(dataset, "train", 64)) / per_step)
+    assert [(row.name, row.status) for row in data.windows(sources, settings)] == [
         ("validation", "ok"),
         ("epochs", "ok"),
     ]
 
     def status(**sections: dict[str, Any]) -> list[str]:
-        return [row.status for row in data.windows(dataset, changed(settings, **sections))]
+        return [row.status for row in data.windows(sources, changed(settings, **sections))]
 
     assert status(batch={"sequence_length": 1_000_000}) == ["fail", "fail"]
     assert status(schedule={"steps": 100_000}) == ["ok", "warn"]

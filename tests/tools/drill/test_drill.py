@@ -26,8 +26,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import load_settings
-from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.loader import TrainingData
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.heartbeat import read_beat
@@ -230,7 +230,7 @@ def _metrics(run_dir: Path, records: list[dict[str, Any]]) -> Path:
 def test_expected_ledger_equals_that_of_training(tmp_path: Path, write_config: Callable[..., Path]) -> None:
     settings = load_settings(write_config(tmp_path))
     plan = plan_batch(settings.batch.tokens_per_step, 2, 64, 2)
-    windows = Windows(open_dataset(settings.data.dir), "train", 64)
+    windows = open_sources(settings.data).windows("train", 64)
     data = TrainingData(windows, plan, 0, settings.run.seed, torch.device("cpu"))
     state = TrainState()
     state.exclude([2])

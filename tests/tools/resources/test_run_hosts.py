@@ -39,6 +39,11 @@ def test_a_lost_host_is_away_until_it_is_back() -> None:
     assert hosts_of([LAUNCH, LOST, RESTART, back, again]) == [RunHost("a", 2), RunHost("b", 2)]
 
 
+def test_a_new_reason_does_not_change_since_when_a_host_is_away() -> None:
+    other = _event(4, "host_lost", host="b", reason="its clock is 3 s ahead")
+    assert hosts_of([LAUNCH, LOST, RESTART, other])[1] == RunHost("b", 0, 2, "its clock is 3 s ahead")
+
+
 def test_hosts_that_the_supervisor_waits_for_are_away() -> None:
     few = _event(9, "few_hosts", away={"b": "refused", "c": "no answer"})
     assert hosts_of([LAUNCH, LOST, few])[1:] == [RunHost("b", 0, 2, "refused"), RunHost("c", 0, 9, "no answer")]

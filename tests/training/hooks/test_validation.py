@@ -11,6 +11,7 @@ import torch
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
@@ -31,9 +32,9 @@ class Windows:
 def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the hook with replaced measurements: the losses in ``values``, in order."""
     windows: Any = Windows()
-    hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
+    hook = Validation(ValidationSettings(every=5, tokens=640), [HeldOut(windows)], group=2)
     measured = SimpleNamespace(hook=hook, values=[])
-    monkeypatch.setattr(hook, "loss", lambda engine: measured.values.pop(0))
+    monkeypatch.setattr(hook, "losses", lambda engine: [measured.values.pop(0)])
     return measured
 
 
@@ -87,7 +88,7 @@ def test_a_stop_while_a_shard_is_unreadable_interrupts_validation(stop_requested
             raise Interrupted
 
     windows: Any = Unreadable()
-    hook = Validation(ValidationSettings(every=5, tokens=640), windows, group=2)
+    hook = Validation(ValidationSettings(every=5, tokens=640), [HeldOut(windows)], group=2)
     hook.progress = progress
     engine: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Identity())
     with pytest.raises(
