@@ -24,6 +24,7 @@ from ds_gpt2.supervision.alerts import channels
 from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.cluster.setup import cluster_of, hosts_of
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
+from ds_gpt2.supervision.other_supervisor import check_unsupervised
 from ds_gpt2.supervision.supervised_run import SupervisedRun
 from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
@@ -80,6 +81,7 @@ def resume(options: argparse.Namespace) -> int:
             f"{named} of an existing run is determined by its location: move {run_dir}, or start another run with"
             " `train`"
         )
+    check_unsupervised(settings)
     ranks = options.num_gpus
     check_source(settings, options.source)
     hosts = hosts_of(settings, ranks)
@@ -123,8 +125,9 @@ def start(
         leave_out: batches of the data to exclude from training.
 
     Raises:
-        UserError: the settings or the machine do not allow the run.
+        UserError: the settings or the machine do not allow the run, or it has a supervisor already.
     """
+    check_unsupervised(settings)
     deepspeed_settings = load_deepspeed_file(settings.deepspeed)
     csv_monitor.check(deepspeed_settings)
     tracker_checks.check(deepspeed_settings)

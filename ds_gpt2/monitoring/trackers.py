@@ -27,6 +27,7 @@ from ds_gpt2.common.files import replace_file
 from ds_gpt2.config.run_address import address_of, read_address
 from ds_gpt2.monitoring import tracker_process
 from ds_gpt2.monitoring.tracker_checks import read_blocks
+from ds_gpt2.run_dir import stop_request
 
 IDS = "trackers.json"  # in the run's directory: the run's ids at the trackers
 _ADDRESS = "run"  # a key in it: the run that the ids belong to
@@ -63,6 +64,7 @@ class Tracker:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            env=stop_request.without_supervisor(os.environ),
             start_new_session=True,
         )
         for work in (self._send, self._receive):

@@ -16,6 +16,7 @@ from ds_gpt2.common.process_identity import is_running, start_of
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 before the time limit
+CONNECTION_LOST = signal.SIGHUP  # from an agent that has lost the supervisor on another machine; SIGTERM follows
 STOP_FILE = "STOP"  # in the run's directory
 
 _SUPERVISOR = "DS_GPT2_SUPERVISOR"  # environment variable: the supervisor's process id and start time
@@ -33,6 +34,7 @@ class StopRequest:
             checkpoints: the directory of the run's checkpoints. Its move is a request.
         """
         self.supervisor_lost = False  # the supervisor has died
+        self.connection_lost = False  # the supervisor, on another machine, does not reach this process any more
         self._is_signalled = False
         self._run_dir, self._checkpoints = run_dir, checkpoints
         self._supervisor = supervisor_of(os.environ) if run_dir is not None else None
@@ -68,6 +70,8 @@ class StopRequest:
     @property
     def cause(self) -> str:
         """Why the run has stopped, to follow "stopped" in a sentence."""
+        if self.connection_lost:
+            return "because the connection to the supervisor was lost"
         if self.supervisor_lost:
             return "because the supervisor is gone"
         if not self._is_signalled and self.reason is not None:
@@ -78,6 +82,8 @@ class StopRequest:
         """Install signal handlers: from now on the signals are requests to stop."""
         for number in SIGNALS:
             signal.signal(number, self._request)
+        if is_supervised():
+            signal.signal(CONNECTION_LOST, self._request)
 
     def clear(self) -> None:
         """Delete the file ``STOP``: the request is fulfilled, or was made before this start."""
@@ -94,6 +100,7 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._is_signalled = True
+        self.connection_lost |= number == CONNECTION_LOST
 
 
 def take_stop_file(run_dir: Path) -> bool:
@@ -111,6 +118,11 @@ def take_stop_file(run_dir: Path) -> bool:
 def supervisor_environment() -> dict[str, str]:
     """Return the environment variables that make a run stop if this process ends."""
     return {_SUPERVISOR: f"{os.getpid()} {start_of(os.getpid())}"}
+
+
+def without_supervisor(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environment`` for a process that may outlive its rank, and is not ended with it."""
+    return {name: value for name, value in environment.items() if name != _SUPERVISOR}
 
 
 def is_supervised() -> bool:

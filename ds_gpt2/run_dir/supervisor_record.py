@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from ds_gpt2.common import safe_json
 from ds_gpt2.common.files import replace_file
+from ds_gpt2.common.formatting import duration
 from ds_gpt2.common.lease import LEASE_SECONDS
 from ds_gpt2.common.open_files import has_original_open
 from ds_gpt2.common.process_identity import is_running, was_running_by_clock
@@ -82,6 +83,17 @@ class SupervisorRecord:
     def has_expired(self, now: float) -> bool:
         """Return whether the lease has ended without an end of the supervisor; False if it has none."""
         return self.state != "ended" and self.renewed is not None and now - self.renewed >= LEASE_SECONDS
+
+    def describe(self, now: float) -> str:
+        """Return which process the supervisor is, and when another machine has seen it last.
+
+        Args:
+            now: seconds since 1970, by the clock of the file system.
+        """
+        text = f"process {self.pid} on {self.host}"
+        if self.is_here or self.renewed is None:
+            return text
+        return f"{text}, last seen {duration(now - self.renewed)} ago"
 
     def is_running(self) -> bool:
         """Return whether its process is running on this machine."""

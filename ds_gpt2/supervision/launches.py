@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,11 @@ class Launches:
         stop, reporter = self._context.stop, self._context.reporter
         lost = ranks.lost_hosts
         self._report_lost(lost, beat.step if beat else None)
+        cut_off = [host for host in self._cluster.cut_off if host in lost] if self._cluster is not None else []
         outcome = self._judge(ranks.outcome(), exit_kind, beat, bool(lost))
-        if not stop.requested and exit_kind != "hung" and not lost and outcome.code == exit_codes.CRASHED:
-            reporter.report("crash", _crash_text(ranks, exit_kind, outcome), beat.step if beat else None)
+        has_crashed = exit_kind != "hung" and outcome.code == exit_codes.CRASHED and (bool(cut_off) or not lost)
+        if not stop.requested and has_crashed:
+            reporter.report("crash", _crash_text(ranks, exit_kind, outcome, cut_off), beat.step if beat else None)
         starts = [event for event in reporter.events_since(journal_size) if event.kind == "start"]
         has_started = bool(starts) or _has_trained(beat)  # the journal may not be readable
         self.has_started |= has_started
@@ -149,8 +152,15 @@ def _has_trained(beat: Beat | None) -> bool:
     return beat is not None and (beat.step > 0 or beat.phase == "evaluating")
 
 
-def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome) -> str:
-    """Return the most likely cause of a crash."""
+def _crash_text(ranks: LaunchedRanks, exit_kind: ExitKind, outcome: Outcome, cut_off: Sequence[str] = ()) -> str:
+    """Return the most likely cause of a crash.
+
+    Args:
+        cut_off: see ``Cluster.cut_off``.
+    """
+    if cut_off:
+        where = ", ".join(cut_off)
+        return f"the ranks on {where} were ended: this supervisor was stopped (SIGSTOP), or its messages did not arrive"
     if outcome.supervisor_lost:
         return "the ranks stopped because they found no supervisor process"
     if exit_kind == "launcher killed":

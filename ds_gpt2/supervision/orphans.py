@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from ds_gpt2.distributed.launch_environment import LOOPBACK
 from ds_gpt2.run_dir.supervisor_record import AgentRecord, SupervisorRecord, read_supervisor_record
 from ds_gpt2.supervision import rank_processes, waiting
-from ds_gpt2.supervision.cluster.agent import end_previous
+from ds_gpt2.supervision.cluster.agent import end, end_previous
 from ds_gpt2.supervision.cluster.cluster import Cluster, LeftOver
 from ds_gpt2.supervision.cluster.this_machine import is_this_machine
 from ds_gpt2.supervision.context import Context
@@ -25,22 +24,17 @@ def end_orphans(context: Context, cluster: Cluster | None) -> None:
         return
     if previous.agents:
         _end_agents(context, cluster, previous)
-    if previous.group is not None and previous.host == context.reporter.host:
-        _end_group(context, previous, previous.group)
+    if previous.is_here and not previous.is_running():
+        _end_groups(context, previous)
 
 
-def _end_group(context: Context, previous: SupervisorRecord, group: int) -> None:
-    """End the ranks of an earlier supervisor that used only this machine."""
-    if not rank_processes.ranks_of(group) or previous.is_running():
-        return
-    text = f"found processes of an earlier start (process group {group}): requesting them to save and exit"
-    context.reporter.report("orphans", text)
-    rank_processes.request_stop(group)
-    deadline = time.monotonic() + context.settings.supervisor.stop_seconds
-    while rank_processes.members(group):
-        time.sleep(0.1)
-        if time.monotonic() > deadline:
-            rank_processes.kill(group)
+def _end_groups(context: Context, previous: SupervisorRecord) -> None:
+    """End what an earlier supervisor has launched on this machine: a launcher that has started no rank yet, too."""
+    if groups := rank_processes.groups_of((previous.pid, previous.start)):
+        names = ", ".join(map(str, sorted(groups)))
+        text = f"found processes of an earlier start (process group {names}): requesting them to save and exit"
+        context.reporter.report("orphans", text)
+        end(groups, context.settings.supervisor.stop_seconds)
 
 
 def _end_agents(context: Context, cluster: Cluster | None, previous: SupervisorRecord) -> None:

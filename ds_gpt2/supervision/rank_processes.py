@@ -48,10 +48,13 @@ def ranks_of(group: int) -> list[psutil.Process]:
     return found
 
 
-def request_stop(group: int) -> None:
+def request_stop(group: int, connection_is_lost: bool = False) -> None:
     """Send SIGTERM to the ranks.
 
     DeepSpeed's launcher does not get the signal: it would kill each rank after 30 seconds.
+
+    Args:
+        connection_is_lost: the reason is that their supervisor is not reached any more, which another signal tells.
     """
     ranks = ranks_of(group)
     if not ranks:  # the launcher has not started them yet, so there is nothing to save
@@ -59,6 +62,8 @@ def request_stop(group: int) -> None:
             os.killpg(group, signal.SIGTERM)
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
+            if connection_is_lost:
+                rank.send_signal(stop_request.CONNECTION_LOST)
             rank.send_signal(signal.SIGTERM)
 
 

@@ -13,19 +13,17 @@ import sys
 from dataclasses import replace
 
 from ds_gpt2.common import locks
-from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import duration
-from ds_gpt2.common.lease import LEASE_SECONDS, file_time
 from ds_gpt2.common.locks import Lock
 from ds_gpt2.config.run_location import write_first_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import exit_codes
-from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR, read_supervisor_record
+from ds_gpt2.run_dir.supervisor_record import LOCK, SUPERVISOR_DIR
 from ds_gpt2.supervision import relocation, waiting
 from ds_gpt2.supervision.cluster.cluster import Cluster
 from ds_gpt2.supervision.context import Context, TakenOverError
 from ds_gpt2.supervision.launches import Launches
 from ds_gpt2.supervision.orphans import end_orphans
+from ds_gpt2.supervision.other_supervisor import check_unsupervised
 from ds_gpt2.supervision.restart_policy import Finish, GiveUp, LaunchResult, Restart, RestartPolicy
 from ds_gpt2.supervision.stop_signals import StopSignals
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -46,7 +44,7 @@ def supervise(run: SupervisedRun, settings: Settings, cluster: Cluster | None = 
     directory = settings.run_dir / SUPERVISOR_DIR
     directory.mkdir(parents=True, exist_ok=True)
     with StopSignals() as stop:
-        _check_other_host(settings)
+        check_unsupervised(settings)
         with locks.lock(directory / LOCK, f"run {settings.run.name}") as lock:
             supervisor = _Supervisor(run, settings, stop, cluster, lock)
             code = supervisor.run_to_end()
@@ -55,25 +53,6 @@ def supervise(run: SupervisedRun, settings: Settings, cluster: Cluster | None = 
                 cluster.close()
             _execute(supervisor.next_command)
     return code
-
-
-def _check_other_host(settings: Settings) -> None:
-    """Check that no supervisor on another host has a valid lease: its lock may not be visible here.
-
-    Raises:
-        UserError: one has.
-    """
-    record = read_supervisor_record(settings.run_dir)
-    if record is None or record.is_here or record.renewed is None:
-        return
-    now = file_time(settings.run_dir)
-    if record.is_alive(now):
-        age = max(0.0, now - record.renewed)
-        wait = duration(LEASE_SECONDS - age + 1)
-        raise UserError(
-            f"run {settings.run.name} is supervised by process {record.pid} on {record.host}, last seen"
-            f" {duration(age)} ago: stop it first, or, if that machine is lost, wait {wait}"
-        )
 
 
 def _execute(command: list[str]) -> None:

@@ -63,7 +63,7 @@ def wait_for_hosts(context: Context, cluster: Cluster) -> bool:
     seconds, reported = max(1.0, limits.backoff_seconds), {"": ""}
     while not context.directories.run_was_relocated():
         host_events.report_lost_hosts(context.reporter, cluster, {})
-        before = set(cluster.away)
+        before = set(cluster.away) - set(cluster.cut_off)
         if (away := run_polled(context, cluster.reconnect)) is None:
             return not context.stop.requested
         host_events.report_reconnected_hosts(context.reporter, cluster, before, away)

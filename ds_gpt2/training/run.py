@@ -9,6 +9,7 @@ import logging
 from ds_gpt2.checkpoint.catalog import newest_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.batch_plan import format_batches
+from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.process_group import close_process_group, open_process_group
 from ds_gpt2.run_dir.exit_codes import CRASHED, DONE, ROLLBACK, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
@@ -46,7 +47,9 @@ def run(spec: RunSpec, problem: str | None = None) -> Outcome:
 def _train(built: BuiltRun) -> Outcome:
     gc.collect()
     gc.freeze()  # a collection over the libraries' 400,000 objects takes 0.2 s, at a different time on each rank
-    ending = built.trainer.train(built.state)
+    ending, stop = built.trainer.train(built.state), built.trainer.stop
+    if ending is Ending.STOPPED:  # possibly because of a signal that only another rank has received
+        stop.connection_lost = collectives.any_rank_on_cpu(stop.connection_lost)
     _close(built, ending)
     outcome = _outcome(built, ending)
     if built.lock is not None:
@@ -83,7 +86,8 @@ def _outcome(built: BuiltRun, ending: Ending) -> Outcome:
     if ending is Ending.NOT_FINITE:
         log.error(f"losses or weights are not finite: {_NOT_FINITE_HINT}")
     code = {Ending.DONE: DONE, Ending.STOPPED: STOPPED}.get(ending, CRASHED)
-    return Outcome(code, supervisor_lost=built.trainer.stop.supervisor_lost)
+    stop = built.trainer.stop
+    return Outcome(code, supervisor_lost=stop.supervisor_lost or stop.connection_lost)
 
 
 def _record_end(built: BuiltRun, ending: Ending, outcome: Outcome) -> None:

@@ -25,6 +25,7 @@ from ds_gpt2.config.settings import PROJECT_DIR
 from ds_gpt2.monitoring import tracker_checks, tracker_process, trackers
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.run_dir.metrics import read_metrics
+from ds_gpt2.run_dir.stop_request import supervisor_environment
 from ds_gpt2.supervision.launcher import TRAIN, RankLayout, start_command
 
 STEPS = 30
@@ -402,3 +403,15 @@ def test_json_that_a_library_prints_is_not_an_answer(tmp_path: Path, monkeypatch
     tracker = trackers.Tracker("printing", {})
     tracker.wait_opened()
     assert tracker.location == "here"
+
+
+def test_a_tracker_is_not_a_process_of_the_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finishes by itself; what a dead supervisor has left is found by this variable and ended."""
+    for name, value in supervisor_environment().items():
+        monkeypatch.setenv(name, value)
+    program = tmp_path / "program.py"
+    program.write_text("""import os, json; print(json.dumps({"opened": os.environ.get("DS_GPT2_SUPERVISOR", "")}))""")
+    monkeypatch.setattr(tracker_process, "__file__", str(program))
+    tracker = trackers.Tracker("printing", {})
+    tracker.wait_opened()
+    assert tracker.location == ""

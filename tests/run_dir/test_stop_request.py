@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -59,6 +60,10 @@ def test_the_cause_of_a_stop_is_a_request_unless_the_supervisor_or_a_directory_i
         assert not request.requested
         supervisor.kill()
     assert request.requested and request.cause == "because the supervisor is gone"
+    request._request(signal.SIGTERM, None)
+    assert not request.connection_lost
+    request._request(signal.SIGHUP, None)  # from the agent
+    assert request.connection_lost and request.cause == "because the connection to the supervisor was lost"
     monkeypatch.delenv("DS_GPT2_SUPERVISOR")
     moved = StopRequest(OpenDirectory(run_dir))
     run_dir.rename(tmp_path / "elsewhere")

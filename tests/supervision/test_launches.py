@@ -12,6 +12,9 @@ from ds_gpt2.run_dir.exit_codes import CRASHED, STOPPED
 from ds_gpt2.run_dir.exit_report import Outcome
 from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.supervision import launches as launches_module
+from ds_gpt2.supervision import waiting
+from ds_gpt2.supervision.cluster.cluster import Cluster
+from ds_gpt2.supervision.cluster.hostfile import Host
 from ds_gpt2.supervision.launches import Launches, _crash_text
 
 LOST = {0: "RuntimeError: connection closed by peer"}
@@ -38,6 +41,7 @@ def test_a_killed_rank_is_named_before_the_errors_that_it_causes(
 def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> None:
     context: Any = mock.MagicMock(**{"reporter.events_since.return_value": [], "stop.requested": False})
     cluster: Any = mock.Mock(**{"ranks_by_host.return_value": {"a": 2, "b": 2}, "launch.side_effect": OSError("no")})
+    cluster.cut_off = []
     cluster.newly_lost.side_effect = [{}, {"b": "no answer"}]
     Launches(context, False, cluster).run(mock.MagicMock(**{"layout.ranks": 4}))
     launch = context.reporter.add_event.call_args
@@ -47,6 +51,34 @@ def test_the_journal_has_the_hosts_of_a_launch_and_those_that_were_lost() -> Non
     Launches(context, False, cluster)._summarize(ranks, "exited", Beat(1, 0.0, 1, 7, 7, "training"), 0)
     text = "host b is lost: no answer"
     assert context.reporter.report.call_args_list[1] == mock.call("host_lost", text, 7, host="b", reason="no answer")
+
+
+def test_hosts_that_did_not_hear_of_the_supervisor_are_not_lost() -> None:
+    context: Any = mock.MagicMock(**{"reporter.events_since.return_value": [], "stop.requested": False})
+    cluster: Any = mock.Mock(cut_off=["a", "b"], **{"newly_lost.return_value": {}})
+    lost = {"a": "it has not heard of the supervisor for 10 s", "b": "it has not heard of the supervisor for 10 s"}
+    ranks: Any = mock.Mock(**{"outcome.return_value": Outcome(STOPPED, supervisor_lost=True), "lost_hosts": lost})
+    result = Launches(context, False, cluster)._summarize(ranks, "exited", Beat(1, 0.0, 1, 7, 7, "training"), 0)
+    text = "the ranks on a, b were ended: this supervisor was stopped (SIGSTOP), or its messages did not arrive"
+    context.reporter.report.assert_called_once_with("crash", text, 7)
+    assert result.outcome.code == CRASHED and result.lost_hosts == ("a", "b")  # restarted, as after the loss of a host
+
+
+def test_a_cluster_connects_again_to_hosts_that_were_cut_off_without_reports() -> None:
+    context: Any = mock.MagicMock(**{"directories.run_was_relocated.return_value": False})
+    context.settings.supervisor.backoff_seconds, context.settings.cluster.min_nodes = 1.0, 2
+    cluster = Cluster(mock.Mock(hosts=[Host("a", 2), Host("b", 2)]))
+    problem = "it has not heard of the supervisor for 10 s"
+    cluster._links = {name: mock.Mock(is_open=False, problem=problem, was_cut_off=name == "a") for name in ("a", "b")}
+    assert cluster.away == ["a", "b"] and cluster.newly_lost({}) == {"b": problem}
+    with mock.patch.object(Cluster, "reconnect", lambda self: self._nodes.update(_nodes(cluster)) or {}):
+        assert waiting.wait_for_hosts(context, cluster)
+    (event,) = context.reporter.report.call_args_list
+    assert event == mock.call("host_back", "host b answers again", host="b")
+
+
+def _nodes(cluster: Cluster) -> dict[str, Any]:
+    return {host.name: mock.Mock(host=host) for host in cluster.spec.hosts}
 
 
 def test_only_hosts_that_a_failed_launch_has_lost_excuse_it() -> None:

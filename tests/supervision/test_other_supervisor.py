@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import pytest
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.locks import Lock
+from ds_gpt2.common.process_identity import start_of
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import JOURNAL
@@ -23,6 +26,7 @@ from ds_gpt2.supervision import supervisor as supervisor_module
 from ds_gpt2.supervision import waiting
 from ds_gpt2.supervision.context import Context, TakenOverError
 from ds_gpt2.supervision.launcher import RankLayout
+from ds_gpt2.supervision.other_supervisor import check_unsupervised
 from ds_gpt2.supervision.rank_watch import RankWatch
 from ds_gpt2.supervision.stop_signals import StopSignals
 from ds_gpt2.supervision.supervised_run import SupervisedRun
@@ -52,13 +56,28 @@ def test_a_run_that_another_machine_supervises_is_refused_until_its_lease_ends(
     settings: Settings, supervised: mock.Mock
 ) -> None:
     ELSEWHERE.write(settings.run_dir)
-    text = "run test is supervised by process 12 on elsewhere, last seen "
-    with pytest.raises(UserError, match=rf"{text}\d+s ago: stop it first, or, if that machine is lost, wait "):
+    text = (
+        r"run test is supervised by process 12 on elsewhere, last seen \d+s ago: wait until it ends, or stop it \(it "
+    )
+    stop = rf"saves first\): `touch {settings.run_dir}/STOP`; a new run needs another run.name; if that machine is lost"
+    with pytest.raises(UserError, match=rf"^{text}{stop}, wait \d.*$"):
         supervise(RUN, settings)
     assert not supervised.called
     then = time.time() - 61
     os.utime(settings.run_dir / RECORD, (then, then))
     assert supervise(RUN, settings) == 0
+
+
+def test_a_run_that_this_machine_supervises_is_refused_until_the_supervisor_ends(settings: Settings) -> None:
+    with subprocess.Popen(["sleep", "30"]) as other:
+        start = start_of(other.pid) or ""
+        SupervisorRecord(other.pid, 1.0, socket.gethostname(), "running", 2, start=start).write(settings.run_dir)
+        with pytest.raises(
+            UserError, match=rf"supervised by process {other.pid} on {socket.gethostname()}: wait until"
+        ):
+            check_unsupervised(settings)
+        other.kill()
+    check_unsupervised(settings)
 
 
 @pytest.mark.parametrize("values", [{"state": "ended"}, {"renewed": None}])

@@ -22,6 +22,8 @@ class FakeCluster:
 
     spec = SimpleNamespace(hosts=["a", "b"])
 
+    cut_off: tuple[str, ...] = ()
+
     def __init__(self, *problems: str) -> None:
         """
         Args:
@@ -105,7 +107,7 @@ def blocked() -> Iterator[Callable[[], None]]:
 
 
 def test_alerts_are_sent_and_a_stop_is_noticed_while_hosts_do_not_answer(blocked: Callable[[], None]) -> None:
-    context, cluster = _context(1), mock.Mock(away=["b"], reconnect=blocked)
+    context, cluster = _context(1), mock.Mock(away=["b"], cut_off=[], reconnect=blocked)
     cluster.newly_lost.return_value = {}
     context.directories.take_stop_file.side_effect = [False, False, True]
     start = time.monotonic()

@@ -40,6 +40,7 @@ from ds_gpt2.supervision import rank_processes
 from ds_gpt2.supervision.cluster import link_speed, node_checks
 from ds_gpt2.supervision.cluster.channel import Outbox, forward
 from ds_gpt2.supervision.cluster.messages import (
+    NOT_HEARD,
     PING_SECONDS,
     SILENCE_SECONDS,
     LaunchRequest,
@@ -65,6 +66,7 @@ class Agent:
         self._launching = threading.Lock()  # held while ranks are started
         self._requests = 0  # that were received
         self._end_reason: str | None = None
+        self._connection_is_lost = False  # that is the reason
         self._has_ended = threading.Event()
         self._actions: dict[str, Callable[..., Any]] = {
             "ping": time.time,
@@ -97,12 +99,13 @@ class Agent:
             with self._launching:  # no other launch follows
                 launch = self._launch
             if launch is not None:
-                end([launch.ranks.group], launch.stop_seconds)
+                end([launch.ranks.group], launch.stop_seconds, self._connection_is_lost)
             self._has_ended.set()
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, connection_is_lost: bool = False) -> None:
         """Let ``serve`` end; the first reason counts."""
-        self._end_reason = self._end_reason or reason
+        if self._end_reason is None:
+            self._end_reason, self._connection_is_lost = reason, connection_is_lost
 
     def _wait_for_end(self) -> None:
         requests, silence, checked = 0, 0.0, time.monotonic()
@@ -114,7 +117,7 @@ class Agent:
             if self._requests != requests:
                 requests, silence = self._requests, 0.0
             elif silence > SILENCE_SECONDS:
-                self.end(f"it has not heard of the supervisor for {silence:.0f} s")
+                self.end(f"{NOT_HEARD} for {silence:.0f} s", connection_is_lost=True)
 
     def _work(self, work: Callable[[], None]) -> None:
         """Run the work of a thread, without which the agent cannot continue."""
@@ -129,7 +132,7 @@ class Agent:
                 self._requests += 1
                 if (request := safe_json.parse_object(line)) is not None:
                     self._serve(request)
-        self.end("the supervisor has closed the connection")
+        self.end("the supervisor has closed the connection", connection_is_lost=True)
 
     def _send_reports(self) -> None:
         """Report on the ranks. A disk that does not answer delays reports, not other messages."""
@@ -256,15 +259,18 @@ def end_previous(agent: list[Any], stop_seconds: float) -> bool:
     return is_left or bool(groups)
 
 
-def end(groups: Collection[int], seconds: float) -> None:
+def end(groups: Collection[int], seconds: float, connection_is_lost: bool = False) -> None:
     """Ask the ranks of process groups to save and exit; kill them after ``seconds``; wait until none is left.
+
+    Args:
+        connection_is_lost: see ``rank_processes.request_stop``.
 
     Raises:
         UserError: processes cannot be killed.
     """
     for group in groups:
         if rank_processes.members(group):
-            rank_processes.request_stop(group)
+            rank_processes.request_stop(group, connection_is_lost)
     deadline = time.monotonic() + seconds
     while left := [process for group in groups for process in rank_processes.members(group)]:
         if time.monotonic() > deadline + _KILL_SECONDS:

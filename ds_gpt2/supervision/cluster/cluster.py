@@ -129,13 +129,21 @@ class Cluster:
         answering = {node.host.name for node in self.nodes}
         return [host.name for host in self.spec.hosts if host.name not in answering]
 
+    @property
+    def cut_off(self) -> list[str]:
+        """The hosts whose agents have ended because this process was stopped (SIGSTOP) or could not send to them."""
+        return [name for name, link in self._links.items() if link.was_cut_off]
+
     def newly_lost(self, reasons: Mapping[str, str]) -> dict[str, str]:
         """Return the hosts that have stopped responding since the last call, or are away for a new reason, and why.
+
+        Those that were cut off are not lost, unless they do not answer again.
 
         Args:
             reasons: host -> why it is away, where that is known.
         """
-        problems = {name: self._links[name].problem if name in self._links else None for name in self.away}
+        links = {name: self._links.get(name) for name in self.away if name not in self.cut_off}
+        problems = {name: link.problem if link is not None else None for name, link in links.items()}
         return self._reasons.new(reasons, {name: why or "it does not respond" for name, why in problems.items()})
 
     @property

@@ -19,7 +19,14 @@ from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.formatting import truncated
 from ds_gpt2.supervision.cluster.channel import OutputQueue
-from ds_gpt2.supervision.cluster.messages import PING_SECONDS, SILENCE_SECONDS, NodeReport, encode, node_report
+from ds_gpt2.supervision.cluster.messages import (
+    NOT_HEARD,
+    PING_SECONDS,
+    SILENCE_SECONDS,
+    NodeReport,
+    encode,
+    node_report,
+)
 from ds_gpt2.supervision.cluster.ssh_errors import advice_on
 
 AGENT = Path(__file__).with_name("agent.py")
@@ -90,7 +97,7 @@ class AgentLink:
         self._failure: str | None = None  # why the connection is not used any more, although it may still be open
         self._output: OutputQueue[tuple[int, str]] = OutputQueue(_print, lambda line: (2, line))
         self._hello = threading.Event()
-        self._last_heard = time.monotonic()
+        self._silence = 0.0  # seconds without a message, except those in which this process was stopped (SIGSTOP)
         self._has_ended = threading.Event()
         self._is_closed = False
         self._requests: queue.Queue[bytes | None] = queue.Queue()
@@ -114,8 +121,13 @@ class AgentLink:
         """Why the agent does not answer; None if it does."""
         if (end := self._end) is not None:
             return end
-        silence = time.monotonic() - self._last_heard
+        silence = self._silence
         return f"it has not answered for {silence:.0f} s" if silence > SILENCE_SECONDS else None
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the agent has ended because this process did not send: it was stopped, or its network was."""
+        return self._has_ended.is_set() and (self._end_reason or "").startswith(NOT_HEARD)
 
     def wait_for_start(self) -> None:
         """Wait until the agent has started.
@@ -232,7 +244,7 @@ class AgentLink:
         assert self._process.stdout is not None
         with contextlib.suppress(OSError, ValueError):
             for line in self._process.stdout:
-                self._last_heard = time.monotonic()
+                self._silence = 0.0
                 if not self._hello.is_set():  # startup files of the shell may have printed something
                     before, start, rest = line.partition(_HELLO)
                     self._first_output = _shown(before) or self._first_output
@@ -281,7 +293,11 @@ class AgentLink:
             self._process.stdin.close()
 
     def _ping(self) -> None:
+        checked = time.monotonic()
         while not self._is_closed and not self._has_ended.wait(PING_SECONDS):
+            now = time.monotonic()
+            self._silence += min(now - checked, 2 * PING_SECONDS)
+            checked = now
             self.request("ping")
 
 

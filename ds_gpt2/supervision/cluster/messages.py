@@ -22,6 +22,7 @@ from ds_gpt2.supervision.launcher import Place
 
 PING_SECONDS = 1.0  # between two signs of life, of the supervisor and of an agent
 SILENCE_SECONDS = 10.0  # without one: the connection is lost
+NOT_HEARD = "it has not heard of the supervisor"  # begins the reason of an agent that ends because of that
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +11,13 @@ import psutil
 
 from ds_gpt2.checkpoint.naming import LOCK
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.common.formatting import duration
-from ds_gpt2.common.lease import LEASE_SECONDS, file_time
+from ds_gpt2.common.lease import file_time
 from ds_gpt2.common.locks import holder_of
 from ds_gpt2.config import train_arguments
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import PROJECT_DIR, Settings
-from ds_gpt2.run_dir.stop_request import STOP_FILE
 from ds_gpt2.run_dir.supervisor_record import SupervisorRecord, read_supervisor_record
+from ds_gpt2.supervision.other_supervisor import how_to_end, how_to_proceed
 from ds_gpt2.tools.doctor.finding import Finding
 
 TRAIN = PROJECT_DIR / "ds_gpt2" / "train.py"
@@ -70,23 +68,19 @@ def this_run(settings: Settings, ranks: list[Rank], is_one_of_several: bool = Fa
     if mine and supervised is not None and supervised.group is not None:
         found = f"processes {_list(mine)} of {name} still run without a supervisor"
         return Finding("this run", "warn", found, "the next start makes them save and stops them")
-    if mine or holder:
-        found = f"{name} is being trained by process {holder or _list(mine)}"
-        return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`" if mine else "wait until it ends")
+    if mine:
+        found = f"{name} is being trained by processes {_list(mine)}"  # of this machine, like those of ``kill``
+        return Finding("this run", "fail", found, f"{_FIX}{_list(mine)}`")
+    if holder:
+        return Finding("this run", "fail", f"{name} is being trained by process {holder}", how_to_end(settings))
     return Finding("this run", "ok", f"no process trains {name}")
 
 
 def _supervised(settings: Settings, record: SupervisorRecord, now: float) -> Finding:
     """Return the finding about a run that has a supervisor: whether another machine's runs is known by its lease."""
-    found = f"{settings.run.name} is supervised by process {record.pid} on {record.host}"
-    stop = f"touch {shlex.quote(str(settings.run_dir / STOP_FILE))}"
-    fix = f"wait until it ends, or stop it (it saves first): `{stop}`; a new run needs another run.name"
-    if record.is_here:
-        return Finding("this run", "fail", found, fix)
-    if record.renewed is None:
-        return Finding("this run", "warn", found, fix)
-    seen = f"{found}, last seen {duration(now - record.renewed)} ago"
-    return Finding("this run", "fail", seen, f"{fix}; if that machine is lost, wait {duration(LEASE_SECONDS)}")
+    is_known = record.is_here or record.renewed is not None
+    found = f"{settings.run.name} is supervised by {record.describe(now)}"
+    return Finding("this run", "fail" if is_known else "warn", found, how_to_proceed(settings, record, now))
 
 
 def other_runs(settings: Settings, ranks: list[Rank]) -> Finding:

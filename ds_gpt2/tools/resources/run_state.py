@@ -213,7 +213,8 @@ def _of_supervisor(observed: _Observed, supervisor: SupervisorRecord, beats: Seq
         start = supervisor.next_start
         return RunState("waiting", next_start=start, overdue=start is not None and now > start + _OVERDUE_SECONDS)
     if last is not None and last.kind in _FINAL:  # the supervisor is about to exit, too
-        return RunState(_FINAL[last.kind])
+        has_ended_well = last.kind in ("done", "stop")
+        return RunState(_FINAL[last.kind], f"supervised by {supervisor.describe(now)}" if has_ended_well else None)
     if last is None or last.kind == "launch":
         since = supervisor.started if last is None else last.time
         is_hung = now - since > longest_silence(observed.settings, False, None)

@@ -54,6 +54,8 @@ def _header(status: Status, colored: bool) -> str:
 
 
 def _lines(status: Status) -> Iterator[str]:
+    if status.state in ("stopped", "finished"):  # for other states a problem has the text
+        yield from _wrapped("state", status.state_text or "")
     yield from _progress_of(status)
     yield from _hosts(status.hosts)
     yield from _losses(status)

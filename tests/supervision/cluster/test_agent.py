@@ -31,10 +31,16 @@ import os, signal, sys, time
 words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")]
 sys.stdout.write("rank " + " ".join(words) + "\n")
 sys.stderr.write("an error\n")
-signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + os.environ["RANK"], "w").close(), os._exit(0)))
+received = set()
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: received.add(number))
 open(sys.argv[-1] + "ready_" + os.environ["RANK"], "w").close()
-while True:
+while signal.SIGTERM not in received:
     time.sleep(0.05)
+if signal.SIGHUP in received:
+    open(sys.argv[-1] + "lost_" + os.environ["RANK"], "w").close()
+open(sys.argv[-1] + os.environ["RANK"], "w").close()
+os._exit(0)
 """
 
 
@@ -94,9 +100,14 @@ def test_an_agent_whose_supervisor_is_gone_or_whose_host_shuts_down_lets_the_ran
     assert process.stdin is not None and process.stdout is not None
     assert "hello" in json.loads(process.stdout.readline())
     request = {"id": 0, "do": "launch", "request": messages.as_values(_request(tmp_path))}
-    process.stdin.write(messages.encode(request))
-    process.stdin.flush()
-    _until(lambda: len(list(tmp_path.glob("stopped_ready_*"))) == 2)
+    requests = process.stdin.fileno()
+    os.write(requests, messages.encode(request))
+
+    def are_ready() -> bool:
+        os.write(requests, messages.encode({"id": 1, "do": "ping"}))  # their start may take long
+        return len(list(tmp_path.glob("stopped_ready_*"))) == 2
+
+    _until(are_ready)
     if is_signalled:
         process.terminate()
         sent = [json.loads(line) for line in process.stdout]
@@ -106,6 +117,7 @@ def test_an_agent_whose_supervisor_is_gone_or_whose_host_shuts_down_lets_the_ran
     process.stdout.close()
     assert process.wait(120) == 0
     assert sorted(path.name for path in tmp_path.glob("stopped_[0-9]")) == ["stopped_1", "stopped_2"]
+    assert len(list(tmp_path.glob("stopped_lost_*"))) == (0 if is_signalled else 2)
     assert _ranks(tmp_path) == []
 
 

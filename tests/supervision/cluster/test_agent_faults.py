@@ -174,6 +174,7 @@ def test_an_agent_that_hears_nothing_ends_the_ranks(monkeypatch: pytest.MonkeyPa
     assert launcher.wait(30) == -signal.SIGTERM
     _until(lambda: {"end": served.agent._end_reason} in served.messages)
     assert str(served.agent._end_reason).startswith("it has not heard of the supervisor for ")
+    assert served.agent._connection_is_lost
     served.close()
 
 

@@ -59,6 +59,7 @@ def test_a_terminal_that_does_not_read_is_not_the_loss_of_a_host(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(link, "PING_SECONDS", 0.1)
     terminal = _Unread()
     monkeypatch.setattr(sys, "stdout", terminal)
     connected = connect("""
@@ -158,6 +159,39 @@ def test_a_program_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, met
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=f"^{method} cannot be started: No such file or directory: .*{advice}"):
         AgentLink("node1", method)
+
+
+def test_an_agent_that_did_not_hear_of_this_process_is_not_lost(connect: Connect) -> None:
+    connected = connect('send(end="it has not heard of the supervisor for 10 s"); time.sleep(0.5)')
+    assert not connected.was_cut_off
+    assert connected.wait(60) and connected.was_cut_off
+    connected.kill()
+    assert connected.was_cut_off and connected.problem == "it has not heard of the supervisor for 10 s"
+    other = connect('send(end="its agent has received SIGTERM")')
+    assert other.wait(60) and not other.was_cut_off
+
+
+def test_time_in_which_this_process_was_stopped_is_no_silence(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            nonlocal now
+            now += 1000.0
+            return now
+
+    monkeypatch.setattr(link, "PING_SECONDS", 0.05)
+    connected = connect("time.sleep(60)")
+    monkeypatch.setattr(link, "time", Clock)
+    pings = connected._requests.qsize
+    time.sleep(0.5)
+    assert connected.problem is None and pings() == 0
+    monkeypatch.undo()
+    connected.kill()
+    connected._process.kill()
 
 
 def test_forwardings_and_commands_of_the_ssh_configuration_are_not_used(tmp_path: Path) -> None:

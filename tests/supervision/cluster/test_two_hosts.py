@@ -217,6 +217,30 @@ def test_a_cut_link_ends_the_ranks_within_seconds_and_the_run_continues(hosts: T
     run.stop(signal.SIGINT)
 
 
+def test_a_supervisor_that_was_stopped_restarts_its_ranks(hosts: TwoHosts, configure: Configure) -> None:
+    """SIGSTOP, as Ctrl+Z in a terminal; then a second start on the other host, which is refused."""
+    run = Started(hosts, configure())
+    run.wait_for(lambda: run.saved >= 6)
+    run.program.suspend()
+    try:
+        run.wait_for(lambda: run.events("stop"))
+        time.sleep(5)
+    finally:
+        run.program.resume()
+        psutil.Process(run.process.pid).resume()  # nsenter, which stops together with the program
+    run.wait_for(lambda: len(run.events("start")) == 2)
+    run.progress()
+    (stop,), (crash,) = run.events("stop"), run.events("crash")
+    assert stop.text.startswith("stopped because the connection to the supervisor was lost at step ")
+    where = f"the ranks on {hosts.a.address}, {hosts.b.address} were ended: this supervisor was stopped (SIGSTOP)"
+    assert crash.text.startswith(where) and run.events("host_lost") == run.events("host_back") == []
+    for words in (["resume", str(run.settings.run_dir)], ["train", str(run.settings.run_dir / "config.yaml")]):
+        code, output = _on_host(hosts.b, sys.executable, MAIN, *words)
+        assert code == exit_codes.MISTAKE and output.count("\n") == 1, output
+        assert "error: run test is supervised by process" in output and "on host-a, last seen" in output
+    run.stop()
+
+
 def test_a_killed_supervisor_leaves_a_saved_run_and_no_process(hosts: TwoHosts, configure: Configure) -> None:
     config = configure()
     run = Started(hosts, config)

@@ -43,6 +43,10 @@ def test_ranks_of_this_and_other_runs_are_found(script: Path, settings: Settings
         this, others = processes.this_run(settings, found), processes.other_runs(settings, found)
         assert (this.status, f"kill -TERM {mine}`" in this.fix) == ("fail", True)
         assert (others.status, f"processes {other} train other" in others.found) == ("warn", True)
+        settings.checkpoint_dir.mkdir(parents=True)
+        with lock(settings.checkpoint_dir / "lock", "the run"):  # by rank 0, which may be on another machine
+            row = processes.this_run(settings, found)
+        assert row.found == f"test is being trained by processes {mine}" and str(os.getpid()) not in row.fix
         settings.run_dir.mkdir(parents=True)
         SupervisorRecord(1, 0.0, socket.gethostname(), "running", 1, group=mine).write(settings.run_dir)
         assert "still run without a supervisor" in processes.this_run(settings, found).found
@@ -78,6 +82,7 @@ def test_a_locked_or_supervised_run_is_reported(settings: Settings) -> None:
     with lock(settings.checkpoint_dir / "lock", "the run"):
         row = processes.this_run(settings, [])
         assert (row.status, f"process {os.getpid()} on" in row.found) == ("fail", True)
+        assert row.fix == f"wait until it ends, or stop it (it saves first): `touch {settings.run_dir / 'STOP'}`"
     assert processes.this_run(settings, []).status == "ok"
     process = psutil.Process()
     SupervisorRecord(process.pid, process.create_time(), socket.gethostname(), "running", 4).write(settings.run_dir)

@@ -257,6 +257,20 @@ def test_stopped_with_a_supervisor_on_another_host(on_other_host: RunFiles) -> N
     assert on_other_host.status().state == "stopped"
 
 
+def test_a_stopped_run_whose_supervisor_may_still_run_says_so(on_other_host: RunFiles) -> None:
+    """As ``resume`` does, which refuses the run meanwhile."""
+    on_other_host.supervise("running", host="elsewhere", renewed=NOW - 29)
+    for kind, ago in (("launch", 90), ("start", 80), ("stop", 29)):
+        on_other_host.journal(kind, ago, 1000)
+    status = on_other_host.status()
+    assert (status.state, status.healthy) == ("stopped", True)
+    text = f"supervised by process {os.getpid()} on elsewhere, last seen 29s ago"
+    assert status.state_text == text
+    shown = " ".join(screen(status).split())
+    assert f"state {text}" in shown
+    assert on_other_host.status(later=40).state == "dead"
+
+
 def test_manual_start_on_another_host_is_starting_before_it_trains(on_other_host: RunFiles) -> None:
     on_other_host.journal("stop", 60, 1000)
     on_other_host.beat_on_other_host("starting", 0)
