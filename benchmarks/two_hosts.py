@@ -33,12 +33,13 @@ from benchmarks.program import make_parser, report_result
 from benchmarks.runs import steps_only
 from benchmarks.scaling import GRADIENT, step_seconds, zero_2
 from ds_gpt2.config.settings import PROJECT_DIR
+from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 RANKS = 4
 LIMITS = {"no limit": None, "10 Gbit/s": 10e9, "1 Gbit/s": 1e9}  # bits per second
 _SEQUENCE, _MICRO_BATCH = 128, 2
 _SETTLE_STEPS = 2  # that are not counted after the limit has changed
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,17 @@ def _measure(hosts: TwoHosts, folder: Path, arm: Arm, options: argparse.Namespac
         run = subprocess.Popen(hosts.a.command(_command(hosts, folder, arm, options)), stdout=output, stderr=output)
     try:
         metrics = _Metrics(run, folder)
-        metrics.next(_SETTLE_STEPS)
+        metrics.seconds_of(time.time(), _SETTLE_STEPS)
         found: dict[str, list[float]] = {name: [] for name in LIMITS}
-        bytes_before, steps_before = _sent_bytes(hosts.a), metrics.steps
+        start_time, start_bytes = time.time(), _sent_bytes(hosts.a)
         for _ in range(options.rounds):
             for name, limit in LIMITS.items():
                 hosts.limit(limit)
-                metrics.next(_SETTLE_STEPS)
-                found[name] += metrics.next(options.steps)
-        sent = (_sent_bytes(hosts.a) - bytes_before) / (metrics.steps - steps_before)
+                found[name] += metrics.seconds_of(time.time(), _SETTLE_STEPS + options.steps)[_SETTLE_STEPS:]
+                print(f"{name}: {statistics.median(found[name]):.3f} s per step", file=sys.stderr, flush=True)
+        end_time, end_bytes = time.time(), _sent_bytes(hosts.a)
+        metrics.seconds_of(end_time, 1)  # until all earlier steps are recorded
+        sent = (end_bytes - start_bytes) / metrics.count(start_time, end_time)
     finally:
         for process in psutil.Process(run.pid).children():  # nsenter passes no signals on
             process.terminate()
@@ -124,26 +127,26 @@ class _Metrics:
         self._run = run
         self._folder = folder
 
-    @property
-    def steps(self) -> int:
-        """The number of steps that are complete."""
-        return len(self._read())
+    def seconds_of(self, begin: float, steps: int) -> list[float]:
+        """Wait for the records of ``steps`` steps that begin after ``begin``; return the seconds of each.
 
-    def next(self, steps: int) -> list[float]:
-        """Wait for ``steps`` steps that begin from now on; return the seconds of each."""
-        skipped = len(self._read()) + 1  # one has begun
-        while len(seconds := self._read()) < skipped + steps:
+        Args:
+            begin: seconds since 1970. Steps are recorded some seconds later.
+        """
+        while len(found := [end - start for start, end in self._steps() if start > begin]) < steps:
             if self._run.poll() is not None:
                 raise SystemExit((self._folder / "output").read_text(errors="replace")[-4000:])
             time.sleep(_POLL_SECONDS)
-        return seconds[skipped : skipped + steps]
+        return found[:steps]
 
-    def _read(self) -> list[float]:
-        try:
-            lines = (self._folder / "runs" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line)["perf/step_ms"] / 1000 for line in lines]
+    def count(self, begin: float, end: float) -> int:
+        """Return the number of steps that ended after ``begin`` and by ``end``."""
+        return sum(begin < step_end <= end for _, step_end in self._steps())
+
+    def _steps(self) -> list[tuple[float, float]]:
+        """Return when each recorded step began and ended."""
+        records = read_metrics(self._folder / "runs" / "run" / METRICS)
+        return [(record["time"] - record["perf/step_ms"] / 1000, record["time"]) for record in records]
 
 
 def _sent_bytes(host: Host) -> int:

@@ -11,6 +11,7 @@ import pytest
 from launched import PROJECT, launch, run
 from small_run import hellaswag_item
 
+from benchmarks.host_pair import problem
 from benchmarks.run import Goal
 
 pytestmark = pytest.mark.ranks
@@ -75,3 +76,13 @@ def test_the_memory_and_traffic_of_zero_match_the_documentation(tmp_path: Path, 
     documented = (PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for preset, sizes in found["memory_gb"].items():
         assert f"| {preset} | " + " | ".join(f"{sizes[ranks]['ZeRO-1, 2']:.2f}" for ranks in sizes) + " |" in documented
+
+
+@pytest.mark.extended
+def test_two_hosts_send_as_many_bytes_as_the_documentation_says(tmp_path: Path, dataset_dir: Path) -> None:
+    if (reason := problem()) is not None:
+        pytest.skip(reason)
+    out = tmp_path / "two_hosts.json"
+    start("two_hosts.py", "--data", dataset_dir, "--out", out, "--rounds", 1, "--steps", 1)
+    for name, found in json.loads(out.read_text())["runs"].items():
+        assert found["sent_bytes"] == pytest.approx(found["predicted_bytes"], rel=0.02), name
