@@ -9,50 +9,28 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ds_gpt2.config.field_types import (
+    AboveOne,
+    Count,
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Size,
+)
 from ds_gpt2.run_dir.journal import INCIDENTS, KINDS
 
 RUNS, CHECKPOINTS = "runs", "checkpoints"  # default directories, in the project's directory
 
-
-def _whole_number(value: object) -> object:
-    """Parse text as a decimal integer without leading zeros; ``_`` may separate groups of digits."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)", value, re.ASCII):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("must be a whole number, such as 250 or 524_288")
-    return value
-
-
-def _decimal_number(value: object) -> object:
-    """Parse text as a number: ``0.1``, ``1e-4``, ``.5`` or an integer."""
-    number = r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?"
-    if isinstance(value, str) and re.search("[0-9]", value) and re.fullmatch(number, value, re.ASCII):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number, such as 0.1 or 6e-4")
-    return value
-
-
-_Int = Annotated[int, BeforeValidator(_whole_number)]
-_Float = Annotated[float, BeforeValidator(_decimal_number)]
-
-# Limits beyond what any run needs; within them no arithmetic overflows and no memory is exhausted.
-_LARGEST, _SMALLEST = 10**9, 1e-12
 _SMALLEST_RATE = 0.001  # MB/s
 _MAX_SOURCES = 100  # of a mixture
 MIXTURE_PERIOD = 1000  # windows in which the shares of a mixture are exact
 _MAX_WINDOWS = 10**7  # per step: their indices take 80 MB on each rank
-
-PositiveInt = Annotated[_Int, Field(gt=0, le=_LARGEST)]
-Count = Annotated[_Int, Field(ge=0, le=_LARGEST)]
-Seed = Annotated[_Int, Field(ge=0, le=10**15)]
-Size = Annotated[_Int, Field(gt=0, le=10**6)]  # one dimension of a tensor
-PositiveFloat = Annotated[_Float, Field(ge=_SMALLEST, le=_LARGEST, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[_Float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
-AboveOne = Annotated[_Float, Field(gt=1, le=_LARGEST, allow_inf_nan=False)]
-Fraction = Annotated[_Float, Field(ge=0, lt=1)]
 
 # (layers, heads, width). 124M to 1558M: OpenAI's GPT-2 checkpoints, Radford et al. 2019 table 2.
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -65,12 +43,6 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 }
 
 DEFAULT_ALERTS = (*sorted(INCIDENTS), "backup_ok", "done", "launch", "stop")
-
-
-class Section(BaseModel):
-    """A group of settings, immutable; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunSettings(Section):
@@ -229,7 +201,7 @@ class ScheduleSettings(Section):
     min_lr: NonNegativeFloat = 6e-5  # learning rate at the last step
     shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: decay at the end only
     decay_steps: PositiveInt | None = None  # wsd: steps of the decay at the end of the run
-    decay_fraction: Annotated[_Float, Field(gt=0, le=1)] | None = None  # wsd: the same as a part of the run's steps
+    decay_fraction: Annotated[Float, Field(gt=0, le=1)] | None = None  # wsd: the same as a part of the run's steps
     decay_shape: Literal["linear", "sqrt", "cosine"] | None = None  # wsd: curve of the decay; None: linear
 
     @model_validator(mode="after")
@@ -262,7 +234,7 @@ class OptimizerSettings(Section):
     """The constants of AdamW, and gradient clipping."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # decay rates of the first and second moment
-    eps: Annotated[_Float, Field(ge=1e-38, le=1)] = 1e-8  # added to the denominator, fp32
+    eps: Annotated[Float, Field(ge=1e-38, le=1)] = 1e-8  # added to the denominator, fp32
     weight_decay: Annotated[NonNegativeFloat, Field(le=1000)] = 0.1  # on 2-D tensors only
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
 

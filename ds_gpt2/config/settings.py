@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.field_types import Section
 from ds_gpt2.config.sections import (
     CHECKPOINTS,
     RUNS,
@@ -33,7 +34,6 @@ from ds_gpt2.config.sections import (
     RunSettings,
     SamplesSettings,
     ScheduleSettings,
-    Section,
     SupervisorSettings,
     ValidationSettings,
 )
