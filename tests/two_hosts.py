@@ -41,7 +41,7 @@ def small_run(folder: Path, steps: int, every: int, **sections: object) -> dict[
 def two_hosts(folder: Path, number: int = 0, names: Mapping[str, str] | None = None) -> Iterator[TwoHosts]:
     """Make two hosts, and remove them at the end. The test is skipped if that is not possible here."""
     if (reason := problem()) is not None:
-        pytest.skip(reason)
+        pytest.skip(reason)  # not Linux, not root, or packages that cannot be installed; the reason says which
     hosts = TwoHosts(folder, number)
     try:
         hosts.start(names)

@@ -86,6 +86,8 @@ class TrainingData:
     def source_metrics(self, batch: int) -> dict[str, float]:
         """Return the tokens and epochs of each source of a mixture after ``batch``, by metric name."""
         mixture, position = self._mixture, batch * self.plan.windows_per_step
+        if not mixture.names:
+            return {}
         tokens, epochs = mixture.used_before(position) * self.plan.sequence_length, mixture.epochs_before(position)
         metrics: dict[str, float] = {}
         for source, name in enumerate(mixture.names):

@@ -45,7 +45,8 @@ def check_shards(dataset: Dataset, record_file: Path) -> None:
     found = collectives.gather_objects(collectives.call_on_all_ranks(lambda: _check(dataset.dir, expected)))
     for rank in ranks:
         record |= found[rank]
-    collectives.raise_on_all_ranks(_difference(dataset, collectives.gather_objects((host, record))))
+    if any(other != ranks for other in copies):  # the same on all ranks
+        collectives.raise_on_all_ranks(_difference(dataset, collectives.gather_objects((host, record))))
     if changed and collectives.rank() == ranks[0]:
         replace_file(own_file, json.dumps(record, indent=1) + "\n")
 

@@ -36,7 +36,7 @@ def test_decimal_weights_have_exact_shares() -> None:
 
 @given(WEIGHTS)
 def test_a_pattern_is_evenly_spread(weights: list[float]) -> None:
-    """Of the first n windows, and so of a batch, every source has its share to within one window."""
+    """Of the first n windows every source has its share to within one window, so of any batch to within two."""
     shares = shares_of(weights)
     counts = np.cumsum(pattern_of(shares)[:, None] == np.arange(len(shares)), axis=0)
     due = np.arange(1, PERIOD + 1)[:, None] * np.array(shares) / PERIOD

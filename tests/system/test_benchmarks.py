@@ -81,7 +81,7 @@ def test_the_memory_and_traffic_of_zero_match_the_documentation(tmp_path: Path, 
 @pytest.mark.extended
 def test_two_hosts_send_as_many_bytes_as_the_documentation_says(tmp_path: Path, dataset_dir: Path) -> None:
     if (reason := problem()) is not None:
-        pytest.skip(reason)
+        pytest.skip(reason)  # as in two_hosts.py
     out = tmp_path / "two_hosts.json"
     start("two_hosts.py", "--data", dataset_dir, "--out", out, "--rounds", 1, "--steps", 1)
     for name, found in json.loads(out.read_text())["runs"].items():

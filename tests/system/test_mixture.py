@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,19 @@ LATER = {"from_step": 7, "mixture": [{"dir": "b", "weight": 1}, {"dir": "c", "we
 Metrics = dict[int, dict[str, Any]]
 
 
+def _pages(first: int, last: int) -> Iterator[str]:
+    return itertools.islice(python_documents(), first, last)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the sources a, b and c, of different pages."""
     folder = tmp_path_factory.mktemp("sources")
     for name, (first, last) in {"a": (0, 12), "b": (12, 18), "c": (18, 30)}.items():
-        pages = [Listed("manual", lambda first=first, last=last: itertools.islice(python_documents(), first, last))]  # type: ignore[misc]  # bound now
-        prepare(Source(name, pages), folder / name, Recipe(EveryPiece(10)), workers=1, progress=False)
+        pages = functools.partial(_pages, first, last)
+        prepare(
+            Source(name, [Listed("manual", pages)]), folder / name, Recipe(EveryPiece(10)), workers=1, progress=False
+        )
     return folder
 
 

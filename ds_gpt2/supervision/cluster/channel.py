@@ -1,4 +1,4 @@
-"""Queues between the processes of a run on several machines: whoever sends never waits for a slow reader.
+"""Queues between the processes of a run on several machines: a slow reader does not block the sender.
 
 A connection may stop moving at any time, as when a cable is pulled, and a terminal may stop reading. Then neither the
 supervisor, nor the agents, nor the ranks, whose output passes through both, may wait.

@@ -1,4 +1,4 @@
-"""Queues between supervisor, agents and ranks: nobody waits for a slow reader."""
+"""Queues between supervisor, agents and ranks: a slow reader does not block the sender."""
 
 from __future__ import annotations
 

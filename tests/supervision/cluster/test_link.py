@@ -196,7 +196,7 @@ def test_time_in_which_this_process_was_stopped_is_no_silence(
 
 def test_forwardings_and_commands_of_the_ssh_configuration_are_not_used(tmp_path: Path) -> None:
     if shutil.which("ssh") is None:
-        pytest.skip("there is no ssh")
+        pytest.skip("needs OpenSSH's client, which evaluates its configuration")
     config = tmp_path / "config"
     config.write_text("Host node1\nLocalForward 8080 localhost:80\nRemoteCommand tmux\nPermitLocalCommand yes\n")
     ssh, *options = link.start_command("node1", "ssh")[:-1]
