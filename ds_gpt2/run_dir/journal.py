@@ -51,6 +51,7 @@ Kind = Literal[
     "frozen",
     "drift",
     "stuck_data",
+    "evaluation_failed",  # a part of the evaluation of `step` is missing
     "data_error",  # a shard could not be read; the read is retried
     "rollback",
     "disk_low",

@@ -52,13 +52,14 @@ from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
 from ds_gpt2.run_dir.starts import TIME, first_start, read_starts, started_from
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
+from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
-from ds_gpt2.training.reports import report_anomaly, report_data_error
+from ds_gpt2.training.reports import report_anomaly, report_data_error, report_failed_evaluation
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
 from ds_gpt2.training.run_identity import data_of, identity_of
 from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
@@ -137,7 +138,11 @@ def build_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> BuiltRun:
     schedule = _schedule(settings, data.training)
     monitor = _open_monitor(spec, engine, checkpoints, state, cleanup)
     progress = Progress(run_files.heartbeat, stop, settings.run_dir / STOP_FILE)
-    evaluator = Evaluator(_build_hooks(settings, data.held_out, engine, progress))
+    evaluator = Evaluator(
+        _build_hooks(settings, data.held_out, engine, progress),
+        EvaluationAttempts(settings.run_dir),
+        functools.partial(report_failed_evaluation, run_files.journal),
+    )
     timer, lines = _build_timer(spec, engine, state.step), console.StepLines(state.step, schedule.steps)
     reporter = StepReporter(run_files.heartbeat, timer, lines, monitor, schedule.steps)
     guard = Guard(settings.guards, functools.partial(report_anomaly, run_files.journal))

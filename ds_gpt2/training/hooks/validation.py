@@ -34,6 +34,8 @@ class Validation(Hook):
     for each window, whose mean is the same up to fp32 rounding.
     """
 
+    name = "validation loss"
+
     def __init__(self, settings: ValidationSettings, held_out: Sequence[HeldOut], group: int) -> None:
         """
         Args:
@@ -80,7 +82,7 @@ class Validation(Hook):
 
         Raises:
             Interrupted: on every rank: a stop is requested.
-            UserError: on every rank: a rank cannot read its windows.
+            HookFailedError: on every rank: a rank has failed, such as to read its windows.
         """
         losses = on_all_ranks(lambda: self._losses(engine))
         per_group = collectives.sum_over_ranks(losses).cpu()
@@ -110,6 +112,6 @@ class Validation(Hook):
         try:
             source, indices = self._groups[group]
             return self._held_out[source].windows.read(indices)
-        except UserError as error:
+        except UserError:
             self.progress()
-            raise UserError(f"{error}; validation.every=0 trains without this data") from None
+            raise
