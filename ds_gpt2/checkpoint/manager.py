@@ -126,7 +126,7 @@ class Checkpoints:
         if not self._is_ready_for(tag):
             self._note_failure(state.step)
             return
-        client_state = {CLIENT_KEY: {"state": state.to_dict()}}
+        client_state = {CLIENT_KEY: {"state": {**state.to_dict(), "unevaluated": None}}}  # complete in the manifest
         contents = self._engine.save_checkpoint(self.directory, tag + PARTIAL, client_state)
         contents[partition_file(collectives.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
         self._saved = _Saved.of(state)
@@ -237,7 +237,7 @@ class Checkpoints:
         generation = restored.generation
         try:
             self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
-            state = TrainState.from_dict(restored.manifest.state)  # DeepSpeed's client state may lack the evaluation
+            state = TrainState.from_dict(restored.manifest.state)  # DeepSpeed's client state lacks the evaluation
         except Exception as error:  # DeepSpeed raises exceptions of many types
             raise UserError(f"checkpoint {generation.path} cannot be loaded: {error!r}") from error
         if restored.manifest.world_size == collectives.world_size():
