@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import Monitor
 from ds_gpt2.monitoring.reference_curves import is_comparable_to_reference
 from ds_gpt2.monitoring.tensorboard_layout import open_dashboard
+from ds_gpt2.run_dir.fork_record import Fork
 from ds_gpt2.run_dir.starts import TIME, append_start
 from ds_gpt2.training.lr_change import describe_change
 from ds_gpt2.training.lr_schedule import LearningRate
@@ -37,16 +39,28 @@ _HYPER_PARAMETERS: Any = {
 log = logging.getLogger(__name__)
 
 
-def start_text(plan: BatchPlan, restored: Restored | None, excluded: tuple[int, ...]) -> str:
-    """Return one line for the journal and TensorBoard.
+@dataclass(frozen=True)
+class Origin:
+    """What a start begins with."""
 
-    Args:
-        restored: the checkpoint that the run resumes from, if any.
-        excluded: batches of the data that this start excludes from training.
-    """
-    text = f"resumed from {restored.generation.tag}" if restored else "started"
-    if excluded:
-        text += f", excluding batches {format_batches(excluded)} of the data"
+    restored: Restored | None  # the checkpoint that the run resumes from; None: a new run
+    fork: Fork | None = None  # the run from which this one was forked
+    excluded: tuple[int, ...] = ()  # batches of the data that this start excludes from training
+    is_first: bool = False  # the run has no earlier start
+
+    @property
+    def new_fork(self) -> Fork | None:
+        """The run's parent at the first start of a fork; else None."""
+        return self.fork if self.is_first else None
+
+
+def start_text(plan: BatchPlan, origin: Origin) -> str:
+    """Return one line for the journal and TensorBoard."""
+    text = "started" if origin.restored is None else f"resumed from {origin.restored.generation.tag}"
+    if (fork := origin.new_fork) is not None:
+        text = f"forked from {fork} ({fork.tag})"
+    if origin.excluded:
+        text += f", excluding batches {format_batches(origin.excluded)} of the data"
     return f"{text}, {plan}"
 
 
@@ -72,27 +86,34 @@ def record_start(settings: Settings, state: TrainState, plan: BatchPlan, steps: 
     append_start(settings.run_dir, start)
 
 
-def write_dashboard(monitor: Monitor, settings: Settings, parameters: int, plan: BatchPlan) -> None:
+def write_dashboard(
+    monitor: Monitor, settings: Settings, parameters: int, plan: BatchPlan, fork: Fork | None = None
+) -> None:
     """Write the parts of TensorBoard's pages that do not change during a run. For rank 0.
 
     Args:
         parameters: of the model.
+        fork: the run's parent, if it was forked.
     """
     hyper_parameters = {
         "parameters": parameters,
         "world_size": plan.world_size,
         "data": ", ".join(source.label for source in settings.data.sources),
+        **({} if fork is None else {"forked_from": fork.lineage}),
         **flat(settings.model_dump(mode="json", include=_HYPER_PARAMETERS)),
     }
     open_dashboard(monitor, to_yaml(public_tree(settings)), hyper_parameters, is_comparable_to_reference(settings))
 
 
-def log_resume(restored: Restored, settings: Settings, windows: int, windows_per_step: int) -> None:
+def log_resume(origin: Origin, settings: Settings, windows: int, windows_per_step: int) -> None:
     """Log the checkpoint that a run resumes from, the settings that have changed since, and what follows for its rate.
 
     Args:
+        origin: with a checkpoint.
         windows: of one epoch.
     """
+    assert origin.restored is not None
+    restored = origin.restored
 
     def rate_of(schedule: ScheduleSettings) -> LearningRate:
         return LearningRate(schedule, steps_of(schedule, windows, windows_per_step))
@@ -100,8 +121,13 @@ def log_resume(restored: Restored, settings: Settings, windows: int, windows_per
     step, before = restored.manifest.step, restored.manifest.settings
     rate = rate_of(settings.schedule)
     log.info(f"resumed from {restored.generation.path}, step {step:,} of {rate.steps:,}")
-    for change in changed_settings(before, settings):
-        log.info(f"changed since then: {change}")
+    changes, since = changed_settings(before, settings), "changed since then"
+    if (fork := origin.new_fork) is not None:
+        log.info(f"forked from {fork.lineage}; {fork.tag} of {fork.run_dir}")
+        changes = [change for change in changes if not change.startswith("run.name ")]
+        since = f"other than in {fork.run}"
+    for change in changes:
+        log.info(f"{since}: {change}")
     try:
         rate_before = rate_of(ScheduleSettings.model_validate(before.get("schedule")))
     except ValidationError:  # of another version

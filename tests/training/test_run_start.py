@@ -12,7 +12,7 @@ from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.resume import Restored
 from ds_gpt2.config.run_location import public_tree
 from ds_gpt2.config.settings import ScheduleSettings, Settings, settings_of
-from ds_gpt2.training.run_start import log_resume
+from ds_gpt2.training.run_start import Origin, log_resume
 
 
 def settings_with(folder: Path, schedule: dict[str, object]) -> Settings:
@@ -37,7 +37,7 @@ def restored(folder: Path, step: int, settings: dict[str, object]) -> Restored:
 
 def logged(caplog: pytest.LogCaptureFixture, found: Restored, settings: Settings) -> list[str]:
     with caplog.at_level(logging.INFO):
-        log_resume(found, settings, windows=1000, windows_per_step=10)
+        log_resume(Origin(found), settings, windows=1000, windows_per_step=10)
     return [record.getMessage() for record in caplog.records]
 
 

@@ -44,7 +44,7 @@ def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]
 
 
 def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]:
-    """Return the losses at no more than ``points`` points, evenly spread over the tokens of the shorter run.
+    """Return the losses at no more than ``points`` points, evenly spread over the tokens that both runs recorded.
 
     If both runs have validations at equal tokens, these are the points, in addition to the last one. Nothing is
     interpolated.
@@ -66,10 +66,17 @@ def _points(a: Run, b: Run, points: int) -> list[int]:
         return []
     shared = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= last)
     if not shared:
-        return sorted({last * number // points for number in range(1, points + 1)} - {0})
+        begin = _common_begin(a, b, last)
+        return sorted({begin + (last - begin) * number // points for number in range(1, points + 1)} - {0})
     count = points if shared[-1] == last else points - 1
     chosen = {shared[index * (len(shared) - 1) // max(1, count - 1)] for index in range(count)}
     return sorted({*chosen, last})
+
+
+def _common_begin(a: Run, b: Run, last: int) -> int:
+    """Return the tokens after which both runs have records: above 0 for a fork. 0 if that is not before ``last``."""
+    begin = max(_tokens(run, int(run.records.steps[0]) - 1) for run in (a, b))
+    return begin if begin < last else 0
 
 
 def _tokens(run: Run, step: int) -> int:
