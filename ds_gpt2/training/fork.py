@@ -182,8 +182,11 @@ def plan_fork(settings: Settings, plan: BatchPlan, parent: Parent) -> PlannedFor
     raise UserError(f"cannot fork {parent.name}: no checkpoint in {parent.checkpoint_dir} can be used (see above)")
 
 
-def create(planned: PlannedFork) -> None:
+def create(planned: PlannedFork, disk: Disk | None = None) -> None:
     """Create the new run with the parent's checkpoint, durably; print what was done.
+
+    Args:
+        disk: for the checkpoint; default: the real file system.
 
     Raises:
         UserError: another process creates or trains this run, or a file cannot be written.
@@ -204,7 +207,7 @@ def create(planned: PlannedFork) -> None:
             write_fork(settings.run_dir, record)
             if directory in settings.shared_output_dirs:
                 write_owner(directory, settings.run_dir)
-            _link(planned)
+            _link(planned, disk or Disk())
     except DamagedError as error:  # the parent's retention may delete it at any time
         raise UserError(f"cannot fork {record}: {planned.source}: {error}; repeat the command") from None
     except OSError as error:
@@ -213,8 +216,8 @@ def create(planned: PlannedFork) -> None:
     print(f"run {name}: forked from {record.lineage} ({record.tag})", flush=True)
 
 
-def _link(planned: PlannedFork) -> None:
-    disk, directory, tag = Disk(), planned.settings.checkpoint_dir, rolling_tag(planned.record.step)
+def _link(planned: PlannedFork, disk: Disk) -> None:
+    directory, tag = planned.settings.checkpoint_dir, rolling_tag(planned.record.step)
     if _must_copy(planned.source, directory):
         print(f"copying {planned.source} to {directory}, on another file system ...", flush=True)
     try:
