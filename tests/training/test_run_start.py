@@ -10,9 +10,11 @@ import pytest
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.resume import Restored
+from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.run_location import public_tree
 from ds_gpt2.config.settings import ScheduleSettings, Settings, settings_of
-from ds_gpt2.training.run_start import Origin, log_resume
+from ds_gpt2.run_dir.fork_record import Fork
+from ds_gpt2.training.run_start import Origin, log_resume, start_text
 
 
 def settings_with(folder: Path, schedule: dict[str, object]) -> Settings:
@@ -73,3 +75,18 @@ def test_a_schedule_that_this_version_does_not_know_is_not_compared(
     settings = settings_with(tmp_path, {"steps": 1000})
     tree = {**public_tree(settings), "schedule": {"steps": 1000, "shape": "of another version"}}
     assert not any("learning rate" in line for line in logged(caplog, restored(tmp_path, 900, tree), settings))
+
+
+def test_only_the_first_start_of_a_fork_names_its_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_with(tmp_path, {"steps": 1000})
+    found = restored(tmp_path, 600, {**public_tree(settings), "run": {"name": "base", "seed": 1}})
+    fork = Fork("base", "/runs/base", "rolling_step_000600", 600, "")
+    plan = plan_batch(2048, 1, 1024, 2)
+    first, later = (Origin(found, fork, is_first=is_first) for is_first in (True, False))
+    assert start_text(plan, first).startswith("forked from base at step 600 (rolling_step_000600), ")
+    assert start_text(plan, later).startswith("resumed from rolling_step_000600, ")
+    with caplog.at_level(logging.INFO):
+        log_resume(first, settings, windows=1000, windows_per_step=10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "forked from base at step 600; rolling_step_000600 of /runs/base" in lines
+    assert "other than in base: run.seed 1 -> 1337" in lines and not any("run.name" in line for line in lines)
