@@ -208,11 +208,13 @@ def create(planned: PlannedFork, disk: Disk | None = None) -> None:
             if directory in settings.shared_output_dirs:
                 write_owner(directory, settings.run_dir)
             _link(planned, disk or Disk())
-    except DamagedError as error:  # the parent's retention may delete it at any time
-        raise UserError(f"cannot fork {record}: {planned.source}: {error}; repeat the command") from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"cannot fork {record}: {where}{reason_of(error)}; fix it and repeat the command") from None
+    except (DamagedError, OSError) as error:
+        if not planned.source.exists():  # the parent's retention may delete it at any time
+            raise UserError(
+                f"cannot fork {record}: {planned.source} was deleted meanwhile: repeat the command"
+            ) from None
+        where = getattr(error, "filename", None) or planned.source
+        raise UserError(f"cannot fork {record}: {where}: {reason_of(error)}; fix it and repeat the command") from None
     print(f"run {name}: forked from {record.lineage} ({record.tag})", flush=True)
 
 

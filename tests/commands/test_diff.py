@@ -138,3 +138,7 @@ def test_a_fork_is_compared_with_its_parent_at_common_steps_only(
     assert found["forked_from"][0] is None and found["forked_from"][1]["step"] == 40
     assert main(["diff", parent, fork]) == exit_codes.DONE
     assert capsys.readouterr().out.startswith("fork is forked from parent at step 40\n")
+    metrics.write_text(metrics.read_text().replace("val/loss", "val/other"))
+    assert main(["diff", parent, fork, "--json"]) == exit_codes.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert [each["tokens"] for each in found["losses"]] == [40 * 640 + part * 1600 for part in range(1, 9)]

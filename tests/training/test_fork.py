@@ -19,10 +19,12 @@ from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.commit import has_unfinished_commit, read_pointer
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
-from ds_gpt2.checkpoint.naming import LATEST, MANIFEST, rolling_tag
+from ds_gpt2.checkpoint.naming import LATEST, LOCK, MANIFEST, rolling_tag
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.locks import lock
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import BatchPlan, plan_batch
+from ds_gpt2.config.output_owner import read_owner
 from ds_gpt2.config.run_location import CONFIG, public_tree, write_settings
 from ds_gpt2.config.settings import Settings, load_settings
 from ds_gpt2.engine.train_state import TrainState
@@ -138,6 +140,7 @@ def damage(checkpoint: Path) -> None:
             "would write to BASE/x/new, in a directory of run base: set",
         ),
         ("BASE", ["checkpoint.min_free_gb=1e9"], "GB must remain free (checkpoint.min_free_gb): free some space"),
+        ("BASE", ["checkpoint.backup.to=/dev/null"], "checkpoint.backup.to: cannot back up to /dev/null"),
         ("BASE", ["run.dir=/proc/x"], "cannot write to /proc/x/new"),
     ],
 )
@@ -198,6 +201,8 @@ def test_a_fork_has_its_own_files_and_leaves_the_parent_unchanged(base: Base) ->
     (found,) = scan(settings.checkpoint_dir)
     assert found.tag == rolling_tag(8) and problem_of(found) is None
     assert read_pointer(settings.checkpoint_dir, LATEST) == rolling_tag(8)
+    owner = read_owner(settings.checkpoint_dir)
+    assert owner is not None and owner.run_dir == settings.run_dir
     name = next(iter(found.manifest.files)) if found.manifest else ""
     assert os.path.samefile(found.path / name, base.checkpoints / rolling_tag(8) / name)
     check_start(settings, batch_plan(settings), "latest")
@@ -205,6 +210,26 @@ def test_a_fork_has_its_own_files_and_leaves_the_parent_unchanged(base: Base) ->
         shutil.rmtree(directory)
     assert problem_of(scan(settings.checkpoint_dir)[0]) is None
     check_start(settings, batch_plan(settings), "latest")
+
+
+def test_of_two_commands_at_once_one_creates_the_run(base: Base) -> None:
+    first, second = base.plan("8"), base.plan("12")
+    create(first)
+    with pytest.raises(UserError, match="run new is a fork of base at step 8 already"):
+        create(second)
+    directory = base.settings("b").checkpoint_dir
+    directory.mkdir()
+    with pytest.raises(UserError, match="run b is in use by process"), lock(directory / LOCK, "it"):
+        create(base.plan("8", "b"))
+
+
+def test_a_checkpoint_that_the_parent_deletes_meanwhile_is_an_error_and_leaves_nothing_partial(base: Base) -> None:
+    planned = base.plan("8")
+    shutil.rmtree(planned.source)
+    with pytest.raises(UserError, match="rolling_step_000008 was deleted meanwhile: repeat the command"):
+        create(planned)
+    assert not list(base.settings().checkpoint_dir.glob("*.tmp"))
+    assert create(base.plan("12")) is None
 
 
 def test_an_epoch_is_linked_as_a_rolling_checkpoint_and_a_fork_names_its_ancestors(base: Base) -> None:
