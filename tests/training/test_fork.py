@@ -226,7 +226,7 @@ def test_of_two_commands_at_once_one_creates_the_run(base: Base) -> None:
 def test_a_checkpoint_that_the_parent_deletes_meanwhile_is_an_error_and_leaves_nothing_partial(base: Base) -> None:
     planned = base.plan("8")
     shutil.rmtree(planned.source)
-    with pytest.raises(UserError, match="rolling_step_000008 was deleted meanwhile: repeat the command"):
+    with pytest.raises(UserError, match="rolling_step_000008 was deleted meanwhile: repeat it"):
         create(planned)
     assert not list(base.settings().checkpoint_dir.glob("*.tmp"))
     assert create(base.plan("12")) is None
