@@ -293,7 +293,7 @@ def _check_fits(
         where = "the last step" if generation.step == steps else f"beyond the {steps:,} steps"
         raise UserError(
             f"{what}: step {generation.step:,} is {where} of run {settings.run.name}: increase schedule.steps, or fork"
-            f" from an earlier step with --fork {parent.name}:STEP"
+            f" from an earlier step with --fork {run_argument(parent.run_dir)}:STEP"
         )
 
 

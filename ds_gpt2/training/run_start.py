@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from ds_gpt2.checkpoint.manager import library_versions
 from ds_gpt2.checkpoint.resume import Restored
 from ds_gpt2.config.batch_plan import BatchPlan, format_batches, steps_of
 from ds_gpt2.config.output_owner import write_owner
-from ds_gpt2.config.run_location import HIDDEN, public_tree, write_settings
+from ds_gpt2.config.run_location import HIDDEN, located, public_tree, write_settings
 from ds_gpt2.config.settings import PATH_KEYS, PROJECT_DIR, ScheduleSettings, Settings, default_values, flat, to_yaml
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import Monitor
@@ -121,11 +122,10 @@ def log_resume(origin: Origin, settings: Settings, windows: int, windows_per_ste
     step, before = restored.manifest.step, restored.manifest.settings
     rate = rate_of(settings.schedule)
     log.info(f"resumed from {restored.generation.path}, step {step:,} of {rate.steps:,}")
-    changes, since = changed_settings(before, settings), "changed since then"
+    since, changes = "changed since then", changed_settings(before, settings)
     if (fork := origin.new_fork) is not None:
         log.info(f"forked from {fork.lineage}; {fork.tag} of {fork.run_dir}")
-        changes = [change for change in changes if not change.startswith("run.name ")]
-        since = f"other than in {fork.run}"
+        since, changes = f"other than in {fork.run}", changed_settings(before, settings, Path(fork.run_dir))
     for change in changes:
         log.info(f"{since}: {change}")
     try:
@@ -136,9 +136,16 @@ def log_resume(origin: Origin, settings: Settings, windows: int, windows_per_ste
         log.info(line)
 
 
-def changed_settings(before: dict[str, Any], settings: Settings) -> list[str]:
-    """Return the settings that differ from those a checkpoint was saved with, as ``name old -> new``."""
+def changed_settings(before: dict[str, Any], settings: Settings, parent: Path | None = None) -> list[str]:
+    """Return the settings that differ from those a checkpoint was saved with, as ``name old -> new``.
+
+    Args:
+        parent: the directory of another run that has saved the checkpoint; None: this run has.
+    """
     stored, new = flat(before), flat(public_tree(settings))
+    if parent is not None:
+        stored, new = flat(located(before, parent)), flat(located(public_tree(settings), settings.run_dir))
+        stored["run.name"] = settings.run.name  # differs by intention
     old = {**default_values(), **stored}  # an earlier version does not have all settings
     absolute = "run.dir" in stored  # an earlier version stored absolute paths, which cannot be compared
     ignored = {_COMMAND, *(PATH_KEYS if absolute else ())}  # an earlier version stored the command as it is
