@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ds_gpt2.commands.arguments import add_hostfile_argument, add_start_arguments, with_hostfile
+from ds_gpt2.commands.arguments import add_fork_argument, add_hostfile_argument, add_start_arguments, with_hostfile
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
@@ -39,12 +39,7 @@ from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     parser.add_argument("--auto", action="store_true", help="resume the run if it has checkpoints")
-    parser.add_argument(
-        "--fork",
-        metavar="RUN[:TAG]",
-        help="begin with the full state of a checkpoint of another run, in a new run: set run.name=NEW. TAG: as for"
-        " `resume --from` (default: the newest good checkpoint). With --auto, a fork that exists is resumed",
-    )
+    add_fork_argument(parser)
     add_start_arguments(parser)
     add_hostfile_argument(parser)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -92,6 +93,13 @@ def test_an_unchanged_fork_continues_bit_for_bit_like_its_parent(
         capsys.readouterr()
         assert cli.main(words) == 0
         assert "forked from base at step 8" in capsys.readouterr().out
+    assert cli.main(["report", run_dirs[1], "--json"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert figures["forked_from"]["run"] == "base" and (figures["step"], figures["resumes"]) == (STEPS, 0)
+    assert figures["tokens"] == base[STEPS]["train/tokens"] and figures["lost_seconds"] == 0
+    assert cli.main(["report", run_dirs[1]]) == 0
+    page = (folder / "runs" / "same" / "report.html").read_text(encoding="utf-8")
+    assert "<tr><th>forked from</th><td>base at step 8</td></tr>" in page
 
 
 def test_a_fork_may_decay_the_learning_rate_earlier(folder: Path) -> None:

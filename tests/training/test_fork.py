@@ -113,6 +113,7 @@ def damage(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "words", "message"),
     [
+        ("BASE:8", ["--fork", "BASE:4"], "--fork is given twice, as "),
         ("BASE", ["run.name=base"], "has the name of its parent, base: add run.name=NEW"),
         ("BASE:", [], "must be RUN or RUN:TAG"),
         (":8", [], "must be RUN or RUN:TAG"),
@@ -226,10 +227,12 @@ def test_of_two_commands_at_once_one_creates_the_run(base: Base) -> None:
 def test_a_checkpoint_that_the_parent_deletes_meanwhile_is_an_error_and_leaves_nothing_partial(base: Base) -> None:
     planned = base.plan("8")
     shutil.rmtree(planned.source)
-    with pytest.raises(UserError, match="rolling_step_000008 was deleted meanwhile: repeat it"):
+    with pytest.raises(UserError, match="rolling_step_000008 was deleted meanwhile: repeat the command"):
         create(planned)
     assert not list(base.settings().checkpoint_dir.glob("*.tmp"))
-    assert create(base.plan("12")) is None
+    create(base.plan("12"))
+    record = read_fork(base.settings().run_dir)
+    assert record is not None and record.step == 12
 
 
 def test_an_epoch_is_linked_as_a_rolling_checkpoint_and_a_fork_names_its_ancestors(base: Base) -> None:
