@@ -49,10 +49,17 @@ class Parent:
     run_dir: Path
     checkpoint_dir: Path
     selector: str  # of its checkpoint, see ``catalog.candidates``
+    has_backups: bool = False  # by its settings; they are not used here
 
     @property
     def name(self) -> str:
         return self.run_dir.name
+
+    @property
+    def hint(self) -> str:
+        """How the run gets a usable checkpoint if it has none; empty if it has no backups."""
+        fetch = f"; fetch a backup first: `./launch.sh backup {run_argument(self.run_dir)} --fetch TAG`"
+        return fetch if self.has_backups else ""
 
     @property
     def falls_back(self) -> bool:
@@ -81,7 +88,8 @@ def find_parent(text: str, settings: Settings) -> Parent:
         UserError: there is no such run, or the new run is not apart from it.
     """
     run_dir, selector = _split(text)
-    parent = Parent(run_dir, load_run_settings(run_dir).checkpoint_dir, selector)
+    theirs = load_run_settings(run_dir)
+    parent = Parent(run_dir, theirs.checkpoint_dir, selector, theirs.checkpoint.backup.to is not None)
     if settings.run.name == parent.name:
         raise UserError(f"--fork {text}: the new run has the name of its parent, {parent.name}: add run.name=NEW")
     for directory in settings.output_dirs:
@@ -179,7 +187,9 @@ def plan_fork(settings: Settings, plan: BatchPlan, parent: Parent) -> PlannedFor
                 f" `./launch.sh list {run_argument(parent.run_dir)}`"
             )
         print(f"warning: checkpoint {generation.path} cannot be used: {problem}", file=sys.stderr)
-    raise UserError(f"cannot fork {parent.name}: no checkpoint in {parent.checkpoint_dir} can be used (see above)")
+    raise UserError(
+        f"cannot fork {parent.name}: no checkpoint in {parent.checkpoint_dir} can be used (see above){parent.hint}"
+    )
 
 
 def create(planned: PlannedFork, disk: Disk | None = None) -> None:
@@ -261,7 +271,9 @@ def _candidates(parent: Parent) -> list[Generation]:
         found = [one for one in found if one.step < limit]
     if not found:
         before = "" if limit is None else f" before step {limit:,}"
-        raise UserError(f"cannot fork {parent.name}: it has no full checkpoint{before} in {parent.checkpoint_dir}")
+        raise UserError(
+            f"cannot fork {parent.name}: it has no full checkpoint{before} in {parent.checkpoint_dir}{parent.hint}"
+        )
     first = found[0]
     if first.path.parent.resolve() != parent.checkpoint_dir.resolve():
         raise UserError(f"cannot fork {parent.name}: {first.path} is not one of its checkpoints: give RUN:TAG")

@@ -162,6 +162,16 @@ def test_a_checkpoint_of_weights_and_one_of_another_run_are_refused(refused: Cal
     assert f"{other} is not one of its checkpoints: give RUN:TAG" in refused(f"BASE:{other}", "run.name=new")
 
 
+def test_a_parent_without_checkpoints_may_have_backups(refused: Callable[..., str], base: Base) -> None:
+    shutil.rmtree(base.checkpoints)
+    message = f"cannot fork base: it has no full checkpoint in {base.checkpoints}"
+    assert refused("BASE", "run.name=new").strip() == f"error: {message}"
+    write_settings(base.settings("base", checkpoint__backup__to=str(base.folder / "backups")))
+    assert f"{message}; fetch a backup first: `./launch.sh backup {base.run_dir} --fetch TAG`" in refused(
+        "BASE", "run.name=new"
+    )
+
+
 def test_a_run_that_exists_is_not_replaced(refused: Callable[..., str], base: Base) -> None:
     settings = base.settings()
     settings.run_dir.mkdir()
