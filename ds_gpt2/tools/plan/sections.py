@@ -69,9 +69,10 @@ def memory_section(inputs: PlanInputs, results: TrialResults | None, calibration
     """Return the tensors at their peak by kind, then the memory that a rank needs in total."""
     peak = memory_model.peak(inputs.model, inputs.batch, inputs.zero, inputs.layout.accelerator)
     ranks = inputs.batch.world_size
+    state = "fp32 masters, two moments and moving average" if inputs.model.has_ema else "fp32 masters and two moments"
     parts = (
         ("weights", peak.weights, "in bf16, on every rank"),
-        ("partition", peak.optimizer, f"fp32 masters and two moments, divided among {counted(ranks, 'rank')}"),
+        ("partition", peak.optimizer, f"{state}, divided among {counted(ranks, 'rank')}"),
         ("gradients", peak.gradients, "fp32 sums on every rank, and reduce buckets"),
         ("activations", peak.activations, "of one micro-batch"),
         ("logits", peak.logits, "and the temporary tensors of the loss"),
