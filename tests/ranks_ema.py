@@ -192,6 +192,7 @@ def saved(bench: Bench, engine: Engine, folder: Path) -> dict[str, Any]:
     checkpoints._memory.copy = slow_copy  # type: ignore[union-attr,method-assign]
     checkpoints.save(state, 0.1)
     engine.use_averaged_weights()
+    time.sleep(1.0)  # an evaluation that takes longer than the copy
     engine.use_trained_weights()
     bench.step(engine, 26)
     finished = checkpoints.finish(state, complete=False)
