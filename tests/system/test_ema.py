@@ -105,11 +105,15 @@ def test_a_resume_continues_bitwise(trained: Run, resume_from: Callable[..., tup
     assert curve_differences(trained[1] / "runs" / "test", folder / "runs" / "test") == []
 
 
-def test_the_average_survives_other_numbers_of_ranks(resume_from: Callable[..., tuple[Launched, Path]]) -> None:
-    one_step = ("checkpoint.every=1", "validation.every=0")
+def test_the_average_survives_other_numbers_of_ranks(
+    trained: Run, resume_from: Callable[..., tuple[Launched, Path]]
+) -> None:
+    one_step = ("checkpoint.every=1", "validation.every=1")
     launched, alone = resume_from(6, 1, "schedule.steps=7", *one_step)
     assert "the moving average of the weights continues from rolling_step_000006 (ema.decay 0.9)" in launched.output
     assert next_average(checkpoint(alone, 6), checkpoint(alone, 7))
+    assert curve(alone, "val/loss_ema")[7] == pytest.approx(curve(trained[1], "val/loss_ema")[6], abs=0.3)
+    assert curve(alone, "val/loss_ema")[7] != curve(alone, "val/loss")[7]
     _, two = resume_from(7, 2, "schedule.steps=8", *one_step, run=alone)
     assert next_average(checkpoint(two, 7), checkpoint(two, 8))
 

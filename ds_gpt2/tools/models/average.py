@@ -71,11 +71,15 @@ def mean_model(chosen: Sequence[Generation], kind: Weights) -> OpenedModel:
             else:
                 sums[name] = weight.astype(np.float64)
         opened.append(one)
-    weights = {name: torch.from_numpy((sums.pop(name) / len(chosen)).astype(np.float32)) for name in list(sums)}
+    weights = {name: _mean(sums.pop(name), len(chosen)) for name in list(sums)}
     steps = tuple(_manifest(one).step for one in opened)
     what = "mean of checkpoints" if kind == "raw" else "mean of the averaged weights of checkpoints"
     title = f"{opened[0].path.parent.name}, {what} at steps {', '.join(f'{step:,}' for step in steps)}"
     return dataclasses.replace(opened[0], title=title, weights=weights, averaged_steps=steps)
+
+
+def _mean(total: npt.NDArray[np.float64], count: int) -> torch.Tensor:
+    return torch.from_numpy(np.divide(total, count, out=total).astype(np.float32))
 
 
 def _newest(checkpoints: RunCheckpoints, count: int, kind: Weights, warn: Callable[[str], None]) -> list[Generation]:
