@@ -37,7 +37,7 @@ class Trainer:
         if torch_compile.decide(settings.run.compile, device):
             model.compile_blocks()
         completed = deepspeed_config.complete(content, settings, self.plan, model.shape.parameters)
-        self.engine = Engine(model, completed, 0.1)
+        self.engine = Engine(model, completed, 0.1, settings.ema.decay)
         self.state = TrainState()
 
     def steps(self, count: int) -> float:

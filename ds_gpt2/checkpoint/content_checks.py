@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.naming import MANIFEST
-from ds_gpt2.engine.checkpoint_keys import BASE, COUNT, GROUP_PADDINGS, MASTERS, MODULE, STATE, WORLD_SIZE
+from ds_gpt2.engine.checkpoint_keys import BASE, COUNT, EMA, GROUP_PADDINGS, MASTERS, MODULE, STATE, WORLD_SIZE
 
 CLIENT_KEY = "ds_gpt2"  # this project's only key in DeepSpeed's client state
 _COMPARED = ("step", "batch", "tokens", "ledger")  # fields of TrainState
@@ -42,6 +42,12 @@ def problem_of_partition(content: Any, manifest: Manifest) -> str | None:
             for name, moment in moments[group].items():
                 if name.startswith("exp_avg") and moment.numel() not in sizes:  # Adam's moments: one element a weight
                     return f"has {moment.numel():,} elements of {name} for {master.numel():,} weights"
+        average = [part.numel() for part in content.get(EMA, ())]
+        if average != ([master.numel() for master in masters] if manifest.has_ema else []):
+            return (
+                f"has {sum(average):,} elements of the moving average for {elements(content):,} weights, {MANIFEST} has"
+                f" ema.decay {manifest.ema_decay}"
+            )
     except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         return "is not an optimizer partition"
     return None

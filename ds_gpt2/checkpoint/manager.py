@@ -244,13 +244,27 @@ class Checkpoints:
             set_rng_state(contents[partition_file(collectives.rank())][CLIENT_KEY]["rng"])
         else:
             seed_everything(rank_seed(self._run_settings["run"]["seed"], state.step))
+        self._log_average(restored)
         collectives.call_on_all_ranks(lambda: self._continue_from(restored.generation))
         self._saved = _Saved.of(state)
         return state
 
+    def _log_average(self, restored: Restored) -> None:
+        """Log what has become of the moving average of the weights."""
+        tag, saved, ours = restored.generation.tag, restored.manifest.ema_decay, self._engine.average
+        if ours is not None and saved is not None:
+            log.info(f"the moving average of the weights continues from {tag} (ema.decay {ours.decay})")
+        elif ours is not None:
+            log.info(f"{tag} has no moving average of the weights: it starts from its weights (ema.decay {ours.decay})")
+        elif saved is not None:
+            log.warning(
+                f"{tag} has a moving average of the weights, which this run drops, because ema.decay is not set: later"
+                f" checkpoints do not have it. To continue it, stop and resume from {tag} with ema.decay={saved}"
+            )
+
     def _start(self, backup: Backup | None) -> None:
         if collectives.is_main():
-            self._checkpoint_dir.check_free_space(self._engine.model.shape.checkpoint_bytes)
+            self._checkpoint_dir.check_free_space(self._engine.checkpoint_bytes)
             times = [found.manifest.made_at for found in scan(self.directory) if found.manifest is not None]
             latest = time.time() + _CLOCK_AHEAD_SECONDS
             self._newest_time = max((made_at for made_at in times if made_at < latest), default=0.0)
@@ -323,9 +337,7 @@ class Checkpoints:
             self._queue.offer(tag, roles, step)
 
     def _is_ready_for(self, tag: str) -> bool:
-        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(
-            tag, self._engine.model.shape.checkpoint_bytes
-        )
+        ready = collectives.is_main() and self._checkpoint_dir.prepare_for(tag, self._engine.checkpoint_bytes)
         return collectives.any_rank(ready, self._engine.device)
 
     def _repartitioned(self, restored: Restored) -> dict[str, Any]:

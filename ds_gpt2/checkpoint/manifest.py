@@ -20,6 +20,8 @@ from ds_gpt2.common.formatting import truncated
 from ds_gpt2.common.safe_json import LARGEST
 from ds_gpt2.common.terminal import one_line
 
+Weights = Literal["raw", "ema"]  # of a checkpoint: those of the last update, or their moving average
+
 FORMAT = 2
 _MAX_BYTES = 64 * 2**20  # of a manifest; a typical manifest has about ten thousand
 
@@ -81,6 +83,18 @@ class Manifest(_StrictModel):
     def bytes(self) -> int:
         """The total size of the files in bytes, without the manifest."""
         return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the checkpoint contains the moving average of the weights: its run had ``ema.decay``."""
+        return self.ema_decay is not None
+
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of the moving average of the weights; None if the checkpoint has none."""
+        section = self.settings.get("ema")
+        decay = section.get("decay") if isinstance(section, dict) else None
+        return decay if isinstance(decay, float) else None
 
     @property
     def is_evaluated(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_gpt2.engine.checkpoint_keys import ALIGNMENT_PADDINGS, BASE, COUNT, GROUP_PADDINGS, MASTERS, STATE
+from ds_gpt2.engine.checkpoint_keys import ALIGNMENT_PADDINGS, BASE, COUNT, EMA, GROUP_PADDINGS, MASTERS, STATE
 
 
 def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]) -> dict[str, Any]:
@@ -31,18 +31,23 @@ def repartition(saved: Sequence[dict[str, Any]], rank: int, sizes: Sequence[int]
         raise ValueError("zero_optimization.parameter_alignment is set: resume with the number of ranks that saved")
     groups = range(len(first[MASTERS]))
     lengths = [sum(state[MASTERS][group].numel() for state in states) for group in groups]
-    masters = [
-        _part([state[MASTERS][group] for state in states], lengths[group], rank, sizes[group]) for group in groups
-    ]
+    paddings = [max(0, size * (rank + 1) - length) for size, length in zip(sizes, lengths, strict=True)]
+
+    def unpadded(group: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        part = _part(parts, lengths[group], rank, sizes[group])
+        return part[: max(0, len(part) - paddings[group])]
+
+    masters = [unpadded(group, [state[MASTERS][group] for state in states]) for group in groups]
+    averages = (
+        {EMA: [unpadded(group, [one[EMA][group] for one in saved]) for group in groups]} if EMA in saved[0] else {}
+    )
     moments = {
         group: _moments([state[BASE]["state"][group] for state in states], lengths[group], rank, sizes[group])
         for group in first[BASE]["state"]
     }
-    paddings = [max(0, size * (rank + 1) - length) for size, length in zip(sizes, lengths, strict=True)]
-    unpadded = [master[: max(0, len(master) - padding)] for master, padding in zip(masters, paddings, strict=True)]
-    state = {**first, MASTERS: unpadded, BASE: {**first[BASE], "state": moments}, GROUP_PADDINGS: paddings}
+    state = {**first, MASTERS: masters, BASE: {**first[BASE], "state": moments}, GROUP_PADDINGS: paddings}
     state.pop(COUNT, None)
-    return {**saved[0], STATE: state}
+    return {**saved[0], STATE: state, **averages}
 
 
 def _moments(saved: Sequence[dict[str, Any]], length: int, rank: int, size: int) -> dict[str, Any]:

@@ -103,13 +103,14 @@ def deep_problem(generation: Generation) -> str | None:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's import must not use the GPUs of a running training
     from ds_gpt2.checkpoint import content_checks
-    from ds_gpt2.checkpoint.weights import WEIGHTS_FILE
+    from ds_gpt2.checkpoint.weights import files_of_weights
     from ds_gpt2.engine.checkpoint_io import MODEL_FILE, partition_file, unpickle
 
     assert generation.manifest is not None
     files, ranks = generation.manifest.files, generation.manifest.world_size
+    weights = [*files_of_weights(generation.manifest).values()]
     full = [MODEL_FILE, *map(partition_file, range(min(ranks, len(files))))]  # a forged number of ranks may be huge
-    if missing := [name for name in ([WEIGHTS_FILE] if generation.weights_only else full) if name not in files]:
+    if missing := [name for name in (weights if generation.weights_only else full) if name not in files]:
         return f"{MANIFEST} does not list {missing[0]}"
     found = 0
     for name in sorted(files):
@@ -121,7 +122,7 @@ def deep_problem(generation: Generation) -> str | None:
             return f"{name} cannot be loaded safely: {one_line_reason(error, 300)}"
         if (where := _not_finite(content, name)) is not None:
             return f"{where} has numbers that are not finite"
-        if name in (MODEL_FILE, WEIGHTS_FILE) and (problem := _wrong_shape(content, generation.manifest)) is not None:
+        if name in (MODEL_FILE, *weights) and (problem := _wrong_shape(content, generation.manifest)) is not None:
             return f"{name}: {problem}"
         if name in full and not generation.weights_only:
             compare = content_checks.problem_of_model if name == MODEL_FILE else content_checks.problem_of_partition

@@ -8,8 +8,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ds_gpt2.checkpoint.manifest import Weights
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.paths import expanded
 
@@ -137,6 +138,16 @@ def with_hostfile(overrides: dict[str, str], hostfile: Path | None) -> dict[str,
     if overrides.get("cluster.hostfile", str(hostfile)) != str(hostfile):
         raise UserError(f"--hostfile {hostfile} and cluster.hostfile={overrides['cluster.hostfile']}: remove one")
     return {**overrides, "cluster.hostfile": str(hostfile)}
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of verbs that read the weights of a checkpoint."""
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        default="raw",
+        help="raw: of the last update (default); ema: their moving average, if the run has ema.decay",
+    )
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from ds_gpt2.commands.arguments import path, positive
+from ds_gpt2.checkpoint.manifest import Weights
+from ds_gpt2.commands.arguments import add_weights_argument, path, positive
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import MISSING, fixed, signed, table, tokens
 from ds_gpt2.distributed import device
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", action="append", metavar="TAG", help="which checkpoint of the run; repeat it for several rows"
     )
+    add_weights_argument(parser)
     parser.add_argument(
         "--data",
         type=path("--data"),
@@ -63,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     chosen = _choose_device(options.device)  # before reading a checkpoint imports DeepSpeed
-    models = evaluate.find_models(options.what, options.tag)
+    models = evaluate.find_models(options.what, options.tag, options.weights)
     sources = EvalSources(options.data, options.tokens, options.hellaswag, options.items)
     data = evaluate.choose_data(sources, models, _warn)
     for note in data.notes:
         print(note, file=sys.stderr if options.json else sys.stdout, flush=True)
-    rows = evaluate.rows_of([_measure(model, data, chosen) for model in models], data)
+    rows = evaluate.rows_of([_measure(model, options.weights, data, chosen) for model in models], data)
     print(json.dumps({"rows": [_row_of_json(row) for row in rows]}) if options.json else _report(rows))
     if broken := [row.title for row in rows if row.loss is not None and not math.isfinite(row.loss.value)]:
         print(f"the loss of {', '.join(broken)} is not finite: the weights are broken", file=sys.stderr)
@@ -82,8 +84,8 @@ def _choose_device(requested: str) -> torch.device:
     return device.choose(requested)
 
 
-def _measure(model: EvaluatedModel, data: EvalData, chosen: torch.device) -> Measurements:
-    opened = open_model(model.name, None)
+def _measure(model: EvaluatedModel, kind: Weights, data: EvalData, chosen: torch.device) -> Measurements:
+    opened = open_model(model.name, None, kind)
     if opened.note is not None:
         print(f"{opened.title}: {opened.note}", file=sys.stderr, flush=True)
     return evaluate.measure(opened, data, chosen, _bar)

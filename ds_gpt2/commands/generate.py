@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 
-from ds_gpt2.commands.arguments import number, positive, whole_number
+from ds_gpt2.commands.arguments import add_weights_argument, number, positive, whole_number
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.terminal import one_line, printable_lines
 from ds_gpt2.data.tokenizer import END_OF_TEXT, gpt2
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run, a checkpoint, an exported file, a Hugging Face directory or a name on the hub (gpt2, OWNER/NAME)",
     )
     parser.add_argument("--tag", metavar="TAG", help="which checkpoint of a run (default: the newest)")
+    add_weights_argument(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--prompt", default="", metavar="TEXT", help="the text to continue; - reads it from stdin (default: empty)"
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     chosen = device.choose(options.device)
-    opened = open_model(options.model, options.tag)
+    opened = open_model(options.model, options.tag, options.weights)
     print(one_line(f"{opened.title} on {chosen.type}"), file=sys.stderr)
     if opened.note is not None:
         print(opened.note, file=sys.stderr)

@@ -239,6 +239,17 @@ class OptimizerSettings(Section):
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0 turns clipping off
 
 
+class EmaSettings(Section):
+    """The exponential moving average of the weights."""
+
+    decay: Annotated[Float, Field(gt=0, lt=1)] | None = None  # share of the old average at an update; None: no average
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run keeps the average."""
+        return self.decay is not None
+
+
 class BackupSettings(Section):
     """Which checkpoints are copied to a backup storage, how often, and how many of these backups are kept."""
 

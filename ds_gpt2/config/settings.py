@@ -25,6 +25,7 @@ from ds_gpt2.config.sections import (
     CheckpointSettings,
     ClusterSettings,
     DataSettings,
+    EmaSettings,
     GuardSettings,
     HellaswagSettings,
     HistogramsSettings,
@@ -62,6 +63,7 @@ __all__ = [
     "CheckpointSettings",
     "ClusterSettings",
     "DataSettings",
+    "EmaSettings",
     "GuardSettings",
     "HellaswagSettings",
     "HistogramsSettings",
@@ -98,6 +100,7 @@ class Settings(Section):
     batch: BatchSettings = BatchSettings()
     schedule: ScheduleSettings
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings = EmaSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     hellaswag: HellaswagSettings = HellaswagSettings()

@@ -7,8 +7,10 @@ MODULE = "module"  # bf16 weights by parameter name
 PARAM_SHAPES = "param_shapes"  # for each parameter group, shapes by parameter name
 WORLD_SIZE = "dp_world_size"
 
-# Of an optimizer file, and of the dictionary at ``STATE``.
-STATE = "optimizer_state_dict"
+# Of an optimizer file. EMA is this project's own: the moving average of the weights, in the form of MASTERS.
+STATE, EMA = "optimizer_state_dict", "ema"
+
+# Of the dictionary at ``STATE``.
 BASE = "base_optimizer_state"  # of PyTorch's optimizer: moments
 MASTERS = "single_partition_of_fp32_groups"  # for each parameter group, the rank's part of the fp32 weights, 1-D
 COUNT = "partition_count"

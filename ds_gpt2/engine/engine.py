@@ -20,7 +20,9 @@ from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.data.loader import MicroBatch
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine import internals
-from ds_gpt2.engine.checkpoint_io import Serializer
+from ds_gpt2.engine.checkpoint_io import Serializer, partition_file
+from ds_gpt2.engine.checkpoint_keys import EMA, MASTERS, STATE
+from ds_gpt2.engine.ema import WeightAverage, set_model_weights
 from ds_gpt2.engine.monitors import Monitors
 from ds_gpt2.engine.rng_state import get_rng_state, set_rng_state
 from ds_gpt2.engine.zero2_gradients import GradientCheck, sum_gradients_in_fp32
@@ -39,11 +41,14 @@ class Update:
 class Engine:
     """A GPT-2 under ZeRO: bf16 weights, fp32 master weights and moments partitioned over the ranks."""
 
-    def __init__(self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float) -> None:
+    def __init__(
+        self, model: GPT2, deepspeed_config: dict[str, Any], weight_decay: float, ema_decay: float | None = None
+    ) -> None:
         """
         Args:
             deepspeed_config: complete, see ``deepspeed_config.complete``.
             weight_decay: of matrices and embeddings; biases and norms have none.
+            ema_decay: of the moving average of the weights; None: there is none.
 
         Raises:
             UserError: DeepSpeed rejects its configuration, or this version lacks an internal that is used.
@@ -63,6 +68,7 @@ class Engine:
         self.deepspeed._copy_recovery_script = lambda _: None  # at every save; checkpoint/directory.py copies it once
         self._constants = self._read_constants()
         self._snapshot: threading.Event | None = None
+        self.average = WeightAverage(self._master_parts(), ema_decay) if ema_decay is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +121,13 @@ class Engine:
         """
         engine = self.deepspeed
         self._check.accept = accept
-        if self._snapshot is not None:
-            self._snapshot.wait()
-            self._snapshot = None
+        self._wait_for_snapshot()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.step()
         applied, norm, limit = engine.was_step_applied(), self._check.norm, self._clip_norm
+        if applied and self.average is not None:
+            self.average.update(self._master_parts())
         return Update(applied, norm, clipped=applied and 0 < limit < norm)
 
     def skip_update(self, lr: float) -> Update:
@@ -145,12 +151,17 @@ class Engine:
         Tensors are the engine's own: valid until the next update (see ``hold_updates_until``).
         """
         self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state=client_state, save_latest=False)
-        return self._serializer.take_saved()
+        saved = self._serializer.take_saved()
+        if self.average is not None:
+            partition = saved[partition_file(collectives.rank())]
+            partition[EMA] = self.average.to_save(partition[STATE][MASTERS])
+        return saved
 
     def load_checkpoint(self, directory: Path, tag: str, contents: dict[str, Any]) -> dict[str, Any]:
         """Restore the engine from ``contents``, as ``save_checkpoint`` returned them, and return the client state.
 
-        Clipping and optimizer constants stay those of the settings. Every rank calls this; nothing is read from disk.
+        Clipping and optimizer constants stay those of the settings. A moving average that ``contents`` do not have
+        starts from the restored weights. Every rank calls this; nothing is read from disk.
 
         Raises:
             Exception: any exception that DeepSpeed raises if it rejects the contents.
@@ -162,11 +173,38 @@ class Engine:
         finally:
             self._serializer.offer({})
         self._restore_constants()
+        if self.average is not None:
+            if (saved := contents[partition_file(collectives.rank())].get(EMA)) is not None:
+                self.average.load(saved)
+            else:
+                self.average.restart(self._master_parts())
         return dict(client_state)
+
+    def use_averaged_weights(self) -> None:
+        """Set the model's weights to the moving average, rounded to their dtype, until ``use_trained_weights``.
+
+        Waits until a checkpoint in progress has been copied. Every rank calls this; there must be an average.
+        """
+        assert self.average is not None
+        self._wait_for_snapshot()
+        set_model_weights(self.deepspeed.optimizer, self.average.parts)
+
+    def use_trained_weights(self) -> None:
+        """Set the model's weights to those of the last update again, to the last bit. Every rank calls this."""
+        set_model_weights(self.deepspeed.optimizer, self._master_parts())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors of a full checkpoint."""
+        return self.model.shape.checkpoint_bytes(self.average is not None)
 
     def partition_sizes(self) -> list[int]:
         """Return the number of elements of this rank's partition of each parameter group, padding included."""
-        return [part.numel() for part in self.deepspeed.optimizer.single_partition_of_fp32_groups]
+        return [part.numel() for part in self._master_parts()]
+
+    def _master_parts(self) -> list[torch.Tensor]:
+        """Return this rank's part of the master weights of each parameter group, fp32, 1-D, padding included."""
+        return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
 
     def has_finite_weights(self) -> bool:
         """Return whether all of this rank's weights are finite."""
@@ -206,13 +244,16 @@ class Engine:
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Set the master weights to ``weights`` (fp32, by parameter name) and the bf16 weights to their rounded values.
 
-        Rows that ``weights`` do not have (padding of the vocabulary) stay as they are.
+        Rows that ``weights`` do not have (padding of the vocabulary) stay as they are. The moving average, if there is
+        one, starts from these weights.
         """
         for name, parameter in self.model.named_parameters():
             value = parameter.float()
             value[: len(weights[name])] = weights[name]
             parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value)
+        if self.average is not None:
+            self.average.restart(self._master_parts())
 
     def fingerprint(self) -> str:
         """Return a hash of this rank's bf16 weights; it differs if any single bit differs.
@@ -223,8 +264,13 @@ class Engine:
         return hashlib.sha256(repr(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
 
     def hold_updates_until(self, snapshot: threading.Event) -> None:
-        """Make the next update wait until ``snapshot`` is set: until the state has been copied."""
+        """Make the next change of the weights wait until ``snapshot`` is set: until the state has been copied."""
         self._snapshot = snapshot
+
+    def _wait_for_snapshot(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.wait()
+            self._snapshot = None
 
     def close(self) -> None:
         """Free the engine's buffers. Does nothing if DeepSpeed's modules are gone because the project was moved."""

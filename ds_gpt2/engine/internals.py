@@ -1,8 +1,9 @@
 """The attributes of DeepSpeed's objects that this project uses although they are not public, checked before a run.
 
-DeepSpeed may change them in any release. The ones of the optimizer are replaced or read in ``zero2_gradients``, those
-of the engine in ``engine`` and ``checkpoint_io``, those of the parameters in ``Engine.masters`` and ``gradients``,
-those of the monitors in ``monitors``. Modules and classes that are imported are not listed: their import fails.
+DeepSpeed may change them in any release. The ones of the optimizer are replaced or read in ``zero2_gradients`` and
+``ema``, those of the engine in ``engine`` and ``checkpoint_io``, those of the parameters in ``Engine.masters`` and
+``gradients``, those of the monitors in ``monitors``. Modules and classes that are imported are not listed: their import
+fails.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _OF_OPTIMIZER = (
     "has_overflow",
     "scaled_global_norm",
     "single_partition_of_fp32_groups",
+    "update_lp_params",
 )
 _OF_PARAMETER = ("_hp_mapping", "_index_in_param_group")
 _OF_MAPPING = ("get_hp_fragment", "get_lp_grad_fragment", "lp_fragment_address")

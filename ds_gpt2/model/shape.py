@@ -8,6 +8,7 @@ VOCABULARY = 50_257  # 50,000 merges, 256 bytes, <|endoftext|>
 LARGEST_SIZE = 10**6  # upper limit of layers, heads, width and context
 PADDED_VOCABULARY = 50_304  # the next multiple of 128, which tensor cores handle efficiently
 OPTIMIZER_BYTES = 12  # per parameter, divided among the ranks: fp32 master weights, two fp32 moments
+EMA_BYTES = 4  # per parameter, divided among the ranks: the fp32 moving average of the weights, if there is one
 CHECKPOINT_BYTES = 2 + OPTIMIZER_BYTES  # per parameter in a full checkpoint: bf16 weights and optimizer
 WEIGHT_BYTES = 4  # per parameter in a checkpoint of fp32 weights alone
 
@@ -44,12 +45,19 @@ class ModelShape:
         """Number of parameters without the padding rows of the vocabulary."""
         return self.parameters - (PADDED_VOCABULARY - VOCABULARY) * self.width
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of the tensors of a full checkpoint."""
-        return CHECKPOINT_BYTES * self.parameters
+    def checkpoint_bytes(self, has_ema: bool) -> int:
+        """Return the bytes of the tensors of a full checkpoint.
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the tensors of a checkpoint of fp32 weights alone."""
-        return WEIGHT_BYTES * self.parameters
+        Args:
+            has_ema: the run keeps a moving average of the weights.
+        """
+        return (CHECKPOINT_BYTES + EMA_BYTES * has_ema) * self.parameters
+
+    def weight_bytes(self, has_ema: bool) -> int:
+        """Return the bytes of the tensors of a checkpoint of fp32 weights alone, the moving average included."""
+        return (WEIGHT_BYTES + EMA_BYTES * has_ema) * self.parameters
+
+
+def sharded_bytes(has_ema: bool) -> int:
+    """Return the bytes per parameter that the ranks share: optimizer state, and the moving average if there is one."""
+    return OPTIMIZER_BYTES + EMA_BYTES * has_ema

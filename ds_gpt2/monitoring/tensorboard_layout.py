@@ -12,7 +12,7 @@ from ds_gpt2.monitoring.reference_curves import REFERENCE, REFERENCE_CURVE
 # The CUSTOM SCALARS page.
 _LAYOUT = {
     "health": {
-        "loss": ["Multiline", [r"train/loss$", r"val/loss$"]],
+        "loss": ["Multiline", [r"train/loss$", r"val/loss$", r"val/loss_ema$"]],
         "gradient norm before clipping": ["Multiline", [r"train/grad_norm$"]],
         "updates clipped (share) and skipped": ["Multiline", [r"train/clipped_share$", r"train/skipped_steps$"]],
         "tokens per second": ["Multiline", [r"perf/tokens_per_s$"]],

@@ -260,7 +260,7 @@ def _build_engine(spec: RunSpec) -> Engine:
     if spec.is_compiled:
         model.compile_blocks()
     completed = deepspeed_config.complete(spec.deepspeed_settings, settings, plan, model.shape.parameters)
-    engine = Engine(model, completed, settings.optimizer.weight_decay)
+    engine = Engine(model, completed, settings.optimizer.weight_decay, settings.ema.decay)
     seed_everything(rank_seed(settings.run.seed, step=0))
     return engine
 

@@ -65,7 +65,7 @@ def _simple_weights() -> Iterator[None]:
     """Replace the content of weights files and leave out the recovery script: the protocol depends on neither."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointDirectory, "_provide_recovery_script", lambda checkpoints: None)
-        patch.setattr(weights, "fp32_weights", lambda source: first_word((source / "model_0.pt").read_bytes()))
+        patch.setattr(weights, "fp32_weights", lambda source, kind: first_word((source / "model_0.pt").read_bytes()))
         patch.setattr(
             weights, "pickle_into", lambda label, file: file.write(file_contents(label, [WEIGHTS_FILE])[WEIGHTS_FILE])
         )

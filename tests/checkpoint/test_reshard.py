@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ds_gpt2.checkpoint.reshard import repartition
 from ds_gpt2.engine.checkpoint_io import partition_file, unpickle
+from ds_gpt2.engine.checkpoint_keys import EMA
 
 Partition = dict[str, Any]
 
@@ -19,7 +20,12 @@ Partition = dict[str, Any]
 @pytest.fixture(scope="module")
 def saved(four_ranks: tuple[object, Path]) -> list[Partition]:
     directory = four_ranks[1] / "checkpoints" / "test" / "rolling_step_000012"
-    return [unpickle(directory / partition_file(rank)) for rank in range(4)]
+    return [_with_average(unpickle(directory / partition_file(rank))) for rank in range(4)]
+
+
+def _with_average(partition: Partition) -> Partition:
+    """Return the file of a run that keeps a moving average of the weights: other numbers in the form of the masters."""
+    return {**partition, EMA: [1.0 - master for master in _masters(partition)]}
 
 
 def _sizes(partitions: list[Partition], ranks: int) -> list[int]:
@@ -51,6 +57,9 @@ def test_repartitioning_to_other_ranks_and_back_to_four_is_exact(saved: list[Par
     for before, after in zip(saved, _cut(partitions, 4), strict=True):
         for one, other in zip(_masters(before), _masters(after), strict=True):
             assert torch.equal(one, other)
+        assert len(after[EMA]) == 2
+        for one, other in zip(before[EMA], after[EMA], strict=True):
+            assert torch.equal(one, other)
         assert _moments(before).keys() == _moments(after).keys()
         for group, state in _moments(before).items():
             assert state.keys() == _moments(after)[group].keys()
@@ -71,6 +80,9 @@ def test_repartitioning_for_any_length_and_number_of_ranks(length: int, before: 
     parts = [_synthetic(whole, rank, before) for rank in range(before)]
     cut = _cut(parts, after)
     assert torch.equal(torch.cat([_masters(part)[0] for part in cut]), whole)
+    assert not [part for part in cut if EMA in part]
+    averaged = _cut([_with_average(part) for part in parts], after)
+    assert torch.equal(torch.cat([part[EMA][0] for part in averaged]), 1.0 - whole)
     moments = torch.cat([_moments(part)[0]["exp_avg"] for part in cut])
     assert torch.equal(moments[:length], whole)
     assert not moments[length:].any()

@@ -42,8 +42,8 @@ def test_files_of_two_checkpoints_are_never_mixed(
     read = weights.fp32_weights
     replaced: list[Path] = []
 
-    def replacing(path: Path) -> dict[str, torch.Tensor]:
-        found = read(path)
+    def replacing(path: Path, kind: Any) -> dict[str, torch.Tensor]:
+        found = read(path, kind)
         if len(replaced) < often:
             replaced.append(best.rename(tmp_path / f"old_{often}_{len(replaced)}"))
             shutil.copytree(newer, best)

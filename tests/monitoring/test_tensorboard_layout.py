@@ -55,7 +55,7 @@ def test_layout_settings_hyper_parameters_and_marks_are_written(tmp_path: Path) 
     events = _read(tmp_path / "events")
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert charts["loss"] == ["train/loss$", "val/loss$"]
+    assert charts["loss"] == ["train/loss$", "val/loss$", "val/loss_ema$"]
     assert events.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b"    run:\n      seed: 1337\n"
     marks = [(event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("marks/start/text_summary")]
     assert marks == [(7, b"    resumed from rolling_step_000007\n")]

@@ -86,3 +86,17 @@ def test_two_hosts_send_as_many_bytes_as_the_documentation_says(tmp_path: Path, 
     start("two_hosts.py", "--data", dataset_dir, "--out", out, "--rounds", 1, "--steps", 1)
     for name, found in json.loads(out.read_text())["runs"].items():
         assert found["sent_bytes"] == pytest.approx(found["predicted_bytes"], rel=0.02), name
+
+
+@pytest.mark.extended
+def test_the_costs_of_the_moving_average_are_measured_in_pairs(tmp_path: Path, dataset_dir: Path) -> None:
+    out = tmp_path / "ema.json"
+    small = ("--preset", "toy", "--rounds", "3", "--steps", "2", "--tokens", "1280")
+    words = ("--data", str(dataset_dir), "--out", str(out), *small)
+    done = launch(2, *words, script=PROJECT / "benchmarks" / "ema.py")
+    assert done.code == 0 and done.left_over == [], done.output
+    found = json.loads(out.read_text())
+    for name in ("step_ms", "validation_ms"):
+        assert found[name]["without"]["values"] == found[name]["with"]["values"] == found[name]["added"]["values"] == 3
+    assert found["save"]["bytes_per_parameter"] == pytest.approx({"without": 14, "with": 18}, rel=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["ema.json"]

@@ -16,7 +16,7 @@ from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.sources import open_sources
 from ds_gpt2.engine.checkpoint_io import MODEL_FILE, unpickle
-from ds_gpt2.engine.checkpoint_keys import BASE, MASTERS, MODULE, STATE
+from ds_gpt2.engine.checkpoint_keys import BASE, EMA, MASTERS, MODULE, STATE
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 
@@ -43,10 +43,16 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
 
 
 def update_differences(before: Path, after: Path) -> list[str]:
-    """Return the differences in weights, masters and moments between two checkpoints of the same number of ranks."""
+    """Return the differences in weights, masters, moments and moving average between two checkpoints.
+
+    Args:
+        before, after: saved by the same number of ranks.
+    """
     found = differences(unpickle(before / MODEL_FILE)[MODULE], unpickle(after / MODEL_FILE)[MODULE], "weights")
     for name in sorted(set(read(before).files) - {MODEL_FILE}):
-        one, other = (unpickle(checkpoint / name)[STATE] for checkpoint in (before, after))
+        old, new = (unpickle(checkpoint / name) for checkpoint in (before, after))
+        one, other = old[STATE], new[STATE]
+        found += differences(old.get(EMA), new.get(EMA), f"moving average in {_short(name)}")
         found += differences(one[MASTERS], other[MASTERS], f"masters in {_short(name)}")
         found += differences(one[BASE]["state"], other[BASE]["state"], f"moments in {_short(name)}")
     return found

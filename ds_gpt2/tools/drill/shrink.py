@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.model.shape import OPTIMIZER_BYTES, ModelShape
+from ds_gpt2.model.shape import ModelShape, sharded_bytes
 from ds_gpt2.monitoring.pace import EVALUATIONS
 
 EVERY = 5  # steps between two checkpoints
@@ -74,5 +74,5 @@ def _shrink(tree: dict[str, Any], settings: Settings, ranks: int) -> None:
     tree["batch"] |= {"tokens_per_step": tokens, "micro_batch": micro_batch, "sequence_length": sequence}
     if not settings.checkpoint.write_mb_per_s:
         parameters = ModelShape(shape["layers"], shape["heads"], shape["width"], sequence).parameters
-        largest = (2 + OPTIMIZER_BYTES / ranks) * parameters  # bytes that rank 0 writes
+        largest = (2 + sharded_bytes(settings.ema.is_on) / ranks) * parameters  # bytes that rank 0 writes
         tree["checkpoint"]["write_mb_per_s"] = round(largest / 1e6 / _SAVE_SECONDS, 3)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ds_gpt2.checkpoint.manifest import Weights
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.run_location import current_settings
@@ -32,7 +33,7 @@ from ds_gpt2.evaluation.loss import (
     window_losses,
 )
 from ds_gpt2.pretrained import load
-from ds_gpt2.tools.models.open import OpenedModel, damaged, find_outside, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, check_kind, damaged, find_outside, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
 DEFAULT_TOKENS = 1_048_576  # to measure the loss on, if no settings have a number
@@ -110,23 +111,24 @@ class EvalRow:
     difference: Difference | None  # from the first model; None if only one model is evaluated
 
 
-def find_models(names: Sequence[str], tags: Sequence[str] | None) -> list[EvaluatedModel]:
+def find_models(names: Sequence[str], tags: Sequence[str] | None, kind: Weights = "raw") -> list[EvaluatedModel]:
     """Find all models before the first is evaluated, which may take an hour.
 
     Args:
         names: runs, checkpoints or models from outside of runs; none: the newest run.
         tags: checkpoints of a single run.
+        kind: the weights that each model must have.
 
     Raises:
-        UserError: a model does not exist.
+        UserError: a model does not exist, or has no such weights.
     """
     if len(names) > 1 and tags:
         raise UserError(f"--tag applies to one run, not to {len(names)}: give the paths of the checkpoints instead")
     if len(names) > 1:
-        return [_find_model(name, None) for name in names]
+        return [_find_model(name, None, kind) for name in names]
     name = names[0] if names else None
     requested: list[str | None] = [*tags] if tags else [None]
-    return [_find_model(name, tag) for tag in requested]
+    return [_find_model(name, tag, kind) for tag in requested]
 
 
 def choose_data(sources: EvalSources, models: Sequence[EvaluatedModel], warn: Callable[[str], None]) -> EvalData:
@@ -182,12 +184,14 @@ def rows_of(measured: Sequence[Measurements], data: EvalData) -> list[EvalRow]:
     return [_row(each, first, data) for each in measured]
 
 
-def _find_model(name: str | None, tag: str | None) -> EvaluatedModel:
+def _find_model(name: str | None, tag: str | None, kind: Weights) -> EvaluatedModel:
     if (outside := find_outside(name, tag)) is not None:
+        check_kind(str(name), None, kind)
         return EvaluatedModel(str(name), load.shape_at(outside).sequence_length, {})
     found = find_checkpoint(name, tag)
     if found.manifest is None:
         raise damaged(found.path, found.problem)
+    check_kind(str(found.path), found.manifest, kind)
     settings = current_settings(found.path, found.manifest.settings)
     return EvaluatedModel(str(found.path), shape_of(found.manifest).sequence_length, settings)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ds_gpt2.checkpoint.catalog import Generation
-from ds_gpt2.checkpoint.manifest import Manifest
+from ds_gpt2.checkpoint.manifest import Manifest, Weights
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import tokens
 from ds_gpt2.common.paths import absolute
@@ -22,8 +22,9 @@ from ds_gpt2.pretrained.model_card import card
 from ds_gpt2.pretrained.tokenizer_files import WRITTEN, write_tokenizer
 from ds_gpt2.run_dir.file_checks import read_error
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
+from ds_gpt2.tools.models.average import mean_model
 from ds_gpt2.tools.models.export_output import atomic_output
-from ds_gpt2.tools.models.open import OpenedModel, damaged, open_model, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, check_kind, damaged, open_model, shape_of
 
 Format = Literal["hf", "bf16", "fp32"]
 
@@ -33,32 +34,58 @@ _EXPORT_FILES = {"README.md", "generation_config.json", huggingface.CONFIG, hugg
 
 
 @dataclass(frozen=True)
+class Source:
+    """The weights to export."""
+
+    checkpoints: tuple[Generation, ...]  # the newest first; of several the mean
+    weights: Weights = "raw"
+
+    @property
+    def name(self) -> str:
+        """The name of an export in the run's directory, without its format."""
+        average = f"-average{len(self.checkpoints)}" if len(self.checkpoints) > 1 else ""
+        return self.checkpoints[0].tag + ("-ema" if self.weights == "ema" else "") + average
+
+    def open(self) -> OpenedModel:
+        """Return the model with its weights.
+
+        Raises:
+            UserError: a checkpoint is damaged, or the memory does not suffice.
+        """
+        if len(self.checkpoints) > 1:
+            return mean_model(self.checkpoints, self.weights)
+        return open_model(str(self.checkpoints[0].path), None, self.weights)
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     title: str
     path: Path
     bytes: int
 
 
-def export(generation: Generation, out: Path | None, kind: Format, force: bool, command: str) -> ExportedModel:
-    """Export the model of a checkpoint.
+def export(source: Source, out: Path | None, kind: Format, force: bool, command: str) -> ExportedModel:
+    """Export the model of a checkpoint, or the mean of several.
 
     Args:
-        out: the directory, or the file for fp32; None: ``exports/TAG-FORMAT`` in the run's directory.
+        out: the directory, or the file for fp32; None: ``exports/NAME-FORMAT`` in the run's directory.
         kind: hf: a Hugging Face directory in fp32; bf16: the same in bf16; fp32: one file for plain PyTorch.
         force: replace an existing export.
         command: the command line, for the model card.
 
     Raises:
-        UserError: the checkpoint is damaged, or the export cannot be written.
+        UserError: the checkpoint is damaged or has no such weights, or the export cannot be written.
     """
+    generation = source.checkpoints[0]
     if generation.manifest is None:
         raise damaged(generation.path, generation.problem)
+    check_kind(str(generation.path), generation.manifest, source.weights)
     settings = current_settings(generation.path, generation.manifest.settings)
-    out = absolute(out or _default_out(settings, generation.tag, kind))
+    out = absolute(out or _default_out(settings, source.name, kind))
     _check_replaceable(out, force)
     needed = (2 if kind == "bf16" else 4) * shape_of(generation.manifest).unpadded_parameters + _OTHER_BYTES
     with atomic_output(out, needed) as unfinished:
-        opened = open_model(str(generation.path), None)
+        opened = source.open()
         for name, weight in opened.weights.items():
             huggingface.as_weight(opened.path, name, weight)  # refuses Inf and NaN
         assert opened.manifest is not None
@@ -70,11 +97,11 @@ def export(generation: Generation, out: Path | None, kind: Format, force: bool, 
     return ExportedModel(opened.title, out, total)
 
 
-def _default_out(settings: dict[str, Any], tag: str, kind: Format) -> Path:
+def _default_out(settings: dict[str, Any], name: str, kind: Format) -> Path:
     run = settings.get("run", {})
     if not run.get("dir") or not run.get("name"):
         raise UserError("the directory of the checkpoint's run is not found: give --out PATH")
-    return Path(run["dir"]) / run["name"] / "exports" / (f"{tag}-{kind}" + (".pt" if kind == "fp32" else ""))
+    return Path(run["dir"]) / run["name"] / "exports" / (f"{name}-{kind}" + (".pt" if kind == "fp32" else ""))
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -100,6 +127,7 @@ def _check_replaceable(out: Path, force: bool) -> None:
 def _write_file(opened: OpenedModel, manifest: Manifest, path: Path) -> None:
     state = {key: value for key, value in manifest.state.items() if key != "unevaluated"}
     about = {"title": opened.title, "step": manifest.step, "state": state, "versions": manifest.versions}
+    about |= {"weights": opened.kind, "averaged_steps": list(opened.averaged_steps)}
     torch_file.write(opened.weights, opened.shape, about, path)
 
 
@@ -127,19 +155,39 @@ def _facts(opened: OpenedModel, manifest: Manifest) -> list[tuple[str, str]]:
     facts = [
         ("data", Path(manifest.settings.get("data", {}).get("dir", "unknown")).name),
         ("steps", f"{manifest.step:,}"),
+        *_origin(opened, manifest),
         ("tokens", f"{tokens(state.get('tokens', 0))}, {manifest.epoch:.2f} epochs"),
     ]
-    for name, label in (
-        ("train/loss", "training loss"),
-        ("val/loss", "validation loss"),
-        ("hellaswag/acc", "HellaSwag, acc"),
-        ("hellaswag/acc_norm", "HellaSwag, acc_norm (by tokens)"),
-    ):
+    for name, label in _measured(opened):
         if name in metrics:
             step, value = metrics[name]
             facts.append((label, f"{value:.4f}" + ("" if step == manifest.step else f" (at step {step:,})")))
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [*facts, ("checkpoint saved", manifest.created), ("versions", versions)]
+
+
+def _origin(opened: OpenedModel, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return how the weights were averaged; nothing for those of one update."""
+    averages = []
+    if opened.kind == "ema":
+        averages.append(f"moving average of the weights, ema.decay {manifest.ema_decay}")
+    if opened.averaged_steps:
+        averages.append(f"mean of the checkpoints at steps {', '.join(f'{step:,}' for step in opened.averaged_steps)}")
+    return [("weights", "; ".join(averages))] if averages else []
+
+
+def _measured(opened: OpenedModel) -> list[tuple[str, str]]:
+    """Return the metrics that were measured with these weights during training, and their labels."""
+    if opened.averaged_steps:
+        return []
+    if opened.kind == "ema":
+        return [("val/loss_ema", "validation loss")]
+    return [
+        ("train/loss", "training loss"),
+        ("val/loss", "validation loss"),
+        ("hellaswag/acc", "HellaSwag, acc"),
+        ("hellaswag/acc_norm", "HellaSwag, acc_norm (by tokens)"),
+    ]
 
 
 def _last_values(metrics: Path, step: int) -> dict[str, tuple[int, float]]:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ds_gpt2.checkpoint.catalog import open_generation
-from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
+from ds_gpt2.checkpoint.manifest import DamagedError, Manifest, Weights
 from ds_gpt2.checkpoint.verify import examine, hashing, identity
 from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.formatting import size
@@ -36,21 +36,25 @@ class OpenedModel:
     path: Path
     manifest: Manifest | None  # of the checkpoint; None for a model from outside of runs
     note: str | None = None  # what users must know about the model
+    kind: Weights = "raw"
+    averaged_steps: tuple[int, ...] = ()  # of the checkpoints whose mean the weights are; empty: of one checkpoint
 
 
-def open_model(name: str | None, tag: str | None) -> OpenedModel:
+def open_model(name: str | None, tag: str | None, kind: Weights = "raw") -> OpenedModel:
     """Return a model with its weights; every byte of a checkpoint is verified first.
 
     Args:
         name: a run, a directory of checkpoints, a checkpoint, a Hugging Face directory, an exported file, or a name on
             the hub; None: the newest run.
         tag: which checkpoint, see ``catalog.candidates``; None: the newest.
+        kind: which weights of the checkpoint.
 
     Raises:
-        UserError: there is no such model, it is damaged, or it does not fit into memory.
+        UserError: there is no such model, it is damaged, it has no such weights, or it does not fit into memory.
     """
     outside = find_outside(name, tag)
     if outside is not None:
+        check_kind(str(name), None, kind)
         check_memory(load.shape_at(outside))
         found = load.read(outside)
         return OpenedModel(str(name), found.shape, found.weights, outside, None, load.padding_note(found))
@@ -58,7 +62,7 @@ def open_model(name: str | None, tag: str | None) -> OpenedModel:
     for _ in range(_TRIES):
         before = identity(path)
         try:
-            opened = _open_checkpoint(path)
+            opened = _open_checkpoint(path, kind)
         except UserError:
             if identity(path) == before:
                 raise
@@ -72,6 +76,23 @@ def damaged(path: Path, problem: str | None) -> UserError:
     """Return the error that a checkpoint is damaged."""
     listing = f"`./launch.sh list {shlex.quote(str(path.parent))}`"
     return UserError(f"{path} is damaged ({problem}): choose another with --tag, see {listing}")
+
+
+def check_kind(name: str, manifest: Manifest | None, kind: Weights) -> None:
+    """Check that a model has weights of this kind.
+
+    Args:
+        manifest: of the checkpoint; None for a model from outside of runs.
+
+    Raises:
+        UserError: it does not.
+    """
+    if kind == "ema" and manifest is None:
+        raise UserError(
+            f"--weights ema: {name} is not a checkpoint of a run: it has one kind of weights, omit --weights"
+        )
+    if kind == "ema" and manifest is not None and not manifest.has_ema:
+        raise UserError(f"--weights ema: {name} has no moving average of the weights: its run had no ema.decay")
 
 
 def find_outside(name: str | None, tag: str | None) -> Path | None:
@@ -108,30 +129,37 @@ def shape_of(manifest: Manifest) -> ModelShape:
         raise UserError(f"the checkpoint's manifest does not have the model's shape: {error!r}") from None
 
 
-def check_memory(shape: ModelShape) -> None:
+def check_memory(shape: ModelShape, additional: int = 0) -> None:
     """Check that one fp32 copy of the weights fits into the available memory.
+
+    Args:
+        additional: bytes per weight that are needed as well.
 
     Raises:
         UserError: it does not.
     """
-    needed = _BYTES_PER_WEIGHT * shape.unpadded_parameters + _PROCESS_BYTES
+    needed = (_BYTES_PER_WEIGHT + additional) * shape.unpadded_parameters + _PROCESS_BYTES
     free = psutil.virtual_memory().available
     if free < needed:
         raise UserError(f"the weights need {size(needed)} of memory, {size(free)} are free: stop other processes")
 
 
-def _open_checkpoint(path: Path) -> OpenedModel:
+def _open_checkpoint(path: Path, kind: Weights) -> OpenedModel:
     manifest = _verified(path)
+    check_kind(str(path), manifest, kind)
     shape = shape_of(manifest)
     check_memory(shape)
     try:
         from ds_gpt2.checkpoint.weights import fp32_weights  # imports DeepSpeed
 
-        weights = fp32_weights(path)
+        weights = fp32_weights(path, kind)
     except (DamagedError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read: {one_line_reason(error, 300)}") from None
     check_shapes(path, shape, PADDED_VOCABULARY, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    return OpenedModel(f"{path.parent.name}, step {manifest.step:,} ({path.name})", shape, weights, path, manifest)
+    title = f"{path.parent.name}, step {manifest.step:,} ({path.name})" + (
+        ", averaged weights" if kind == "ema" else ""
+    )
+    return OpenedModel(title, shape, weights, path, manifest, kind=kind)
 
 
 def _refuse_tag(name: str, tag: str | None) -> None:

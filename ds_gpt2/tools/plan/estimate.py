@@ -55,7 +55,7 @@ def inputs_of(
         settings,
         batch_plan,
         layout,
-        describe_model(settings.model, batch.sequence_length, compiled),
+        describe_model(settings.model, batch.sequence_length, compiled, settings.ema.is_on),
         zero,
         run_schedule_of(settings, batch_plan.windows_per_step, windows),
         disk_free=_free_for_run(settings.checkpoint_dir) if disk_free is None else disk_free,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
@@ -14,7 +15,7 @@ from ds_gpt2.tools.plan.inputs import PlanInputs
 from ds_gpt2.tools.plan.plan import Basis, PlanRow, PlanSection, Value
 from ds_gpt2.tools.plan.timing import Timing
 from ds_gpt2.tools.plan.trial_results import TrialResults
-from ds_gpt2.tools.resources import memory_model
+from ds_gpt2.tools.resources import memory_model, requirements
 from ds_gpt2.tools.resources.checkpoint_space import Count, simulate
 from ds_gpt2.tools.resources.prices import Prices, cost_of
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, disk_requirement
@@ -63,9 +64,10 @@ def memory_section(inputs: PlanInputs, results: TrialResults | None, calibration
     """Return the tensors at their peak by kind, then the memory that a rank needs in total."""
     peak = memory_model.peak(inputs.model, inputs.batch, inputs.zero, inputs.layout.accelerator)
     ranks = inputs.batch.world_size
+    state = "fp32 masters, two moments and moving average" if inputs.model.has_ema else "fp32 masters and two moments"
     parts = (
         ("weights", peak.weights, "in bf16, on every rank"),
-        ("partition", peak.optimizer, f"fp32 masters and two moments, divided among {counted(ranks, 'rank')}"),
+        ("partition", peak.optimizer, f"{state}, divided among {counted(ranks, 'rank')}"),
         ("gradients", peak.gradients, "fp32 sums on every rank, and reduce buckets"),
         ("activations", peak.activations, "of one micro-batch"),
         ("logits", peak.logits, "and the temporary tensors of the loss"),
@@ -204,9 +206,10 @@ def disk_need(inputs: PlanInputs, results: TrialResults | None) -> DiskNeed | No
         return None
     full = results.checkpoint_bytes if results is not None else None
     weights = results.weights_bytes if results is not None else None
-    full, weights = full or shape.checkpoint_bytes, weights or shape.weight_bytes
-    not_improving, improving = (simulate(settings.checkpoint, schedule, each) for each in (False, True))
-    peak_count = max((not_improving.peak, improving.peak), key=lambda count: count.bytes(full, weights))
+    full, weights = full or requirements.checkpoint_bytes(settings), weights or shape.weight_bytes(settings.ema.is_on)
+    bytes_of = partial(Count.bytes, full=full, weights=weights)
+    not_improving, improving = (simulate(settings.checkpoint, schedule, each, bytes_of) for each in (False, True))
+    peak_count = max((not_improving.peak, improving.peak), key=bytes_of)
     times = evaluation_counts(settings, schedule.steps)
     return DiskNeed(
         schedule=schedule,
@@ -249,7 +252,7 @@ def disk_section(inputs: PlanInputs, results: TrialResults | None, need: DiskNee
 
 
 def _disk_rows_without_steps(inputs: PlanInputs) -> list[PlanRow]:
-    checkpoint = inputs.model.shape.checkpoint_bytes
+    checkpoint = requirements.checkpoint_bytes(inputs.settings)
     minimum = disk_requirement(inputs.settings, None, None).minimum
     text = f"{size(minimum):>9}  at least; the total is {_NO_STEPS}; {size(inputs.disk_free)} are free"
     figures: dict[str, Value] = {"disk_needed_bytes": None, "disk_free_bytes": inputs.disk_free}

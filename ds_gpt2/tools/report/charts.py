@@ -89,10 +89,14 @@ def _loss(views: list[View], reference: bool) -> Chart:
             traces += _line(view, train, "train", line={"color": view.color, "width": 1}, opacity=0.45)
         traces += _first(views, view, smoothed(train), f"train, mean of {train.smoothing} steps")
         traces += _second(views, view, validation, "validation", "solid" if alone else "dash")
+        traces += _second(views, view, view.curve("val/loss_ema"), "validation, averaged weights", "dot")
     if traces and (reference or any(is_comparable_to_reference(view.settings) for view in views)):
         traces += _reference([view for view in views if len(view.records.steps)])
     loss_range, is_cut = _loss_range(views)
-    notes = [] if alone else ["Solid: training, smoothed; dashed: validation."]
+    dotted = (
+        "; dotted: validation of averaged weights" if any(len(view.curve("val/loss_ema")) for view in views) else ""
+    )
+    notes = [] if alone else [f"Solid: training, smoothed; dashed: validation{dotted}."]
     if is_cut:
         notes.append("The first steps are above the visible range: double-tap to show all.")
     return Chart("loss", traces, {"yaxis": {"range": loss_range}} if loss_range else {}, " ".join(notes))

@@ -19,7 +19,7 @@ _SMOOTHING = 100  # largest number of values in a running mean
 
 TAGS = frozenset(
     "train/loss train/lr train/grad_norm train/clipped_share train/skipped_steps train/tokens train/epoch"
-    " val/loss hellaswag/acc hellaswag/acc_norm hellaswag/acc_norm_stderr"
+    " val/loss val/loss_ema hellaswag/acc hellaswag/acc_norm hellaswag/acc_norm_stderr"
     " perf/step_ms perf/tokens_per_s perf/mfu perf/data_ms perf/forward_backward_ms perf/update_ms perf/eval_ms"
     " perf/save_ms perf/goodput perf/gpu_temperature_c perf/gpu_power_w".split()
 )

@@ -7,7 +7,7 @@ callers that know counts only, or need an answer within milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_gpt2.checkpoint.directory import policies
@@ -90,12 +90,23 @@ def max_kept(settings: CheckpointSettings, step: int, rolling: int, epoch_ends: 
     return Count(full, epoch_weights + best_weights)
 
 
-def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: bool) -> SimulatedCheckpoints:
+def default_bytes(count: Count) -> int:
+    """Return bytes per parameter of ``count`` checkpoints of a run without a moving average."""
+    return count.bytes(CHECKPOINT_BYTES, WEIGHT_BYTES)
+
+
+def simulate(
+    settings: CheckpointSettings,
+    schedule: RunSchedule,
+    improving: bool,
+    bytes_of: Callable[[Count], int] = default_bytes,
+) -> SimulatedCheckpoints:
     """Replay all saves and deletions of a run with its own retention rules.
 
     Args:
         improving: True if each validation loss is the best so far: the best checkpoint then shares its files with the
             newest one. False if the first one remains the best and has files of its own.
+        bytes_of: proportional to the size of so many checkpoints: determines when they are largest.
 
     Raises:
         UserError: there are too many checkpoints to simulate.
@@ -116,7 +127,7 @@ def simulate(settings: CheckpointSettings, schedule: RunSchedule, improving: boo
         if step in best and settings.keep_best:
             new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
         simulated.add(new)
-        peak = max(peak, simulated.count(), key=_size)
+        peak = max(peak, simulated.count(), key=bytes_of)
         simulated.apply_retention()
     return SimulatedCheckpoints(len(saves), peak, simulated.count())
 
@@ -167,7 +178,3 @@ class _SimulatedDirectory:
             self._permanent_weights += 1
         else:
             self._permanent.add(kept.step)
-
-
-def _size(count: Count) -> int:
-    return count.bytes(CHECKPOINT_BYTES, WEIGHT_BYTES)

@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint.space import bytes_for_next_save
 from ds_gpt2.common.disk_usage import bytes_below
 from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.settings import CheckpointSettings, Settings
-from ds_gpt2.model.shape import CHECKPOINT_BYTES, WEIGHT_BYTES
+from ds_gpt2.model.shape import CHECKPOINT_BYTES, EMA_BYTES, WEIGHT_BYTES
 from ds_gpt2.tools.resources.checkpoint_space import max_kept
 
 Growth = Callable[[int], float]  # bytes required until a step is completed, in addition to those on disk now
@@ -135,7 +135,9 @@ def growth_of_checkpoints(
     """
     counts = {role: sum(one.role == role for one in found) for role in ("rolling", "superseded", "epoch")}
     every = settings.every or progress.steps
-    weights_bytes = checkpoint_bytes * WEIGHT_BYTES // CHECKPOINT_BYTES
+    full = (one.manifest for one in found if one.manifest is not None and not one.weights_only)
+    average = EMA_BYTES * any(manifest.has_ema for manifest in full)
+    weights_bytes = checkpoint_bytes * (WEIGHT_BYTES + average) // (CHECKPOINT_BYTES + average)
     next_save = bytes_for_next_save(checkpoint_bytes, settings)
 
     def growth(step: int) -> float:

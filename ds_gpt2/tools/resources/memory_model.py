@@ -18,7 +18,7 @@ from ds_gpt2.config.deepspeed_config import bucket_size
 from ds_gpt2.config.settings import ModelSettings
 from ds_gpt2.model.gpt2 import GPT2, flops_per_token, parameter_groups
 from ds_gpt2.model.loss import chunk_tokens, rows_at_once
-from ds_gpt2.model.shape import OPTIMIZER_BYTES, PADDED_VOCABULARY, ModelShape
+from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape, sharded_bytes
 
 _ALIGNMENT = 2  # elements per rank: DeepSpeed pads a parameter group to a multiple (nccl_start_alignment_factor)
 
@@ -32,6 +32,7 @@ class Model:
     compiled: bool
     groups: tuple[int, ...]  # parameters of each optimizer group
     flops_per_token: float  # forward and backward
+    has_ema: bool = False  # the run keeps a moving average of the weights
 
     @property
     def parameters(self) -> int:
@@ -59,7 +60,7 @@ class Memory:
 
     moment: str
     weights: int = 0
-    optimizer: int = 0  # fp32 masters and two moments of this rank's partition
+    optimizer: int = 0  # fp32 masters, two moments and moving average of this rank's partition
     gradients: int = 0  # fp32 sums, gradients that are added to them, and gradients that are being reduced
     activations: int = 0  # saved by the forward pass for the backward pass
     logits: int = 0  # of the loss, and tensors computed from them
@@ -79,13 +80,13 @@ class Memory:
         return self.gradients + self.activations + self.logits
 
 
-def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool) -> Model:
+def describe_model(settings: ModelSettings, sequence_length: int, compiled: bool, has_ema: bool = False) -> Model:
     """Describe the model that the settings define; nothing is allocated."""
     shape = ModelShape(*settings.shape, sequence_length)
     with torch.device("meta"):
         model = GPT2(shape, settings.dropout)
     groups = tuple(sum(each.numel() for each in group["params"]) for group in parameter_groups(model, 0.0))
-    return Model(shape, settings.dropout, compiled, groups, flops_per_token(model))
+    return Model(shape, settings.dropout, compiled, groups, flops_per_token(model), has_ema)
 
 
 def read_zero(deepspeed_settings: dict[str, Any]) -> Zero:
@@ -109,7 +110,7 @@ def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequ
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
     partition = _partition(model, ranks)
-    weights, optimizer, sums = 2 * partition * ranks, OPTIMIZER_BYTES * partition, 4 * model.parameters
+    weights, optimizer, sums = 2 * partition * ranks, sharded_bytes(model.has_ema) * partition, 4 * model.parameters
     saved = activations(model, plan.micro_batch, accelerator)
     hidden = 2 * tokens * width
     chunk = _chunk(plan, accelerator)
@@ -193,7 +194,7 @@ def activations(model: Model, micro_batch: int, accelerator: str) -> int:
 
 def snapshot(model: Model, ranks: int, rank: int) -> int:
     """Return the bytes of the copy in host memory that a background save writes from; retained after the first save."""
-    return OPTIMIZER_BYTES * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
+    return sharded_bytes(model.has_ema) * _partition(model, ranks) + (2 * model.parameters if rank == 0 else 0)
 
 
 def _chunk(plan: BatchPlan, accelerator: str) -> int:

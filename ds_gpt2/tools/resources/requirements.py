@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ds_gpt2.checkpoint.retention import PROTECTED
 from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.model.shape import OPTIMIZER_BYTES, ModelShape
+from ds_gpt2.model.shape import ModelShape, sharded_bytes
 from ds_gpt2.tools.resources.checkpoint_space import max_kept
 
 MANY_EPOCHS = 20  # a model memorizes its data from about this number on
 
 _REPLICATED_BYTES = 6  # per parameter on every rank: bf16 weights, fp32 gradients
-_SHARDED_BYTES = OPTIMIZER_BYTES + 4  # per parameter, divided among the ranks: optimizer, reduced fp32 gradients
+_REDUCED_BYTES = 4  # per parameter, divided among the ranks: reduced fp32 gradients
 # Bytes of torch and DeepSpeed in each rank, at least (benchmarks/results/README.md); plan/fit.py has the usual value.
 _MIN_LIBRARY_BYTES = 250_000_000
 
@@ -36,7 +36,7 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
         epochs: the same in epochs; None likewise.
     """
     checkpoint = settings.checkpoint
-    full, weights = checkpoint_bytes(settings), _shape(settings).weight_bytes
+    full, weights = checkpoint_bytes(settings), _shape(settings).weight_bytes(settings.ema.is_on)
     has_best = checkpoint.keep_best and settings.validation.every > 0
     rolling = checkpoint.keep_last
     if steps is not None:
@@ -49,17 +49,17 @@ def disk_requirement(settings: Settings, steps: int | None, epochs: float | None
 
 def checkpoint_bytes(settings: Settings) -> int:
     """Return the bytes of one full checkpoint."""
-    return _shape(settings).checkpoint_bytes
+    return _shape(settings).checkpoint_bytes(settings.ema.is_on)
 
 
 def largest_file(settings: Settings, ranks: int) -> int:
     """Return the bytes of the largest file of a checkpoint: the partition of a rank, or all bf16 weights."""
-    return _shape(settings).parameters * max(2, -(-OPTIMIZER_BYTES // ranks))
+    return _shape(settings).parameters * max(2, -(-sharded_bytes(settings.ema.is_on) // ranks))
 
 
 def gpu_memory(settings: Settings, ranks: int) -> int:
     """Return the bytes on each GPU without activations; a run requires more."""
-    return _shape(settings).parameters * (_REPLICATED_BYTES + -(-_SHARDED_BYTES // ranks))
+    return _shape(settings).parameters * (_REPLICATED_BYTES + -(-_state_bytes(settings) // ranks))
 
 
 def host_memory(settings: Settings, accelerator: str, ranks: int, world_size: int | None = None) -> int:
@@ -76,8 +76,13 @@ def host_memory(settings: Settings, accelerator: str, ranks: int, world_size: in
     if settings.checkpoint.in_background:
         needed += share * checkpoint_bytes(settings)
     if accelerator == "cpu":
-        needed += _shape(settings).parameters * (ranks * _REPLICATED_BYTES + share * _SHARDED_BYTES)
+        needed += _shape(settings).parameters * (ranks * _REPLICATED_BYTES + share * _state_bytes(settings))
     return round(needed)
+
+
+def _state_bytes(settings: Settings) -> int:
+    """Return the bytes per parameter that the ranks share during a step."""
+    return sharded_bytes(settings.ema.is_on) + _REDUCED_BYTES
 
 
 def _shape(settings: Settings) -> ModelShape:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,15 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.loss import count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
-from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted, on_all_ranks
 
 log = logging.getLogger(__name__)
 
 
 class Validation(Hook):
-    """Validation loss. With the same weights, it is bitwise identical for any number of ranks.
+    """Validation loss of the weights, and of their moving average if the run keeps one.
+
+    With the same weights, it is bitwise identical for any number of ranks.
 
     Windows are evaluated in groups that do not depend on the world size, ranks take turns, and the groups' losses
     are summed in one order. A group has one loss, as a micro-batch of training has; ``loss.window_losses`` returns one
@@ -54,9 +57,15 @@ class Validation(Hook):
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         losses = self.losses(engine)
-        loss = self._mean(losses)
+        loss, of_average = self._mean(losses), self._loss_of_average(engine)
         parts = {f"val/{part.name}/loss": each for part, each in zip(self._held_out, losses, strict=True) if part.name}
-        return parts | self._metrics(loss, state)
+        return parts | self._metrics(loss, of_average, state)
+
+    def _loss_of_average(self, engine: Engine) -> float | None:
+        if engine.average is None:
+            return None
+        with _averaged_weights(engine):
+            return self.loss(engine)
 
     def loss(self, engine: Engine) -> float:
         """Return the validation loss: the mean cross entropy over all tokens, in nats; see ``losses``."""
@@ -66,14 +75,16 @@ class Validation(Hook):
         """Return the mean of the sources' losses, weighted by their shares."""
         return sum(part.share * loss for part, loss in zip(self._held_out, losses, strict=True) if part.share)
 
-    def _metrics(self, loss: float, state: TrainState) -> StepMetrics:
+    def _metrics(self, loss: float, of_average: float | None, state: TrainState) -> StepMetrics:
+        metrics: StepMetrics = {} if of_average is None else {"val/loss_ema": of_average}
         if not math.isfinite(loss):
             best = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
             log.warning(f"step {state.step:,}: the validation loss is {loss}, not a finite number; best so far: {best}")
-            return {"val/loss": loss, "val/perplexity": loss}
+            return metrics | {"val/loss": loss, "val/perplexity": loss}
         is_best = state.is_best(loss)
-        log.info(f"step {state.step:,}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}")
-        metrics: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        text = f"step {state.step:,}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}"
+        log.info(text + ("" if of_average is None else f"; of the averaged weights {of_average:.4f}"))
+        metrics |= {"val/loss": loss, "val/perplexity": perplexity(loss)}
         return metrics | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if is_best else {})
 
     @torch.no_grad()
@@ -115,3 +126,19 @@ class Validation(Hook):
         except UserError:
             self.progress()
             raise
+
+
+@contextlib.contextmanager
+def _averaged_weights(engine: Engine) -> Iterator[None]:
+    """Evaluate with the moving average of the weights; afterwards the weights are those of the last update.
+
+    Every rank enters and leaves together: setting weights is a collective operation. An error that is not raised on
+    all ranks ends the rank, and with it the run: it must not wait for the others here.
+    """
+    engine.use_averaged_weights()
+    try:
+        yield
+    except (Interrupted, HookFailedError):  # every rank raises it, see ``on_all_ranks``
+        engine.use_trained_weights()
+        raise
+    engine.use_trained_weights()

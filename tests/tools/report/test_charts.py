@@ -8,13 +8,15 @@ from report_files import NOW, WriteRun, record, rendered, start
 def test_traces_contain_the_records(write_run: WriteRun) -> None:
     records = [record(step, **{"train/lr": 1e-4 * step, "perf/goodput": 0.5}) for step in range(1, 41)]
     records[4]["train/loss"] = None
-    records[19] |= {"val/loss": 2.5, "hellaswag/acc_norm": 0.3, "hellaswag/acc_norm_stderr": 0.01}
+    records[19] |= {"val/loss": 2.5, "val/loss_ema": 2.75, "hellaswag/acc_norm": 0.3, "hellaswag/acc_norm_stderr": 0.01}
     found = rendered(write_run(records))
     loss = found.traces(0)
     assert loss["train"]["x"] == list(range(1, 41))
     assert loss["train"]["y"] == [each["train/loss"] for each in records]
     assert loss["train"]["customdata"] == [1024 * step for step in range(1, 41)]
     assert (loss["validation"]["x"], loss["validation"]["y"]) == ([20], [2.5])
+    averaged = loss["validation, averaged weights"]
+    assert (averaged["x"], averaged["y"]) == ([20], [2.75])
     assert found.traces(1)["norm"]["y"] == [each["train/grad_norm"] for each in records]
     assert found.traces(2)["test"]["y"] == [each["train/lr"] for each in records]
     hellaswag = found.traces(3)

@@ -43,3 +43,15 @@ def test_hosts_share_the_optimizer_state_and_the_copy_that_is_saved() -> None:
     assert one_of_four == pytest.approx(libraries + requirements.checkpoint_bytes(chosen) / 4)
     one, four = (requirements.host_memory(chosen, "cpu", 2, world_size) for world_size in (2, 8))
     assert one - four > 0.75 * requirements.checkpoint_bytes(chosen)
+
+
+def test_a_moving_average_of_the_weights_takes_four_bytes_per_parameter() -> None:
+    settings = {"checkpoint__keep_last": 3, "checkpoint__min_free_gb": 0, "checkpoint__epochs_as": "weights"}
+    plain, averaged = (preset("gpt2_124m", ema__decay=decay, **settings) for decay in ("null", 0.999))
+    parameters = requirements.checkpoint_bytes(plain) // CHECKPOINT_BYTES
+    assert requirements.checkpoint_bytes(averaged) == 18 * parameters
+    assert requirements.disk_requirement(averaged, 95_365, 5.0).maximum == ((3 + 1 + 1) * 18 + 5 * 8) * parameters
+    assert requirements.gpu_memory(averaged, 4) - requirements.gpu_memory(plain, 4) == parameters
+    assert requirements.largest_file(averaged, 1) - requirements.largest_file(plain, 1) == 4 * parameters
+    more, less = (requirements.host_memory(each, "cpu", 2, 4) for each in (averaged, plain))
+    assert more - less == 2 * 4 * parameters / 2, "the average, and its copy in a save"

@@ -45,7 +45,7 @@ def test_a_non_finite_loss_is_reported_and_not_the_best(
 ) -> None:
     state = TrainState()
     validation.values = [3.0, math.nan, math.inf, 2.5]
-    engine: Any = None
+    engine: Any = SimpleNamespace(average=None)
     metrics: list[StepMetrics] = []
     for state.step in (5, 10, 15, 20):
         metrics.append({})
@@ -74,7 +74,7 @@ def test_the_perplexity_of_nan_is_nan() -> None:
 def test_a_first_non_finite_loss_sets_no_best(validation: Any, log_messages: list[str]) -> None:
     validation.values = [math.nan]
     state = TrainState(step=5)
-    validation.hook.observe(None, state)
+    validation.hook.observe(SimpleNamespace(average=None), state)
     assert state.best_step is None
     assert log_messages == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
 
