@@ -9,12 +9,13 @@ spend as much time on it as devices that train the given tokens per second on al
 until a micro-batch is available. ``read`` is the time to read the windows of a step, which happens concurrently.
 
 ``warm``: the shards are in the page cache. ``cold``: the page cache is dropped before every step, so that every window
-is read from the disk.
+is read from the disk. ``mixture_``: the same shards, distributed over three sources with shares of 50, 30 and 20%.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,12 +36,15 @@ import torch
 
 from benchmarks.program import make_parser, report_result
 from ds_gpt2.config.batch_plan import BatchPlan
-from ds_gpt2.data.dataset import Windows, open_dataset
+from ds_gpt2.config.sections import DataSettings, SourceSettings
 from ds_gpt2.data.loader import TrainingData
 from ds_gpt2.data.shards import header_of
+from ds_gpt2.data.sources import open_sources
 from ds_gpt2.model.shape import VOCABULARY
 
 SEQUENCE, MICRO_BATCH, TOKENS_PER_STEP = 1024, 16, 524_288  # GPT-2's
+
+SHARES = (0.5, 0.3, 0.2)  # of the sources of the mixture
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,15 @@ def main() -> None:
     }
     processes = multiprocessing.get_context("spawn").Pool(options.played)
     with tempfile.TemporaryDirectory(dir=options.scratch) as name, processes as pool:
-        _write_shards(Path(name), options.shards, options.shard_tokens)
+        single, mixture = _write_shards(Path(name), options.shards, options.shard_tokens)
         for cache in ("warm", "cold"):
-            results[f"{cache}_read_ms"] = _read_ms(Path(name), plan, cache == "cold")
-            for between in ("launching", "idle"):
+            results[f"{cache}_read_ms"] = _read_ms(single, plan, cache == "cold")
+            for between, data in itertools.product(("launching", "idle"), (single, mixture)):
                 kind = Kind(options.steps, step_seconds, cache == "cold", between == "launching")
-                found = _measure(pool, [(Path(name), plan, rank, kind) for rank in range(options.played)])
-                results[f"{cache}_{between}"] = found
-                print(cache, between, json.dumps(found), flush=True)
+                found = _measure(pool, [(data, plan, rank, kind) for rank in range(options.played)])
+                label = f"{'mixture_' if data.mixture else ''}{cache}_{between}"
+                results[label] = found
+                print(label, json.dumps(found), flush=True)
     report_result(options.out, results)
 
 
@@ -100,17 +105,25 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_shards(folder: Path, count: int, tokens: int) -> None:
+def _write_shards(folder: Path, count: int, tokens: int) -> tuple[DataSettings, DataSettings]:
+    """Write shards; return them as one dataset, and as the sources of a mixture (hard links to the same files)."""
     rng = np.random.default_rng(0)
+    single, sources = folder / "single", [folder / f"source_{number}" for number in range(len(SHARES))]
+    for directory in (single, *sources):
+        directory.mkdir()
     for number in range(count):
-        with (folder / f"random_train_{number:06d}.bin").open("wb") as file:
+        path = single / f"random_train_{number:06d}.bin"
+        with path.open("wb") as file:
             file.write(header_of(tokens))
             file.write(rng.integers(0, VOCABULARY, tokens, np.uint16).tobytes())
             file.flush()
             os.fsync(file.fileno())  # only written pages can be dropped from the cache
+        os.link(path, sources[number % len(sources)] / path.name)
+    mixture = [SourceSettings(dir=directory, weight=share) for directory, share in zip(sources, SHARES, strict=True)]
+    return DataSettings(dir=single), DataSettings(mixture=tuple(mixture))
 
 
-def _measure(pool: Pool, ranks: list[tuple[Path, BatchPlan, int, Kind]]) -> dict[str, float]:
+def _measure(pool: Pool, ranks: list[tuple[DataSettings, BatchPlan, int, Kind]]) -> dict[str, float]:
     """Return the share of time spent waiting over all ranks and steps, and statistics of the waits per step in ms.
 
     Args:
@@ -128,14 +141,14 @@ def _measure(pool: Pool, ranks: list[tuple[Path, BatchPlan, int, Kind]]) -> dict
     }
 
 
-def _read_ms(folder: Path, plan: BatchPlan, cold: bool) -> float:
+def _read_ms(data: DataSettings, plan: BatchPlan, cold: bool) -> float:
     """Return the median time in ms to read one rank's windows of a step."""
-    windows, rng = Windows(open_dataset(folder), "train", plan.sequence_length), np.random.default_rng(1)
+    windows, rng = open_sources(data).windows("train", plan.sequence_length), np.random.default_rng(1)
     times = []
     for _ in range(20):
         mine = rng.integers(0, len(windows), plan.windows_per_step // plan.world_size)
         if cold:
-            _drop_cache(folder)
+            _drop_cache(data)
         else:
             windows.read(mine)
         start_time = time.perf_counter()
@@ -144,20 +157,22 @@ def _read_ms(folder: Path, plan: BatchPlan, cold: bool) -> float:
     return round(statistics.median(times), 2)
 
 
-def consume(folder: Path, plan: BatchPlan, rank: int, kind: Kind) -> list[float]:
+def consume(settings: DataSettings, plan: BatchPlan, rank: int, kind: Kind) -> list[float]:
     """Return the seconds that one rank waited for its data in each step."""
     torch.set_num_threads(1)
-    windows = Windows(open_dataset(folder), "train", plan.sequence_length)
-    data = TrainingData(windows, plan, rank, 1337, torch.device("cpu"))
+    sources = open_sources(settings)
+    mixture = sources.mixture(plan.sequence_length, plan.windows_per_step, 1337)
+    windows = sources.windows("train", plan.sequence_length)
+    data = TrainingData(windows, plan, rank, 1337, torch.device("cpu"), mixture)
     if not kind.cold:
-        for path in folder.iterdir():
+        for path in _files(settings):
             path.read_bytes()
     list(data.micro_batches(1))  # the first batch of a run is not prefetched
     _compute(time.perf_counter() + kind.step_seconds, kind.launching)
     waits = []
     for batch in range(2, kind.steps + 2):
         if kind.cold:
-            _drop_cache(folder)
+            _drop_cache(settings)
         waited, batches = 0.0, data.micro_batches(batch)
         for _ in range(plan.accumulation):
             start_time = time.perf_counter()
@@ -176,8 +191,12 @@ def _compute(until: float, launching: bool) -> None:
     time.sleep(max(0.0, until - time.perf_counter()))
 
 
-def _drop_cache(folder: Path) -> None:
-    for path in folder.iterdir():
+def _files(data: DataSettings) -> list[Path]:
+    return [path for source in data.sources for path in source.dir.iterdir()]
+
+
+def _drop_cache(data: DataSettings) -> None:
+    for path in _files(data):
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)

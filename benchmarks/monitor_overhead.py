@@ -133,6 +133,7 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
     from ds_gpt2.monitoring.step_reporter import StepReporter
     from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
     from ds_gpt2.run_dir.heartbeat import Heartbeat
+    from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
     from ds_gpt2.training.evaluator import Evaluator
     from ds_gpt2.training.guards import Guard
     from ds_gpt2.training.hooks import Health
@@ -160,7 +161,7 @@ def _scalars(trainer: Trainer, rounds: int, steps: int) -> dict[str, Any]:
         schedule = TrainingSchedule(trainer.state.step + steps, lambda _: 1e-4, Every(0))
         silent: Any = nothing
         reporter = StepReporter(heartbeat, meter, silent, monitor, schedule.steps)
-        evaluator = Evaluator(hooks)
+        evaluator = Evaluator(hooks, EvaluationAttempts(settings.run_dir), lambda step, text: print(text))
         training = TrainingLoop(schedule, engine, trainer.data, guard, evaluator, silent, reporter, silent)
         training.train(trainer.state)
         trainer.wait_for_device()

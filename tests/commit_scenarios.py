@@ -15,7 +15,7 @@ from ds_gpt2.checkpoint.catalog import open_generation
 from ds_gpt2.checkpoint.commit import write_record, write_with
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
-from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest
+from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, read
 from ds_gpt2.checkpoint.naming import BEST_TAG, PARTIAL, epoch_tag, rolling_tag, superseded_tag
 from ds_gpt2.config.settings import CheckpointSettings
 
@@ -46,6 +46,14 @@ class Stage:
         if directory == self.directory:
             self.promise()
             self.checkpoints.after_commit(tag, roles)
+
+    def evaluate(self, step: int, roles: Sequence[str]) -> None:
+        """Record the evaluation in the newest checkpoint, which was saved before it."""
+        path = self.directory / rolling_tag(step)
+        evaluated = manifest_of(step, read(path).files, roles)
+        commit.replace_manifest(self.disk, path, evaluated)
+        self.checkpoints.after_commit(path.name, roles)
+        self.promise()
 
     def resume(self, path: Path) -> None:
         self.checkpoints.resume_from(open_generation(path))
@@ -229,6 +237,11 @@ def _superseded_and_again_as_epoch(stage: Stage) -> None:
     commit.remove(stage.disk, stage.directory, rolling_tag(10))
 
 
+def _saved_before_evaluation(stage: Stage) -> None:
+    stage.save(5, "old", [BEST_TAG])
+    stage.save(10, "new", evaluated=False)
+
+
 def _complete_but_not_renamed(stage: Stage) -> None:
     stage.save(5, "old", [BEST_TAG])
     stage.save(10, "new")
@@ -282,6 +295,14 @@ SCENARIOS = [
         replaces=True,
     ),
     _save_again("the same step a third time", _saved_twice),
+    Scenario(
+        "evaluation",
+        before=_saved_before_evaluation,
+        act=lambda stage: stage.evaluate(10, [EPOCH_TAG, BEST_TAG]),
+        old="new",
+        roles=(EPOCH_TAG, BEST_TAG),
+        best=val_loss_of(5),
+    ),
     Scenario(
         "start finishes a commit",
         before=_complete_but_not_renamed,

@@ -128,12 +128,18 @@ def _everywhere(value: bool) -> bool:
 
 
 def _save_while_training(bench: Bench) -> dict[str, Any]:
-    """Save in the background while training continues, then load into another engine: the states are equal."""
+    """Save in the background while training continues, then load into another engine: the states are equal.
+
+    The evaluation is added to the checkpoint, which is not written yet.
+    """
     checkpoints = bench.checkpoints(write_mb_per_s=20)
     bench.steps(2)
-    bench.state.record_validation(3.0)
     before = bench.fingerprint()
     bench.disk.ready.clear()
+    bench.state.unevaluated = {"train/loss": 2.0}
+    checkpoints.save(bench.state, 0.1)
+    bench.state.record_validation(3.0)
+    bench.state.unevaluated = None
     checkpoints.save(bench.state, 0.1, ["best_model"])
     bench.steps(2)
     under_way = not scan(bench.folder)
@@ -150,6 +156,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
         "finished": _everywhere(finished),
         "same": _everywhere(bench.fingerprint(engine) == before),
         "step": state.step,
+        "evaluation": [state.val_loss, state.is_evaluated],
         "tags": [generation.tag for generation in scan(bench.folder)],
     }
 

@@ -104,6 +104,7 @@ def main(config: Path, out: Path) -> None:
         complaints.append(_complaint_of(guilty))
     found["complaints"] = complaints
     found["interrupted"] = [_interrupted_by(rank) for rank in range(collectives.world_size())]
+    found["failed_hook"] = _failed_on(collectives.world_size() - 1)
     if collectives.is_main():
         out.write_text(json.dumps(found))
     engine.close()
@@ -268,6 +269,21 @@ def _interrupted_by(stopped: int) -> list[bool]:
     except Interrupted:
         return collectives.gather_objects(True)
     return collectives.gather_objects(False)
+
+
+def _failed_on(guilty: int) -> list[str]:
+    """Return the message that each rank receives if a hook runs out of memory on rank ``guilty`` only."""
+    from ds_gpt2.training.hooks.hook import HookFailedError, on_all_ranks
+
+    def part() -> int:
+        if collectives.rank() == guilty:
+            raise torch.OutOfMemoryError("out of memory")
+        return 1
+
+    try:
+        return collectives.gather_objects(f"no exception: {on_all_ranks(part)}")
+    except HookFailedError as error:
+        return collectives.gather_objects(str(error))
 
 
 def _complaint_of(guilty: int) -> list[str | None]:

@@ -176,6 +176,15 @@ def check_identity(generation: Generation, manifest: Manifest, identity: dict[st
     Raises:
         UserError: a setting differs.
     """
+    if differing := identity_differences(manifest, identity):
+        raise UserError(
+            f"checkpoint {generation.path} was made with {', '.join(differing)}: restore these settings, or start a"
+            " new run with run.name=NAME"
+        )
+
+
+def identity_differences(manifest: Manifest, identity: dict[str, Any]) -> list[str]:
+    """Return how the settings of a checkpoint differ from ``identity``, each as text; see ``check_identity``."""
     differing = [
         f"{name} {manifest.identity[name]} (this run has {value})"
         for name, value in identity.items()
@@ -184,11 +193,7 @@ def check_identity(generation: Generation, manifest: Manifest, identity: dict[st
     batch = manifest.state.get("batch", manifest.step)
     if STAGES in identity and _begun(identity[STAGES], batch) != _begun(manifest.identity.get(STAGES, []), batch):
         differing.append(f"another data.mixture until step {batch:,}")
-    if differing:
-        raise UserError(
-            f"checkpoint {generation.path} was made with {', '.join(differing)}: restore these settings, or start a"
-            " new run with run.name=NAME"
-        )
+    return differing
 
 
 def _begun(stages: Any, batch: int) -> list[Any] | None:

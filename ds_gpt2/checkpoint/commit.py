@@ -76,6 +76,17 @@ def commit(disk: Disk, directory: Path, tag: str, manifest: Manifest) -> None:
     publish(disk, directory, tag)
 
 
+def replace_manifest(disk: Disk, checkpoint: Path, manifest: Manifest) -> None:
+    """Replace the manifest of a committed checkpoint by one with the same files, atomically and durably.
+
+    Other tags of the same checkpoint keep the old one.
+    """
+    unfinished = checkpoint / (MANIFEST + PARTIAL)
+    write_file(disk, unfinished, encode(manifest))
+    disk.rename(unfinished, checkpoint / MANIFEST)
+    disk.sync_directory(checkpoint)
+
+
 def point_to(disk: Disk, directory: Path, tag: str) -> None:
     """Make ``latest`` name ``tag``, and ``latest_backup`` the previous tag of ``latest``."""
     before = read_pointer(directory, LATEST)

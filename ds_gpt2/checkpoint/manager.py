@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ds_gpt2 import __version__
+from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.backup.backup import Backup
 from ds_gpt2.checkpoint.backup.failure_log import BackupReporter
 from ds_gpt2.checkpoint.backup.queue import BackupQueue
 from ds_gpt2.checkpoint.catalog import Generation, scan
 from ds_gpt2.checkpoint.content_checks import CLIENT_KEY
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
-from ds_gpt2.checkpoint.manifest import FileEntry, Manifest
+from ds_gpt2.checkpoint.manifest import DamagedError, FileEntry, Manifest, read
 from ds_gpt2.checkpoint.naming import BEST_TAG, PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.reshard import repartition
 from ds_gpt2.checkpoint.resume import Restored
@@ -91,7 +93,7 @@ class Checkpoints:
         self._memory = HostMemory() if settings.in_background else None
         self._thread = _writer_thread(engine.device) if settings.in_background else None
         self._save: Save | None = None
-        self._done: Future[None] | None = None
+        self._in_thread: list[Future[None]] = []  # what is done in the background for the newest save
         self._saved: _Saved | None = None
         self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
         self._queue: BackupQueue | None = None
@@ -107,10 +109,16 @@ class Checkpoints:
         """Start saving a rolling checkpoint of ``state``. In the background it is copied and written while training
         continues; the next update waits until it is copied.
 
+        If only the evaluation of ``state`` was missing in the checkpoint of this step, its manifest receives the
+        results, and no other file is written.
+
         Args:
             epoch: epochs of data seen.
             roles: other tags for the same files (``epoch_00001``, ``best_model``).
         """
+        if self._saved == _Saved(state.step, evaluated=False) and state.is_evaluated:
+            self._complete(state, roles)
+            return
         if self.has_saved(state):
             return
         self._wait_for_previous_save()
@@ -118,7 +126,7 @@ class Checkpoints:
         if not self._is_ready_for(tag):
             self._note_failure(state.step)
             return
-        client_state = {CLIENT_KEY: {"state": state.to_dict()}}
+        client_state = {CLIENT_KEY: {"state": {**state.to_dict(), "unevaluated": None}}}  # complete in the manifest
         contents = self._engine.save_checkpoint(self.directory, tag + PARTIAL, client_state)
         contents[partition_file(collectives.rank())][CLIENT_KEY] = {"rng": get_rng_state()}
         self._saved = _Saved.of(state)
@@ -133,16 +141,43 @@ class Checkpoints:
             self._engine.record_event(),
             self._settings.write_mb_per_s * 1e6,
             manifest=self._manifest_of(state, epoch, roles),
-            afterwards=partial(
-                self._after_commit, roles=roles, step=state.step, val_loss=state.val_loss, taken=time.time()
-            ),
+            afterwards=partial(self._after_commit, roles=roles, state=replace(state), taken=time.time()),
         )
         if self._thread is None:
             self._save.run()
             self._settle()
         else:
             self._engine.hold_updates_until(self._save.copied)
-            self._done = self._thread.submit(self._save.run)
+            self._in_thread.append(self._thread.submit(self._save.run))
+
+    def _complete(self, state: TrainState, roles: Sequence[str]) -> None:
+        """Record the evaluation of ``state`` in its checkpoint, which may still be in the process of being saved."""
+        self._saved = _Saved.of(state)
+        action = partial(self._complete_commit, self._save, state.to_dict(), roles, state.step, state.val_loss)
+        if self._thread is None:
+            action()
+        else:
+            self._in_thread.append(self._thread.submit(action))  # after the save: it is one thread
+
+    def _complete_commit(
+        self, save: Save | None, state: dict[str, Any], roles: Sequence[str], step: int, val_loss: float | None
+    ) -> None:
+        """Write the manifest with the evaluation, on rank 0. If that fails, a resume repeats the evaluation.
+
+        Args:
+            save: of the checkpoint; None: it was committed before.
+        """
+        if not collectives.is_main() or (save is not None and not save.committed):
+            return
+        tag = rolling_tag(step)
+        try:
+            before = read(self.directory / tag)
+            manifest = before.model_copy(update={"state": state, "roles": list(roles)})
+            commit.replace_manifest(self._checkpoint_dir.disk, self.directory / tag, manifest)
+        except (OSError, DamagedError) as error:
+            log.error(f"the evaluation of step {step} is not recorded in {tag} ({error}): a resume from it repeats it")
+        else:
+            self._after_evaluation(tag, roles, step, val_loss)
 
     def _manifest_of(
         self, state: TrainState, epoch: float, roles: Sequence[str]
@@ -183,6 +218,8 @@ class Checkpoints:
         if self._queue is not None:
             if complete and saved:
                 self._queue.offer_last(rolling_tag(state.step), state.step)
+            elif saved and not state.is_evaluated:
+                self._queue.offer(rolling_tag(state.step), (), state.step)
             left = self._queue.finish(_LAST_COPY_SECONDS if complete else _STOP_COPY_SECONDS)
             if left and complete and self._backup_reporter is not None:  # after a stop, the next start backs them up
                 self._backup_reporter.failed(
@@ -199,8 +236,8 @@ class Checkpoints:
         contents = self._repartitioned(restored)
         generation = restored.generation
         try:
-            client_state = self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
-            state = TrainState.from_dict(client_state[CLIENT_KEY]["state"])
+            self._engine.load_checkpoint(generation.path.parent, generation.tag, contents)
+            state = TrainState.from_dict(restored.manifest.state)  # DeepSpeed's client state lacks the evaluation
         except Exception as error:  # DeepSpeed raises exceptions of many types
             raise UserError(f"checkpoint {generation.path} cannot be loaded: {error!r}") from error
         if restored.manifest.world_size == collectives.world_size():
@@ -261,16 +298,15 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Wait for the save in progress; all ranks agree whether it was committed."""
-        if self._save is None:
-            return
         save, self._save = self._save, None
-        save.files_done.wait()
-        if collectives.any_rank(not save.wrote, self._engine.device):
-            save.aborted.set()
-        if self._done is not None:
-            self._done.result()
-            self._done = None
-        if not collectives.any_rank(save.committed, self._engine.device):
+        if save is not None:
+            save.files_done.wait()
+            if collectives.any_rank(not save.wrote, self._engine.device):
+                save.aborted.set()
+        for work in self._in_thread:
+            work.result()
+        self._in_thread = []
+        if save is not None and not collectives.any_rank(save.committed, self._engine.device):
             self._note_failure(self._saved.step if self._saved is not None else None)
             self._saved = None
 
@@ -278,13 +314,24 @@ class Checkpoints:
         if self._journal is not None:
             self._journal.write("save_failed", "no checkpoint was saved: train.log has the reason", step)
 
-    def _after_commit(self, tag: str, roles: Sequence[str], step: int, val_loss: float | None, taken: float) -> None:
-        """Log and journal the commit, prune, and queue backups, on rank 0. A failure here does not end the run."""
-        log.info(f"step {step}: saved {self.directory / tag}")
+    def _after_commit(self, tag: str, roles: Sequence[str], state: TrainState, taken: float) -> None:
+        """Log and journal the commit, prune, and queue backups, on rank 0. A failure here does not end the run.
+
+        Args:
+            state: as it was saved.
+            taken: when, in seconds since 1970.
+        """
+        log.info(f"step {state.step}: saved {self.directory / tag}")
         if self._journal is not None:
-            self._journal.write("save", f"saved {tag}", step, taken=taken)
-            if BEST_TAG in roles:
-                self._journal.write("best", f"best validation loss so far, {val_loss:.4f}", step, val_loss=val_loss)
+            self._journal.write("save", f"saved {tag}", state.step, taken=taken)
+        if state.is_evaluated:
+            self._after_evaluation(tag, roles, state.step, state.val_loss)
+        else:  # roles and backups follow
+            self._checkpoint_dir.after_commit(tag, ())
+
+    def _after_evaluation(self, tag: str, roles: Sequence[str], step: int, val_loss: float | None) -> None:
+        if self._journal is not None and BEST_TAG in roles:
+            self._journal.write("best", f"best validation loss so far, {val_loss:.4f}", step, val_loss=val_loss)
         self._checkpoint_dir.after_commit(tag, roles)
         if self._queue is not None:
             self._queue.offer(tag, roles, step)

@@ -100,6 +100,17 @@ def add_hostfile_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fork_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that forks another run; see ``training/fork.py``."""
+    parser.add_argument(
+        "--fork",
+        action=_Once,
+        metavar="RUN[:TAG]",
+        help="begin a new run, run.name=NEW, with the full state of a checkpoint of another run. TAG: as for `resume"
+        " --from` (default: the newest good checkpoint). With --auto, a fork that exists already is resumed",
+    )
+
+
 class _Once(argparse.Action):
     """Store the value of an option that must not be given with two values."""
 

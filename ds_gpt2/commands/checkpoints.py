@@ -26,6 +26,7 @@ from ds_gpt2.common.formatting import duration, size, table
 from ds_gpt2.config.run_location import CONFIG, run_of
 from ds_gpt2.config.settings import PROJECT_DIR, RUNS
 from ds_gpt2.run_dir import exit_codes
+from ds_gpt2.run_dir.fork_record import read_fork
 from ds_gpt2.tools.resources.run_checkpoints import bare_directory, find_run_checkpoints
 
 
@@ -79,7 +80,10 @@ def show(options: argparse.Namespace) -> int:
     if not rows:
         raise UserError(f"no checkpoints in {checkpoints.directory}")
     if not options.json:
-        print(f"{checkpoints.directory}\n\n{as_table(rows)}")
+        run_dir = run_of(checkpoints.directory)
+        fork = None if run_dir is None else read_fork(run_dir)
+        origin = "" if fork is None else f"\nforked from {fork.lineage}"
+        print(f"{checkpoints.directory}{origin}\n\n{as_table(rows)}")
     return exit_codes.DONE
 
 

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
         metrics = {name: asdict(pair) for name, pair in reached.items()}
         content = {
             "runs": [a.name, b.name],
+            "forked_from": [None if run.fork is None else asdict(run.fork) for run in (a, b)],
             "settings": {name: list(values) for name, values in settings.items()},
             "losses": [asdict(each) for each in losses],
             "final_metrics": metrics,
@@ -40,6 +41,9 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(content, indent=1))
         return exit_codes.DONE
     names = [a.name, b.name]
+    for each in (a, b):
+        if each.fork is not None:
+            print(f"{each.name} is forked from {each.fork.lineage}\n")
     if settings:
         rows = [[name, *(truncated(str(value), _MAX_WIDTH) for value in values)] for name, values in settings.items()]
         _print("settings that differ", ["", *names], rows)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ds_gpt2.commands.arguments import add_hostfile_argument, add_start_arguments, with_hostfile
+from ds_gpt2.commands.arguments import add_fork_argument, add_hostfile_argument, add_start_arguments, with_hostfile
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config import run_location
@@ -30,6 +30,8 @@ from ds_gpt2.supervision.supervisor import supervise
 from ds_gpt2.tools.doctor.checks import quick
 from ds_gpt2.tools.doctor.finding import Finding, in_one_line
 from ds_gpt2.tools.doctor.nodes import node_findings
+from ds_gpt2.training import fork
+from ds_gpt2.training.fork import Parent, PlannedFork
 from ds_gpt2.training.preflight import check_initial_model, check_source, check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 
@@ -37,6 +39,7 @@ from ds_gpt2.training.resume_choice import CheckpointsGoneError, starts_new_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in ds_configs/")
     parser.add_argument("--auto", action="store_true", help="resume the run if it has checkpoints")
+    add_fork_argument(parser)
     add_start_arguments(parser)
     add_hostfile_argument(parser)
 
@@ -65,7 +68,14 @@ def run(options: argparse.Namespace) -> int:
     settings = run_location.load(config, overrides)
     hosts = hosts_of(settings, options.num_gpus)
     ranks = None if hosts else options.num_gpus  # of a Slurm job, --num_gpus is the number on each node
-    return start(config, overrides, settings, hosts, ranks, resume)
+    if options.fork is None or (options.auto and fork.is_begun(settings, options.fork)):
+        return start(config, overrides, settings, hosts, ranks, resume)
+    check_unsupervised(settings)
+    parent = fork.find_parent(options.fork, settings)
+    if fork.is_complete(settings, parent):
+        print(f"run {settings.run.name} was forked by an earlier command: starting it")
+        return start(config, overrides, settings, hosts, ranks, "latest")
+    return start(config, overrides, settings, hosts, ranks, "latest", parent=parent)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -115,6 +125,7 @@ def start(
     ranks: int | None,
     resume: str | None = None,
     leave_out: tuple[int, ...] = (),
+    parent: Parent | None = None,
 ) -> int:
     """Check the settings without starting ranks, then supervise the run to its end; return the exit code.
 
@@ -123,6 +134,7 @@ def start(
         ranks: their number; None for all devices.
         resume: what to resume from, see ``catalog.candidates``; None for a new run.
         leave_out: batches of the data to exclude from training.
+        parent: a run to fork first; ``resume`` is then ``latest``.
 
     Raises:
         UserError: the settings or the machine do not allow the run, or it has a supervisor already.
@@ -135,9 +147,11 @@ def start(
     layout = RankLayout(settings.run.device, ranks or slots) if hosts else choose_ranks(settings, ranks)
     batch = settings.batch
     plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
+    planned = None if parent is None else fork.plan_fork(settings, plan, parent)
     handled_later = (CheckpointsGoneError,) if resume == "auto" else ()  # the supervisor waits for the checkpoints
     with contextlib.suppress(*handled_later):
-        check_start(settings, plan, resume)
+        if planned is None:
+            check_start(settings, plan, resume)
     channels.check(settings.alerts)
     with contextlib.suppress(*handled_later):
         if starts_new_run(settings, resume):
@@ -145,19 +159,28 @@ def start(
     words = [str(config.absolute()), *(f"{key}={value}" for key, value in overrides.items())]
     run = SupervisedRun(("--config", *words), layout, resume, leave_out)
     if hosts:
-        return _start_on_hosts(run, settings, hosts, words)
+        return _start_on_hosts(run, settings, hosts, words, planned)
     if not _is_ready(quick(settings, layout.accelerator, layout.ranks)):
         return exit_codes.MISTAKE
+    if planned is not None:
+        fork.create(planned)
     where = "GPUs" if layout.accelerator == "cuda" else "the CPU"
     print(f"starting {counted(layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
     return supervise(run, settings)
 
 
-def _start_on_hosts(run: SupervisedRun, settings: Settings, hosts: Sequence[Host], words: Sequence[str]) -> int:
+def _start_on_hosts(
+    run: SupervisedRun,
+    settings: Settings,
+    hosts: Sequence[Host],
+    words: Sequence[str],
+    planned: PlannedFork | None = None,
+) -> int:
     """Connect to the hosts, check them, and supervise the run there; return the exit code.
 
     Args:
         words: the settings file and the overrides.
+        planned: the fork to create before the start, if any.
 
     Raises:
         UserError: a host does not answer or does not fit the others.
@@ -167,6 +190,8 @@ def _start_on_hosts(run: SupervisedRun, settings: Settings, hosts: Sequence[Host
         cluster.start()
         if not _is_ready(node_findings(cluster, words)):
             return exit_codes.MISTAKE
+        if planned is not None:
+            fork.create(planned)
         where = cluster.describe(run.layout.ranks)
         print(f"starting {counted(run.layout.ranks, 'rank')} on {where} (Ctrl+C saves and stops) ...", flush=True)
         layout = replace(run.layout, accelerator=cluster.accelerator)

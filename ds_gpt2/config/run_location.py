@@ -145,6 +145,17 @@ def portable_tree(settings: Settings) -> dict[str, Any]:
     return tree
 
 
+def located(stored: Any, run_dir: Path) -> Any:
+    """Return a part of ``portable_tree`` of the run in ``run_dir`` with absolute paths to files in and beside it."""
+    if isinstance(stored, dict):
+        return {name: located(value, run_dir) for name, value in stored.items()}
+    if isinstance(stored, list):
+        return [located(value, run_dir) for value in stored]
+    if isinstance(stored, str) and (stored == _RUN_DIR or stored.startswith(f"{_RUN_DIR}/")):
+        return os.path.normpath(run_dir / stored[len(_RUN_DIR) :].lstrip("/"))
+    return stored
+
+
 def write_first_settings(settings: Settings) -> None:
     """Write ``config.yaml`` of a new run, which claims the directory before anything else is written there.
 

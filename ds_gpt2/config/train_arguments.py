@@ -67,6 +67,11 @@ def parse(arguments: Sequence[str] | None = None) -> TrainArguments:
         if value is not None and "=" in value:  # a setting that follows a flag without a value
             extra = [*extra, value]
             setattr(options, flag, default)
+    if options.fork is not None:
+        raise UserError(
+            "--fork works with `./launch.sh train` only: make and start the fork there; once stopped, it can be resumed"
+            " here with --resume latest"
+        )
     flags = {key: value for flag, key in _FLAGS.items() if (value := getattr(options, flag)) is not None}
     overrides = {**flags, **parse_overrides(extra)}
     return TrainArguments(Path(options.config), overrides, options.resume, options.leave_out, options.print_config)
@@ -104,5 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--tensorboard_dir", metavar="DIR", help="monitor.dir")
     result.add_argument("--use_tensorboard", nargs="?", const="true", metavar="true|false", help="monitor.tensorboard")
     result.add_argument("--print-config", action="store_true", help="print the resulting settings and exit")
+    result.add_argument("--fork", nargs="?", const="", help=argparse.SUPPRESS)  # see ``commands/train.py``
     result.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return result

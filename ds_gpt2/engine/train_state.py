@@ -103,6 +103,16 @@ class TrainState:
         self.val_loss, self.val_step = before.val_loss, before.val_step
         self.best_val_loss, self.best_step = before.best_val_loss, before.best_step
 
+    def forget_best_before(self, step: int) -> None:
+        """Forget a best validation loss from before ``step``, at which the run was forked from another.
+
+        The other run has that checkpoint. A validation loss of ``step`` itself is then the best.
+        """
+        if self.best_step is None or self.best_step >= step:
+            return
+        is_of_step = self.val_step == step
+        self.best_val_loss, self.best_step = (self.val_loss, self.val_step) if is_of_step else (None, None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON or a checkpoint."""
         return asdict(self)

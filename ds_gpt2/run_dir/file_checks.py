@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.run_dir.fork_record import first_step_of
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS, REPLACED
 from ds_gpt2.run_dir.starts import STARTS
@@ -41,11 +42,16 @@ def read_error(error: OSError, run_dir: Path) -> UserError:
 def metrics_problem(run_dir: Path, recorded: int, saved: int) -> str | None:
     """Return what is wrong if a saved run has no metrics; None if it has some. ``RESTORE_METRICS`` is the fix.
 
+    A fork has no metrics of its own up to the step of its fork.
+
     Args:
         recorded: the newest step of the metrics; 0 if there is none.
         saved: the step of the newest checkpoint; 0 or less if there is none.
+
+    Raises:
+        UserError: the record of the fork cannot be read.
     """
-    if recorded > 0 or saved <= 0:
+    if recorded > 0 or saved <= first_step_of(run_dir):
         return None
     file = run_dir / METRICS
     what = "has no readable record" if file.exists() else "is missing"

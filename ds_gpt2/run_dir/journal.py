@@ -51,6 +51,7 @@ Kind = Literal[
     "frozen",
     "drift",
     "stuck_data",
+    "evaluation_failed",  # a part of the evaluation of `step` is missing
     "data_error",  # a shard could not be read; the read is retried
     "rollback",
     "disk_low",
@@ -215,6 +216,7 @@ def lost_times(events: list[Event]) -> list[LostTime]:
     """
     reached: dict[int, float] = {}  # step -> when its state was reached, in seconds since 1970
     lost: list[LostTime] = []
+    first = next((event for event in events if event.kind == "start"), None)
     ending: Event | None = None
     for event in events:
         if event.kind == "save" and event.step is not None:
@@ -223,8 +225,8 @@ def lost_times(events: list[Event]) -> list[LostTime]:
             ending = event
         elif event.kind == "start" and event.step is not None:
             start = reached.get(event.step)
-            if start is None and event.step == 0:
-                start = next(first.time for first in events if first.kind == "start")
+            if start is None and first is not None and event.step in (0, first.step):  # of a fork: above 0
+                start = first.time
             if start is not None and start < event.time:
                 lost = [interval for interval in lost if interval.start < start]
                 lost.append(LostTime(start, event.time, ending.kind if ending else "crash"))

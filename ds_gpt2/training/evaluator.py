@@ -3,59 +3,99 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ds_gpt2.common.errors import UserError
+import torch
+
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.monitoring.monitor import StepMetrics, to_plain
-from ds_gpt2.training.hooks import Hook, Interrupted
+from ds_gpt2.monitoring.monitor import StepMetrics
+from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
+from ds_gpt2.training.hooks import Hook, HookFailedError, Interrupted
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The hooks of a run, in the order in which they run. Every rank calls every method."""
+    """The hooks of a run, in the order in which they run. Every rank calls every method.
+
+    A hook that fails costs its metrics of this step only: the failure is reported, and training continues.
+    """
 
     hooks: Sequence[Hook]
+    attempts: EvaluationAttempts
+    report: Callable[[int, str], None]  # called with the step and a text, on every rank
 
     def due(self, step: int, last_step: int) -> list[Hook]:
         """Return the hooks that are due at ``step``."""
         return [hook for hook in self.hooks if hook.every.due(step, last_step)]
 
-    def due_again(self, step: int, last_step: int) -> list[Hook]:
-        """Return the hooks due at ``step`` that can run again after a resume."""
-        return [hook for hook in self.due(step, last_step) if hook.can_be_repeated]
-
-    def before_update(self, due: Sequence[Hook], engine: Engine) -> None:
-        """Let ``due`` read the gradients, which exist only between a step's last backward pass and its update."""
-        for hook in due:
-            hook.before_update(engine)
-
-    def evaluate(self, due: Sequence[Hook], engine: Engine, state: TrainState, metrics: StepMetrics) -> str | None:
-        """Run ``due``; add their metrics to ``metrics``, and a validation loss to ``state``.
-
-        If a hook is interrupted, the metrics of hooks that cannot be repeated stay in ``state.unevaluated`` until the
-        evaluation is repeated; nothing else of it is recorded.
+    def before_update(self, due: Sequence[Hook], engine: Engine, step: int) -> list[Hook]:
+        """Let ``due`` read the gradients, which exist only between a step's last backward pass and its update.
 
         Returns:
-            Why a hook failed, the same on all ranks; None if none failed or a stop interrupted it.
+            The hooks that are still due: those that did not fail.
         """
-        before, retained = replace(state), dict(metrics)
+        working = []
+        for hook in due:
+            try:
+                hook.before_update(engine)
+                working.append(hook)
+            except HookFailedError as error:
+                self._report_failure(hook, error, step, engine)
+        return working
+
+    def measure_once(self, due: Sequence[Hook], engine: Engine, state: TrainState, metrics: StepMetrics) -> None:
+        """Run the hooks among ``due`` that cannot be repeated after a resume; add their metrics to ``metrics``."""
+        for hook in due:
+            if not hook.can_be_repeated:
+                metrics |= self._observe(hook, engine, state)
+
+    def evaluate(self, due: Sequence[Hook], engine: Engine, state: TrainState, metrics: StepMetrics) -> None:
+        """Run the other hooks among ``due``; add their metrics to ``metrics``, and a validation loss to ``state``.
+
+        ``state.unevaluated`` becomes None. If a stop interrupts a hook, it stays, and nothing is recorded.
+        """
+        before, left_out = replace(state), self.attempts.exhausted(state.step)
+        for hook in repeatable(due):
+            if hook.name in left_out:
+                self.report(state.step, f"no {hook.name}: the last attempts to measure it ended the process")
+                continue
+            self.attempts.begin(state.step, hook.name)
+            try:
+                measured = self._observe(hook, engine, state)
+            except Interrupted:
+                self.attempts.end(hook.name)
+                state.restore_validation(before)
+                log.info(f"step {state.step:,}: a stop interrupts the evaluation; it is repeated when the run resumes")
+                return
+            self.attempts.end(hook.name)
+            metrics |= measured
+            if isinstance(loss := measured.get("val/loss"), float):
+                state.record_validation(loss)
+        state.unevaluated = None
+
+    def _observe(self, hook: Hook, engine: Engine, state: TrainState) -> StepMetrics:
+        """Return the metrics of ``hook``; none, with a report, if it fails.
+
+        Raises:
+            Interrupted: on every rank: a stop is requested.
+            Exception: of a collective, because another rank has ended: the run ends too.
+        """
         try:
-            for hook in due:
-                measured = hook.observe(engine, state)
-                metrics |= measured
-                retained |= {} if hook.can_be_repeated else measured
-                if isinstance(loss := measured.get("val/loss"), float):
-                    state.record_validation(loss)
-            state.unevaluated = None
-        except (Interrupted, UserError) as reason:
-            state.restore_validation(before)
-            state.unevaluated = to_plain(retained)
-            if isinstance(reason, UserError):
-                return str(reason)
-            log.info(f"step {state.step:,}: a stop interrupts the evaluation; it is repeated when the run resumes")
-        return None
+            return hook.observe(engine, state)
+        except HookFailedError as error:
+            self._report_failure(hook, error, state.step, engine)
+            return {}
+
+    def _report_failure(self, hook: Hook, error: HookFailedError, step: int, engine: Engine) -> None:
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was allocated before the memory ran out
+        self.report(step, f"no {hook.name}: {error}")
+
+
+def repeatable(hooks: Sequence[Hook]) -> list[Hook]:
+    """Return the hooks that can run again after a resume."""
+    return [hook for hook in hooks if hook.can_be_repeated]

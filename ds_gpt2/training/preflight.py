@@ -21,6 +21,7 @@ from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.dataset import INDEX
 from ds_gpt2.data.shards import is_shard
+from ds_gpt2.data.sources import Sources
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir.file_checks import check_files
 from ds_gpt2.run_dir.journal import JOURNAL
@@ -47,18 +48,40 @@ def check_start(settings: Settings, plan: BatchPlan, resume: str | None) -> None
     if commit.has_unfinished_commit(settings.checkpoint_dir):
         source = None  # the ranks complete or remove interrupted saves first
     found = _candidates(settings, source) if source is not None else []
+    data, steps = check_data(settings, plan, found)
+    if source is not None:
+        _check_resume(found, identity_of(settings, data), steps)
+    elif starts_new_run(settings, resume):
+        check_new_directories(settings)
+        if hub_name(settings.model.init_from or "") is None:
+            check_initial_model(settings)
+    check_can_write(settings)
+
+
+def check_data(settings: Settings, plan: BatchPlan, found: Sequence[Generation]) -> tuple[Sources, int]:
+    """Return the run's data and its number of steps, after checking that they fit the settings.
+
+    Args:
+        found: the checkpoints to begin with, the first choice first; empty for a new run.
+
+    Raises:
+        UserError: the data cannot be read, or do not fit.
+    """
     data = data_of(settings, found)
     steps = steps_of(settings.schedule, data.count("train", plan.sequence_length), plan.windows_per_step)
     check_schedule(settings.schedule, steps)
     data.check_limits(plan.sequence_length, plan.windows_per_step, steps)
     if settings.validation.every:
         data.count("val", plan.sequence_length)
-    if source is not None:
-        _check_resume(found, identity_of(settings, data), steps)
-    elif starts_new_run(settings, resume):
-        _check_new_directories(settings)
-        if hub_name(settings.model.init_from or "") is None:
-            check_initial_model(settings)
+    return data, steps
+
+
+def check_can_write(settings: Settings) -> None:
+    """Check that the output directories can be created and written; that of checkpoints may be full.
+
+    Raises:
+        UserError: one cannot.
+    """
     for directory in settings.output_dirs:
         files.check_can_write(directory, full_is_allowed=directory == settings.checkpoint_dir)
 
@@ -109,7 +132,7 @@ def check_backup(settings: Settings) -> None:
         raise UserError(f"checkpoint.backup.to: {error}") from None
 
 
-def _check_new_directories(settings: Settings) -> None:
+def check_new_directories(settings: Settings) -> None:
     """Check that a new run has directories of its own.
 
     Raises:

@@ -24,3 +24,10 @@ def report_data_error(journal: Journal, text: str) -> None:
     text = f"rank {collectives.rank()}: {text}"
     log.error(text)
     journal.write("data_error", text)
+
+
+def report_failed_evaluation(journal: Journal, step: int, text: str) -> None:
+    """Report, on rank 0, that a part of the evaluation at ``step`` is missing."""
+    if collectives.is_main():
+        log.error(f"step {step:,}: {text}; training continues")
+        journal.write("evaluation_failed", text, step)

@@ -10,6 +10,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.run_location import CONFIG, run_argument
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir.file_checks import read_error
+from ds_gpt2.run_dir.fork_record import read_fork
 from ds_gpt2.run_dir.journal import JOURNAL, last_saved_step
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.run_dir.starts import read_starts, started_from
@@ -64,6 +65,11 @@ def check_never_saved(settings: Settings) -> None:
     directory = settings.checkpoint_dir
     if (step := saved_step(settings)) is not None and not commit.has_unfinished_commit(directory):
         fix = describe_files(directory) or "mount or restore it"
+        if (fork := read_fork(settings.run_dir)) is not None and not read_starts(settings.run_dir):
+            raise CheckpointsGoneError(
+                f"run {settings.run.name} is a fork of {fork}, but its checkpoint is not in {directory}: repeat the"
+                " command with --fork to complete it, or choose another run.name"
+            )
         raise CheckpointsGoneError(
             f"run {settings.run.name} was saved at step {step:,}, but there is no checkpoint in {directory}: {fix}; to"
             f" start a new run, move {settings.run_dir} away or choose another run.name"
@@ -89,6 +95,8 @@ def _saved_step(settings: Settings) -> int | None:
         return step
     if (steps := started_from(read_starts(settings.run_dir))) and steps[-1] > 0:
         return steps[-1]
+    if (fork := read_fork(settings.run_dir)) is not None:
+        return fork.step  # it began with a checkpoint
     if (settings.run_dir / JOURNAL).exists():
         return None  # it was never saved
     return max((record["step"] for record in read_metrics(settings.run_dir / METRICS)), default=None)

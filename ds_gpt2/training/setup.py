@@ -20,7 +20,7 @@ from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.checkpoint.naming import LOCK
-from ds_gpt2.checkpoint.resume import Restored, choose_checkpoint
+from ds_gpt2.checkpoint.resume import choose_checkpoint
 from ds_gpt2.common import files, locks
 from ds_gpt2.common.locks import Lock
 from ds_gpt2.common.open_directory import OpenDirectory
@@ -47,21 +47,23 @@ from ds_gpt2.monitoring.step_reporter import StepReporter
 from ds_gpt2.monitoring.step_timer import EarlierTime, StepTimer
 from ds_gpt2.monitoring.trackers import Tracker, open_trackers
 from ds_gpt2.pretrained.load import weights_for
+from ds_gpt2.run_dir.fork_record import read_fork
 from ds_gpt2.run_dir.heartbeat import Heartbeat, enable_stack_dumps
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.run_dir.metrics import METRICS, UNWRITTEN, read_metrics
 from ds_gpt2.run_dir.starts import TIME, first_start, read_starts, started_from
 from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
+from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
 from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
-from ds_gpt2.training.reports import report_anomaly, report_data_error
+from ds_gpt2.training.reports import report_anomaly, report_data_error, report_failed_evaluation
 from ds_gpt2.training.resume_choice import backup_of, choose_source, starts_new_run
 from ds_gpt2.training.run_identity import data_of, identity_of
-from ds_gpt2.training.run_start import log_resume, record_start, start_text, write_dashboard
+from ds_gpt2.training.run_start import Origin, log_resume, record_start, start_text, write_dashboard
 from ds_gpt2.training.trainer import Trainer, TrainingSchedule
 
 log = logging.getLogger(__name__)
@@ -134,36 +136,43 @@ def build_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> BuiltRun:
     checkpoints = Checkpoints(run_files.checkpoints, engine, data.identity, run_settings, backup, run_files.journal)
     state = checkpoints.load(restored) if restored else _new_state(settings, engine)
     state.exclude(spec.excluded)
+    fork = collectives.broadcast_from_main(lambda: read_fork(settings.run_dir))
+    if fork is not None:
+        state.forget_best_before(fork.step)
     schedule = _schedule(settings, data.training)
     monitor = _open_monitor(spec, engine, checkpoints, state, cleanup)
     progress = Progress(run_files.heartbeat, stop, settings.run_dir / STOP_FILE)
-    evaluator = Evaluator(_build_hooks(settings, data.held_out, engine, progress))
+    evaluator = Evaluator(
+        _build_hooks(settings, data.held_out, engine, progress),
+        EvaluationAttempts(settings.run_dir),
+        functools.partial(report_failed_evaluation, run_files.journal),
+    )
     timer, lines = _build_timer(spec, engine, state.step), console.StepLines(state.step, schedule.steps)
     reporter = StepReporter(run_files.heartbeat, timer, lines, monitor, schedule.steps)
     guard = Guard(settings.guards, functools.partial(report_anomaly, run_files.journal))
     stop.listen()
     trainer = Trainer(schedule, engine, data.training, guard, evaluator, checkpoints, reporter, stop)
-    _record_start(spec, trainer, state, restored, run_files.journal)
+    is_first = collectives.is_main() and not read_starts(settings.run_dir)
+    origin = Origin(restored, fork, spec.excluded, is_first)
+    _record_start(spec, trainer, state, origin, run_files.journal)
     return BuiltRun(trainer, state, run_files.journal, run_files.lock)
 
 
-def _record_start(
-    spec: RunSpec, trainer: Trainer, state: TrainState, restored: Restored | None, journal: Journal
-) -> None:
+def _record_start(spec: RunSpec, trainer: Trainer, state: TrainState, origin: Origin, journal: Journal) -> None:
     """Record the start in the run's directory, its journal, TensorBoard and the log."""
     settings, plan, steps = spec.settings, spec.plan, trainer.schedule.steps
     parameters = trainer.engine.model.shape.parameters
     collectives.barrier()  # once the start is recorded, any rank must accept a stop
     if collectives.is_main():
         record_start(settings, state, plan, steps)
-        text = start_text(plan, restored, spec.excluded)
-        write_dashboard(trainer.reporter.monitor, settings, parameters, plan)
+        text = start_text(plan, origin)
+        write_dashboard(trainer.reporter.monitor, settings, parameters, plan, origin.fork)
         trainer.reporter.monitor.mark_start(state.step, f"{time.strftime(TIME)}: {text}")
         journal.write("start", text, state.step, left_out=state.left_out)
     log.info(f"run {settings.run.name}: {device.describe(spec.device)}{', compiled' if spec.is_compiled else ''}")
     log.info(f"model {parameters:,} parameters; {plan}; {len(trainer.data.windows):,} windows per epoch")
-    if restored:
-        log_resume(restored, settings, len(trainer.data.windows), plan.windows_per_step)
+    if origin.restored is not None:
+        log_resume(origin, settings, len(trainer.data.windows), plan.windows_per_step)
 
 
 def _claim_run(spec: RunSpec, cleanup: contextlib.ExitStack) -> _RunFiles:

@@ -20,10 +20,10 @@ from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine, Update
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
-from ds_gpt2.monitoring.monitor import StepMetrics, from_plain
+from ds_gpt2.monitoring.monitor import StepMetrics, from_plain, to_plain
 from ds_gpt2.monitoring.step_reporter import StepReporter
 from ds_gpt2.run_dir.stop_request import StopRequest
-from ds_gpt2.training.evaluator import Evaluator
+from ds_gpt2.training.evaluator import Evaluator, repeatable
 from ds_gpt2.training.guards import Guard
 from ds_gpt2.training.hooks import Hook
 
@@ -68,14 +68,14 @@ class Trainer:
     def train(self, state: TrainState) -> Ending:
         """Train from ``state`` to the last step, or until a stop is requested, and save the last state.
 
-        An evaluation that a stop or unreadable data interrupts is repeated when the run resumes, so that records,
-        curves and the best checkpoint do not depend on the interruption. If the guard requests a rollback, no
-        untrusted state is saved.
+        An evaluation that a stop interrupts is repeated when the run resumes, so that records, curves and the best
+        checkpoint do not depend on the interruption. If the guard requests a rollback, no untrusted state is saved.
 
         Raises:
             UserError: on every rank, after the state is saved: data cannot be read.
         """
-        stopping, problem = False, self._repeat_evaluation(state)
+        self._repeat_evaluation(state)
+        stopping = False
         while self._has_steps_left(state) and not stopping:
             step, batch = state.step + 1, state.next_batch
             self.reporter.begin_step(step, batch)
@@ -86,7 +86,7 @@ class Trainer:
                 stopping = True
                 break
             self.reporter.end_phase("forward_backward")
-            self.evaluator.before_update(due, self.engine)
+            due = self.evaluator.before_update(due, self.engine, step)
             self.reporter.end_phase("eval")
             mean_loss, stopping, is_read = self._agree(loss)
             if not is_read:
@@ -97,8 +97,9 @@ class Trainer:
             metrics = _step_metrics(mean_loss, lr, update, state, self.data.epoch(state.batch))
             metrics |= self.data.source_metrics(state.batch)
             self.reporter.end_step(step, metrics)
-            problem = self._finish_step(state, due, metrics)
-        return self._end(state, stopping, problem)
+            self.evaluator.measure_once(due, self.engine, state, metrics)
+            self._finish_step(state, due, metrics)
+        return self._end(state, stopping)
 
     def _has_steps_left(self, state: TrainState) -> bool:
         return state.step < self.schedule.steps and state.is_evaluated and not self.guard.rollback
@@ -119,38 +120,45 @@ class Trainer:
         self.guard.check_update(state, loss, update.grad_norm, update.applied, windows)
         return update
 
-    def _repeat_evaluation(self, state: TrainState) -> str | None:
-        """Repeat the evaluation that was interrupted before the resume, if any; return why it failed."""
+    def _repeat_evaluation(self, state: TrainState) -> None:
+        """Repeat the evaluation that was interrupted before the resume, if any."""
         if state.unevaluated is None:
-            return None
+            return
         self.reporter.timer.begin()
-        due = self.evaluator.due_again(state.step, self.schedule.steps)
-        return self._finish_step(state, due, from_plain(state.unevaluated), is_repeated=True)
+        due = self.evaluator.due(state.step, self.schedule.steps)
+        self._finish_step(state, due, from_plain(state.unevaluated), is_repeated=True)
 
     def _finish_step(
         self, state: TrainState, due: Sequence[Hook], metrics: StepMetrics, is_repeated: bool = False
-    ) -> str | None:
-        """Evaluate and record this step, and save it if due.
+    ) -> None:
+        """Evaluate, record and save this step, as far as each is due.
 
-        Returns:
-            Why the evaluation failed, the same on all ranks; None if it is complete or a stop interrupted it.
+        It is saved before the evaluation, which may end the process. The same checkpoint then receives the results.
         """
-        self.reporter.enter("evaluating")
-        problem = self.evaluator.evaluate(due, self.engine, state, metrics)
-        self.reporter.end_phase("eval")
+        roles = self._epochs(state)
+        save_is_due = bool(roles) or is_repeated or self.schedule.save_every.due(state.step, self.schedule.steps)
+        if repeatable(due):
+            state.unevaluated = to_plain(metrics)
+            if save_is_due:
+                self._save(state)
+                self.reporter.end_phase("save")
+            self.reporter.enter("evaluating")
+            self.evaluator.evaluate(due, self.engine, state, metrics)
+            self.reporter.end_phase("eval")
+        else:
+            state.unevaluated = None
         if state.is_evaluated:
             self.reporter.record(state.step, metrics)
-            roles = self._roles(state)
-            if roles or is_repeated or self.schedule.save_every.due(state.step, self.schedule.steps):
+            if state.best_step == state.step:
+                roles.append(BEST_TAG)
+            if roles or save_is_due:
                 self._save(state, roles)
                 self.reporter.end_phase("save")
-        return problem
 
-    def _roles(self, state: TrainState) -> list[str]:
-        """Return the tags other than its rolling one under which the checkpoint of this step is retained."""
+    def _epochs(self, state: TrainState) -> list[str]:
+        """Return the tag of the epoch that ended with this step; none if no epoch ended."""
         epochs_done = int(self.data.epoch(state.batch))
-        roles = [epoch_tag(epochs_done)] if epochs_done > int(self.data.epoch(state.previous_batch)) else []
-        return [*roles, BEST_TAG] if state.best_step == state.step else roles
+        return [epoch_tag(epochs_done)] if epochs_done > int(self.data.epoch(state.previous_batch)) else []
 
     def _save(self, state: TrainState, roles: Sequence[str] = ()) -> None:
         """Save ``state`` unless the guard has requested a rollback, or requests one after checking the weights."""
@@ -161,7 +169,7 @@ class Trainer:
             self.reporter.sync_records()
             self.checkpoints.save(state, self.data.epoch(state.batch), roles)
 
-    def _end(self, state: TrainState, stopping: bool, problem: str | None) -> Ending:
+    def _end(self, state: TrainState, stopping: bool) -> Ending:
         """Save the last state and wait until it is committed.
 
         Raises:
@@ -173,7 +181,7 @@ class Trainer:
         done = state.step >= self.schedule.steps and state.is_evaluated and not self.guard.rollback
         saved = self.checkpoints.finish(state, complete=done)
         if not stopping:
-            collectives.raise_on_all_ranks(self.data.problem or problem)
+            collectives.raise_on_all_ranks(self.data.problem)
         if self.guard.rollback:
             return Ending.ROLLBACK
         if not saved:

@@ -141,6 +141,7 @@ HARMLESS = {  # steps that may be left out, by the end of their names, and why
     "save_weights > publish: sync_directory": "a start creates the best checkpoint again; link requires it",
     "sweep: sync_directory": "the update of latest syncs the same directory; it is required if latest is not updated",
     "_sweep_one > publish: sync_directory": "the same",
+    "replace_manifest: sync_directory": "a start without the evaluation repeats it; its roles are durable themselves",
     "_sweep_one: unlink": "the temporary file of a pointer is overwritten by the next update",
 }
 KILLED_IN = "pruning"  # the next start has all kinds of work after a kill in this scenario

@@ -45,6 +45,7 @@ def test_training_continues_while_the_checkpoint_is_written(seen: Seen) -> None:
         "finished": True,
         "same": True,
         "step": 2,
+        "evaluation": [3.0, True],
         "tags": ["rolling_step_000002", "best_model"],
     }
 

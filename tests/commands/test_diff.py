@@ -14,6 +14,7 @@ import pytest
 from ds_gpt2.cli import main
 from ds_gpt2.common.formatting import MISSING
 from ds_gpt2.run_dir import exit_codes
+from ds_gpt2.run_dir.fork_record import Fork, write_fork
 
 Made = Callable[..., str]
 
@@ -119,3 +120,25 @@ def test_equal_and_whole_values_have_all_decimals(make: Made, capsys: pytest.Cap
     assert rows["hellaswag/acc"] == "-0.5000"
     assert main(["diff", other, one]) == exit_codes.DONE
     assert "-0.0000" not in capsys.readouterr().out
+
+
+def test_a_fork_is_compared_with_its_parent_at_common_steps_only(
+    make: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The losses are equal at equal steps: so are the medians, although the parent has earlier steps as well."""
+    parent, fork = make("parent", 60, 640, 0.0), make("fork", 60, 640, 0.0)
+    metrics = Path(fork) / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[40:]))
+    write_fork(Path(fork), Fork("parent", parent, "rolling_step_000040", 40, ""))
+    assert main(["diff", parent, fork, "--json"]) == exit_codes.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert [each["tokens"] for each in found["losses"]] == [50 * 640, 60 * 640]
+    pairs = [each["training"] for each in found["losses"]] + [found["final_metrics"]["train/loss"]]
+    assert all(pair["a"] == pair["b"] is not None for pair in pairs)
+    assert found["forked_from"][0] is None and found["forked_from"][1]["step"] == 40
+    assert main(["diff", parent, fork]) == exit_codes.DONE
+    assert capsys.readouterr().out.startswith("fork is forked from parent at step 40\n")
+    metrics.write_text(metrics.read_text().replace("val/loss", "val/other"))
+    assert main(["diff", parent, fork, "--json"]) == exit_codes.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert [each["tokens"] for each in found["losses"]] == [40 * 640 + part * 1600 for part in range(1, 9)]

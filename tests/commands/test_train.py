@@ -41,7 +41,7 @@ def test_num_gpus_is_the_number_of_ranks_on_each_node_of_a_slurm_job(
 ) -> None:
     started = []
 
-    def start(run: SupervisedRun, settings: object, hosts: Sequence[Host], words: object) -> int:
+    def start(run: SupervisedRun, settings: object, hosts: Sequence[Host], *_: object) -> int:
         started.append((run.layout.ranks, len(hosts)))
         return 0
 

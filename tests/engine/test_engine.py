@@ -115,6 +115,11 @@ def test_a_hook_interrupted_on_one_rank_is_interrupted_on_all(seen: Seen) -> Non
         assert seen[ranks]["interrupted"] == [[True] * ranks] * ranks
 
 
+def test_a_hook_that_fails_on_one_rank_fails_on_all(seen: Seen) -> None:
+    for ranks in seen:
+        assert seen[ranks]["failed_hook"] == [f"rank {ranks - 1}: out of memory"] * ranks
+
+
 def test_histograms_and_norms_equal_those_of_whole_tensors(seen: Seen) -> None:
     for ranks in seen:
         measured, expected = seen[ranks]["histograms"]["measured"], seen[ranks]["histograms"]["expected"]

@@ -107,3 +107,17 @@ def test_many_batches_can_be_excluded() -> None:
 def test_the_next_batch_is_the_first_that_is_not_excluded(left_out: set[int], batch: int) -> None:
     state = TrainState(batch=batch, left_out=sorted(left_out))
     assert state.next_batch == next(one for one in range(batch + 1, 100) if one not in left_out)
+
+
+@pytest.mark.parametrize(
+    ("best_step", "val_step", "expected"), [(5, 5, None), (5, 10, 10), (10, 10, 10), (12, 12, 12), (None, None, None)]
+)
+def test_a_fork_forgets_the_best_loss_of_its_parent(
+    best_step: int | None, val_step: int | None, expected: int | None
+) -> None:
+    losses = {None: None, 5: 2.0, 10: 2.5, 12: 1.5}
+    state = TrainState(val_loss=losses[val_step], val_step=val_step)
+    state.best_val_loss, state.best_step = losses[best_step], best_step
+    state.forget_best_before(10)
+    assert (state.best_val_loss, state.best_step) == (losses[expected], expected)
+    assert (state.val_loss, state.val_step) == (losses[val_step], val_step)

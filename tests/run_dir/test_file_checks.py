@@ -11,6 +11,7 @@ from doctor_helpers import unprivileged
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.run_dir.file_checks import check_files, metrics_problem, read_error
+from ds_gpt2.run_dir.fork_record import Fork, write_fork
 from ds_gpt2.run_dir.last_step import last_step
 
 
@@ -39,6 +40,12 @@ def test_only_a_saved_run_needs_metrics(tmp_path: Path) -> None:
     assert metrics_problem(tmp_path, recorded=5, saved=5) is None
     problem = metrics_problem(tmp_path, recorded=0, saved=5)
     assert problem == f"{tmp_path / 'metrics.jsonl'} is missing: the losses up to step 5 are unknown"
+
+
+def test_a_fork_needs_no_metrics_of_its_parent(tmp_path: Path) -> None:
+    write_fork(tmp_path, Fork("base", "/base", "rolling_step_000005", 5, ""))
+    assert metrics_problem(tmp_path, recorded=0, saved=5) is None
+    assert metrics_problem(tmp_path, recorded=0, saved=6) is not None
 
 
 def test_the_last_step_is_the_newest_that_any_source_has() -> None:

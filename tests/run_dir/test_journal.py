@@ -83,6 +83,11 @@ def test_a_crash_before_the_first_save_loses_all_time() -> None:
     assert [lost.seconds for lost in lost_times(events)] == [50]
 
 
+def test_a_crash_of_a_fork_before_its_first_save_loses_all_its_time() -> None:
+    events = _events((10, "start", 8), (50, "crash", 9), (60, "start", 8), (80, "save", 12))
+    assert [lost.seconds for lost in lost_times(events)] == [50]
+
+
 def test_a_later_start_from_an_earlier_state_counts_time_only_once() -> None:
     events = _events(
         (0, "start", 0), (100, "save", 10), (200, "save", 20), (250, "crash", 25), (260, "start", 20),

@@ -61,7 +61,7 @@ def test_tokenizing_loading_and_exporting_run(tmp_path: Path) -> None:
     small = ("--scratch", tmp_path, "--out", out)
     start("tokenizing.py", "--text", text, "--megabytes", 3, "--rounds", 1, "--shard_tokens", 200_000, *small)
     assert json.loads(out.read_text())["speed"]["megabytes"] > 0
-    shards = ("--shards", 1, "--shard_tokens", 2_000_000, "--tokens_per_s", 20_000_000)
+    shards = ("--shards", 3, "--shard_tokens", 700_000, "--tokens_per_s", 20_000_000)
     start("loader.py", "--steps", 3, *shards, "--played", 1, *small)
     start("export.py", "--preset", "7M", "--ranks", 2, *small)
 

@@ -10,9 +10,11 @@ import pytest
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.manifest import Manifest
 from ds_gpt2.checkpoint.resume import Restored
+from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.run_location import public_tree
 from ds_gpt2.config.settings import ScheduleSettings, Settings, settings_of
-from ds_gpt2.training.run_start import log_resume
+from ds_gpt2.run_dir.fork_record import Fork
+from ds_gpt2.training.run_start import Origin, log_resume, start_text
 
 
 def settings_with(folder: Path, schedule: dict[str, object]) -> Settings:
@@ -37,7 +39,7 @@ def restored(folder: Path, step: int, settings: dict[str, object]) -> Restored:
 
 def logged(caplog: pytest.LogCaptureFixture, found: Restored, settings: Settings) -> list[str]:
     with caplog.at_level(logging.INFO):
-        log_resume(found, settings, windows=1000, windows_per_step=10)
+        log_resume(Origin(found), settings, windows=1000, windows_per_step=10)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -73,3 +75,19 @@ def test_a_schedule_that_this_version_does_not_know_is_not_compared(
     settings = settings_with(tmp_path, {"steps": 1000})
     tree = {**public_tree(settings), "schedule": {"steps": 1000, "shape": "of another version"}}
     assert not any("learning rate" in line for line in logged(caplog, restored(tmp_path, 900, tree), settings))
+
+
+def test_only_the_first_start_of_a_fork_names_its_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_with(tmp_path / "runs" / "data", {"steps": 1000})
+    tree = {**public_tree(settings), "run": {"name": "base", "seed": 1}, "data": {"dir": "$RUN_DIR/../data"}}
+    found = restored(tmp_path, 600, tree)
+    fork = Fork("base", str(tmp_path / "runs" / "base"), "rolling_step_000600", 600, "")
+    plan = plan_batch(2048, 1, 1024, 2)
+    first, later = (Origin(found, fork, is_first=is_first) for is_first in (True, False))
+    assert start_text(plan, first).startswith("forked from base at step 600 (rolling_step_000600), ")
+    assert start_text(plan, later).startswith("resumed from rolling_step_000600, ")
+    with caplog.at_level(logging.INFO):
+        log_resume(first, settings, windows=1000, windows_per_step=10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert f"forked from base at step 600; rolling_step_000600 of {tmp_path}/runs/base" in lines
+    assert [line for line in lines if line.startswith("other than")] == ["other than in base: run.seed 1 -> 1337"]

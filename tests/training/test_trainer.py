@@ -20,9 +20,10 @@ from ds_gpt2.engine.engine import Update
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.monitoring.step_reporter import StepReporter
+from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
-from ds_gpt2.training.hooks import Hook, Interrupted
+from ds_gpt2.training.hooks import Hook, HookFailedError, Interrupted
 from ds_gpt2.training.trainer import Ending, Trainer, TrainingSchedule
 
 OFF = GuardSettings(spike="off", divergence="off", skipped_run="off", frozen="off", drift="off", stuck_data="off")
@@ -36,6 +37,8 @@ class Parts:
     ) -> None:
         self.notes: list[str] = []
         self.records: dict[int, dict[str, Any]] = {}
+        self.saved_states: list[dict[str, Any]] = []
+        self.run_dir = Path("no such directory")
         self.every, self.directory = Every(2), Path("checkpoints")
         self.plan = SimpleNamespace(tokens_per_step=100)
         self._stop_at, self._skip_at, self._stop_within = stop_at, skip_at, stop_within
@@ -46,7 +49,7 @@ class Parts:
         self.problem: str | None = None  # reading the data
         self.failing_saves = 0
         self.unreadable_at = 0  # the batch whose data cannot be read
-        self.unvalidated_at = 0  # the step at which validation data cannot be read
+        self.failing_at = 0  # the step at which a hook fails
         self.interrupted_at = 0  # the step at which a stop interrupts the evaluation
         self.can_be_repeated = True
 
@@ -91,10 +94,12 @@ class Parts:
     def fingerprint(self) -> str:
         return f"weights of {self.step}"
 
+    name = "validation loss"
+
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
-        if state.step == self.unvalidated_at:
-            raise UserError("held-out data cannot be read")
+        if state.step == self.failing_at:
+            raise HookFailedError("rank 1: no memory is left")
         return {"val/loss": 3.0} if state.step == self._best_at else {"hellaswag/acc": 0.25}
 
     def write(self, step: int, seen: dict[str, Any]) -> None:
@@ -106,8 +111,10 @@ class Parts:
             self.failing_saves -= 1
             self.notes.append("cannot save")
         elif not self.has_saved(state):
-            self.notes.append(" ".join([f"save {state.step}", *roles]))
+            verb = "complete" if self._saved == (state.step, False) else "save"
+            self.notes.append(" ".join([f"{verb} {state.step}", *roles]))
             self._saved = state.step, state.unevaluated is None
+            self.saved_states.append(state.to_dict())
 
     def has_saved(self, state: TrainState) -> bool:
         return self._saved == (state.step, state.unevaluated is None)
@@ -115,6 +122,9 @@ class Parts:
     def finish(self, state: TrainState, complete: bool) -> bool:
         self.complete = complete
         return not self.disk_is_full
+
+    def report(self, step: int, text: str) -> None:
+        self.notes.append(f"failed {step}: {text}")
 
     def before_update(self, engine: Any) -> None:
         self.notes.append("observe gradients")
@@ -140,6 +150,7 @@ class _LastHook(Hook):
     """A stop may interrupt it, after the other hook has validated."""
 
     every = Every(2)
+    name = "samples"
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -147,13 +158,13 @@ class _LastHook(Hook):
     def observe(self, engine: Any, state: TrainState) -> StepMetrics:
         if state.step == self._parts.interrupted_at:
             raise Interrupted
-        return {}
+        return {"samples/0": "text"}
 
 
 def _train(parts: Parts, state: TrainState, steps: int, save: int, guard: Guard | None = None) -> Ending:
     same: Any = parts
     schedule = TrainingSchedule(steps, lambda step: step / 10, Every(save), stop_seconds=90)
-    evaluator = Evaluator([same, _LastHook(parts)])
+    evaluator = Evaluator([same, _LastHook(parts)], EvaluationAttempts(parts.run_dir), parts.report)
     reporter = StepReporter(same, same, same, same, steps)
     return Trainer(schedule, same, same, guard or Guard(OFF, print), evaluator, same, reporter, same).train(state)
 
@@ -164,12 +175,12 @@ def test_the_events_of_a_step_are_in_order() -> None:
     assert parts.notes == [
         "accumulate data of 1", "apply 0.1", "write 1",
         "accumulate data of 2", "observe gradients", "apply 0.2", "observe 2", "write 2",
-        "accumulate data of 3", "observe gradients", "apply 0.3", "observe 3", "write 3", "save 3",
+        "accumulate data of 3", "observe gradients", "apply 0.3", "save 3", "observe 3", "write 3", "complete 3",
     ]  # fmt: skip
     assert parts.records[2] == {
         "train/loss": 2.0, "train/perplexity": math.exp(2), "train/lr": 0.2, "train/grad_norm": 1.0,
         "train/clipped_share": 0, "train/skipped_steps": 0, "train/tokens": 200, "train/epoch": 0.2,
-        "perf/step_ms": 1.0, "hellaswag/acc": 0.25,
+        "perf/step_ms": 1.0, "hellaswag/acc": 0.25, "samples/0": "text",
     }  # fmt: skip
 
 
@@ -197,8 +208,23 @@ def test_a_stop_within_a_step_discards_it_and_saves_the_previous_one() -> None:
 def test_the_best_step_and_epoch_ends_are_saved_independently_of_the_interval() -> None:
     parts = Parts(best_at=4, epoch_steps=5)
     assert _train(parts, TrainState(), steps=12, save=0) is Ending.DONE
-    saves = [note for note in parts.notes if note.startswith("save")]
-    assert saves == ["save 4 best_model", "save 5 epoch_00001", "save 10 epoch_00002", "save 12"]
+    saves = [note for note in parts.notes if note.startswith(("save", "complete"))]
+    assert saves == [
+        "save 4 best_model", "save 5 epoch_00001", "save 10", "complete 10 epoch_00002", "save 12",
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_due_is_saved_before_its_evaluation() -> None:
+    parts = Parts(best_at=4, epoch_steps=4)
+    assert _train(parts, TrainState(), steps=4, save=4) is Ending.DONE
+    assert parts.notes[-4:] == ["save 4", "observe 4", "write 4", "complete 4 epoch_00001 best_model"]
+    unevaluated = TrainState.from_dict(parts.saved_states[0])
+    assert unevaluated.unevaluated is not None and unevaluated.val_loss is None
+    assert parts.saved_states[1]["unevaluated"] is None and parts.saved_states[1]["val_loss"] == 3.0
+    again = Parts(best_at=4, epoch_steps=4)  # the process ended during the evaluation
+    assert _train(again, unevaluated, steps=4, save=4) is Ending.DONE
+    assert again.notes == ["save 4", "observe 4", "write 4", "complete 4 epoch_00001 best_model"]
+    assert again.records == {4: parts.records[4]}
 
 
 def test_an_unsaved_last_state_is_reported() -> None:
@@ -248,16 +274,15 @@ def test_a_stop_while_data_is_unreadable_is_reported_as_a_stop() -> None:
     assert parts.notes[-2:] == ["discard step", "save 3"]
 
 
-def test_unreadable_held_out_data_loses_no_completed_step() -> None:
-    parts, state = Parts(), TrainState()
-    parts.unvalidated_at = 4
-    with pytest.raises(UserError, match="held-out data cannot be read"):
-        _train(parts, state, steps=9, save=0)
-    assert state.step == 4 and parts.notes[-2:] == ["observe 4", "save 4"]
-    parts.unvalidated_at = 0
-    assert _train(parts, state, steps=9, save=0) is Ending.DONE
-    later = parts.notes[parts.notes.index("save 4") + 1 :]
-    assert later[:4] == ["observe 4", "write 4", "save 4", "accumulate data of 5"]
+def test_a_failing_hook_costs_only_its_metrics() -> None:
+    parts = Parts()
+    parts.failing_at = 4
+    assert _train(parts, TrainState(), steps=6, save=4) is Ending.DONE
+    start = parts.notes.index("save 4")
+    failure = "failed 4: no validation loss: rank 1: no memory is left"
+    assert parts.notes[start : start + 5] == ["save 4", "observe 4", failure, "write 4", "complete 4"]
+    assert "hellaswag/acc" not in parts.records[4] and parts.records[4]["samples/0"] == "text"
+    assert parts.records[6]["hellaswag/acc"] == 0.25
 
 
 @pytest.mark.parametrize(("interrupted_at", "before"), [(4, (None, None)), (6, (4, 3.0))])
@@ -273,7 +298,7 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(
     parts.interrupted_at = interrupted_at
     assert _train(parts, state, steps=6, save=save) is Ending.STOPPED
     assert (state.step, parts.complete) == (interrupted_at, False)
-    assert parts.notes[-2:] == [f"observe {interrupted_at}", f"save {interrupted_at}"]
+    assert set(parts.notes[-2:]) == {f"observe {interrupted_at}", f"save {interrupted_at}"}
     assert interrupted_at not in parts.records and (state.best_step, state.val_loss) == before
 
     resumed = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
@@ -281,14 +306,15 @@ def test_an_interrupted_evaluation_is_repeated_after_the_resume(
     parts.interrupted_at = 0
     assert _train(parts, resumed, steps=6, save=save) is Ending.DONE
     assert parts.records == undisturbed.records and resumed == undisturbed_state
-    assert [note for note in undisturbed.notes if note not in parts.notes] == []
+    saves = {note.split(" ", 1)[1] for note in parts.notes if note.startswith(("save", "complete"))}
+    assert {note.split(" ", 1)[1] for note in undisturbed.notes if note.startswith(("save", "complete"))} <= saves
 
 
 def test_a_hook_that_cannot_be_repeated_is_not_repeated() -> None:
     parts = Parts()
     parts.can_be_repeated = False
     assert _train(parts, TrainState(step=4, batch=4, unevaluated={"train/loss": None}), steps=4, save=0) is Ending.DONE
-    assert parts.notes == ["write 4", "save 4"] and parts.records[4]["train/loss"] == math.inf
+    assert parts.notes == ["save 4", "write 4", "complete 4"] and parts.records[4]["train/loss"] == math.inf
 
 
 def test_a_resumed_run_starts_with_the_next_step() -> None:
@@ -355,5 +381,5 @@ def test_excluded_batches_are_not_trained_on_and_the_epoch_end_is_still_saved() 
         "accumulate data of 4",
         "accumulate data of 6",
     ]
-    assert "save 5 epoch_00001" in parts.notes
+    assert "complete 5 epoch_00001" in parts.notes
     assert parts.records[5]["train/epoch"] == 1.2

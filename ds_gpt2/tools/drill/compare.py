@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ds_gpt2.checkpoint.manifest import read
+from ds_gpt2.checkpoint.manifest import Manifest, read
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.data.loader import TrainingData
@@ -31,10 +31,11 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
     Raises:
         DamagedError: a checkpoint does not exist, or is damaged.
     """
-    names = sorted(read(one).files)
-    if names != sorted(read(other).files):
+    manifest, other_manifest = read(one), read(other)
+    names = sorted(manifest.files)
+    if names != sorted(other_manifest.files):
         return [f"{other.name} has other files than {one.name}"]
-    return [
+    return differences(_progress(manifest), _progress(other_manifest), "progress") + [
         found
         for name in names
         for found in differences(_without_paths(one / name), _without_paths(other / name), _short(name))
@@ -108,6 +109,12 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _progress(manifest: Manifest) -> dict[str, Any]:
+    """Return the run's progress; of an interrupted evaluation, without the values that depend on time and machine."""
+    unevaluated = manifest.state.get("unevaluated")
+    return {**manifest.state, "unevaluated": unevaluated and _without_times(unevaluated)}
 
 
 def _without_paths(file: Path) -> dict[str, Any]:

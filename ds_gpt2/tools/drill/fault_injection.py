@@ -36,7 +36,7 @@ Kind = Literal["nan", "inf", "spike", "crash", "kill", "freeze", "hang", "bit_fl
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault in one micro-batch of one rank."""
+    """A fault in one micro-batch of one rank, or in its evaluation."""
 
     kind: Kind
     step: int = 0  # the fault occurs either at this step or at this batch of the data
@@ -44,6 +44,7 @@ class Fault:
     rank: int = 0
     micro_batch: int = 0
     once: str = ""  # a file that records that the fault has occurred; without it the fault occurs at every start
+    evaluating: bool = False  # in the first forward pass of the evaluation of ``step``, also if a resume repeats it
     during: str = ""  # a file: the fault occurs only while it exists
 
 
@@ -75,6 +76,12 @@ class _Faults:
         self._micro_batch += 1
         return loss
 
+    def in_evaluation(self) -> None:
+        """Inject the faults that are due in the evaluation. After a resume, no step has begun when it is repeated."""
+        for fault in self._faults:
+            if fault.evaluating and self._step in (0, fault.step) and _occurs(fault):
+                _inject(fault, None)
+
     def before_fingerprint(self, parameter: Any) -> None:
         """Flip the lowest bit of one weight, as if the memory of a device failed between an update and a save."""
         if any(fault.kind == "bit_flip" for fault in self._due(None)):
@@ -93,6 +100,7 @@ class _Faults:
             fault
             for fault in self._faults
             if fault.kind != "read_error"
+            and not fault.evaluating
             and (fault.kind == "bit_flip") == (micro_batch is None)
             and fault.step in (0, self._step)
             and fault.batch in (0, self._batch)
@@ -149,6 +157,8 @@ def install(faults: Sequence[Fault]) -> None:
         begin_step(self, step, batch)
 
     def faulty_forward(self: GPT2, *arguments: Any, **named: Any) -> Any:
+        if not self.training:
+            injected.in_evaluation()
         loss = forward(self, *arguments, **named)
         return injected.in_forward(loss) if self.training else loss
 

@@ -37,6 +37,8 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     tree["schedule"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup}
     if settings.schedule.shape == "wsd":
         tree["schedule"] |= {"decay_steps": None, "decay_fraction": _DECAY_FRACTION}
+    for number, stage in enumerate(stages := tree["data"]["stages"], start=1):  # the runs reach all of them
+        stage["from_step"] = max(number + 1, steps * number // (len(stages) + 1) + 1)
     tree["checkpoint"] |= {"every": EVERY, "keep_last": 4, "keep_every": 0, "keep_epochs": 1, "min_free_gb": 0.0}
     tree["checkpoint"]["backup"]["to"] = None
     reduced = {

@@ -9,7 +9,7 @@ from ds_gpt2.common.formatting import counted, size
 from ds_gpt2.config.batch_plan import plan_batch
 from ds_gpt2.config.deepspeed_config import load_deepspeed_file
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.data.sources import missing_directories, open_sources
+from ds_gpt2.data.sources import Sources, missing_directories, open_sources
 from ds_gpt2.distributed import torch_compile
 from ds_gpt2.supervision.launcher import RankLayout, choose_ranks
 from ds_gpt2.tools.plan import timing
@@ -48,7 +48,8 @@ def inputs_of(
     layout = RankLayout("cuda", num_gpus or 1) if hardware is not None else choose_ranks(settings, num_gpus)
     batch = settings.batch
     batch_plan = plan_batch(batch.tokens_per_step, batch.micro_batch, batch.sequence_length, layout.ranks)
-    windows, no_data = _windows(settings)
+    sources, no_data = _sources(settings)
+    windows = sources.count("train", batch.sequence_length) if sources is not None else None
     compiled = torch_compile.is_enabled(settings.run.compile, layout.accelerator)
     return PlanInputs(
         settings,
@@ -61,6 +62,7 @@ def inputs_of(
         memory_free=hardware.memory if hardware is not None else machine.memory_per_rank(layout),
         other_hardware=hardware,
         disk_given=disk_free is not None,
+        sources=sources,
         no_data=no_data,
     )
 
@@ -91,15 +93,15 @@ def make_plan(inputs: PlanInputs, results: TrialResults | None, prices: Prices, 
     return Plan(inputs, sections, options, problems_of(inputs, results, calibration))
 
 
-def _windows(settings: Settings) -> tuple[int | None, str | None]:
-    """Return the windows of an epoch, or None and the reason if the data is not prepared yet.
+def _sources(settings: Settings) -> tuple[Sources | None, str | None]:
+    """Return the data of the run, or None and the reason if it is not prepared yet.
 
     Raises:
         UserError: the data exists, but cannot be trained on.
     """
     if missing := missing_directories(settings.data):
         return None, f"{missing[0]} does not exist yet, or is empty"
-    return open_sources(settings.data).count("train", settings.batch.sequence_length), None
+    return open_sources(settings.data), None
 
 
 def _free_for_run(checkpoint_dir: Path) -> int:

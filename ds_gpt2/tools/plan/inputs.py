@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import Settings
+from ds_gpt2.data.sources import Sources
 from ds_gpt2.supervision.launcher import RankLayout
 from ds_gpt2.tools.resources.memory_model import Model, Zero
 from ds_gpt2.tools.resources.run_schedule import RunSchedule
@@ -33,6 +34,7 @@ class PlanInputs:
     memory_free: int | None  # bytes for one rank: of its GPU, or its share of the host; None if not known
     other_hardware: Hardware | None = None  # the GPUs of another machine, for which the run is planned
     disk_given: bool = False  # the free disk space was given on the command line
+    sources: Sources | None = None  # the data; None: it cannot be read yet
     no_data: str | None = None  # why the data cannot be read yet
 
     @property

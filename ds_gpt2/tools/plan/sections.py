@@ -9,6 +9,7 @@ from ds_gpt2.checkpoint.space import reserved_bytes
 from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.monitoring.pace import Range
+from ds_gpt2.tools.plan.data_rows import data_rows
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
 from ds_gpt2.tools.plan.inputs import PlanInputs
 from ds_gpt2.tools.plan.plan import Basis, PlanRow, PlanSection, Value
@@ -40,16 +41,10 @@ def batch_section(inputs: PlanInputs) -> PlanSection:
         [
             PlanRow("tokens per step", division, "exact", arithmetic),
             _steps_row(inputs, schedule),
-            *_data_rows(inputs),
+            *data_rows(inputs),
             PlanRow("parameters", f"{model.parameters:,}: {shape}", "exact", {"parameters": model.parameters}),
         ],
     )
-
-
-def _data_rows(inputs: PlanInputs) -> list[PlanRow]:
-    if inputs.no_data is None:
-        return []
-    return [PlanRow("data", f"no epochs and no trial: {inputs.no_data}", "not known")]
 
 
 def _steps_row(inputs: PlanInputs, schedule: RunSchedule | None) -> PlanRow:

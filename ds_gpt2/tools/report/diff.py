@@ -44,15 +44,16 @@ def settings_that_differ(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]
 
 
 def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]:
-    """Return the losses at no more than ``points`` points, evenly spread over the tokens of the shorter run.
+    """Return the losses at no more than ``points`` points, evenly spread over the tokens that both runs recorded.
 
     If both runs have validations at equal tokens, these are the points, in addition to the last one. Nothing is
-    interpolated.
+    interpolated. Of a fork and its parent, only steps that both have recorded are compared.
     """
+    begin = _common_begin(a, b)
     return [
         Losses(
             float(tokens),
-            Pair(*(_training(run, tokens) for run in (a, b))),
+            Pair(*(_training(run, begin, tokens) for run in (a, b))),
             Pair(*(_validations(run).get(tokens) for run in (a, b))),
         )
         for tokens in _points(a, b, points)
@@ -61,15 +62,29 @@ def losses_at_equal_tokens(a: Run, b: Run, points: int = POINTS) -> list[Losses]
 
 def _points(a: Run, b: Run, points: int) -> list[int]:
     """Return the points in tokens, ascending."""
-    last = min(_tokens(run, run.records.newest) for run in (a, b))
+    last = _common_end(a, b)
     if not last:
         return []
     shared = sorted(tokens for tokens in _validations(a).keys() & _validations(b).keys() if tokens <= last)
     if not shared:
-        return sorted({last * number // points for number in range(1, points + 1)} - {0})
+        begin = _common_begin(a, b)
+        return sorted({begin + (last - begin) * number // points for number in range(1, points + 1)} - {0})
     count = points if shared[-1] == last else points - 1
     chosen = {shared[index * (len(shared) - 1) // max(1, count - 1)] for index in range(count)}
     return sorted({*chosen, last})
+
+
+def _common_begin(a: Run, b: Run) -> int:
+    """Return the tokens after which both runs have records: above 0 for a fork; 0 if they have none in common."""
+    if not all(len(run.records.steps) for run in (a, b)):
+        return 0
+    begin = max(_tokens(run, int(run.records.steps[0]) - 1) for run in (a, b))
+    return begin if begin < _common_end(a, b) else 0
+
+
+def _common_end(a: Run, b: Run) -> int:
+    """Return the tokens of the shorter run."""
+    return min(_tokens(run, run.records.newest) for run in (a, b))
 
 
 def _tokens(run: Run, step: int) -> int:
@@ -79,10 +94,11 @@ def _tokens(run: Run, step: int) -> int:
 
 def final_metrics(a: Run, b: Run) -> dict[str, Pair]:
     """Return the last value of each metric of both runs, by name."""
+    begin = _common_begin(a, b)
     found = {
         "steps": Pair(float(a.last_step()), float(b.last_step())),
         "tokens": Pair(*(float(_tokens(run, run.last_step())) for run in (a, b))),
-        "train/loss": Pair(*(run.records.curve("train/loss").recent() for run in (a, b))),
+        "train/loss": Pair(*(_training(run, begin, _tokens(run, run.records.newest)) for run in (a, b))),
         "val/loss": Pair(*(run.records.curve("val/loss").last() for run in (a, b))),
         "val/loss, lowest": Pair(*(_lowest(run.records.curve("val/loss")) for run in (a, b))),
     }
@@ -95,8 +111,10 @@ def final_metrics(a: Run, b: Run) -> dict[str, Pair]:
     return {name: pair for name, pair in found.items() if (pair.a, pair.b) != (None, None)}
 
 
-def _training(run: Run, tokens: int) -> float | None:
-    return run.records.curve("train/loss").until(tokens // run.settings.batch.tokens_per_step).recent()
+def _training(run: Run, begin: int, tokens: int) -> float | None:
+    """Return the recent training loss of ``run`` at ``tokens``, of steps after ``begin`` tokens."""
+    per_step = run.settings.batch.tokens_per_step
+    return run.records.curve("train/loss").since(begin // per_step + 1).until(tokens // per_step).recent()
 
 
 def _validations(run: Run) -> dict[int, float]:

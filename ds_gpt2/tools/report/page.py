@@ -185,6 +185,7 @@ def _figures_of(summary: Summary) -> dict[str, str]:
     """Return text by label, with the same labels for every run."""
     return {
         "step": f"{summary.step:,}" + (f" of {summary.steps:,}" if summary.steps else ""),
+        "forked from": MISSING if summary.forked_from is None else summary.forked_from.lineage,
         "tokens": MISSING if summary.tokens is None else tokens(summary.tokens),
         "epochs": fixed(summary.epoch, 2),
         f"loss ({RECENT_LABEL})": _loss(summary.loss),

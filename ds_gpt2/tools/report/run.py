@@ -15,6 +15,7 @@ from ds_gpt2.common.terminal import one_line
 from ds_gpt2.config.run_location import load_run_settings, public_tree
 from ds_gpt2.config.settings import Settings, to_yaml
 from ds_gpt2.run_dir.file_checks import RESTORE_METRICS, metrics_problem, read_error
+from ds_gpt2.run_dir.fork_record import Fork, read_fork
 from ds_gpt2.run_dir.heartbeat import Beat
 from ds_gpt2.run_dir.journal import Event
 from ds_gpt2.run_dir.last_step import last_step
@@ -54,6 +55,7 @@ class Run:
     planned: int | None  # planned steps, as recorded by the newest start
     checkpoints: list[Generation]  # newest first
     notes: str | None
+    fork: Fork | None = None  # the run's parent; None if it is not a fork
 
     @property
     def steps(self) -> int | None:
@@ -122,6 +124,7 @@ def _load_run(directory: Path) -> Run:
         planned=planned_steps(lines),
         checkpoints=catalog.scan(settings.checkpoint_dir),
         notes=_text_of(directory / NOTES),
+        fork=read_fork(directory),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ds_gpt2.monitoring.pace import WINDOW, Cadence, Pace, Range, recent_step_seconds, timed_of
+from ds_gpt2.run_dir.fork_record import Fork
 from ds_gpt2.tools.report.curves import Curves
 from ds_gpt2.tools.report.run import Run
 from ds_gpt2.tools.resources.history import history_of
@@ -74,6 +75,7 @@ class Summary:
     since: Since | None
     cost: Cost | None
     hosts: list[RunHost]  # of a run on several machines; else empty
+    forked_from: Fork | None  # the run's parent; None if it is not a fork
 
 
 def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds: float | None = None) -> Summary:
@@ -129,6 +131,7 @@ def summarize(run: Run, now: float, prices: Prices | None = None, since_seconds:
         since=None if since_seconds is None else since(run, now, since_seconds),
         cost=None if left is None else cost_of(left, _power(records), prices or Prices()),
         hosts=hosts_of(run.events),
+        forked_from=run.fork,
     )
 
 

@@ -40,6 +40,7 @@ class RunProgress:
     steps: int
     seconds_per_step: float
     epochs_per_step: float
+    first_step: int = 0  # of a fork: the step of the parent's checkpoint; below ``step``
 
 
 def forecast_disks(
@@ -106,7 +107,8 @@ def _growths(
     checkpoint_bytes = next(sizes, None)
     if checkpoint_bytes is None:
         return None
-    growths = {directory: _linear(bytes_below(directory) / progress.step, progress.step) for directory in directories}
+    own_steps = progress.step - progress.first_step
+    growths = {directory: _linear(bytes_below(directory) / own_steps, progress.step) for directory in directories}
     present = bytes_below(settings.checkpoint_dir)
     growths[settings.checkpoint_dir] = growth_of_checkpoints(
         settings.checkpoint, found, checkpoint_bytes, present, progress

@@ -97,7 +97,11 @@ def recent_of(records: Sequence[Record], tag: str) -> float | None:
 
 
 def loss_of(
-    records: Sequence[Record], day_before: Sequence[Record], newest: Generation | None, settings: Settings
+    records: Sequence[Record],
+    day_before: Sequence[Record],
+    newest: Generation | None,
+    settings: Settings,
+    first_step: int = 0,
 ) -> Loss:
     """Return the newest and the lowest losses of a run.
 
@@ -105,10 +109,12 @@ def loss_of(
         records: the newest records.
         day_before: the records before the last 24 hours.
         newest: the newest checkpoint; its state may hold a validation loss that is older than ``records``.
+        first_step: of a fork, the step of the parent's checkpoint: losses from before are not the run's own.
     """
-    validations = _validations(records, newest)
+    validations = [each for each in _validations(records, newest) if each[0] >= first_step]
+    bests = [each for each in [*validations, *_best_of(newest)] if each[0] >= first_step]
     val_step, val = max(validations, default=(None, None))
-    best_val, best_step = min(((loss, step) for step, loss in [*validations, *_best_of(newest)]), default=(None, None))
+    best_val, best_step = min(((loss, step) for step, loss in bests), default=(None, None))
     return Loss(
         train=recent_of(records, "train/loss"),
         train_day_before=recent_of(day_before, "train/loss"),

@@ -74,6 +74,7 @@ def _progress_of(status: Status) -> Iterator[str]:
     of = "" if progress.steps is None else f" of {progress.steps:,}"
     done = f", {done_share(progress.step, progress.steps)}" if progress.steps else ""
     yield _labeled("step", f"{progress.step:,}{of}{done}")
+    yield from _wrapped("forked from", "" if status.forked_from is None else str(status.forked_from))
     if status.beat_age_seconds is not None:
         yield _labeled("alive", f"{duration(status.beat_age_seconds)} ago")
     if status.next_start_time is not None:

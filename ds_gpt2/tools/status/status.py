@@ -12,6 +12,7 @@ from ds_gpt2.common.formatting import DAY
 from ds_gpt2.config.run_location import load_run_settings
 from ds_gpt2.run_dir import metrics_tail
 from ds_gpt2.run_dir.file_checks import read_error
+from ds_gpt2.run_dir.fork_record import Fork, read_fork
 from ds_gpt2.run_dir.last_step import last_step
 from ds_gpt2.run_dir.metrics import Record
 from ds_gpt2.run_dir.metrics_tail import time_of, values
@@ -63,6 +64,7 @@ class Status:
     disks: list[DiskSpace]
     gpus: Gpus | None
     hosts: list[RunHost]  # of a run on several machines; else empty
+    forked_from: Fork | None  # the run's parent; None if it is not a fork
 
 
 def read_status(run_dir: Path, now: float) -> Status:
@@ -92,9 +94,11 @@ def _read_status(run_dir: Path, now: float) -> Status:
     state = finished_by_checkpoint(state, newest, steps)
     recorded_step = records[-1]["step"] if records else 0
     step = last_step(recorded_step, state.beat, newest.step if newest is not None else 0)
+    fork = read_fork(run_dir)
+    first_step = 0 if fork is None else fork.step
     progress, day_before = progress_of(settings, records, step, steps, pace), _day_before(run_dir, records)
-    disks = forecast_disks(run_dir, settings, checkpoints, _run_progress(progress, epoch_share))
-    loss = loss_of(records, day_before, newest, settings)
+    disks = forecast_disks(run_dir, settings, checkpoints, _run_progress(progress, epoch_share, first_step))
+    loss = loss_of(records, day_before, newest, settings, first_step)
     recorded = records[-1] if records else None
     problems = problems_of(Snapshot(settings, state, events, step, loss, newest, disks, recorded, now))
     return Status(
@@ -114,17 +118,18 @@ def _read_status(run_dir: Path, now: float) -> Status:
         disks=disks,
         gpus=_gpus(records),
         hosts=hosts_of(events),
+        forked_from=fork,
     )
 
 
-def _run_progress(progress: Progress, epoch_share: float | None) -> RunProgress | None:
-    if progress.seconds_per_step is None or progress.steps is None or not progress.step:
+def _run_progress(progress: Progress, epoch_share: float | None, first_step: int) -> RunProgress | None:
+    if progress.seconds_per_step is None or progress.steps is None or progress.step <= first_step:
         return None
     left = progress.steps - progress.step
     seconds_per_step = progress.seconds_per_step
     if progress.left_seconds and left > 0:
         seconds_per_step = progress.left_seconds / left
-    return RunProgress(progress.step, progress.steps, seconds_per_step, epoch_share or 0.0)
+    return RunProgress(progress.step, progress.steps, seconds_per_step, epoch_share or 0.0, first_step)
 
 
 def _goodput(run_dir: Path, records: Sequence[Record], day_before: Sequence[Record]) -> Goodput | None:

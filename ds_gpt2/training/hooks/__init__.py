@@ -2,9 +2,19 @@
 
 from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag
 from ds_gpt2.training.hooks.histograms import Histograms
-from ds_gpt2.training.hooks.hook import Hook, Interrupted
+from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted
 from ds_gpt2.training.hooks.machine_health import Health
 from ds_gpt2.training.hooks.samples import Samples
 from ds_gpt2.training.hooks.validation import Validation
 
-__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Interrupted", "Samples", "Validation", "open_hellaswag"]
+__all__ = [
+    "Health",
+    "HellaSwag",
+    "Histograms",
+    "Hook",
+    "HookFailedError",
+    "Interrupted",
+    "Samples",
+    "Validation",
+    "open_hellaswag",
+]

@@ -35,6 +35,8 @@ class HellaSwag(Hook):
     that is ``acc_norm_chars`` on text that is ``cleaned``. Bytes are more than characters in 181 items.
     """
 
+    name = "HellaSwag accuracy"
+
     def __init__(self, settings: HellaswagSettings, items: list[Item]) -> None:
         """
         Args:

@@ -17,7 +17,7 @@ from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import Histogram, StepMetrics
-from ds_gpt2.training.hooks.hook import Hook
+from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 
 _CHUNK = 1 << 22  # elements counted at a time
 _PER_DECADE, _SMALLEST, _LARGEST = 12, -9, 3  # buckets per decade; range of magnitudes, as powers of ten
@@ -35,6 +35,7 @@ class Histograms(Hook):
     over the part: around 1e-3 is usual; 0 means no learning, 1e-1 divergence.
     """
 
+    name = "histograms"
     can_be_repeated = False  # the gradients are not saved
 
     def __init__(self, settings: HistogramsSettings, model: GPT2) -> None:
@@ -53,7 +54,9 @@ class Histograms(Hook):
         self._gradients = _histograms("grad", self._shown, gradients, engine.device)
         self._gradient_norms = self._norms_of(_in_chunks(gradients), engine.device)
         # In host memory: the device may not have enough free memory for a copy.
-        self._before = {name: part.to("cpu", copy=True) for name, part in engine.masters().items()}
+        self._before = on_all_ranks(
+            lambda: {name: part.to("cpu", copy=True) for name, part in engine.masters().items()}
+        )
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         masters, before = engine.masters(), self._before
@@ -72,11 +75,16 @@ class Histograms(Hook):
 
     def _norms_of(self, chunks: Mapping[str, Iterable[torch.Tensor]], device: torch.device) -> list[float]:
         """Return the L2 norm of each part, over all ranks."""
+        squares = on_all_ranks(lambda: self._squares_of(chunks, device))
+        return collectives.sum_over_ranks(squares).sqrt().tolist()
+
+    def _squares_of(self, chunks: Mapping[str, Iterable[torch.Tensor]], device: torch.device) -> torch.Tensor:
+        """Return this rank's sum of squares of each part, (parts,) fp64."""
         squares = torch.zeros(len(self._parts), dtype=torch.float64, device=device)
         for name, pieces in chunks.items():
             for chunk in pieces:
                 squares[self._parts.index(part_of(name))] += chunk.float().square().sum(dtype=torch.float64)
-        return collectives.sum_over_ranks(squares).sqrt().tolist()
+        return squares
 
 
 def part_of(name: str) -> str:
@@ -85,14 +93,22 @@ def part_of(name: str) -> str:
     return ".".join(words[:2]) if words[0] == "h" else words[0]
 
 
-def _histograms(kind: str, names: list[str], tensors: dict[str, torch.Tensor], device: torch.device) -> StepMetrics:
-    """Return ``<kind>/<name>`` of each tensor over all ranks, without elements that are not finite."""
+def _counts(
+    names: list[str], tensors: dict[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return this rank's sums and counts, and the extremes, see ``_count``: (names, columns) and (names, 2) fp64."""
     sums = torch.zeros(len(names), _COUNTS.stop, dtype=torch.float64, device=device)
     extremes = torch.full((len(names), 2), -math.inf, dtype=torch.float64, device=device)
     edges = torch.tensor(_EDGES, dtype=torch.float32, device=device)
     for row, name in enumerate(names):
         for chunk in _chunks(tensors[name]) if name in tensors else ():
             _count(chunk.float(), edges, sums[row], extremes[row])
+    return sums, extremes
+
+
+def _histograms(kind: str, names: list[str], tensors: dict[str, torch.Tensor], device: torch.device) -> StepMetrics:
+    """Return ``<kind>/<name>`` of each tensor over all ranks, without elements that are not finite."""
+    sums, extremes = on_all_ranks(lambda: _counts(names, tensors, device))
     totals, (largest, smallest) = collectives.sum_over_ranks(sums).cpu(), collectives.max_over_ranks(extremes).cpu().t()
     return {
         f"{kind}/{name}": _histogram(totals[row], -float(smallest[row]), float(largest[row]))

@@ -27,6 +27,9 @@ _SLOWED_DOWN = 0x08 | 0x20 | 0x40 | 0x80
 class Health(Hook):
     """Measures this machine on rank 0: the rank's host memory now, its peak GPU memory, and all GPUs of the run."""
 
+    name = "state of the machine"
+    can_be_repeated = False  # it is another one later
+
     def __init__(self, device: torch.device) -> None:
         self.every = Every(1)
         self._device = device

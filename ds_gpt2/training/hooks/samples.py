@@ -6,9 +6,6 @@ import logging
 import re
 from pathlib import Path
 
-import torch
-
-from ds_gpt2.common.errors import one_line_reason
 from ds_gpt2.common.files import replace_file
 from ds_gpt2.common.formatting import truncated
 from ds_gpt2.config.interval import Every
@@ -35,6 +32,8 @@ class Samples(Hook):
     ``latest.md``. A step that is trained again after a resume replaces its file.
     """
 
+    name = "samples"
+
     def __init__(self, settings: SamplesSettings, seed: int, directory: Path, sequence_length: int) -> None:
         """
         Args:
@@ -56,12 +55,8 @@ class Samples(Hook):
     def _observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         if not self._prompts:
             return {}
-        try:
-            with eval_mode(engine.model):
-                written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
-        except (FloatingPointError, torch.OutOfMemoryError) as error:
-            log.warning(f"step {state.step:,}: no samples: {one_line_reason(error)}")
-            return {}
+        with eval_mode(engine.model):
+            written = [self._continue(engine.model, number) for number in range(len(self._prompts))]
         for number, continuations in enumerate(written):
             log.info(f"step {state.step:,}: sample {number}: {truncated(continuations[0], _SHOWN)!r}")
         try:

@@ -22,7 +22,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.loss import count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
-from ds_gpt2.training.hooks.hook import Hook, Interrupted, on_all_ranks
+from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted, on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Validation(Hook):
     are summed in one order. A group has one loss, as a micro-batch of training has; ``loss.window_losses`` returns one
     for each window, whose mean is the same up to fp32 rounding.
     """
+
+    name = "validation loss"
 
     def __init__(self, settings: ValidationSettings, held_out: Sequence[HeldOut], group: int) -> None:
         """
@@ -91,7 +93,7 @@ class Validation(Hook):
 
         Raises:
             Interrupted: on every rank: a stop is requested.
-            UserError: on every rank: a rank cannot read its windows.
+            HookFailedError: on every rank: a rank has failed, such as to read its windows.
         """
         losses = on_all_ranks(lambda: self._losses(engine))
         per_group = collectives.sum_over_ranks(losses).cpu()
@@ -121,22 +123,22 @@ class Validation(Hook):
         try:
             source, indices = self._groups[group]
             return self._held_out[source].windows.read(indices)
-        except UserError as error:
+        except UserError:
             self.progress()
-            raise UserError(f"{error}; validation.every=0 trains without this data") from None
+            raise
 
 
 @contextlib.contextmanager
 def _averaged_weights(engine: Engine) -> Iterator[None]:
     """Evaluate with the moving average of the weights; afterwards the weights are those of the last update.
 
-    Every rank enters and leaves together: setting weights is a collective operation. An error that is not raised on
-    all ranks ends the rank, and with it the run: it must not wait for the others here.
+    Every rank enters and leaves together: setting weights is a collective operation. Any other exception is that of a
+    collective whose other ranks have ended, and ends the run: this rank must not wait for them here.
     """
     engine.use_averaged_weights()
     try:
         yield
-    except (Interrupted, UserError):  # every rank raises it, see ``on_all_ranks``
+    except (Interrupted, HookFailedError):  # every rank raises it, see ``on_all_ranks``
         engine.use_trained_weights()
         raise
     engine.use_trained_weights()

@@ -138,6 +138,20 @@ def test_a_run_on_two_hosts_equals_the_run_on_one(hosts: TwoHosts, configure: Co
     assert checkpoint_differences(newest.path, one / "checkpoints" / "test" / newest.tag) == []
 
 
+def test_a_run_on_one_host_is_forked_onto_two(hosts: TwoHosts, configure: Configure, tmp_path: Path) -> None:
+    config = configure(12)
+    done = launch(4, "--config", str(config))
+    assert done.code == exit_codes.DONE, done.output
+    run = Started(hosts, config, "--fork", f"{tmp_path / 'runs' / 'test'}:6", "run.name=fork")
+    output = run.end()
+    assert run.process.returncode == exit_codes.DONE, output
+    assert "run fork: forked from test at step 6 (rolling_step_000006)" in output
+    assert_nothing_is_left(run.hosts)
+    parent, fork = (list(read_metrics(tmp_path / "runs" / name / METRICS)) for name in ("test", "fork"))
+    assert [record["step"] for record in fork] == list(range(7, 13))
+    assert [record["train/loss"] for record in fork] == [record["train/loss"] for record in parent[6:]]
+
+
 @pytest.mark.parametrize("how", ["one rank", "all ranks"])
 def test_killed_ranks_of_the_other_host_are_restarted(hosts: TwoHosts, configure: Configure, how: str) -> None:
     run = Started(hosts, configure())

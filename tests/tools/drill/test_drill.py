@@ -185,6 +185,14 @@ def test_a_scaled_down_run_retains_the_users_settings(tmp_path: Path, write_conf
     assert whole["model"] == settings.model.model_dump() and whole["batch"] == settings.batch.model_dump()
 
 
+def test_a_drill_reaches_all_stages_of_a_mixture(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    sources = {name: {"dir": str(tmp_path / name), "weight": 0.5} for name in "abc"}
+    stages = [{"from_step": 60_000, "mixture": [sources["b"]]}, {"from_step": 80_000, "mixture": [sources["c"]]}]
+    config = write_config(tmp_path, data={"dir": None, "mixture": [sources["a"], sources["b"]], "stages": stages})
+    tree = tree_for(load_settings(config), ranks=2, steps=60, whole=False)
+    assert [stage["from_step"] for stage in tree["data"]["stages"]] == [21, 41]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [

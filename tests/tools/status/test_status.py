@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import statistics
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 from launched import Run
-from run_files import RunFiles
+from run_files import NOW, RunFiles
 
+from ds_gpt2.run_dir.fork_record import Fork, write_fork
 from ds_gpt2.run_dir.metrics import read_metrics
 from ds_gpt2.supervision.launcher import TRAIN
+from ds_gpt2.tools.status.screen import screen
 from ds_gpt2.tools.status.status import read_status
 
 
@@ -32,6 +35,34 @@ def test_large_metrics_file_is_not_read_completely(files: RunFiles) -> None:
 def _bytes_read() -> int:
     """Return the bytes read by this process, from the kernel."""
     return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_status_of_a_fork_counts_its_own_history_only(files: RunFiles) -> None:
+    """It was forked at step 1,000, has not trained yet, and its checkpoint remembers losses of the parent."""
+    write_fork(files.run_dir, Fork("base", "/base", "rolling_step_001000", 1000, ""))
+    files.save(1000, state={"val_loss": 5.5, "val_step": 990, "best_val_loss": 5.0, "best_step": 900})
+    files.journal("start", 60, 1000)
+    files.beat(step=1000)
+    status = files.status()
+    assert (status.healthy, status.problems) == (True, [])
+    assert (status.progress.step, status.progress.done_share) == (1000, 0.5)
+    assert (status.loss.val, status.loss.best_val, status.loss.best_val_step) == (None, None, None)
+    assert (status.history.starts, status.history.resumes, status.history.lost_seconds) == (1, 0, 0.0)
+    assert "\nforked from base at step 1,000\n" in screen(status)
+
+    (files.run_dir / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "time": NOW - 10 * (1010 - step), "perf/step_ms": 10_000, "val/loss": 6.0}) + "\n"
+            for step in range(1001, 1011)
+        )
+    )
+    files.beat(step=1010)
+    status = files.status()
+    assert status.problems == [] and (status.loss.best_val, status.loss.best_val_step) == (6.0, 1001)
+    assert status.progress.left_seconds == pytest.approx(990 * 10, rel=0.01)
+    logs = sum(file.stat().st_size for file in files.run_dir.rglob("*") if file.is_file())
+    needed = status.disks[0].needed_bytes
+    assert needed is not None and 99 * logs < needed < 99 * logs + 20_000  # ten steps have written all of the logs
 
 
 def test_status_of_a_real_run_on_four_ranks(four_ranks: Run) -> None:

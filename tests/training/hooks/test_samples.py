@@ -16,7 +16,7 @@ from ds_gpt2.engine.rng_state import get_rng_state, seed_everything
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
-from ds_gpt2.training.hooks import Samples
+from ds_gpt2.training.hooks import HookFailedError, Samples
 from ds_gpt2.training.hooks.samples import _code_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,21 +197,19 @@ def test_a_model_may_end_the_text_immediately(engine: Any, tmp_path: Path) -> No
     assert _samples(tmp_path).observe(engine, STATE)["samples/0"] == "Hello\n\n[1] <|endoftext|>\n\n[2] <|endoftext|>"
 
 
-def test_a_broken_model_does_not_end_the_run(engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_model_is_reported(engine: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         engine.model.ln_f.weight.fill_(float("nan"))
-    assert _samples(tmp_path).observe(engine, STATE) == {}
-    assert caplog.messages == ["step 250: no samples: the model's scores are not finite"]
+    with pytest.raises(HookFailedError, match=r"^rank 0: the model's scores are not finite$"):
+        _samples(tmp_path).observe(engine, STATE)
     assert engine.model.training
 
 
-def test_out_of_memory_does_not_end_the_run(
-    engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_reported(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB.")
 
     monkeypatch.setattr(engine.model, "hidden", fail)
-    assert _samples(tmp_path).observe(engine, STATE) == {}
-    assert caplog.messages == ["step 250: no samples: CUDA out of memory. Tried to allocate 20 MiB."]
+    with pytest.raises(HookFailedError, match=r"^rank 0: CUDA out of memory\. Tried to allocate 20 MiB\.$"):
+        _samples(tmp_path).observe(engine, STATE)
     assert engine.model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,9 @@ from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
+from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
-from ds_gpt2.training.hooks import Interrupted, Validation
+from ds_gpt2.training.hooks import HookFailedError, Interrupted, Validation
 
 
 class Windows:
@@ -38,14 +40,17 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return measured
 
 
-def test_a_non_finite_loss_is_reported_and_not_the_best(validation: Any, log_messages: list[str]) -> None:
+def test_a_non_finite_loss_is_reported_and_not_the_best(
+    tmp_path: Path, validation: Any, log_messages: list[str]
+) -> None:
     state = TrainState()
     validation.values = [3.0, math.nan, math.inf, 2.5]
     engine: Any = SimpleNamespace(average=None)
     metrics: list[StepMetrics] = []
     for state.step in (5, 10, 15, 20):
         metrics.append({})
-        Evaluator([validation.hook]).evaluate([validation.hook], engine, state, metrics[-1])
+        evaluator = Evaluator([validation.hook], EvaluationAttempts(tmp_path), lambda step, text: pytest.fail(text))
+        evaluator.evaluate([validation.hook], engine, state, metrics[-1])
     assert ["marks/best" in each for each in metrics] == [True, False, False, True]
     assert metrics[1] == {
         "val/loss": pytest.approx(math.nan, nan_ok=True),
@@ -92,7 +97,8 @@ def test_a_stop_while_a_shard_is_unreadable_interrupts_validation(stop_requested
     hook.progress = progress
     engine: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Identity())
     with pytest.raises(
-        Interrupted if stop_requested else UserError, match=None if stop_requested else "validation.every=0"
+        Interrupted if stop_requested else HookFailedError,
+        match=None if stop_requested else "rank 0: a shard cannot be read",
     ):
         hook.loss(engine)
     assert engine.model.training
