@@ -35,7 +35,7 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.run_dir import exit_codes, process_end
-from ds_gpt2.training.hooks import Interrupted, Validation
+from ds_gpt2.training.hooks import HookFailedError, Interrupted, Validation
 
 LR, DECAY, SEQUENCE = 1e-2, 0.9, 16
 
@@ -151,7 +151,7 @@ def evaluated(bench: Bench, engine: Engine) -> dict[str, Any]:
         "rounded": torch.equal(flat[flat != 0], nonzero[nonzero != 0]),
         "differs": not same(rounded, before),
     }
-    for kind in (Interrupted, UserError):
+    for kind, expected in ((Interrupted, Interrupted), (UserError, HookFailedError), (RuntimeError, HookFailedError)):
 
         def fail(kind: type[Exception] = kind) -> None:
             if collectives.rank() == 0 and same(rounded, weights(engine)):
@@ -160,7 +160,7 @@ def evaluated(bench: Bench, engine: Engine) -> dict[str, Any]:
         bench.validation.progress = fail
         try:
             bench.validation.observe(engine, TrainState(step=1))
-        except kind:
+        except expected:
             found[kind.__name__] = everywhere(same(before, weights(engine)))
     bench.validation.progress = lambda: None
     return found

@@ -65,7 +65,7 @@ def test_training_is_bitwise_the_same_with_and_without_an_average_and_its_evalua
 
 
 def test_the_rounded_average_is_evaluated_and_the_weights_return_also_after_an_error(seen: Seen) -> None:
-    expected = ("loss", "rounded", "differs", "Interrupted", "UserError")
+    expected = ("loss", "rounded", "differs", "Interrupted", "UserError", "RuntimeError")
     assert seen["evaluated"] == dict.fromkeys(expected, True)
 
 

@@ -132,8 +132,8 @@ class Validation(Hook):
 def _averaged_weights(engine: Engine) -> Iterator[None]:
     """Evaluate with the moving average of the weights; afterwards the weights are those of the last update.
 
-    Every rank enters and leaves together: setting weights is a collective operation. An error that is not raised on
-    all ranks ends the rank, and with it the run: it must not wait for the others here.
+    Every rank enters and leaves together: setting weights is a collective operation. Any other exception is that of a
+    collective whose other ranks have ended, and ends the run: this rank must not wait for them here.
     """
     engine.use_averaged_weights()
     try:
