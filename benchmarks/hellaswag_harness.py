@@ -26,7 +26,7 @@ if not __package__:
 
 from benchmarks.program import make_parser, report_result
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, Scores, score
+from ds_gpt2.evaluation.scoring import MEASURES, Scores, score
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import huggingface

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.data.dataset import Windows
-from ds_gpt2.data.hellaswag import Item
+from ds_gpt2.data.items import Item
 from ds_gpt2.data.loader import on_device, with_targets
-from ds_gpt2.evaluation.hellaswag_scoring import score
+from ds_gpt2.evaluation.scoring import score
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.loss import cross_entropy
 from ds_gpt2.model.shape import VOCABULARY
@@ -66,7 +66,7 @@ def window_losses(model: GPT2, windows: Windows, count: int, progress: Progress 
 
 
 def right_answers(model: GPT2, items: Sequence[Item], progress: Progress = lambda done: None) -> npt.NDArray[np.bool_]:
-    """Return which items the model answers correctly by each of ``hellaswag_scoring.MEASURES``, (measures, items).
+    """Return which items the model answers correctly by each of ``scoring.MEASURES``, (measures, items).
 
     Args:
         model: in eval mode.

@@ -22,11 +22,12 @@ from ds_gpt2.commands import eval as command
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.data.hellaswag import Item, load_items
+from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.evaluation import loss as evaluation
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, score_one
 from ds_gpt2.evaluation.loss import Estimate, count_windows, difference, mean, right_answers, share, window_losses
+from ds_gpt2.evaluation.scoring import MEASURES, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import torch_file as exported

@@ -18,8 +18,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES
+from ds_gpt2.data.hellaswag import TextStyle, load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.evaluation.loss import (
     Array,
     Estimate,
@@ -31,6 +31,7 @@ from ds_gpt2.evaluation.loss import (
     share,
     window_losses,
 )
+from ds_gpt2.evaluation.scoring import MEASURES
 from ds_gpt2.pretrained import load
 from ds_gpt2.tools.models.open import OpenedModel, damaged, find_outside, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint

@@ -13,13 +13,15 @@ from ds_gpt2.common.errors import UserError, one_line_reason
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
-from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
+from ds_gpt2.data.hellaswag import SHA256, URL, fetch, load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
 from ds_gpt2.evaluation.loss import share_stderr
+from ds_gpt2.evaluation.row_batches import row_length
+from ds_gpt2.evaluation.scoring import MEASURES, score
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 
@@ -69,7 +71,7 @@ class HellaSwag(Hook):
             if self._mine:
                 with eval_mode(engine.model):
                     counts[:-1] = score(engine.model, self._mine, self.progress).correct()
-        except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
+        except (RuntimeError, OSError, MemoryError) as error:  # such as a GPU without memory: the other ranks wait
             log.error(f"HellaSwag: {one_line_reason(error)}")
             counts[-1] = 1
         return torch.from_numpy(counts).to(engine.device)
