@@ -59,7 +59,12 @@ class Scores:
 
     def answers(self) -> npt.NDArray[np.int64]:
         """Return the index of the chosen ending, (measures, items); the first one of a tie."""
-        return (self.sums / self.lengths).argmax(axis=2)
+        return self._normalized(self.sums).argmax(axis=2)
+
+    def _normalized(self, values: Array) -> Array:
+        """Return ``values`` (items, endings) by each measure; an ending of length 0 is the least likely one."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return values / self.lengths
 
     def correct(self) -> npt.NDArray[np.int64]:
         """Return the number of correct answers, (measures,)."""
@@ -70,7 +75,7 @@ class Scores:
 
         Their two best endings are tied within rounding by any measure, or greedy decoding is not certain.
         """
-        values, error = self.sums / self.lengths, CLOSE * self.rounding / self.lengths
+        values, error = self._normalized(self.sums), CLOSE * self._normalized(self.rounding)
         best = self.answers()[..., None]
         gaps = np.take_along_axis(values, best, axis=2) - values
         tied = gaps <= np.hypot(np.take_along_axis(error, best, axis=2), error)

@@ -1,5 +1,6 @@
 """Hooks: measurements during training, which never change its result."""
 
+from ds_gpt2.training.hooks.evaluations import open_evaluations
 from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag
 from ds_gpt2.training.hooks.histograms import Histograms
 from ds_gpt2.training.hooks.hook import Hook, Interrupted
@@ -7,4 +8,14 @@ from ds_gpt2.training.hooks.machine_health import Health
 from ds_gpt2.training.hooks.samples import Samples
 from ds_gpt2.training.hooks.validation import Validation
 
-__all__ = ["Health", "HellaSwag", "Histograms", "Hook", "Interrupted", "Samples", "Validation", "open_hellaswag"]
+__all__ = [
+    "Health",
+    "HellaSwag",
+    "Histograms",
+    "Hook",
+    "Interrupted",
+    "Samples",
+    "Validation",
+    "open_evaluations",
+    "open_hellaswag",
+]
