@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_rows import rows_of
 
+from benchmarks.evaluation_rows import rows_of
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import evaluation_files, tokenizer
 from ds_gpt2.data.evaluation_files import Choice, load_items, measures_of, to_item

@@ -11,10 +11,10 @@ from typing import Any
 import huggingface_hub.constants
 import pyarrow
 import pytest
-from evaluation_rows import rows_of
 from hub_server import COMMIT, Hub
 from pyarrow import parquet
 
+from benchmarks.evaluation_rows import rows_of
 from ds_gpt2 import cli
 from ds_gpt2.common.files import sha256
 from ds_gpt2.config.evaluation_settings import EVALUATION_NAMES
