@@ -8,7 +8,6 @@ that greedy decoding generates, and ``perplexity`` is exp(-mean log-likelihood) 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -71,18 +70,13 @@ def estimates(table: Array, measures: Sequence[str]) -> dict[str, Estimate]:
     return found
 
 
-def mean_of_differences(table: Array, base: Array, measures: Sequence[str]) -> dict[str, Estimate]:
-    """Return each measure minus that of ``base``, over the same items, with the standard error of paired differences.
+def differences(table: Array, base: Array, measures: Sequence[str]) -> dict[str, Estimate]:
+    """Return each share of right answers minus that of ``base``, over the same items; not of the perplexity.
 
-    Of a perplexity it is the ratio minus 1: exp(-mean difference of the log-likelihoods) - 1.
+    The standard error is that of the paired differences.
     """
-    found = {}
-    for measure, values, of_base in zip(measures, table, base, strict=True):
-        found[measure] = mean(values - of_base)
-        if measure == "perplexity":
-            ratio, error = math.exp(min(700.0, -found[measure].value)), found[measure].stderr
-            found[measure] = Estimate(ratio - 1, None if error is None else ratio * error)
-    return found
+    shares = zip(measures, table, base, strict=True)
+    return {measure: mean(values - of_base) for measure, values, of_base in shares if measure != "perplexity"}
 
 
 def batches_of_rank(
