@@ -83,7 +83,8 @@ class Text(Windows):
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         self.reads = getattr(self, "reads", 0) + 1
-        rest = np.resize(tokenizer.gpt2().encode_ordinary("Tea in the café, naïvely."), (len(indices), 63))
+        rest = np.resize(tokenizer.gpt2().encode_ordinary("Tea in the café, naïvely."), 63)
+        rest = np.tile(rest, (len(indices), 1))
         return np.concatenate([indices[:, None], np.full((len(indices), 1), tokenizer.END_OF_TEXT), rest], axis=1)
 
 
