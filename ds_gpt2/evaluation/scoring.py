@@ -33,7 +33,8 @@ from ds_gpt2.model.shape import VOCABULARY, ModelShape
 
 MEASURES = ("acc", "acc_norm", "acc_norm_bytes", "acc_norm_chars")
 
-_REFERENCE_TOKENS = 2048  # of an item whose logits the reference computes at once
+_NORM_ROWS = 4096  # of the head, whose norms are computed at once: in fp32, a copy
+REFERENCE_TOKENS = 768  # of an item whose logits the reference computes at once; more than any of HellaSwag has
 
 # Two endings count as tied if their sums differ by less than ``CLOSE`` times the root of the sum of their squared
 # ``rounding``. Tied items are scored again by the reference. On CPUs, the difference of two sums deviated from the
@@ -114,7 +115,7 @@ def score_one(model: GPT2, item: Item) -> Array:
     tokens, scored = _rows(model, item)
     device = model.wte.weight.device
     rows = torch.from_numpy(tokens).to(device)
-    if tokens.size > _REFERENCE_TOKENS:  # in parts, to limit the memory of the logits
+    if tokens.size > REFERENCE_TOKENS:  # in parts, to limit the memory of the logits
         return np.array([_sum_of_long(model, row, mask) for row, mask in zip(rows, scored, strict=True)])
     logits = model.logits(rows[:, :-1])
     losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
@@ -288,24 +289,36 @@ def _token_scores(model: GPT2, hidden: torch.Tensor, targets: torch.Tensor) -> t
     result, (tokens, 3), is that of ``_unlike_greedy`` if there is one ending, otherwise zeros.
     """
     head = model.wte.weight
-    lengths = torch.linalg.vector_norm(head, dim=1, dtype=torch.float32)
-    results = []
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in head.split(_NORM_ROWS)]
+    lengths = torch.cat(norms)
     size = _chunk(model)
-    for part, target in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = part @ head.t()  # (chunk, padded vocabulary)
-        logits[:, VOCABULARY:] = -torch.inf
-        log_likelihood = _log_softmax(logits, target)
-        norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float32)
-        of_logit = _logit_variance(model.shape, norms * lengths[target], logits.gather(1, target).float(), part.dtype)
-        steps = log_likelihood.new_zeros(len(part), 3)
-        if target.shape[1] == 1:
-            best = logits.topk(2, dim=1).indices
-            other = torch.where(best[:, :1] == target, best[:, 1:], best[:, :1])
-            of_other = _logit_variance(model.shape, norms * lengths[other], logits.gather(1, other).float(), part.dtype)
-            gap = logits.gather(1, target).float() - logits.gather(1, other).float()
-            steps = _unlike_greedy(gap, CLOSE * (of_logit + of_other).sqrt())
-        results.append((log_likelihood, of_logit + _softmax_variance(log_likelihood), steps))
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    results = [_chunk_scores(model, part, target, lengths) for part, target in parts]
     return tuple(torch.cat(kind) for kind in zip(*results, strict=True))
+
+
+def _chunk_scores(
+    model: GPT2, hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return ``_token_scores`` of one chunk of tokens.
+
+    Args:
+        lengths: (padded vocabulary,) norms of the rows of the head, fp32.
+    """
+    logits = hidden @ model.wte.weight.t()  # (chunk, padded vocabulary)
+    logits[:, VOCABULARY:] = -torch.inf
+    log_likelihood = _log_softmax(logits, targets)
+    norms = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=torch.float32)
+    logit = logits.gather(1, targets).float()
+    variance = _logit_variance(model.shape, norms * lengths[targets], logit, hidden.dtype)
+    steps = log_likelihood.new_zeros(len(hidden), 3)
+    if targets.shape[1] == 1:
+        best = logits.topk(2, dim=1).indices
+        other = torch.where(best[:, :1] == targets, best[:, 1:], best[:, :1])
+        of_other = logits.gather(1, other).float()
+        other_variance = _logit_variance(model.shape, norms * lengths[other], of_other, hidden.dtype)
+        steps = _unlike_greedy(logit - of_other, CLOSE * (variance + other_variance).sqrt())
+    return log_likelihood, variance + _softmax_variance(log_likelihood), steps
 
 
 def _unlike_greedy(gap: torch.Tensor, error: torch.Tensor) -> torch.Tensor:

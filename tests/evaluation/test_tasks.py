@@ -175,7 +175,7 @@ def test_a_row_that_is_too_long_is_computed_in_parts(tmp_path: Path, monkeypatch
     model, items = make_model(torch.float32), items_of("arc_easy", tmp_path)
     whole = score_batched(model, items)
     monkeypatch.setattr(scoring, "longest_row", lambda sequence_length: 20)
-    monkeypatch.setattr(scoring, "_REFERENCE_TOKENS", 10)
+    monkeypatch.setattr(scoring, "REFERENCE_TOKENS", 10)
     assert max(map(row_batches.row_length, items)) > 25
     np.testing.assert_allclose(score_batched(model, items).sums, whole.sums, atol=1e-4)
     plain_sums = [score_one(model, item) for item in items]  # the reference in parts

@@ -81,6 +81,10 @@ def memory_section(inputs: PlanInputs, results: TrialResults | None, calibration
     ]
     text = f"{size(peak.total):>9}  peak, in this part of a step: {peak.moment}"
     rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": peak.total}))
+    if inputs.settings.hellaswag.every or any(each.every for each in inputs.settings.evaluations.values()):
+        count = memory_model.evaluation(inputs.model, inputs.layout.accelerator)
+        text = f"{size(count):>9}  at most, in place of gradients, activations and logits, while items are evaluated"
+        rows.append(PlanRow("evaluation", text, "predicted", {"evaluation_bytes": count}))
     if results is not None and not inputs.on_cpu:
         allocated = max(rank.device_allocated or 0 for rank in results.ranks)
         off = percent(peak.total / allocated - 1)
