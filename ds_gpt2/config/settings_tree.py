@@ -116,6 +116,13 @@ def sections_of(tree: dict[str, Any], dotted: str) -> tuple[list[dict[str, Any]]
     return [node for node in nodes if isinstance(node, dict)], name
 
 
+def by_name(tree: dict[str, Any], dotted: str) -> list[str]:
+    """Return ``dotted``, or one setting for each name if its ``*`` stands for the entries of a mapping of ``tree``."""
+    section, star, name = dotted.partition(".*.")
+    node = tree.get(section) if star else None
+    return [f"{section}.{each}.{name}" for each in node] if isinstance(node, dict) else [dotted]
+
+
 def _entries(node: Any) -> list[Any]:
     if isinstance(node, dict):
         return list(node.values())

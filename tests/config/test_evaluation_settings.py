@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config import run_location
 from ds_gpt2.config.evaluation_settings import EVALUATION_NAMES
-from ds_gpt2.config.run_location import load_run_settings, stored_settings
+from ds_gpt2.config.run_location import load_run_settings, public_tree, stored_settings
 from ds_gpt2.config.settings import PROJECT_DIR, Settings, dump_settings, load_settings
 from ds_gpt2.monitoring.pace import Cadence, evaluation_intervals
 
@@ -91,6 +92,21 @@ def test_a_mistake_is_refused_in_one_line(tmp_path: Path, evaluations: object, m
     with pytest.raises(UserError, match=re.escape(message)) as error:
         loaded(tmp_path, evaluations)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_has_the_current_path_of_each_evaluation_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {name: {"every": 5, "path": str(tmp_path / f"{name}.jsonl")} for name in ("b", "a", "c")}
+    settings = loaded(tmp_path, named, f"checkpoint.dir={tmp_path / 'checkpoints'}")
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "config.yaml").write_text(stored_settings(settings))
+    monkeypatch.setattr(run_location, "run_of", lambda directory: settings.run_dir)
+    in_manifest = public_tree(settings)
+    in_manifest["evaluations"] = {name: {"every": 5, "path": "old"} for name in ("a", "b", "c", "gone")}
+    found = run_location.current_settings(settings.checkpoint_dir / "rolling_step_000001", in_manifest)["evaluations"]
+    paths = {name: entry["path"] for name, entry in found.items()}
+    assert paths == {name: str(tmp_path / f"{name}.jsonl") for name in "abc"} | {"gone": None}
 
 
 def test_evaluations_with_equal_intervals_are_one_kind_of_the_pace(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_gpt2.checkpoint.space import reserved_bytes
-from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
+from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, truncated, zone
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.fit import Calibration, micro_batches
@@ -19,6 +19,7 @@ from ds_gpt2.tools.resources.prices import Prices, cost_of
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, disk_requirement
 from ds_gpt2.tools.resources.run_schedule import RunSchedule, evaluation_counts
 
+_LONGEST_LABEL = 14  # characters
 _NO_STEPS = "not known without the number of steps"
 
 
@@ -152,11 +153,12 @@ def _evaluation_rows(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) 
     for name, count in evaluation_counts(inputs.settings, schedule.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
+        label = truncated(name.removeprefix("evaluations."), _LONGEST_LABEL)
         if count and cost is not None:
-            rows.append(PlanRow(name, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
+            rows.append(PlanRow(label, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
         elif count:
             rows.append(
-                PlanRow(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
+                PlanRow(label, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
             )
     return rows
 
