@@ -32,9 +32,10 @@ from benchmarks import machine
 from benchmarks.program import make_parser
 from ds_gpt2.config.sections import PRESETS
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.data.hellaswag import ENDINGS, Item, load_items
+from ds_gpt2.data.hellaswag import ENDINGS, load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.distributed import device
-from ds_gpt2.evaluation.hellaswag_scoring import CLOSE, MEASURES, Array, Scores, score, score_batched, score_one
+from ds_gpt2.evaluation.scoring import CLOSE, MEASURES, Array, Scores, score, score_batched, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import VOCABULARY, ModelShape
 

@@ -26,7 +26,7 @@ if not __package__:
 
 from benchmarks.program import make_parser, report_result
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, Scores, score
+from ds_gpt2.evaluation.scoring import MEASURES, Scores, score
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import huggingface
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=300, help="number of items, evenly spaced in the file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = _scaled(GPT2(SHAPE)).eval()
+    model = scaled(GPT2(SHAPE)).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = _sample(options.file, options.items, Path(folder))
         ours = score(model, load_items(file, "cleaned", Path(folder)))
@@ -65,7 +65,7 @@ def _sample(file: Path, items: int, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def _scaled(model: GPT2) -> GPT2:
+def scaled(model: GPT2) -> GPT2:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.mul_(GAIN)
@@ -87,12 +87,12 @@ def _harness(model: GPT2, file: Path, folder: Path) -> list[dict[str, Any]]:
         "metric_list": [{"metric": measure} for measure in THEIRS],
     }
     task.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    lm = HFLM(pretrained=_exported(model, folder / "exported"), backend="causal", device="cpu", batch_size=8)
+    lm = HFLM(pretrained=exported(model, folder / "exported"), backend="causal", device="cpu", batch_size=8)
     results = lm_eval.simple_evaluate(lm, tasks=[str(task)], bootstrap_iters=0)
     return sorted(results["samples"]["hellaswag"], key=lambda sample: int(sample["doc_id"]))
 
 
-def _exported(model: GPT2, directory: Path) -> str:
+def exported(model: GPT2, directory: Path) -> str:
     """Write model and tokenizer as ``export`` does; return the directory."""
     directory.mkdir()
     config = huggingface.config_of(model.shape, 0.0, "float32")

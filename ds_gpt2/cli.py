@@ -53,7 +53,7 @@ _VERBS = {
     "backup": _Verb("copy a checkpoint to a backup storage and verify it", "backup"),
     "export": _Verb("export a run's model for transformers or plain PyTorch", "export"),
     "generate": _Verb("generate text with the model of a run or an exported one", "generate"),
-    "eval": _Verb("evaluate models: loss on held-out text, HellaSwag", "eval"),
+    "eval": _Verb("evaluate models: loss on held-out text, HellaSwag, others", "eval"),
     "diff": _Verb("compare two runs: settings, losses at equal tokens, final metrics", "diff"),
     "notes": _Verb("add notes to a run, or show them", "notes"),
     "report": _Verb("write a report of a run as one HTML file", "report"),

@@ -1,4 +1,4 @@
-"""``eval``: evaluate models on the same held-out text and the same HellaSwag items, in one table."""
+"""``eval``: evaluate models on the same held-out text and the same items of evaluations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ds_gpt2.checkpoint.manifest import Weights
 from ds_gpt2.commands.arguments import add_weights_argument, path, positive
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import MISSING, fixed, signed, table, tokens
+from ds_gpt2.config.evaluation_settings import EVALUATION_NAMES
 from ds_gpt2.distributed import device
 from ds_gpt2.evaluation.loss import Estimate
 from ds_gpt2.run_dir import exit_codes
@@ -25,6 +26,7 @@ from ds_gpt2.tools.models.evaluate import DEFAULT_TOKENS, EvalData, EvalRow, Eva
 from ds_gpt2.tools.models.open import open_model
 
 _SHOWN = ("acc", "acc_norm")  # of ``MEASURES``; the JSON has all of them
+_OF_TASKS = ("acc", "acc_norm", "perplexity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="HellaSwag file (default: the run's hellaswag.path, if it exists)",
     )
-    parser.add_argument("--items", type=positive, metavar="N", help="only the first N HellaSwag items (default: all)")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help=f"evaluations, separated by commas: {', '.join(EVALUATION_NAMES)}, those of the run's settings, NAME=FILE"
+        " for items of your own, or all that are prepared (default: none)",
+    )
+    parser.add_argument(
+        "--items", type=positive, metavar="N", help="only the first N items of HellaSwag and each task (default: all)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
@@ -66,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     chosen = _choose_device(options.device)  # before reading a checkpoint imports DeepSpeed
     models = evaluate.find_models(options.what, options.tag, options.weights)
-    sources = EvalSources(options.data, options.tokens, options.hellaswag, options.items)
+    sources = EvalSources(options.data, options.tokens, options.hellaswag, options.items, options.tasks)
     data = evaluate.choose_data(sources, models, _warn)
     for note in data.notes:
         print(note, file=sys.stderr if options.json else sys.stdout, flush=True)
@@ -112,12 +122,28 @@ def _plain(value: Any) -> Any:
 
 
 def _report(rows: Sequence[EvalRow]) -> str:
-    head = ["model", "step", "tokens", "loss", "perplexity", *_SHOWN, "items"]
+    head = ["model", "step", "tokens", "loss", "perplexity", "bits/byte", *_SHOWN, "items"]
     parts = ["", table([head, *map(_cells, rows)])]
     if len(rows) > 1:
         differences = [["minus the first", "loss", *_SHOWN], *map(_cells_of_difference, rows[1:])]
         parts += ["", table(differences), "a difference below two standard errors may be due to chance"]
+    if any(row.tasks for row in rows):
+        parts += ["", table([["model", "evaluation", *_OF_TASKS], *_rows_of_tasks(rows)])]
     return "\n".join(parts)
+
+
+def _rows_of_tasks(rows: Sequence[EvalRow]) -> list[list[str]]:
+    """Return a row for each model and evaluation; then, for each further model, its difference from the first."""
+    found = [
+        [row.title, name, *(_with_error(measured.get(measure)) for measure in _OF_TASKS)]
+        for row in rows
+        for name, measured in row.tasks.items()
+    ]
+    for row in rows:
+        for name, less in row.difference.tasks.items() if row.difference and row is not rows[0] else ():
+            cells = (_with_error(less.get(measure), signed) for measure in _OF_TASKS)
+            found.append([f"{row.title}, minus the first", name, *cells])
+    return found
 
 
 def _cells(row: EvalRow) -> list[str]:
@@ -127,6 +153,7 @@ def _cells(row: EvalRow) -> list[str]:
         MISSING if row.tokens is None else tokens(row.tokens),
         _with_error(row.loss),
         fixed(row.perplexity, 2),
+        fixed(None if row.bits_per_byte is None else row.bits_per_byte.value, 4),
         *(_with_error(row.hellaswag[measure] if row.hellaswag else None) for measure in _SHOWN),
         f"{row.items:,}" if row.items else MISSING,
     ]

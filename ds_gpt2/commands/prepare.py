@@ -1,4 +1,4 @@
-"""``prepare``: convert local text or datasets of the Hugging Face hub to token shards; download HellaSwag."""
+"""``prepare``: convert local text or datasets of the Hugging Face hub to token shards; download evaluations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_gpt2.commands.arguments import path, positive
-from ds_gpt2.common.formatting import counted
+from ds_gpt2.common.errors import UserError
+from ds_gpt2.common.formatting import MISSING, counted, table
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.data.dataset import Dataset
-from ds_gpt2.data.prepare import datasets, hub_datasets
+from ds_gpt2.data.prepare import datasets, evaluation_sets, hub_datasets
 from ds_gpt2.data.prepare.chunking import SEPARATOR
 from ds_gpt2.data.prepare.datasets import HELLASWAG_DIR, SAMPLE_DIR, Destination
 from ds_gpt2.data.prepare.documents import COLUMN
@@ -70,6 +71,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--tokens", type=positive, metavar="N", help="maximum number of tokens (default: all)")
     for kind in (sample, text, hub, edu, fineweb, webtext):
         kind.add_argument("--workers", type=_workers, metavar="N", help="number of processes (default: one per core)")
+    evaluation = kinds.add_parser("evaluation", help="items of a published evaluation, such as arc_easy or lambada")
+    evaluation.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(evaluation_sets.PUBLISHED)}, or all")
+    evaluation.add_argument("--list", action="store_true", help="list the evaluations and which of them are prepared")
+    evaluation.add_argument(
+        "--out",
+        type=path("--out"),
+        default=evaluation_sets.DIR,
+        metavar="DIR",
+        help="output directory (default: data/evaluations)",
+    )
+    evaluation.add_argument(
+        "--from",
+        type=path("--from"),
+        dest="source",
+        metavar="FILE",
+        help="use this file instead of downloading: Parquet or JSON Lines with the fields of the hub",
+    )
     items = kinds.add_parser("hellaswag", help="HellaSwag's validation items, downloaded or from a local file")
     items.add_argument(
         "--out",
@@ -89,9 +107,40 @@ def run(options: argparse.Namespace) -> int:
             prepared = datasets.prepare_hellaswag(options.out, options.source)
         kind = "the original file" if prepared.is_original else "not the original file byte for byte"
         print(f"{counted(prepared.items, 'item')} in {prepared.path}: {kind}")
+    elif options.kind == "evaluation":
+        _prepare_evaluations(options)
     else:
         report(_prepare(options))
     return exit_codes.DONE
+
+
+def _prepare_evaluations(options: argparse.Namespace) -> None:
+    """Prepare evaluations, or list them.
+
+    Raises:
+        UserError: there is no such evaluation, or it cannot be read, downloaded or written.
+    """
+    if options.list:
+        print(table([["evaluation", "repository", "split", "items", "revision"], *_evaluations(options.out)]))
+        return
+    names = list(evaluation_sets.PUBLISHED) if options.names == ["all"] else options.names
+    if not names:
+        raise UserError(f"give one of {', '.join(evaluation_sets.PUBLISHED)}, or all")
+    if options.source is not None and len(names) > 1:
+        raise UserError(f"--from gives one file, not those of {len(names)} evaluations: give one name")
+    evaluation_sets.check_names(names)
+    for name in names:
+        with _empty_directories_removed(options.out):
+            path, record = evaluation_sets.prepare_evaluation(name, options.out, options.source)
+        at = f" at {record.revision[:12]}" if record.revision else ""
+        print(f"{name}: {counted(record.items, 'item')} in {path}, from {record.source}{at}", flush=True)
+
+
+def _evaluations(directory: Path) -> Iterator[list[str]]:
+    for name, published in evaluation_sets.PUBLISHED.items():
+        record = evaluation_sets.read_record(directory / f"{name}.jsonl")
+        found = [MISSING, MISSING] if record is None else [f"{record.items:,}", (record.revision or "local file")[:12]]
+        yield [name, published.repository, published.split, *found]
 
 
 @contextlib.contextmanager

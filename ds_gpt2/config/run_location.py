@@ -32,7 +32,7 @@ from ds_gpt2.config.settings import (
     settings_of,
     to_yaml,
 )
-from ds_gpt2.config.settings_tree import read_tree, section_of, sections_of
+from ds_gpt2.config.settings_tree import by_name, read_tree, section_of, sections_of
 from ds_gpt2.run_dir.journal import JOURNAL
 from ds_gpt2.run_dir.metrics import METRICS
 from ds_gpt2.run_dir.starts import STARTS, last_start, time_of
@@ -229,7 +229,7 @@ def current_settings(checkpoint: Path, stored: dict[str, Any]) -> dict[str, Any]
     run_dir = run_of(checkpoint.resolve().parent)
     now = load_run_settings(run_dir).model_dump(mode="json") if run_dir is not None else {}
     tree = json.loads(json.dumps(stored))
-    for key in PATH_KEYS:
+    for key in (each for keys in PATH_KEYS for each in by_name(tree, keys)):
         sections, name = sections_of(tree, key)
         current = sections_of(now, key)[0]
         for number, section in enumerate(sections):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ds_gpt2.common.errors import UserError
+from ds_gpt2.config.evaluation_settings import EVALUATION_NAMES, Evaluations, EvaluationSettings, default_path
 from ds_gpt2.config.field_types import Section
 from ds_gpt2.config.sections import (
     CHECKPOINTS,
@@ -64,6 +65,7 @@ __all__ = [
     "ClusterSettings",
     "DataSettings",
     "EmaSettings",
+    "EvaluationSettings",
     "GuardSettings",
     "HellaswagSettings",
     "HistogramsSettings",
@@ -104,6 +106,7 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     hellaswag: HellaswagSettings = HellaswagSettings()
+    evaluations: Evaluations = Field(default={})
     samples: SamplesSettings = SamplesSettings()
     histograms: HistogramsSettings = HistogramsSettings()
     monitor: MonitorSettings = MonitorSettings()
@@ -149,6 +152,7 @@ PATH_KEYS = (
     "checkpoint.dir",
     "checkpoint.backup.to",
     "hellaswag.path",
+    "evaluations.*.path",
     "monitor.dir",
     "alerts.urls_file",
     "deepspeed",
@@ -207,12 +211,32 @@ def settings_of(
     set_default(tree, "run", "dir", project_dir / RUNS)
     set_default(tree, "checkpoint", "dir", project_dir / CHECKPOINTS)
     set_default(tree, "hellaswag", "path", project_dir / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    _set_evaluation_paths(tree, project_dir)
     tree.setdefault("deepspeed", str(project_dir / "ds_configs" / "zero2_bf16.json"))
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
         sections = list(Settings.model_fields)
         raise UserError(explain(error, path, overrides or {}, known_keys(), sections, hints)) from None
+
+
+def _set_evaluation_paths(tree: dict[str, Any], project_dir: Path) -> None:
+    """Set the paths of published evaluations; a name without a path that is not one of them is refused.
+
+    Raises:
+        UserError: there is no such evaluation.
+    """
+    evaluations = tree.get("evaluations")
+    for name, entry in evaluations.items() if isinstance(evaluations, dict) else ():
+        if name == "hellaswag":
+            raise UserError("evaluations.hellaswag: HellaSwag has a section of its own: set hellaswag.every")
+        if isinstance(entry, dict) and entry.get("path") is None:
+            if (path := default_path(name, project_dir)) is None:
+                raise UserError(
+                    f"evaluations.{str(name)[:60]}: no such evaluation: set its path, a file of items of your own, or"
+                    f" use one of {', '.join(EVALUATION_NAMES)}"
+                )
+            entry["path"] = str(path)
 
 
 def dump_settings(settings: Settings) -> str:

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from ds_gpt2.common.formatting import uncapitalized
 
 _MAY_BE_SECRET = frozenset({"checkpoint.backup.to", "alerts.command"})  # values that errors must not show
+_BY_NAME = frozenset({"evaluations"})  # settings that are mappings from names to sections
 _PLAIN_MESSAGES = {  # by pydantic's error types, for those whose own message is in terms of Python
     "tuple_type": "must be a list, such as [0.9, 0.95] or [first, second]",
+    "dict_type": "must be a mapping of names to sections, such as {arc_easy: {every: 1000}}",
     "model_type": "must be a section of settings, not a value",
     "string_type": "must be one text",
     "path_type": "must be one path",
@@ -63,7 +65,8 @@ def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
         too_short = isinstance(item["loc"][-1], int)
         return f"{key} has too few values" if too_short else f"{key} is not set"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error" and message.startswith((key, "give ", "model.", "schedule.", "data.")):
+    complete = (key, "give ", "model.", "schedule.", "data.")  # beginnings of messages that name the setting
+    if item["type"] == "value_error" and message.startswith(complete):
         return message
     message = _PLAIN_MESSAGES.get(item["type"], message)
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
@@ -71,6 +74,8 @@ def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
 
 
 def _unknown_setting(key: str, names: Sequence[str]) -> str:
+    if key.startswith("evaluations."):
+        return f"unknown setting {key}: an evaluation has every, path and items"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "docs/settings.md lists all settings"
     if near and near[0] == key:
@@ -91,6 +96,8 @@ def _setting_at(location: tuple[int | str, ...], keys: Sequence[str]) -> str:
     for known in keys:
         names = known.split(".")
         if parts[: len(names)] == names:
+            if known in _BY_NAME and len(location) > 1:
+                return ".".join([known, *parts[1 : 2 if len(location) == 2 else 3]])
             return known + _entry(location[len(names) :])
     return ".".join(str(part) for part in location)
 

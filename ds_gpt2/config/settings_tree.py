@@ -104,16 +104,29 @@ def sections_of(tree: dict[str, Any], dotted: str) -> tuple[list[dict[str, Any]]
     """Return the sections of ``tree`` that hold the setting ``dotted``, and the last part of its name.
 
     Args:
-        dotted: ``*`` in it stands for every entry of a list.
+        dotted: ``*`` in it stands for every entry of a list or mapping.
     """
     *sections, name = dotted.split(".")
     nodes: list[Any] = [tree]
     for section in sections:
         if section == "*":
-            nodes = [entry for node in nodes if isinstance(node, list) for entry in node]
+            nodes = [entry for node in nodes for entry in _entries(node)]
         else:
             nodes = [node.get(section) for node in nodes if isinstance(node, dict)]
     return [node for node in nodes if isinstance(node, dict)], name
+
+
+def by_name(tree: dict[str, Any], dotted: str) -> list[str]:
+    """Return ``dotted``, or one setting for each name if its ``*`` stands for the entries of a mapping of ``tree``."""
+    section, star, name = dotted.partition(".*.")
+    node = tree.get(section) if star else None
+    return [f"{section}.{each}.{name}" for each in node] if isinstance(node, dict) else [dotted]
+
+
+def _entries(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
 
 
 def set_default(tree: dict[str, Any], section: str, name: str, value: Path | str) -> None:
@@ -136,9 +149,16 @@ def without_nulls(section: type[BaseModel], tree: dict[str, Any]) -> dict[str, A
             result[key] = without_nulls(inner, value) if isinstance(value, dict) else value
         elif isinstance(value, list) and is_section(entry := next(iter(get_args(inner)), None)):
             result[key] = [without_nulls(entry, each) if isinstance(each, dict) else each for each in value]
+        elif (named := _section_by_name(inner)) is not None:
+            entries = {} if strict_yaml.is_null(value) else value
+            result[key] = _without_nulls_by_name(named, entries) if isinstance(entries, dict) else entries
         elif strict_yaml.is_null(value) and type(None) in get_args(inner):
             result[key] = None
     return result
+
+
+def _without_nulls_by_name(section: type[BaseModel], entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: without_nulls(section, each) if isinstance(each, dict) else each for name, each in entries.items()}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -176,10 +196,21 @@ def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def _section_by_name(annotation: Any) -> type[BaseModel] | None:
+    """Return the type of the values of a mapping from names to sections; None for another type."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is not dict or len(arguments) != 2 or not is_section(arguments[1]):
+        return None
+    return arguments[1]
+
+
 def _annotation(settings: type[BaseModel], key: str) -> Any:
     """Return the type of the setting ``key``; None if there is no such setting."""
     found: Any = settings
     for name in key.split("."):
+        if (by_name := _section_by_name(found)) is not None:
+            found = by_name
+            continue
         if not is_section(found):
             return None
         fields = {field.alias or own: field for own, field in found.model_fields.items()}

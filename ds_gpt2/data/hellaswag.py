@@ -28,6 +28,7 @@ from ds_gpt2.common import safe_json
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import read_small, regular_only, replace_file, sha256
 from ds_gpt2.data import tokenizer
+from ds_gpt2.data.items import Item
 from ds_gpt2.data.shards import Tokens
 
 FILE = "hellaswag_val.jsonl"
@@ -54,17 +55,6 @@ class Question:
     context_second: str
     endings: list[str]
     label: int  # index of the correct ending
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tokenized question, with the lengths of its endings as text (without the space before them)."""
-
-    context: Tokens
-    endings: list[Tokens]
-    label: int  # index of the correct ending
-    characters: npt.NDArray[np.int32]  # (4,)
-    bytes: npt.NDArray[np.int32]  # (4,), in UTF-8
 
 
 def fetch(path: Path, url: str, digest: str) -> None:

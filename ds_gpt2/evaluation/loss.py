@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from ds_gpt2.data.dataset import Windows
-from ds_gpt2.data.hellaswag import Item
+from ds_gpt2.data.items import Item
 from ds_gpt2.data.loader import on_device, with_targets
-from ds_gpt2.evaluation.hellaswag_scoring import score
+from ds_gpt2.data.token_bytes import count_bytes
+from ds_gpt2.evaluation.scoring import score
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.loss import cross_entropy
 from ds_gpt2.model.shape import VOCABULARY
@@ -37,6 +38,18 @@ class Estimate:
 def count_windows(windows: Windows, tokens: int) -> int:
     """Return how many whole windows fit into ``tokens`` tokens: at least one, at most all. Also used by training."""
     return max(1, min(tokens // windows.sequence_length, len(windows)))
+
+
+def bytes_per_token(windows: Windows, count: int) -> float:
+    """Return the mean of the UTF-8 bytes of the target tokens of the first ``count`` windows.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+    size = max(1, _BATCH_TOKENS["cuda"] // windows.sequence_length)
+    starts = range(0, count, size)
+    total = sum(count_bytes(windows.read(np.arange(start, min(start + size, count)))) for start in starts)
+    return total / (count * windows.sequence_length)
 
 
 @torch.no_grad()
@@ -66,7 +79,7 @@ def window_losses(model: GPT2, windows: Windows, count: int, progress: Progress 
 
 
 def right_answers(model: GPT2, items: Sequence[Item], progress: Progress = lambda done: None) -> npt.NDArray[np.bool_]:
-    """Return which items the model answers correctly by each of ``hellaswag_scoring.MEASURES``, (measures, items).
+    """Return which items the model answers correctly by each of ``scoring.MEASURES``, (measures, items).
 
     Args:
         model: in eval mode.
@@ -105,6 +118,11 @@ def difference(values: Array | npt.NDArray[np.bool_], base: Array | npt.NDArray[
     The standard error is that of the paired differences, which do not contain the difficulty common to both models.
     """
     return mean(values.astype(np.float64) - base.astype(np.float64))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Return the bits that a model needs for a byte of text, of a loss in nats per token."""
+    return loss / math.log(2) / bytes_per_token
 
 
 def perplexity(loss: float) -> float:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from ds_gpt2.config.settings import Settings
 
 EVALUATIONS = ("samples", "hellaswag", "histograms", "validation")  # sections of the settings with their own ``every``
+_INTERVALS = 4  # different intervals of ``evaluations`` that are estimated separately, the shortest
 
 RECENT = 50  # steps
 RECENT_LABEL = f"median of last {RECENT} steps"
@@ -30,6 +31,12 @@ _USUAL = 5  # newest evaluations or saves whose median is their usual time
 _SEARCHED = 64  # multiples of an interval that are searched for an evaluation of exactly these kinds
 
 _Kinds = frozenset[str]
+
+
+def evaluation_intervals(settings: Settings) -> dict[str, int]:
+    """Return the interval in steps of each kind of evaluation by its dotted section; 0: never."""
+    found = {name: getattr(settings, name).every for name in EVALUATIONS}
+    return found | {f"evaluations.{name}": each.every for name, each in settings.evaluations.items()}
 
 
 def recent(values: Sequence[float | None]) -> float | None:
@@ -96,6 +103,9 @@ class Cadence:
     @classmethod
     def of(cls, settings: Settings) -> Cadence:
         found = {name: getattr(settings, name).every for name in EVALUATIONS}
+        # Evaluations with equal intervals are always due together: they are one kind.
+        intervals = sorted({each.every for each in settings.evaluations.values()} - {0})[:_INTERVALS]
+        found |= {f"evaluations every {every}": every for every in intervals}
         return cls({name: every for name, every in found.items() if every}, settings.checkpoint.every)
 
     def due(self, step: int) -> _Kinds:

@@ -20,6 +20,7 @@ _LAYOUT = {
     },
     "learning": {
         "HellaSwag": ["Multiline", [r"hellaswag/acc$", r"hellaswag/acc_norm$"]],
+        "evaluations": ["Multiline", [r"eval/\w+/acc$", r"eval/\w+/acc_norm$"]],
         "perplexity": ["Multiline", [r"val/perplexity$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
         "update size relative to the weights": ["Multiline", [r"update_ratio/"]],

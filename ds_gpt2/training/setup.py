@@ -56,7 +56,7 @@ from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
-from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_hellaswag
+from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_evaluations, open_hellaswag
 from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
@@ -342,6 +342,7 @@ def _build_hooks(
     if settings.hellaswag.every:
         hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
         hooks += [hellaswag] if hellaswag is not None else []
+    hooks += open_evaluations(settings.evaluations, engine.model, settings.run_dir)
     for hook in hooks:
         hook.progress = progress
     return hooks

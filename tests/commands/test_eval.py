@@ -21,12 +21,15 @@ from ds_gpt2.checkpoint.naming import MANIFEST
 from ds_gpt2.commands import eval as command
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.data.hellaswag import Item, load_items
+from ds_gpt2.data.evaluation_files import load_items as task_items
+from ds_gpt2.data.hellaswag import load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.data.sources import HeldOut
 from ds_gpt2.evaluation import loss as evaluation
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, score_one
 from ds_gpt2.evaluation.loss import Estimate, count_windows, difference, mean, right_answers, share, window_losses
+from ds_gpt2.evaluation.scoring import MEASURES, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.pretrained import torch_file as exported
@@ -185,7 +188,7 @@ def test_models_are_compared_over_the_same_windows_and_items(
     words = ("--data", dataset_dir, "--tokens", 30 * SEQUENCE, "--hellaswag", items_file)
     first, itself, other = rows(capsys, models["one"], models["one"], models["two"], *words)
     same = {"value": 0.0, "stderr": 0.0}
-    no_difference = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same)}
+    no_difference = {"loss": same, "hellaswag": dict.fromkeys(MEASURES, same), "tasks": {}}
     assert first["less_first"] == itself["less_first"] == no_difference
     assert other["difference"] == other["less_first"]
     losses = [plain_losses(make_model(seed), dataset_dir, 30) for seed in (1, 2)]
@@ -212,17 +215,74 @@ def test_the_table_has_the_figures_of_the_json(
     assert printed.err == ""  # no progress bar: this is not a terminal
     assert lines[0] == f"loss: 9 validation windows of {SEQUENCE} tokens, {dataset_dir}"
     assert lines[1] == f"HellaSwag: 15 items, text original, {items_file}"
-    assert lines[3].split() == ["model", "step", "tokens", "loss", "perplexity", "acc", "acc_norm", "items"]
+    assert lines[3].split() == [
+        "model",
+        "step",
+        "tokens",
+        "loss",
+        "perplexity",
+        "bits/byte",
+        "acc",
+        "acc_norm",
+        "items",
+    ]
     for line, row in zip(lines[4:6], (one, two), strict=True):
         of_loss, of_answers = row["loss"], row["hellaswag"]["acc"]
         assert line.startswith(f"{row['title']}  ")
         assert f"  {of_loss['value']:.4f} ± {of_loss['stderr']:.4f}  " in line
-        assert f"  {row['perplexity']:,.2f}  {of_answers['value']:.4f} ± {of_answers['stderr']:.4f}  " in line
+        bits = row["bits_per_byte"]["value"]
+        assert f"  {row['perplexity']:,.2f}" in line and f"  {bits:.4f}  " in line
+        assert f"  {of_answers['value']:.4f} ± {of_answers['stderr']:.4f}  " in line
         assert line.endswith("  15")
     less = two["less_first"]["loss"]
     assert lines[8].split()[0] == str(models["two"])
     assert f"  {less['value']:+.4f} ± {less['stderr']:.4f}  " in lines[8]
     assert lines[9:] == ["a difference below two standard errors may be due to chance"]
+
+
+def test_bits_per_byte_are_the_nats_of_all_windows_per_byte_of_their_text(
+    models: dict[str, Path], dataset_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = rows(capsys, models["one"], "--data", dataset_dir, "--tokens", 9 * SEQUENCE)
+    dataset = open_dataset(dataset_dir)
+    windows = Windows(dataset, "val", SEQUENCE).read(np.arange(9))
+    decode = tokenizer.gpt2().decode_tokens_bytes
+    size = sum(len(b"".join(decode([token for token in window[1:].tolist() if token != 50256]))) for window in windows)
+    nats = float(plain_losses(make_model(1), dataset_dir, 9).sum()) * SEQUENCE
+    assert row["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    per_loss = row["bits_per_byte"]["value"] / row["loss"]["value"]
+    assert row["bits_per_byte"]["stderr"] == pytest.approx(per_loss * row["loss"]["stderr"])
+
+
+def test_tasks_are_measured_like_the_plain_loop_and_compared(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"mine": tmp_path / "own.jsonl", "lambada": tmp_path / "words.jsonl"}
+    own = [{"context": f"{number} is", "endings": ["even", "an odd one"], "label": number % 2} for number in range(20)]
+    files["mine"].write_text("".join(json.dumps(line) + "\n" for line in own))
+    word = [{"context": f"count to {number}", "endings": ["now"], "label": 0} for number in range(20)]
+    files["lambada"].write_text("".join(json.dumps(line) + "\n" for line in word))
+    words = (models["one"], models["two"], "--tasks", ",".join(f"{name}={path}" for name, path in files.items()))
+    first, second = rows(capsys, *words, "--items", 15)
+    right = []
+    for row, seed in ((first, 1), (second, 2)):
+        sums = [score_one(make_model(seed), item) for item in task_items(files["mine"], "mine")[:15]]
+        right.append([float(each.argmax() == number % 2) for number, each in enumerate(sums)])
+        assert row["tasks"]["mine"]["acc"]["value"] == pytest.approx(np.mean(right[-1]))
+        logs = [score_one(make_model(seed), item)[0] for item in task_items(files["lambada"], "lambada")[:15]]
+        assert row["tasks"]["lambada"]["perplexity"]["value"] == pytest.approx(math.exp(-np.mean(logs)), rel=1e-4)
+        assert row["loss"] is row["hellaswag"] is row["bits_per_byte"] is None
+    less = second["difference"]["tasks"]["mine"]["acc"]
+    paired = np.subtract(right[1], right[0])
+    assert less["value"] == pytest.approx(paired.mean())
+    assert less["stderr"] == pytest.approx(paired.std(ddof=1) / math.sqrt(15))
+    assert run(*words) == exit_codes.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert f"mine: 20 items, {files['mine']}" in lines
+    table = lines[next(at for at, line in enumerate(lines) if "evaluation" in line) :]
+    assert table[0].split() == ["model", "evaluation", "acc", "acc_norm", "perplexity"]
+    assert [line.split()[-1 if "lambada" in line else -4] != "" for line in table[1:5]] == [True] * 4
+    assert "minus the first" in table[5]
 
 
 def test_all_models_are_measured_at_the_shortest_context(
@@ -246,7 +306,7 @@ def test_an_exported_file_has_the_same_loss(
     model = make_model(1)
     exported.write(dict(model.state_dict()), model.shape, {}, tmp_path / "one.pt")
     _, row = rows(capsys, models["one"], tmp_path / "one.pt", "--data", dataset_dir, "--tokens", 5 * SEQUENCE)
-    assert row["less_first"] == {"loss": {"value": 0.0, "stderr": 0.0}, "hellaswag": None}
+    assert row["less_first"] == {"loss": {"value": 0.0, "stderr": 0.0}, "hellaswag": None, "tasks": {}}
 
 
 def test_a_broken_model_has_null_figures_in_valid_json(
@@ -303,7 +363,12 @@ def test_missing_data_is_reported(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ONE"], "nothing to measure on: give --data DIR .* or --hellaswag FILE"),
+        (["ONE"], "nothing to measure on: give --data DIR .* or --hellaswag FILE or --tasks NAMES"),
+        (["ONE", "--tasks", "arc"], "--tasks arc: no such evaluation: give NAME=FILE .* arc_challenge, arc_easy"),
+        (["ONE", "--tasks", "Arc=ITEMS"], "--tasks Arc: a name has only lower-case letters"),
+        (["ONE", "--tasks", "mine=nowhere"], "nowhere cannot be read"),
+        (["ONE", "--tasks", "arc_easy"], "arc_easy.jsonl cannot be read .*`./launch.sh prepare evaluation arc_easy`"),
+        (["ONE", "--tasks", "all"], "--tasks all: no evaluation is prepared"),
         (["ONE", "--items", "3", "--data", "DATA"], "--items 3: no HellaSwag file"),
         (["ONE", "--tokens", "3", "--hellaswag", "ITEMS"], "--tokens 3: no data"),
         (["ONE", "TWO", "--tag", "12", "--data", "DATA"], "--tag applies to one run"),

@@ -24,8 +24,8 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import tokenizer
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.hellaswag import load_items
-from ds_gpt2.evaluation.hellaswag_scoring import score, score_one
 from ds_gpt2.evaluation.sampling import Sampling, generate
+from ds_gpt2.evaluation.scoring import score, score_one
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.pretrained import huggingface
 from ds_gpt2.pretrained.load import as_model, read

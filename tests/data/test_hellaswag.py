@@ -17,7 +17,8 @@ import pytest
 from ds_gpt2.commands import prepare
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.data import hellaswag, tokenizer
-from ds_gpt2.data.hellaswag import Item, Question, TextStyle, fetch, load_items, prompt, read_questions, to_item
+from ds_gpt2.data.hellaswag import Question, TextStyle, fetch, load_items, prompt, read_questions, to_item
+from ds_gpt2.data.items import Item
 from ds_gpt2.run_dir import exit_codes
 
 TEA = {

@@ -31,7 +31,7 @@ _FILE_ATTEMPTS = 12  # several minutes; a dataset may have thousands of files
 _LIST_ATTEMPTS = 4  # several seconds, as the user waits for the first answer
 _LONGEST_PAUSE = 120.0  # seconds
 _BYTES_PER_TOKEN = 2.86  # of parquet: FineWeb-Edu's 10BT sample, see hub_datasets.py
-_CONVERTED = "refs/convert/parquet"  # revision with the hub's own conversion of other formats
+CONVERTED = "refs/convert/parquet"  # revision with the hub's own conversion of other formats
 
 _TEST_SPLIT = re.compile(r"(^|/)test(-\d+-of-\d+\.|[./])")  # the names that the hub's tools give
 
@@ -184,7 +184,7 @@ def _converted(repository: Repository) -> list[HubFile]:
         UserError: there is none, or only of a part of the dataset.
     """
     try:
-        files = list_files(Repository(repository.name, repository.path, _CONVERTED), PARQUET)
+        files = list_files(Repository(repository.name, repository.path, CONVERTED), PARQUET)
     except UserError:
         files = []
     if not files or any("partial-" in file.path for file in files):

@@ -31,6 +31,17 @@ def parquet_documents(path: Path, column: str, skip: int = 0) -> Iterator[str | 
                 skip = max(0, skip - len(rows))
 
 
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file as dicts from the names of its columns to Python values.
+
+    Raises:
+        UserError: the file is truncated or not parquet.
+    """
+    with _opened(path, None) as file:
+        for batch in file.iter_batches(_MOST_ROWS):
+            yield from batch.to_pylist()
+
+
 def check_parquet(path: Path, column: str) -> None:
     """Check the schema of a file.
 
@@ -42,7 +53,7 @@ def check_parquet(path: Path, column: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, column: str) -> Iterator[Any]:
+def _opened(path: Path, column: str | None) -> Iterator[Any]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -50,7 +61,8 @@ def _opened(path: Path, column: str) -> Iterator[Any]:
         raise missing_package(path, "pyarrow") from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
-            _check_column(path, file.schema_arrow, column)
+            if column is not None:
+                _check_column(path, file.schema_arrow, column)
             yield file
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -23,7 +23,7 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     """Return the settings of a run of the drill as a tree for YAML; the caller sets the directories.
 
     Seed, data, dropout, optimizer, learning rates, DeepSpeed file and number of ranks are always the user's.
-    Alerts, backups and HellaSwag are disabled: they contact other machines or take long.
+    Alerts, backups, HellaSwag and other evaluations on items are disabled: they contact other machines or take long.
 
     Args:
         steps: of the whole run.
@@ -49,6 +49,7 @@ def tree_for(settings: Settings, ranks: int, steps: int, whole: bool) -> dict[st
     for name in EVALUATIONS:
         if tree[name]["every"]:
             tree[name] |= reduced.get(name, {"every": 6 * EVERY})
+    tree["evaluations"] = {}
     tree["monitor"]["dir"] = None
     tree["alerts"] |= {"kinds": [], "command": None, "urls_file": None}
     supervisor = settings.supervisor

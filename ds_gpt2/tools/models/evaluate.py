@@ -1,4 +1,4 @@
-"""Evaluate models on the same held-out windows and the same HellaSwag items, and compare them."""
+"""Evaluate models on the same held-out windows and the same items of evaluations, and compare them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.run_location import current_settings
 from ds_gpt2.data.dataset import Windows, open_dataset
-from ds_gpt2.data.hellaswag import Item, TextStyle, load_items
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES
+from ds_gpt2.data.hellaswag import TextStyle, load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.evaluation.loss import (
     Array,
     Estimate,
+    bits_per_byte,
+    bytes_per_token,
     count_windows,
     difference,
     mean,
@@ -32,7 +34,10 @@ from ds_gpt2.evaluation.loss import (
     share,
     window_losses,
 )
+from ds_gpt2.evaluation.scoring import MEASURES
+from ds_gpt2.evaluation.tasks import differences, estimates, results
 from ds_gpt2.pretrained import load
+from ds_gpt2.tools.models.evaluate_tasks import Task, choose_tasks
 from ds_gpt2.tools.models.open import OpenedModel, check_kind, damaged, find_outside, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
@@ -64,7 +69,8 @@ class EvalSources:
     data: Path | None  # directory of shards with a validation split
     tokens: int | None
     hellaswag: Path | None  # file
-    items: int | None
+    items: int | None  # of HellaSwag and of each of ``tasks``
+    tasks: str | None = None  # see ``choose_tasks``
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class EvalData:
     count: int  # number of windows, from the first
     items: list[Item] | None
     notes: list[str]  # descriptions of the data and its origin
+    tasks: tuple[Task, ...] = ()
+    bytes_per_token: float | None = None  # of the windows
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class Measurements:
     model: OpenedModel  # without its weights
     losses: Array | None  # (windows,) nats
     right: npt.NDArray[np.bool_] | None  # (measures, items)
+    tasks: dict[str, Array]  # by name, see ``evaluation.tasks.results``
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Difference:
 
     loss: Estimate | None
     hellaswag: dict[str, Estimate] | None
+    tasks: dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +116,10 @@ class EvalRow:
     window_tokens: int | None
     loss: Estimate | None  # nats per token
     perplexity: float | None
+    bits_per_byte: Estimate | None
     items: int
     hellaswag: dict[str, Estimate] | None  # share of right answers by each of ``MEASURES``
+    tasks: dict[str, dict[str, Estimate]]  # by name of the evaluation and measure
     difference: Difference | None  # from the first model; None if only one model is evaluated
 
 
@@ -144,18 +156,21 @@ def choose_data(sources: EvalSources, models: Sequence[EvaluatedModel], warn: Ca
     data, data_origin = _requested_or_set(sources.data, settings, "data", "dir")
     file, file_origin = _requested_or_set(sources.hellaswag, settings, "hellaswag", "path")
     _check_sources(sources, settings, data, file)
-    windows, count, items, notes = None, 0, None, []
+    windows, count, items, notes, mean_bytes = None, 0, None, [], None
     if data is not None:
         shortest = min(model.sequence_length for model in models)
         windows = Windows(open_dataset(data), "val", shortest, warn)
         count = count_windows(windows, sources.tokens or _setting(settings, "validation", "tokens") or DEFAULT_TOKENS)
+        mean_bytes = bytes_per_token(windows, count)
         notes.append(f"loss: {counted(count, 'validation window')} of {shortest:,} tokens, {data}{data_origin}")
     if file is not None:
         style: TextStyle = "cleaned" if _setting(settings, "hellaswag", "text") == "cleaned" else "original"
         with tempfile.TemporaryDirectory() as cache:  # not kept: it would save one second
             items = load_items(file, style, Path(cache))[: sources.items]
         notes.append(f"HellaSwag: {counted(len(items), 'item')}, text {style}, {file}{file_origin}")
-    return EvalData(windows, count, items, [*notes, *_notes_on_lengths(models)])
+    tasks = choose_tasks(sources.tasks, settings.get("evaluations", {}), sources.items)
+    notes += [f"{task.name}: {counted(len(task.items), 'item')}, {task.path}" for task in tasks]
+    return EvalData(windows, count, items, [*notes, *_notes_on_lengths(models)], tuple(tasks), mean_bytes)
 
 
 def measure(model: OpenedModel, data: EvalData, device: torch.device, open_bar: OpenBar) -> Measurements:
@@ -165,6 +180,7 @@ def measure(model: OpenedModel, data: EvalData, device: torch.device, open_bar: 
         UserError: the memory of the GPU is too small, or the data cannot be read.
     """
     losses = right = None
+    of_tasks: dict[str, Array] = {}
     try:
         network = load.as_model(model.shape, model.weights).to(device)
         if data.windows is not None:
@@ -173,9 +189,12 @@ def measure(model: OpenedModel, data: EvalData, device: torch.device, open_bar: 
         if data.items is not None:
             with open_bar(f"{model.title}: HellaSwag", len(data.items), "item") as bar:
                 right = right_answers(network, data.items, bar.update)
+        for task in data.tasks:
+            with open_bar(f"{model.title}: {task.name}", len(task.items), "item") as bar:
+                of_tasks[task.name] = results(network, task.items, task.measures, bar.update)
     except torch.OutOfMemoryError:
         raise UserError(f"{model.title}: out of GPU memory, try --device cpu") from None
-    return Measurements(dataclasses.replace(model, weights={}), losses, right)
+    return Measurements(dataclasses.replace(model, weights={}), losses, right, of_tasks)
 
 
 def rows_of(measured: Sequence[Measurements], data: EvalData) -> list[EvalRow]:
@@ -211,12 +230,12 @@ def _check_sources(sources: EvalSources, settings: dict[str, Any], data: Path | 
     no_data = f"; the run's data.dir, {configured}, does not exist" if configured else ""
     if mixture := [str(source["dir"]) for source in _setting(settings, "data", "mixture") or ()]:
         no_data = f"; the run trains on a mixture of {', '.join(mixture)}: give one of them"
-    if data is None and file is None:
-        fix = "give --data DIR (shards with a validation split) or --hellaswag FILE"
+    if data is None and file is None and sources.tasks is None:
+        fix = "give --data DIR (shards with a validation split) or --hellaswag FILE or --tasks NAMES"
         raise UserError(f"nothing to measure on: {fix}{no_data}")
     if data is None and sources.tokens:
         raise UserError(f"--tokens {sources.tokens}: no data: give --data DIR{no_data}")
-    if file is None and sources.items:
+    if file is None and sources.tasks is None and sources.items:
         raise UserError(f"--items {sources.items}: no HellaSwag file: give --hellaswag FILE")
 
 
@@ -247,16 +266,29 @@ def _row(measured: Measurements, first: Measurements | None, data: EvalData) -> 
         window_tokens=data.windows.sequence_length if data.windows else None,
         loss=loss,
         perplexity=perplexity(loss.value) if loss else None,
+        bits_per_byte=_bits_per_byte(loss, data.bytes_per_token),
         items=len(data.items or ()),
         hellaswag=None if measured.right is None else dict(zip(MEASURES, map(share, measured.right), strict=True)),
-        difference=_difference(measured, first) if first else None,
+        tasks={task.name: estimates(measured.tasks[task.name], task.measures) for task in data.tasks},
+        difference=_difference(measured, first, data) if first else None,
     )
 
 
-def _difference(measured: Measurements, first: Measurements) -> Difference:
+def _bits_per_byte(loss: Estimate | None, mean_bytes: float | None) -> Estimate | None:
+    """Return a loss in bits per byte; the number of bytes is that of the windows and has no error."""
+    if loss is None or not mean_bytes:
+        return None
+    error = None if loss.stderr is None else bits_per_byte(loss.stderr, mean_bytes)
+    return Estimate(bits_per_byte(loss.value, mean_bytes), error)
+
+
+def _difference(measured: Measurements, first: Measurements, data: EvalData) -> Difference:
     loss = hellaswag = None
     if measured.losses is not None and first.losses is not None:
         loss = difference(measured.losses, first.losses)
     if measured.right is not None and first.right is not None:
         hellaswag = dict(zip(MEASURES, map(difference, measured.right, first.right), strict=True))
-    return Difference(loss, hellaswag)
+    tasks = {
+        task.name: differences(measured.tasks[task.name], first.tasks[task.name], task.measures) for task in data.tasks
+    }
+    return Difference(loss, hellaswag, tasks)

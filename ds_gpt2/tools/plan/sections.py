@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_gpt2.checkpoint.space import reserved_bytes
-from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, zone
+from ds_gpt2.common.formatting import clock, counted, duration, percent, size, tokens, truncated, zone
 from ds_gpt2.config.settings import CheckpointSettings, Settings
 from ds_gpt2.monitoring.pace import Range
 from ds_gpt2.tools.plan.data_rows import data_rows
@@ -21,6 +21,7 @@ from ds_gpt2.tools.resources.prices import Prices, cost_of
 from ds_gpt2.tools.resources.requirements import MANY_EPOCHS, disk_requirement
 from ds_gpt2.tools.resources.run_schedule import RunSchedule, evaluation_counts
 
+_LONGEST_LABEL = 14  # characters
 _NO_STEPS = "not known without the number of steps"
 
 
@@ -78,6 +79,10 @@ def memory_section(inputs: PlanInputs, results: TrialResults | None, calibration
     ]
     text = f"{size(peak.total):>9}  peak, in this part of a step: {peak.moment}"
     rows.append(PlanRow("all tensors", text, "predicted", {"tensors_bytes": peak.total}))
+    if inputs.settings.hellaswag.every or any(each.every for each in inputs.settings.evaluations.values()):
+        count = memory_model.evaluation(inputs.model, inputs.layout.accelerator)
+        text = f"{size(count):>9}  at most, in place of gradients, activations and logits, while items are evaluated"
+        rows.append(PlanRow("evaluation", text, "predicted", {"evaluation_bytes": count}))
     if results is not None and not inputs.on_cpu:
         allocated = max(rank.device_allocated or 0 for rank in results.ranks)
         off = percent(peak.total / allocated - 1)
@@ -145,11 +150,12 @@ def _evaluation_rows(inputs: PlanInputs, schedule: RunSchedule, timing: Timing) 
     for name, count in evaluation_counts(inputs.settings, schedule.steps).items():
         cost = (timing.costs or {}).get(name)
         figures: dict[str, Value] = {f"{name}_seconds": cost, f"{name}_times": count}
+        label = truncated(name.removeprefix("evaluations."), _LONGEST_LABEL)
         if count and cost is not None:
-            rows.append(PlanRow(name, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
+            rows.append(PlanRow(label, f"{_seconds(cost)} each, {counted(count, 'time')}", "measured", figures))
         elif count:
             rows.append(
-                PlanRow(name, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
+                PlanRow(label, f"not measured, {counted(count, 'time')}: counted as 0 s below", "not known", figures)
             )
     return rows
 

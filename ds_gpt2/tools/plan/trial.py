@@ -16,7 +16,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.config import run_location
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.settings import LOG, Settings
-from ds_gpt2.monitoring.pace import EVALUATIONS
+from ds_gpt2.monitoring.pace import evaluation_intervals
 from ds_gpt2.run_dir import exit_codes, stop_request
 from ds_gpt2.run_dir.heartbeat import read_beat
 from ds_gpt2.supervision.launcher import RankLayout, Ranks
@@ -63,7 +63,7 @@ class TrialSchedule:
 
     steps: int
     accumulation: int  # micro-batches per step
-    due: Mapping[str, int] = field(default_factory=dict)  # the step that each of EVALUATIONS follows
+    due: Mapping[str, int] = field(default_factory=dict)  # the step that each kind of evaluation follows
 
     @property
     def save(self) -> int:
@@ -92,9 +92,10 @@ def run_trial(trial: Trial) -> TrialResults:
 
 def plan_trial(settings: Settings, steps: int, accumulation: int) -> TrialSchedule:
     """Plan each evaluation of the run once, in the second half of the trial, each at its own step."""
-    names = [name for name in EVALUATIONS if getattr(settings, name).every]
-    if "hellaswag" in names and not settings.hellaswag.path.exists():
-        names.remove("hellaswag")  # a trial does not download files
+    missing = {f"evaluations.{name}" for name, each in settings.evaluations.items() if not each.path.exists()}
+    if not settings.hellaswag.path.exists():
+        missing.add("hellaswag")  # a trial does not download files
+    names = [name for name, every in evaluation_intervals(settings).items() if every and name not in missing]
     return TrialSchedule(steps, accumulation, {name: steps // 2 + 1 + index for index, name in enumerate(names)})
 
 
@@ -185,7 +186,7 @@ def _overrides(trial: Trial, schedule: TrialSchedule, directory: Path) -> dict[s
         "checkpoint.every": str(schedule.save),
         "checkpoint.best_as": "weights" if weights_only else "full",
         "batch.tokens_per_step": str(batch.tokens_per_step // batch.accumulation * schedule.accumulation),
-        **{f"{name}.every": str(schedule.due.get(name, 0)) for name in EVALUATIONS},
+        **{f"{name}.every": str(schedule.due.get(name, 0)) for name in evaluation_intervals(trial.settings)},
     }
 
 

@@ -16,6 +16,8 @@ import torch
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.deepspeed_config import bucket_size
 from ds_gpt2.config.settings import ModelSettings
+from ds_gpt2.evaluation.row_batches import batch_tokens, longest_row
+from ds_gpt2.evaluation.scoring import REFERENCE_TOKENS
 from ds_gpt2.model.gpt2 import GPT2, flops_per_token, parameter_groups
 from ds_gpt2.model.loss import chunk_tokens, rows_at_once
 from ds_gpt2.model.shape import PADDED_VOCABULARY, ModelShape, sharded_bytes
@@ -105,7 +107,8 @@ def peak(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Memory:
 def moments(model: Model, plan: BatchPlan, zero: Zero, accelerator: str) -> Sequence[Memory]:
     """Return each moment of a step at which memory may reach its peak.
 
-    Not included: the masks of HellaSwag, workspaces of libraries, and fragmentation of the allocator.
+    Not included: evaluations on items (see ``evaluation``), workspaces of libraries, and fragmentation of the
+    allocator.
     """
     ranks, head, width = plan.world_size, model.head, model.shape.width
     tokens = plan.micro_batch * plan.sequence_length
@@ -162,6 +165,21 @@ def _reduction(model: Model, zero: Zero, ranks: int) -> int:
     else:  # sums, copy and buffer together are as large as the sums and the buffer
         additional = bucket * zero.buffers + part + (4 * model.head if large and ranks > 1 else 0)
     return additional + (bucket // 2 if zero.link_bytes == 2 else 0)
+
+
+def evaluation(model: Model, accelerator: str) -> int:
+    """Return the most bytes, besides weights and optimizer, of an evaluation on items with several endings.
+
+    A batch has at most n tokens, in rows of at most t tokens. Its forward pass holds 14 nC values, 10 of them in the
+    MLP, and the mask of attention, bool and bf16, 3 nt bytes. Then the logits of a chunk exist, as in the loss. The
+    reference, which scores items again one at a time, holds the logits of its tokens in bf16 and twice in fp32.
+    """
+    row = longest_row(model.shape.sequence_length)
+    tokens = max(batch_tokens(accelerator), row)
+    hidden, mask = 2 * tokens * model.shape.width, tokens * row
+    chunk = min(tokens, chunk_tokens(PADDED_VOCABULARY, torch.device(accelerator)))
+    logits = (2 * chunk + 8 * rows_at_once(chunk, torch.device(accelerator))) * PADDED_VOCABULARY
+    return max(14 * hidden + 3 * mask, 2 * hidden + mask + logits, 10 * REFERENCE_TOKENS * PADDED_VOCABULARY)
 
 
 def largest_block(model: Model, plan: BatchPlan, accelerator: str) -> int:

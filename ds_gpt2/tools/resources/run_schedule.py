@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ds_gpt2.config.batch_plan import steps_of
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import Settings
-from ds_gpt2.monitoring.pace import EVALUATIONS
+from ds_gpt2.monitoring.pace import evaluation_intervals
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def run_schedule_of(settings: Settings, windows_per_step: int, windows_per_epoch
 
 
 def evaluation_counts(settings: Settings, steps: int) -> dict[str, int]:
-    """Return the number of evaluations of each kind in ``EVALUATIONS``."""
-    return {name: len(Every(getattr(settings, name).every).due_steps(steps)) for name in EVALUATIONS}
+    """Return the number of evaluations of each kind of ``evaluation_intervals``."""
+    return {name: len(Every(every).due_steps(steps)) for name, every in evaluation_intervals(settings).items()}

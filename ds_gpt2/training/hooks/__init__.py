@@ -1,5 +1,6 @@
 """Hooks: measurements during training, which never change its result."""
 
+from ds_gpt2.training.hooks.evaluations import open_evaluations
 from ds_gpt2.training.hooks.hellaswag import HellaSwag, open_hellaswag
 from ds_gpt2.training.hooks.histograms import Histograms
 from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted
@@ -16,5 +17,6 @@ __all__ = [
     "Interrupted",
     "Samples",
     "Validation",
+    "open_evaluations",
     "open_hellaswag",
 ]

@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_gpt2.common.errors import UserError, one_line_reason
-from ds_gpt2.common.formatting import counted
+from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
-from ds_gpt2.data.hellaswag import SHA256, URL, Item, fetch, load_items
+from ds_gpt2.data.hellaswag import SHA256, URL, fetch, load_items
+from ds_gpt2.data.items import Item
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
-from ds_gpt2.evaluation.hellaswag_scoring import MEASURES, row_length, score
 from ds_gpt2.evaluation.loss import share_stderr
+from ds_gpt2.evaluation.row_batches import row_length
+from ds_gpt2.evaluation.scoring import MEASURES, score
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 
@@ -50,10 +51,7 @@ class HellaSwag(Hook):
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         start = time.monotonic()
         counts = on_all_ranks(lambda: self._count_correct(engine))
-        *correct, failed = collectives.sum_over_ranks(counts).tolist()
-        if failed:
-            log.warning(f"step {state.step:,}: HellaSwag was not computed: {counted(int(failed), 'rank')} failed")
-            return {}
+        correct = collectives.sum_over_ranks(counts).tolist()
         metrics: StepMetrics = {}
         for measure, count in zip(MEASURES, correct, strict=True):
             accuracy = count / self._items
@@ -65,15 +63,11 @@ class HellaSwag(Hook):
         return metrics
 
     def _count_correct(self, engine: Engine) -> torch.Tensor:
-        """Return the correct answers of this rank's items by each measure, and a 1 if it could not compute them."""
-        counts = np.zeros(len(MEASURES) + 1)
-        try:
-            if self._mine:
-                with eval_mode(engine.model):
-                    counts[:-1] = score(engine.model, self._mine, self.progress).correct()
-        except RuntimeError as error:  # such as a GPU without memory: the other ranks wait in the sum
-            log.error(f"HellaSwag: {one_line_reason(error)}")
-            counts[-1] = 1
+        """Return the number of correct answers of this rank's items by each measure, (measures,) fp64."""
+        counts = np.zeros(len(MEASURES))
+        if self._mine:
+            with eval_mode(engine.model):
+                counts[:] = score(engine.model, self._mine, self.progress).correct()
         return torch.from_numpy(counts).to(engine.device)
 
 

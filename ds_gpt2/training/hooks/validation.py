@@ -16,11 +16,12 @@ from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import ValidationSettings
 from ds_gpt2.data.loader import on_device, with_targets
 from ds_gpt2.data.sources import HeldOut
+from ds_gpt2.data.token_bytes import count_bytes
 from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.engine import Engine
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
-from ds_gpt2.evaluation.loss import count_windows, perplexity
+from ds_gpt2.evaluation.loss import bits_per_byte, count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted, on_all_ranks
 
@@ -54,12 +55,14 @@ class Validation(Hook):
             self._groups += [(source, np.arange(start, min(start + group, count))) for start in range(0, count, group)]
         self._sources = torch.tensor([source for source, _ in self._groups])
         self._sizes = torch.tensor([len(indices) for _, indices in self._groups], dtype=torch.float64)
+        self._group_bytes = torch.zeros(len(self._groups), dtype=torch.int64)  # of the target tokens, once read
+        self._bytes_per_token: list[float] = []  # of each source; known from the first validation on
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         losses = self.losses(engine)
         loss, of_average = self._mean(losses), self._loss_of_average(engine)
         parts = {f"val/{part.name}/loss": each for part, each in zip(self._held_out, losses, strict=True) if part.name}
-        return parts | self._metrics(loss, of_average, state)
+        return parts | self._metrics(loss, of_average, state) | self._bits_per_byte(loss)
 
     def _loss_of_average(self, engine: Engine) -> float | None:
         if engine.average is None:
@@ -74,6 +77,11 @@ class Validation(Hook):
     def _mean(self, losses: Sequence[float]) -> float:
         """Return the mean of the sources' losses, weighted by their shares."""
         return sum(part.share * loss for part, loss in zip(self._held_out, losses, strict=True) if part.share)
+
+    def _bits_per_byte(self, loss: float) -> StepMetrics:
+        """Return the loss in bits per UTF-8 byte of the target tokens; <|endoftext|> has none."""
+        mean_bytes = self._mean(self._bytes_per_token) if self._bytes_per_token else 0.0
+        return {"val/bits_per_byte": bits_per_byte(loss, mean_bytes)} if mean_bytes else {}
 
     def _metrics(self, loss: float, of_average: float | None, state: TrainState) -> StepMetrics:
         metrics: StepMetrics = {} if of_average is None else {"val/loss_ema": of_average}
@@ -97,10 +105,21 @@ class Validation(Hook):
         """
         losses = on_all_ranks(lambda: self._losses(engine))
         per_group = collectives.sum_over_ranks(losses).cpu()
+        if not self._bytes_per_token:
+            self._bytes_per_token = self._count_bytes(engine)
         means = []
         for source in range(len(self._held_out)):
             own = self._sources == source
             means.append(float((per_group[own] * self._sizes[own]).sum() / self._sizes[own].sum()))
+        return means
+
+    def _count_bytes(self, engine: Engine) -> list[float]:
+        """Return the bytes per target token of each source; every rank has read its groups."""
+        per_group = collectives.sum_over_ranks(self._group_bytes.clone().to(engine.device)).cpu()
+        means = []
+        for source, part in enumerate(self._held_out):
+            own = self._sources == source
+            means.append(int(per_group[own].sum()) / (float(self._sizes[own].sum()) * part.windows.sequence_length))
         return means
 
     def _losses(self, engine: Engine) -> torch.Tensor:
@@ -109,7 +128,10 @@ class Validation(Hook):
         with eval_mode(engine.model):
             for number in range(collectives.rank(), len(self._groups), collectives.world_size()):
                 self.progress()
-                tokens, targets = with_targets(on_device(self._read(number), engine.device))
+                windows = self._read(number)
+                if not self._bytes_per_token:
+                    self._group_bytes[number] = count_bytes(windows)
+                tokens, targets = with_targets(on_device(windows, engine.device))
                 losses[number] = engine.model(tokens, targets)
         return losses
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.settings import ValidationSettings
+from ds_gpt2.data import tokenizer
 from ds_gpt2.data.sources import HeldOut
+from ds_gpt2.distributed import collectives
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.loss import perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
@@ -77,6 +81,53 @@ def test_a_first_non_finite_loss_sets_no_best(validation: Any, log_messages: lis
     validation.hook.observe(SimpleNamespace(average=None), state)
     assert state.best_step is None
     assert log_messages == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
+
+
+class Text(Windows):
+    """Windows of text; window number n starts with token n, and the next is <|endoftext|>."""
+
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        self.reads = getattr(self, "reads", 0) + 1
+        rest = np.resize(tokenizer.gpt2().encode_ordinary("Tea in the café, naïvely."), 63)
+        rest = np.tile(rest, (len(indices), 1))
+        return np.concatenate([indices[:, None], np.full((len(indices), 1), tokenizer.END_OF_TEXT), rest], axis=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_bits_per_byte_count_the_bytes_of_all_target_tokens(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: Any = Text()
+    decode = tokenizer.gpt2().decode_tokens_bytes
+    targets = windows.read(np.arange(10))[:, 2:]  # the first target is <|endoftext|>, which counts 0 bytes
+    size = sum(len(b"".join(decode(row))) for row in targets.tolist())
+    monkeypatch.setattr(collectives, "world_size", lambda: ranks)
+    hooks = [Validation(ValidationSettings(every=5, tokens=640), [HeldOut(windows)], group=2) for _ in range(ranks)]
+    engine: Any = SimpleNamespace(model=_Constant(), device=torch.device("cpu"))
+    for rank, hook in enumerate(hooks):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        hook._losses(engine)
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda values: values)
+    hooks[0]._group_bytes = torch.stack([hook._group_bytes for hook in hooks]).sum(dim=0)
+    hooks[0]._bytes_per_token = hooks[0]._count_bytes(engine)
+    assert hooks[0]._bits_per_byte(3.0) == {"val/bits_per_byte": pytest.approx(3.0 * 640 / math.log(2) / size)}
+
+
+def test_bytes_are_counted_at_the_first_validation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: Any = Text()
+    hook = Validation(ValidationSettings(every=5, tokens=640), [HeldOut(windows)], group=2)
+    engine: Any = SimpleNamespace(model=_Constant(), device=torch.device("cpu"), average=None)
+    first = hook.observe(engine, TrainState(step=5))
+    assert windows.reads == 5  # the windows that are evaluated anyway
+    monkeypatch.setattr("ds_gpt2.training.hooks.validation.count_bytes", lambda windows: 1 / 0)
+    again = hook.observe(engine, TrainState(step=10))
+    assert first["val/bits_per_byte"] == again["val/bits_per_byte"]
+    assert first["val/loss"] == 3.0
+
+
+class _Constant(torch.nn.Module):
+    """A model whose loss is 3."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
+        return 3.0
 
 
 @pytest.mark.parametrize("stop_requested", [False, True])

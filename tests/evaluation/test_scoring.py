@@ -19,19 +19,18 @@ import torch
 
 from ds_gpt2.common.host import free_port
 from ds_gpt2.config.settings import PROJECT_DIR, HellaswagSettings
-from ds_gpt2.data.hellaswag import Item, Question, load_items, to_item
+from ds_gpt2.data.hellaswag import Question, load_items, to_item
+from ds_gpt2.data.items import Item
 from ds_gpt2.engine.rng_state import get_rng_state
 from ds_gpt2.engine.train_state import TrainState
-from ds_gpt2.evaluation import hellaswag_scoring
-from ds_gpt2.evaluation.hellaswag_scoring import (
+from ds_gpt2.evaluation import scoring
+from ds_gpt2.evaluation.row_batches import make_batches, row_length, truncate
+from ds_gpt2.evaluation.scoring import (
     CLOSE,
     MEASURES,
-    make_batches,
-    row_length,
     score,
     score_batched,
     score_one,
-    truncate,
 )
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
@@ -146,7 +145,7 @@ def test_answers_stay_correct_at_the_largest_rounding_error(
     signs = np.random.default_rng(0).choice([-1, 1], fast.sums.shape)
     perturbed = replace(fast, sums=plain_bf16 + signs * fast.rounding * 0.7 * CLOSE)
     assert (perturbed.answers() != answers(plain_bf16, items)).any()
-    monkeypatch.setattr(hellaswag_scoring, "score_batched", lambda *_: perturbed)
+    monkeypatch.setattr(scoring, "score_batched", lambda *_: perturbed)
     assert (score(model, items).answers() == answers(plain_bf16, items)).all()
 
 
@@ -159,7 +158,7 @@ def test_in_fp32_only_equal_endings_are_scored_again(
         scored_again.append(item)
         return score_one(model, item)
 
-    monkeypatch.setattr(hellaswag_scoring, "score_one", spy)
+    monkeypatch.setattr(scoring, "score_one", spy)
     assert (score(model, items).answers() == answers(plain_fp32, items)).all()
     assert len(scored_again) > 0
     assert all(item.endings[1].tolist() == item.endings[3].tolist() for item in scored_again)
