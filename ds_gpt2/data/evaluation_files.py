@@ -66,10 +66,7 @@ def load_items(path: Path, name: str, cache_dir: Path | None = None) -> ItemList
     Raises:
         UserError: the file cannot be read or has no items, or a line is not a valid item.
     """
-    try:
-        content = read_small(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {_how_to_get(path, name)}") from None
+    content = _read(path, name)
     kind = "word" if name == LAST_WORD else "choice"
     digest = hashlib.sha256(content).hexdigest()
     cache_name = f".{path.stem[:50]}_{kind}_{tokenizer.NAME}_v{_FORMAT}_{digest}.npz"
@@ -82,6 +79,25 @@ def load_items(path: Path, name: str, cache_dir: Path | None = None) -> ItemList
         raise UserError(f"{path} has no items: {_how_to_get(path, name)}")
     any(items.write(cache) for cache in caches)  # the first place that can be written to
     return items
+
+
+def count_items(path: Path, name: str) -> int:
+    """Return the number of items of a file, without tokens and without writing a cache.
+
+    Raises:
+        UserError: see ``load_items``.
+    """
+    count = sum(1 for _ in read_choices(_read(path, name), str(path), name))
+    if not count:
+        raise UserError(f"{path} has no items: {_how_to_get(path, name)}")
+    return count
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return read_small(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {_how_to_get(path, name)}") from None
 
 
 def _items(content: bytes, path: Path, name: str) -> Iterator[Item]:

@@ -305,7 +305,7 @@ def _chunk_scores(
     Args:
         lengths: (padded vocabulary,) norms of the rows of the head, fp32.
     """
-    logits = hidden @ model.wte.weight.t()  # (chunk, padded vocabulary)
+    logits = linear(hidden, model.wte.weight)  # (chunk, padded vocabulary)
     logits[:, VOCABULARY:] = -torch.inf
     log_likelihood = _log_softmax(logits, targets)
     norms = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=torch.float32)

@@ -94,6 +94,11 @@ def checks(settings: Settings, accelerator: str, count: int, world_size: int | N
         Check("data", "windows", partial(_windows, sources, settings)),
         Check("data", "checksums", partial(_checksums, sources)),
         Check("data", "HellaSwag", partial(data.hellaswag, settings.hellaswag)),
+        *[
+            Check("data", name, partial(data.evaluation, name, each))
+            for name, each in settings.evaluations.items()
+            if each.every
+        ],
         *_gpu_checks(settings, accelerator, count, total),
         Check("memory", "memory", partial(_memory, settings, accelerator, count, total), quick=True),
         Check("memory", "shared memory", partial(memory.shared_memory, accelerator), quick=True),

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import sha256
-from ds_gpt2.common.formatting import size, tokens
+from ds_gpt2.common.formatting import counted, size, tokens
 from ds_gpt2.common.host import usable_cores
 from ds_gpt2.config.batch_plan import check_schedule, steps_of
-from ds_gpt2.config.settings import HellaswagSettings, Settings
+from ds_gpt2.config.settings import EvaluationSettings, HellaswagSettings, Settings
 from ds_gpt2.data.dataset import Dataset, Shard
 from ds_gpt2.data.sources import Sources
 from ds_gpt2.tools.doctor.finding import Finding, failure
@@ -101,6 +101,16 @@ def hellaswag(settings: HellaswagSettings) -> Finding:
         return Finding(name, "warn", str(error), "the run would continue without it")
     found = f"{path.name} has {count:,} items, but is not the original file"
     return Finding(name, "warn", found, "results are not comparable with published ones")
+
+
+def evaluation(name: str, settings: EvaluationSettings) -> Finding:
+    """Check the items of an evaluation; a run continues without it if they cannot be read."""
+    from ds_gpt2.data.evaluation_files import count_items  # imported late: it needs the tokenizer
+
+    try:
+        return Finding(name, "ok", f"{settings.path.name} has {counted(count_items(settings.path, name), 'item')}")
+    except UserError as error:
+        return Finding(name, "warn", str(error), "the run would continue without it")
 
 
 def _enough(sources: Sources, settings: Settings) -> Finding:

@@ -10,7 +10,7 @@ import pytest
 from doctor_helpers import changed, flip, preset
 
 from ds_gpt2.config.batch_plan import plan_batch
-from ds_gpt2.config.settings import Settings
+from ds_gpt2.config.settings import EvaluationSettings, Settings
 from ds_gpt2.data.dataset import Windows, open_dataset
 from ds_gpt2.data.sources import Sources
 from ds_gpt2.tools.doctor import data
@@ -55,3 +55,17 @@ def test_hellaswag(tmp_path: Path) -> None:
     chosen.path.write_text("no item\n")
     assert (data.hellaswag(chosen).status, "not JSON" in data.hellaswag(chosen).found) == ("warn", True)
     assert data.hellaswag(preset("quickstart").hellaswag).status == "ok"
+
+
+def test_items_of_an_evaluation_are_counted_or_the_wrong_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    settings = EvaluationSettings(every=5, path=path)
+    missing = data.evaluation("mine", settings)
+    assert missing.status == "warn" and "mine.jsonl cannot be read (No such file" in missing.found
+    path.write_text('{"context": "a", "endings": ["b", "c"], "label": 0}\n{}\n')
+    wrong = data.evaluation("mine", settings)
+    assert wrong.status == "warn" and 'line 2: no text in "context"' in wrong.found
+    path.write_text('{"context": "a", "endings": ["b", "c"], "label": 0}\n')
+    good = data.evaluation("mine", settings)
+    assert (good.status, good.found) == ("ok", "mine.jsonl has 1 item")
+    assert list(tmp_path.iterdir()) == [path]  # nothing is written
