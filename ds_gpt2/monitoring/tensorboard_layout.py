@@ -21,6 +21,8 @@ _LAYOUT = {
     "learning": {
         "HellaSwag": ["Multiline", [r"hellaswag/acc$", r"hellaswag/acc_norm$"]],
         "evaluations": ["Multiline", [r"eval/\w+/acc$", r"eval/\w+/acc_norm$"]],
+        "validation loss of each source": ["Multiline", [r"val/[^/]+/loss$"]],
+        "passes over each source": ["Multiline", [r"data/[^/]+/epoch$"]],
         "perplexity": ["Multiline", [r"val/perplexity$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
         "update size relative to the weights": ["Multiline", [r"update_ratio/"]],

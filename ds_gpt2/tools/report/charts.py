@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ from ds_gpt2.monitoring.reference_curves import (
     REFERENCE_TOKENS_PER_STEP,
     is_comparable_to_reference,
 )
-from ds_gpt2.tools.report.curves import Curve, Curves, mean_per_step, smoothed, thinned
+from ds_gpt2.tools.report.curves import ACCURACY, SOURCE_LOSS, Curve, Curves, mean_per_step, smoothed, thinned
 
 Trace = dict[str, Any]
 
 _COLORS = ("#3987e5", "#e07b39", "#2f9e6e", "#b06bd6", "#c9a227", "#d9486e")  # visible on white and on black
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _GRAY = "#8a8f98"
 _FEW = 60  # curves of at most this many points are drawn with markers
 _DESCENT = 0.05  # first share of a run, in which the loss is far above all later values
@@ -64,6 +66,8 @@ def charts_of(views: list[View], reference: bool = False) -> list[Chart]:
         _gradients(views),
         _simple("learning rate", views, "train/lr", {"yaxis": {"exponentformat": "e"}}),
         *([_hellaswag(views)] if _has_hellaswag(views) else []),
+        *_by_name("validation loss of each source", views, SOURCE_LOSS),
+        *_by_name("accuracy", views, ACCURACY, {"yaxis": {"tickformat": ".1%"}}),
         _simple("tokens per second", views, "perf/tokens_per_s", mean=True),
         *[_phases(view, len(views) > 1) for view in views],
         _simple(
@@ -167,6 +171,25 @@ def _hellaswag(views: list[View]) -> Chart:
             layout["shapes"].append(_level(accuracy))
             layout["annotations"].append(_level_text(name, accuracy, side))
     return Chart("HellaSwag", traces, layout, "Band: plus and minus one standard error." if traces else "")
+
+
+def _by_name(title: str, views: list[View], tags: re.Pattern[str], layout: dict[str, Any] | None = None) -> list[Chart]:
+    """Return one chart with a curve for each tag that matches; none if nothing is recorded.
+
+    Args:
+        tags: its group is the name of the curve.
+    """
+    found = {tag: tags.fullmatch(tag) for view in views for tag in view.records.curves}
+    names = sorted((match[1], tag) for tag, match in found.items() if match is not None)
+    traces = []
+    for view in views:
+        for number, (name, tag) in enumerate(names):
+            if len(views) == 1:
+                traces += _line(view, view.curve(tag), name, line={"color": _COLORS[number % len(_COLORS)]})
+            else:
+                line = {"color": view.color, "dash": _DASHES[number % len(_DASHES)]}
+                traces += _line(view, view.curve(tag), f"{view.name}: {name}", line=line)
+    return [Chart(title, traces, layout or {})] if traces else []
 
 
 def _band(view: View, curve: Curve, error: Curve) -> list[Trace]:

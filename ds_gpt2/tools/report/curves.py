@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ TAGS = frozenset(
     " perf/step_ms perf/tokens_per_s perf/mfu perf/data_ms perf/forward_backward_ms perf/update_ms perf/eval_ms"
     " perf/save_ms perf/goodput perf/gpu_temperature_c perf/gpu_power_w".split()
 )
+
+# Tags with the name of a source of the data, or of an evaluation.
+SOURCE_LOSS, ACCURACY = re.compile(r"val/([^/]+)/loss"), re.compile(r"eval/([^/]+)/acc")
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def read_records(file: Path) -> Curves:
         steps.append(step)
         times.append(_number(record.pop("time", None)))
         for tag, value in record.items():
-            if tag in TAGS:
+            if tag in TAGS or SOURCE_LOSS.fullmatch(tag) or ACCURACY.fullmatch(tag):
                 tag_steps, values = columns[tag]
                 tag_steps.append(step)
                 values.append(_number(value))

@@ -23,6 +23,18 @@ def test_traces_contain_the_records(write_run: WriteRun) -> None:
     assert (hellaswag["low"]["y"], hellaswag["acc_norm"]["y"], hellaswag["high"]["y"]) == ([0.29], [0.3], [0.31])
 
 
+def test_sources_and_evaluations_have_a_curve_each(write_run: WriteRun) -> None:
+    records = [record(step) for step in range(1, 21)]
+    records[9] |= {"val/web/loss": 3.0, "val/code/loss": 2.0, "eval/copa/acc": 0.5, "eval/copa/acc_stderr": 0.1}
+    records[19] |= {"val/web/loss": 2.5, "val/code/loss": None}
+    one = rendered(write_run(records, name="one"))
+    sources, accuracy = one.traces(3), one.traces(4)
+    assert (sources["web"]["x"], sources["web"]["y"], sources["code"]["y"]) == ([10, 20], [3.0, 2.5], [2.0, None])
+    assert list(accuracy) == ["copa"] and accuracy["copa"]["y"] == [0.5]
+    two = rendered(write_run(records, name="two"), write_run(records, name="three"))
+    assert list(two.traces(3)) == ["two: code", "two: web", "three: code", "three: web"]
+
+
 def test_visible_range_contains_spikes_but_not_the_initial_descent(write_run: WriteRun) -> None:
     records = [record(step) for step in range(1, 41)]
     records[30]["train/loss"] = 9.0
