@@ -134,7 +134,7 @@ print("lacks", ", ".join(missing) if missing else "nothing")' 2>/dev/null) || fo
 else
   case "$verb ${2:-}" in
     test\ *) install '[dev]' dev ;;
-    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub) install '[data]' data dev ;;
+    prepare\ fineweb* | prepare\ openwebtext | prepare\ hub | prepare\ evaluation) install '[data]' data dev ;;
     *) install '' base data dev ;;
   esac
   python=$venv/bin/python

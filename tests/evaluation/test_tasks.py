@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,20 @@ def test_a_word_is_right_if_greedy_decoding_generates_it(dtype: torch.dtype) -> 
     scores = score(model, items)
     assert scores.greedy.tolist() == [is_greedy(model, item) for item in items]
     assert 15 <= scores.greedy.sum() <= 20
-    uncertain = score_batched(model, items).uncertain
+    batched = score_batched(model, items)
+    uncertain = batched.uncertain
+    assert ((batched.greedy == scores.greedy) | uncertain).all()
     assert uncertain.any() if dtype is torch.bfloat16 else not uncertain.any()
+
+
+def test_an_uncertain_word_is_decided_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(torch.float32, gain=1.0)
+    items = words(model, 10)
+    batched = score_batched(model, items)
+    uncertain = np.arange(10) < 6
+    wrong = replace(batched, greedy=batched.greedy ^ uncertain, uncertain=uncertain)
+    monkeypatch.setattr(scoring, "score_batched", lambda *_: wrong)
+    assert score(model, items).greedy.tolist() == [is_greedy(model, item) for item in items]
 
 
 def test_items_with_different_numbers_of_endings_share_a_batch(tmp_path: Path) -> None:
