@@ -99,6 +99,7 @@ def main(config: Path, out: Path) -> None:
         bench.folder.mkdir()
     collectives.barrier()
     found["async"] = _save_while_training(bench)
+    found["unrecorded"] = _evaluation_cannot_be_written(bench)
     found["settings"] = _load_with_other_settings(bench)
     found["sizes"] = _sizes(bench)
     found["one_rank_full"] = _one_rank_cannot_write(bench, messages)
@@ -140,7 +141,7 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
     checkpoints.save(bench.state, 0.1)
     bench.state.record_validation(3.0)
     bench.state.unevaluated = None
-    checkpoints.save(bench.state, 0.1, ["best_model"])
+    added = checkpoints.add_evaluation(bench.state, ["best_model"])
     bench.steps(2)
     under_way = not scan(bench.folder)
     bench.disk.ready.set()
@@ -156,8 +157,34 @@ def _save_while_training(bench: Bench) -> dict[str, Any]:
         "finished": _everywhere(finished),
         "same": _everywhere(bench.fingerprint(engine) == before),
         "step": state.step,
-        "evaluation": [state.val_loss, state.is_evaluated],
+        "evaluation": [added, state.val_loss, state.is_evaluated],
         "tags": [generation.tag for generation in scan(bench.folder)],
+    }
+
+
+def _evaluation_cannot_be_written(bench: Bench) -> dict[str, Any]:
+    """The disk is full when the evaluation is added to the manifest; later it is added. In a directory of its own."""
+    other = Bench(bench.settings, bench.folder.with_name("unrecorded"))
+    collectives.call_on_all_ranks(lambda: other.folder.mkdir() if collectives.is_main() else None)
+    checkpoints = other.checkpoints()
+    other.steps(1)
+    other.state.unevaluated = {}
+    checkpoints.save(other.state, 0.1)
+    committed = checkpoints.has_saved(other.state)
+    other.state.unevaluated = None
+    other.disk.full = True
+    checkpoints.add_evaluation(other.state, ["epoch_00001"])
+    recorded = checkpoints.has_saved(other.state)
+    other.disk.full = False
+    again = checkpoints.add_evaluation(other.state, ["epoch_00001"]) and checkpoints.has_saved(other.state)
+    manifests = [generation.manifest for generation in scan(other.folder)]
+    return {
+        "committed": _everywhere(committed),
+        "recorded": not _everywhere(not recorded),
+        "again": _everywhere(again),
+        "tags": [generation.tag for generation in scan(other.folder)],
+        "evaluated": [manifest is not None and manifest.is_evaluated for manifest in manifests],
+        "another": checkpoints.add_evaluation(other.state),
     }
 
 

@@ -95,6 +95,8 @@ class Checkpoints:
         self._save: Save | None = None
         self._in_thread: list[Future[None]] = []  # what is done in the background for the newest save
         self._saved: _Saved | None = None
+        self._completed: _Saved | None = None  # a state whose evaluation is being recorded
+        self._is_complete = True  # on rank 0: that has not failed
         self._newest_time = 0.0  # of the checkpoints' manifests, on rank 0
         self._queue: BackupQueue | None = None
         self._backup_reporter: BackupReporter | None = None
@@ -109,16 +111,10 @@ class Checkpoints:
         """Start saving a rolling checkpoint of ``state``. In the background it is copied and written while training
         continues; the next update waits until it is copied.
 
-        If only the evaluation of ``state`` was missing in the checkpoint of this step, its manifest receives the
-        results, and no other file is written.
-
         Args:
             epoch: epochs of data seen.
             roles: other tags for the same files (``epoch_00001``, ``best_model``).
         """
-        if self._saved == _Saved(state.step, evaluated=False) and state.is_evaluated:
-            self._complete(state, roles)
-            return
         if self.has_saved(state):
             return
         self._wait_for_previous_save()
@@ -150,16 +146,29 @@ class Checkpoints:
             self._engine.hold_updates_until(self._save.copied)
             self._in_thread.append(self._thread.submit(self._save.run))
 
-    def _complete(self, state: TrainState, roles: Sequence[str]) -> None:
-        """Record the evaluation of ``state`` in its checkpoint, which may still be in the process of being saved."""
-        self._saved = _Saved.of(state)
-        action = partial(self._complete_commit, self._save, state.to_dict(), roles, state.step, state.val_loss)
+    def add_evaluation(self, state: TrainState, roles: Sequence[str] = ()) -> bool:
+        """Record the evaluation of ``state`` in the manifest of its checkpoint, if that was saved without it.
+
+        The checkpoint may still be in the process of being saved. A failure shows in ``has_saved``.
+
+        Args:
+            roles: see ``save``.
+
+        Returns:
+            Whether there is such a checkpoint.
+        """
+        if self._saved != _Saved(state.step, evaluated=False) or not state.is_evaluated:
+            return False
+        self._saved = self._completed = _Saved.of(state)
+        action = partial(self._write_evaluation, self._save, state.to_dict(), roles, state.step, state.val_loss)
         if self._thread is None:
             action()
+            self._settle()
         else:
             self._in_thread.append(self._thread.submit(action))  # after the save: it is one thread
+        return True
 
-    def _complete_commit(
+    def _write_evaluation(
         self, save: Save | None, state: dict[str, Any], roles: Sequence[str], step: int, val_loss: float | None
     ) -> None:
         """Write the manifest with the evaluation, on rank 0. If that fails, a resume repeats the evaluation.
@@ -176,8 +185,8 @@ class Checkpoints:
             commit.replace_manifest(self._checkpoint_dir.disk, self.directory / tag, manifest)
         except (OSError, DamagedError) as error:
             log.error(f"the evaluation of step {step} is not recorded in {tag} ({error}): a resume from it repeats it")
-        else:
-            self._after_evaluation(tag, roles, step, val_loss)
+            self._is_complete = False
+        self._after_evaluation(tag, roles, step, val_loss)
 
     def _manifest_of(
         self, state: TrainState, epoch: float, roles: Sequence[str]
@@ -308,7 +317,11 @@ class Checkpoints:
         self._in_thread = []
         if save is not None and not collectives.any_rank(save.committed, self._engine.device):
             self._note_failure(self._saved.step if self._saved is not None else None)
-            self._saved = None
+            self._saved = self._completed = None
+        completed, self._completed = self._completed, None
+        if completed is not None and collectives.any_rank(not self._is_complete, self._engine.device):
+            self._saved = completed._replace(evaluated=False)
+        self._is_complete = True
 
     def _note_failure(self, step: int | None) -> None:
         if self._journal is not None:

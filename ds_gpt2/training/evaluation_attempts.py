@@ -1,7 +1,8 @@
 """``evaluating.json`` in a run's directory: the hooks that a process has begun to evaluate and not ended.
 
 An exception in a hook is caught. A hook that ends the process (the kernel's out-of-memory killer, a crash of a library)
-would end it again after each restart: after ``_MOST`` attempts at one step it is left out there.
+would end it again after each restart. After ``_MOST`` attempts at one step it is left out there; after ``_MOST_STEPS``
+such steps without a success it is left out for the rest of the run, or until the file is deleted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ds_gpt2.distributed import collectives
 
 FILE = "evaluating.json"
 _MOST = 2  # of a hook at one step: what ended the first one may have had another cause
+_MOST_STEPS = 3  # each costs ``_MOST`` restarts
 
 
 class _Record(BaseModel):
@@ -26,53 +28,63 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    step: int
-    attempts: dict[str, int]  # by the hook's name
+    attempts: dict[str, dict[str, int]] = {}  # hook -> step, as text -> attempts that did not end
 
 
 class EvaluationAttempts:
-    """Counts the attempts to evaluate each hook at a step, also over restarts. Rank 0 reads and writes the file.
+    """Counts the attempts to evaluate each hook at each step, also over restarts. Rank 0 reads and writes the file.
 
     Failures to write it are ignored: then attempts are not counted.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = OpenDirectory(run_dir)
-        self._record = _Record(step=-1, attempts={})
+        self._attempts: dict[str, dict[str, int]] = {}
 
-    def exhausted(self, step: int) -> set[str]:
-        """Return the names of the hooks to leave out at ``step``. Every rank calls this before the hooks run."""
-        return collectives.broadcast_from_main(lambda: self._exhausted(step))
+    def begun(self, step: int) -> dict[str, int]:
+        """Return the attempts at ``step`` that did not end, by the hook's name; rank 0 reads the file.
+
+        Every rank calls this before the hooks run, and then uses ``is_exhausted``.
+        """
+        self._attempts = collectives.broadcast_from_main(self._read)
+        return {name: steps[str(step)] for name, steps in self._attempts.items() if str(step) in steps}
+
+    def is_exhausted(self, step: int, name: str) -> bool:
+        """Return whether the hook ``name`` is left out at ``step``."""
+        counts = self._attempts.get(name, {})
+        return counts.get(str(step), 0) >= _MOST or sum(count >= _MOST for count in counts.values()) >= _MOST_STEPS
 
     def begin(self, step: int, name: str) -> None:
         """Count an attempt of the hook ``name`` at ``step``."""
-        if self._record.step != step:
-            self._record = _Record(step=step, attempts={})
-        self._record.attempts[name] = self._record.attempts.get(name, 0) + 1
+        counts = self._attempts.setdefault(name, {})
+        counts[str(step)] = counts.get(str(step), 0) + 1
         self._write()
 
-    def end(self, name: str) -> None:
-        """Forget the attempts of the hook ``name``: it has returned, was interrupted, or raised an exception."""
-        self._record.attempts.pop(name, None)
+    def end(self, step: int, name: str, succeeded: bool) -> None:
+        """Forget the attempts of the hook ``name`` at ``step``, which has ended: with metrics, or without.
+
+        A success also shows that earlier steps do not matter. Later ones, from before a resume, still do.
+        """
+        counts = self._attempts.pop(name, {})
+        left = {key: count for key, count in counts.items() if int(key) != step and not (succeeded and int(key) < step)}
+        if left:
+            self._attempts[name] = left
         self._write()
 
-    def _exhausted(self, step: int) -> set[str]:
-        self._record = self._read()
-        attempts = self._record.attempts if self._record.step == step else {}
-        return {name for name, count in attempts.items() if count >= _MOST}
-
-    def _read(self) -> _Record:
+    def _read(self) -> dict[str, dict[str, int]]:
         try:
-            return _Record.model_validate(safe_json.read(self._run_dir.path / FILE))
+            record = _Record.model_validate(safe_json.read(self._run_dir.path / FILE))
         except (OSError, ValueError, ValidationError):  # no file, or a damaged one
-            return _Record(step=-1, attempts={})
+            return {}
+        is_valid = all(step.isdecimal() for steps in record.attempts.values() for step in steps)
+        return record.attempts if is_valid else {}
 
     def _write(self) -> None:
         if not collectives.is_main():
             return
         with contextlib.suppress(OSError):
             file = self._run_dir.path / FILE
-            if self._record.attempts:
-                replace_file(file, json.dumps(self._record.model_dump()))
+            if self._attempts:
+                replace_file(file, json.dumps(_Record(attempts=self._attempts).model_dump()))
             else:
                 file.unlink(missing_ok=True)

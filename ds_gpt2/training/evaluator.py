@@ -53,25 +53,39 @@ class Evaluator:
             if not hook.can_be_repeated:
                 metrics |= self._observe(hook, engine, state)
 
-    def evaluate(self, due: Sequence[Hook], engine: Engine, state: TrainState, metrics: StepMetrics) -> None:
+    def evaluate(
+        self,
+        due: Sequence[Hook],
+        engine: Engine,
+        state: TrainState,
+        metrics: StepMetrics,
+        await_save: Callable[[], object] = lambda: None,
+    ) -> None:
         """Run the other hooks among ``due``; add their metrics to ``metrics``, and a validation loss to ``state``.
 
         ``state.unevaluated`` becomes None. If a stop interrupts a hook, it stays, and nothing is recorded.
+
+        Args:
+            await_save: waits until the save in progress is committed; called before the first hook that may end the
+                process.
         """
-        before, left_out = replace(state), self.attempts.exhausted(state.step)
+        before, step = replace(state), state.step
+        is_safe = not self.attempts.begun(step)
         for hook in repeatable(due):
-            if hook.name in left_out:
-                self.report(state.step, f"no {hook.name}: the last attempts to measure it ended the process")
+            if self.attempts.is_exhausted(step, hook.name):
+                self.report(step, f"no {hook.name}: its last attempts ended the process")
                 continue
-            self.attempts.begin(state.step, hook.name)
+            if not (is_safe and hook.is_bounded):
+                await_save()
+            self.attempts.begin(step, hook.name)
             try:
                 measured = self._observe(hook, engine, state)
             except Interrupted:
-                self.attempts.end(hook.name)
+                self.attempts.end(step, hook.name, succeeded=False)
                 state.restore_validation(before)
-                log.info(f"step {state.step:,}: a stop interrupts the evaluation; it is repeated when the run resumes")
+                log.info(f"step {step:,}: a stop interrupts the evaluation; it is repeated when the run resumes")
                 return
-            self.attempts.end(hook.name)
+            self.attempts.end(step, hook.name, succeeded=bool(measured))
             metrics |= measured
             if isinstance(loss := measured.get("val/loss"), float):
                 state.record_validation(loss)

@@ -143,7 +143,7 @@ class Trainer:
                 self._save(state)
                 self.reporter.end_phase("save")
             self.reporter.enter("evaluating")
-            self.evaluator.evaluate(due, self.engine, state, metrics)
+            self.evaluator.evaluate(due, self.engine, state, metrics, lambda: self._await_save(state))
             self.reporter.end_phase("eval")
         else:
             state.unevaluated = None
@@ -167,7 +167,14 @@ class Trainer:
             self.guard.check_weights(state, collectives.gather_objects(self.engine.fingerprint()))
         if not self.guard.rollback:
             self.reporter.sync_records()
-            self.checkpoints.save(state, self.data.epoch(state.batch), roles)
+            if not self.checkpoints.add_evaluation(state, roles):
+                self.checkpoints.save(state, self.data.epoch(state.batch), roles)
+
+    def _await_save(self, state: TrainState) -> None:
+        """Wait until the save of ``state`` is committed, if one is in progress."""
+        self.reporter.enter("saving")
+        self.checkpoints.has_saved(state)
+        self.reporter.enter("evaluating")
 
     def _end(self, state: TrainState, stopping: bool) -> Ending:
         """Save the last state and wait until it is committed.

@@ -45,8 +45,19 @@ def test_training_continues_while_the_checkpoint_is_written(seen: Seen) -> None:
         "finished": True,
         "same": True,
         "step": 2,
-        "evaluation": [3.0, True],
+        "evaluation": [True, 3.0, True],
         "tags": ["rolling_step_000002", "best_model"],
+    }
+
+
+def test_an_evaluation_that_cannot_be_recorded_is_recorded_later(seen: Seen) -> None:
+    assert seen["unrecorded"] == {
+        "committed": True,
+        "recorded": False,
+        "again": True,
+        "tags": ["rolling_step_000001", "epoch_00001"],
+        "evaluated": [True, True],
+        "another": False,
     }
 
 

@@ -56,14 +56,44 @@ def _evaluate(run_dir: Path, step: int, *hooks: Hook) -> tuple[StepMetrics, list
     return metrics, reports
 
 
+LEFT_OUT = "no deadly: its last attempts ended the process"
+
+
 def test_a_hook_that_ends_the_process_twice_at_a_step_is_left_out_there(tmp_path: Path) -> None:
     hooks = OneHook("good"), OneHook("deadly", KilledError()), OneHook("last")
     for _ in range(2):
         assert _evaluate(tmp_path, 7, *hooks) == ({"eval/good/acc": 0.5}, ["killed"])
     metrics, reports = _evaluate(tmp_path, 7, *hooks)
     assert metrics == {"eval/good/acc": 0.5, "eval/last/acc": 0.5}
-    assert reports == ["7: no deadly: the last attempts to measure it ended the process"]
+    assert reports == [f"7: {LEFT_OUT}"]
     assert _evaluate(tmp_path, 8, *hooks)[1] == ["killed"]  # tried again at the next step
+
+
+def test_evaluations_between_the_resume_and_the_step_do_not_matter(tmp_path: Path) -> None:
+    """The run resumes from step 1000 each time, and evaluates steps 1250 and 1500 again."""
+    for _ in range(2):
+        for step in (1250, 1500):
+            assert _evaluate(tmp_path, step, OneHook("deadly"))[1] == []
+        assert _evaluate(tmp_path, 1750, OneHook("deadly", KilledError()))[1] == ["killed"]
+    assert _evaluate(tmp_path, 1500, OneHook("deadly"))[1] == []
+    assert _evaluate(tmp_path, 1750, OneHook("deadly", KilledError()))[1] == [f"1750: {LEFT_OUT}"]
+
+
+def test_a_hook_that_ends_the_process_at_three_steps_is_left_out_from_then_on(tmp_path: Path) -> None:
+    deadly = OneHook("deadly", KilledError())
+    for step in (5, 10, 15):
+        ends = [_evaluate(tmp_path, step, deadly)[1] for _ in range(3)]
+        assert ends == [["killed"], ["killed"], [f"{step}: {LEFT_OUT}"]]
+    assert _evaluate(tmp_path, 20, deadly)[1] == [f"20: {LEFT_OUT}"]
+    (tmp_path / FILE).unlink()
+    assert _evaluate(tmp_path, 25, deadly)[1] == ["killed"]
+
+
+def test_a_success_forgets_earlier_steps(tmp_path: Path) -> None:
+    deadly = OneHook("deadly", KilledError())
+    for step in (5, 10, 15, 20):
+        assert [_evaluate(tmp_path, step, deadly)[1][-1] for _ in range(2)] == ["killed"] * 2
+        assert _evaluate(tmp_path, step + 1, OneHook("deadly"))[1] == []
 
 
 def test_two_hooks_that_end_the_process_are_both_left_out(tmp_path: Path) -> None:
@@ -72,6 +102,23 @@ def test_two_hooks_that_end_the_process_are_both_left_out(tmp_path: Path) -> Non
     assert ends == ["killed"] * 4
     reports = _evaluate(tmp_path, 7, first, second)[1]
     assert [report.split(":")[1] for report in reports] == [" no deadly 1", " no deadly 2"]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "waits"), [(0, ["awaited", "unbounded"]), (1, ["awaited", "awaited", "unbounded"])]
+)
+def test_the_save_is_awaited_before_what_may_end_the_process(tmp_path: Path, attempts: int, waits: list[str]) -> None:
+    """A hook that needs no more memory than a step runs while the save is written, unless it was tried before."""
+    for _ in range(attempts):
+        EvaluationAttempts(tmp_path).begin(7, "validation loss")
+    events: list[str] = []
+    bounded, unbounded = OneHook("validation loss"), OneHook("unbounded")
+    bounded.is_bounded = True
+    unbounded.observe = lambda engine, state: events.append("unbounded") or {}  # type: ignore[method-assign]  # notes
+    evaluator = Evaluator([bounded, unbounded], EvaluationAttempts(tmp_path), lambda at, text: pytest.fail(text))
+    state = TrainState(step=7, unevaluated={})
+    evaluator.evaluate([bounded, unbounded], ENGINE, state, {}, lambda: events.append("awaited"))
+    assert events == waits
 
 
 def test_a_hook_that_raises_is_reported_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,7 +148,9 @@ def test_an_interrupted_hook_is_not_counted(tmp_path: Path) -> None:
         assert state.unevaluated == {"train/loss": 2.0} and not (tmp_path / FILE).exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 7, "attempts": {"deadly": "2"}}', b"\xff" * 100])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"attempts": {"good": {"7": "2"}}}', b'{"attempts": {"good": {"x": 2}}}', b"\xff" * 100]
+)
 def test_a_damaged_record_is_ignored(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     assert _evaluate(tmp_path, 7, OneHook("good")) == ({"eval/good/acc": 0.5}, [])

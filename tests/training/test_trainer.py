@@ -95,6 +95,7 @@ class Parts:
         return f"weights of {self.step}"
 
     name = "validation loss"
+    is_bounded = True
 
     def observe(self, engine: Any, state: TrainState) -> dict[str, float]:
         self.notes.append(f"observe {state.step}")
@@ -111,10 +112,18 @@ class Parts:
             self.failing_saves -= 1
             self.notes.append("cannot save")
         elif not self.has_saved(state):
-            verb = "complete" if self._saved == (state.step, False) else "save"
-            self.notes.append(" ".join([f"{verb} {state.step}", *roles]))
-            self._saved = state.step, state.unevaluated is None
-            self.saved_states.append(state.to_dict())
+            self._note_save("save", state, roles)
+
+    def add_evaluation(self, state: TrainState, roles: Sequence[str] = ()) -> bool:
+        if self._saved != (state.step, False) or state.unevaluated is not None:
+            return False
+        self._note_save("complete", state, roles)
+        return True
+
+    def _note_save(self, verb: str, state: TrainState, roles: Sequence[str]) -> None:
+        self.notes.append(" ".join([f"{verb} {state.step}", *roles]))
+        self._saved = state.step, state.unevaluated is None
+        self.saved_states.append(state.to_dict())
 
     def has_saved(self, state: TrainState) -> bool:
         return self._saved == (state.step, state.unevaluated is None)

@@ -42,7 +42,8 @@ class TaskEvaluation(Hook):
             items: of the file, at least one; the number in the settings is used.
         """
         self.every = Every(settings.every)
-        self.name, self._measures = name, measures_of(name)
+        self.name = f"evaluation {name}"
+        self._task, self._measures = name, measures_of(name)
         self._items = items if settings.items is None else ItemList(items[: settings.items])
         batches = batches_of(model, self._items)
         self._mine = tasks.batches_of_rank(batches, collectives.rank(), collectives.world_size())
@@ -52,12 +53,12 @@ class TaskEvaluation(Hook):
         table = collectives.sum_over_ranks(on_all_ranks(lambda: self._results(engine))).cpu().numpy()
         metrics: StepMetrics = {}
         for measure, found in tasks.estimates(table, self._measures).items():
-            metrics[f"eval/{self.name}/{measure}"] = found.value
+            metrics[f"eval/{self._task}/{measure}"] = found.value
             if found.stderr is not None:
-                metrics[f"eval/{self.name}/{measure}_stderr"] = found.stderr
-        shown = ", ".join(f"{measure} {metrics[f'eval/{self.name}/{measure}']:.4f}" for measure in self._measures)
+                metrics[f"eval/{self._task}/{measure}_stderr"] = found.stderr
+        shown = ", ".join(f"{measure} {metrics[f'eval/{self._task}/{measure}']:.4f}" for measure in self._measures)
         seconds = time.monotonic() - start
-        log.info(f"step {state.step:,}: {self.name} {shown} ({counted(len(self._items), 'item')}, {seconds:.1f} s)")
+        log.info(f"step {state.step:,}: {self._task} {shown} ({counted(len(self._items), 'item')}, {seconds:.1f} s)")
         return metrics
 
     def _results(self, engine: Engine) -> torch.Tensor:

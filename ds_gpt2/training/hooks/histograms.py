@@ -59,10 +59,11 @@ class Histograms(Hook):
         )
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
-        masters, before = engine.masters(), self._before
+        masters, before, gradients = engine.masters(), self._before, self._gradients
+        self._gradients, self._before = {}, {}  # freed also if this fails
         moved = {name: (chunk - old for chunk, old in _pairs(part, before[name])) for name, part in masters.items()}
         moved_norms, norms = self._norms_of(moved, engine.device), self._norms_of(_in_chunks(before), engine.device)
-        metrics: StepMetrics = self._gradients | _histograms("param", self._shown, masters, engine.device)
+        metrics: StepMetrics = gradients | _histograms("param", self._shown, masters, engine.device)
         metrics |= {
             f"update_ratio/{part}": moved_norm / norm if norm else 0.0
             for part, moved_norm, norm in zip(self._parts, moved_norms, norms, strict=True)
@@ -70,7 +71,6 @@ class Histograms(Hook):
         if self._norms:
             metrics |= {f"param_norm/{part}": norm for part, norm in zip(self._parts, norms, strict=True)}
             metrics |= {f"grad_norm/{part}": norm for part, norm in zip(self._parts, self._gradient_norms, strict=True)}
-        self._gradients, self._before = {}, {}
         return metrics
 
     def _norms_of(self, chunks: Mapping[str, Iterable[torch.Tensor]], device: torch.device) -> list[float]:

@@ -34,6 +34,7 @@ class Hook(ABC):
     every: Every
     name: str  # for messages, unique in a run
     can_be_repeated = True  # after a resume; False if it needs gradients or other state that is not saved
+    is_bounded = False  # whether it needs no more memory than a training step
     progress: Callable[[], None] = staticmethod(lambda: None)  # to be called often; may raise Interrupted
 
     def before_update(self, engine: Engine) -> None:  # noqa: B027  # most hooks do not need gradients

@@ -39,6 +39,7 @@ class Validation(Hook):
     """
 
     name = "validation loss"
+    is_bounded = True
 
     def __init__(self, settings: ValidationSettings, held_out: Sequence[HeldOut], group: int) -> None:
         """
