@@ -259,7 +259,7 @@ class Checkpoints:
         return state
 
     def _log_average(self, restored: Restored) -> None:
-        """Log what has become of the moving average of the weights."""
+        """Log whether the moving average of the weights continues, starts or is dropped."""
         tag, saved, ours = restored.generation.tag, restored.manifest.ema_decay, self._engine.average
         if ours is not None and saved is not None:
             log.info(f"the moving average of the weights continues from {tag} (ema.decay {ours.decay})")

@@ -133,7 +133,7 @@ class Trainer:
     ) -> None:
         """Evaluate, record and save this step, as far as each is due.
 
-        It is saved before the evaluation, which may end the process. The same checkpoint then receives the results.
+        The save comes before the evaluation, which may end the process. The same checkpoint then receives the results.
         """
         roles = self._epochs(state)
         save_is_due = bool(roles) or is_repeated or self.schedule.save_every.due(state.step, self.schedule.steps)

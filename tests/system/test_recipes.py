@@ -23,7 +23,7 @@ from ds_gpt2.tools.drill.fault_injection import Fault
 
 pytestmark = [pytest.mark.ranks, pytest.mark.extended]
 
-STEPS = 24
+STEPS, VALIDATE_EVERY = 24, 6
 PARTS = ((4, 8), (2, 16), (4, STEPS))  # ranks, and the step after whose save their number changes
 MICRO_BATCHES = {4: 2, 2: 4}  # of a rank in a step, by the number of ranks
 
@@ -54,6 +54,7 @@ def configure(sources: list[Path], write_config: Callable[..., Path]) -> Callabl
             model={"layers": 2, "heads": 2, "width": 32, "dropout": 0.2},
             schedule={"steps": STEPS, "warmup_steps": 3, "shape": "wsd", "decay_steps": 10, "decay_shape": "sqrt"},
             ema={"decay": 0.9},
+            validation={"every": VALIDATE_EVERY, "tokens": 40 * 64},
             checkpoint={"dir": str(folder / "checkpoints"), "every": 4, "async": False},
         )
 
@@ -71,7 +72,10 @@ def _train(config: Path, ranks: int, *faults: Fault) -> None:
 
 
 def _random_kill(chosen: random.Random, first: int, last: int, ranks: int) -> Fault:
-    """Return a fault that kills a rank in one of the steps from ``first`` to ``last``."""
+    """Return a fault that kills a rank in one of the steps from ``first`` to ``last``, or in their evaluation."""
+    if chosen.random() < 0.5:
+        step = next(step for step in range(first, last + 1) if step % VALIDATE_EVERY == 0)
+        return Fault("kill", step, rank=chosen.randrange(ranks), evaluating=True)
     micro_batch = chosen.randrange(MICRO_BATCHES[ranks])
     return Fault("kill", chosen.randint(first, last), rank=chosen.randrange(ranks), micro_batch=micro_batch)
 
@@ -79,6 +83,7 @@ def _random_kill(chosen: random.Random, first: int, last: int, ranks: int) -> Fa
 def test_a_run_killed_at_random_steps_equals_one_that_is_not(configure: Callable[[Path], Path], tmp_path: Path) -> None:
     """Both change from 4 to 2 and back to 4 ranks at the same steps: with dropout, losses depend on their number."""
     seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
     chosen, folders = random.Random(seed), (tmp_path / "undisturbed", tmp_path / "killed")
     for folder in folders:
         config, first = configure(folder), 1
