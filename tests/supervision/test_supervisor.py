@@ -156,7 +156,7 @@ def test_a_failing_evaluation_costs_neither_the_run_nor_the_save(configure: Conf
     assert [event.step for event in _events(settings) if event.kind == "save"] == list(range(4, 25, 4))
     texts = [event.text for event in _events(settings) if event.kind == "evaluation_failed"]
     assert texts == [
-        "no validation loss: the last attempts to measure it ended the process",
+        "no validation loss: its last attempts ended the process",
         "no validation loss: rank 0: a fault injected by the drill",
     ]
     records = [list(read_metrics(each.run_dir / METRICS)) for each in (undisturbed, settings)]
