@@ -222,7 +222,7 @@ def observe(hook: HellaSwag, model: GPT2) -> dict[str, Any]:
 
 def test_the_hook_reports_the_share_of_correct_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings, model = write(tmp_path), make_model(torch.bfloat16).train()
-    hook = open_hellaswag(settings, tmp_path / "cache")
+    hook = open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache")
     assert hook is not None and hook.every.due(20, 25) and not hook.every.due(21, 25)
     before = get_rng_state()
     with caplog.at_level(logging.INFO, "ds_gpt2"):
@@ -241,7 +241,7 @@ def test_the_hook_reports_the_share_of_correct_answers(tmp_path: Path, caplog: p
 
 def test_the_hook_scores_the_configured_number_of_items(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = write(tmp_path).model_copy(update={"items": 7})
-    hook = open_hellaswag(settings, tmp_path / "cache")
+    hook = open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache")
     assert hook is not None
     with caplog.at_level(logging.INFO, "ds_gpt2"):
         accuracy = observe(hook, make_model(torch.bfloat16))["hellaswag/acc"]
@@ -255,7 +255,7 @@ def test_a_file_without_items_disables_the_hook_with_one_warning(
 ) -> None:
     settings = write(tmp_path)
     settings.path.write_text(content)
-    assert open_hellaswag(settings, tmp_path / "cache") is None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is None
     (line,) = caplog.messages
     assert line.startswith(f"training continues without HellaSwag: {settings.path}")
 
@@ -268,18 +268,19 @@ def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_end_the_run
     elsewhere = tmp_path / "elsewhere.jsonl"
     settings.path.rename(elsewhere)
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", f"http://127.0.0.1:{free_port()}/items.jsonl")
-    assert open_hellaswag(settings, tmp_path / "cache") is None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is None
     (line,) = [message for message in caplog.messages if not message.startswith("fetching")]
     assert line.startswith("training continues without HellaSwag: http://127.0.0.1:")
     assert "`./launch.sh prepare hellaswag --from FILE`" in line
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", elsewhere.as_uri())
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.SHA256", hashlib.sha256(content).hexdigest())
-    assert open_hellaswag(settings, tmp_path / "cache") is not None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is not None
     assert settings.path.read_bytes() == content
 
 
 def test_a_failure_of_a_rank_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hook, model = open_hellaswag(write(tmp_path), tmp_path / "cache"), make_model(torch.bfloat16).train()
+    model = make_model(torch.bfloat16).train()
+    hook = open_hellaswag(write(tmp_path), model, tmp_path / "cache")
     assert hook is not None
 
     def fail(*_: object) -> None:
