@@ -56,7 +56,7 @@ def open_on_rank(rank: int, port: int, folder: Path) -> None:
     torch_dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_an_evaluation_whose_items_differ_between_ranks_is_omitted_on_all(tmp_path: Path) -> None:
     for rank in range(2):
         own = tmp_path / str(rank)
