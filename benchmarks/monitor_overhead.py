@@ -210,7 +210,9 @@ def _hooks(trainer: Trainer, with_hellaswag: bool) -> Iterator[tuple[str, int, H
     samples = Samples(reference.samples, settings.run.seed, settings.run_dir / "samples", context)
     yield "samples", reference.samples.every, samples, False
     yield "histograms", reference.histograms.every, Histograms(reference.histograms, trainer.engine.model), True
-    if with_hellaswag and (hellaswag := open_hellaswag(settings.hellaswag, settings.run_dir)) is not None:
+    if not with_hellaswag:
+        return
+    if (hellaswag := open_hellaswag(settings.hellaswag, trainer.engine.model, settings.run_dir)) is not None:
         yield "hellaswag", reference.hellaswag.every, hellaswag, True
 
 

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_start_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="arithmetic only, without a trial")
     parser.add_argument(
-        "--steps", type=positive, default=Limits().steps, metavar="N", help="number of steps of the trial (default: 16)"
+        "--steps",
+        type=positive,
+        default=Limits().steps,
+        metavar="N",
+        help="least number of steps of the trial (default: 16)",
     )
     parser.add_argument(
         "--seconds",

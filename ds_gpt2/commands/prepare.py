@@ -123,12 +123,14 @@ def _prepare_evaluations(options: argparse.Namespace) -> None:
     if options.list:
         print(table([["evaluation", "repository", "split", "items", "revision"], *_evaluations(options.out)]))
         return
-    names = list(evaluation_sets.PUBLISHED) if options.names == ["all"] else options.names
+    names = options.names
     if not names:
         raise UserError(f"give one of {', '.join(evaluation_sets.PUBLISHED)}, or all")
+    evaluation_sets.check_names(name for name in names if name != "all")
+    if "all" in names:
+        names = list(evaluation_sets.PUBLISHED)
     if options.source is not None and len(names) > 1:
         raise UserError(f"--from gives one file, not those of {len(names)} evaluations: give one name")
-    evaluation_sets.check_names(names)
     for name in names:
         with _empty_directories_removed(options.out):
             path, record = evaluation_sets.prepare_evaluation(name, options.out, options.source)

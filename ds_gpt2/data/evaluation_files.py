@@ -12,7 +12,9 @@ compared ("partial evaluation", Trinh and Le 2018, arXiv 1806.02847).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,13 @@ class Choice:
     label: int  # index of the correct answer
 
 
+def line_of(choice: Choice) -> dict[str, Any]:
+    """Return the fields of a line, in our format."""
+    if len(choice.contexts) > 1:
+        return {"contexts": choice.contexts, "ending": choice.endings[0], "label": choice.label}
+    return {"context": choice.contexts[0], "endings": choice.endings, "label": choice.label}
+
+
 def measures_of(name: str) -> tuple[str, ...]:
     """Return the measures of an evaluation by its name."""
     return MEASURES.get(name, OWN_MEASURES)
@@ -58,7 +67,8 @@ def load_items(path: Path, name: str, cache_dir: Path | None = None) -> ItemList
     """Return all items of a file, in its order.
 
     The tokens are cached beside the file or, if that is not possible, in ``cache_dir``, under a name with the hash of
-    the file. A damaged cache is written again; if none can be written, there is none.
+    the file. A damaged cache is written again; if none can be written, there is none. A cache beside the file replaces
+    those of earlier contents.
 
     Args:
         name: of the evaluation; the items of ``LAST_WORD`` have one ending.
@@ -77,8 +87,19 @@ def load_items(path: Path, name: str, cache_dir: Path | None = None) -> ItemList
     items = ItemList(_items(content, path, name))
     if not len(items):
         raise UserError(f"{path} has no items: {_how_to_get(path, name)}")
-    any(items.write(cache) for cache in caches)  # the first place that can be written to
+    written = next((cache for cache in caches if items.write(cache)), None)  # in the first writable directory
+    if written is not None and written.parent == path.parent:
+        _delete_older(written)
     return items
+
+
+def _delete_older(cache: Path) -> None:
+    """Delete the caches beside ``cache`` of the same file with other content or of another format."""
+    beginning = cache.name.rpartition("_v")[0]
+    for other in cache.parent.iterdir():
+        if other != cache and re.fullmatch(re.escape(beginning) + r"_v[0-9]+_[0-9a-f]{64}\.npz", other.name):
+            with contextlib.suppress(OSError):
+                other.unlink()
 
 
 def count_items(path: Path, name: str) -> int:

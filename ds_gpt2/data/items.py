@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Sequence
@@ -102,6 +103,14 @@ class ItemList(Sequence[Item]):
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(array.nbytes for array in self._arrays.values()) + self._starts.nbytes + self._first.nbytes
+
+    def sha256(self) -> str:
+        """Return the sha256 of all arrays, in hexadecimal digits: of tokens, labels and lengths, not of a file."""
+        digest = hashlib.sha256()
+        for name in sorted(self._arrays):
+            digest.update(f"{name} {len(self._arrays[name])} ".encode())
+            digest.update(np.ascontiguousarray(self._arrays[name]).tobytes())
+        return digest.hexdigest()
 
     def write(self, path: Path) -> bool:
         """Write the arrays to ``path``, atomically; return False if that is not possible."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from ds_gpt2.common.formatting import counted
 from ds_gpt2.data.items import Item
 
 # Tokens of a batch: on a CPU enough for efficient matrix products, on a GPU for few kernel launches, and far fewer than
@@ -19,17 +20,42 @@ _ROW_TOKENS = 2048  # of the longest row, unless the model's context is longer; 
 
 
 def truncate(item: Item, sequence_length: int) -> Item:
-    """Return ``item`` with its context and endings cut to what a model of this sequence length can process.
+    """Return ``item`` cut to what a model of this sequence length can process.
 
-    The context is cut at the start until it fits together with the longest ending; at least one token of it remains.
-    Endings longer than ``sequence_length`` are cut at the end.
+    If an ending does not fit with the context before it, each ending gets its own copy of the context, cut at the
+    start, as in lm-evaluation-harness 0.4.13 (``HFLM._loglikelihood_tokens`` in ``lm_eval/models/huggingface.py``): the
+    copies are unscored tokens of the endings, and the item's context is empty. An ending with more than
+    ``sequence_length`` scored tokens, which the harness refuses, keeps the first ones and one token before them.
     """
-    longest = max(map(len, item.endings))
-    if len(item.context) + longest - 1 <= sequence_length:
+    if not _is_too_long(item, sequence_length):
         return item
-    endings = [ending[:sequence_length] for ending in item.endings]
-    context_length = sequence_length - (max(map(len, endings)) - 1)  # an ending's last token is no input
-    return replace(item, context=item.context[-context_length:], endings=endings)
+    endings, unscored = [], []
+    for number, ending in enumerate(item.endings):
+        row = np.concatenate([item.context, ending])
+        first = len(item.context) + item.first_scored(number)
+        end = min(len(row), first + sequence_length)
+        start = max(0, end - (sequence_length + 1))  # the last token is no input
+        endings.append(row[start:end])
+        unscored.append(first - start)
+    return replace(item, context=item.context[:0], endings=endings, unscored=np.array(unscored, np.int32))
+
+
+def describe_truncation(items: Sequence[Item], sequence_length: int) -> str | None:
+    """Return a text that says how many items ``truncate`` cuts, and how many of them in the ending; None if none."""
+    cut = [item for item in items if _is_too_long(item, sequence_length)]
+    if not cut:
+        return None
+    text = f"{counted(len(cut), 'item')} longer than {sequence_length:,} tokens, cut at the start"
+    in_ending = sum(_longest_scored(item) > sequence_length for item in cut)
+    return text + (f", and {in_ending:,} of them also at the end of an ending" if in_ending else "")
+
+
+def _is_too_long(item: Item, sequence_length: int) -> bool:
+    return len(item.context) + max(map(len, item.endings)) - 1 > sequence_length
+
+
+def _longest_scored(item: Item) -> int:
+    return max(len(ending) - item.first_scored(number) for number, ending in enumerate(item.endings))
 
 
 def row_length(item: Item) -> int:
@@ -47,17 +73,15 @@ def longest_row(sequence_length: int) -> int:
     return max(_ROW_TOKENS, sequence_length)
 
 
-def make_batches(items: Sequence[Item], tokens: int) -> list[npt.NDArray[np.int64]]:
-    """Return the indices of the items of each batch, longest rows first.
+def batches_of_lengths(lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
+    """Return the indices of the rows of each batch, longest rows first.
 
     The rows of a batch are of similar length, which limits padding. A batch has at most ``tokens`` tokens, padding
     included; a longer row forms a batch alone.
+
+    Args:
+        lengths: (rows,) tokens.
     """
-    return batches_of_lengths(np.array([row_length(item) for item in items]), tokens)
-
-
-def batches_of_lengths(lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
-    """Return the batches of ``make_batches`` for rows of these ``lengths``, (items,)."""
     order = np.argsort(-lengths, kind="stable")
     batches = []
     while len(order):

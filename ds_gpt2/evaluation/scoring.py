@@ -40,7 +40,8 @@ REFERENCE_TOKENS = 768  # of an item whose logits the reference computes at once
 # ``rounding``. Tied items are scored again by the reference. On CPUs, the difference of two sums deviated from the
 # reference by at most 0.66 of that root, and by 0.03 to 0.14 of it in the root mean square (7 M and 124 M parameters in
 # bf16, 7 M in fp32; random, scaled-up and trained weights; benchmarks/results/hellaswag_cpu.json). In bf16 3 to 9 % of
-# the items were scored again, in fp32 none. Two tokens of an item with one ending are compared in the same way.
+# the items were scored again, in fp32 none. Not measured: GPUs, and evaluations other than HellaSwag. Two tokens of an
+# item with one ending are compared in the same way (measured in tests only).
 CLOSE = 1.0
 
 Array = npt.NDArray[np.float64]
@@ -85,10 +86,12 @@ class Scores:
 
 
 def score(model: GPT2, items: Sequence[Item], progress: Callable[[], None] = lambda: None) -> Scores:
-    """Return the scores of ``items``. Every answer equals that of ``score_one``; it does not depend on the other items.
+    """Return the scores of ``items``. Items whose answer may depend on rounding are scored again by ``score_one``.
+
+    Every answer so far equaled that of ``score_one`` alone; see ``CLOSE`` for what was measured.
 
     Args:
-        model: in eval mode. The contexts of items that are too long for it are truncated at the start.
+        model: in eval mode. Items that are too long for it are cut, see ``truncate``.
         items: at least one.
         progress: called after each batch and after each item that is scored again.
     """

@@ -71,7 +71,7 @@ def estimates(table: Array, measures: Sequence[str]) -> dict[str, Estimate]:
 
 
 def differences(table: Array, base: Array, measures: Sequence[str]) -> dict[str, Estimate]:
-    """Return each share of right answers minus that of ``base``, over the same items; not of the perplexity.
+    """Return each share of correct answers minus that of ``base``, over the same items; not of the perplexity.
 
     The standard error is that of the paired differences.
     """

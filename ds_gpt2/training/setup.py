@@ -340,7 +340,7 @@ def _build_hooks(
         directory, context = settings.run_dir / "samples", settings.batch.sequence_length
         hooks.append(Samples(settings.samples, settings.run.seed, directory, context))
     if settings.hellaswag.every:
-        hellaswag = open_hellaswag(settings.hellaswag, settings.run_dir)
+        hellaswag = open_hellaswag(settings.hellaswag, engine.model, settings.run_dir)
         hooks += [hellaswag] if hellaswag is not None else []
     hooks += open_evaluations(settings.evaluations, engine.model, settings.run_dir)
     for hook in hooks:

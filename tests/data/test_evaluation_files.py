@@ -135,14 +135,22 @@ def test_a_damaged_cache_is_written_again(tmp_path: Path) -> None:
         assert ItemList.read(cache) is not None
 
 
-def test_a_changed_file_has_another_cache(tmp_path: Path) -> None:
+def test_the_cache_of_a_changed_file_replaces_the_earlier_one(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", LINE)
+    kept = [
+        write(tmp_path / name, LINE)
+        for name in ("mine2.jsonl", ".mine_word_gpt2_v1_" + "0" * 64 + ".npz", ".mine_choice_gpt2_v1_notes.npz")
+    ]
+    load_items(kept[0], "mine2")
     load_items(path, "mine")
+    (first,) = tmp_path.glob(".mine_choice_gpt2_v1_?????*[0-9a-f].npz")
     write(path, LINE, LINE)
     assert len(load_items(path, "mine")) == 2
+    assert not first.exists() and all(each.exists() for each in kept)
+    assert len([*tmp_path.glob(".mine_choice_*")]) == 2 and len([*tmp_path.glob(".mine2_choice_*")]) == 1
 
 
-def test_the_cache_is_written_elsewhere_if_the_first_place_fails(
+def test_the_cache_is_written_to_the_second_directory_if_the_first_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []

@@ -24,7 +24,7 @@ from ds_gpt2.data.items import Item
 from ds_gpt2.engine.rng_state import get_rng_state
 from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation import scoring
-from ds_gpt2.evaluation.row_batches import make_batches, row_length, truncate
+from ds_gpt2.evaluation.row_batches import batches_of_lengths, row_length, truncate
 from ds_gpt2.evaluation.scoring import (
     CLOSE,
     MEASURES,
@@ -35,6 +35,7 @@ from ds_gpt2.evaluation.scoring import (
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.training.hooks.hellaswag import HellaSwag, items_of_rank, open_hellaswag
+from ds_gpt2.training.hooks.hook import HookFailedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = PROJECT_DIR.parent / "shared" / "data" / "hellaswag_val.jsonl"
@@ -184,25 +185,28 @@ def test_counts_summed_over_ranks_equal_those_of_one_rank(items: list[Item]) -> 
     assert counts.tolist() == score(model, items).correct().tolist()
 
 
-def test_long_contexts_are_cut_at_the_start(items: list[Item]) -> None:
+def test_long_items_are_cut_at_the_start(items: list[Item]) -> None:
     model, items = make_model(torch.float32, sequence_length=7), items[::4]
     for item in items:
         cut = truncate(item, 7)
-        longest = max(map(len, cut.endings))
-        assert len(cut.context) == max(1, min(len(item.context), 8 - longest))
-        assert cut.context.tolist() == item.context[-len(cut.context) :].tolist()
-        assert [ending.tolist() for ending in cut.endings] == [ending[:7].tolist() for ending in item.endings]
+        for number, ending in enumerate(item.endings):
+            row = [*cut.context, *cut.endings[number]]
+            scored = row[len(cut.context) + cut.first_scored(number) :]
+            assert scored == ending[:7].tolist()
+            whole = [*item.context, *ending[:7]]
+            assert row == (whole[-8:] if len(whole) > 8 else whole)
     assert any(max(map(len, item.endings)) > 7 for item in items)
     np.testing.assert_allclose(score_batched(model, items).sums, plain_sums(model, items), rtol=0, atol=1e-4)
 
 
 def test_batches_hold_each_item_once_with_similar_lengths_within_the_limit(items: list[Item]) -> None:
-    batches = make_batches(items, 200)
+    of_items = np.array(list(map(row_length, items)))
+    batches = batches_of_lengths(of_items, 200)
     assert sorted(np.concatenate(batches)) == list(range(len(items)))
     lengths = [[row_length(items[number]) for number in batch] for batch in batches]
     assert all(len(rows) * max(rows) <= 200 and min(rows) >= 0.9 * max(rows) for rows in lengths)
     assert max(map(len, lengths)) > 3
-    assert len(make_batches(items, 1)) == len(items)  # a row above the limit forms a batch alone
+    assert len(batches_of_lengths(of_items, 1)) == len(items)  # a row above the limit forms a batch alone
 
 
 def write(folder: Path, count: int = 30) -> HellaswagSettings:
@@ -218,7 +222,7 @@ def observe(hook: HellaSwag, model: GPT2) -> dict[str, Any]:
 
 def test_the_hook_reports_the_share_of_correct_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings, model = write(tmp_path), make_model(torch.bfloat16).train()
-    hook = open_hellaswag(settings, tmp_path / "cache")
+    hook = open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache")
     assert hook is not None and hook.every.due(20, 25) and not hook.every.due(21, 25)
     before = get_rng_state()
     with caplog.at_level(logging.INFO, "ds_gpt2"):
@@ -237,7 +241,7 @@ def test_the_hook_reports_the_share_of_correct_answers(tmp_path: Path, caplog: p
 
 def test_the_hook_scores_the_configured_number_of_items(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = write(tmp_path).model_copy(update={"items": 7})
-    hook = open_hellaswag(settings, tmp_path / "cache")
+    hook = open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache")
     assert hook is not None
     with caplog.at_level(logging.INFO, "ds_gpt2"):
         accuracy = observe(hook, make_model(torch.bfloat16))["hellaswag/acc"]
@@ -251,7 +255,7 @@ def test_a_file_without_items_disables_the_hook_with_one_warning(
 ) -> None:
     settings = write(tmp_path)
     settings.path.write_text(content)
-    assert open_hellaswag(settings, tmp_path / "cache") is None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is None
     (line,) = caplog.messages
     assert line.startswith(f"training continues without HellaSwag: {settings.path}")
 
@@ -264,27 +268,25 @@ def test_a_missing_file_is_downloaded_and_a_failed_download_does_not_end_the_run
     elsewhere = tmp_path / "elsewhere.jsonl"
     settings.path.rename(elsewhere)
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", f"http://127.0.0.1:{free_port()}/items.jsonl")
-    assert open_hellaswag(settings, tmp_path / "cache") is None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is None
     (line,) = [message for message in caplog.messages if not message.startswith("fetching")]
     assert line.startswith("training continues without HellaSwag: http://127.0.0.1:")
     assert "`./launch.sh prepare hellaswag --from FILE`" in line
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.URL", elsewhere.as_uri())
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.SHA256", hashlib.sha256(content).hexdigest())
-    assert open_hellaswag(settings, tmp_path / "cache") is not None
+    assert open_hellaswag(settings, make_model(torch.bfloat16), tmp_path / "cache") is not None
     assert settings.path.read_bytes() == content
 
 
-def test_a_failure_of_a_rank_is_logged_and_gives_no_metric(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hook, model = open_hellaswag(write(tmp_path), tmp_path / "cache"), make_model(torch.bfloat16).train()
+def test_a_failure_of_a_rank_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(torch.bfloat16).train()
+    hook = open_hellaswag(write(tmp_path), model, tmp_path / "cache")
     assert hook is not None
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("ds_gpt2.training.hooks.hellaswag.score", fail)
-    assert observe(hook, model) == {}
-    assert caplog.messages[0] == "HellaSwag: CUDA out of memory. Tried to allocate"
-    assert caplog.messages[1] == "step 10: HellaSwag was not computed: 1 rank failed"
+    with pytest.raises(HookFailedError, match=r"^rank 0: CUDA out of memory\. Tried to allocate$"):
+        observe(hook, model)
     assert model.training

@@ -196,14 +196,52 @@ def test_a_row_that_is_too_long_is_computed_in_parts(tmp_path: Path, monkeypatch
         np.testing.assert_allclose(sums, whole.sums[number, : len(sums)], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["winogrande", "boolq"])
-def test_items_longer_than_the_context_are_cut(name: str, tmp_path: Path) -> None:
-    model, items = make_model(torch.float32, sequence_length=12), items_of(name, tmp_path)
-    scores = score(model, items)
-    for number, item in enumerate(items):
-        cut = row_batches.truncate(item, 12)
-        assert len(cut.context) + max(map(len, cut.endings)) - 1 <= 12
-        np.testing.assert_allclose(scores.sums[number], score_one(model, item), atol=1e-4)
+@torch.no_grad()
+def cut_log_likelihood(model: GPT2, context: list[int], continuation: list[int]) -> float:
+    """Return the log-likelihood with the input cut as the harness cuts it: its last tokens remain."""
+    tokens = [*context, *continuation][-(model.shape.sequence_length + 1) :]
+    logits = model.logits(torch.tensor([tokens[:-1]]))[0, -len(continuation) :].float()
+    return float(logits.log_softmax(1)[torch.arange(len(continuation)), torch.tensor(continuation)].sum())
+
+
+@pytest.mark.parametrize("name", ["winogrande", "boolq", "arc_easy", "mine"])
+def test_items_longer_than_the_model_are_cut_as_by_the_harness(name: str, tmp_path: Path) -> None:
+    if name == "mine":  # the contexts differ early, so that the part after the difference is longer than the model
+        path = tmp_path / "mine.jsonl"
+        after = " was the one who" + " had waited" * 20
+        path.write_text(json.dumps({"contexts": ["Ann" + after, "Bea" + after], "ending": "so long.", "label": 1}))
+        items = load_items(path, "mine")
+    else:
+        items = items_of(name, tmp_path)
+    model = make_model(torch.float32, sequence_length=12)
+    chosen = [item for item in items if max(map(len, scored_parts(item))) <= 12]
+    assert any(row_batches.truncate(item, 12) is not item for item in chosen)
+    scores = score(model, chosen)
+    for number, item in enumerate(chosen):
+        rows = [[*item.context.tolist(), *ending.tolist()] for ending in item.endings]
+        parts = scored_parts(item)
+        expected = [cut_log_likelihood(model, row[: -len(part)], part) for row, part in zip(rows, parts, strict=True)]
+        np.testing.assert_allclose(scores.sums[number, : len(rows)], expected, atol=1e-4)
+        np.testing.assert_allclose(score_one(model, item), expected, atol=1e-4)
+        assert max(expected) < -1
+
+
+def scored_parts(item: Item) -> list[list[int]]:
+    return [ending[item.first_scored(number) :].tolist() for number, ending in enumerate(item.endings)]
+
+
+def test_the_number_of_cut_items_is_described(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    texts = [(3, 1), (9, 1), (1, 9)]  # words of context and ending
+    items = [
+        {"context": "a" + " a" * (context - 1), "endings": ["b" * 2, "b" + " b" * (ending - 1)]}
+        for context, ending in texts
+    ]
+    path.write_text("".join(json.dumps({**item, "label": 0}) + "\n" for item in items))
+    loaded = load_items(path, "mine")
+    assert row_batches.describe_truncation(loaded, 12) is None
+    expected = "2 items longer than 8 tokens, cut at the start, and 1 of them also at the end of an ending"
+    assert row_batches.describe_truncation(loaded, 8) == expected
 
 
 def test_estimates_have_the_standard_errors_of_their_definitions() -> None:

@@ -22,7 +22,7 @@ from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.files import read_small, replace_file, sha256
 from ds_gpt2.config.evaluation_settings import EVALUATION_NAMES, EVALUATIONS_DIR
 from ds_gpt2.config.settings import PROJECT_DIR
-from ds_gpt2.data.evaluation_files import to_choice, to_item
+from ds_gpt2.data.evaluation_files import line_of, to_choice, to_item
 from ds_gpt2.data.prepare.formats import PARQUET
 from ds_gpt2.data.prepare.hub_datasets import Repository
 from ds_gpt2.data.prepare.hub_download import CONVERTED, HubFile, fetch, list_files
@@ -237,12 +237,13 @@ def _converted(name: str, sources: Sequence[Path]) -> tuple[bytes, int]:
             where = f"{source.name}, row {number}"
             try:
                 line = row if "endings" in row or "ending" in row else PUBLISHED[name].convert(row)
-                to_item(to_choice(line, name))
+                choice = to_choice(line, name)
+                to_item(choice)
             except KeyError as error:
                 raise UserError(f"{where}: no field {error} of {name} in {', '.join(map(str, row))[:200]}") from None
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise UserError(f"{where}: not an item of {name}: {error}") from None
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(line_of(choice), ensure_ascii=False) + "\n")
     if not lines:
         raise UserError(f"{', '.join(source.name for source in sources)}: no items")
     return "".join(lines).encode(), len(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from ds_gpt2.evaluation.loss import (
     share,
     window_losses,
 )
+from ds_gpt2.evaluation.row_batches import describe_truncation
 from ds_gpt2.evaluation.scoring import MEASURES
 from ds_gpt2.evaluation.tasks import differences, estimates, results
 from ds_gpt2.pretrained import load
@@ -118,7 +119,7 @@ class EvalRow:
     perplexity: float | None
     bits_per_byte: Estimate | None
     items: int
-    hellaswag: dict[str, Estimate] | None  # share of right answers by each of ``MEASURES``
+    hellaswag: dict[str, Estimate] | None  # share of correct answers by each of ``MEASURES``
     tasks: dict[str, dict[str, Estimate]]  # by name of the evaluation and measure
     difference: Difference | None  # from the first model; None if only one model is evaluated
 
@@ -170,6 +171,7 @@ def choose_data(sources: EvalSources, models: Sequence[EvaluatedModel], warn: Ca
         notes.append(f"HellaSwag: {counted(len(items), 'item')}, text {style}, {file}{file_origin}")
     tasks = choose_tasks(sources.tasks, settings.get("evaluations", {}), sources.items)
     notes += [f"{task.name}: {counted(len(task.items), 'item')}, {task.path}" for task in tasks]
+    notes += _notes_on_truncation({"HellaSwag": items or [], **{task.name: task.items for task in tasks}}, models)
     return EvalData(windows, count, items, [*notes, *_notes_on_lengths(models)], tuple(tasks), mean_bytes)
 
 
@@ -254,6 +256,14 @@ def _notes_on_lengths(models: Sequence[EvaluatedModel]) -> list[str]:
     ]
 
 
+def _notes_on_truncation(evaluations: Mapping[str, Sequence[Item]], models: Sequence[EvaluatedModel]) -> Iterator[str]:
+    """Yield how many items are too long for the models, by evaluation and sequence length."""
+    for name, items in evaluations.items():
+        for length in sorted({model.sequence_length for model in models}):
+            if (text := describe_truncation(items, length)) is not None:
+                yield f"{name}: {text}"
+
+
 def _row(measured: Measurements, first: Measurements | None, data: EvalData) -> EvalRow:
     manifest = measured.model.manifest
     loss = None if measured.losses is None else mean(measured.losses)
@@ -275,11 +285,8 @@ def _row(measured: Measurements, first: Measurements | None, data: EvalData) -> 
 
 
 def _bits_per_byte(loss: Estimate | None, mean_bytes: float | None) -> Estimate | None:
-    """Return a loss in bits per byte; the number of bytes is that of the windows and has no error."""
-    if loss is None or not mean_bytes:
-        return None
-    error = None if loss.stderr is None else bits_per_byte(loss.stderr, mean_bytes)
-    return Estimate(bits_per_byte(loss.value, mean_bytes), error)
+    """Return a loss in bits per byte, without a standard error: the bytes of a window vary too, with its loss."""
+    return Estimate(bits_per_byte(loss.value, mean_bytes), None) if loss is not None and mean_bytes else None
 
 
 def _difference(measured: Measurements, first: Measurements, data: EvalData) -> Difference:

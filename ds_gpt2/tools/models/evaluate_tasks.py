@@ -49,24 +49,39 @@ def choose_tasks(requested: str | None, settings: Mapping[str, Any], count: int 
 
 
 def _paths(requested: str | None, settings: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the file of each requested evaluation; with ``all``, a file given for a name has priority."""
+    if requested is None:
+        return {}
     of_run = {name: Path(entry["path"]) for name, entry in settings.items() if entry.get("path")}
+    every = _every(of_run)
+    words = [word.strip() for word in requested.split(",")]
     paths: dict[str, Path] = {}
-    for word in [] if requested is None else requested.split(","):
-        name, equals, file = (part.strip() for part in word.partition("="))
-        if name == ALL and not equals:
-            paths |= {each: path for each, path in _every(of_run).items() if path.exists() and each not in paths}
-            if not paths:
-                raise UserError("--tasks all: no evaluation is prepared: `./launch.sh prepare evaluation all`")
-        elif equals:
-            paths[_checked(name)] = absolute(expanded(f"--tasks {name}", file))
-        elif (path := _every(of_run).get(name)) is not None:
-            paths[name] = path
-        else:
-            raise UserError(
-                f"--tasks {name}: no such evaluation: give NAME=FILE for a file of your own, all, or one of"
-                f" {', '.join(_every(of_run))}"
-            )
+    for word in words:
+        if word == ALL:
+            continue
+        name, path = _named(word, every)
+        if paths.setdefault(name, path) != path:
+            raise UserError(f"--tasks {name}: given twice, as {paths[name]} and as {path}: give each its own name")
+    if ALL in words:
+        paths |= {name: path for name, path in every.items() if path.exists() and name not in paths}
+        if not paths:
+            raise UserError("--tasks all: no evaluation is prepared: `./launch.sh prepare evaluation all`")
     return paths
+
+
+def _named(word: str, every: Mapping[str, Path]) -> tuple[str, Path]:
+    """Return the name and the file of one evaluation on the command line."""
+    name, equals, file = (part.strip() for part in word.partition("="))
+    if equals:
+        if not file:
+            raise UserError(f"--tasks {name}=: no file: give {name}=FILE")
+        return _checked(name), absolute(expanded(f"--tasks {name}", file))
+    if (path := every.get(name)) is not None:
+        return name, path
+    if name == "hellaswag":
+        raise UserError("--tasks hellaswag: HellaSwag has an option of its own: give --hellaswag FILE")
+    what = f"--tasks {name}: no such evaluation" if name else "--tasks: an empty name"
+    raise UserError(f"{what}: give NAME=FILE for a file of your own, all, or one of {', '.join(every)}")
 
 
 def _every(of_run: Mapping[str, Path]) -> dict[str, Path]:

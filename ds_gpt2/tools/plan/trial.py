@@ -24,7 +24,7 @@ from ds_gpt2.tools.plan import trial_rank
 from ds_gpt2.tools.plan.trial_directory import trial_directory
 from ds_gpt2.tools.plan.trial_results import FinishedTrial, TrialResults, read_results
 
-LEAST_STEPS = 10  # some steps to warm up, one for each evaluation, and some during a save
+LEAST_STEPS = 10  # some steps to warm up, and some during a save; many evaluations need more, see ``plan_trial``
 
 _SLOW_FRACTION = 8  # a first step that takes more than this fraction of the time is shortened
 _SLOW_ACCUMULATION = 2  # micro-batches per step: the least with gradient sums of earlier micro-batches in memory
@@ -91,11 +91,16 @@ def run_trial(trial: Trial) -> TrialResults:
 
 
 def plan_trial(settings: Settings, steps: int, accumulation: int) -> TrialSchedule:
-    """Plan each evaluation of the run once, in the second half of the trial, each at its own step."""
+    """Plan each evaluation of the run once, in the second half of the trial, each at its own step, and then a save.
+
+    The trial gets more than ``steps`` steps if the evaluations require it. If its time ends before, the evaluations
+    that it does not reach have no measurement, and the plan shows them as "not measured".
+    """
     missing = {f"evaluations.{name}" for name, each in settings.evaluations.items() if not each.path.exists()}
     if not settings.hellaswag.path.exists():
         missing.add("hellaswag")  # a trial does not download files
     names = [name for name, every in evaluation_intervals(settings).items() if every and name not in missing]
+    steps = max(steps, 2 * (len(names) + 2))  # the second half: one for each, one for the save, and one during it
     return TrialSchedule(steps, accumulation, {name: steps // 2 + 1 + index for index, name in enumerate(names)})
 
 

@@ -173,6 +173,9 @@ def evaluation(model: Model, accelerator: str) -> int:
     A batch has at most n tokens, in rows of at most t tokens. Its forward pass holds 14 nC values, 10 of them in the
     MLP, and the mask of attention, bool and bf16, 3 nt bytes. Then the logits of a chunk exist, as in the loss. The
     reference, which scores items again one at a time, holds the logits of its tokens in bf16 and twice in fp32.
+
+    Not counted: the tables of targets and log-likelihoods, at most 41 bytes for each token of a batch and ending. With
+    five endings, they take 3 MB on a GPU.
     """
     row = longest_row(model.shape.sequence_length)
     tokens = max(batch_tokens(accelerator), row)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import EvaluationSettings
@@ -25,6 +24,7 @@ from ds_gpt2.evaluation.scoring import batches_of
 from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.hooks.items import load_on_all_ranks, log_truncation
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,12 @@ class TaskEvaluation(Hook):
     def __init__(self, name: str, settings: EvaluationSettings, items: ItemList, model: GPT2) -> None:
         """
         Args:
-            items: of the file, at least one; the number in the settings is used.
+            items: at least one; all are used.
         """
         self.every = Every(settings.every)
         self.name = f"evaluation {name}"
         self._task, self._measures = name, measures_of(name)
-        self._items = items if settings.items is None else ItemList(items[: settings.items])
+        self._items = items
         batches = batches_of(model, self._items)
         self._mine = tasks.batches_of_rank(batches, collectives.rank(), collectives.world_size())
 
@@ -76,7 +76,7 @@ def open_evaluations(
 ) -> list[TaskEvaluation]:
     """Return the hooks of the evaluations with an interval. Every rank calls this.
 
-    An evaluation without a valid file is omitted, with a warning.
+    An evaluation without a valid file, or whose items are not the same on all ranks, is omitted, with a warning.
 
     Args:
         cache_dir: for tokens, if the directory of a file cannot be written to.
@@ -84,17 +84,11 @@ def open_evaluations(
     hooks = []
     for name, settings in evaluations.items():
         if settings.every and (items := _load(name, settings, cache_dir)) is not None:
-            hooks.append(TaskEvaluation(name, settings, items, model))
+            used = items if settings.items is None else ItemList(items[: settings.items])
+            log_truncation(name, used, model)
+            hooks.append(TaskEvaluation(name, settings, used, model))
     return hooks
 
 
 def _load(name: str, settings: EvaluationSettings, cache_dir: Path) -> ItemList | None:
-    def load() -> ItemList:
-        return load_items(settings.path, name, cache_dir)
-
-    try:
-        collectives.broadcast_slow_from_main(lambda: len(load()))  # writes the cache
-        return collectives.call_on_all_ranks(load)
-    except UserError as error:
-        log.warning(f"training continues without {name}: {error}")
-        return None
+    return load_on_all_ranks(name, settings.path, lambda: load_items(settings.path, name, cache_dir))

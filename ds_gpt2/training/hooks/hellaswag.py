@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_gpt2.common.errors import UserError
 from ds_gpt2.config.interval import Every
 from ds_gpt2.config.settings import HellaswagSettings
 from ds_gpt2.data.hellaswag import SHA256, URL, fetch, load_items
@@ -21,8 +20,10 @@ from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.loss import share_stderr
 from ds_gpt2.evaluation.row_batches import row_length
 from ds_gpt2.evaluation.scoring import MEASURES, score
+from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.monitoring.monitor import StepMetrics
 from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
+from ds_gpt2.training.hooks.items import load_on_all_ranks, log_truncation
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,11 @@ class HellaSwag(Hook):
     def __init__(self, settings: HellaswagSettings, items: list[Item]) -> None:
         """
         Args:
-            items: of the file, at least one; the number in the settings is used.
+            items: at least one; all are used.
         """
         self.every = Every(settings.every)
-        chosen = items[: settings.items]
-        self._items = len(chosen)
-        self._mine = items_of_rank(chosen, collectives.rank(), collectives.world_size())
+        self._items = len(items)
+        self._mine = items_of_rank(items, collectives.rank(), collectives.world_size())
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         start = time.monotonic()
@@ -71,25 +71,28 @@ class HellaSwag(Hook):
         return torch.from_numpy(counts).to(engine.device)
 
 
-def open_hellaswag(settings: HellaswagSettings, cache_dir: Path) -> HellaSwag | None:
-    """Return the hook; None, with a warning, if there are no items. Every rank calls this.
+def open_hellaswag(settings: HellaswagSettings, model: GPT2, cache_dir: Path) -> HellaSwag | None:
+    """Return the hook; None, with a warning, if there are no items or not the same ones on all ranks.
 
-    The file is downloaded if it does not exist.
+    Every rank calls this. The file is downloaded if it does not exist.
     """
-    try:
-        collectives.broadcast_slow_from_main(lambda: _provide(settings, cache_dir))  # writes the file and the cache
-        items = collectives.call_on_all_ranks(lambda: load_items(settings.path, settings.text, cache_dir))
-    except UserError as error:
-        log.warning(f"training continues without HellaSwag: {error}")
+    items = load_on_all_ranks(
+        "HellaSwag",
+        settings.path,
+        lambda: load_items(settings.path, settings.text, cache_dir),
+        lambda: _provide(settings.path),
+    )
+    if items is None:
         return None
-    return HellaSwag(settings, items)
+    used = items[: settings.items]
+    log_truncation("HellaSwag", used, model)
+    return HellaSwag(settings, used)
 
 
-def _provide(settings: HellaswagSettings, cache_dir: Path) -> int:
-    if not settings.path.exists():
-        log.info(f"downloading HellaSwag to {settings.path} ...")
-        fetch(settings.path, URL, SHA256)
-    return len(load_items(settings.path, settings.text, cache_dir))
+def _provide(path: Path) -> None:
+    if not path.exists():
+        log.info(f"downloading HellaSwag to {path} ...")
+        fetch(path, URL, SHA256)
 
 
 def items_of_rank(items: list[Item], rank: int, world_size: int) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 from collections.abc import Iterator
@@ -146,9 +147,26 @@ def test_a_local_file_of_the_hub_is_converted(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "again" / "piqa.jsonl").read_bytes() == (tmp_path / "own.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["piqa", "winogrande"])
+def test_only_the_fields_of_our_format_are_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = PUBLISHED[name].convert(rows_of(name, 1)[0])
+    more = {"raw": b"\xff", "day": datetime.date(2026, 1, 1)}
+    (tmp_path / "own.parquet").write_bytes(as_parquet([{**line, **more}]))
+    prepare(capsys, name, "--from", tmp_path / "own.parquet", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / f"{name}.jsonl").read_text()) == line
+
+
+def test_all_may_stand_beside_names(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    text = prepare(capsys, "piqa", "all", "--out", tmp_path / "out")
+    assert text.count(" items in ") == len(PUBLISHED)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["all", "arc"], "no such evaluation: arc; known are"),
         (["arc"], "no such evaluation: arc; known are arc_challenge, "),
         ([], "give one of arc_challenge, "),
         (["all", "--from", "x"], "--from gives one file, not those of 9 evaluations"),
