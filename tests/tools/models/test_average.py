@@ -20,6 +20,7 @@ from ds_gpt2.model.gpt2 import GPT2
 from ds_gpt2.model.shape import ModelShape
 from ds_gpt2.tools.models import average
 from ds_gpt2.tools.models.average import choose_checkpoints, mean_model
+from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
 AVERAGED = {"ema": {"decay": 0.99}}
 
@@ -159,10 +160,9 @@ def test_a_step_is_never_in_the_mean_twice(directory: Path, monkeypatch: pytest.
 def test_a_checkpoint_that_is_replaced_while_it_is_verified_counts_with_its_new_step(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = average.find_checkpoint
 
     def find(run: str | None, tag: str) -> Generation:
-        found = real(run, tag)
+        found = find_checkpoint(run, tag)
         if tag == "best":
             commit.link(Disk(), directory / rolling_tag(400), directory, "best_model")
         return found
