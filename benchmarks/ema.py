@@ -77,13 +77,13 @@ class _Arms:
         self._average: WeightAverage = average
 
     def measure(self, folder: Path, steps: int) -> dict[str, Any]:
-        trainer, engine = self._trainer, self._engine
+        trainer = self._trainer
         trainer.steps(_WARM_UP_STEPS)
         validation = self._validation()
         found: dict[str, Any] = {
             "step_ms": self._paired(lambda: trainer.steps(steps) / steps),
             "update_of_the_average_ms": _summary([self._update() for _ in range(self._rounds)]),
-            "validation_ms": self._paired(lambda: self._timed(lambda: validation.observe(engine, trainer.state))),
+            "validation_ms": self._paired(lambda: self._timed(lambda: self._validate(validation))),
             "two_changes_of_weights_ms": _summary([self._timed(self._change_weights) for _ in range(self._rounds)]),
         }
         return {**found, "save": self._saves(folder)}
@@ -120,6 +120,13 @@ class _Arms:
     def _change_weights(self) -> None:
         self._engine.use_averaged_weights()
         self._engine.use_trained_weights()
+
+    def _validate(self, validation: Any) -> None:
+        from ds_gpt2.training.hooks import AveragedValidation
+
+        validation.observe(self._engine, self._trainer.state)
+        if self._engine.average is not None:
+            AveragedValidation(validation).observe(self._engine, self._trainer.state)
 
     def _validation(self) -> Any:
         from ds_gpt2.data.sources import HeldOut, open_sources

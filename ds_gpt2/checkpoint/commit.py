@@ -26,7 +26,7 @@ from ds_gpt2.common.files import is_real_directory, read_small, regular_only
 log = logging.getLogger(__name__)
 
 _SAME_STATE = ("step", "batch", "tokens", "ledger", "weights")
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
+NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV})
 
 
 def record_name(rank: int) -> str:
@@ -105,22 +105,49 @@ def read_pointer(directory: Path, name: str) -> str | None:
     return tag if role_of(tag) else None
 
 
-def link(disk: Disk, source: Path, directory: Path, tag: str) -> None:
+def link(disk: Disk, source: Path, directory: Path, tag: str, expected: Manifest | None = None) -> None:
     """Create the checkpoint ``tag`` with the files of the one in ``source``: hard links, or copies if unsupported.
 
     An existing checkpoint ``tag`` is replaced; if it is a rolling one, it is superseded.
 
+    Args:
+        expected: of the checkpoint that is meant: ``source`` may be replaced by another one at any time.
+
     Raises:
         OSError: a file cannot be linked or copied.
-        DamagedError: the manifest in ``source`` cannot be read.
+        DamagedError: the manifest in ``source`` cannot be read, or is not that of the expected checkpoint.
     """
     partial = directory / (tag + PARTIAL)
     discard(disk, partial)
     disk.make_directory(partial)
-    for name in [*read(source).files, MANIFEST]:  # the commit marker last
+    for name in read(source).files if expected is None else expected.files:
         _link_or_copy(disk, source / name, partial / name)
+    if expected is None:  # the commit marker last
+        _link_or_copy(disk, source / MANIFEST, partial / MANIFEST)
+    else:  # a link could be to the manifest of a later checkpoint
+        write_file(disk, partial / MANIFEST, encode(_read_expected(source, partial, expected)))
     disk.sync_directory(partial)
     publish(disk, directory, tag)
+
+
+def has_same_files(one: Manifest, other: Manifest) -> bool:
+    """Return whether both are manifests of one checkpoint; its evaluation may be recorded in only one of them."""
+    return one.step == other.step and one.files == other.files
+
+
+def _read_expected(source: Path, partial: Path, expected: Manifest) -> Manifest:
+    """Return the manifest in ``source``. The files in ``partial`` were linked before, so they are those it lists.
+
+    Raises:
+        DamagedError: it is not that of the expected checkpoint, or a file has another size.
+    """
+    found = read(source)
+    if not has_same_files(found, expected):
+        raise DamagedError(f"another checkpoint, of step {found.step}, has replaced that of step {expected.step}")
+    sizes = (size_problem_of(partial, name, entry) for name, entry in found.files.items())
+    if (problem := next((each for each in sizes if each is not None), None)) is not None:
+        raise DamagedError(problem)
+    return found
 
 
 def supersede(disk: Disk, directory: Path, tag: str) -> None:
@@ -308,7 +335,7 @@ def _link_or_copy(disk: Disk, source: Path, target: Path) -> None:
     try:
         disk.link(source, target)
     except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
+        if error.errno not in NO_HARD_LINKS:
             raise
         with open(source, "rb", opener=regular_only) as file:  # the file system has no hard links
             write_with(disk, target, 0.0, lambda out: _copy(file.read, out.write))

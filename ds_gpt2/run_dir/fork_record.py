@@ -30,7 +30,7 @@ class Fork:
     run: str  # the parent's name
     run_dir: str  # its directory at the time of the fork; it may be moved or deleted since
     tag: str  # of the parent's checkpoint
-    step: int  # of the checkpoint: the first step of the fork is the next one
+    step: int  # of the checkpoint: the fork trains from the next one on, see ``first_step_of``
     time: str  # of the fork, in the form of ``starts.TIME``
     ancestors: tuple[Ancestor, ...] = ()  # of the parent, its own parent first
 
@@ -71,7 +71,9 @@ def read_fork(run_dir: Path) -> Fork | None:
 
 
 def first_step_of(run_dir: Path) -> int:
-    """Return the step after which the run's own history begins: 0 unless it is a fork.
+    """Return the step after which the run trains: 0 unless it is a fork.
+
+    If the parent's evaluation of this step was not complete, the fork repeats it and records the step too.
 
     Raises:
         UserError: see ``read_fork``.

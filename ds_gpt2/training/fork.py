@@ -1,13 +1,15 @@
 """Fork a run: begin a new run with the full state of a checkpoint of another run, the parent.
 
-The new run has its own directories. The parent's checkpoint is linked (on another file system: copied) into them, so
-that neither run depends on the files of the other. The order of the writes is: settings, ``fork.json``, the checkpoint,
-``latest``. The new run exists once its checkpoint is committed; before that, a repeated command completes it.
+The new run has its own directories. The parent's checkpoint is linked (where links are not possible: copied) into them,
+so that neither run depends on the files of the other. The order of the writes is: settings, ``fork.json``, the
+checkpoint, ``latest``. The new run exists once its checkpoint is committed; before that, a repeated command completes
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,11 +18,11 @@ from pathlib import Path
 from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import Generation, candidates, identity_differences, scan, step_limit
 from ds_gpt2.checkpoint.filesystem import Disk
-from ds_gpt2.checkpoint.manifest import DamagedError, Manifest
-from ds_gpt2.checkpoint.naming import LATEST_BACKUP, LOCK, PARTIAL, rolling_tag
+from ds_gpt2.checkpoint.manifest import DamagedError, Manifest, read
+from ds_gpt2.checkpoint.naming import LATEST_BACKUP, LOCK, MANIFEST, PARTIAL, rolling_tag
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.checkpoint.space import bytes_for_next_save
-from ds_gpt2.checkpoint.verify import hashing
+from ds_gpt2.checkpoint.verify import hashing, identity
 from ds_gpt2.common import locks
 from ds_gpt2.common.errors import UserError, reason_of
 from ds_gpt2.common.files import nearest_existing, sync_directory
@@ -28,7 +30,7 @@ from ds_gpt2.common.formatting import size
 from ds_gpt2.config.batch_plan import BatchPlan
 from ds_gpt2.config.lookup import find_run
 from ds_gpt2.config.output_owner import write_owner
-from ds_gpt2.config.run_location import load_run_settings, run_argument, write_first_settings
+from ds_gpt2.config.run_location import load_run_settings, run_argument, write_settings
 from ds_gpt2.config.settings import Settings
 from ds_gpt2.run_dir import supervisor_record
 from ds_gpt2.run_dir.file_checks import check_files
@@ -74,6 +76,8 @@ class PlannedFork:
     settings: Settings  # of the new run
     record: Fork
     source: Path  # the parent's checkpoint
+    manifest: Manifest  # of the checkpoint in ``source`` when it was verified
+    is_copied: bool  # its files cannot be linked
 
 
 def find_parent(text: str, settings: Settings) -> Parent:
@@ -177,10 +181,12 @@ def plan_fork(settings: Settings, plan: BatchPlan, parent: Parent) -> PlannedFor
             _check_fits(settings, plan, parent, generation, generation.manifest)
         with hashing([generation]) as hashes:
             problem = generation.problem or hashes.problem_of(generation)
-        if problem is None:
-            _check_free_space(settings, generation)
+        if problem is None and generation.manifest is not None:
+            is_copied = _must_copy(generation.path, settings.checkpoint_dir)
+            _check_free_space(settings, generation.manifest.bytes, is_copied)
             check_can_write(settings)
-            return PlannedFork(settings, _record_of(parent, generation), generation.path)
+            record = _record_of(parent, generation)
+            return PlannedFork(settings, record, generation.path, generation.manifest, is_copied)
         if not parent.falls_back:
             raise UserError(
                 f"cannot fork {parent.name}: checkpoint {generation.path} cannot be used: {problem}; choose another:"
@@ -213,15 +219,15 @@ def create(planned: PlannedFork, disk: Disk | None = None) -> None:
             locks.lock(directory / LOCK, f"run {name}"),
         ):
             _check_new(settings)
-            write_first_settings(settings)
+            write_settings(settings)
             write_fork(settings.run_dir, record)
             if directory in settings.shared_output_dirs:
                 write_owner(directory, settings.run_dir)
             _link(planned, disk or Disk())
     except (DamagedError, OSError) as error:
-        if not planned.source.exists():  # the parent's retention may delete it at any time
+        if (change := _change_of(planned)) is not None:
             raise UserError(
-                f"cannot fork {record}: {planned.source} was deleted meanwhile: repeat the command"
+                f"cannot fork {record}: {planned.source} was {change} meanwhile: repeat the command"
             ) from None
         where = getattr(error, "filename", None) or planned.source
         raise UserError(f"cannot fork {record}: {where}: {reason_of(error)}; fix it and repeat the command") from None
@@ -230,15 +236,25 @@ def create(planned: PlannedFork, disk: Disk | None = None) -> None:
 
 def _link(planned: PlannedFork, disk: Disk) -> None:
     directory, tag = planned.settings.checkpoint_dir, rolling_tag(planned.record.step)
-    if _must_copy(planned.source, directory):
-        print(f"copying {planned.source} to {directory}, on another file system ...", flush=True)
+    if planned.is_copied:
+        print(f"copying {planned.source} to {directory}: its files cannot be linked there ...", flush=True)
     try:
-        commit.link(disk, planned.source, directory, tag)
+        commit.link(disk, planned.source, directory, tag, planned.manifest)
     except BaseException:
         with contextlib.suppress(OSError):
             commit.discard(disk, directory / (tag + PARTIAL))
         raise
     commit.point_to(disk, directory, tag)
+
+
+def _change_of(planned: PlannedFork) -> str | None:
+    """Return what the parent, which may be training, has done to its checkpoint since the plan; None if nothing."""
+    if identity(planned.source) is None:
+        return "deleted"
+    try:
+        return None if commit.has_same_files(read(planned.source), planned.manifest) else "replaced"
+    except DamagedError:
+        return None
 
 
 def _check_new(settings: Settings) -> None:
@@ -309,15 +325,16 @@ def _check_fits(
         )
 
 
-def _check_free_space(settings: Settings, generation: Generation) -> None:
-    """Check that the disk has enough free space for the first save, and for the copy if the disk is another.
+def _check_free_space(settings: Settings, needs: int, is_copied: bool) -> None:
+    """Check that the disk has enough free space for the first save, and for the copy if one is needed.
+
+    Args:
+        needs: bytes of a checkpoint.
 
     Raises:
         UserError: it has not.
     """
-    assert generation.manifest is not None
-    directory, needs = settings.checkpoint_dir, generation.manifest.bytes
-    copied = needs if _must_copy(generation.path, directory) else 0
+    directory, copied = settings.checkpoint_dir, needs if is_copied else 0
     free = Disk().free_bytes(nearest_existing(directory))
     if free < bytes_for_next_save(needs, settings.checkpoint) + copied:
         twice = " twice (the copy and the first save)" if copied else ""
@@ -329,8 +346,17 @@ def _check_free_space(settings: Settings, generation: Generation) -> None:
 
 
 def _must_copy(checkpoint: Path, directory: Path) -> bool:
-    """Return whether the files of ``checkpoint`` cannot be linked to ``directory``: it is on another file system."""
-    return checkpoint.stat().st_dev != nearest_existing(directory).stat().st_dev
+    """Return whether the files of ``checkpoint`` cannot be linked to ``directory``; tries it with the manifest.
+
+    It is on another file system, this one has no links, or the files are another user's.
+    """
+    probe = nearest_existing(directory) / f".probe-{os.getpid()}"
+    try:
+        os.link(checkpoint / MANIFEST, probe)
+    except OSError as error:  # other errors are reported where the checkpoint is linked
+        return error.errno in commit.NO_HARD_LINKS
+    probe.unlink()
+    return False
 
 
 def _record_of(parent: Parent, generation: Generation) -> Fork:

@@ -56,7 +56,16 @@ from ds_gpt2.run_dir.stop_request import STOP_FILE, StopRequest
 from ds_gpt2.training.evaluation_attempts import EvaluationAttempts
 from ds_gpt2.training.evaluator import Evaluator
 from ds_gpt2.training.guards import Guard
-from ds_gpt2.training.hooks import Health, Histograms, Hook, Samples, Validation, open_evaluations, open_hellaswag
+from ds_gpt2.training.hooks import (
+    AveragedValidation,
+    Health,
+    Histograms,
+    Hook,
+    Samples,
+    Validation,
+    open_evaluations,
+    open_hellaswag,
+)
 from ds_gpt2.training.lr_schedule import LearningRate
 from ds_gpt2.training.preflight import check_initial_model
 from ds_gpt2.training.progress import Progress, is_stopped
@@ -335,7 +344,8 @@ def _build_hooks(
     if settings.histograms.every:  # before the hooks that a stop may interrupt: it cannot be repeated
         hooks.append(Histograms(settings.histograms, engine.model))
     if settings.validation.every:
-        hooks.append(Validation(settings.validation, held_out(), settings.batch.micro_batch))
+        validation = Validation(settings.validation, held_out(), settings.batch.micro_batch)
+        hooks += [validation, AveragedValidation(validation)] if engine.average is not None else [validation]
     if settings.samples.every:
         directory, context = settings.run_dir / "samples", settings.batch.sequence_length
         hooks.append(Samples(settings.samples, settings.run.seed, directory, context))

@@ -17,8 +17,10 @@ from launched import Launched, end_session, run, start
 from small_run import MODEL
 
 from ds_gpt2 import cli
+from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import open_generation
-from ds_gpt2.checkpoint.manifest import Manifest
+from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.manifest import Manifest, read
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.config.run_location import CONFIG
 from ds_gpt2.run_dir.journal import read_journal
@@ -142,3 +144,26 @@ def test_a_fork_that_is_killed_before_its_start_is_completed_although_its_parent
     assert done.code == 0, done.output
     base, killed = metrics(folder, "base"), metrics(tmp_path, "killed")
     assert killed == {step: base[step] for step in range(FORKED + 1, STEPS + 1)}
+
+
+def test_a_fork_of_a_checkpoint_that_is_still_evaluated_repeats_the_evaluation(folder: Path) -> None:
+    """It records the step of the checkpoint itself, as its parent does."""
+    path, base = folder / "checkpoints" / "base" / rolling_tag(STEPS - 4), metrics(folder, "base")
+    complete = read(path)
+    begun = {name: value for name, value in base[STEPS - 4].items() if name.startswith("train/")}
+    before = {"unevaluated": begun, "val_loss": base[6]["val/loss"], "val_step": 6, "best_step": 6}
+    unevaluated = complete.model_copy(
+        update={"state": {**complete.state, **before, "best_val_loss": base[6]["val/loss"]}, "roles": []}
+    )
+    commit.replace_manifest(Disk(), path, unevaluated)
+    try:
+        done = fork(folder, str(STEPS - 4), "run.name=evaluated")
+    finally:
+        commit.replace_manifest(Disk(), path, complete)
+    assert "warning" not in done.output
+    found = metrics(folder, "evaluated")
+    assert sorted(found) == list(range(STEPS - 4, STEPS + 1))
+    assert found[STEPS - 4]["val/loss"] == base[STEPS - 4]["val/loss"]
+    assert all(found[step] == base[step] for step in range(STEPS - 3, STEPS + 1))
+    assert cli.main(["status", str(folder / "runs" / "evaluated")]) == 0
+    assert cli.main(["verify", str(folder / "runs" / "evaluated"), "--all"]) == 0

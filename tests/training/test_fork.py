@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -10,15 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_files import SIZE, write_checkpoint
+from checkpoint_files import FILES, SIZE, write_checkpoint
 from disks import KilledError, RecordingDisk
 from file_tree import tree
 
 from ds_gpt2 import cli
+from ds_gpt2.checkpoint import commit
 from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.commit import has_unfinished_commit, read_pointer
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
 from ds_gpt2.checkpoint.filesystem import Disk
+from ds_gpt2.checkpoint.manifest import read
 from ds_gpt2.checkpoint.naming import LATEST, LOCK, MANIFEST, rolling_tag
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.locks import lock
@@ -245,6 +248,65 @@ def test_a_checkpoint_that_the_parent_deletes_meanwhile_is_an_error_and_leaves_n
     assert record is not None and record.step == 12
 
 
+@pytest.mark.parametrize("when", ["before", "while it is linked"])
+def test_a_checkpoint_that_the_parent_replaces_meanwhile_is_not_forked(
+    base: Base, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The files of both checkpoints have the same sizes."""
+    known = scan(base.checkpoints)[0].manifest
+    assert known is not None
+    (base.checkpoints / rolling_tag(8)).rename(base.checkpoints / "best_model")
+    planned = base.plan("best")
+
+    def replace() -> None:
+        shutil.rmtree(planned.source)
+        other = {name: content.swapcase() for name, content in FILES.items()}
+        write_checkpoint(base.checkpoints, "best_model", 12, other, identity=known.identity, settings=known.settings)
+
+    class ReplacingDisk(Disk):
+        links = 0
+
+        def link(self, source: Path, target: Path) -> None:
+            super().link(source, target)
+            self.links += 1
+            if self.links == 1:
+                replace()
+
+    if when == "before":
+        replace()
+    with pytest.raises(UserError, match="best_model was replaced meanwhile: repeat the command"):
+        create(planned, Disk() if when == "before" else ReplacingDisk())
+    settings = base.settings()
+    assert not scan(settings.checkpoint_dir) and not list(settings.checkpoint_dir.glob("*.tmp"))
+    create(base.plan("best"))
+    (found,) = scan(settings.checkpoint_dir)
+    assert (found.tag, found.step, problem_of(found)) == (rolling_tag(12), 12, None)
+
+
+def test_the_results_of_an_evaluation_that_ends_meanwhile_are_taken_over(base: Base) -> None:
+    """The parent's newest checkpoint is forked also while it is evaluated; the fork then repeats the evaluation."""
+    path = base.checkpoints / rolling_tag(12)
+    evaluated = read(path)
+    interrupted = evaluated.model_copy(update={"state": {**evaluated.state, "unevaluated": {"train/loss": 5.0}}})
+    commit.replace_manifest(Disk(), path, interrupted)
+    first, second = base.plan("latest", "a"), base.plan("latest", "b")
+    assert first.record.step == 12
+    create(first)
+    commit.replace_manifest(Disk(), path, evaluated)
+    create(second)
+    found = [read(base.settings(name).checkpoint_dir / rolling_tag(12)) for name in ("a", "b")]
+    assert found == [interrupted, evaluated]
+
+
+def test_the_settings_are_those_of_the_command_that_creates_the_fork(base: Base) -> None:
+    """An interrupted command has written others."""
+    earlier = base.settings(schedule__max_lr="1e-3")
+    earlier.run_dir.mkdir(parents=True)
+    write_settings(earlier)
+    create(base.plan("8", schedule__max_lr="2e-3"))
+    assert run_location.load_run_settings(earlier.run_dir).schedule.max_lr == 2e-3
+
+
 def test_an_epoch_is_linked_as_a_rolling_checkpoint_and_a_fork_names_its_ancestors(base: Base) -> None:
     (base.checkpoints / rolling_tag(12)).rename(base.checkpoints / "epoch_00001")
     write_fork(base.run_dir, Fork("root", "/root", rolling_tag(2), 2, "", (Ancestor("first", 1),)))
@@ -270,6 +332,22 @@ def test_a_copy_to_another_disk_needs_twice_the_space(base: Base, monkeypatch: p
         base.plan("8", checkpoint__min_free_gb="0")
     monkeypatch.setattr(fork, "_must_copy", lambda checkpoint, directory: False)
     base.plan("8", checkpoint__min_free_gb="0")
+
+
+def test_files_that_cannot_be_linked_on_the_same_disk_need_twice_the_space_too(
+    base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(source: object, target: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # fs.protected_hardlinks, files of another user
+
+    monkeypatch.setattr(os, "link", refuse)
+    planned = base.plan("8", checkpoint__min_free_gb="0")
+    monkeypatch.setattr(Disk, "free_bytes", lambda disk, path: SIZE + 100)
+    with pytest.raises(UserError, match=r"twice \(the copy and the first save\)"):
+        base.plan("8", checkpoint__min_free_gb="0")
+    create(planned)
+    assert f"copying {planned.source} to " in capsys.readouterr().out
+    assert problem_of(scan(base.settings().checkpoint_dir)[0]) is None
 
 
 def test_a_kill_at_any_instant_leaves_no_fork_or_a_complete_one_and_a_repetition_completes_it(base: Base) -> None:

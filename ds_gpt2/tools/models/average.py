@@ -14,10 +14,10 @@ import torch
 from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.manifest import Manifest, Weights
 from ds_gpt2.checkpoint.naming import MANIFEST
-from ds_gpt2.checkpoint.verify import examine, hashing
+from ds_gpt2.checkpoint.verify import Verdict, examine, hashing
 from ds_gpt2.common.errors import UserError
 from ds_gpt2.common.formatting import counted
-from ds_gpt2.tools.models.open import OpenedModel, check_memory, open_model, shape_of
+from ds_gpt2.tools.models.open import OpenedModel, check_memory, open_verified, shape_of
 from ds_gpt2.tools.resources.run_checkpoints import RunCheckpoints, find_checkpoint, find_run_checkpoints
 
 _BYTES_OF_SUM = 8  # per weight: the sum is in fp64
@@ -26,7 +26,7 @@ _BYTES_OF_SUM = 8  # per weight: the sum is in fp64
 def choose_checkpoints(
     run: str | None, which: str, kind: Weights, warn: Callable[[str], None]
 ) -> tuple[Generation, ...]:
-    """Return two or more intact checkpoints of a run, of different steps, the newest first.
+    """Return two or more verified checkpoints of a run, of different steps, the newest first.
 
     Args:
         run: see ``find_run_checkpoints``.
@@ -57,13 +57,13 @@ def mean_model(chosen: Sequence[Generation], kind: Weights) -> OpenedModel:
     per parameter, for any number of checkpoints.
 
     Raises:
-        UserError: a checkpoint cannot be read, or the memory does not suffice.
+        UserError: a checkpoint was replaced or deleted since it was chosen, or the memory does not suffice.
     """
     check_memory(shape_of(_manifest(chosen[0])), _BYTES_OF_SUM)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     opened = []
     for generation in chosen:
-        one = open_model(str(generation.path), None, kind)
+        one = open_verified(generation, kind)
         for name in list(one.weights):
             weight = one.weights.pop(name).numpy()
             if name in sums:
@@ -91,10 +91,11 @@ def _newest(checkpoints: RunCheckpoints, count: int, kind: Weights, warn: Callab
             break
         if not generation.is_primary or generation.step in found:
             continue
-        if (problem := _problem_of(generation, kind)) is None:
-            found[generation.step] = generation
+        verdict = _verify(generation, kind)
+        if verdict.problem is None:
+            found[verdict.generation.step] = verdict.generation
         else:
-            warn(f"{generation.path} is skipped: {problem}")
+            warn(f"{generation.path} is skipped: {verdict.problem}")
     if len(found) < count:
         steps = f" (steps {', '.join(f'{step:,}' for step in found)})" if found else ""
         fix = f": give --average {len(found)}" if len(found) > 1 else ""
@@ -109,23 +110,32 @@ def _named(run: str | None, which: str, kind: Weights) -> list[Generation]:
         raise UserError(f"--average {which}: give a number of checkpoints, or two or more tags separated by commas")
     found: dict[int, Generation] = {}
     for tag in tags:
-        generation = find_checkpoint(run, tag)
-        if (problem := _problem_of(generation, kind)) is not None:
+        verdict = _verify(find_checkpoint(run, tag), kind)
+        generation = verdict.generation
+        if verdict.problem is not None:
             listing = f"`./launch.sh list {shlex.quote(str(generation.path.parent))}`"
-            raise UserError(f"--average: {generation.path} cannot be used ({problem}): leave it out, see {listing}")
+            raise UserError(
+                f"--average: {generation.path} cannot be used ({verdict.problem}): leave it out, see {listing}"
+            )
         if (other := found.get(generation.step)) is not None:
             raise UserError(f"--average: {other.tag} and {generation.tag} are the same step: leave one out")
         found[generation.step] = generation
     return list(found.values())
 
 
-def _problem_of(generation: Generation, kind: Weights) -> str | None:
-    """Return why the checkpoint cannot be used, after reading every byte of it; None if it can."""
-    if generation.manifest is not None and kind == "ema" and not generation.manifest.has_ema:
-        return "it has no moving average of the weights"
+def _verify(generation: Generation, kind: Weights) -> Verdict:
+    """Return the checkpoint as it was when every byte of it was read, and why it cannot be used, if it cannot.
+
+    A run may have replaced it (``best_model``), so its step may be another.
+    """
     with hashing([generation]) as hashes:
-        verdict = examine(generation.path, [hashes.problem_of])
-    return "it was deleted meanwhile" if verdict is None else verdict.problem
+        verdict = examine(generation.path, [lambda found: _lacks(found, kind), hashes.problem_of])
+    return Verdict(generation, "it was deleted meanwhile") if verdict is None else verdict
+
+
+def _lacks(generation: Generation, kind: Weights) -> str | None:
+    has_kind = kind == "raw" or _manifest(generation).has_ema
+    return None if has_kind else "it has no moving average of the weights"
 
 
 def _manifest(found: Generation | OpenedModel) -> Manifest:

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ds_gpt2.checkpoint.catalog import open_generation
+from ds_gpt2.checkpoint.catalog import Generation, open_generation
+from ds_gpt2.checkpoint.commit import has_same_files
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest, Weights
 from ds_gpt2.checkpoint.verify import examine, hashing, identity
 from ds_gpt2.common.errors import UserError, one_line_reason
@@ -70,6 +71,30 @@ def open_model(name: str | None, tag: str | None, kind: Weights = "raw") -> Open
         if identity(path) == before:
             return opened
     raise UserError(f"{path} was replaced repeatedly while it was read: choose another with --tag")
+
+
+def open_verified(generation: Generation, kind: Weights) -> OpenedModel:
+    """Return the weights of a checkpoint whose files were verified; they are not hashed again.
+
+    Raises:
+        UserError: it has since been replaced or deleted, has no such weights, or does not fit into memory.
+    """
+    path, manifest = generation.path, generation.manifest
+    assert manifest is not None
+    try:
+        opened = _read_weights(path, manifest, kind)
+    except UserError:
+        if _is_still(path, manifest):
+            raise
+        opened = None
+    if opened is None or not _is_still(path, manifest):
+        raise UserError(f"{path} was replaced or deleted while it was read: repeat the command")
+    return opened
+
+
+def _is_still(path: Path, manifest: Manifest) -> bool:
+    found = open_generation(path).manifest
+    return found is not None and has_same_files(found, manifest)
 
 
 def damaged(path: Path, problem: str | None) -> UserError:
@@ -145,7 +170,10 @@ def check_memory(shape: ModelShape, additional: int = 0) -> None:
 
 
 def _open_checkpoint(path: Path, kind: Weights) -> OpenedModel:
-    manifest = _verified(path)
+    return _read_weights(path, _verified(path), kind)
+
+
+def _read_weights(path: Path, manifest: Manifest, kind: Weights) -> OpenedModel:
     check_kind(str(path), manifest, kind)
     shape = shape_of(manifest)
     check_memory(shape)

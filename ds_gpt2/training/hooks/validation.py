@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,13 @@ from ds_gpt2.engine.train_state import TrainState
 from ds_gpt2.evaluation.eval_mode import eval_mode
 from ds_gpt2.evaluation.loss import bits_per_byte, count_windows, perplexity
 from ds_gpt2.monitoring.monitor import StepMetrics
-from ds_gpt2.training.hooks.hook import Hook, HookFailedError, Interrupted, on_all_ranks
+from ds_gpt2.training.hooks.hook import Hook, on_all_ranks
 
 log = logging.getLogger(__name__)
 
 
 class Validation(Hook):
-    """Validation loss of the weights, and of their moving average if the run keeps one.
+    """Validation loss of the weights.
 
     With the same weights, it is bitwise identical for any number of ranks.
 
@@ -61,19 +60,16 @@ class Validation(Hook):
 
     def observe(self, engine: Engine, state: TrainState) -> StepMetrics:
         losses = self.losses(engine)
-        loss, of_average = self._mean(losses), self._loss_of_average(engine)
+        loss = self._mean(losses)
         parts = {f"val/{part.name}/loss": each for part, each in zip(self._held_out, losses, strict=True) if part.name}
-        return parts | self._metrics(loss, of_average, state) | self._bits_per_byte(loss)
-
-    def _loss_of_average(self, engine: Engine) -> float | None:
-        if engine.average is None:
-            return None
-        with _averaged_weights(engine):
-            return self.loss(engine)
+        return parts | self._metrics(loss, state) | self._bits_per_byte(loss)
 
     def loss(self, engine: Engine) -> float:
-        """Return the validation loss: the mean cross entropy over all tokens, in nats; see ``losses``."""
-        return self._mean(self.losses(engine))
+        """Return the validation loss: the mean of ``losses`` by the shares of the sources, in nats.
+
+        Sources with share 0 are not evaluated. Raises what ``losses`` raises.
+        """
+        return self._mean(self._means(engine, [source for source, part in enumerate(self._held_out) if part.share]))
 
     def _mean(self, losses: Sequence[float]) -> float:
         """Return the mean of the sources' losses, weighted by their shares."""
@@ -84,19 +80,16 @@ class Validation(Hook):
         mean_bytes = self._mean(self._bytes_per_token) if self._bytes_per_token else 0.0
         return {"val/bits_per_byte": bits_per_byte(loss, mean_bytes)} if mean_bytes else {}
 
-    def _metrics(self, loss: float, of_average: float | None, state: TrainState) -> StepMetrics:
-        metrics: StepMetrics = {} if of_average is None else {"val/loss_ema": of_average}
+    def _metrics(self, loss: float, state: TrainState) -> StepMetrics:
         if not math.isfinite(loss):
             best = "none yet" if state.best_step is None else f"{state.best_val_loss:.4f} at step {state.best_step:,}"
             log.warning(f"step {state.step:,}: the validation loss is {loss}, not a finite number; best so far: {best}")
-            return metrics | {"val/loss": loss, "val/perplexity": loss}
+            return {"val/loss": loss, "val/perplexity": loss}
         is_best = state.is_best(loss)
-        text = f"step {state.step:,}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}"
-        log.info(text + ("" if of_average is None else f"; of the averaged weights {of_average:.4f}"))
-        metrics |= {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        log.info(f"step {state.step:,}: validation loss {loss:.4f}{'  (best so far)' if is_best else ''}")
+        metrics: StepMetrics = {"val/loss": loss, "val/perplexity": perplexity(loss)}
         return metrics | ({"marks/best": f"best validation loss so far: {loss:.4f}"} if is_best else {})
 
-    @torch.no_grad()
     def losses(self, engine: Engine) -> list[float]:
         """Return the mean cross entropy over the tokens of each source, in nats.
 
@@ -104,10 +97,17 @@ class Validation(Hook):
             Interrupted: on every rank: a stop is requested.
             HookFailedError: on every rank: a rank has failed, such as to read its windows.
         """
-        losses = on_all_ranks(lambda: self._losses(engine))
-        per_group = collectives.sum_over_ranks(losses).cpu()
+        means = self._means(engine, range(len(self._held_out)))
         if not self._bytes_per_token:
             self._bytes_per_token = self._count_bytes(engine)
+        return means
+
+    @torch.no_grad()
+    def _means(self, engine: Engine, sources: Collection[int]) -> list[float]:
+        """Return the mean cross entropy over the tokens of each source, in nats; 0 for those not in ``sources``."""
+        groups = [number for number, (source, _) in enumerate(self._groups) if source in sources]
+        losses = on_all_ranks(lambda: self._losses(engine, groups))
+        per_group = collectives.sum_over_ranks(losses).cpu()
         means = []
         for source in range(len(self._held_out)):
             own = self._sources == source
@@ -123,11 +123,11 @@ class Validation(Hook):
             means.append(int(per_group[own].sum()) / (float(self._sizes[own].sum()) * part.windows.sequence_length))
         return means
 
-    def _losses(self, engine: Engine) -> torch.Tensor:
-        """Return the loss of each group, (groups,) fp64; 0 for the groups of other ranks."""
+    def _losses(self, engine: Engine, groups: Sequence[int]) -> torch.Tensor:
+        """Return the loss of each group, (all groups,) fp64; 0 for those of other ranks and those not in ``groups``."""
         losses = torch.zeros(len(self._groups), dtype=torch.float64, device=engine.device)
         with eval_mode(engine.model):
-            for number in range(collectives.rank(), len(self._groups), collectives.world_size()):
+            for number in groups[collectives.rank() :: collectives.world_size()]:
                 self.progress()
                 windows = self._read(number)
                 if not self._bytes_per_token:
@@ -149,19 +149,3 @@ class Validation(Hook):
         except UserError:
             self.progress()
             raise
-
-
-@contextlib.contextmanager
-def _averaged_weights(engine: Engine) -> Iterator[None]:
-    """Evaluate with the moving average of the weights; afterwards the weights are those of the last update.
-
-    Every rank enters and leaves together: setting weights is a collective operation. Any other exception is that of a
-    collective whose other ranks have ended, and ends the run: this rank must not wait for them here.
-    """
-    engine.use_averaged_weights()
-    try:
-        yield
-    except (Interrupted, HookFailedError):  # every rank raises it, see ``on_all_ranks``
-        engine.use_trained_weights()
-        raise
-    engine.use_trained_weights()

@@ -6,14 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_files import SHAPE, write_checkpoint
+import torch
+from checkpoint_files import FILES, SHAPE, write_checkpoint
 
-from ds_gpt2.checkpoint import commit
+from ds_gpt2.checkpoint import commit, manifest, weights
+from ds_gpt2.checkpoint.catalog import Generation
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import Weights
+from ds_gpt2.checkpoint.manifest import read as read_manifest
 from ds_gpt2.checkpoint.naming import rolling_tag
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.tools.models.average import choose_checkpoints
+from ds_gpt2.model.gpt2 import GPT2
+from ds_gpt2.model.shape import ModelShape
+from ds_gpt2.tools.models import average
+from ds_gpt2.tools.models.average import choose_checkpoints, mean_model
+from ds_gpt2.tools.resources.run_checkpoints import find_checkpoint
 
 AVERAGED = {"ema": {"decay": 0.99}}
 
@@ -118,3 +125,55 @@ def test_models_of_different_shapes_are_refused(
 def test_a_single_checkpoint_is_refused(directory: Path) -> None:
     with pytest.raises(UserError, match=r"--average 2: .*rolling_step_000100 is a single checkpoint: give its run"):
         choose_checkpoints(str(directory / rolling_tag(100)), "2", "raw", print)
+
+
+def test_each_checkpoint_is_verified_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its weights are read: the tensors come from elsewhere here."""
+    read: list[Path] = []
+    real = manifest.problem_of
+    monkeypatch.setattr(manifest, "problem_of", lambda path, name, entry: read.append(path) or real(path, name, entry))
+    monkeypatch.setattr(weights, "fp32_weights", lambda path, kind: tensors(read_manifest(path).step))
+    mean = mean_model(choose_checkpoints(str(directory), "100,300", "raw", print), "raw")
+    assert mean.averaged_steps == (300, 100)
+    assert all(bool((each == 200.0).all()) for each in mean.weights.values())
+    assert len(read) == 2 * len(FILES)
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_a_step_is_never_in_the_mean_twice(directory: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The run replaces ``best_model``, chosen at step 100, by a checkpoint of step 400."""
+
+    def read(path: Path, kind: str) -> dict[str, torch.Tensor]:
+        if when == "while it is read" and path.name == "best_model":
+            commit.link(Disk(), directory / rolling_tag(400), directory, "best_model")
+        return tensors(1)
+
+    monkeypatch.setattr(weights, "fp32_weights", read)
+    chosen = choose_checkpoints(str(directory), "best,400", "raw", print)
+    assert [one.step for one in chosen] == [400, 100]
+    if when == "before it is read":
+        commit.link(Disk(), directory / rolling_tag(400), directory, "best_model")
+    with pytest.raises(UserError, match="best_model was replaced or deleted while it was read: repeat the command"):
+        mean_model(chosen, "raw")
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_verified_counts_with_its_new_step(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def find(run: str | None, tag: str) -> Generation:
+        found = find_checkpoint(run, tag)
+        if tag == "best":
+            commit.link(Disk(), directory / rolling_tag(400), directory, "best_model")
+        return found
+
+    monkeypatch.setattr(average, "find_checkpoint", find)
+    with pytest.raises(UserError, match="rolling_step_000400 and best_model are the same step: leave one out"):
+        choose_checkpoints(str(directory), "400,best", "raw", print)
+
+
+def tensors(value: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a model of ``SHAPE``, all of one value."""
+    with torch.device("meta"):
+        model = GPT2(ModelShape(1, 2, 8, 16))
+    return {name: torch.full(each.shape, float(value)) for name, each in model.named_parameters()}

@@ -49,7 +49,7 @@ def test_a_non_finite_loss_is_reported_and_not_the_best(
 ) -> None:
     state = TrainState()
     validation.values = [3.0, math.nan, math.inf, 2.5]
-    engine: Any = SimpleNamespace(average=None)
+    engine: Any = SimpleNamespace()
     metrics: list[StepMetrics] = []
     for state.step in (5, 10, 15, 20):
         metrics.append({})
@@ -78,7 +78,7 @@ def test_the_perplexity_of_nan_is_nan() -> None:
 def test_a_first_non_finite_loss_sets_no_best(validation: Any, log_messages: list[str]) -> None:
     validation.values = [math.nan]
     state = TrainState(step=5)
-    validation.hook.observe(SimpleNamespace(average=None), state)
+    validation.hook.observe(SimpleNamespace(), state)
     assert state.best_step is None
     assert log_messages == ["step 5: the validation loss is nan, not a finite number; best so far: none yet"]
 
@@ -104,7 +104,7 @@ def test_bits_per_byte_count_the_bytes_of_all_target_tokens(ranks: int, monkeypa
     engine: Any = SimpleNamespace(model=_Constant(), device=torch.device("cpu"))
     for rank, hook in enumerate(hooks):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        hook._losses(engine)
+        hook._losses(engine, range(len(hook._groups)))
     monkeypatch.setattr(collectives, "sum_over_ranks", lambda values: values)
     hooks[0]._group_bytes = torch.stack([hook._group_bytes for hook in hooks]).sum(dim=0)
     hooks[0]._bytes_per_token = hooks[0]._count_bytes(engine)
@@ -114,7 +114,7 @@ def test_bits_per_byte_count_the_bytes_of_all_target_tokens(ranks: int, monkeypa
 def test_bytes_are_counted_at_the_first_validation_only(monkeypatch: pytest.MonkeyPatch) -> None:
     windows: Any = Text()
     hook = Validation(ValidationSettings(every=5, tokens=640), [HeldOut(windows)], group=2)
-    engine: Any = SimpleNamespace(model=_Constant(), device=torch.device("cpu"), average=None)
+    engine: Any = SimpleNamespace(model=_Constant(), device=torch.device("cpu"))
     first = hook.observe(engine, TrainState(step=5))
     assert windows.reads == 5  # the windows that are evaluated anyway
     monkeypatch.setattr("ds_gpt2.training.hooks.validation.count_bytes", lambda windows: 1 / 0)
