@@ -22,6 +22,7 @@ class AveragedValidation(Hook):
     """
 
     name = "validation loss of the averaged weights"
+    is_bounded = True
 
     def __init__(self, validation: Validation) -> None:
         self.every = validation.every
