@@ -192,7 +192,10 @@ def identity_differences(manifest: Manifest, identity: dict[str, Any]) -> list[s
     ]
     batch = manifest.state.get("batch", manifest.step)
     if STAGES in identity and _begun(identity[STAGES], batch) != _begun(manifest.identity.get(STAGES, []), batch):
-        differing.append(f"another data.mixture until step {batch:,}")
+        differing.append(
+            f"another data.mixture or data.stages until step {batch:,} (a new stage begins at step {batch + 1:,} at the"
+            " earliest)"
+        )
     return differing
 
 

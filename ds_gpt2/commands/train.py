@@ -93,12 +93,12 @@ def resume(options: argparse.Namespace) -> int:
         )
     check_unsupervised(settings)
     ranks = options.num_gpus
-    check_source(settings, options.source)
+    leave_out = parse_batches(options.leave_out)
+    check_source(settings, options.source, leave_out)
     hosts = hosts_of(settings, ranks)
     if hosts or ranks is None:
         ranks, overrides = _fit_ranks(settings, overrides, hosts)
     settings = load_run_settings(run_dir, overrides)
-    leave_out = parse_batches(options.leave_out)
     return start(run_dir / CONFIG, overrides, settings, hosts, ranks, options.source, leave_out)
 
 

@@ -134,7 +134,10 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> DataSettings:
         if (self.dir is None) != bool(self.mixture):
-            raise ValueError("give data.dir, the directory of a dataset, or data.mixture, a list of several; not both")
+            problem = "both are given" if self.mixture else "neither is given"
+            raise ValueError(
+                f"give data.dir, the directory of a dataset, or data.mixture, a list of several: {problem}"
+            )
         if self.stages and not self.mixture:
             raise ValueError("data.stages needs data.mixture, which holds from step 1 on")
         steps = [stage.from_step for stage in self.stages]

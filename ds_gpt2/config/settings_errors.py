@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_gpt2.common.formatting import uncapitalized
+from ds_gpt2.config.field_types import SMALLEST
 
 _MAY_BE_SECRET = frozenset({"checkpoint.backup.to", "alerts.command"})  # values that errors must not show
 _BY_NAME = frozenset({"evaluations"})  # settings that are mappings from names to sections
@@ -22,6 +23,7 @@ _PLAIN_MESSAGES = {  # by pydantic's error types, for those whose own message is
     "path_type": "must be one path",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
+    "too_short": "must have at least one entry",
 }
 
 
@@ -50,10 +52,13 @@ def explain(
 
 def _source(item: dict[str, Any], key: str, path: Path, overrides: Mapping[str, str]) -> str:
     """Return where the setting ``key`` was set: in the file, on the command line, or in both."""
+    whole = key.partition("[")[0]  # a value in a list is set with the list
+    if whole in overrides:
+        return "command line"
     given = [name for name in overrides if name == key or name.startswith(f"{key}.")]
     if not given:
         return str(path)
-    if key in overrides or item["type"] == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         return "command line"
     return f"{path} and command line"
 
@@ -69,6 +74,8 @@ def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
     if item["type"] == "value_error" and message.startswith(complete):
         return message
     message = _PLAIN_MESSAGES.get(item["type"], message)
+    if item["type"] == "greater_than_equal" and item["ctx"]["ge"] == SMALLEST:
+        message = "must be above 0"
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
     return f"{key}{value}: {message if item['type'] == 'value_error' else uncapitalized(message)}"
 

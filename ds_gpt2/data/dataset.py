@@ -201,7 +201,8 @@ def _missing(directory: Path) -> UserError:
         return _unfinished(directory)
     if directory.exists():
         return UserError(f"{directory} is a file: data.dir is the directory with {INDEX} or the shards")
-    return UserError(f"no data: {directory} does not exist: {_how_to_prepare(directory)}, or set data.dir")
+    fix = f"{_how_to_prepare(directory)}, or correct the path in the settings (data)"
+    return UserError(f"no data: {directory} does not exist: {fix}")
 
 
 def _unfinished(directory: Path) -> UserError:

@@ -68,8 +68,8 @@ class TrainState:
         return not self.high_losses and not self.skipped_in_row and len(self.recent_losses) >= ENOUGH_LOSSES
 
     def exclude(self, batches: Iterable[int]) -> None:
-        """Exclude ``batches`` of the data from training."""
-        self.left_out = sorted({*self.left_out, *batches})
+        """Exclude ``batches`` of the data from training, apart from those that were trained on already."""
+        self.left_out = sorted({*self.left_out, *(batch for batch in batches if batch > self.batch)})
 
     def advance(self, tokens: int, applied: bool, windows: bytes, clipped: bool = False) -> None:
         """Count one step.

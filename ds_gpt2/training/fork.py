@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, candidates, identity_differences, scan, step_limit
+from ds_gpt2.checkpoint.catalog import Generation, candidates, identity_differences, scan, step_limit, tags_of
 from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manifest import DamagedError, Manifest, read
 from ds_gpt2.checkpoint.naming import LATEST_BACKUP, LOCK, MANIFEST, PARTIAL, rolling_tag
@@ -136,13 +136,20 @@ def is_begun(settings: Settings, text: str) -> bool:
     if fork is None or not (scan(settings.checkpoint_dir) or read_starts(settings.run_dir)):
         return False
     parts = text.split(":")
-    names = [Path(":".join(parts[:count])).name for count in range(1, len(parts) + 1)]
-    if fork.run not in names:
+    splits = [(Path(":".join(parts[:count])).name, ":".join(parts[count:])) for count in range(1, len(parts) + 1)]
+    if not any(name == fork.run and _may_denote(selector, fork) for name, selector in splits):
         raise UserError(
             f"run {settings.run.name} is a fork of {fork}, not of {text}: choose another run.name, or resume it with"
             f" `./launch.sh resume {run_argument(settings.run_dir)}`"
         )
     return True
+
+
+def _may_denote(selector: str, fork: Fork) -> bool:
+    """Return whether ``selector`` may have chosen the checkpoint of ``fork``; the parent may be gone."""
+    if not selector or selector in _SEVERAL or step_limit(selector) is not None:
+        return True
+    return fork.tag in tags_of(selector) or selector == str(fork.step)
 
 
 def is_complete(settings: Settings, parent: Parent) -> bool:

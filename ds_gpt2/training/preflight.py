@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_gpt2.checkpoint import commit
-from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, nothing_to_resume
+from ds_gpt2.checkpoint.catalog import Generation, candidates, check_identity, nothing_to_resume, step_limit
 from ds_gpt2.checkpoint.naming import LATEST, LATEST_BACKUP, role_of
 from ds_gpt2.checkpoint.output_check import check_outputs
 from ds_gpt2.common import files
 from ds_gpt2.common.errors import UserError
-from ds_gpt2.config.batch_plan import BatchPlan, check_schedule, steps_of
+from ds_gpt2.config.batch_plan import BatchPlan, check_schedule, format_batches, steps_of
 from ds_gpt2.config.model_names import hub_name
 from ds_gpt2.config.output_owner import OWNER, read_owner
 from ds_gpt2.config.run_location import CONFIG
@@ -86,20 +86,45 @@ def check_can_write(settings: Settings) -> None:
         files.check_can_write(directory, full_is_allowed=directory == settings.checkpoint_dir)
 
 
-def check_source(settings: Settings, source: str) -> None:
+def check_source(settings: Settings, source: str, leave_out: Sequence[int] = ()) -> None:
     """Check that a run can be read and has a checkpoint to resume from, before its ranks are chosen.
 
     Args:
         source: see ``catalog.candidates``.
+        leave_out: batches of the data to exclude from training.
 
     Raises:
-        UserError: there is no such checkpoint, or the files of the run cannot be read and written.
+        UserError: there is no such checkpoint, it was trained on ``leave_out``, or the files of the run cannot be read
+            and written.
     """
     check_outputs(settings)
     check_files(settings.run_dir)
     if commit.has_unfinished_commit(settings.checkpoint_dir):
         return  # the ranks complete or remove interrupted saves first
-    _candidates(settings, source)
+    found = _candidates(settings, source)
+    limit = step_limit(source)
+    if found and limit is not None and found[0].step >= limit:  # only a rollback takes a later one
+        raise UserError(
+            f"no checkpoint in {settings.checkpoint_dir} is from before step {limit:,}: the oldest is"
+            f" {found[0].tag}; choose one with --from TAG, or fetch a backup (`./launch.sh backup --help`)"
+        )
+    for generation in found[:1]:
+        _check_not_trained(generation, leave_out)
+
+
+def _check_not_trained(generation: Generation, batches: Sequence[int]) -> None:
+    """Check that the checkpoint was not trained on any of ``batches`` of the data.
+
+    Raises:
+        UserError: it was: its weights cannot forget them.
+    """
+    state = generation.manifest.state if generation.manifest is not None else {}
+    trained = [batch for batch in batches if batch <= state.get("batch", 0) and batch not in state.get("left_out", ())]
+    if trained:
+        raise UserError(
+            f"--leave_out {format_batches(trained)}: {generation.tag} was trained on this already: resume from an"
+            f" earlier checkpoint, such as --from before:{min(trained)}"
+        )
 
 
 def check_initial_model(settings: Settings) -> None:

@@ -95,6 +95,12 @@ def test_a_run_whose_best_is_nan_recovers_at_the_next_finite_loss() -> None:
     assert (state.best_val_loss, state.best_step) == (7.0, 5)
 
 
+def test_batches_that_were_trained_on_are_not_recorded_as_excluded() -> None:
+    state = TrainState(step=4, batch=5, left_out=[2])
+    state.exclude([2, 3, 6])
+    assert state.left_out == [2, 6]
+
+
 def test_many_batches_can_be_excluded() -> None:
     state = TrainState()
     state.exclude(range(9, 1_000_000))

@@ -411,6 +411,8 @@ def test_auto_resumes_a_fork_of_the_same_parent_also_without_the_parent(base: Ba
         assert is_begun(settings, same)
     with pytest.raises(UserError, match="run new is a fork of base at step 8, not of other:8"):
         is_begun(settings, "other:8")
+    with pytest.raises(UserError, match="run new is a fork of base at step 8, not of base:4"):
+        is_begun(settings, "base:4")
     shutil.rmtree(settings.checkpoint_dir)
     append_start(settings.run_dir, {"from_step": 8})
     assert is_begun(settings, text)  # the supervisor then waits for the checkpoints

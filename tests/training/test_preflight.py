@@ -22,7 +22,7 @@ from ds_gpt2.config.settings import PROJECT_DIR, load_settings
 from ds_gpt2.run_dir import exit_codes
 from ds_gpt2.run_dir.journal import Journal
 from ds_gpt2.supervision import launches
-from ds_gpt2.training.preflight import check_start
+from ds_gpt2.training.preflight import check_source, check_start
 from ds_gpt2.training.resume_choice import CheckpointsGoneError, choose_source
 
 
@@ -238,6 +238,28 @@ def test_the_checkpoints_are_searched_once_for_what_to_resume_from(
     monkeypatch.setattr("ds_gpt2.checkpoint.catalog.step_limit", search)  # ``candidates`` calls it once
     check_start(settings, plan_batch(settings.batch.tokens_per_step, 2, settings.batch.sequence_length, 1), "before:9")
     assert searched == ["before:9"]
+
+
+def test_a_resume_from_before_a_step_takes_no_later_checkpoint(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    for step in (4, 8):
+        write_checkpoint(settings.checkpoint_dir, f"rolling_step_{step:06d}", step, identity={})
+    check_source(settings, "before:5")
+    with pytest.raises(UserError, match="is from before step 4: the oldest is rolling_step_000004; choose one"):
+        check_source(settings, "before:4")
+
+
+def test_batches_that_a_checkpoint_was_trained_on_cannot_be_left_out(
+    tmp_path: Path, write_config: Callable[..., Path]
+) -> None:
+    settings = load_settings(write_config(tmp_path))
+    state = {"step": 8, "batch": 10, "left_out": [3, 4]}
+    write_checkpoint(settings.checkpoint_dir, "rolling_step_000008", 8, identity={}, state=state)
+    check_source(settings, "latest", [3, 11, 12])
+    with pytest.raises(UserError, match=r"--leave_out 9-10: rolling_step_000008 was trained .* --from before:9"):
+        check_source(settings, "latest", [3, 9, 10, 11])
 
 
 @pytest.mark.parametrize("source", ["latest", "999"])
