@@ -189,7 +189,7 @@ def saved(bench: Bench, engine: Engine, folder: Path) -> dict[str, Any]:
         waited.append(same([*parts_of(engine), *weights(engine)], before))
         return copy(*arguments)
 
-    checkpoints._memory.copy = slow_copy  # type: ignore[union-attr,method-assign]
+    checkpoints._memory.copy = slow_copy  # type: ignore[union-attr,method-assign]  # replaced for the test
     checkpoints.save(state, 0.1)
     engine.use_averaged_weights()
     time.sleep(1.0)  # an evaluation that takes longer than the copy
