@@ -143,7 +143,10 @@ def read_choices(content: bytes, where: str, name: str) -> Iterator[tuple[Choice
         if line.strip():
             at = f"{where}, line {number}"
             try:
+                line.decode()  # JSON may also be UTF-16, which this split into lines has cut
                 yield to_choice(safe_json.parse(line), name), at
+            except UnicodeDecodeError:
+                raise UserError(f"{at}: not UTF-8; convert the file") from None
             except safe_json.BadJsonError:
                 raise UserError(f"{at}: not JSON; a line is one item, see docs/data.md") from None
             except ValueError as error:
@@ -198,6 +201,8 @@ def to_choice(fields: Any, name: str) -> Choice:
     if not isinstance(fields, dict):
         raise ValueError('not an object with "context", "endings" and "label"')
     if "contexts" in fields or "ending" in fields:
+        if "context" in fields or "endings" in fields:
+            raise ValueError('give "context" and "endings", or "contexts" and "ending", not both')
         contexts, endings = _texts(fields, "contexts"), [_text(fields, "ending")]
         count, several = len(contexts), "contexts"
     else:

@@ -87,6 +87,7 @@ def test_contexts_without_a_common_beginning_leave_the_context_empty() -> None:
         ({**BLANK, "ending": ["x"]}, 'no text in "ending"'),
         ({**BLANK, "contexts": ["x"]}, '"contexts" are 1, not 2 to 100 texts'),
         ({"contexts": ["a", "b"], "label": 0}, 'no text in "ending"'),
+        ({**LINE, **BLANK}, 'give "context" and "endings", or "contexts" and "ending", not both'),
     ],
 )
 def test_an_invalid_line_is_an_error_with_its_number(tmp_path: Path, line: object, message: str) -> None:
@@ -94,6 +95,13 @@ def test_an_invalid_line_is_an_error_with_its_number(tmp_path: Path, line: objec
     with pytest.raises(UserError, match=rf"mine\.jsonl, line 3: {re.escape(message)}") as error:
         load_items(path, "mine")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_that_is_not_utf_8_is_an_error(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "mine.jsonl").write_bytes(json.dumps({**LINE, "context": "é"}, ensure_ascii=False).encode(encoding))
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 1: not UTF-8; convert the file"):
+        load_items(tmp_path / "mine.jsonl", "mine")
 
 
 def test_a_last_word_has_one_ending(tmp_path: Path) -> None:
