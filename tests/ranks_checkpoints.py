@@ -18,9 +18,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 from disks import PausableDisk
 
-from ds_gpt2.checkpoint import resume
+from ds_gpt2.checkpoint import commit, resume
 from ds_gpt2.checkpoint.catalog import problem_of, scan
 from ds_gpt2.checkpoint.directory import CheckpointDirectory
+from ds_gpt2.checkpoint.filesystem import Disk
 from ds_gpt2.checkpoint.manager import Checkpoints
 from ds_gpt2.config import deepspeed_config
 from ds_gpt2.config.batch_plan import plan_batch
@@ -171,6 +172,9 @@ def _evaluation_cannot_be_written(bench: Bench) -> dict[str, Any]:
     other.state.unevaluated = {}
     checkpoints.save(other.state, 0.1)
     committed = checkpoints.has_saved(other.state)
+    path = other.folder / "rolling_step_000001"
+    alone = other.folder.with_name("alone")
+    collectives.call_on_all_ranks(lambda: collectives.is_main() and _link(path, alone, "epoch_00002"))
     other.state.unevaluated = None
     other.disk.full = True
     checkpoints.add_evaluation(other.state, ["epoch_00001"])
@@ -185,7 +189,21 @@ def _evaluation_cannot_be_written(bench: Bench) -> dict[str, Any]:
         "tags": [generation.tag for generation in scan(other.folder)],
         "evaluated": [manifest is not None and manifest.is_evaluated for manifest in manifests],
         "another": checkpoints.add_evaluation(other.state),
+        "alone": _is_saved_after_load(other, alone),
     }
+
+
+def _link(path: Path, directory: Path, tag: str) -> None:
+    directory.mkdir()
+    commit.link(Disk(), path, directory, tag)
+
+
+def _is_saved_after_load(bench: Bench, folder: Path) -> bool:
+    """Load an epoch checkpoint without its evaluation; return whether its state counts as saved."""
+    bench.folder = folder
+    checkpoints = bench.checkpoints()
+    state = checkpoints.load(resume.choose_checkpoint(folder, "epoch_00002", IDENTITY))
+    return _everywhere(checkpoints.has_saved(state))
 
 
 def _load_with_other_settings(bench: Bench) -> dict[str, Any]:

@@ -255,7 +255,9 @@ class Checkpoints:
             seed_everything(rank_seed(self._run_settings["run"]["seed"], state.step))
         self._log_average(restored)
         collectives.call_on_all_ranks(lambda: self._continue_from(restored.generation))
-        self._saved = _Saved.of(state)
+        # An epoch checkpoint has no rolling one that could receive the evaluation: the state is saved again.
+        is_alone = restored.generation.role == "epoch" and not state.is_evaluated
+        self._saved = None if is_alone else _Saved.of(state)
         return state
 
     def _log_average(self, restored: Restored) -> None:

@@ -58,6 +58,7 @@ def test_an_evaluation_that_cannot_be_recorded_is_recorded_later(seen: Seen) -> 
         "tags": ["rolling_step_000001", "epoch_00001"],
         "evaluated": [True, True],
         "another": False,
+        "alone": False,
     }
 
 
