@@ -119,16 +119,19 @@ def simulate(
     best = set(schedule.validations if improving else schedule.validations[:1])
     ends = {step: number for number, step in enumerate(schedule.epoch_ends, start=1)}
     saves, simulated = schedule.saves(best), _SimulatedDirectory(settings)
+    before_validation = {*schedule.saves(())} & {*schedule.validations}  # the other tags follow after it
     peak = Count(0, 0)
     for step in saves:
-        new = [RetentionCandidate(rolling_tag(step), "rolling", step, verified=True)]
+        rolling = RetentionCandidate(rolling_tag(step), "rolling", step, verified=True)
+        roles = []
         if step in ends:
-            new.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+            roles.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         if step in best and settings.keep_best:
-            new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
-        simulated.add(new)
-        peak = max(peak, simulated.count(), key=bytes_of)
-        simulated.apply_retention()
+            roles.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
+        for new in ([rolling], roles) if step in before_validation else ([rolling, *roles],):
+            simulated.add(new)
+            peak = max(peak, simulated.count(), key=bytes_of)
+            simulated.apply_retention()
     return SimulatedCheckpoints(len(saves), peak, simulated.count())
 
 

@@ -343,12 +343,18 @@ def _keep_all_in_a_list(settings: CheckpointSettings, schedule: RunSchedule, imp
     kept: list[RetentionCandidate] = []
     peak = Count(0, 0)
     for step in schedule.saves(best):
-        kept.append(RetentionCandidate(rolling_tag(step), "rolling", step, True))
+        new = [RetentionCandidate(rolling_tag(step), "rolling", step, True)]
+        if step in schedule.validations and step in schedule.saves(()):  # saved before the validation
+            kept += new
+            peak = max(peak, count(), key=lambda found: found.bytes(14, 4))
+            gone = to_delete(kept, policies(settings))
+            kept, new = [one for one in kept if one not in gone], []
         if step in ends:
-            kept.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
+            new.append(RetentionCandidate(epoch_tag(ends[step]), "epoch", step, settings.epochs_as == "full"))
         before = [one for one in kept if one.role == "best"]
         if step in best and settings.keep_best:
-            kept.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
+            new.append(RetentionCandidate(BEST_TAG, "best", step, settings.best_as == "full"))
+        kept += new
         peak = max(peak, count(), key=lambda found: found.bytes(14, 4))
         if step in best and settings.keep_best:
             kept = [one for one in kept if one not in before]
