@@ -62,6 +62,9 @@ class Silent:
     def has_saved(self, state: object) -> bool:
         return True
 
+    def add_evaluation(self, state: object, roles: object = ()) -> bool:
+        return True
+
     def finish(self, state: object, complete: bool) -> bool:
         return True
 
@@ -69,7 +72,8 @@ class Silent:
 class Timed:
     """Forwards calls to a target and sums up their time."""
 
-    can_be_repeated = True  # of a hook
+    can_be_repeated = False  # of ``Health``
+    name = "state of the machine"
 
     def __init__(self, target: Any, *names: str) -> None:
         self.seconds = self.busy = 0.0  # busy: processor time of this thread
