@@ -136,7 +136,8 @@ def test_a_copy_without_progress_is_a_failure(run_dir: Path, tmp_path: Path, mon
     time.sleep(0.5)
     save(run_dir, 200)
     queue.offer(rolling_tag(200), [], 200)
-    assert [event.text for event in events(run_dir)] == [f"a backup to {tmp_path}/nas/run has made no progress for 0s"]
+    (reported,) = [event.text for event in events(run_dir)]
+    assert reported.startswith(f"a backup to {tmp_path}/nas/run has made no progress for ")
     answer.set()
     settle(queue)
     assert [event.kind for event in events(run_dir)] == ["backup_failed", "backup_ok"]
