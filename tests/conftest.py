@@ -146,6 +146,22 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def _pages(first: int, last: int) -> Iterator[str]:
+    return itertools.islice(python_documents(), first, last)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare the datasets a, b and c of different pages and sizes; return the directory that has them."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, (first, last) in {"a": (0, 12), "b": (12, 18), "c": (18, 30)}.items():
+        pages = functools.partial(_pages, first, last)
+        prepare(
+            Source(name, [Listed("manual", pages)]), folder / name, Recipe(EveryPiece(10)), workers=1, progress=False
+        )
+    return folder
+
+
 @pytest.fixture(scope="session")
 def write_config(dataset_dir: Path) -> Callable[..., Path]:
     """Return a function that writes the YAML settings of a small run; keyword arguments replace whole sections."""

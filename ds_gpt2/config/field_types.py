@@ -31,13 +31,13 @@ Int = Annotated[int, BeforeValidator(_whole_number)]
 Float = Annotated[float, BeforeValidator(_decimal_number)]
 
 # Limits beyond what any run needs; within them no arithmetic overflows and no memory is exhausted.
-_LARGEST, SMALLEST = 10**9, 1e-12
+_LARGEST, _SMALLEST = 10**9, 1e-12
 
 PositiveInt = Annotated[Int, Field(gt=0, le=_LARGEST)]
 Count = Annotated[Int, Field(ge=0, le=_LARGEST)]
 Seed = Annotated[Int, Field(ge=0, le=10**15)]
 Size = Annotated[Int, Field(gt=0, le=10**6)]  # one dimension of a tensor
-PositiveFloat = Annotated[Float, Field(ge=SMALLEST, le=_LARGEST, allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(ge=_SMALLEST, le=_LARGEST, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[Float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 AboveOne = Annotated[Float, Field(gt=1, le=_LARGEST, allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]

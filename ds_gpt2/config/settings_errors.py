@@ -11,19 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_gpt2.common.formatting import uncapitalized
-from ds_gpt2.config.field_types import SMALLEST
 
 _MAY_BE_SECRET = frozenset({"checkpoint.backup.to", "alerts.command"})  # values that errors must not show
 _BY_NAME = frozenset({"evaluations"})  # settings that are mappings from names to sections
-_PLAIN_MESSAGES = {  # by pydantic's error types, for those whose own message is in terms of Python
+# By pydantic's error types, for those whose own message is in terms of Python; fields are those of the error's context.
+_PLAIN_MESSAGES = {
     "tuple_type": "must be a list, such as [0.9, 0.95] or [first, second]",
-    "dict_type": "must be a mapping of names to sections, such as {arc_easy: {every: 1000}}",
+    "dict_type": "must be a mapping of names to sections, such as {{arc_easy: {{every: 1000}}}}",
     "model_type": "must be a section of settings, not a value",
     "string_type": "must be one text",
     "path_type": "must be one path",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
-    "too_short": "must have at least one entry",
+    "too_short": "has too few entries: at least {min_length} must be given",
+    "greater_than_equal": "must be at least {ge:g}",
 }
 
 
@@ -73,9 +74,8 @@ def _message(item: dict[str, Any], key: str, names: Sequence[str]) -> str:
     complete = (key, "give ", "model.", "schedule.", "data.")  # beginnings of messages that name the setting
     if item["type"] == "value_error" and message.startswith(complete):
         return message
-    message = _PLAIN_MESSAGES.get(item["type"], message)
-    if item["type"] == "greater_than_equal" and item["ctx"]["ge"] == SMALLEST:
-        message = "must be above 0"
+    if (plain := _PLAIN_MESSAGES.get(item["type"])) is not None:
+        message = plain.format(**item.get("ctx", {}))
     value = "" if key in _MAY_BE_SECRET else f"={_shown(item['input'])}"
     return f"{key}{value}: {message if item['type'] == 'value_error' else uncapitalized(message)}"
 

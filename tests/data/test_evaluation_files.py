@@ -18,7 +18,8 @@ from ds_gpt2.data.items import Item, ItemList
 from ds_gpt2.data.prepare.evaluation_sets import PUBLISHED
 
 LINE = {"context": "The sky is", "endings": ["blue", "a café", "made of stone"], "label": 1}
-BLANK = {"contexts": ["Ann left, so Ann", "Ann left, so Bea"], "ending": "was sad.", "label": 1}
+CONTEXTS, ENDING = ["Ann left, so Ann", "Ann left, so Bea"], "was sad."
+BLANK = {"contexts": CONTEXTS, "ending": ENDING, "label": 1}
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -56,7 +57,7 @@ def test_an_empty_context_becomes_end_of_text() -> None:
 
 
 def test_the_common_beginning_of_several_contexts_is_the_context_of_the_item() -> None:
-    item = to_item(Choice(BLANK["contexts"], [str(BLANK["ending"])], 1))  # type: ignore[arg-type]  # of mixed values
+    item = to_item(Choice(CONTEXTS, [ENDING], 1))
     decode = tokenizer.gpt2().decode
     assert decode(item.context.tolist()) == "Ann left, so"
     assert [decode(ending.tolist()) for ending in item.endings] == [" Ann was sad.", " Bea was sad."]

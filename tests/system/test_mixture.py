@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,6 @@ import yaml
 from launched import launch
 
 from ds_gpt2.checkpoint.catalog import newest_step, scan
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -26,22 +21,6 @@ STEPS, WINDOWS_PER_STEP = 12, 16
 LATER = {"from_step": 7, "mixture": [{"dir": "b", "weight": 1}, {"dir": "c", "weight": 1}]}
 
 Metrics = dict[int, dict[str, Any]]
-
-
-def _pages(first: int, last: int) -> Iterator[str]:
-    return itertools.islice(python_documents(), first, last)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sources a, b and c, of different pages."""
-    folder = tmp_path_factory.mktemp("sources")
-    for name, (first, last) in {"a": (0, 12), "b": (12, 18), "c": (18, 30)}.items():
-        pages = functools.partial(_pages, first, last)
-        prepare(
-            Source(name, [Listed("manual", pages)]), folder / name, Recipe(EveryPiece(10)), workers=1, progress=False
-        )
-    return folder
 
 
 @pytest.fixture

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launched import launch
 
 from ds_gpt2.checkpoint.catalog import newest_step, scan
-from ds_gpt2.data.prepare.holdout import EveryPiece
-from ds_gpt2.data.prepare.pipeline import Recipe, prepare
-from ds_gpt2.data.prepare.sources import Listed, Source, python_documents
 from ds_gpt2.run_dir.metrics import METRICS, read_metrics
 from ds_gpt2.tools.drill import fault_injection
 from ds_gpt2.tools.drill.compare import checkpoint_differences, curve_differences
@@ -28,29 +23,16 @@ PARTS = ((4, 8), (2, 16), (4, STEPS))  # ranks, and the step after whose save th
 MICRO_BATCHES = {4: 2, 2: 4}  # of a rank in a step, by the number of ranks
 
 
-def _pages(first: int, last: int) -> Iterator[str]:
-    return itertools.islice(python_documents(), first, last)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three sources of different pages and sizes."""
-    folder = tmp_path_factory.mktemp("sources")
-    for name, (first, last) in {"a": (0, 12), "b": (12, 18), "c": (18, 30)}.items():
-        pages = functools.partial(_pages, first, last)
-        recipe = Recipe(EveryPiece(10))
-        prepare(Source(name, [Listed("manual", pages)]), folder / name, recipe, workers=1, progress=False)
-    return [folder / name for name in "abc"]
-
-
 @pytest.fixture
-def configure(sources: list[Path], write_config: Callable[..., Path]) -> Callable[[Path], Path]:
+def configure(sources: Path, write_config: Callable[..., Path]) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        weighted = list(zip(sources, (0.5, 0.3, 0.2), strict=True))
-        stage = {"from_step": 11, "mixture": [{"dir": str(path), "weight": 1} for path in sources[1:]]}
+        mixture = [
+            {"dir": str(sources / name), "weight": weight} for name, weight in zip("abc", (5, 3, 2), strict=True)
+        ]
+        stage = {"from_step": 11, "mixture": [{"dir": str(sources / name), "weight": 1} for name in "bc"]}
         return write_config(
             folder,
-            data={"mixture": [{"dir": str(path), "weight": weight} for path, weight in weighted], "stages": [stage]},
+            data={"mixture": mixture, "stages": [stage]},
             model={"layers": 2, "heads": 2, "width": 32, "dropout": 0.2},
             schedule={"steps": STEPS, "warmup_steps": 3, "shape": "wsd", "decay_steps": 10, "decay_shape": "sqrt"},
             ema={"decay": 0.9},
