@@ -48,8 +48,8 @@ def load_on_all_ranks(
 
 
 def log_truncation(name: str, items: Sequence[Item], model: GPT2) -> None:
-    """Log how many items are too long for the model, if there are any."""
-    if (text := describe_truncation(items, model.shape.sequence_length)) is not None:
+    """Log how many items are too long for the model, if there are any; only rank 0 looks."""
+    if collectives.is_main() and (text := describe_truncation(items, model.shape.sequence_length)) is not None:
         log.info(f"{name}: {text}")
 
 
